@@ -1,0 +1,232 @@
+"""The module: projections, positions and dropout around ``dilated_attention``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from longnet.functional import pattern_attention, warn_uncovered
+from longnet.geometry import HeadOffsets, Pattern
+from longnet.norm import make_norm
+from longnet.position import RelativeBias, XPos, rotate
+
+
+class DilatedAttention(nn.Module):
+    """Multi-head dilated self-attention, (B, N, dim) to (B, N, dim).
+
+    Source: LongNet, arXiv 2307.02486, section 2. Splits the sequence into segments, keeps every r-th row of each (another
+    offset for each head), attends within them, scatters back, and mixes the branches by their softmax denominators.
+
+    Args:
+        dim: channels, divisible by ``heads``.
+        heads: H query heads.
+        dilation_rate: r, an int or one per branch.
+        segment_size: w in tokens, an int or one per branch (a mixture).
+        dropout: probability, applied to the attention output before ``out_proj``; off in eval mode.
+        causal: tokens see only earlier tokens and themselves. ``casual`` is an accepted spelling.
+        use_xpos: rotate and scale q and k by position (arXiv 2212.10554); the head dimension must be even.
+        use_rel_pos_bias: add T5's learned bias by token distance to the scores.
+        distributed: needs an initialised default process group. ``Distributed`` is an accepted spelling.
+        qk_norm: RMS-normalise q and k over each head's channels.
+        kv_heads: Hk key/value heads (grouped-query attention), divides ``heads``. Default ``heads``.
+        bias: of the projections.
+        sub_norm: MAGNETO's norm between attention and ``out_proj`` (arXiv 2210.06423): None, "layer", "rms" or "batch".
+        head_offsets: ``"interleaved"`` (the paper) or ``"blocked"`` (torchscale's checkpoints).
+        xpos_scale_base: tokens, see :class:`longnet.position.XPos`.
+        rel_pos_buckets, rel_pos_max_distance: see :class:`longnet.position.RelativeBias`.
+        backend: as in :func:`longnet.dilated_attention`.
+        device, dtype: of the parameters.
+
+    Raises:
+        TypeError: a number or flag of the wrong type. ValueError: any other bad value; both name the argument.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        dilation_rate: int | Sequence[int],
+        segment_size: int | Sequence[int],
+        dropout: float = 0.0,
+        causal: bool = False,
+        use_xpos: bool = False,
+        use_rel_pos_bias: bool = False,
+        distributed: bool = False,
+        *,
+        casual: bool | None = None,
+        Distributed: bool | None = None,  # noqa: N803
+        qk_norm: bool = False,
+        kv_heads: int | None = None,
+        bias: bool = True,
+        sub_norm: str | None = None,
+        head_offsets: HeadOffsets = "interleaved",
+        xpos_scale_base: float | None = None,
+        rel_pos_buckets: int = 32,
+        rel_pos_max_distance: int = 128,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
+        _check_counts(dim=dim, heads=heads, kv_heads=kv_heads)
+        causal = _one_spelling("causal", causal, "casual", casual)
+        distributed = _one_spelling("distributed", distributed, "Distributed", Distributed)
+        _check_flags(
+            causal=causal,
+            use_xpos=use_xpos,
+            use_rel_pos_bias=use_rel_pos_bias,
+            distributed=distributed,
+            qk_norm=qk_norm,
+            bias=bias,
+        )
+        if isinstance(dropout, bool) or not isinstance(dropout, int | float):
+            raise TypeError(f"dropout={dropout!r} has type {type(dropout).__name__}: expected a float")
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"dropout={dropout}: expected a probability in [0, 1]")
+        if sub_norm == "batch" and causal:
+            raise ValueError(
+                "sub_norm='batch' with causal=True: batch statistics run over the whole sequence, so every token would "
+                "see later ones; expected 'layer' or 'rms'"
+            )
+        if distributed:
+            _check_process_group()
+        self.pattern = _parse_pattern(segment_size, dilation_rate, head_offsets)
+        warn_uncovered(self.pattern, heads)
+
+        self.dim, self.heads, self.kv_heads, self.head_dim = dim, heads, kv_heads, dim // heads
+        self.causal, self.distributed, self.backend = causal, distributed, backend
+        kv_dim = kv_heads * self.head_dim
+        self.q_proj = nn.Linear(dim, dim, bias=bias, device=device, dtype=dtype)
+        self.k_proj = nn.Linear(dim, kv_dim, bias=bias, device=device, dtype=dtype)
+        self.v_proj = nn.Linear(dim, kv_dim, bias=bias, device=device, dtype=dtype)
+        self.out_proj = nn.Linear(dim, dim, bias=bias, device=device, dtype=dtype)
+        self.q_norm = make_norm("rms", self.head_dim, device=device, dtype=dtype) if qk_norm else None
+        self.k_norm = make_norm("rms", self.head_dim, device=device, dtype=dtype) if qk_norm else None
+        self.xpos = XPos(self.head_dim, self.pattern, causal, xpos_scale_base) if use_xpos else None
+        self.rel_pos_bias = (
+            RelativeBias(
+                heads,
+                is_causal=causal,
+                num_buckets=rel_pos_buckets,
+                max_distance=rel_pos_max_distance,
+                device=device,
+                dtype=dtype,
+            )
+            if use_rel_pos_bias
+            else None
+        )
+        self.sub_norm = None if sub_norm is None else make_norm(sub_norm, dim, device=device, dtype=dtype)
+        self.dropout = nn.Dropout(dropout)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform projections, zero biases."""
+        for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
+
+    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """Attend.
+
+        Args:
+            x: (B, N, dim), the parameters' dtype (or any floating dtype under autocast).
+            key_padding_mask: (B, N) bool, True where a token is to be ignored as a key.
+
+        Returns:
+            (B, N, dim). Positions that no head covers carry only ``out_proj``'s bias (and the sub-norm's).
+
+        Raises:
+            ValueError: x of another rank or width, or a mask of another shape.
+        """
+        if x.dim() != 3 or x.shape[-1] != self.dim:
+            raise ValueError(f"x has shape {tuple(x.shape)}: expected (B, N, dim) with dim={self.dim}")
+        # (B, N, heads * D) -> (B, heads, N, D), a view: kernels read any strides.
+        q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+        k = self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
+        v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.xpos is not None:
+            cos_q, sin_q, cos_k, sin_k = self.xpos.tables(x.shape[1], q.dtype, x.device)
+            q, k = rotate(q, cos_q, sin_q), rotate(k, cos_k, sin_k)
+        bias = None
+        if self.rel_pos_bias is not None:
+            bias = self.rel_pos_bias(torch.sym_max(1, torch.sym_min(x.shape[1], max(self.pattern.segment_lengths))))
+        out = pattern_attention(
+            q,
+            k,
+            v,
+            self.pattern,
+            is_causal=self.causal,
+            key_padding_mask=key_padding_mask,
+            distance_bias=bias,
+            backend=self.backend,
+        )
+        assert isinstance(out, Tensor)
+        out = out.transpose(1, 2).flatten(-2)  # (B, N, dim)
+        if self.sub_norm is not None:
+            out = self.sub_norm(out, key_padding_mask)
+        return self.out_proj(self.dropout(out))  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        pattern = self.pattern
+        return (
+            f"dim={self.dim}, heads={self.heads}, kv_heads={self.kv_heads}, segment_lengths={pattern.segment_lengths}, "
+            f"dilation_rates={pattern.dilation_rates}, head_offsets={pattern.head_offsets!r}, causal={self.causal}, "
+            f"xpos={self.xpos is not None}"
+        )
+
+
+def _check_counts(*, dim: int, heads: int, kv_heads: int) -> None:
+    for name, value in (("dim", dim), ("heads", heads), ("kv_heads", kv_heads)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}={value!r} has type {type(value).__name__}: expected an int")
+        if value < 1:
+            raise ValueError(f"{name}={value}: expected at least 1")
+    if dim % heads:
+        raise ValueError(f"dim={dim} is not divisible by heads={heads}")
+    if heads % kv_heads:
+        raise ValueError(f"heads={heads} is not divisible by kv_heads={kv_heads}")
+
+
+def _check_flags(**flags: bool) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}={value!r} has type {type(value).__name__}: expected a bool")
+
+
+def _one_spelling(name: str, value: bool, other_name: str, other: bool | None) -> bool:
+    """An option that has two accepted spellings, of which a caller uses one."""
+    if other is None:
+        return value
+    _check_flags(**{name: value, other_name: other})
+    if value and not other:
+        raise ValueError(f"{name}={value} and {other_name}={other} contradict each other: give one of them")
+    return other
+
+
+def _parse_pattern(segment_size: int | Sequence[int], dilation_rate: int | Sequence[int], head_offsets: str) -> Pattern:
+    try:
+        return Pattern.parse(segment_size, dilation_rate, head_offsets)
+    except (TypeError, ValueError) as error:
+        # Name the arguments as this constructor calls them.
+        said = str(error).replace("segment_lengths", "segment_size").replace("dilation_rates", "dilation_rate")
+        raise type(error)(said) from None
+
+
+def _check_process_group() -> None:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise ValueError(
+            "distributed=True needs a process group and none is initialised: call "
+            "torch.distributed.init_process_group first, or start with torchrun"
+        )
+    ranks = torch.distributed.get_world_size()
+    if ranks > 1:
+        raise ValueError(
+            f"distributed=True over {ranks} ranks: this version computes a sequence on one device, expected a process "
+            "group of one rank"
+        )

@@ -1,0 +1,268 @@
+"""The CPU backend: torch's own flash attention kernel on strided views of the inputs.
+
+Nothing is gathered. A tile (see :mod:`longnet.geometry.plan`) has four outer axes (batch, segment, offset, head) and
+the kernel takes two; the two largest go into one call and the others are looped over. Work is done in blocks of
+(batch, heads, tokens), so that accumulators and the kernel's own outputs stay a fraction of the tensors, and in cache.
+
+Traps of ``aten._scaled_dot_product_flash_attention_for_cpu`` that this file guards against: a last-dimension stride
+other than 1 gives wrong numbers silently; an empty query kills the process; a row without keys returns lse 0, not
+-inf; its backward divides by ``exp(lse)``, which must not be ``exp(-inf)``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longnet import mixing
+from longnet.backends.operators import (
+    Spec,
+    lse_dtype,
+    padding_view,
+    register_operators,
+    repeat_heads,
+    rows_without_keys,
+    sum_heads,
+    tile_view,
+)
+from longnet.geometry import Plan, Tile, make_plan
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# A block's accumulators aim at this many elements: they then stay in the caches of a core or two while the branches'
+# results are mixed into them, and are a fraction of the tensors.
+_BLOCK = 1 << 20
+
+
+def why_not(device_type: str, dtype: torch.dtype, has_bias: bool) -> str | None:
+    """Why this backend cannot run such inputs, or None when it can."""
+    if device_type != "cpu":
+        return f"it runs on cpu tensors, not {device_type}"
+    if dtype not in DTYPES:
+        return f"it takes {', '.join(map(str, DTYPES))}, not {dtype}"
+    if has_bias:
+        return "torch's CPU flash kernel gives no gradient for a score bias"
+    return None
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A part of the (batch, heads, tokens) space that no other part shares a key with, and its plan."""
+
+    rows: slice
+    heads: slice
+    kv_heads: slice
+    tokens: slice
+    plan: Plan
+
+    def of(self, x: Tensor) -> Tensor:
+        """The block's part of a tensor (B, H, N, ...)."""
+        return x[self.rows, self.heads, self.tokens]
+
+    def of_kv(self, x: Tensor) -> Tensor:
+        """The block's part of a tensor (B, Hk, N, ...)."""
+        return x[self.rows, self.kv_heads, self.tokens]
+
+
+def _blocks(query: Tensor, key: Tensor, spec: Spec, parallel: int) -> Iterator[_Block]:
+    """Cut the work into blocks of about ``_BLOCK`` elements with ``parallel`` (segment, head) pairs in every call."""
+    batch, heads, length, dim = query.shape
+    group = heads // key.shape[1]
+    # Every branch starts a segment at a multiple of the period, so windows of whole periods are independent.
+    period = min(spec.pattern.period, length)
+    tokens = min(length, max(1, _BLOCK // (period * dim)) * period)
+    segments = min(-(-tokens // width) for width in spec.pattern.segment_lengths)
+    head_count = max(_BLOCK // (tokens * dim), -(-parallel // segments))
+    head_count = min(heads, max(group, head_count // group * group))
+    batch_count = max(1, min(batch, _BLOCK // (tokens * dim * heads)))
+    for row in range(0, batch, batch_count):
+        for head in range(0, heads, head_count):
+            last = min(heads, head + head_count)
+            for token in range(0, length, tokens):
+                width = min(tokens, length - token)
+                yield _Block(
+                    slice(row, min(batch, row + batch_count)),
+                    slice(head, last),
+                    slice(head // group, last // group),
+                    slice(token, token + width),
+                    make_plan(spec.pattern, heads, width, head, last),
+                )
+
+
+def _calls(tile: Tile, batch: int) -> Iterator[tuple[Any, ...]]:
+    """Kernel calls that cover a tile: indices into its (batch, segment, offset, head) axes that leave two of them."""
+    sizes = (batch, *tile.shape[:3])
+    looped = sorted(range(4), key=sizes.__getitem__)[:2]
+    for chosen in itertools.product(*(range(sizes[axis]) for axis in looped)):
+        index: list[Any] = [slice(None)] * 4
+        for axis, value in zip(looped, chosen, strict=True):
+            index[axis] = value
+        yield tuple(index)
+
+
+class _Padding:
+    """A block's padding mask as the kernel wants it: an additive bias per tile, and the rows that see no key."""
+
+    def __init__(self, padding: Tensor, dtype: torch.dtype, is_causal: bool) -> None:
+        self.mask = padding
+        self.bias = torch.zeros_like(padding, dtype=dtype).masked_fill_(padding, -torch.inf)
+        self.is_causal = is_causal
+
+    def call(self, tile: Tile, index: tuple[Any, ...]) -> Tensor:
+        shape = (self.mask.shape[0], *tile.shape)
+        view = padding_view(self.bias, tile).expand(shape)[index]
+        # One row of keys for all queries: (a, b, 1, rows).
+        return view.unsqueeze(-2)
+
+    def empty_rows(self, tile: Tile) -> Tensor:
+        empty = rows_without_keys(padding_view(self.mask, tile), self.is_causal)
+        return empty.expand(self.mask.shape[0], *tile.shape)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """A block with every head's rows next to each other.
+
+    The kernel needs the last stride to be 1. Rows far apart (a (B, N, H, D) layout) it would take, but reads them up to
+    a fifth slower, in every branch again; one copy of a block is cheaper.
+    """
+    return x if x.stride()[-2:] == (x.shape[-1], 1) else x.contiguous()
+
+
+def _key_value(x: Tensor, block: _Block, group: int, padding: Tensor | None) -> Tensor:
+    x = repeat_heads(_dense(block.of_kv(x)), group)
+    # Whatever a padded key or value holds (a NaN, say) must not reach 0 * value.
+    return x if padding is None else x.masked_fill(padding[:, None, :, None], 0.0)
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, bias: Tensor | None, spec: Spec
+) -> tuple[Tensor, Tensor]:
+    """(B, H, N, D) queries and (B, Hk, N, D) keys and values to out like query and lse (B, H, N)."""
+    out = torch.empty_like(query)
+    lse = query.new_empty(query.shape[:-1], dtype=lse_dtype(query.dtype))
+    if query.numel() == 0:
+        return out, lse.fill_(-torch.inf)
+    group = query.shape[1] // key.shape[1]
+    # The forward kernel splits queries too, so one head keeps every thread busy.
+    for block in _blocks(query, key, spec, parallel=torch.get_num_threads()):
+        masks = None if padding is None else _Padding(padding[block.rows, block.tokens], query.dtype, spec.is_causal)
+        mask = None if masks is None else masks.mask
+        q, k, v = _dense(block.of(query)), _key_value(key, block, group, mask), _key_value(value, block, group, mask)
+        block_out, block_lse = block.of(out), block.of(lse)
+        # Where the output can hold the accumulator's precision, it is the accumulator.
+        total = block_out if out.dtype == lse.dtype else torch.empty_like(q, dtype=lse.dtype)
+        _forward_block(q, k, v, masks, block.plan, spec, total, block_lse)
+        if total is not block_out:
+            block_out.copy_(total)
+    return out, lse
+
+
+def _forward_block(
+    q: Tensor, k: Tensor, v: Tensor, masks: _Padding | None, plan: Plan, spec: Spec, out: Tensor, lse: Tensor
+) -> None:
+    parts = []
+    for branch in plan.branches:
+        for tile in branch.tiles:
+            tiles = [tile_view(x, tile) for x in (q, k, v)]
+            targets = tile_view(out, tile), tile_view(lse, tile)
+            empty = None if masks is None else masks.empty_rows(tile)
+            for index in _calls(tile, q.shape[0]):
+                mask = None if masks is None else masks.call(tile, index)
+                part, part_lse = _flash(
+                    *(x[index] for x in tiles), 0.0, spec.is_causal, attn_mask=mask, scale=spec.scale
+                )
+                if empty is not None:
+                    part_lse = part_lse.masked_fill(empty[index], -torch.inf)
+                parts.append((branch, targets[0][index], targets[1][index], part, part_lse))
+    # Mixed only now, so that the accumulators are touched while they are in cache and not between kernel calls.
+    first = plan.branches[0]
+    if not first.covers_all:
+        out.zero_()
+        lse.fill_(-torch.inf)
+    for branch, out_rows, lse_rows, part, part_lse in parts:
+        if branch is first:
+            out_rows.copy_(part)
+            lse_rows.copy_(part_lse)
+        else:
+            mixing.merge_(out_rows, lse_rows, part, part_lse)
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    padding: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    spec: Spec,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Exact gradients of the joint softmax: every branch's backward with the merged out and lse, added up."""
+    grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    no_bias = query.new_empty(0)
+    if query.numel() == 0:
+        return (*(grad.zero_() for grad in grads), no_bias)  # type: ignore[return-value]
+    group = query.shape[1] // key.shape[1]
+    # The backward kernel's unit of parallel work is one (segment, head).
+    for block in _blocks(query, key, spec, parallel=torch.get_num_threads()):
+        masks = None if padding is None else _Padding(padding[block.rows, block.tokens], query.dtype, spec.is_causal)
+        mask = None if masks is None else masks.mask
+        q, k, v = _dense(block.of(query)), _key_value(key, block, group, mask), _key_value(value, block, group, mask)
+        grad_o, o = _dense(block.of(grad_out)), _dense(block.of(out))
+        if grad_lse is not None:
+            grad_o, q, k, v, o = mixing.fold_lse_gradient(grad_o, q, k, v, o, block.of(grad_lse))
+        saved = mixing.lse_for_backward(block.of(lse))
+        targets = block.of(grads[0]), block.of_kv(grads[1]), block.of_kv(grads[2])
+        # Where the gradients can hold the accumulators' precision and shape, they are the accumulators.
+        in_place = group == 1 and grad_lse is None and query.dtype == lse.dtype
+        totals = targets if in_place else tuple(torch.empty_like(x, dtype=lse.dtype) for x in (q, k, v))
+        _backward_block(grad_o, q, k, v, masks, o, saved, block.plan, spec, totals)
+        if not in_place:
+            dim = query.shape[-1]
+            for target, total, shared in zip(targets, totals, (1, group, group), strict=True):
+                target.copy_(sum_heads(total[..., :dim], shared))
+    return (*grads, no_bias)
+
+
+def _backward_block(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    masks: _Padding | None,
+    out: Tensor,
+    lse: Tensor,
+    plan: Plan,
+    spec: Spec,
+    totals: tuple[Tensor, ...],
+) -> None:
+    if not plan.branches[0].covers_all:
+        for total in totals:
+            total.zero_()
+    for number, branch in enumerate(plan.branches):
+        for tile in branch.tiles:
+            views = [tile_view(x, tile) for x in (grad_out, q, k, v, out, lse)]
+            total_tiles = [tile_view(total, tile) for total in totals]
+            for index in _calls(tile, q.shape[0]):
+                mask = None if masks is None else masks.call(tile, index)
+                parts = _flash_backward(
+                    *(view[index] for view in views), 0.0, spec.is_causal, attn_mask=mask, scale=spec.scale
+                )
+                for total_tile, part in zip(total_tiles, parts, strict=True):
+                    if number == 0:
+                        total_tile[index].copy_(part)
+                    else:
+                        total_tile[index].add_(part)
+
+
+run = register_operators("cpu_flash", forward, backward)

@@ -1,0 +1,190 @@
+"""What every backend shares: the operator pair it registers and the views its kernels read.
+
+A backend is two functions on real tensors, ``forward -> (out, lse)`` and ``backward -> gradients``, for a whole pattern.
+They become two operators of their own (``longnet::<name>`` and ``longnet::<name>_backward``) with fake and autograd
+registration, so that compilation, export, checkpointing and FSDP see opaque, shape-correct calls.
+A backend whose kernels yield per-branch results mixes them with :mod:`longnet.mixing`; one that fuses the mix does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longnet.geometry import Pattern, Tile
+
+ForwardFn = Callable[..., tuple[Tensor, Tensor]]
+BackwardFn = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is computed, apart from the tensors. Source: arXiv 2307.02486, sections 2.2 to 2.4."""
+
+    pattern: Pattern
+    is_causal: bool
+    scale: float
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Statistics and mixing are float32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """An operator's inputs have been cast already; inside, float32 means float32."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+def register_operators(name: str, forward: ForwardFn, backward: BackwardFn) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Register a backend's operator pair and return the differentiable forward.
+
+    ``forward(query, key, value, padding, bias, spec) -> (out, lse)`` and
+    ``backward(grad_out, grad_lse, query, key, value, padding, bias, out, lse, spec)
+    -> (grad_query, grad_key, grad_value, grad_bias)``, where ``padding`` is (B, N) bool or None, ``bias`` is
+    (H, 2L - 1) by relative distance or None, ``grad_lse`` may be None and ``grad_bias`` is empty without a bias.
+    """
+
+    @torch.library.custom_op(f"longnet::{name}", mutates_args=())
+    def forward_op(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding: Tensor | None,
+        bias: Tensor | None,
+        segment_lengths: Sequence[int],
+        dilation_rates: Sequence[int],
+        head_offsets: str,
+        is_causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        spec = Spec(Pattern.parse(segment_lengths, dilation_rates, head_offsets), is_causal, scale)
+        with _no_autocast(query):
+            return forward(query, key, value, padding, bias, spec)
+
+    @forward_op.register_fake
+    def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=lse_dtype(query.dtype))
+
+    @torch.library.custom_op(f"longnet::{name}_backward", mutates_args=())
+    def backward_op(
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding: Tensor | None,
+        bias: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        segment_lengths: Sequence[int],
+        dilation_rates: Sequence[int],
+        head_offsets: str,
+        is_causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        spec = Spec(Pattern.parse(segment_lengths, dilation_rates, head_offsets), is_causal, scale)
+        with _no_autocast(query):
+            return backward(grad_out, grad_lse, query, key, value, padding, bias, out, lse, spec)
+
+    @backward_op.register_fake
+    def _(
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding: Tensor | None,
+        bias: Tensor | None,
+        *_: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        grad_bias = query.new_empty(0) if bias is None else torch.empty_like(bias)
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), grad_bias
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        query, key, value, padding, bias, *ctx.settings = inputs
+        ctx.save_for_backward(query, key, value, padding, bias, *output)
+        # An lse that nobody differentiates then arrives as None and costs nothing.
+        ctx.set_materialize_grads(False)
+
+    def autograd_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        query, key, value, padding, bias, out, lse = ctx.saved_tensors
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        *grads, grad_bias = backward_op(
+            grad_out, grad_lse, query, key, value, padding, bias, out, lse, *ctx.settings
+        )
+        return (*grads, None, None if bias is None else grad_bias, None, None, None, None, None)
+
+    def no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+        raise RuntimeError(
+            f"dilated attention (longnet::{name}_backward) has no second derivative: "
+            "a gradient taken with create_graph=True cannot be differentiated again"
+        )
+
+    torch.library.register_autograd(f"longnet::{name}", autograd_backward, setup_context=setup_context)
+    torch.library.register_autograd(f"longnet::{name}_backward", no_second_derivative)
+
+    def run(
+        query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, bias: Tensor | None, spec: Spec
+    ) -> tuple[Tensor, Tensor]:
+        pattern = spec.pattern
+        return forward_op(  # type: ignore[no-any-return]
+            query,
+            key,
+            value,
+            padding,
+            bias,
+            pattern.segment_lengths,
+            pattern.dilation_rates,
+            pattern.head_offsets,
+            spec.is_causal,
+            spec.scale,
+        )
+
+    return run
+
+
+def tile_view(x: Tensor, tile: Tile) -> Tensor:
+    """The tile's rows of x (B, H, N, ...) as a view (B, segments, offsets, heads, rows, ...), no copy."""
+    batch, head, token, *rest = x.stride()
+    return x.as_strided(
+        (x.shape[0], *tile.shape, *x.shape[3:]),
+        (batch, *tile.strides(head, token), *rest),
+        x.storage_offset() + tile.origin(head, token),
+    )
+
+
+def padding_view(padding: Tensor, tile: Tile) -> Tensor:
+    """The tile's entries of a (B, N) mask as a view (B, segments, offsets, 1, rows): all heads share them."""
+    batch, token = padding.stride()
+    segment, offset, _, row = tile.strides(0, token)
+    segments, offsets, _, rows = tile.shape
+    return padding.as_strided(
+        (padding.shape[0], segments, offsets, 1, rows),
+        (batch, segment, offset, 0, row),
+        padding.storage_offset() + tile.origin(0, token),
+    )
+
+
+def rows_without_keys(padded: Tensor, is_causal: bool) -> Tensor:
+    """Which rows of (..., rows) see no key at all when ``padded`` keys are left out."""
+    if is_causal:
+        return padded.to(torch.int32).cumprod(-1).bool()
+    return padded.all(-1, keepdim=True).expand_as(padded)
+
+
+def repeat_heads(x: Tensor, group: int) -> Tensor:
+    """(B, Hk, N, D) to (B, Hk * group, N, D): the key/value head that each query head reads."""
+    return x if group == 1 else x.repeat_interleave(group, dim=1)
+
+
+def sum_heads(grad: Tensor, group: int) -> Tensor:
+    """The transpose of :func:`repeat_heads`: gradients of the query heads that share a key/value head, added up."""
+    return grad if group == 1 else grad.unflatten(1, (-1, group)).sum(2)

@@ -1,0 +1,55 @@
+"""Choosing a backend: one predicate each, in two moods. ``auto`` logs why one was passed over, a name raises it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longnet.backends import cpu_flash, portable
+from longnet.backends.operators import Spec
+
+_log = logging.getLogger("longnet")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to compute a whole pattern: ``run`` gives (out, lse), ``why_not`` says what it cannot take."""
+
+    name: str
+    why_not: Callable[[str, torch.dtype, bool], str | None]
+    run: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Spec], tuple[Tensor, Tensor]]
+
+
+# In order of preference; the last takes everything the library computes.
+BACKENDS: tuple[Backend, ...] = (
+    Backend("cpu_flash", cpu_flash.why_not, cpu_flash.run),
+    Backend("portable", portable.why_not, portable.run),
+)
+
+
+def select_backend(name: str, device_type: str, dtype: torch.dtype, has_bias: bool) -> Backend:
+    """The backend called ``name``, or for ``"auto"`` the first that can run such inputs.
+
+    Raises:
+        ValueError: an unknown name, a named backend that cannot run (with its reason), or no backend that can.
+    """
+    reasons = []
+    for backend in BACKENDS:
+        if name not in ("auto", backend.name):
+            continue
+        reason = backend.why_not(device_type, dtype, has_bias)
+        if reason is None:
+            if not torch.compiler.is_compiling():
+                for passed_over in reasons:
+                    _log.debug("backend %s passed over: %s", *passed_over)
+            return backend
+        reasons.append((backend.name, reason))
+    if not reasons:
+        names = ("auto", *(backend.name for backend in BACKENDS))
+        raise ValueError(f"backend={name!r} is unknown: expected one of {names}")
+    said = "; ".join(f"{backend_name}: {reason}" for backend_name, reason in reasons)
+    raise ValueError(f"backend={name!r} cannot run these inputs: {said}")

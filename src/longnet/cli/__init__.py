@@ -1,0 +1,1 @@
+"""The ``longnet`` command: one file a subcommand."""

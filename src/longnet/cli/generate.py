@@ -1,0 +1,72 @@
+"""``longnet generate``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def generate(
+    run: Annotated[Path, typer.Argument(help="Run folder of longnet train.", metavar="RUN")],
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
+    file: Annotated[Path | None, typer.Option(help="File whose bytes to continue, - for standard input.")] = None,
+    tokens: Annotated[int, typer.Option(help="Bytes to generate.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest byte.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Sample among this many likeliest bytes.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest bytes of this probability.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+) -> None:
+    """Continue a prompt with a trained model; the text goes to standard output, progress to standard error.
+
+    Bytes that are no valid UTF-8 are shown as the replacement character.
+    """
+    import torch
+
+    from longnet.training.folder import load_model
+    from longnet.training.progress import make_reporter
+    from longnet.training.settings import resolve_device
+
+    given = _read_prompt(prompt, file)
+    if tokens < 1:
+        raise ValueError(f"tokens={tokens}: expected at least 1")
+    model = load_model(run, resolve_device(device, "float32"))
+    start = torch.tensor([list(given)], dtype=torch.int64, device=next(model.parameters()).device)
+    reporter = make_reporter(sys.stderr)
+    reporter.begin(f"Generating {tokens:,} bytes after {len(given):,}")
+    try:
+        result = model.generate(
+            start,
+            tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            on_token=lambda step: reporter.advance(step / tokens),
+        )
+    finally:
+        reporter.end()
+    print(bytes(result[0].tolist()).decode("utf-8", "replace"))
+
+
+def _read_prompt(prompt: str | None, file: Path | None) -> bytes:
+    """The bytes to continue, at least one.
+
+    Raises:
+        ValueError: neither, both, or none in it.
+    """
+    if (prompt is None) == (file is None):
+        raise ValueError("expected a prompt, either as --prompt TEXT or as --file PATH")
+    if prompt is not None:
+        content = prompt.encode("utf-8", "surrogateescape")
+    elif str(file) == "-":
+        content = sys.stdin.buffer.read()
+    else:
+        assert file is not None
+        content = file.read_bytes()
+    if not content:
+        raise ValueError("the prompt is empty: expected at least one byte to continue")
+    return content

@@ -1,0 +1,214 @@
+"""``longnet inspect``: what a pattern costs, covers and sees, as tables and a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from longnet.geometry.cost import Cost, KeysPerQuery, cost, keys_per_query
+from longnet.geometry.coverage import LONGEST_REACH, Coverage, LayerReach, coverage, receptive_field
+from longnet.geometry.pattern import Pattern
+from longnet.geometry.suggest import suggest_pattern
+
+
+def inspect(
+    segments: Annotated[str | None, typer.Option(help="Segment length of each branch in tokens: 2048,4096.")] = None,
+    rates: Annotated[str | None, typer.Option(help="Dilation rate of each branch, as many as segments: 1,2.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of the sequence (left out: the longest segment).")] = None,
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 12,
+    head_dim: Annotated[int, typer.Option(help="Size of one head.")] = 64,
+    kv_heads: Annotated[int | None, typer.Option(help="Key/value heads (left out: as many as heads).")] = None,
+    layers: Annotated[int, typer.Option(help="Attention layers for the receptive field.")] = 4,
+    bidirectional: Annotated[bool, typer.Option("--bidirectional", help="Keys after the query count too.")] = False,
+    head_offsets: Annotated[str, typer.Option(help="Offset of each head: interleaved or blocked.")] = "interleaved",
+    suggest_budget: Annotated[
+        int | None, typer.Option(help="Suggest a pattern for --length with at most this many keys per query.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="File for the picture of the pattern.")] = Path("pattern.png"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Show what a dilated-attention pattern costs, which positions it covers, how far it sees; draw it as PNG."""
+    causal = not bidirectional
+    try:
+        pattern, length = _pattern(segments, rates, length, heads, head_offsets, suggest_budget)
+        spent = cost(pattern, heads, length, head_dim, is_causal=causal, kv_heads=kv_heads)
+        covered = coverage(pattern, heads, length)
+        # Nothing is read across a period, so a long sequence of short segments is no long way to follow.
+        followed = length if min(length, pattern.period) <= LONGEST_REACH else LONGEST_REACH
+        seen = receptive_field(pattern, heads, followed, layers, causal)
+        from longnet.figures import plot_pattern
+
+        figure = plot_pattern(pattern, heads, length, out, is_causal=causal)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    keys: KeysPerQuery | str
+    try:
+        keys = keys_per_query(pattern, heads, length, causal)
+    except ValueError as error:
+        keys = str(error)
+
+    if as_json:
+        found = _as_dict(pattern, heads, length, causal, spent, keys, covered, seen, followed)
+        typer.echo(json.dumps(found | {"figure": str(figure)}, indent=2))
+        return
+    console = Console()
+    listed = [",".join(map(str, values)) for values in (pattern.segment_lengths, pattern.dilation_rates)]
+    title = "Suggested pattern" if suggest_budget else "Pattern"
+    console.print(f"\n[bold]{title}[/]  --segments {listed[0]} --rates {listed[1]}", soft_wrap=True)
+    direction = "causal" if causal else "bidirectional"
+    console.print(f"{length:,} tokens, {heads} heads, {direction}, {head_offsets} offsets\n")
+    console.print(_cost_table(spent, keys, heads, length))
+    if isinstance(keys, str):
+        console.print(f"Fewest and most keys are not shown: {keys}\n", style="yellow", markup=False)
+    _print_coverage(console, covered, heads)
+    console.print(_reach_table(seen, followed))
+    scope = "earlier tokens" if causal else "tokens"
+    console.print(
+        f"The {scope} it depends on after so many layers, itself included; heads mix between layers.", style="dim"
+    )
+    start = (followed - 1) // pattern.period * pattern.period
+    if start:
+        console.print(f"Every branch starts a segment at {start:,}, so no layer reaches across it.", style="dim")
+    if followed < length:
+        console.print(
+            f"Followed for the first {followed:,} tokens only, the most this command follows.", style="yellow"
+        )
+    console.print("\nPicture of the pattern: ", end="")
+    console.print(str(figure), style="bold", markup=False, soft_wrap=True)
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(2)
+
+
+def _pattern(
+    segments: str | None, rates: str | None, length: int | None, heads: int, head_offsets: str, budget: int | None
+) -> tuple[Pattern, int]:
+    if budget is not None:
+        if segments is not None or rates is not None:
+            raise ValueError("--suggest-budget chooses the pattern: leave out --segments and --rates")
+        if length is None:
+            raise ValueError("--suggest-budget needs the sequence length to reach: give --length")
+        return suggest_pattern(length, budget, heads=heads, head_offsets=head_offsets), length
+    if segments is None or rates is None:
+        raise ValueError("a pattern needs both --segments and --rates, say --segments 2048,4096 --rates 1,2")
+    pattern = Pattern.parse(_integers("--segments", segments), _integers("--rates", rates), head_offsets)
+    return pattern, max(pattern.segment_lengths) if length is None else length
+
+
+def _integers(option: str, text: str) -> list[int]:
+    values = []
+    for item in text.split(","):
+        try:
+            values.append(int(item))
+        except ValueError:
+            raise ValueError(
+                f"{option} {text!r} holds {item.strip()!r}: expected whole numbers separated by commas, say 2048,4096"
+            ) from None
+    return values
+
+
+def _cost_table(spent: Cost, keys: KeysPerQuery | str, heads: int, length: int) -> Table:
+    table = Table(title="Cost of one attention layer, one sequence", title_justify="left", title_style="bold")
+    table.add_column("")
+    table.add_column("dilated", justify="right", style="cyan", no_wrap=True)
+    table.add_column("dense", justify="right", no_wrap=True)
+    table.add_column("what it means", style="dim")
+    dilated, dense = spent.dilated, spent.dense
+    mean = [work.pairs / (heads * length) for work in (dilated, dense)]
+    table.add_row("keys per query", f"{mean[0]:,.1f}", f"{mean[1]:,.1f}", "tokens a query reads, on average over heads")
+    if isinstance(keys, KeysPerQuery):
+        table.add_row("  fewest, most", f"{keys.min:,}, {keys.max:,}", "", "a token read by two branches counts twice")
+    table.add_row("score pairs", _count(dilated.pairs), _count(dense.pairs), "query-key products, all heads")
+    for name, field in (("forward", "forward_flops"), ("backward", "backward_flops")):
+        values = [_count(getattr(work, field)) for work in (dilated, dense)]
+        products = "two" if name == "forward" else "five"
+        table.add_row(f"{name} FLOPs", *values, f"{products} matrix products over the pairs")
+    for name in ("forward", "backward"):
+        values = [_bytes(getattr(work, f"{name}_bytes")) for work in (dilated, dense)]
+        table.add_row(f"{name} traffic", *values, "each 2-byte tensor moved once; the same for both")
+    table.add_row("share of dense", f"{float(spent.ratio):.2%}", "", "dilated FLOPs over dense FLOPs")
+    return table
+
+
+def _print_coverage(console: Console, covered: Coverage, heads: int) -> None:
+    console.print("\n[bold]Coverage[/] [dim](a head gives zeros at positions that no branch of it takes part in)[/]")
+    if not any(covered.heads):
+        console.print(f"Every one of the {heads} heads takes part at every position.\n")
+        return
+    groups: dict[tuple[str, float], list[int]] = {}
+    for head, missed in enumerate(covered.heads):
+        groups.setdefault((missed.description, float(1 - missed.fraction)), []).append(head)
+    table = Table()
+    table.add_column("head")
+    table.add_column("covered", justify="right", style="cyan")
+    table.add_column("takes no part at")
+    for (description, share), members in groups.items():
+        table.add_row(", ".join(map(str, members)), f"{share:.2%}", description)
+    console.print(table)
+    nobody = covered.uncovered
+    if nobody:
+        console.print(
+            f"No head covers {nobody.description}: {nobody.count:,} of {nobody.positions:,} positions "
+            f"({float(nobody.fraction):.2%}) get no attention output at all. "
+            "Add a branch with rate 1, or choose rates that divide the number of heads.\n",
+            style="bold red", markup=False,
+        )  # fmt: skip
+    else:
+        console.print("Every position is covered by at least one head.\n")
+
+
+def _reach_table(seen: tuple[LayerReach, ...], length: int) -> Table:
+    table = Table(title=f"Receptive field of position {length - 1:,}", title_justify="left", title_style="bold")
+    for name in ("layers", "tokens reached", "share", "farthest token"):
+        table.add_column(name, justify="right", style="cyan" if name == "share" else None)
+    for layer in seen:
+        row = (layer.layer, f"{layer.tokens:,}", f"{float(layer.fraction):.2%}", f"{layer.farthest:,} away")
+        table.add_row(*map(str, row))
+    return table
+
+
+def _as_dict(
+    pattern: Pattern, heads: int, length: int, causal: bool, spent: Cost, keys: KeysPerQuery | str, covered: Coverage,
+    seen: tuple[LayerReach, ...], followed: int,
+) -> dict[str, Any]:  # fmt: skip
+    extremes = {"min": keys.min, "max": keys.max} if isinstance(keys, KeysPerQuery) else {"not_known": keys}
+    nobody = covered.uncovered
+    return {
+        "segment_lengths": pattern.segment_lengths,
+        "dilation_rates": pattern.dilation_rates,
+        "head_offsets": pattern.head_offsets,
+        "length": length,
+        "heads": heads,
+        "causal": causal,
+        "keys_per_query": {"mean": spent.dilated.pairs / (heads * length), **extremes},
+        "cost": {"dilated": vars(spent.dilated), "dense": vars(spent.dense), "ratio": float(spent.ratio)},
+        "coverage": {
+            "heads": [float(share) for share in covered.fractions],
+            "uncovered": {"count": nobody.count, "positions": nobody.positions, "description": nobody.description},
+        },
+        "receptive_field": {
+            "position": followed - 1,
+            "layers": [vars(layer) | {"fraction": float(layer.fraction)} for layer in seen],
+        },
+    }
+
+
+def _count(value: int) -> str:
+    for power, unit in ((15, "P"), (12, "T"), (9, "G"), (6, "M")):
+        if value >= 10**power:
+            return f"{value / 10**power:,.2f} {unit}"
+    return f"{value:,}"
+
+
+def _bytes(value: int) -> str:
+    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if value >= 1 << power:
+            return f"{value / (1 << power):,.1f} {unit}"
+    return f"{value:,} B"

@@ -1,0 +1,180 @@
+"""``longnet train``."""
+
+from __future__ import annotations
+
+import json
+import signal
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from longnet.models import LongNetConfig
+    from longnet.training import TrainSettings
+
+DEFAULT_PRESET = "tiny"
+DEFAULT_STEPS = 1000
+INTERRUPTED = 130
+
+
+def train(
+    out: Annotated[Path, typer.Option(help="Run folder to make (or, with --resume, to go on with).")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="File or folder of text or any bytes.", show_default="Python's standard library source"),
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="Model preset.", show_default=DEFAULT_PRESET)] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help='JSON or TOML file of LongNetConfig fields, and "preset" to start from one.'),
+    ] = None,
+    context: Annotated[int | None, typer.Option(help="Bytes per window.", show_default="8192")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps.", show_default=f"{DEFAULT_STEPS}, no limit with --minutes")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Stop training after this long (the report comes after).")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Windows per forward pass.", show_default="1")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Forward passes per step.", show_default="1")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="0.003")] = None,
+    warmup: Annotated[int | None, typer.Option(help="Steps of linear warm-up.", show_default="50")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="cosine, linear, constant or wsd.", show_default="cosine")
+    ] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="On matrices only.", show_default="0.1")] = None,
+    clip: Annotated[float | None, typer.Option(help="Largest gradient norm, 0 for any.", show_default="1.0")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16 (CUDA): the forward pass.", show_default="float32"),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.", show_default="auto")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, windows and dropout.", show_default="0")] = None,
+    eval_every: Annotated[
+        int | None, typer.Option(help="Steps between evaluations, 0 for none.", show_default="100")
+    ] = None,
+    save_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints, 0 for one at the end.", show_default="100")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's choice")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out; its settings are kept where none is given.")
+    ] = False,
+) -> None:
+    """Train a byte-level LongNet and write a run folder: model, metrics, checkpoint, report.html.
+
+    Needs no download: without --data it learns the source code of Python's standard library. Killed at any moment, the
+    same command with --resume goes on from the last checkpoint, with the losses of a run that was never stopped.
+    """
+    given = {
+        "out": str(out),
+        "data": None if data is None else str(data),
+        "context": context,
+        "steps": steps,
+        "minutes": minutes,
+        "batch": batch,
+        "accumulate": accumulate,
+        "lr": lr,
+        "warmup": warmup,
+        "schedule": schedule,
+        "weight_decay": weight_decay,
+        "clip": clip,
+        "dtype": dtype,
+        "device": device,
+        "seed": seed,
+        "eval_every": eval_every,
+        "save_every": save_every,
+        "threads": threads,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    settings = _make_settings(given, preset, config, resume)
+    _run(settings, resume)
+
+
+def _make_settings(given: dict[str, Any], preset: str | None, config: Path | None, resume: bool) -> TrainSettings:
+    """Settings from what was given; a resumed run's own fill the rest, and defaults a new one's."""
+    from longnet.models import LongNetConfig
+    from longnet.training.folder import RunFolder
+    from longnet.training.resume import read_settings
+    from longnet.training.settings import TrainSettings
+
+    model = _read_model(preset, config)
+    if resume:
+        saved = read_settings(RunFolder(given["out"]))
+        return saved.replace(**given, **({} if model is None else {"model": model}))
+    if "steps" not in given and "minutes" not in given:
+        given["steps"] = DEFAULT_STEPS
+    return TrainSettings(model=model or LongNetConfig.preset(DEFAULT_PRESET), **given)
+
+
+def _read_model(preset: str | None, config: Path | None) -> LongNetConfig | None:
+    """The model config that --preset or --config name; ``None`` for neither.
+
+    Raises:
+        ValueError: both, an unknown preset or field, a file that is neither JSON nor TOML.
+    """
+    from longnet.models import LongNetConfig
+
+    if preset is not None and config is not None:
+        raise ValueError('--preset and --config were both given: expected one (a config file may name a "preset")')
+    if preset is not None:
+        return LongNetConfig.preset(preset)
+    if config is None:
+        return None
+    text = config.read_text(encoding="utf-8")
+    try:
+        values = tomllib.loads(text) if config.suffix.lower() == ".toml" else json.loads(text)
+    except ValueError as error:
+        raise ValueError(
+            f"--config {config} is not {'TOML' if config.suffix == '.toml' else 'JSON'}: {error}"
+        ) from None
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {config} holds a {type(values).__name__}: expected fields of LongNetConfig")
+    base = values.pop("preset", None)
+    return LongNetConfig.from_dict(values) if base is None else LongNetConfig.preset(base, **values)
+
+
+def _run(settings: TrainSettings, resume: bool) -> None:
+    from longnet.training import write_report
+    from longnet.training import train as train_model
+    from longnet.training.progress import format_seconds, make_reporter
+    from longnet.training.report import long_context_verdict
+
+    reporter = make_reporter()
+    with _stop_on_signal(reporter.say) as should_stop:
+        summary = train_model(settings, resume=resume, reporter=reporter, should_stop=should_stop)
+    where = f"longnet train --out {settings.out} --resume"
+    if not summary.finished:
+        reporter.say(f"Stopped and saved after step {summary.step:,}. To go on: {where}")
+        raise typer.Exit(INTERRUPTED)
+    reporter.say(f"Trained {summary.step:,} steps on {summary.tokens:,} bytes in {format_seconds(summary.seconds)}")
+    evaluation = write_report(settings.out, reporter=reporter)
+    base = evaluation.baselines
+    reporter.say(
+        f"Held out: {evaluation.bits_per_byte.mean:.4f} bits per byte; "
+        f"lzma {base.lzma:.4f}, unigram {base.unigram:.4f} on the same {evaluation.scored_bytes:,} bytes"
+    )
+    reporter.say(long_context_verdict(evaluation))
+
+
+@contextmanager
+def _stop_on_signal(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+    """Between the first SIGINT or SIGTERM and the end of the step, nothing is lost; a second one ends the program."""
+    asked: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        asked.append(number)
+        if len(asked) > 1:
+            raise KeyboardInterrupt
+        say("Stopping after this step (once more to stop at once)")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,229 @@
+"""``dilated_attention``: validate, choose a backend, run it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from longnet.backends import Spec, select_backend
+from longnet.geometry import HeadOffsets, Pattern, uncovered_positions
+
+
+@overload
+def dilated_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segment_lengths: int | Sequence[int],
+    dilation_rates: int | Sequence[int],
+    *,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    key_padding_mask: Tensor | None = ...,
+    head_offsets: HeadOffsets = ...,
+    return_lse: Literal[False] = ...,
+    backend: str = ...,
+    group: Any = ...,
+) -> Tensor: ...
+
+
+@overload
+def dilated_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segment_lengths: int | Sequence[int],
+    dilation_rates: int | Sequence[int],
+    *,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    key_padding_mask: Tensor | None = ...,
+    head_offsets: HeadOffsets = ...,
+    return_lse: Literal[True],
+    backend: str = ...,
+    group: Any = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def dilated_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segment_lengths: int | Sequence[int],
+    dilation_rates: int | Sequence[int],
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    head_offsets: HeadOffsets = "interleaved",
+    return_lse: bool = False,
+    backend: str = "auto",
+    group: Any = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Dilated attention, exact: one softmax over the multiset union of all branches' keys.
+
+    Source: LongNet, arXiv 2307.02486, sections 2.2 to 2.4, equations 10 and 11. Head ``j`` selects position ``p`` in
+    the branch (w, r) when ``(p mod w) mod r`` is its offset; a query attends, in every branch that selects it, to the
+    selected positions of its own segment. A key that two branches share counts twice. Linear in N in time and memory.
+
+    Args:
+        query: (B, H, N, D) of float64, float32, bfloat16 or float16, any strides. Under autocast it is cast as
+            ``F.scaled_dot_product_attention`` casts.
+        key: (B, Hk, N, D), Hk divides H; query head ``j`` reads head ``j // (H / Hk)``.
+        value: (B, Hk, N, D).
+        segment_lengths: w in tokens, an int or one per branch. Nothing needs to divide anything.
+        dilation_rates: r, an int or one per branch, ``1 <= r <= w``.
+        is_causal: a query sees keys at positions up to its own.
+        scale: of the scores, default ``D ** -0.5``.
+        key_padding_mask: (B, N) bool, True where the key is to be ignored.
+        head_offsets: ``"interleaved"`` (``j mod r``, the paper) or ``"blocked"`` (``j // ceil(H / r)``, torchscale).
+        return_lse: also return the natural log of the softmax denominators. It is differentiable.
+        backend: ``"auto"``, or one by name; a named one that cannot run raises its reason.
+        group: a process group for sequence parallelism; this version computes on one device, so only None.
+
+    Returns:
+        out (B, H, N, D) in the query's dtype and layout; with ``return_lse`` also lse (B, H, N), float32 (float64 for
+        float64). A row without any key has out 0, lse -inf and zero gradients.
+
+    Raises:
+        TypeError: an argument of the wrong type. ValueError: any other bad value; both name the argument.
+    """
+    pattern = Pattern.parse(segment_lengths, dilation_rates, head_offsets)
+    return pattern_attention(
+        query,
+        key,
+        value,
+        pattern,
+        is_causal=is_causal,
+        scale=scale,
+        key_padding_mask=key_padding_mask,
+        return_lse=return_lse,
+        backend=backend,
+        group=group,
+    )
+
+
+def pattern_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    distance_bias: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+    group: Any = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`dilated_attention` for a parsed pattern, with a relative bias.
+
+    Args:
+        distance_bias: (H, 2L - 1) or None. Added to the scaled score of a query at p and a key at k by head ``j`` is
+            ``distance_bias[j, k - p + L - 1]``; L is at least the largest distance plus one.
+    """
+    query, key, value = _check_tensors(query, key, value)
+    _check_mask(key_padding_mask, query)
+    for name, flag in (("is_causal", is_causal), ("return_lse", return_lse)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}={flag!r} has type {type(flag).__name__}: expected a bool")
+    if scale is not None:
+        if isinstance(scale, bool) or not isinstance(scale, int | float):
+            raise TypeError(f"scale={scale!r} has type {type(scale).__name__}: expected a float or None")
+        if not math.isfinite(scale):
+            raise ValueError(f"scale={scale} is not finite")
+    if group is not None:
+        raise ValueError(
+            f"group={group!r}: this version computes a sequence on one device, expected None; "
+            "gather the sequence first, or run one sequence per rank"
+        )
+    if distance_bias is not None:
+        _check_bias(distance_bias, query, pattern)
+    if not torch.compiler.is_compiling():
+        warn_uncovered(pattern, query.shape[1])
+    chosen = select_backend(backend, query.device.type, query.dtype, distance_bias is not None)
+    spec = Spec(pattern, is_causal, float(query.shape[-1] ** -0.5 if scale is None else scale))
+    out, lse = chosen.run(query, key, value, key_padding_mask, distance_bias, spec)
+    return (out, lse) if return_lse else out
+
+
+@lru_cache(maxsize=256)
+def warn_uncovered(pattern: Pattern, heads: int) -> None:
+    """Warn, once per pattern and number of heads, of positions that no head ever reaches."""
+    uncovered = uncovered_positions(pattern, heads)
+    if uncovered:
+        warnings.warn(
+            f"segment_lengths={pattern.segment_lengths} and dilation_rates={pattern.dilation_rates} with {heads} heads "
+            f"leave {uncovered.description} to no head ({float(uncovered.fraction):.1%} of all): they get zero "
+            "attention. Use at least as many heads as the rate, or add a branch of rate 1.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = {"query": query, "key": key, "value": value}
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} has type {type(x).__name__}: expected a torch.Tensor")
+        if x.dim() != 4:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: expected 4 dimensions (B, H, N, D)")
+        if not x.is_floating_point():
+            raise TypeError(f"{name} has dtype {x.dtype}: expected float64, float32, bfloat16 or float16")
+    query, key, value = _autocast(query, key, value)
+    batch, heads, length, dim = query.shape
+    for name, x in (("key", key), ("value", value)):
+        if x.dtype != query.dtype:
+            raise ValueError(f"{name} has dtype {x.dtype}: expected the query's {query.dtype}")
+        if x.device != query.device:
+            raise ValueError(f"{name} is on {x.device}: expected the query's device {query.device}")
+        if x.shape[0] != batch or x.shape[2] != length or x.shape[3] != dim:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}: expected (B, Hk, N, D) = ({batch}, Hk, {length}, {dim}) as the query's"
+            )
+    if value.shape[1] != key.shape[1]:
+        raise ValueError(f"value has {value.shape[1]} heads: expected as many as key, {key.shape[1]}")
+    if heads < 1 or dim < 1:
+        raise ValueError(f"query has shape {tuple(query.shape)}: expected at least one head and one channel")
+    if key.shape[1] < 1 or heads % key.shape[1]:
+        raise ValueError(f"query has {heads} heads and key has {key.shape[1]}: expected a multiple")
+    return query, key, value
+
+
+def _check_mask(mask: Tensor | None, query: Tensor) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"key_padding_mask has type {type(mask).__name__}: expected a bool torch.Tensor or None")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"key_padding_mask has dtype {mask.dtype}: expected torch.bool, True where a key is ignored")
+    expected = (query.shape[0], query.shape[2])
+    if mask.dim() != 2 or mask.shape[0] != expected[0] or mask.shape[1] != expected[1]:
+        raise ValueError(f"key_padding_mask has shape {tuple(mask.shape)}: expected (B, N) = {expected}")
+    if mask.device != query.device:
+        raise ValueError(f"key_padding_mask is on {mask.device}: expected the query's device {query.device}")
+
+
+def _check_bias(bias: Tensor, query: Tensor, pattern: Pattern) -> None:
+    if bias.dim() != 2 or bias.shape[0] != query.shape[1] or bias.shape[1] % 2 != 1:
+        raise ValueError(f"distance_bias has shape {tuple(bias.shape)}: expected (H, 2L - 1) with H={query.shape[1]}")
+    reach = min(max(pattern.segment_lengths), max(1, query.shape[2]))
+    if bias.shape[1] < 2 * reach - 1:
+        raise ValueError(f"distance_bias holds {bias.shape[1]} distances: expected at least {2 * reach - 1}")
+
+
+def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    device_type = query.device.type
+    if query.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+        return query, key, value
+    if not torch.is_autocast_enabled(device_type):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device_type)
+    return query.to(dtype), key.to(dtype), value.to(dtype)

@@ -1,0 +1,31 @@
+"""Which rows attend to which: patterns, plans, and what they cost. Integers and the standard library only."""
+
+from longnet.geometry.cost import Cost, KeysPerQuery, Work, cost, keys_per_query, score_pairs
+from longnet.geometry.coverage import Coverage, LayerReach, Uncovered, coverage, receptive_field, uncovered_positions
+from longnet.geometry.pattern import HEAD_OFFSETS, Branch, HeadOffsets, Pattern
+from longnet.geometry.plan import BranchPlan, Plan, Tile, make_plan
+from longnet.geometry.suggest import suggest_pattern
+
+__all__ = [
+    "HEAD_OFFSETS",
+    "Branch",
+    "BranchPlan",
+    "Cost",
+    "Coverage",
+    "HeadOffsets",
+    "KeysPerQuery",
+    "LayerReach",
+    "Pattern",
+    "Plan",
+    "Tile",
+    "Uncovered",
+    "Work",
+    "cost",
+    "coverage",
+    "keys_per_query",
+    "make_plan",
+    "receptive_field",
+    "score_pairs",
+    "suggest_pattern",
+    "uncovered_positions",
+]

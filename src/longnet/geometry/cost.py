@@ -1,0 +1,250 @@
+"""What a pattern costs: keys per query, score pairs, FLOPs and bytes, exact and in closed form.
+
+Source: LongNet, arXiv 2307.02486, section 2.5 (the sum over branches of ``w / r`` keys). Integers and fractions only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+from itertools import pairwise
+
+from longnet.geometry.pattern import Branch, Pattern
+
+_DIGIT_STEPS = 1 << 20
+_SCAN_STEPS = 1 << 22
+
+
+@dataclass(frozen=True)
+class KeysPerQuery:
+    """Keys that one query attends to, over all (head, position). A key that two branches share counts twice."""
+
+    min: int
+    mean: Fraction
+    max: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one attention call computes and moves. FLOPs are multiplications plus additions; bytes are bytes."""
+
+    pairs: int
+    forward_flops: int
+    backward_flops: int
+    forward_bytes: int
+    backward_bytes: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The work of a pattern beside that of dense attention on the same tensors."""
+
+    dilated: Work
+    dense: Work
+
+    @property
+    def ratio(self) -> Fraction:
+        """FLOPs of the pattern over FLOPs of dense attention: the same fraction forward and backward."""
+        return Fraction(self.dilated.pairs, self.dense.pairs)
+
+
+def positive_int(name: str, value: int) -> int:
+    """``value`` itself.
+
+    Raises:
+        TypeError: it is not an int.
+        ValueError: it is below 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} has type {type(value).__name__}: expected an int of at least 1")
+    if value < 1:
+        raise ValueError(f"{name}={value} is too small: expected an int of at least 1")
+    return value
+
+
+def score_pairs(pattern: Pattern, heads: int, length: int, is_causal: bool = False) -> int:
+    """Exact number of (query, key) pairs of one sequence, summed over heads and branches.
+
+    Closed form per branch and offset, so the length does not matter to the time it takes.
+
+    Args:
+        pattern: the branches.
+        heads: query heads H.
+        length: tokens N.
+        is_causal: keys after the query are left out.
+    """
+    positive_int("heads", heads)
+    positive_int("length", length)
+    total = 0
+    for branch in pattern.branches:
+        segments, rest = divmod(length, branch.segment_length)
+        for offset, count in Counter(pattern.offset(branch, head, heads) for head in range(heads)).items():
+            whole = _square(branch.rows(branch.segment_length, offset), is_causal)
+            total += count * (segments * whole + _square(branch.rows(rest, offset), is_causal))
+    return total
+
+
+def keys_per_query(pattern: Pattern, heads: int, length: int, is_causal: bool = False) -> KeysPerQuery:
+    """Fewest, mean and most keys a query has, exact, over every head and every position below ``length``.
+
+    The mean is :func:`score_pairs` over H * N. The extremes are found digit by digit when every segment length divides
+    the next longer one (any length, at once), and by a scan of one period otherwise.
+
+    Args:
+        pattern, heads, length, is_causal: as in :func:`score_pairs`.
+
+    Raises:
+        ValueError: segment lengths that do not nest (or rates with a huge common multiple) on a sequence too long to
+            scan. ``score_pairs`` has no such limit.
+    """
+    mean = Fraction(score_pairs(pattern, heads, length, is_causal), heads * length)
+    chain = sorted(pattern.branches, key=lambda branch: branch.segment_length)
+    offsets = sorted({tuple(pattern.offset(branch, head, heads) for branch in chain) for head in range(heads)})
+    common = math.lcm(*(branch.dilation_rate for branch in chain))
+    if len(offsets) * digit_steps(chain, common) <= _DIGIT_STEPS:
+        found = [_extremes_by_digits(chain, own, length, is_causal) for own in offsets]
+    else:
+        spans = (min(length, pattern.period), length % pattern.period if length > pattern.period else 0)
+        if len(offsets) * sum(spans) > _SCAN_STEPS:
+            raise ValueError(
+                f"length={length} is too long for the extremes of segment_lengths={pattern.segment_lengths} with "
+                f"dilation_rates={pattern.dilation_rates}: expected segment lengths that each divide the next longer "
+                f"one and rates with a small common multiple, or at most {_SCAN_STEPS // len(offsets)} tokens"
+            )
+        found = [_extremes_by_scan(chain, own, span, is_causal) for own in offsets for span in spans if span]
+    return KeysPerQuery(min(low for low, _ in found), mean, max(high for _, high in found))
+
+
+def cost(
+    pattern: Pattern,
+    heads: int,
+    length: int,
+    head_dim: int,
+    *,
+    is_causal: bool = False,
+    kv_heads: int | None = None,
+    batch: int = 1,
+    bytes_per_element: int = 2,
+) -> Cost:
+    """FLOPs and least memory traffic of attention with this pattern and of dense attention.
+
+    FLOPs count the matrix products: two forward (4 * D per pair) and five backward (10 * D per pair). Bytes count each
+    tensor once, as if caches were perfect: forward reads q, k, v and writes out and lse; backward reads q, k, v, out,
+    its gradient and lse, and writes three gradients. They are the same for dense attention: a pattern saves pairs.
+
+    Args:
+        pattern, heads, length, is_causal: as in :func:`score_pairs`.
+        head_dim: D.
+        kv_heads: key/value heads Hk, a divisor of ``heads``; ``heads`` when None.
+        batch: B.
+        bytes_per_element: of q, k, v and out (2 for bfloat16). lse has 4 bytes, and 8 when the elements have 8.
+
+    Raises:
+        TypeError, ValueError: a number that is no int or below 1, ``heads`` not divisible by ``kv_heads``.
+    """
+    kv_heads = heads if kv_heads is None else kv_heads
+    for name, value in (
+        ("heads", heads),
+        ("length", length),
+        ("head_dim", head_dim),
+        ("kv_heads", kv_heads),
+        ("batch", batch),
+        ("bytes_per_element", bytes_per_element),
+    ):
+        positive_int(name, value)
+    if heads % kv_heads:
+        raise ValueError(f"heads={heads} is not divisible by kv_heads={kv_heads}: expected a divisor of heads")
+    query = batch * heads * length * head_dim * bytes_per_element
+    key = batch * kv_heads * length * head_dim * bytes_per_element
+    lse = batch * heads * length * max(4, bytes_per_element)
+
+    def work(pairs: int) -> Work:
+        return Work(
+            pairs=pairs,
+            forward_flops=4 * head_dim * pairs,
+            backward_flops=10 * head_dim * pairs,
+            forward_bytes=2 * query + 2 * key + lse,
+            backward_bytes=4 * query + 4 * key + lse,
+        )
+
+    dense = batch * heads * _square(length, is_causal)
+    return Cost(work(batch * score_pairs(pattern, heads, length, is_causal)), work(dense))
+
+
+def digit_steps(chain: list[Branch], common: int) -> float:
+    """Work of one pass over positions digit by digit; infinite when a segment length does not divide the next.
+
+    ``chain`` is sorted by segment length and ``common`` a multiple of its rates. A position's digits count whole
+    segments inside the next longer segment.
+    """
+    steps = common
+    for inner, outer in pairwise(chain):
+        if outer.segment_length % inner.segment_length:
+            return math.inf
+        cycle = common // math.gcd(common, inner.segment_length)
+        steps += common * min(cycle, outer.segment_length // inner.segment_length)
+    return steps
+
+
+def _square(rows: int, is_causal: bool) -> int:
+    return rows * (rows + 1) // 2 if is_causal else rows * rows
+
+
+def _extremes_by_digits(chain: list[Branch], offsets: tuple[int, ...], length: int, is_causal: bool) -> tuple[int, int]:
+    """Fewest and most keys of one head's queries, for nested segments.
+
+    Everything is scaled by the rates' common multiple M, so that a selected query's ``(u - s) / r + 1`` causal keys are
+    integers. A query's residue mod M settles, from the longest segment down, which branches select it; what is left is
+    linear in the digits, so only the first and last digit of each residue class can be extreme.
+    """
+    common = math.lcm(*(branch.dilation_rate for branch in chain))
+
+    @cache
+    def extremes(level: int, residue: int, weight: int, size: int) -> tuple[int, int] | None:
+        """Over the local positions u < size of a segment of this level with u = residue mod M."""
+        constant = 0
+        if level < len(chain) and residue % chain[level].dilation_rate == offsets[level]:
+            if is_causal:
+                share = common // chain[level].dilation_rate
+                weight += share
+                constant = common - offsets[level] * share
+            else:
+                constant = common * chain[level].rows(size, offsets[level])
+        if level == 0:
+            if residue >= size:
+                return None
+            last = residue + (size - 1 - residue) // common * common
+            return constant + weight * residue, constant + weight * last
+        step = chain[level - 1].segment_length
+        whole, rest = divmod(size, step)
+        cycle = common // math.gcd(common, step)
+        lows, highs = [], []
+        for first in range(min(cycle, whole)):
+            inner = extremes(level - 1, (residue - first * step) % common, weight, step)
+            if inner is not None:
+                last = first + (whole - 1 - first) // cycle * cycle
+                lows.append(constant + weight * step * first + inner[0])
+                highs.append(constant + weight * step * last + inner[1])
+        inner = extremes(level - 1, (residue - whole * step) % common, weight, rest) if rest else None
+        if inner is not None:
+            lows.append(constant + weight * step * whole + inner[0])
+            highs.append(constant + weight * step * whole + inner[1])
+        return (min(lows), max(highs)) if lows else None
+
+    found = [extremes(len(chain), residue, 0, length) for residue in range(common)]
+    lows, highs = zip(*(pair for pair in found if pair is not None), strict=True)
+    return min(lows) // common, max(highs) // common
+
+
+def _extremes_by_scan(chain: list[Branch], offsets: tuple[int, ...], length: int, is_causal: bool) -> tuple[int, int]:
+    keys = [0] * length
+    for branch, offset in zip(chain, offsets, strict=True):
+        for start in range(0, length, branch.segment_length):
+            end = min(start + branch.segment_length, length)
+            rows = branch.rows(end - start, offset)
+            for row, position in enumerate(range(start + offset, end, branch.dilation_rate), 1):
+                keys[position] += row if is_causal else rows
+    return min(keys), max(keys)

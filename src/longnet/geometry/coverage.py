@@ -1,0 +1,298 @@
+"""What a pattern reaches: positions that heads take part in, and the receptive field of stacked layers.
+
+Source: LongNet, arXiv 2307.02486, sections 2.3 (the attentive field grows exponentially) and 2.4 (heads shift the
+selection). Integers and fractions only; sets of positions are Python integers, bit ``p`` for position ``p``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+
+from longnet.geometry.cost import digit_steps, positive_int
+from longnet.geometry.pattern import Branch, Pattern
+
+LONGEST_REACH = 1 << 20
+_DIGIT_STEPS = 1 << 20
+_MASK_BITS = 1 << 26
+
+
+@dataclass(frozen=True)
+class Uncovered:
+    """Positions that nothing takes part at. False when there are none."""
+
+    count: int
+    positions: int
+    description: str
+
+    def __bool__(self) -> bool:
+        return self.count > 0
+
+    @property
+    def fraction(self) -> Fraction:
+        return Fraction(self.count, self.positions)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Coverage of a pattern: ``heads[j]`` is what no branch of head ``j`` reaches, ``uncovered`` what no head reaches.
+
+    A query that its head does not cover gets a zero output from that head; one that no head covers gets nothing at all.
+    """
+
+    heads: tuple[Uncovered, ...]
+    uncovered: Uncovered
+
+    @property
+    def fractions(self) -> tuple[Fraction, ...]:
+        """The fraction of positions that each head covers."""
+        return tuple(1 - head.fraction for head in self.heads)
+
+
+@dataclass(frozen=True)
+class LayerReach:
+    """What a position depends on after ``layer`` layers: ``tokens`` of the ``visible`` ones, itself included."""
+
+    layer: int
+    tokens: int
+    visible: int
+    farthest: int
+
+    @property
+    def fraction(self) -> Fraction:
+        return Fraction(self.tokens, self.visible)
+
+
+def coverage(pattern: Pattern, heads: int, length: int | None = None) -> Coverage:
+    """Which positions each head, and all heads together, take part at. Exact.
+
+    Args:
+        pattern: the branches.
+        heads: query heads H.
+        length: tokens N; None for the endless sequence, counted over one repetition of the selection.
+
+    Raises:
+        TypeError, ValueError: ``heads`` or ``length`` no int or below 1; as in :func:`uncovered_positions`.
+    """
+    per_offsets: dict[tuple[range, ...], Uncovered] = {}
+    found = []
+    for head in range(positive_int("heads", heads)):
+        offsets = [pattern.offset(branch, head, heads) for branch in pattern.branches]
+        taken = tuple(range(offset, offset + 1) for offset in offsets)
+        if taken not in per_offsets:
+            per_offsets[taken] = _uncovered(pattern, taken, length)
+        found.append(per_offsets[taken])
+    return Coverage(tuple(found), uncovered_positions(pattern, heads, length))
+
+
+def uncovered_positions(pattern: Pattern, heads: int, length: int | None = None) -> Uncovered:
+    """The positions that no head covers in any branch, counted exactly and described in words.
+
+    One branch of rate 8 with 6 heads leaves ``"positions p with p mod 8 in {6, 7}"``. A branch whose rate divides its
+    segment length selects by ``p mod r`` alone; the others need ``p mod w mod r``. Those others are counted digit by
+    digit when their segment lengths divide one another (any length, at once), and with a bit mask otherwise.
+
+    Args:
+        pattern, heads, length: as in :func:`coverage`.
+
+    Raises:
+        ValueError: segment lengths that neither nest nor repeat within 2**26 positions.
+    """
+    positive_int("heads", heads)
+    taken = tuple(range(offsets_taken(pattern, branch, heads)) for branch in pattern.branches)
+    return _uncovered(pattern, taken, length)
+
+
+def offsets_taken(pattern: Pattern, branch: Branch, heads: int) -> int:
+    """How many of the branch's ``r`` offsets some head has: always the first ones, 0, 1, 2, ..."""
+    return len({pattern.offset(branch, head, heads) for head in range(heads)})
+
+
+def reach(
+    pattern: Pattern, heads: int, length: int, layers: int, is_causal: bool = False, position: int | None = None
+) -> tuple[int, tuple[int, ...]]:
+    """The set of positions that ``position`` depends on after 0, 1, ..., ``layers`` layers.
+
+    Heads mix between layers, so a layer reaches the union over its heads; the residual stream keeps the position.
+
+    Returns:
+        ``(start, masks)``: bit ``b`` of ``masks[l]`` is set when position ``start + b`` is reached after ``l`` layers.
+
+    Raises:
+        TypeError, ValueError: numbers out of range, or more than ``LONGEST_REACH`` tokens to follow.
+    """
+    for name, value in (("heads", heads), ("length", length), ("layers", layers)):
+        positive_int(name, value)
+    position = length - 1 if position is None else position
+    if not 0 <= position < length:
+        raise ValueError(f"position={position} is outside the sequence: expected 0 <= position < length={length}")
+    # Every branch starts a segment at a multiple of the period, so nothing is reached across one.
+    start = position - position % pattern.period
+    size = (position + 1 if is_causal else min(start + pattern.period, length)) - start
+    if size > LONGEST_REACH:
+        raise ValueError(f"length={length} asks to follow {size} tokens: expected at most {LONGEST_REACH}")
+    taken = {branch: offsets_taken(pattern, branch, heads) for branch in pattern.branches}
+    masks = [1 << (position - start)]
+    for _ in range(layers):
+        reached = masks[-1]
+        for branch, offsets in taken.items():
+            reached |= _step(masks[-1], branch, offsets, size, is_causal)
+        masks.append(reached)
+    return start, tuple(masks)
+
+
+def receptive_field(
+    pattern: Pattern, heads: int, length: int, layers: int, is_causal: bool = False, position: int | None = None
+) -> tuple[LayerReach, ...]:
+    """How far ``position`` (the last one by default) sees after 1, 2, ..., ``layers`` layers. Exact.
+
+    Args:
+        pattern, heads, length: as in :func:`coverage`, with a length.
+        layers: attention layers stacked.
+        is_causal: keys after the query are left out; the visible tokens are then those up to ``position``.
+        position: whose receptive field; the last position when None.
+
+    Returns:
+        One :class:`LayerReach` per layer: tokens reached (itself included) and the farthest distance in tokens.
+
+    Raises:
+        TypeError, ValueError: as in :func:`reach`.
+    """
+    start, masks = reach(pattern, heads, length, layers, is_causal, position)
+    local = masks[0].bit_length() - 1
+    visible = start + local + 1 if is_causal else length
+    found = []
+    for layer, mask in enumerate(masks[1:], 1):
+        lowest, highest = (mask & -mask).bit_length() - 1, mask.bit_length() - 1
+        found.append(LayerReach(layer, mask.bit_count(), visible, max(local - lowest, highest - local)))
+    return tuple(found)
+
+
+def _step(reached: int, branch: Branch, offsets: int, size: int, is_causal: bool) -> int:
+    """The keys in one branch of every reached query: same segment, same residue, not after it when causal."""
+    width, rate = min(branch.segment_length, size), branch.dilation_rate
+    ones = (1 << width) - 1
+    classes = [_repeat(1, rate, width) << offset & ones for offset in range(min(offsets, width))]
+    keys = 0
+    for start in range(0, size, width):
+        queries = reached >> start & ones
+        if not queries:
+            continue
+        found = 0
+        for members in classes:
+            own = queries & members
+            if own:
+                found |= members & ((1 << own.bit_length()) - 1) if is_causal else members
+        keys |= found << start
+    return keys & ((1 << size) - 1)
+
+
+def _repeat(bits: int, every: int, size: int) -> int:
+    """``bits`` at 0, every, 2 * every, ... in a mask of ``size`` bits."""
+    while every < size:
+        bits |= bits << every
+        every *= 2
+    return bits & ((1 << max(0, size)) - 1)
+
+
+def _uncovered(pattern: Pattern, taken: tuple[range, ...], length: int | None) -> Uncovered:
+    aligned: list[tuple[Branch, range]] = []
+    shifted: list[tuple[Branch, range]] = []
+    for branch, offsets in zip(pattern.branches, taken, strict=True):
+        # A segment that ends past the sequence never restarts the count either.
+        single = length is not None and length <= branch.segment_length
+        (aligned if single or branch.segment_length % branch.dilation_rate == 0 else shifted).append((branch, offsets))
+    aligned = [(Branch(branch.dilation_rate, branch.dilation_rate), offsets) for branch, offsets in aligned]
+    period = math.lcm(*(branch.segment_length for branch, _ in aligned + shifted))
+    positions = period if length is None else positive_int("length", length)
+    count = 0
+    if all(len(offsets) < branch.dilation_rate for branch, offsets in aligned + shifted):
+        count = _count(aligned, shifted, period, positions)
+    return Uncovered(count, positions, _describe(aligned + shifted) if count else "no positions")
+
+
+def _count(
+    aligned: list[tuple[Branch, range]], shifted: list[tuple[Branch, range]], period: int, positions: int
+) -> int:
+    """Positions below ``positions`` that no branch takes."""
+    chain = sorted(shifted, key=lambda entry: entry[0].segment_length)
+    common = math.lcm(*(branch.dilation_rate for branch, _ in aligned + shifted))
+    if digit_steps([branch for branch, _ in chain], common) <= _DIGIT_STEPS:
+        return _count_by_digits(aligned, chain, common, positions)
+    if min(period, positions) > _MASK_BITS:
+        raise ValueError(
+            f"(segment length, rate) {[(b.segment_length, b.dilation_rate) for b, _ in aligned + chain]} select the "
+            f"same positions again only after {period}: expected segment lengths that are multiples of their rates or "
+            f"of one another, rates with a small common multiple, or at most {_MASK_BITS} positions to go through"
+        )
+
+    def count(size: int) -> int:
+        covered = 0
+        for branch, offsets in aligned + shifted:
+            segment = 0
+            for offset in offsets:
+                segment |= _repeat(1, branch.dilation_rate, min(branch.segment_length, size) - offset) << offset
+            covered |= _repeat(segment, branch.segment_length, size)
+        return size - covered.bit_count()
+
+    whole, rest = divmod(positions, period)
+    return (whole * count(period) if whole else 0) + (count(rest) if rest else 0)
+
+
+def _count_by_digits(
+    aligned: list[tuple[Branch, range]], chain: list[tuple[Branch, range]], common: int, positions: int
+) -> int:
+    """As :func:`_count` for nested segments: a position's digits count whole segments inside the next longer one."""
+
+    @cache
+    def count(level: int, residue: int, size: int) -> int:
+        """Local positions u < size of a segment of this level with u = residue mod M that no inner branch takes."""
+        if level < len(chain) and residue % chain[level][0].dilation_rate in chain[level][1]:
+            return 0
+        if level == 0:
+            return max(0, -(-(size - residue) // common))
+        step = chain[level - 1][0].segment_length
+        whole, rest = divmod(size, step)
+        cycle = common // math.gcd(common, step)
+        total = count(level - 1, (residue - whole * step) % common, rest) if rest else 0
+        for first in range(min(cycle, whole)):
+            times = (whole - 1 - first) // cycle + 1
+            total += times * count(level - 1, (residue - first * step) % common, step)
+        return total
+
+    return sum(
+        count(len(chain), residue, positions)
+        for residue in range(common)
+        if all(residue % branch.dilation_rate not in offsets for branch, offsets in aligned)
+    )
+
+
+def _describe(branches: list[tuple[Branch, range]]) -> str:
+    """Words for the positions that no branch takes, without the conditions that another one implies."""
+    kept = list(dict.fromkeys(branches))
+    for entry in tuple(kept):
+        if any(other is not entry and _implies(other, entry) for other in kept):
+            kept.remove(entry)
+    return "positions p with " + " and ".join(_condition(branch, offsets) for branch, offsets in kept)
+
+
+def _implies(given: tuple[Branch, range], then: tuple[Branch, range]) -> bool:
+    (first, taken), (second, also_taken) = given, then
+    cycle = math.lcm(first.dilation_rate, second.dilation_rate)
+    if any(branch.segment_length != branch.dilation_rate for branch in (first, second)) or cycle > 4096:
+        return False
+    free = (p for p in range(cycle) if p % first.dilation_rate not in taken)
+    return all(p % second.dilation_rate not in also_taken for p in free)
+
+
+def _condition(branch: Branch, taken: range) -> str:
+    rate = branch.dilation_rate
+    local = "p" if branch.segment_length == rate else f"p mod {branch.segment_length}"
+    if rate - len(taken) <= 4:
+        free = [str(residue) for residue in range(rate) if residue not in taken]
+        return f"{local} mod {rate} in {{{', '.join(free)}}}"
+    if len(taken) == 1:
+        return f"{local} mod {rate} != {taken[0]}"
+    return f"{local} mod {rate} in {{{len(taken)}, {len(taken) + 1}, ..., {rate - 1}}}"

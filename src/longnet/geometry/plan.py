@@ -1,0 +1,173 @@
+"""The plan: a pattern on a given number of heads and tokens, cut into strided rectangles.
+
+A head's rows of one branch lie at equal steps, heads with neighbouring offsets start at neighbouring rows, and
+segments follow each other at equal steps. So the whole selection of a branch is a handful of *tiles*, each an affine
+index space (segment, offset, head, row) that any strided kernel can read without a gather. Everything ragged
+(lengths that divide nothing, rates that do not divide the segment, heads that do not fill the rates) becomes another
+tile, never a special case in a backend. Integers only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from longnet.geometry.pattern import Branch, Pattern
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A rectangle of selected rows; every (segment, offset, head) of it holds ``rows`` of them, all attending to each other.
+
+    Index (s, c, i, t) with ``s < segments``, ``c < offsets``, ``i < heads``, ``t < rows`` stands for
+
+    - the position ``start + s * segment_step + c + t * row_step`` and
+    - the head ``head + c * head_step_per_offset + i * head_step``.
+    """
+
+    start: int
+    segments: int
+    segment_step: int
+    offsets: int
+    heads: int
+    rows: int
+    row_step: int
+    head: int
+    head_step_per_offset: int
+    head_step: int
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(segments, offsets, heads, rows)."""
+        return (self.segments, self.offsets, self.heads, self.rows)
+
+    def strides(self, head_stride: int, token_stride: int) -> tuple[int, int, int, int]:
+        """Memory steps of (segment, offset, head, row) in a tensor with these strides, in elements."""
+        return (
+            self.segment_step * token_stride,
+            self.head_step_per_offset * head_stride + token_stride,
+            self.head_step * head_stride,
+            self.row_step * token_stride,
+        )
+
+    def origin(self, head_stride: int, token_stride: int) -> int:
+        """Memory step from element (head 0, token 0) to the tile's first row, in elements."""
+        return self.head * head_stride + self.start * token_stride
+
+    def positions(self) -> Iterator[tuple[int, int, list[int]]]:
+        """Every (head, segment start, selected positions). For tests, plots and small cases."""
+        for segment in range(self.segments):
+            for c in range(self.offsets):
+                first = self.start + segment * self.segment_step + c
+                for i in range(self.heads):
+                    head = self.head + c * self.head_step_per_offset + i * self.head_step
+                    yield head, segment, [first + t * self.row_step for t in range(self.rows)]
+
+
+@dataclass(frozen=True)
+class BranchPlan:
+    """One branch's tiles. They are disjoint; ``covers_all`` when they hold every (head, position)."""
+
+    branch: Branch
+    tiles: tuple[Tile, ...]
+
+    @property
+    def covers_all(self) -> bool:
+        return self.branch.dilation_rate == 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A pattern on heads ``[first_head, last_head)`` of ``heads`` and on ``length`` tokens.
+
+    ``branches`` come with the covering ones (rate 1) first, so that the first may assign where later ones must merge;
+    the order changes nothing else.
+    Tile heads count from ``first_head``.
+    """
+
+    pattern: Pattern
+    heads: int
+    length: int
+    first_head: int
+    last_head: int
+    branches: tuple[BranchPlan, ...]
+
+
+@lru_cache(maxsize=1024)
+def make_plan(
+    pattern: Pattern, heads: int, length: int, first_head: int = 0, last_head: int | None = None
+) -> Plan:
+    """The plan of ``pattern`` for ``length`` tokens, restricted to heads ``[first_head, last_head)``. Cached.
+
+    Offsets are those of the absolute head numbers, so a block of heads computes exactly its part of the whole.
+    """
+    last = heads if last_head is None else last_head
+    branches = sorted(
+        (BranchPlan(branch, tuple(_tiles(pattern, branch, heads, length, first_head, last))) for branch in pattern.branches),
+        key=lambda planned: not planned.covers_all,
+    )
+    return Plan(pattern, heads, length, first_head, last, tuple(branches))
+
+
+def _tiles(pattern: Pattern, branch: Branch, heads: int, length: int, first: int, last: int) -> Iterator[Tile]:
+    whole, tail = divmod(length, branch.segment_length)
+    spans = ((0, whole, branch.segment_length), (whole * branch.segment_length, 1, tail))
+    for start, segments, span in spans:
+        if segments == 0 or span == 0:
+            continue
+        for head, offset, offsets, per_offset, per_head, group in _head_rectangles(pattern, branch, heads, first, last):
+            for low, high, rows in _row_classes(branch, span, offset, offset + offsets):
+                yield Tile(
+                    start=start + low,
+                    segments=segments,
+                    segment_step=branch.segment_length,
+                    offsets=high - low,
+                    heads=group,
+                    rows=rows,
+                    row_step=branch.dilation_rate,
+                    head=head + (low - offset) * per_offset - first,
+                    head_step_per_offset=per_offset,
+                    head_step=per_head,
+                )
+
+
+def _row_classes(branch: Branch, span: int, low: int, high: int) -> Iterator[tuple[int, int, int]]:
+    """Offsets [low, high) split where the number of selected rows in a span changes: (from, to, rows)."""
+    short = span % branch.dilation_rate
+    for start, stop in ((low, min(high, short)), (max(low, short), high)):
+        if start < stop:
+            rows = branch.rows(span, start)
+            if rows:
+                yield start, stop, rows
+
+
+def _head_rectangles(
+    pattern: Pattern, branch: Branch, heads: int, first: int, last: int
+) -> Iterator[tuple[int, int, int, int, int, int]]:
+    """Heads [first, last) as rectangles: (first head, first offset, offsets, head step per offset, head step, heads per offset)."""
+    if pattern.head_offsets == "interleaved":
+        rate = branch.dilation_rate
+        for start, stop in _aligned(first, last, rate):
+            if stop - start >= rate:
+                yield start, 0, rate, 1, rate, (stop - start) // rate
+            else:
+                yield start, start % rate, stop - start, 1, rate, 1
+        return
+    group = -(-heads // branch.dilation_rate)
+    for start, stop in _aligned(first, last, group):
+        if stop - start >= group:
+            yield start, start // group, (stop - start) // group, group, 1, group
+        else:
+            yield start, start // group, 1, group, 1, stop - start
+
+
+def _aligned(first: int, last: int, unit: int) -> Iterator[tuple[int, int]]:
+    """[first, last) cut at the outermost multiples of ``unit``: a head, whole units, a rest (each if not empty)."""
+    inner_first, inner_last = -(-first // unit) * unit, last // unit * unit
+    if inner_first > inner_last:
+        yield first, last
+        return
+    for start, stop in ((first, inner_first), (inner_first, inner_last), (inner_last, last)):
+        if start < stop:
+            yield start, stop

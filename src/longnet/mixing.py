@@ -1,0 +1,59 @@
+"""Mixing branches by their softmax denominators, and the rule that makes its gradient exact.
+
+Source: LongNet, arXiv 2307.02486, equations 10 and 11. A branch that attended with log-denominator ``lse_i`` weighs
+``softmax_i(lse_i)``; the mixture is then one softmax over the multiset union of all branches' keys.
+
+The gradient rule: with the *merged* ``out`` and the *merged* ``lse`` (not the branch's own), a flash attention backward
+recomputes each probability as ``exp(score - lse)``, which is the joint softmax's own, and subtracts
+``sum(grad_out * out)``, which is the joint softmax's own too. So running every branch's ordinary backward with the
+merged pair and adding up gives the exact joint gradient, and no gradient has to flow through the mixing weights.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def merge_(out: Tensor, lse: Tensor, branch_out: Tensor, branch_lse: Tensor) -> None:
+    """Mix one more branch into a running result, in place.
+
+    Args:
+        out: (..., D) the mixture so far, in the accumulation dtype; may be a strided view.
+        lse: (...) its log-denominator, ``-inf`` where nothing has attended yet.
+        branch_out: (..., D) the branch's own normalised output, any floating dtype.
+        branch_lse: (...) the branch's log-denominator, ``-inf`` for a row without keys.
+    """
+    # exp(branch_lse - merged), in one step; -inf on both sides (a row that nothing has reached yet) gives weight 0.
+    weight = torch.sub(branch_lse, lse).sigmoid_().nan_to_num_(0.0)
+    out.lerp_(branch_out.to(out.dtype), weight.unsqueeze(-1))
+    torch.logaddexp(lse, branch_lse, out=lse)
+
+
+def lse_for_backward(lse: Tensor) -> Tensor:
+    """The merged log-denominator in the form a flash backward can take: rows without keys get 0.
+
+    Their scores are all ``-inf``, so ``exp(score - 0) = 0`` gives the zero gradients they must have, where
+    ``exp(-inf - -inf)`` would be NaN.
+    """
+    return lse.masked_fill(lse == -torch.inf, 0.0)
+
+
+def fold_lse_gradient(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, grad_lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Hand a gradient of the log-denominator to a flash backward that has no argument for it.
+
+    With probabilities P the score gradient is ``P * (grad_out @ V^T - sum(grad_out * out) + grad_lse)``. One more
+    channel that holds 1 in ``grad_out``, ``-grad_lse`` in ``out`` and 0 in q, k and v changes exactly the middle term.
+    Eight channels are added, seven of them zero, to keep rows aligned; the caller drops them from the gradients.
+
+    Returns:
+        (grad_out, query, key, value, out), each (..., D + 8).
+    """
+    rows = lambda x: F.pad(x, (0, 8))  # noqa: E731
+    grad_out, query, key, value, out = rows(grad_out), rows(query), rows(key), rows(value), rows(out)
+    grad_out[..., -8] = 1.0
+    out[..., -8] = -grad_lse
+    return grad_out, query, key, value, out

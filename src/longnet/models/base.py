@@ -1,0 +1,131 @@
+"""What the decoder and the encoder share: the embedding, the stack of blocks, the final norm and the input checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from longnet.models.config import LongNetConfig
+from longnet.models.layers import Block
+from longnet.norm import BatchNorm, make_norm
+
+
+class LongNetBase(nn.Module):
+    """Token embedding, ``config.layers`` blocks and the final norm; use LongNetLM or LongNetEncoder.
+
+    Attributes:
+        config: the LongNetConfig it was built from.
+        gradient_checkpointing: whether blocks are recomputed in the backward pass; starts as the config says and may
+            be set at any time.
+    """
+
+    def __init__(
+        self,
+        config: LongNetConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(config, LongNetConfig):
+            raise TypeError(f"config={config!r} has type {type(config).__name__}: expected a LongNetConfig")
+        self.config = config
+        self.gradient_checkpointing = config.gradient_checkpointing
+        self.embedding = nn.Embedding(config.vocab_size, config.dim, device=device, dtype=dtype)
+        self.blocks = nn.ModuleList(Block(config, device=device, dtype=dtype) for _ in range(config.layers))
+        self.norm = make_norm(config.norm, config.dim, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Draw fresh parameters: MAGNETO's for the blocks, normal with deviation ``dim ** -0.5`` for the tokens."""
+        nn.init.normal_(self.embedding.weight, std=self.config.dim**-0.5)
+        for block in self.blocks:
+            block.reset_parameters(self.config.layers)  # type: ignore[operator]
+        self.norm.reset_parameters()  # type: ignore[operator]
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids (B, N) int64 -> (B, N, dim), of unit variance at initialisation.
+
+        The table's rows have norm 1, as a table that also serves as the output head needs: against a normalised hidden
+        state they give logits of standard deviation 1, a first loss about half a nat above ``ln(vocab_size)``. The
+        residual stream on the other hand wants the variance of the branches added to it, so the rows are scaled by
+        ``sqrt(dim)`` on the way in (as in Attention Is All You Need, section 3.4).
+        """
+        return self.embedding(tokens) * self.config.dim**0.5
+
+    def run_blocks(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """All blocks and the final norm, (B, N, dim) -> (B, N, dim)."""
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._checkpointed(block, x, key_padding_mask)
+            else:
+                x = block(x, key_padding_mask)
+        return self.norm(x, key_padding_mask)
+
+    def _checkpointed(self, block: nn.Module, x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+        # Compiled graphs recompute values, never the writes to running statistics; and they take no such contexts.
+        if self.config.norm != "batch" or torch.compiler.is_compiling():
+            return checkpoint(block, x, key_padding_mask, use_reentrant=False)
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), _frozen_statistics(block)
+
+        return checkpoint(block, x, key_padding_mask, use_reentrant=False, context_fn=contexts)
+
+    def check_tokens(self, tokens: Tensor, name: str = "tokens") -> None:
+        """Refuse what is not a (B, N) int64 tensor of ids in the vocabulary on the model's device.
+
+        The range is looked at on the CPU only, outside of compilation: elsewhere it would make the host wait for the
+        device, whose own assertion in the embedding reports it.
+        """
+        self._check_integers(tokens, name)
+        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+            low, high = (int(end) for end in tokens.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"{name} holds the ids {low} to {high}: expected 0 to {self.config.vocab_size - 1} "
+                    f"(vocab_size={self.config.vocab_size})"
+                )
+
+    def _check_integers(self, tokens: Tensor, name: str) -> None:
+        if not isinstance(tokens, Tensor):
+            raise TypeError(f"{name} has type {type(tokens).__name__}: expected a (B, N) int64 tensor")
+        if tokens.dtype != torch.int64:
+            raise TypeError(f"{name} has dtype {tokens.dtype}: expected torch.int64, e.g. {name}.long()")
+        if tokens.ndim != 2:
+            raise ValueError(f"{name} has shape {tuple(tokens.shape)}: expected (B, N), e.g. {name}[None] for one row")
+        self._check_device(tokens, name)
+
+    def _check_device(self, tensor: Tensor, name: str) -> None:
+        device = self.embedding.weight.device
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} and the model on {device}: expected one device")
+
+    def check_mask(self, key_padding_mask: Tensor | None, batch: int, length: int) -> None:
+        """Refuse a padding mask that is not a (B, N) bool tensor on the model's device."""
+        if key_padding_mask is None:
+            return
+        if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
+            kind = getattr(key_padding_mask, "dtype", type(key_padding_mask).__name__)
+            raise TypeError(f"key_padding_mask has type {kind}: expected a bool tensor, True where a token is padding")
+        if tuple(key_padding_mask.shape) != (batch, length):
+            raise ValueError(
+                f"key_padding_mask has shape {tuple(key_padding_mask.shape)}: expected (B, N) = {(batch, length)}"
+            )
+        self._check_device(key_padding_mask, "key_padding_mask")
+
+
+@contextmanager
+def _frozen_statistics(block: nn.Module) -> Iterator[None]:
+    """Recompute a block without moving its running statistics a second time."""
+    norms = [(module, module.update_statistics) for module in block.modules() if isinstance(module, BatchNorm)]
+    for norm, _ in norms:
+        norm.update_statistics = False
+    try:
+        yield
+    finally:
+        for norm, previous in norms:
+            norm.update_statistics = previous

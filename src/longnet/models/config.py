@@ -1,0 +1,207 @@
+"""What a LongNet is made of: one frozen dataclass, checked when it is built, and the presets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from types import MappingProxyType
+from typing import Any
+
+from longnet.geometry import HeadOffsets, Pattern
+from longnet.norm import NORM_KINDS
+
+
+@dataclass(frozen=True)
+class LongNetConfig:
+    """Shape and options of a LongNet decoder or encoder. Frozen, hashable, JSON-ready through :meth:`to_dict`.
+
+    Attributes:
+        vocab_size: number of token ids; 256 for bytes.
+        dim: model width C, a multiple of ``heads``.
+        heads: query heads H.
+        layers: number of blocks.
+        ffn_dim: width of the feed-forward's hidden layer; None means ``4 * dim`` (see :attr:`feed_forward_dim`).
+        segment_lengths: segment length of each branch, in tokens (LongNet section 2.3); an int for one branch.
+        dilation_rates: dilation rate of each branch; an int for one branch.
+        kv_heads: key/value heads of grouped-query attention, a divisor of ``heads``; None means ``heads``.
+        causal: True for a decoder, False for an encoder.
+        norm: ``"layer"``, ``"rms"`` or ``"batch"`` (encoders only), for every norm of the stack.
+        qk_norm: whether queries and keys are normalised per head.
+        bias: whether the linear layers of the blocks have a bias.
+        dropout: probability in [0, 1) on the output of every attention and feed-forward, before the residual sum.
+        use_xpos: xPos on queries and keys; needs an even head dimension.
+        use_rel_pos_bias: a learned T5 bias per head added to the scores.
+        head_offsets: ``"interleaved"`` (the paper) or ``"blocked"`` (torchscale's checkpoints).
+        xpos_scale_base: xPos's decay length in tokens; None lets the attention derive it from the longest segment.
+        tie_embeddings: whether the language model's output head is the embedding table.
+        gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        loss_chunk: positions whose logits are held at once by the language model's loss.
+        backend: name of the attention backend, or ``"auto"``.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value out of range, or a combination that has no meaning.
+    """
+
+    vocab_size: int = 256
+    dim: int = 768
+    heads: int = 12
+    layers: int = 12
+    ffn_dim: int | None = None
+    segment_lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
+    dilation_rates: tuple[int, ...] = (1, 2, 4, 6, 12)
+    kv_heads: int | None = None
+    causal: bool = True
+    norm: str = "layer"
+    qk_norm: bool = False
+    bias: bool = True
+    dropout: float = 0.0
+    use_xpos: bool = True
+    use_rel_pos_bias: bool = False
+    head_offsets: HeadOffsets = "interleaved"
+    xpos_scale_base: float | None = None
+    tie_embeddings: bool = True
+    gradient_checkpointing: bool = False
+    loss_chunk: int = 4096
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        pattern = Pattern.parse(self.segment_lengths, self.dilation_rates, self.head_offsets)
+        # Lists from JSON and single ints become tuples: equal patterns make equal, hashable configs.
+        object.__setattr__(self, "segment_lengths", pattern.segment_lengths)
+        object.__setattr__(self, "dilation_rates", pattern.dilation_rates)
+        if self.dim % self.heads:
+            raise ValueError(f"dim={self.dim} is not divisible by heads={self.heads}: expected a multiple")
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            raise ValueError(f"heads={self.heads} is not divisible by kv_heads={self.kv_heads}: expected a divisor")
+        if self.use_xpos and self.head_dim % 2:
+            raise ValueError(
+                f"use_xpos=True rotates pairs of channels, but dim={self.dim} over heads={self.heads} gives the odd "
+                f"head dimension {self.head_dim}: expected an even one, or use_xpos=False"
+            )
+        if self.norm not in NORM_KINDS:
+            raise ValueError(f"norm={self.norm!r} is not a norm: expected one of {NORM_KINDS}")
+        if self.norm == "batch" and self.causal:
+            raise ValueError(
+                "norm='batch' with causal=True: batch statistics are taken over all tokens of a sequence and so mix "
+                "future tokens into the past; expected norm='layer' or 'rms', or causal=False"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout={self.dropout}: expected a probability in [0, 1)")
+        if self.xpos_scale_base is not None and not (self.xpos_scale_base > 0 and math.isfinite(self.xpos_scale_base)):
+            raise ValueError(f"xpos_scale_base={self.xpos_scale_base}: expected None or a finite number above 0")
+        if not self.backend:
+            raise ValueError("backend='' names nothing: expected 'auto' or the name of a backend")
+
+    def _check_types(self) -> None:
+        for name in ("vocab_size", "dim", "heads", "layers", "ffn_dim", "kv_heads", "loss_chunk"):
+            value = getattr(self, name)
+            if value is None and name in ("ffn_dim", "kv_heads"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}={value!r} has type {type(value).__name__}: expected an int")
+            if value < 1:
+                raise ValueError(f"{name}={value}: expected at least 1")
+        for name in (
+            *("causal", "qk_norm", "bias", "use_xpos", "use_rel_pos_bias"),
+            *("tie_embeddings", "gradient_checkpointing"),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}={value!r} has type {type(value).__name__}: expected True or False")
+        for name in ("dropout", "xpos_scale_base"):
+            value = getattr(self, name)
+            if value is None and name == "xpos_scale_base":
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name}={value!r} has type {type(value).__name__}: expected a number")
+        for name in ("norm", "head_offsets", "backend"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise TypeError(f"{name}={value!r} has type {type(value).__name__}: expected a string")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per head, D."""
+        return self.dim // self.heads
+
+    @property
+    def feed_forward_dim(self) -> int:
+        """``ffn_dim`` with its default resolved."""
+        return 4 * self.dim if self.ffn_dim is None else self.ffn_dim
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> LongNetConfig:
+        """The preset ``name`` of :meth:`presets`, with ``changes`` to its fields.
+
+        ``"base"`` is the paper's size (section 4.1); ``"tiny"`` trains on a two-core laptop; ``"nano"`` is for tests.
+
+        Raises:
+            ValueError: an unknown preset, an unknown field, or values that do not fit together.
+        """
+        if name not in _PRESETS:
+            raise ValueError(f"name={name!r} is not a preset: expected one of {cls.presets()}")
+        return cls.from_dict({**_PRESETS[name], **changes})
+
+    @classmethod
+    def presets(cls) -> tuple[str, ...]:
+        """Names that :meth:`preset` takes, from large to small."""
+        return tuple(_PRESETS)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as values that JSON keeps as they are: tuples become lists."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LongNetConfig:
+        """The inverse of :meth:`to_dict`. Fields left out keep their defaults.
+
+        Raises:
+            ValueError: a key that is not a field, naming it.
+        """
+        _refuse_unknown(values)
+        return cls(**values)
+
+    def replace(self, **changes: Any) -> LongNetConfig:
+        """A copy with some fields changed, checked again as a whole; an unknown field is a ValueError."""
+        _refuse_unknown(changes)
+        return replace(self, **changes)
+
+
+_FIELDS: tuple[str, ...] = tuple(field.name for field in fields(LongNetConfig))
+
+_PRESETS: Mapping[str, dict[str, Any]] = MappingProxyType(
+    {
+        "base": {},
+        "small": {
+            "dim": 512,
+            "heads": 8,
+            "layers": 8,
+            "segment_lengths": (2048, 4096, 8192, 16384),
+            "dilation_rates": (1, 2, 4, 8),
+        },
+        "tiny": {
+            "dim": 128,
+            "heads": 4,
+            "layers": 4,
+            "segment_lengths": (512, 2048, 8192),
+            "dilation_rates": (1, 2, 4),
+        },
+        "nano": {
+            "dim": 32,
+            "heads": 4,
+            "layers": 2,
+            "segment_lengths": (16, 32, 64),
+            "dilation_rates": (1, 2, 4),
+            "loss_chunk": 32,
+        },
+    }
+)
+
+
+def _refuse_unknown(values: Mapping[str, Any]) -> None:
+    unknown = [name for name in values if name not in _FIELDS]
+    if unknown:
+        raise ValueError(f"{', '.join(map(repr, unknown))} is no field of LongNetConfig: expected one of {_FIELDS}")

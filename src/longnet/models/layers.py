@@ -1,0 +1,109 @@
+"""One block of a LongNet: dilated attention and a feed-forward, each with MAGNETO's sub-LayerNorm (arXiv 2210.06423).
+
+Sub-LayerNorm puts a second norm inside each sublayer, before its output projection:
+``x + out_proj(norm(attention(norm(x))))`` and ``x + fc2(norm(gelu(fc1(norm(x)))))`` (section 2.1 and figure 2 there).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longnet.attention import DilatedAttention
+from longnet.models.config import LongNetConfig
+from longnet.norm import make_norm
+
+
+class FeedForward(nn.Module):
+    """``fc2(sub_norm(gelu(fc1(x))))``, x (B, N, dim) -> (B, N, dim)."""
+
+    def __init__(
+        self,
+        config: LongNetConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        hidden = config.feed_forward_dim
+        self.fc1 = nn.Linear(config.dim, hidden, bias=config.bias, device=device, dtype=dtype)
+        self.sub_norm = make_norm(config.norm, hidden, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, config.dim, bias=config.bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        # Torch's kernels evaluate a bfloat16 or float16 GELU in float32 and round once, which is what casting around
+        # it would give, without keeping a float32 copy of the widest activation for the backward pass.
+        hidden = F.gelu(self.fc1(x))  # (B, N, feed_forward_dim)
+        return self.fc2(self.sub_norm(hidden, key_padding_mask))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward with their norms and residual sums, x (B, N, dim) -> (B, N, dim).
+
+    Forward takes ``key_padding_mask`` (B, N) bool, True where the token is padding, for the attention and every norm.
+    """
+
+    def __init__(
+        self,
+        config: LongNetConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config.norm, config.dim, device=device, dtype=dtype)
+        self.attention = DilatedAttention(
+            config.dim,
+            config.heads,
+            config.dilation_rates,
+            config.segment_lengths,
+            causal=config.causal,
+            use_xpos=config.use_xpos,
+            use_rel_pos_bias=config.use_rel_pos_bias,
+            qk_norm=config.qk_norm,
+            kv_heads=config.kv_heads,
+            bias=config.bias,
+            sub_norm=config.norm,
+            head_offsets=config.head_offsets,
+            xpos_scale_base=config.xpos_scale_base,
+            backend=config.backend,
+            device=device,
+            dtype=dtype,
+        )
+        self.feed_forward_norm = make_norm(config.norm, config.dim, device=device, dtype=dtype)
+        self.feed_forward = FeedForward(config, device=device, dtype=dtype)
+        # The attention's own dropout stays 0: one dropout per residual branch, here.
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        attended = self.attention(self.attention_norm(x, key_padding_mask), key_padding_mask)
+        x = x + self.dropout(attended)
+        fed = self.feed_forward(self.feed_forward_norm(x, key_padding_mask), key_padding_mask)
+        return x + self.dropout(fed)
+
+    @torch.no_grad()
+    def reset_parameters(self, layers: int) -> None:
+        """MAGNETO's initialisation for a stack of ``layers`` blocks of a decoder-only or encoder-only model.
+
+        Xavier-normal weights; the value and output projections and the feed-forward have the gain
+        ``sqrt(log(2 * layers))`` (section 2.2, table 2 there), queries and keys have gain 1; biases are zero.
+        """
+        gain = math.sqrt(math.log(2 * layers))
+        attention, feed_forward = self.attention, self.feed_forward
+        for module in self.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset) and not isinstance(module, (Block, DilatedAttention, nn.Linear)):
+                reset()  # norms and the relative bias go back to their own start
+        for linear in (attention.q_proj, attention.k_proj):
+            _xavier(linear, 1.0)
+        for linear in (attention.v_proj, attention.out_proj, feed_forward.fc1, feed_forward.fc2):
+            _xavier(linear, gain)
+
+
+def _xavier(linear: nn.Linear, gain: float) -> None:
+    nn.init.xavier_normal_(linear.weight, gain=gain)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)

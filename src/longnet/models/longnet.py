@@ -1,0 +1,222 @@
+"""The two LongNets (arXiv 2307.02486, section 4): a decoder language model and an encoder, on one stack of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longnet.models.base import LongNetBase
+from longnet.models.config import LongNetConfig
+from longnet.models.generation import generate
+from longnet.models.loss import chunked_cross_entropy
+
+
+class LongNetLM(LongNetBase):
+    """Decoder language model: token ids (B, N) int64 to logits (B, N, vocab_size).
+
+    Args:
+        config: shape and options, with ``causal=True``.
+        device, dtype: of all parameters.
+
+    Raises:
+        ValueError: ``config.causal`` is False.
+    """
+
+    def __init__(
+        self,
+        config: LongNetConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(config, device=device, dtype=dtype)
+        if not config.causal:
+            raise ValueError(
+                "config.causal=False: a language model that attends to the tokens it predicts learns nothing; "
+                "expected config.replace(causal=True), or a LongNetEncoder"
+            )
+        self.head: nn.Linear | None = None
+        if not config.tie_embeddings:
+            self.head = nn.Linear(config.dim, config.vocab_size, bias=False, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.head is not None:
+            nn.init.normal_(self.head.weight, std=self.config.dim**-0.5)
+
+    def forward(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """Logits (B, N, vocab_size) of the token after each position, in the model's dtype.
+
+        All logits at once: for long inputs use :meth:`loss`, or :meth:`hidden` and :meth:`logits` on parts of it.
+
+        Args:
+            tokens: (B, N) int64 ids.
+            key_padding_mask: (B, N) bool, True where the token is padding and not to be attended to.
+
+        Raises:
+            TypeError: tokens that are not int64, a mask that is not bool.
+            ValueError: wrong shapes or devices; an id outside the vocabulary (seen on the CPU only).
+        """
+        return self.logits(self.hidden(tokens, key_padding_mask))
+
+    def hidden(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """Normalised hidden states (B, N, dim) of the last block; arguments and errors as in :meth:`forward`."""
+        self.check_tokens(tokens)
+        self.check_mask(key_padding_mask, *tokens.shape)
+        return self.run_blocks(self.embed(tokens), key_padding_mask)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Output head: hidden states (..., dim) to logits (..., vocab_size)."""
+        return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
+
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+    ) -> Tensor:
+        """Cross-entropy in nats (natural log), never holding the logits of more than ``config.loss_chunk`` positions.
+
+        Computed in float32 (float64 for a float64 model); each chunk's logits are computed again in the backward pass.
+
+        Args:
+            tokens: (B, N) int64 ids.
+            targets: (B, N) int64, the token that should follow each position: the caller shifts.
+            key_padding_mask: (B, N) bool, True where the token is padding; the loss there is 0 and is not counted.
+            reduction: ``"mean"`` over the counted positions, ``"sum"`` of them, or ``"none"`` for (B, N) with 0 where
+                not counted.
+            ignore_index: the target of positions that do not count.
+
+        Returns:
+            float32 scalar or (B, N). The mean over no counted position at all is 0 with zero gradients, not NaN.
+
+        Raises:
+            TypeError, ValueError: as in :meth:`forward`, for the targets too; an unknown reduction.
+        """
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction={reduction!r} is unknown: expected 'mean', 'sum' or 'none'")
+        self._check_targets(targets, tokens, ignore_index)
+        hidden = self.hidden(tokens, key_padding_mask)
+        if key_padding_mask is not None:
+            targets = targets.masked_fill(key_padding_mask, ignore_index)
+        losses = chunked_cross_entropy(
+            self.logits, hidden.flatten(0, 1), targets.flatten(), self.config.loss_chunk, ignore_index
+        )
+        if reduction == "none":
+            return losses.view(targets.shape)
+        if reduction == "sum":
+            return losses.sum()
+        return losses.sum() / (targets != ignore_index).sum().clamp(min=1)
+
+    def _check_targets(self, targets: Tensor, tokens: Tensor, ignore_index: int) -> None:
+        self._check_integers(tokens, "tokens")
+        self._check_integers(targets, "targets")
+        if targets.shape != tokens.shape:
+            raise ValueError(f"targets has shape {tuple(targets.shape)}: expected the tokens' {tuple(tokens.shape)}")
+        if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+            self.check_tokens(targets[targets != ignore_index][None], "targets")
+
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        on_token: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Continue each prompt by ``max_new_tokens`` sampled tokens; see :func:`longnet.models.generation.generate`."""
+        return generate(
+            self,
+            tokens,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            on_token=on_token,
+        )
+
+
+class LongNetEncoder(LongNetBase):
+    """Bidirectional encoder: token ids (B, N) or embeddings (B, N, dim) to hidden states (B, N, dim).
+
+    Args:
+        config: shape and options, with ``causal=False``; ``tie_embeddings`` and ``loss_chunk`` play no part.
+        device, dtype: of all parameters.
+
+    Raises:
+        ValueError: ``config.causal`` is True.
+    """
+
+    def __init__(
+        self,
+        config: LongNetConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(config, device=device, dtype=dtype)
+        if config.causal:
+            raise ValueError(
+                "config.causal=True: an encoder attends to both sides; expected config.replace(causal=False), "
+                "or a LongNetLM"
+            )
+        self.reset_parameters()
+
+    def forward(
+        self,
+        tokens: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        *,
+        embeddings: Tensor | None = None,
+    ) -> Tensor:
+        """Normalised hidden states (B, N, dim); those of padded positions mean nothing.
+
+        Args:
+            tokens: (B, N) int64 ids.
+            key_padding_mask: (B, N) bool, True where the token is padding: attention and norms leave it out.
+            embeddings: (B, N, dim) float vectors in place of tokens, taken as they are (not scaled). Exactly one of
+                ``tokens`` and ``embeddings`` is given.
+
+        Raises:
+            TypeError: tokens that are not int64, embeddings not of the model's dtype (any float dtype under
+                autocast), a mask that is not bool.
+            ValueError: both or neither input; wrong shapes or devices; an id outside the vocabulary (seen on the CPU).
+        """
+        if (tokens is None) == (embeddings is None):
+            given = "neither" if tokens is None else "both"
+            raise ValueError(f"{given} of tokens and embeddings given: expected exactly one")
+        if tokens is not None:
+            self.check_tokens(tokens)
+            self.check_mask(key_padding_mask, *tokens.shape)
+            embeddings = self.embed(tokens)
+        else:
+            assert embeddings is not None
+            self._check_embeddings(embeddings)
+            self.check_mask(key_padding_mask, *embeddings.shape[:2])
+        return self.run_blocks(embeddings, key_padding_mask)
+
+    def _check_embeddings(self, embeddings: Tensor) -> None:
+        if not isinstance(embeddings, Tensor) or not embeddings.is_floating_point():
+            kind = getattr(embeddings, "dtype", type(embeddings).__name__)
+            raise TypeError(f"embeddings has type {kind}: expected a float tensor (B, N, dim)")
+        if embeddings.ndim != 3 or embeddings.shape[-1] != self.config.dim:
+            raise ValueError(
+                f"embeddings has shape {tuple(embeddings.shape)}: expected (B, N, dim) with dim={self.config.dim}"
+            )
+        self._check_device(embeddings, "embeddings")
+        dtype = self.embedding.weight.dtype
+        if embeddings.dtype != dtype and not torch.is_autocast_enabled(embeddings.device.type):
+            raise TypeError(
+                f"embeddings has dtype {embeddings.dtype} and the model {dtype}: expected the same, or autocast"
+            )

@@ -1,0 +1,24 @@
+"""Training a byte-level LongNet: data, loop, checkpoints, evaluation, report.
+
+Needs numpy, safetensors, rich and matplotlib besides torch; ``import longnet`` does not import this package.
+"""
+
+from longnet.training.checkpoint import CheckpointError
+from longnet.training.data import Corpus, read_corpus
+from longnet.training.folder import load_model
+from longnet.training.loop import TrainingDiverged, TrainSummary, train
+from longnet.training.report import Evaluation, write_report
+from longnet.training.settings import TrainSettings
+
+__all__ = [
+    "CheckpointError",
+    "Corpus",
+    "Evaluation",
+    "TrainSettings",
+    "TrainSummary",
+    "TrainingDiverged",
+    "load_model",
+    "read_corpus",
+    "train",
+    "write_report",
+]

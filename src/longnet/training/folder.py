@@ -1,0 +1,125 @@
+"""The run folder: which file holds what, and reading a finished model back."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longnet.models import LongNetConfig, LongNetLM
+from longnet.training.checkpoint import CheckpointError, collect_weights, read_safetensors, restore_weights
+from longnet.training.checkpoint import write_safetensors as _write_safetensors
+from longnet.training.files import read_json, write_json
+
+MODEL_FORMAT = "longnet-model-1"
+
+
+class RunFolder:
+    """Paths and files of one run; making it touches nothing.
+
+    ``run.json`` (settings, versions, data) makes a folder a run; ``config.json`` and ``model.safetensors`` are the model,
+    ``metrics.jsonl`` the curve, ``checkpoint/state.safetensors`` what ``--resume`` goes on from, and ``evaluation.json``,
+    ``report.html`` and the PNGs the result.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.settings_file = self.path / "run.json"
+        self.config_file = self.path / "config.json"
+        self.model_file = self.path / "model.safetensors"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.checkpoint_file = self.path / "checkpoint" / "state.safetensors"
+        self.evaluation_file = self.path / "evaluation.json"
+        self.report_file = self.path / "report.html"
+
+    def require_new(self) -> None:
+        """Raise ValueError if a run, or a file that a run would overwrite, is there already."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"out={str(self.path)!r} is a file: expected a folder to be made")
+        if self.settings_file.exists():
+            raise ValueError(
+                f"out={str(self.path)!r} already holds a run: expected another folder, or --resume to go on with this one"
+            )
+        own = (self.config_file, self.model_file, self.metrics_file, self.evaluation_file, self.report_file)
+        there = [file.name for file in own if file.exists()]
+        if there:
+            raise ValueError(
+                f"out={str(self.path)!r} holds {there}, which a run would overwrite: expected another folder"
+            )
+
+    def require_run(self) -> None:
+        """Raise ValueError unless a run was started here."""
+        if not self.settings_file.is_file():
+            reason = "holds no run (no run.json)" if self.path.is_dir() else "is no folder"
+            raise ValueError(f"{str(self.path)!r} {reason}: expected the --out folder of longnet train")
+
+    def write_start(self, settings: dict[str, Any], data: dict[str, Any], device: torch.device) -> None:
+        """Make the folder and write ``config.json`` and, last, ``run.json``."""
+        self.checkpoint_file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.config_file, settings["model"])
+        write_json(
+            self.settings_file,
+            {
+                "settings": settings,
+                "data": data,
+                "versions": software_versions(),
+                "machine": {"device": str(device), "name": _device_name(device), "system": platform.platform()},
+            },
+        )
+
+    def write_model(self, model: LongNetLM) -> None:
+        """Write ``model.safetensors``, atomically."""
+        weights = {name: tensor.to("cpu").contiguous() for name, tensor in collect_weights(model).items()}
+        _write_safetensors(self.model_file, weights, {"format": MODEL_FORMAT})
+
+
+def load_model(run: str | Path, device: str | torch.device = "cpu") -> LongNetLM:
+    """The trained model of a run folder, in evaluation mode.
+
+    Args:
+        run: the ``--out`` folder of ``longnet train``; ``config.json`` and ``model.safetensors`` are what is read.
+        device: where to put it.
+
+    Raises:
+        ValueError: no run, or a run that has not saved a model yet.
+        CheckpointError: weights that are truncated, foreign or of another model (a ValueError too).
+    """
+    folder = RunFolder(run)
+    if not folder.config_file.is_file():
+        folder.require_run()
+        raise ValueError(f"{folder.config_file} is missing: expected the model's config, written when a run starts")
+    config = LongNetConfig.from_dict(read_json(folder.config_file))
+    if not folder.model_file.is_file():
+        raise ValueError(
+            f"{str(folder.path)!r} holds no model yet: expected model.safetensors, written with a checkpoint"
+        )
+    weights, metadata = read_safetensors(folder.model_file)
+    if metadata.get("format") != MODEL_FORMAT:
+        found = metadata.get("format")
+        raise CheckpointError(
+            f"{folder.model_file} is not a model of longnet: its format is {found!r}, expected {MODEL_FORMAT!r}"
+        )
+    with torch.random.fork_rng(devices=[]):  # Its initial weights are overwritten: leave the caller's generator alone.
+        model = LongNetLM(config)
+    restore_weights(model, weights, folder.model_file)
+    return model.to(device).eval()
+
+
+def software_versions() -> dict[str, str | None]:
+    """Versions of what a run's numbers depend on; ``None`` for a package run from its source tree."""
+    packages = ("longnet-torch", "torch", "numpy", "safetensors")
+    return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()

@@ -1,0 +1,64 @@
+"""``metrics.jsonl``: one JSON object a line, one line a step, and a line an evaluation."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from longnet.training.files import write_bytes
+
+
+class MetricsLog:
+    """Appends lines to a metrics file; a line is handed to the system whole, as soon as it is written.
+
+    Args:
+        path: the file. It is made if it is not there.
+        keep_to_step: drop every line past this step first, and one that a kill left half-written.
+
+    Raises:
+        ValueError: a line (other than the last) that is no JSON object with a step; the message names file and line.
+    """
+
+    def __init__(self, path: Path, keep_to_step: int) -> None:
+        kept = [line for line in read_metrics(path) if line["step"] <= keep_to_step] if path.exists() else []
+        content = b"".join(_encode(line) for line in kept)
+        write_bytes(path, content)
+        self._file: BinaryIO = open(path, "ab")  # noqa: SIM115 - closed by close()
+
+    def write(self, **values: Any) -> None:
+        """Append one line."""
+        self._file.write(_encode(values))
+        self._file.flush()
+
+    def flush_to_disk(self) -> None:
+        """Return once every line is on the disk: a checkpoint never knows a step that the metrics lack."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file, oldest first; a half-written last line is left out.
+
+    Raises:
+        ValueError: any other line that is no JSON object with a step; the message names file and line.
+    """
+    lines = path.read_bytes().split(b"\n")
+    values: list[dict[str, Any]] = []
+    # What follows the last newline is empty, or a line that a kill cut short.
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path} line {number} is not JSON: {error}") from None
+        if not isinstance(value, dict) or not isinstance(value.get("step"), int):
+            raise ValueError(f"{path} line {number} has no step: expected lines written by longnet train")
+        values.append(value)
+    return values
+
+
+def _encode(values: dict[str, Any]) -> bytes:
+    return json.dumps(values, allow_nan=False).encode("utf-8") + b"\n"

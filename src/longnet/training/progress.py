@@ -1,0 +1,148 @@
+"""What a person sees while a run goes on: one bar on a terminal, a line every few seconds anywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Protocol, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
+
+
+class Reporter(Protocol):
+    """Hears what is being done; one task at a time."""
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+
+    def begin(self, title: str, done: float = 0.0) -> None:
+        """A task starts, ``done`` (a share in [0, 1]) of it already behind."""
+
+    def advance(self, done: float, detail: str = "") -> None:
+        """The task is at ``done``; ``detail`` is how it goes."""
+
+    def end(self) -> None:
+        """The task is over."""
+
+
+class SilentReporter:
+    """Says nothing."""
+
+    def say(self, text: str) -> None:
+        pass
+
+    def begin(self, title: str, done: float = 0.0) -> None:
+        pass
+
+    def advance(self, done: float, detail: str = "") -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+
+class LineReporter:
+    """Plain lines, for a file or a pipe.
+
+    Args:
+        stream: where to write.
+        interval: fewest seconds between two lines of one task.
+    """
+
+    def __init__(self, stream: TextIO, interval: float = 5.0) -> None:
+        self._stream = stream
+        self._interval = interval
+        self._clock = _Clock()
+        self._title = ""
+        self._last: tuple[float, str] | None = None
+        self._due = 0.0
+
+    def say(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
+    def begin(self, title: str, done: float = 0.0) -> None:
+        self._title, self._clock, self._last = title, _Clock(done), None
+        self._due = time.monotonic() + self._interval
+
+    def advance(self, done: float, detail: str = "") -> None:
+        self._last = (done, detail)
+        if time.monotonic() >= self._due:
+            self._print()
+
+    def end(self) -> None:
+        if self._last is not None:
+            self._print()
+
+    def _print(self) -> None:
+        if self._last is None:
+            return
+        done, detail = self._last
+        parts = [f"{self._title} {done:4.0%}", *([detail] if detail else []), self._clock.left(done)]
+        self.say("  ".join(parts))
+        self._last, self._due = None, time.monotonic() + self._interval
+
+
+class TerminalReporter:
+    """One rich progress bar, lines above it."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._clock = _Clock()
+
+    def say(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False)
+
+    def begin(self, title: str, done: float = 0.0) -> None:
+        self._clock = _Clock(done)
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[detail]}", markup=False),
+            TextColumn("{task.fields[left]}", markup=False, style="cyan"),
+            console=self._console,
+        )
+        self._task = self._progress.add_task(title, total=1.0, detail="", left="")
+        self._progress.update(self._task, completed=done)
+        self._progress.start()
+
+    def advance(self, done: float, detail: str = "") -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, detail=detail, left=self._clock.left(done))
+
+    def end(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def make_reporter(stream: TextIO | None = None) -> Reporter:
+    """A bar if ``stream`` (default: standard output) is a terminal, lines if not."""
+    target = sys.stdout if stream is None else stream
+    if target.isatty():
+        return TerminalReporter(Console(file=target))
+    return LineReporter(target)
+
+
+def format_seconds(seconds: float) -> str:
+    """``75`` as ``1:15``, ``3700`` as ``1:01:40``."""
+    minutes, rest = divmod(round(max(seconds, 0.0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class _Clock:
+    """Time left, from the share done since the start."""
+
+    def __init__(self, done: float = 0.0) -> None:
+        self._from = done
+        self._start = time.monotonic()
+
+    def left(self, done: float) -> str:
+        gained = done - self._from
+        if gained <= 0:
+            return ""
+        return f"{format_seconds((time.monotonic() - self._start) * (1.0 - done) / gained)} left"

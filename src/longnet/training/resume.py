@@ -1,0 +1,98 @@
+"""Whether a run can go on with the settings it is resumed with, before anything of it is touched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from longnet.training.checkpoint import Checkpoint, CheckpointError
+from longnet.training.data import Corpus
+from longnet.training.files import read_json
+from longnet.training.folder import RunFolder, software_versions
+from longnet.training.schedule import is_flat_until
+from longnet.training.settings import TrainSettings, changed_settings
+
+
+def read_settings(folder: RunFolder) -> TrainSettings:
+    """The settings of the run in ``folder``.
+
+    Raises:
+        ValueError: no run there, or a ``run.json`` that holds none.
+    """
+    return TrainSettings.from_dict(_section(folder, "settings"))
+
+
+def check_resume(
+    folder: RunFolder, settings: TrainSettings, corpus: Corpus, checkpoint: Checkpoint | None
+) -> list[str]:
+    """Raise unless resuming gives the losses of the run that was started; return what is worth a note.
+
+    Args:
+        folder: holds the run.
+        settings: what it is resumed with.
+        corpus: the data read now.
+        checkpoint: where it stands; ``None`` if it was killed before its first one.
+
+    Raises:
+        ValueError: settings or data that differ, every one of them named.
+    """
+    saved = read_settings(folder)
+    changes = changed_settings(saved, settings)
+    fingerprint = _section(folder, "data").get("fingerprint")
+    if fingerprint != corpus.fingerprint:
+        changes.append(f"data {corpus.source!r} is not what the run was started on (its fingerprint differs)")
+    if changes:
+        raise ValueError(
+            f"the run in {str(folder.path)!r} cannot be resumed with other settings: {'; '.join(changes)}. "
+            "Expected the same ones (leave them out), or a new --out"
+        )
+    notes = []
+    if checkpoint is None:
+        notes.append("The run was stopped before its first checkpoint: starting from step 0")
+    else:
+        _check_origin(folder, saved, checkpoint, fingerprint)
+        _check_length(folder, saved, settings, checkpoint)
+    if (saved.device, saved.threads) != (settings.device, settings.threads):
+        notes.append("Note: another device or thread count than before, losses may differ in their last digits")
+    before, now = _section(folder, "versions"), software_versions()
+    other = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
+    if other:
+        notes.append(f"Note: other versions than before ({', '.join(other)}), losses may differ in their last digits")
+    return notes
+
+
+def _check_origin(folder: RunFolder, saved: TrainSettings, checkpoint: Checkpoint, fingerprint: object) -> None:
+    """A checkpoint copied in from another run may fit in every shape."""
+    changes = changed_settings(saved, TrainSettings.from_dict(checkpoint.progress["settings"]))
+    if checkpoint.progress["data"] != fingerprint:
+        changes.append("its data are others")
+    if changes:
+        raise CheckpointError(
+            f"{checkpoint.path} is of another run than {folder.settings_file} (run.json first): {'; '.join(changes)}"
+        )
+
+
+def _check_length(folder: RunFolder, saved: TrainSettings, settings: TrainSettings, checkpoint: Checkpoint) -> None:
+    """A run may be made longer if no rate of the steps already done would have been another."""
+    step, seconds = checkpoint.progress["step"], checkpoint.progress["seconds"]
+    if settings.steps is not None and settings.steps < step:
+        raise ValueError(f"steps={settings.steps}: the run has done {step} already, expected at least that many")
+    changes = [
+        f"{name} was {getattr(saved, name)}, now {getattr(settings, name)}"
+        for name in ("steps", "minutes")
+        if getattr(saved, name) != getattr(settings, name)
+    ]
+    flat = all(is_flat_until(one.schedule, one.progress(step, seconds)) for one in (saved, settings))
+    if changes and step > 0 and not flat:
+        raise ValueError(
+            f"the run in {str(folder.path)!r} cannot be resumed with another length ({', '.join(changes)}): its "
+            f"schedule={saved.schedule!r} would have given the {step} steps already done other learning rates. Expected the "
+            "same length, or a run with schedule='constant' ('wsd' too, before its decay)"
+        )
+
+
+def _section(folder: RunFolder, name: str) -> dict[str, Any]:
+    folder.require_run()
+    section = read_json(folder.settings_file).get(name)
+    if not isinstance(section, dict):
+        raise ValueError(f"{folder.settings_file} has no {name!r}: expected a file written by longnet train")
+    return section

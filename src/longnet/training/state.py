@@ -1,0 +1,77 @@
+"""The state of a run between two steps, as named tensors: out of model, optimizer and generators, and back into them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longnet.training.checkpoint import Checkpoint, CheckpointError, check_tensors, collect_weights, restore_weights
+from longnet.training.settings import TrainSettings
+
+
+def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
+    """AdamW that decays matrices only: norms and biases are left alone."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    groups = [
+        {"params": [weight for weight in weights if weight.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0},
+    ]
+    fused = weights[0].device.type in ("cpu", "cuda")
+    betas = (settings.beta1, settings.beta2)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, fused=fused)
+
+
+def collect_state(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> dict[str, Tensor]:
+    """Everything a resumed run needs beyond a few numbers, by the names of ``longnet.training.checkpoint``."""
+    tensors = {f"model.{name}": tensor for name, tensor in collect_weights(model).items()}
+    for name, weight in model.named_parameters():
+        for key, value in optimizer.state[weight].items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    tensors["rng.cpu"] = torch.get_rng_state()
+    if device.type == "cuda":
+        tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
+    return tensors
+
+
+def restore_state(
+    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+) -> None:
+    """The inverse of ``collect_state``. Everything is checked before anything is changed.
+
+    A run that moves between the CPU and CUDA keeps the generators of its new device as the seed left them.
+
+    Raises:
+        CheckpointError: names, shapes or dtypes that do not fit.
+    """
+    weights = _below(checkpoint, "model.")
+    moments = _below(checkpoint, "optimizer.")
+    check_tensors(collect_weights(model), weights, checkpoint.path)
+    states: dict[Tensor, dict[str, Any]] = {}
+    for name, weight in model.named_parameters():
+        # The optimizer has no state before its first step.
+        if not moments:
+            break
+        found = {key: moments.get(f"{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
+        for key, value in found.items():
+            shape = torch.Size() if key == "step" else weight.shape
+            if value is None or value.shape != shape:
+                raise CheckpointError(
+                    f"{checkpoint.path} does not fit the optimizer: {name}.{key} is "
+                    f"{'missing' if value is None else tuple(value.shape)}, expected {tuple(shape)}"
+                )
+        states[weight] = {key: value.to(device) for key, value in found.items() if value is not None}
+    restore_weights(model, weights, checkpoint.path)
+    optimizer.state.update(states)
+    generators = _below(checkpoint, "rng.")
+    if "cpu" not in generators:
+        raise CheckpointError(f"{checkpoint.path} is damaged: it lacks rng.cpu")
+    torch.set_rng_state(generators["cpu"])
+    if device.type == "cuda" and "cuda" in generators:
+        torch.cuda.set_rng_state(generators["cuda"], device)
+
+
+def _below(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with ``prefix``, without it."""
+    return {name.removeprefix(prefix): value for name, value in checkpoint.tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,41 @@
+"""One predicate, two moods: automatic choice logs why a backend was passed over, a name raises it."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from longnet import dilated_attention
+from longnet.backends import BACKENDS, select_backend
+
+
+def test_a_plain_cpu_call_takes_the_flash_kernel():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        assert select_backend("auto", "cpu", dtype, False).name == "cpu_flash"
+
+
+def test_passing_over_is_logged(caplog):
+    with caplog.at_level(logging.DEBUG, logger="longnet"):
+        assert select_backend("auto", "cuda", torch.bfloat16, False).name == "portable"
+        assert select_backend("auto", "cpu", torch.float32, True).name == "portable"
+    assert "cpu_flash passed over: it runs on cpu tensors, not cuda" in caplog.text
+    assert "no gradient for a score bias" in caplog.text
+
+
+def test_a_name_that_cannot_run_raises_its_reason():
+    with pytest.raises(ValueError, match=r"backend='cpu_flash' cannot run.*not cuda"):
+        select_backend("cpu_flash", "cuda", torch.float32, False)
+    with pytest.raises(ValueError, match=r"backend='cpu_flash' cannot run.*score bias"):
+        select_backend("cpu_flash", "cpu", torch.float32, True)
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    q = torch.randn(1, 1, 4, 4)
+    with pytest.raises(ValueError, match="backend='flash3' is unknown.*cpu_flash.*portable"):
+        dilated_attention(q, q, q, 2, 1, backend="flash3")
+
+
+def test_names_are_unique():
+    assert len({backend.name for backend in BACKENDS}) == len(BACKENDS)

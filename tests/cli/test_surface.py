@@ -1,0 +1,51 @@
+"""The exact commands and options: a change here is a change for users and belongs in the changelog."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable
+
+import pytest
+
+from longnet.cli.main import app
+
+Longnet = Callable[..., "subprocess.CompletedProcess[str]"]
+
+OPTIONS = {
+    "train": [
+        *("--out", "--data", "--preset", "--config", "--context", "--steps", "--minutes", "--batch", "--accumulate"),
+        *("--lr", "--warmup", "--schedule", "--weight-decay", "--clip", "--dtype", "--device", "--seed"),
+        *("--eval-every", "--save-every", "--threads", "--resume"),
+    ],
+    "generate": ["--prompt", "--file", "--tokens", "--temperature", "--top-k", "--top-p", "--seed", "--device"],
+    "inspect": [
+        *("--segments", "--rates", "--length", "--heads", "--head-dim", "--kv-heads", "--layers", "--bidirectional"),
+        *("--head-offsets", "--suggest-budget", "--out", "--json"),
+    ],
+}
+
+
+def test_the_commands() -> None:
+    assert [command.callback.__name__ for command in app.registered_commands if command.callback] == list(OPTIONS)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_options_of(name: str, call: Longnet) -> None:
+    result = call(name, "--help")
+    assert result.returncode == 0
+    found = re.findall(r"^  (--[a-z-]+)", result.stdout, flags=re.MULTILINE)
+    assert found == [*OPTIONS[name], "--help"]
+
+
+def test_help_without_a_command_names_them(call: Longnet) -> None:
+    result = call()
+    for name in OPTIONS:
+        assert re.search(rf"^\s+{name}\s", result.stdout + result.stderr, flags=re.MULTILINE)
+
+
+def test_an_unknown_option_is_refused(call: Longnet) -> None:
+    result = call("train", "--out", "x", "--learning-rate", "1")
+    assert result.returncode == 2
+    assert "--learning-rate" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,162 @@
+"""``longnet train`` as a user runs it: killed, resumed, refused."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longnet.training.metrics import read_metrics
+
+Longnet = Callable[..., "subprocess.CompletedProcess[str]"]
+StopRun = Callable[..., "tuple[int, str]"]
+STEPS = 400
+
+
+def _losses(out: Path) -> list[tuple[Any, ...]]:
+    return [(line["kind"], line["step"], line["loss"]) for line in read_metrics(out / "metrics.jsonl")]
+
+
+@pytest.fixture
+def stop_run(start_longnet: Callable[..., "subprocess.Popen[str]"]) -> StopRun:
+    """Start a run, wait until it has written a number of lines in all, send it a signal; exit code and output."""
+
+    def stop(arguments: list[object], out: Path, after: int, number: signal.Signals) -> tuple[int, str]:
+        process = start_longnet("train", *arguments, "--out", out)
+        metrics, deadline = out / "metrics.jsonl", time.monotonic() + 90
+        try:
+            while not metrics.exists() or metrics.read_bytes().count(b"\n") < after:
+                assert process.poll() is None, "the run ended before it was to be stopped"
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+            process.send_signal(number)
+            text, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        return process.returncode, text
+
+    return stop
+
+
+def test_killed_twice_and_resumed_it_has_the_losses_of_a_run_that_was_not(
+    tmp_path: Path, longnet: Longnet, stop_run: StopRun, train_arguments: list[object]
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    arguments = [*train_arguments, "--steps", STEPS]
+    assert longnet("train", *arguments, "--out", whole).returncode == 0
+    code, _ = stop_run(arguments, parts, 60, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    code, _ = stop_run([*arguments, "--resume"], parts, 150, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert len(_losses(parts)) < STEPS
+    result = longnet("train", "--out", parts, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert "Resuming after step" in result.stdout
+    assert _losses(parts) == _losses(whole)
+    assert [step for kind, step, _ in _losses(parts) if kind == "train"] == list(range(1, STEPS + 1))
+    assert (parts / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_asked_to_stop_it_saves_and_says_how_to_go_on(
+    tmp_path: Path, stop_run: StopRun, train_arguments: list[object]
+) -> None:
+    out = tmp_path / "run"
+    code, text = stop_run([*train_arguments, "--steps", STEPS], out, 10, signal.SIGTERM)
+    assert code == 130
+    done = _losses(out)[-1][1]
+    assert f"Stopped and saved after step {done}. To go on: longnet train --out {out} --resume" in text
+
+
+def test_it_says_what_it_is_doing_and_writes_the_run_folder(finished_run: Path) -> None:
+    text = (finished_run.parent / "output.txt").read_text()
+    for part in ("Reading the file", "training bytes", "parameters, 1 layers", "segments (16, 32, 64)", "Training 100%",
+                 "tokens/s", "bits/byte", "left", "Scoring", "lzma", "Generating a sample", "Report: ", "Held out: "):  # fmt: skip
+        assert part in text, part
+    names = {path.relative_to(finished_run).as_posix() for path in finished_run.rglob("*") if path.is_file()}
+    assert names == {
+        *("run.json", "config.json", "model.safetensors", "metrics.jsonl", "checkpoint/state.safetensors"),
+        *("evaluation.json", "report.html", "loss.png", "positions.png", "pattern.png"),
+    }
+    assert json.loads((finished_run / "config.json").read_text())["layers"] == 1
+
+
+def test_a_finished_run_resumed_makes_its_report_again(finished_run: Path, longnet: Longnet) -> None:
+    (finished_run / "report.html").unlink()
+    result = longnet("train", "--out", finished_run, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert (finished_run / "report.html").stat().st_size > 10_000
+    assert len(_losses(finished_run)) == 21
+
+
+def _toml(folder: Path) -> Path:
+    file = folder / "model.toml"
+    file.write_text('preset = "nano"\nlayers = 1\nnorm = "rms"\n')
+    return file
+
+
+def test_a_toml_config(tmp_path: Path, longnet: Longnet, train_arguments: list[object]) -> None:
+    out = tmp_path / "run"
+    arguments = [argument if not str(argument).endswith(".json") else _toml(tmp_path) for argument in train_arguments]
+    assert longnet("train", *arguments, "--out", out, "--steps", 1).returncode == 0
+    assert json.loads((out / "config.json").read_text())["norm"] == "rms"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "nano", "--config", "x.json"], "--preset and --config were both given"),
+        (["--preset", "huge"], "'huge' is not a preset"),
+        (["--config", "gone.json"], "No such file or directory: 'gone.json'"),
+        (["--data", "gone.txt"], "data='gone.txt' is not there"),
+        (["--lr", "0"], "lr=0.0: expected above 0"),
+        (["--schedule", "step"], "schedule='step' is unknown: expected one of"),
+        (["--dtype", "float16", "--device", "cpu"], "dtype='float16' on device='cpu'"),
+        (["--resume"], "is no folder: expected the --out folder of longnet train"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    tmp_path: Path, call: Longnet, arguments: list[str], message: str
+) -> None:
+    result = call("train", "--out", tmp_path / "run", *arguments)
+    assert result.returncode == 2
+    assert result.stderr.startswith("longnet: error: ")
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_never_overwritten_nor_resumed_as_another(finished_run: Path, call: Longnet) -> None:
+    result = call("train", "--out", finished_run, "--steps", 5)
+    assert result.returncode == 2
+    assert "already holds a run: expected another folder, or --resume" in result.stderr
+    result = call("train", "--out", finished_run, "--resume", "--seed", 5, "--batch", 1)
+    assert result.returncode == 2
+    assert "batch was 2, now 1; seed was 0, now 5" in result.stderr
+
+
+def test_a_truncated_checkpoint_is_one_line_too(
+    tmp_path: Path, call: Longnet, stop_run: StopRun, train_arguments: list[object]
+) -> None:
+    out = tmp_path / "run"
+    stop_run([*train_arguments, "--steps", STEPS], out, 10, signal.SIGTERM)
+    state = out / "checkpoint" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:200])
+    result = call("train", "--out", out, "--resume")
+    assert result.returncode == 2
+    assert f"{state} is truncated or not a safetensors file" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_diverged_run_is_one_line_and_exit_code_1(
+    tmp_path: Path, call: Longnet, train_arguments: list[object]
+) -> None:
+    result = call("train", *train_arguments, "--out", tmp_path / "run", "--steps", 50, "--lr", "1e30", "--clip", 0)
+    assert result.returncode == 1
+    assert "still holds step" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1

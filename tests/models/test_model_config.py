@@ -1,0 +1,113 @@
+"""LongNetConfig: presets, round trips, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from typing import Any
+
+import pytest
+
+from longnet.geometry import Pattern
+from longnet.models import LongNetConfig
+
+
+def test_base_is_the_papers_size() -> None:
+    base = LongNetConfig.preset("base")
+    assert base == LongNetConfig()
+    assert (base.dim, base.heads, base.layers, base.feed_forward_dim, base.head_dim) == (768, 12, 12, 3072, 64)
+    assert base.segment_lengths == (2048, 4096, 8192, 16384, 32768)
+    assert base.dilation_rates == (1, 2, 4, 6, 12)
+    assert base.causal and base.use_xpos and base.tie_embeddings
+
+
+@pytest.mark.parametrize("name", LongNetConfig.presets())
+def test_presets_reach_every_position_with_every_rate(name: str) -> None:
+    config = LongNetConfig.preset(name)
+    pattern = Pattern.parse(config.segment_lengths, config.dilation_rates, config.head_offsets)
+    for branch in pattern.branches:
+        offsets = {pattern.offset(branch, head, config.heads) for head in range(config.heads)}
+        assert offsets == set(range(branch.dilation_rate))
+
+
+@pytest.mark.parametrize("name", LongNetConfig.presets())
+def test_dict_and_json_round_trips(name: str) -> None:
+    config = LongNetConfig.preset(name, dropout=0.25, kv_heads=1, xpos_scale_base=700.0)
+    values = config.to_dict()
+    assert json.loads(json.dumps(values)) == values
+    assert LongNetConfig.from_dict(json.loads(json.dumps(values))) == config
+    assert copy.deepcopy(config) == config == pickle.loads(pickle.dumps(config))
+    assert hash(copy.deepcopy(config)) == hash(config)
+
+
+def test_preset_changes_and_replace_are_checked() -> None:
+    config = LongNetConfig.preset("nano", layers=3, segment_lengths=[8, 16], dilation_rates=[1, 2])
+    assert (config.layers, config.segment_lengths, config.dilation_rates) == (3, (8, 16), (1, 2))
+    assert config.replace(dim=64).feed_forward_dim == 256
+    assert LongNetConfig.preset("nano", segment_lengths=8, dilation_rates=1).segment_lengths == (8,)
+    with pytest.raises(ValueError, match="dim=30"):
+        config.replace(dim=30)
+    with pytest.raises(ValueError, match="'depth'"):
+        config.replace(depth=3)
+    with pytest.raises(ValueError, match="'depth'"):
+        LongNetConfig.from_dict({"depth": 3})
+    with pytest.raises(ValueError, match=r"'huge'.*base"):
+        LongNetConfig.preset("huge")
+
+
+def test_a_preset_cannot_be_changed_through_what_it_returns() -> None:
+    LongNetConfig.preset("tiny").to_dict()["segment_lengths"].append(1)
+    assert LongNetConfig.preset("tiny").segment_lengths == (512, 2048, 8192)
+    with pytest.raises(AttributeError):
+        LongNetConfig().dim = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dim": 770}, "dim=770.*heads=12"),
+        ({"kv_heads": 5}, "heads=12.*kv_heads=5"),
+        ({"layers": 0}, "layers=0"),
+        ({"vocab_size": 0}, "vocab_size=0"),
+        ({"ffn_dim": 0}, "ffn_dim=0"),
+        ({"loss_chunk": 0}, "loss_chunk=0"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"dropout": float("nan")}, "dropout=nan"),
+        ({"norm": "group"}, "norm='group'"),
+        ({"norm": "batch"}, "norm='batch' with causal=True.*future"),
+        ({"segment_lengths": (4, 8)}, "differ in length"),
+        ({"segment_lengths": 2, "dilation_rates": 4}, "rate <= length"),
+        ({"head_offsets": "random"}, "head_offsets='random'"),
+        ({"dim": 36, "heads": 12}, "odd"),
+        ({"xpos_scale_base": 0.0}, "xpos_scale_base=0.0"),
+        ({"xpos_scale_base": float("inf")}, "xpos_scale_base=inf"),
+        ({"backend": ""}, "backend"),
+    ],
+)
+def test_bad_values_teach(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LongNetConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dim": 768.0},
+        {"heads": True},
+        {"causal": 1},
+        {"dropout": "0.1"},
+        {"norm": None},
+        {"segment_lengths": (2.0,)},
+        {"vocab_size": None},
+        {"xpos_scale_base": "512"},
+    ],
+)
+def test_wrong_types_are_type_errors(changes: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=next(iter(changes))):
+        LongNetConfig(**changes)
+
+
+def test_batch_norm_and_odd_heads_where_they_make_sense() -> None:
+    assert LongNetConfig(norm="batch", causal=False).norm == "batch"
+    assert LongNetConfig(dim=36, use_xpos=False).head_dim == 3

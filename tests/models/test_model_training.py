@@ -1,0 +1,101 @@
+"""The models under a compiler and under an optimiser."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from longnet.models import LongNetConfig, LongNetEncoder, LongNetLM
+from longnet.models.layers import Block, FeedForward
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_loss_compiles_into_one_graph(checkpointing: bool) -> None:
+    torch.manual_seed(0)
+    model = LongNetLM(LongNetConfig.preset("nano", gradient_checkpointing=checkpointing), dtype=torch.float64)
+    eager = copy.deepcopy(model)
+    tokens = torch.randint(0, 256, (2, 41))
+    compiled = torch.compile(model.loss, fullgraph=True, backend="aot_eager")
+    loss, expected = compiled(tokens[:, :-1], tokens[:, 1:]), eager.loss(tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    for p, q in zip(model.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_batch_norm_encoder_compiles_and_moves_its_statistics_once(checkpointing: bool) -> None:
+    torch.manual_seed(0)
+    config = LongNetConfig.preset("nano", causal=False, norm="batch", gradient_checkpointing=checkpointing)
+    model = LongNetEncoder(config, dtype=torch.float64)
+    eager = copy.deepcopy(model)
+    tokens = torch.randint(0, 256, (2, 40))
+    mask = torch.arange(40)[None] >= torch.tensor([[40], [17]])
+    for encoder in (torch.compile(model, fullgraph=True, backend="aot_eager"), eager):
+        encoder(tokens, mask).pow(3).sum().backward()
+    for p, q in zip(model.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
+    for (name, p), (_, q) in zip(model.named_buffers(), eager.named_buffers(), strict=True):
+        torch.testing.assert_close(p, q, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gelu_in_low_precision_is_gelu_in_float32(dtype: torch.dtype) -> None:
+    """What the feed-forward relies on to leave out the casts: every normal value of the type, bit for bit."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    every = every[every.isfinite() & (every.abs() > 4 * torch.finfo(dtype).tiny)]
+    assert torch.equal(F.gelu(every), F.gelu(every.float()).to(dtype))
+
+
+def test_feed_forward_is_its_formula() -> None:
+    torch.manual_seed(0)
+    layer = FeedForward(LongNetConfig.preset("nano"), dtype=torch.float64)
+    x = torch.randn(2, 5, 32, dtype=torch.float64)
+    hidden = x @ layer.fc1.weight.t() + layer.fc1.bias
+    hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
+    centred = hidden - hidden.mean(-1, keepdim=True)
+    normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(layer(x), normed @ layer.fc2.weight.t() + layer.fc2.bias, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("branch", ["attention", "feed_forward"])
+def test_dropout_acts_on_each_residual_branch(branch: str) -> None:
+    """With the other branch silent, every output is the input plus either nothing or twice the branch."""
+    torch.manual_seed(0)
+    block = Block(LongNetConfig.preset("nano", dropout=0.5), dtype=torch.float64)
+    for parameter in (block.feed_forward.fc2 if branch == "attention" else block.attention.out_proj).parameters():
+        torch.nn.init.zeros_(parameter)
+    x = torch.randn(2, 20, 32, dtype=torch.float64)
+    added, full = block(x) - x, block.eval()(x) - x
+    dropped = added.abs() < 1e-12
+    assert 0.4 < dropped.double().mean() < 0.6
+    torch.testing.assert_close(added[~dropped], 2 * full[~dropped], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_overfits_one_sequence(norm: str) -> None:
+    torch.manual_seed(0)
+    model = LongNetLM(LongNetConfig.preset("nano", norm=norm))
+    tokens = torch.randint(0, 256, (1, 97))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 5.0 and losses[-1] < 0.5, losses
+    continued = model.generate(tokens[:, :40], 57, temperature=0)
+    assert (continued == tokens).float().mean() > 0.9

@@ -1,0 +1,97 @@
+"""What bad input gets: an error that names the argument, the value it had and what was expected."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from longnet import DilatedAttention, dilated_attention
+
+Q = torch.randn(2, 4, 16, 8)
+
+
+def call(query=Q, key=Q, value=Q, segment_lengths=(4, 8), dilation_rates=(1, 2), **options):
+    return dilated_attention(query, key, value, segment_lengths, dilation_rates, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        (dict(segment_lengths=(2048, 4096), dilation_rates=(1,)), ValueError, r"segment_lengths=\(2048, 4096\) and dilation_rates=\(1,\) differ in length"),
+        (dict(segment_lengths=(), dilation_rates=()), ValueError, "empty"),
+        (dict(segment_lengths=(0, 8)), ValueError, r"segment_lengths=\(0, 8\) holds 0.*at least 1"),
+        (dict(dilation_rates=(1, -2)), ValueError, r"dilation_rates=\(1, -2\) holds -2"),
+        (dict(dilation_rates=(5, 2)), ValueError, r"holds 5, more than its segment length 4"),
+        (dict(segment_lengths=(4.0, 8)), TypeError, "segment_lengths.*4.0 of type float"),
+        (dict(segment_lengths="48"), TypeError, "segment_lengths.*'4' of type str"),
+        (dict(dilation_rates=(True, 2)), TypeError, "dilation_rates.*True of type bool"),
+        (dict(segment_lengths=None), TypeError, "segment_lengths=None"),
+        (dict(head_offsets="diagonal"), ValueError, "head_offsets='diagonal' is unknown.*interleaved.*blocked"),
+        (dict(query=Q[0]), ValueError, r"query has shape \(4, 16, 8\): expected 4 dimensions"),
+        (dict(key=Q.double()), ValueError, "key has dtype torch.float64: expected the query's torch.float32"),
+        (dict(value=Q.to("meta")), ValueError, "value is on meta: expected the query's device cpu"),
+        (dict(key=Q[:, :, :8], value=Q[:, :, :8]), ValueError, "key has shape .*expected"),
+        (dict(value=Q[..., :4]), ValueError, "value has shape"),
+        (dict(value=Q[:, :2]), ValueError, "value has 2 heads: expected as many as key, 4"),
+        (dict(key=Q[:, :3], value=Q[:, :3]), ValueError, "query has 4 heads and key has 3: expected a multiple"),
+        (dict(query=Q.long()), TypeError, "query has dtype torch.int64"),
+        (dict(query=[1.0]), TypeError, "query has type list"),
+        (dict(key_padding_mask=torch.zeros(2, 15, dtype=torch.bool)), ValueError, r"key_padding_mask has shape \(2, 15\): expected \(B, N\) = \(2, 16\)"),
+        (dict(key_padding_mask=torch.zeros(2, 16)), TypeError, "key_padding_mask has dtype torch.float32: expected torch.bool"),
+        (dict(key_padding_mask=torch.zeros(2, 16, dtype=torch.bool, device="meta")), ValueError, "key_padding_mask is on meta"),
+        (dict(scale="big"), TypeError, "scale='big'"),
+        (dict(scale=float("nan")), ValueError, "scale=nan"),
+        (dict(is_causal=1), TypeError, "is_causal=1 has type int"),
+        (dict(group=object()), ValueError, "group=.*expected None"),
+    ],
+)  # fmt: skip
+def test_the_operation_refuses(arguments, error, said):
+    with pytest.raises(error, match=said):
+        call(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        (dict(dim=30, heads=4), ValueError, "dim=30 is not divisible by heads=4"),
+        (dict(dim=32, heads=4, kv_heads=3), ValueError, "heads=4 is not divisible by kv_heads=3"),
+        (dict(heads=0), ValueError, "heads=0: expected at least 1"),
+        (dict(dim=32.0), TypeError, "dim=32.0 has type float"),
+        (dict(segment_size=4, dilation_rate=8), ValueError, r"dilation_rate=\(8,\) holds 8, more than its segment length 4"),
+        (dict(segment_size=(4, 8), dilation_rate=1), ValueError, "segment_size.*dilation_rate.*differ in length"),
+        (dict(dropout=1.5), ValueError, "dropout=1.5"),
+        (dict(dropout="some"), TypeError, "dropout='some'"),
+        (dict(causal="yes"), TypeError, "causal='yes' has type str"),
+        (dict(causal=True, casual=False), ValueError, "causal=True and casual=False contradict"),
+        (dict(distributed=True), ValueError, "distributed=True needs a process group"),
+        (dict(Distributed=True), ValueError, "distributed=True needs a process group"),
+        (dict(dim=12, heads=4, use_xpos=True), ValueError, "head_dim=3 is odd"),
+        (dict(use_xpos=True, segment_size=1 << 20, xpos_scale_base=100.0), ValueError, "xpos_scale_base=100.0 is too small"),
+        (dict(sub_norm="group"), ValueError, "'group'"),
+        (dict(sub_norm="batch", causal=True), ValueError, "sub_norm='batch' with causal=True"),
+        (dict(use_rel_pos_bias=True, rel_pos_buckets=3), ValueError, "num_buckets=3"),
+    ],
+)  # fmt: skip
+def test_the_module_refuses(arguments, error, said):
+    arguments = {"dim": 32, "heads": 4, "dilation_rate": 1, "segment_size": 8, **arguments}
+    with pytest.raises(error, match=said):
+        DilatedAttention(**arguments)
+
+
+def test_a_pattern_that_leaves_positions_to_no_head_warns_once_and_names_them():
+    q = torch.randn(1, 3, 32, 4)
+    with pytest.warns(UserWarning, match=r"p mod 5 in \{3, 4\}"):
+        dilated_attention(q, q, q, 20, 5)
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dilated_attention(q, q, q, 20, 5)
+
+
+def test_a_wrong_input_to_the_module_teaches():
+    module = DilatedAttention(32, 4, 1, 8)
+    with pytest.raises(ValueError, match=r"x has shape \(8, 16\): expected \(B, N, dim\) with dim=32"):
+        module(torch.randn(8, 16))
+    with pytest.raises(ValueError, match="key_padding_mask has shape"):
+        module(torch.randn(2, 8, 32), torch.zeros(2, 9, dtype=torch.bool))

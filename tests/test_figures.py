@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.image import imread
+
+from longnet.figures import _COLORS, _cell_pairs, plot_cost, plot_pattern, plot_receptive_field
+from longnet.geometry.pattern import Pattern
+
+PATTERN = Pattern.parse([16, 32, 64], [1, 2, 4])
+
+
+def pixels(path: Path, color: str) -> int:
+    """How many pixels of the PNG have this colour, above the legend at its lower edge."""
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    image = imread(path)[:-80, :, :3]
+    assert min(image.shape[:2]) > 300
+    return int((np.abs(image - np.array(to_rgb(color))).max(axis=-1) < 0.01).sum())
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_every_colour_has_the_area_of_its_branchs_pairs(tmp_path: Path, is_causal: bool) -> None:
+    cells = [0, 0, 0]
+    for query in range(64):
+        for key in range(query + 1 if is_causal else 64):
+            reading = [
+                index
+                for index, branch in enumerate(PATTERN.branches)
+                if query // branch.segment_length == key // branch.segment_length
+                and PATTERN.selects(branch, 0, 1, query)
+                and PATTERN.selects(branch, 0, 1, key)
+            ]
+            if reading:
+                cells[max(reading)] += 1
+    path = plot_pattern(PATTERN, 1, 64, tmp_path / "pattern.png", is_causal=is_causal)
+    drawn = [pixels(path, color) for color in _COLORS[:3]]
+    assert [count / sum(drawn) for count in drawn] == pytest.approx([c / sum(cells) for c in cells], rel=0.03)
+
+
+@pytest.mark.parametrize("length", [1, 100, 129, 3000])
+def test_any_length_is_drawn(tmp_path: Path, length: int) -> None:
+    path = plot_pattern(PATTERN, 4, length, tmp_path / "pattern.png")
+    assert path == tmp_path / "pattern.png"
+    assert sum(pixels(path, color) for color in _COLORS[:3]) > 1000
+
+
+def test_causal_leaves_out_half_of_the_picture(tmp_path: Path) -> None:
+    both = plot_pattern(Pattern.parse(64, 1), 1, 64, tmp_path / "both.png", is_causal=False)
+    causal = plot_pattern(Pattern.parse(64, 1), 1, 64, tmp_path / "causal.png")
+    assert pixels(causal, _COLORS[0]) / pixels(both, _COLORS[0]) == pytest.approx(65 / 128, rel=0.02)
+
+
+def test_a_million_tokens_and_many_branches_and_heads_are_drawn(tmp_path: Path) -> None:
+    pattern = Pattern.parse([64 << i for i in range(12)], [1 << i % 6 for i in range(12)], "blocked")
+    assert pixels(plot_pattern(pattern, 32, 10**6, tmp_path / "pattern.png"), "#ffffff") > 1000
+
+
+@pytest.mark.parametrize(("segment", "rate", "offset"), [(5, 2, 1), (7, 3, 0), (40, 4, 3), (200, 1, 0), (3, 1, 0)])
+def test_cells_of_the_overview_count_the_pairs(segment: int, rate: int, offset: int) -> None:
+    length = 120
+    pattern = Pattern.parse(segment, rate)
+    taken = np.array([pattern.selects(pattern.branches[0], offset, rate, p) for p in range(length)])
+    same = np.arange(length)[:, None] // segment == np.arange(length) // segment
+    whole = (taken[:, None] & taken & same).astype(int)
+    edges = np.array([0, 10, 25, 31, 32, 70, 120])
+    expected = np.add.reduceat(np.add.reduceat(whole, edges[:-1], axis=0), edges[:-1], axis=1)
+    found = _cell_pairs(pattern.branches[0], offset, edges)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(("length", "layers", "is_causal"), [(1, 1, True), (64, 2, False), (5000, 4, True)])
+def test_the_receptive_field_is_drawn(tmp_path: Path, length: int, layers: int, is_causal: bool) -> None:
+    path = plot_receptive_field(PATTERN, 4, length, layers, tmp_path / "reach.png", is_causal=is_causal)
+    assert pixels(path, "#12485a") > 300
+
+
+def test_deeper_layers_darken_the_receptive_field(tmp_path: Path) -> None:
+    one = plot_receptive_field(PATTERN, 4, 64, 1, tmp_path / "one.png")
+    three = plot_receptive_field(PATTERN, 4, 64, 3, tmp_path / "three.png")
+    assert pixels(three, "#12485a") > 2 * pixels(one, "#12485a")
+
+
+def test_the_cost_is_drawn_and_needs_two_lengths(tmp_path: Path) -> None:
+    path = plot_cost(PATTERN, 4, [64, 2**10, 2**30], tmp_path / "cost.png")
+    assert pixels(path, "#12485a") > 500
+    with pytest.raises(ValueError, match=r"lengths=\(64, 64\)"):
+        plot_cost(PATTERN, 4, [64, 64], tmp_path / "cost.png")
+
+
+def test_bad_numbers_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="length=0"):
+        plot_pattern(PATTERN, 4, 0, tmp_path / "pattern.png")
+    with pytest.raises(ValueError, match="heads=0"):
+        plot_pattern(PATTERN, 0, 64, tmp_path / "pattern.png")

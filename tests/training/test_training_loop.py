@@ -1,0 +1,250 @@
+"""The loop: what it writes, that it learns, that stopping and resuming changes nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longnet.training import CheckpointError, TrainingDiverged, TrainSettings, load_model, train
+from longnet.training.metrics import read_metrics
+
+Make = Callable[..., TrainSettings]
+
+
+def _metrics(settings: TrainSettings, kind: str) -> list[tuple[Any, ...]]:
+    """What must not depend on when a run was stopped: everything but the clock."""
+    lines = read_metrics(Path(settings.out) / "metrics.jsonl")
+    clock = {"seconds", "tokens_per_second"}
+    return [tuple(v for k, v in line.items() if k not in clock) for line in lines if line["kind"] == kind]
+
+
+def _stop_after(count: int) -> Callable[[], bool]:
+    asked = iter(range(count + 1))
+    return lambda: next(asked) == count
+
+
+def _state(settings: TrainSettings) -> Path:
+    return Path(settings.out) / "checkpoint" / "state.safetensors"
+
+
+def test_a_run_learns_and_writes_what_it_promises(make_settings: Make) -> None:
+    settings = make_settings(steps=60, lr=0.02, eval_every=20)
+    summary = train(settings)
+    assert (summary.step, summary.tokens, summary.finished) == (60, 60 * 64, True)
+    folder = Path(settings.out)
+    steps = [line for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "train"]
+    assert [line["step"] for line in steps] == list(range(1, 61))
+    assert steps[-1]["tokens"] == 60 * 64
+    assert sum(line["loss"] for line in steps[-5:]) < 0.75 * sum(line["loss"] for line in steps[:5])
+    evaluations = [line for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "eval"]
+    assert [line["step"] for line in evaluations] == [20, 40, 60]
+    assert evaluations[-1]["bits_per_byte"] < evaluations[0]["bits_per_byte"]
+    record = json.loads((folder / "run.json").read_text())
+    assert TrainSettings.from_dict(record["settings"]) == settings
+    assert record["versions"]["torch"] == torch.__version__
+    assert json.loads((folder / "config.json").read_text()) == settings.model.to_dict()
+
+
+def test_the_trained_model_is_what_load_model_gives(make_settings: Make) -> None:
+    settings = make_settings()
+    train(settings)
+    before = torch.get_rng_state()
+    model = load_model(settings.out)
+    assert torch.equal(before, torch.get_rng_state())
+    assert not model.training and model.config == settings.model
+    from safetensors.torch import load_file
+
+    state = load_file(_state(settings))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[f"model.{name}"])
+
+
+@pytest.mark.parametrize("stops", [(1,), (5,), (3, 4), (12,)])
+def test_a_stopped_and_resumed_run_has_the_losses_of_one_that_was_not(
+    make_settings: Make, tmp_path: Path, stops: tuple[int, ...]
+) -> None:
+    whole = make_settings(out=str(tmp_path / "whole"), accumulate=2)
+    train(whole)
+    parts = make_settings(out=str(tmp_path / "parts"), accumulate=2)
+    for number, stop in enumerate(stops):
+        summary = train(parts, resume=number > 0, should_stop=_stop_after(stop))
+        assert summary.finished == (sum(stops[: number + 1]) >= 12)
+    train(parts, resume=True)
+    assert _metrics(parts, "train") == _metrics(whole, "train")
+    assert _metrics(parts, "eval") == _metrics(whole, "eval")
+    assert _state(parts).stat().st_size > 0
+    one, other = load_model(whole.out).state_dict(), load_model(parts.out).state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_kill_while_saving_loses_nothing(make_settings: Make, tmp_path: Path) -> None:
+    whole = make_settings(out=str(tmp_path / "whole"))
+    train(whole)
+    parts = make_settings(out=str(tmp_path / "parts"))
+    train(parts, should_stop=_stop_after(7))
+    state = _state(parts)
+    state.with_name(f".{state.name}.partial").write_bytes(state.read_bytes()[:1000])
+    with (Path(parts.out) / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"kind": "train", "step": 8, "loss": 0.0}\n{"kind": "trai')
+    train(parts, resume=True)
+    assert _metrics(parts, "train") == _metrics(whole, "train")
+    assert [path.name for path in state.parent.iterdir()] == [state.name]
+
+
+def test_a_kill_before_the_first_checkpoint_starts_from_the_seed(make_settings: Make, tmp_path: Path) -> None:
+    whole = make_settings(out=str(tmp_path / "whole"))
+    train(whole)
+    parts = make_settings(out=str(tmp_path / "parts"))
+    train(parts, should_stop=_stop_after(0))
+    _state(parts).unlink()
+    train(parts, resume=True)
+    assert _metrics(parts, "train") == _metrics(whole, "train")
+
+
+def test_a_truncated_checkpoint_is_refused_and_nothing_is_changed(make_settings: Make) -> None:
+    settings = make_settings()
+    train(settings, should_stop=_stop_after(6))
+    state = _state(settings)
+    state.write_bytes(state.read_bytes()[:-10])
+    before = {path: path.read_bytes() for path in Path(settings.out).rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match=r"state\.safetensors is truncated"):
+        train(settings, resume=True)
+    assert {path: path.read_bytes() for path in Path(settings.out).rglob("*") if path.is_file()} == before
+
+
+def test_the_checkpoint_of_another_run_is_refused(make_settings: Make, tmp_path: Path) -> None:
+    one, other = make_settings(out=str(tmp_path / "one")), make_settings(out=str(tmp_path / "other"), seed=9)
+    for settings in (one, other):
+        train(settings, should_stop=_stop_after(2))
+    shutil.copy(_state(other), _state(one))
+    with pytest.raises(CheckpointError, match="is of another run .* seed was 0, now 9"):
+        train(one, resume=True)
+
+
+def test_resuming_with_other_settings_names_each(make_settings: Make, text_folder: Path) -> None:
+    settings = make_settings()
+    train(settings, should_stop=_stop_after(2))
+    with pytest.raises(ValueError, match=r"batch was 2, now 1; lr was 0\.003, now 0\.1"):
+        train(settings.replace(batch=1, lr=0.1), resume=True)
+    (text_folder / "new.txt").write_text("changes the data")
+    with pytest.raises(ValueError, match="its fingerprint differs"):
+        train(settings, resume=True)
+
+
+def test_a_run_can_be_made_longer_only_where_no_rate_would_have_changed(make_settings: Make, tmp_path: Path) -> None:
+    cosine = make_settings(out=str(tmp_path / "cosine"))
+    train(cosine, should_stop=_stop_after(6))
+    with pytest.raises(ValueError, match=r"another length \(steps was 12, now 24\): its schedule='cosine'"):
+        train(cosine.replace(steps=24), resume=True)
+    constant = make_settings(out=str(tmp_path / "constant"), schedule="constant")
+    train(constant)
+    assert train(constant.replace(steps=15), resume=True).step == 15
+    whole = make_settings(out=str(tmp_path / "whole"), schedule="constant", steps=15)
+    train(whole)
+    assert _metrics(constant, "train") == _metrics(whole, "train")
+    with pytest.raises(ValueError, match="steps=14: the run has done 15 already"):
+        train(constant.replace(steps=14), resume=True)
+
+
+def test_resuming_a_finished_run_does_nothing(make_settings: Make) -> None:
+    settings = make_settings()
+    train(settings)
+    before = (Path(settings.out) / "metrics.jsonl").read_bytes()
+    summary = train(settings, resume=True)
+    assert summary.step == 12 and summary.finished
+    assert (Path(settings.out) / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_folder_in_use_and_a_missing_run_are_refused(make_settings: Make, tmp_path: Path) -> None:
+    settings = make_settings()
+    with pytest.raises(ValueError, match="is no folder: expected the --out folder"):
+        train(settings, resume=True)
+    train(settings)
+    with pytest.raises(ValueError, match="already holds a run: expected another folder, or --resume"):
+        train(settings)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds \['config.json'\], which a run would overwrite"):
+        train(make_settings(out=str(foreign)))
+    with pytest.raises(ValueError, match="is a file"):
+        train(make_settings(out=str(foreign / "config.json")))
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_loss_that_is_not_finite_stops_before_the_last_good_checkpoint_is_lost(
+    make_settings: Make, clip: float
+) -> None:
+    settings = make_settings(lr=1e30, save_every=1, warmup=0, clip=clip)
+    with pytest.raises(TrainingDiverged, match="still holds step"):
+        train(settings)
+    assert all(tensor.isfinite().all() for tensor in load_model(settings.out).state_dict().values())
+
+
+def test_minutes_end_a_run_and_its_schedule(make_settings: Make) -> None:
+    settings = make_settings(steps=None, minutes=1.0 / 60, eval_every=0, save_every=0)
+    summary = train(settings)
+    assert summary.finished and 1.0 <= summary.seconds < 5.0
+    lines = read_metrics(Path(settings.out) / "metrics.jsonl")
+    assert len(lines) == summary.step
+    assert lines[-1]["lr"] < 0.15 * max(line["lr"] for line in lines)
+
+
+def test_the_callers_generator_and_threads_are_left_alone(make_settings: Make) -> None:
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    train(make_settings(steps=2, threads=threads + 1))
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.get_num_threads() == threads
+
+
+def test_bfloat16_trains_on_float32_weights(make_settings: Make) -> None:
+    settings = make_settings(dtype="bfloat16")
+    train(settings)
+    assert {tensor.dtype for tensor in load_model(settings.out).state_dict().values()} == {torch.float32}
+
+
+def test_accumulation_is_the_mean_of_its_parts(make_settings: Make, tmp_path: Path) -> None:
+    model = make_settings().model.replace(dropout=0.0)
+    one = make_settings(out=str(tmp_path / "one"), model=model, batch=4, accumulate=1)
+    two = make_settings(out=str(tmp_path / "two"), model=model, batch=1, accumulate=4)
+    for settings in (one, two):
+        train(settings)
+    losses = [[line["loss"] for line in read_metrics(Path(s.out) / "metrics.jsonl")] for s in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_only_matrices_decay(make_settings: Make) -> None:
+    from longnet.models import LongNetLM
+    from longnet.training.state import make_optimizer
+
+    settings = make_settings(weight_decay=0.3)
+    model = LongNetLM(settings.model)
+    groups = make_optimizer(model, settings).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+    assert all(weight.ndim >= 2 for weight in groups[0]["params"])
+    assert all(weight.ndim < 2 for weight in groups[1]["params"])
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_a_held_out_part_shorter_than_the_context_is_said(make_settings: Make, tmp_path: Path) -> None:
+    file = tmp_path / "short.txt"
+    file.write_text("abcdefgh" * 25)
+    lines: list[str] = []
+
+    class Heard:
+        say = staticmethod(lines.append)
+
+        def begin(self, title: str, done: float = 0.0) -> None: ...
+
+        def advance(self, done: float, detail: str = "") -> None: ...
+
+        def end(self) -> None: ...
+
+    train(make_settings(data=str(file)), reporter=Heard())
+    assert any("shorter than one context: evaluating on 19 bytes" in line for line in lines)

@@ -1,0 +1,126 @@
+"""The report: numbers recomputed, pictures real, one file that stands alone."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from longnet.training import Evaluation, TrainSettings, load_model, read_corpus, train, write_report
+from longnet.training.baselines import Baselines
+from longnet.training.evaluate import Estimate, LongContextGain
+from longnet.training.page import Page
+from longnet.training.report import long_context_verdict
+
+Make = Callable[..., TrainSettings]
+PICTURES = ("loss", "positions", "pattern")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Evaluation]:
+    from longnet.models import LongNetConfig
+
+    root = tmp_path_factory.mktemp("report")
+    (root / "text.txt").write_text("".join(f"the number {n} & its square <{n * n}>\n" for n in range(300)))
+    model = LongNetConfig.preset("nano", layers=1)
+    settings = TrainSettings(
+        out=str(root / "run"), data=str(root / "text.txt"), model=model, context=64, steps=20, batch=2, eval_every=5,
+        device="cpu", threads=1,
+    )  # fmt: skip
+    train(settings)
+    return root, write_report(root / "run")
+
+
+def test_the_held_out_bits_are_those_of_the_model_over_the_scored_bytes(run: tuple[Path, Evaluation]) -> None:
+    root, evaluation = run
+    held_out = read_corpus(root / "text.txt").held_out
+    count = (held_out.size - 1) // 64
+    assert (evaluation.windows, evaluation.scored_bytes, evaluation.context) == (count, count * 64, 64)
+    rows = np.stack([held_out[64 * n : 64 * n + 65] for n in range(count)]).astype(np.int64)
+    tokens = torch.from_numpy(rows)
+    with torch.no_grad():
+        nats = load_model(root / "run").loss(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+    assert evaluation.bits_per_byte.mean == pytest.approx(nats.item() / np.log(2), rel=1e-5)
+    weights = [one.last - one.first + 1 for one in evaluation.positions]
+    means = [one.bits_per_byte.mean for one in evaluation.positions]
+    assert np.average(means, weights=weights) == pytest.approx(evaluation.bits_per_byte.mean, rel=1e-5)
+    scored = held_out[1 : count * 64 + 1].tobytes()
+    packed = len(lzma.compress(scored, preset=9 | lzma.PRESET_EXTREME))
+    assert evaluation.baselines.lzma == pytest.approx(8 * packed / len(scored))
+
+
+def test_pictures_are_pictures_and_the_page_embeds_them(run: tuple[Path, Evaluation]) -> None:
+    folder = run[0] / "run"
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert len(re.findall(r'src="data:image/png;base64,', page)) == len(PICTURES)
+    for name in PICTURES:
+        pixels = imread(folder / f"{name}.png")
+        assert min(pixels.shape[:2]) > 300
+        assert pixels.std() > 0.02
+    assert not re.search(r'(src|href)="(?!data:)', page)
+
+
+def test_the_page_holds_the_numbers_the_sentence_and_the_settings(run: tuple[Path, Evaluation]) -> None:
+    folder, evaluation = run[0] / "run", run[1]
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    for value in (evaluation.bits_per_byte.mean, evaluation.baselines.lzma, evaluation.baselines.unigram):
+        assert f"{value:.3f}" in page
+    assert long_context_verdict(evaluation) in page
+    assert "<th>weight decay</th><td>0.1</td>" in page
+    assert "<th>segment lengths</th><td>[16, 32, 64]</td>" in page
+    assert "its square &lt;" in page
+
+
+def test_the_evaluation_is_there_for_programs_too(run: tuple[Path, Evaluation]) -> None:
+    folder, evaluation = run[0] / "run", run[1]
+    found = json.loads((folder / "evaluation.json").read_text())
+    assert found["bits_per_byte"]["mean"] == evaluation.bits_per_byte.mean
+    assert found["long_context"]["gain"]["low"] == evaluation.long_context.gain.low  # type: ignore[union-attr]
+    assert len(found["positions"]) == len(evaluation.positions)
+
+
+def test_other_data_than_the_runs_are_refused(run: tuple[Path, Evaluation], tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text("other bytes " * 100)
+    with pytest.raises(ValueError, match="is not what the run in .* was trained on"):
+        write_report(run[0] / "run", corpus=read_corpus(tmp_path / "other.txt"))
+
+
+def test_a_run_without_a_step_has_no_report(make_settings: Make) -> None:
+    settings = make_settings()
+    train(settings, should_stop=lambda: True)
+    with pytest.raises(ValueError, match="has done no step yet"):
+        write_report(settings.out)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "start"),
+    [
+        (0.01, 0.05, "Yes, the model uses its long context: "),
+        (-0.01, 0.05, "No use of the farther half of the context can be shown: "),
+        (-0.05, -0.01, "No, the farther half of the context does harm: "),
+        (None, None, "Undecided"),
+    ],
+)
+def test_the_verdict_follows_the_interval(low: float | None, high: float | None, start: str) -> None:
+    mean = 0.0 if low is None or high is None else (low + high) / 2
+    gain = LongContextGain(17, 32, 32, 2.5, 2.5 - mean, Estimate(mean, low, high))
+    evaluation = Evaluation(Estimate(2.5, None, None), 64, 3, 192, [], gain, Baselines(4.0, 4.0, 3.0))
+    verdict = long_context_verdict(evaluation)
+    assert verdict.startswith(start)
+    assert "17 to 32 bytes of context" in verdict and "32 more" in verdict
+
+
+def test_text_on_a_page_is_escaped() -> None:
+    page = Page("<a>", "b & c")
+    page.sample("<script>", "&")
+    page.table([("<n>", "<v>")])
+    html = page.html()
+    assert "<script>" not in html and "<a>" not in html and "<v>" not in html
+    assert "&lt;script&gt;" in html and "b &amp; c" in html
