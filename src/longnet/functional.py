@@ -221,9 +221,8 @@ def _check_bias(bias: Tensor, query: Tensor, pattern: Pattern) -> None:
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     device_type = query.device.type
-    if query.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
-        return query, key, value
-    if not torch.is_autocast_enabled(device_type):
+    # Meta tensors have no autocast, and asking for it raises.
+    if query.dtype == torch.float64 or device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return query, key, value
     dtype = torch.get_autocast_dtype(device_type)
     return query.to(dtype), key.to(dtype), value.to(dtype)

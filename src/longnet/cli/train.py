@@ -41,7 +41,7 @@ def train(
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Windows per forward pass.", show_default="1")] = None,
     accumulate: Annotated[int | None, typer.Option(help="Forward passes per step.", show_default="1")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="0.003")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="0.001")] = None,
     warmup: Annotated[int | None, typer.Option(help="Steps of linear warm-up.", show_default="50")] = None,
     schedule: Annotated[
         str | None, typer.Option(help="cosine, linear, constant or wsd.", show_default="cosine")
@@ -50,7 +50,10 @@ def train(
     clip: Annotated[float | None, typer.Option(help="Largest gradient norm, 0 for any.", show_default="1.0")] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32, bfloat16 or float16 (CUDA): the forward pass.", show_default="float32"),
+        typer.Option(
+            help="Of the forward pass: float32, bfloat16, float16 (CUDA), or auto for the fastest of the first two.",
+            show_default="auto",
+        ),
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.", show_default="auto")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, windows and dropout.", show_default="0")] = None,
@@ -100,9 +103,11 @@ def _make_settings(given: dict[str, Any], preset: str | None, config: Path | Non
     from longnet.models import LongNetConfig
     from longnet.training.folder import RunFolder
     from longnet.training.resume import read_settings
-    from longnet.training.settings import TrainSettings
+    from longnet.training.settings import TrainSettings, choose_dtype
 
     model = _read_model(preset, config)
+    if given.get("dtype", "auto" if not resume else None) == "auto":
+        given["dtype"] = choose_dtype(given.get("device", "auto"))
     if resume:
         saved = read_settings(RunFolder(given["out"]))
         return saved.replace(**given, **({} if model is None else {"model": model}))
@@ -139,8 +144,8 @@ def _read_model(preset: str | None, config: Path | None) -> LongNetConfig | None
 
 
 def _run(settings: TrainSettings, resume: bool) -> None:
-    from longnet.training import write_report
     from longnet.training import train as train_model
+    from longnet.training import write_report
     from longnet.training.progress import format_seconds, make_reporter
     from longnet.training.report import long_context_verdict
 

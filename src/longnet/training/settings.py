@@ -65,7 +65,7 @@ class TrainSettings:
     minutes: float | None = None
     batch: int = 1
     accumulate: int = 1
-    lr: float = 3e-3
+    lr: float = 1e-3
     warmup: int = 50
     schedule: str = "cosine"
     lr_floor: float = 0.05
@@ -185,6 +185,20 @@ def resolve_device(device: str, dtype: str) -> torch.device:
             "loss scaling, which is done on CUDA only, and CPUs gain nothing from it over bfloat16"
         )
     return chosen
+
+
+def choose_dtype(device: str) -> str:
+    """``"bfloat16"`` where the device multiplies it in hardware, else ``"float32"``: what ``--dtype auto`` stands for.
+
+    A CPU without such instructions (AMX or AVX-512 BF16) would be many times slower in it.
+    """
+    kind = resolve_device(device, "float32").type
+    if kind == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        known = torch.cpu.get_capabilities() if kind == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+        fast = bool(known.get("amx_bf16") or known.get("avx512_bf16"))
+    return "bfloat16" if fast else "float32"
 
 
 def _check_int(name: str, value: object, least: int) -> None:
