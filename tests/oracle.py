@@ -8,8 +8,14 @@ import torch
 from torch import Tensor
 
 
-def multiplicity(segment_lengths: Sequence[int], dilation_rates: Sequence[int], heads: int, length: int,
-                 is_causal: bool, head_offsets: str) -> Tensor:
+def multiplicity(
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    heads: int,
+    length: int,
+    is_causal: bool,
+    head_offsets: str,
+) -> Tensor:
     """How often query p of head j sees key k, (H, N, N): once for every branch that selects both in one segment."""
     position = torch.arange(length)
     count = torch.zeros(heads, length, length, dtype=torch.float64)
@@ -22,16 +28,26 @@ def multiplicity(segment_lengths: Sequence[int], dilation_rates: Sequence[int], 
     return count.tril() if is_causal else count
 
 
-def dense_attention(query: Tensor, key: Tensor, value: Tensor, segment_lengths: Sequence[int],
-                    dilation_rates: Sequence[int], *, is_causal: bool = False, scale: float | None = None,
-                    key_padding_mask: Tensor | None = None, head_offsets: str = "interleaved",
-                    score_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def dense_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    head_offsets: str = "interleaved",
+    score_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """(out, lse) of one softmax over the multiset union of keys. ``score_bias`` is (H, N, N), added to the scores."""
     heads, length, dim = query.shape[1:]
     key = key.repeat_interleave(heads // key.shape[1], dim=1)
     value = value.repeat_interleave(heads // value.shape[1], dim=1)
     count = multiplicity(segment_lengths, dilation_rates, heads, length, is_causal, head_offsets).expand(
-        query.shape[0], -1, -1, -1)
+        query.shape[0], -1, -1, -1
+    )
     if key_padding_mask is not None:
         count = count.masked_fill(key_padding_mask[:, None, None, :], 0.0)
     scores = query @ key.transpose(-1, -2) * (dim**-0.5 if scale is None else scale)

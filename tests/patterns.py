@@ -74,7 +74,9 @@ class Problem:
         return out, lse, backward(out, lse, inputs, self.upstream())
 
 
-def backward(out: Tensor, lse: Tensor, inputs: tuple[Tensor, ...], upstream: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+def backward(
+    out: Tensor, lse: Tensor, inputs: tuple[Tensor, ...], upstream: tuple[Tensor, Tensor]
+) -> tuple[Tensor, ...]:
     """Gradients of <out, g> + <lse, h>, leaving out rows without keys (their lse is -inf)."""
     grad_out, grad_lse = upstream
     total = (out * grad_out.to(out.dtype)).sum() + (lse.masked_fill(lse.isinf(), 0.0) * grad_lse.to(lse.dtype)).sum()

@@ -51,7 +51,11 @@ def naive(module: DilatedAttention, x: Tensor, mask: Tensor | None) -> Tensor:
     def heads(projection, count):
         return projection(x).view(batch, length, count, module.head_dim).transpose(1, 2)
 
-    q, k, v = heads(module.q_proj, module.heads), heads(module.k_proj, module.kv_heads), heads(module.v_proj, module.kv_heads)
+    q, k, v = (
+        heads(module.q_proj, module.heads),
+        heads(module.k_proj, module.kv_heads),
+        heads(module.v_proj, module.kv_heads),
+    )
     if module.q_norm is not None:
         q = q / (q.square().mean(-1, keepdim=True) + module.q_norm.eps).sqrt() * module.q_norm.weight
         k = k / (k.square().mean(-1, keepdim=True) + module.k_norm.eps).sqrt() * module.k_norm.weight

@@ -104,7 +104,14 @@ def test_both_constructors_and_their_positional_order():
         "distributed",
     ]
     first = LongNet.DilatedAttention(
-        dim=64, heads=4, dilation_rate=2, segment_size=16, dropout=0.0, causal=True, use_xpos=False, use_rel_pos_bias=False
+        dim=64,
+        heads=4,
+        dilation_rate=2,
+        segment_size=16,
+        dropout=0.0,
+        causal=True,
+        use_xpos=False,
+        use_rel_pos_bias=False,
     )
     second = LongNet.DilatedAttention(
         dim=64,
@@ -133,3 +140,22 @@ def test_distributed_without_a_process_group_says_what_to_do():
     for spelling in ("distributed", "Distributed"):
         with pytest.raises(ValueError, match="init_process_group"):
             LongNet.DilatedAttention(64, 4, 2, 16, **{spelling: True})
+
+
+def test_distributed_in_a_group_of_one_rank_is_the_plain_module():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        module = LongNet.DilatedAttention(64, 4, 2, 16, Distributed=True)
+    finally:
+        torch.distributed.destroy_process_group()
+    plain = LongNet.DilatedAttention(64, 4, 2, 16)
+    plain.load_state_dict(module.state_dict())
+    x = torch.randn(2, 40, 64)
+    assert torch.equal(module(x), plain(x))
+
+
+def test_distributed_over_several_ranks_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    with pytest.raises(ValueError, match="distributed=True over 4 ranks: this version"):
+        LongNet.DilatedAttention(64, 4, 2, 16, distributed=True)

@@ -1,6 +1,6 @@
 """``python -m longnet``."""
 
-from longnet.cli.main import run
+from longnet.cli.entry import main
 
 if __name__ == "__main__":
-    run()
+    main()

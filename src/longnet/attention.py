@@ -170,7 +170,7 @@ class DilatedAttention(nn.Module):
         out = out.transpose(1, 2).flatten(-2)  # (B, N, dim)
         if self.sub_norm is not None:
             out = self.sub_norm(out, key_padding_mask)
-        return self.out_proj(self.dropout(out))  # type: ignore[no-any-return]
+        return self.out_proj(self.dropout(out))
 
     def extra_repr(self) -> str:
         pattern = self.pattern

@@ -37,7 +37,9 @@ def test_opcheck(name, padded, kv_heads):
     backward = getattr(torch.ops.longnet, f"{name}_backward").default
     for grad_lse in (None, torch.randn_like(lse)):
         args = (torch.randn_like(out), grad_lse, *plain, out, lse, *settings)
-        torch.library.opcheck(backward, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+        torch.library.opcheck(
+            backward, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+        )
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -55,7 +57,9 @@ def test_compiles_to_one_graph_with_gradients(name):
 
 def test_compiles_with_the_default_backend_of_torch_compile():
     q, k, v = tensors()
-    compiled = torch.compile(lambda q, k, v: dilated_attention(q.sin(), k, v, *PATTERN, return_lse=True), fullgraph=True)
+    compiled = torch.compile(
+        lambda q, k, v: dilated_attention(q.sin(), k, v, *PATTERN, return_lse=True), fullgraph=True
+    )
     for got, want in zip(compiled(q, k, v), dilated_attention(q.sin(), k, v, *PATTERN, return_lse=True), strict=True):
         torch.testing.assert_close(got, want)
 

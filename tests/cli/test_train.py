@@ -24,7 +24,7 @@ def _losses(out: Path) -> list[tuple[Any, ...]]:
 
 
 @pytest.fixture
-def stop_run(start_longnet: Callable[..., "subprocess.Popen[str]"]) -> StopRun:
+def stop_run(start_longnet: Callable[..., subprocess.Popen[str]]) -> StopRun:
     """Start a run, wait until it has written a number of lines in all, send it a signal; exit code and output."""
 
     def stop(arguments: list[object], out: Path, after: int, number: signal.Signals) -> tuple[int, str]:
@@ -75,8 +75,10 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(
 
 def test_it_says_what_it_is_doing_and_writes_the_run_folder(finished_run: Path) -> None:
     text = (finished_run.parent / "output.txt").read_text()
-    for part in ("Reading the file", "training bytes", "parameters, 1 layers", "segments (16, 32, 64)", "Training 100%",
-                 "tokens/s", "bits/byte", "left", "Scoring", "lzma", "Generating a sample", "Report: ", "Held out: "):  # fmt: skip
+    for part in (
+        *("Reading the file", "training bytes", "parameters, 1 layers", "segments (16, 32, 64)", "Training 100%"),
+        *("tokens/s", "bits/byte", "left", "Scoring", "lzma", "Generating a sample", "Report: ", "Held out: "),
+    ):
         assert part in text, part
     names = {path.relative_to(finished_run).as_posix() for path in finished_run.rglob("*") if path.is_file()}
     assert names == {
@@ -84,6 +86,8 @@ def test_it_says_what_it_is_doing_and_writes_the_run_folder(finished_run: Path) 
         *("evaluation.json", "report.html", "loss.png", "positions.png", "pattern.png"),
     }
     assert json.loads((finished_run / "config.json").read_text())["layers"] == 1
+    # So that it can be resumed from any working directory.
+    assert Path(json.loads((finished_run / "run.json").read_text())["settings"]["data"]).is_absolute()
 
 
 def test_a_finished_run_resumed_makes_its_report_again(finished_run: Path, longnet: Longnet) -> None:
@@ -113,7 +117,7 @@ def test_a_toml_config(tmp_path: Path, longnet: Longnet, train_arguments: list[o
         (["--preset", "nano", "--config", "x.json"], "--preset and --config were both given"),
         (["--preset", "huge"], "'huge' is not a preset"),
         (["--config", "gone.json"], "No such file or directory: 'gone.json'"),
-        (["--data", "gone.txt"], "data='gone.txt' is not there"),
+        (["--data", "gone.txt"], "gone.txt' is not there: expected a file or a folder of text"),
         (["--lr", "0"], "lr=0.0: expected above 0"),
         (["--schedule", "step"], "schedule='step' is unknown: expected one of"),
         (["--dtype", "float16", "--device", "cpu"], "dtype='float16' on device='cpu'"),

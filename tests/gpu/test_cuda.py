@@ -22,9 +22,7 @@ def on_device(problem: Problem):
     options = problem.options()
     if options["key_padding_mask"] is not None:
         options["key_padding_mask"] = options["key_padding_mask"].cuda()
-    out, lse = dilated_attention(
-        *inputs, problem.segment_lengths, problem.dilation_rates, return_lse=True, **options
-    )
+    out, lse = dilated_attention(*inputs, problem.segment_lengths, problem.dilation_rates, return_lse=True, **options)
     upstream = tuple(x.cuda() for x in problem.upstream())
     return [x.cpu() for x in (out, lse, *backward(out, lse, inputs, upstream))]
 

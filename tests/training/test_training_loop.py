@@ -130,7 +130,7 @@ def test_the_checkpoint_of_another_run_is_refused(make_settings: Make, tmp_path:
 def test_resuming_with_other_settings_names_each(make_settings: Make, text_folder: Path) -> None:
     settings = make_settings()
     train(settings, should_stop=_stop_after(2))
-    with pytest.raises(ValueError, match=r"batch was 2, now 1; lr was 0\.003, now 0\.1"):
+    with pytest.raises(ValueError, match=r"batch was 2, now 1; lr was 0\.001, now 0\.1"):
         train(settings.replace(batch=1, lr=0.1), resume=True)
     (text_folder / "new.txt").write_text("changes the data")
     with pytest.raises(ValueError, match="its fingerprint differs"):

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from longnet.models import LongNetConfig
 from longnet.training import TrainSettings
-from longnet.training.settings import changed_settings, resolve_device
+from longnet.training.settings import changed_settings, choose_dtype, resolve_device
 
 Make = Callable[..., TrainSettings]
 
@@ -83,3 +84,19 @@ def test_devices() -> None:
         resolve_device("abacus", "float32")
     with pytest.raises(ValueError, match="loss scaling"):
         resolve_device("cpu", "float16")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [
+        ({"avx2": True}, "float32"),
+        ({"amx_bf16": True}, "bfloat16"),
+        ({"avx512_bf16": True}, "bfloat16"),
+        ({}, "float32"),
+    ],
+)
+def test_bfloat16_is_chosen_only_where_the_cpu_has_it(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], dtype: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert choose_dtype("cpu") == dtype

@@ -117,9 +117,7 @@ def register_operators(name: str, forward: ForwardFn, backward: BackwardFn) -> C
         query, key, value, padding, bias, out, lse = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        *grads, grad_bias = backward_op(
-            grad_out, grad_lse, query, key, value, padding, bias, out, lse, *ctx.settings
-        )
+        *grads, grad_bias = backward_op(grad_out, grad_lse, query, key, value, padding, bias, out, lse, *ctx.settings)
         return (*grads, None, None if bias is None else grad_bias, None, None, None, None, None)
 
     def no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
@@ -135,7 +133,7 @@ def register_operators(name: str, forward: ForwardFn, backward: BackwardFn) -> C
         query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, bias: Tensor | None, spec: Spec
     ) -> tuple[Tensor, Tensor]:
         pattern = spec.pattern
-        return forward_op(  # type: ignore[no-any-return]
+        return forward_op(
             query,
             key,
             value,

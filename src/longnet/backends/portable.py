@@ -48,7 +48,9 @@ def _chunks(tile: Tile, batch: int) -> Iterator[tuple[slice, slice]]:
 class _Scores:
     """The masked scores of a tile, chunk by chunk. Keys past the last query row of a causal chunk are left out."""
 
-    def __init__(self, tile: Tile, q: Tensor, k: Tensor, padding: Tensor | None, bias: Tensor | None, spec: Spec) -> None:
+    def __init__(
+        self, tile: Tile, q: Tensor, k: Tensor, padding: Tensor | None, bias: Tensor | None, spec: Spec
+    ) -> None:
         self.tile, self.spec = tile, spec
         self.shape = (q.shape[0], *tile.shape)
         self.q, self.k = self.rows(q), self.rows(k)

@@ -37,7 +37,7 @@ def select_backend(name: str, device_type: str, dtype: torch.dtype, has_bias: bo
     Raises:
         ValueError: an unknown name, a named backend that cannot run (with its reason), or no backend that can.
     """
-    reasons = []
+    reasons: list[tuple[str, str]] = []
     for backend in BACKENDS:
         if name not in ("auto", backend.name):
             continue

@@ -75,7 +75,7 @@ def train(
     """
     given = {
         "out": str(out),
-        "data": None if data is None else str(data),
+        "data": None if data is None else str(data.absolute()),
         "context": context,
         "steps": steps,
         "minutes": minutes,

@@ -107,7 +107,9 @@ def _integers(name: str, values: int | Sequence[int]) -> tuple[int, ...]:
     try:
         items = tuple(items)
     except TypeError:
-        raise TypeError(f"{name}={values!r} has type {type(values).__name__}: expected an int or a sequence of ints") from None
+        raise TypeError(
+            f"{name}={values!r} has type {type(values).__name__}: expected an int or a sequence of ints"
+        ) from None
     for item in items:
         if isinstance(item, bool) or not isinstance(item, int):
             raise TypeError(f"{name}={items!r} holds {item!r} of type {type(item).__name__}: expected ints")

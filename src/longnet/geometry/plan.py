@@ -95,16 +95,17 @@ class Plan:
 
 
 @lru_cache(maxsize=1024)
-def make_plan(
-    pattern: Pattern, heads: int, length: int, first_head: int = 0, last_head: int | None = None
-) -> Plan:
+def make_plan(pattern: Pattern, heads: int, length: int, first_head: int = 0, last_head: int | None = None) -> Plan:
     """The plan of ``pattern`` for ``length`` tokens, restricted to heads ``[first_head, last_head)``. Cached.
 
     Offsets are those of the absolute head numbers, so a block of heads computes exactly its part of the whole.
     """
     last = heads if last_head is None else last_head
     branches = sorted(
-        (BranchPlan(branch, tuple(_tiles(pattern, branch, heads, length, first_head, last))) for branch in pattern.branches),
+        (
+            BranchPlan(branch, tuple(_tiles(pattern, branch, heads, length, first_head, last)))
+            for branch in pattern.branches
+        ),
         key=lambda planned: not planned.covers_all,
     )
     return Plan(pattern, heads, length, first_head, last, tuple(branches))
@@ -145,7 +146,10 @@ def _row_classes(branch: Branch, span: int, low: int, high: int) -> Iterator[tup
 def _head_rectangles(
     pattern: Pattern, branch: Branch, heads: int, first: int, last: int
 ) -> Iterator[tuple[int, int, int, int, int, int]]:
-    """Heads [first, last) as rectangles: (first head, first offset, offsets, head step per offset, head step, heads per offset)."""
+    """Heads [first, last) as rectangles.
+
+    Yields (first head, first offset, offsets, head step per offset, head step, heads per offset).
+    """
     if pattern.head_offsets == "interleaved":
         rate = branch.dilation_rate
         for start, stop in _aligned(first, last, rate):

@@ -91,6 +91,7 @@ def write_report(run: str | Path, *, corpus: Corpus | None = None, reporter: Rep
     plot_positions(evaluation.positions, evaluation.baselines, pictures["positions"])
     _plot_pattern(settings.model, settings.context, pictures["pattern"])
     prompt, continuation = _sample(model, data, device, tell)
+    record["parameters"] = sum(weight.numel() for weight in model.parameters())
     write_text(folder.report_file, _compose(record, settings, evaluation, metrics, pictures, prompt, continuation))
     tell.say(f"Report: {folder.report_file}")
     return evaluation
@@ -223,7 +224,8 @@ def _compose(
     plain = {name: value for name, value in settings.to_dict().items() if name not in ("model", "data", "out")}
     page.table((name.replace("_", " "), value) for name, value in plain.items())
     page.heading("Model")
-    page.table((name.replace("_", " "), value) for name, value in settings.model.to_dict().items())
+    shape = {"parameters": f"{record['parameters']:,}", **settings.model.to_dict()}
+    page.table((name.replace("_", " "), value) for name, value in shape.items())
     page.heading("Versions")
     page.table((name, value or "from source") for name, value in {**record["versions"], **machine}.items())
     return page.html()

@@ -1,0 +1,197 @@
+"""Imports go down the ladder, and the library needs torch alone."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src"
+PACKAGE = SOURCE / "longnet"
+
+# A unit (a module or folder of longnet) may import units of lower rungs and itself, never its neighbours on the rung.
+LADDER: tuple[tuple[str, ...], ...] = (
+    ("geometry",),
+    ("mixing", "position", "norm"),
+    ("backends",),
+    ("functional",),
+    ("attention",),
+    ("models",),
+    ("figures",),
+    ("training",),
+    ("cli",),
+)
+RUNG = {unit: rung for rung, units in enumerate(LADDER) for unit in units}
+
+# What a unit may import besides the standard library; torch alone where nothing is said.
+THIRD_PARTY = {
+    "geometry": set(),
+    "figures": {"matplotlib", "numpy"},
+    "training": {"torch", "matplotlib", "numpy", "rich", "safetensors"},
+    "cli": {"torch", "rich", "typer"},
+}
+
+# `import longnet` must do without all of these.
+OPTIONAL = ("triton", "transformers", "matplotlib", "numpy", "safetensors", "typer", "rich")
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+NAMES = {path: path.relative_to(SOURCE).with_suffix("").parts for path in MODULES}
+
+
+def imports_of(tree: ast.AST, package: tuple[str, ...]) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """(line, dotted name) of every import, inside functions and ``if TYPE_CHECKING`` too.
+
+    ``from a import b`` is a.b: only so can ``from longnet import mixing`` be told from ``import longnet``.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, tuple(alias.name.split("."))
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            base += tuple(node.module.split(".")) if node.module else ()
+            for alias in node.names:
+                yield node.lineno, (*base, alias.name)
+
+
+def may_know_backends(module: str, target: tuple[str, ...]) -> bool:
+    """Whether a module of longnet.backends may import this one of its neighbours."""
+    return module in ("select", "__init__") or target == ("operators",)
+
+
+def broken_rules(name: tuple[str, ...], source: str) -> list[str]:
+    """What the module ``name`` (("longnet", "geometry", "plan"), say) imports although it may not."""
+    found = []
+    package = name[:-1]
+    own = name[1] if len(name) > 2 or name[1] in RUNG else None
+    for line, target in imports_of(ast.parse(source), package):
+        where = f"{'/'.join(name)}.py:{line} imports {'.'.join(target)}"
+        if target[0] == "LongNet":
+            found.append(f"{where}: the alias is for users")
+        elif target[0] != "longnet":
+            allowed = THIRD_PARTY.get(own or "", {"torch"})
+            if target[0] not in sys.stdlib_module_names and target[0] not in allowed:
+                found.append(f"{where}: expected the standard library or {sorted(allowed)}")
+        elif len(target) < 2 or target[1] not in RUNG:
+            found.append(f"{where}: expected the unit it comes from, as the package itself imports this one")
+        elif own is not None and own != target[1] and RUNG[own] <= RUNG[target[1]]:
+            found.append(f"{where}: {own} is not above {target[1]} on the ladder")
+        elif name[:2] == target[:2] == ("longnet", "backends") and not may_know_backends(name[2], target[2:3]):
+            found.append(f"{where}: backends share operators.py and never import each other; select.py chooses")
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=["/".join(NAMES[path][1:]) for path in MODULES])
+def test_a_module_imports_only_downwards(path: Path) -> None:
+    name = NAMES[path]
+    top = name[1] if len(name) == 2 else None
+    assert top in (None, "__init__", "__main__") or top in RUNG, f"{path} has no place on the ladder"
+    assert broken_rules(name, path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("longnet/geometry/plan", "import torch"),
+        ("longnet/geometry/plan", "from longnet.mixing import merge_"),
+        ("longnet/mixing", "import numpy"),
+        ("longnet/mixing", "from longnet.position import XPos"),
+        ("longnet/backends/portable", "from longnet.backends.cpu_flash import forward"),
+        ("longnet/backends/portable", "from longnet.backends import cpu_flash"),
+        ("longnet/backends/portable", "from . import cpu_flash"),
+        ("longnet/backends/operators", "from longnet import functional"),
+        ("longnet/functional", "def f():\n    from longnet import DilatedAttention"),
+        ("longnet/functional", "import longnet"),
+        ("longnet/models/config", "from ..training import settings"),
+        ("longnet/figures", "import torch"),
+        ("longnet/training/loop", "import typer"),
+        ("longnet/attention", "from LongNet import DilatedAttention"),
+    ],
+)
+def test_the_check_sees_a_forbidden_import(module: str, source: str) -> None:
+    assert len(broken_rules(tuple(module.split("/")), source)) == 1
+
+
+def test_the_check_lets_through_what_is_allowed() -> None:
+    source = (
+        "import math\nimport torch.nn.functional as F\nfrom longnet import mixing\nfrom longnet.geometry import Tile\n"
+    )
+    assert broken_rules(("longnet", "backends", "portable"), source + "from .operators import Spec") == []
+
+
+def in_a_fresh_process(program: str) -> subprocess.CompletedProcess[str]:
+    """Run a program that finds the sources and nothing of this process."""
+    start = f"import sys\nsys.path.insert(0, {str(SOURCE)!r})\n"
+    return subprocess.run(
+        [sys.executable, "-I", "-c", start + program], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def without(*names: str) -> str:
+    """The start of a program without these packages: importing one raises, looking for one finds None."""
+    return f"""
+import importlib.abc, importlib.util
+
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {names!r}:
+            raise ModuleNotFoundError(f"{{name}} is missing", name=name)
+
+def look_for(name, package=None, look=importlib.util.find_spec):
+    return None if name.partition(".")[0] in {names!r} else look(name, package)
+
+sys.meta_path.insert(0, Missing())
+importlib.util.find_spec = look_for
+"""
+
+
+def test_the_library_works_with_torch_alone() -> None:
+    program = """
+import warnings
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's own, without numpy
+import torch, longnet
+from LongNet import DilatedAttention
+assert DilatedAttention is longnet.DilatedAttention
+x = torch.randn(2, 20, 8)
+out = DilatedAttention(8, 4, (1, 2), (4, 8), causal=True, use_xpos=True, use_rel_pos_bias=True)(x)
+assert out.shape == x.shape and out.isfinite().all()
+tokens = torch.zeros(1, 20, dtype=torch.int64)
+model = longnet.LongNetLM(longnet.LongNetConfig.preset("nano"))
+model.loss(tokens, tokens).backward()
+assert model.generate(tokens, 2, temperature=0).shape == (1, 22)
+print("done")
+"""
+    result = in_a_fresh_process(without(*OPTIONAL) + program)
+    assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
+
+
+def test_the_library_imports_nothing_optional_that_torch_has_not() -> None:
+    program = f"""
+import torch
+before = set(sys.modules)
+import longnet, LongNet
+print(*sorted({{name.partition(".")[0] for name in set(sys.modules) - before}} & set({OPTIONAL!r})))
+"""
+    result = in_a_fresh_process(program)
+    assert (result.returncode, result.stdout.strip()) == (0, ""), result.stderr
+
+
+COMMAND = "from longnet.cli.entry import main\nmain()"
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich", "matplotlib"])
+def test_the_command_says_which_extra_it_needs(missing: str) -> None:
+    arguments = "sys.argv = ['longnet', 'inspect', '--segments', '4', '--rates', '1', '--out', '/dev/null']\n"
+    result = in_a_fresh_process(without(missing) + arguments + COMMAND)
+    expected = f"longnet: error: the longnet command needs {missing}, which is not installed: "
+    assert (result.returncode, result.stderr) == (2, expected + "pip install 'longnet-torch[train]'\n")
+
+
+def test_another_missing_module_keeps_its_traceback() -> None:
+    result = in_a_fresh_process(without("tomllib") + COMMAND)
+    assert "Traceback" in result.stderr
+    assert "tomllib is missing" in result.stderr

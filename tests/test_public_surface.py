@@ -1,0 +1,154 @@
+"""The public names and their signatures, exactly: a change here is a change for users and belongs in the changelog."""
+
+from __future__ import annotations
+
+import inspect
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import LongNet
+import longnet
+import longnet.geometry
+import longnet.training
+from longnet import DilatedAttention, LongNetConfig, LongNetEncoder, LongNetLM, dilated_attention
+from longnet.backends import BACKENDS
+
+ROOT = Path(__file__).parents[1]
+
+NAMES = {
+    longnet: [
+        *("DilatedAttention", "LongNetConfig", "LongNetEncoder", "LongNetLM"),
+        *("dilated_attention", "geometry"),
+    ],
+    longnet.geometry: [
+        *("HEAD_OFFSETS", "Branch", "BranchPlan", "Cost", "Coverage", "HeadOffsets", "KeysPerQuery", "LayerReach"),
+        *("Pattern", "Plan", "Tile", "Uncovered", "Work"),
+        *("cost", "coverage", "keys_per_query", "make_plan", "receptive_field", "score_pairs", "suggest_pattern"),
+        "uncovered_positions",
+    ],
+    longnet.training: [
+        *("CheckpointError", "Corpus", "Evaluation", "TrainSettings", "TrainSummary", "TrainingDiverged"),
+        *("load_model", "read_corpus", "train", "write_report"),
+    ],
+    LongNet: ["DilatedAttention"],
+}
+
+# Names, order, kinds and defaults of the parameters.
+SIGNATURES: list[tuple[Callable[..., Any], str]] = [
+    (
+        dilated_attention,
+        "(query, key, value, segment_lengths, dilation_rates, *, is_causal=False, scale=None, key_padding_mask=None, "
+        "head_offsets='interleaved', return_lse=False, backend='auto', group=None)",
+    ),
+    (
+        DilatedAttention,
+        "(dim, heads, dilation_rate, segment_size, dropout=0.0, causal=False, use_xpos=False, "
+        "use_rel_pos_bias=False, distributed=False, *, casual=None, Distributed=None, qk_norm=False, kv_heads=None, "
+        "bias=True, sub_norm=None, head_offsets='interleaved', xpos_scale_base=None, rel_pos_buckets=32, "
+        "rel_pos_max_distance=128, backend='auto', device=None, dtype=None)",
+    ),
+    (DilatedAttention.forward, "(self, x, key_padding_mask=None)"),
+    (
+        LongNetConfig,
+        "(vocab_size=256, dim=768, heads=12, layers=12, ffn_dim=None, "
+        "segment_lengths=(2048, 4096, 8192, 16384, 32768), dilation_rates=(1, 2, 4, 6, 12), kv_heads=None, "
+        "causal=True, norm='layer', qk_norm=False, bias=True, dropout=0.0, use_xpos=True, use_rel_pos_bias=False, "
+        "head_offsets='interleaved', xpos_scale_base=None, tie_embeddings=True, gradient_checkpointing=False, "
+        "loss_chunk=4096, backend='auto')",
+    ),
+    (LongNetConfig.preset, "(name, **changes)"),
+    (LongNetConfig.presets, "()"),
+    (LongNetConfig.to_dict, "(self)"),
+    (LongNetConfig.from_dict, "(values)"),
+    (LongNetConfig.replace, "(self, **changes)"),
+    (LongNetLM, "(config, *, device=None, dtype=None)"),
+    (LongNetLM.forward, "(self, tokens, key_padding_mask=None)"),
+    (LongNetLM.hidden, "(self, tokens, key_padding_mask=None)"),
+    (LongNetLM.logits, "(self, hidden)"),
+    (
+        LongNetLM.loss,
+        "(self, tokens, targets, *, key_padding_mask=None, reduction='mean', ignore_index=-100)",
+    ),
+    (
+        LongNetLM.generate,
+        "(self, tokens, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, seed=None, on_token=None)",
+    ),
+    (LongNetEncoder, "(config, *, device=None, dtype=None)"),
+    (LongNetEncoder.forward, "(self, tokens=None, key_padding_mask=None, *, embeddings=None)"),
+    (longnet.geometry.Pattern.parse, "(segment_lengths, dilation_rates, head_offsets='interleaved')"),
+    (longnet.geometry.make_plan, "(pattern, heads, length, first_head=0, last_head=None)"),
+    (
+        longnet.geometry.cost,
+        "(pattern, heads, length, head_dim, *, is_causal=False, kv_heads=None, batch=1, bytes_per_element=2)",
+    ),
+    (longnet.geometry.coverage, "(pattern, heads, length=None)"),
+    (longnet.geometry.uncovered_positions, "(pattern, heads, length=None)"),
+    (longnet.geometry.keys_per_query, "(pattern, heads, length, is_causal=False)"),
+    (longnet.geometry.score_pairs, "(pattern, heads, length, is_causal=False)"),
+    (longnet.geometry.receptive_field, "(pattern, heads, length, layers, is_causal=False, position=None)"),
+    (
+        longnet.geometry.suggest_pattern,
+        "(max_length, budget, *, heads=None, ratio=2, head_offsets='interleaved')",
+    ),
+]
+
+# Public methods and properties of the classes, their own and those of their bases in this package.
+MEMBERS = {
+    DilatedAttention: {"extra_repr", "forward", "reset_parameters"},
+    LongNetConfig: {"feed_forward_dim", "from_dict", "head_dim", "preset", "presets", "replace", "to_dict"},
+    LongNetLM: {
+        *("check_mask", "check_tokens", "embed", "forward", "generate", "hidden", "logits", "loss"),
+        *("reset_parameters", "run_blocks"),
+    },
+    LongNetEncoder: {"check_mask", "check_tokens", "embed", "forward", "reset_parameters", "run_blocks"},
+}
+
+
+@pytest.mark.parametrize("module", NAMES, ids=lambda module: module.__name__)
+def test_the_public_names(module: Any) -> None:
+    assert module.__all__ == NAMES[module]
+    assert [name for name in module.__all__ if not hasattr(module, name)] == []
+
+
+@pytest.mark.parametrize(("function", "expected"), SIGNATURES, ids=[item[0].__qualname__ for item in SIGNATURES])
+def test_the_signature_of(function: Callable[..., Any], expected: str) -> None:
+    signature = inspect.signature(function)
+    bare = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
+    assert str(signature.replace(parameters=bare, return_annotation=signature.empty)) == expected
+
+
+@pytest.mark.parametrize("kind", MEMBERS, ids=lambda kind: kind.__name__)
+def test_the_public_members_of(kind: type) -> None:
+    fields = getattr(kind, "__dataclass_fields__", {})
+    owners = [base for base in kind.__mro__ if base.__module__.startswith("longnet")]
+    names = {name for base in owners for name in vars(base) if not name.startswith("_")}
+    assert names - set(fields) == MEMBERS[kind]
+
+
+def test_the_names_a_checkpoint_holds() -> None:
+    module = DilatedAttention(8, 2, 1, 4)
+    projections = ("q_proj", "k_proj", "v_proj", "out_proj")
+    assert list(module.state_dict()) == [f"{name}.{part}" for name in projections for part in ("weight", "bias")]
+
+
+def test_the_names_given_as_text() -> None:
+    assert [backend.name for backend in BACKENDS] == ["cpu_flash", "portable"]
+    assert longnet.geometry.HEAD_OFFSETS == ("interleaved", "blocked")
+    assert LongNetConfig.presets() == ("base", "small", "tiny", "nano")
+
+
+def test_the_alias_is_the_same_class() -> None:
+    assert LongNet.DilatedAttention is longnet.DilatedAttention
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["version"] == longnet.__version__
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    assert Path(longnet.__file__).with_name("py.typed").is_file()

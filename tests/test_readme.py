@@ -1,0 +1,82 @@
+"""The README keeps its word: its Python runs, its commands and files exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from longnet.cli.main import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "CONTRIBUTING.md", "DESIGN.md", "CHANGELOG.md")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def shell_lines(first_word: str) -> Iterator[list[str]]:
+    """The words of every line of a shell block that starts with ``first_word``, without its comment."""
+    for block in blocks("sh"):
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == [first_word]:
+                yield words
+
+
+PYTHON = blocks("python")
+COMMANDS = list(shell_lines("longnet"))
+# Any: what typer builds its commands from differs between its versions.
+SUBCOMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+MAKE_TARGETS = {words[1] for words in shell_lines("make")}
+
+
+@pytest.mark.parametrize("number", range(len(PYTHON)))
+def test_the_python_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block by itself, after the ``import torch`` of the first."""
+    monkeypatch.chdir(tmp_path)
+    exec(compile("import torch\n" + PYTHON[number], f"README.md, Python block {number + 1}", "exec"), {})
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_the_command_takes_these_options(words: list[str]) -> None:
+    command = SUBCOMMANDS[words[1]]
+    options = {name for parameter in command.params for name in parameter.opts}
+    assert {word for word in words if word.startswith("--")} <= options
+    # Parses the values too; nothing is run.
+    with command.make_context(words[1], words[2:]):
+        pass
+
+
+def test_all_subcommands_are_shown() -> None:
+    assert {words[1] for words in COMMANDS} == set(SUBCOMMANDS)
+
+
+def test_the_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert {"demo", "test"} <= MAKE_TARGETS
+    assert set(re.findall(r"^([a-z]+):", makefile, flags=re.MULTILINE)) >= MAKE_TARGETS
+
+
+def test_continuous_integration_runs_the_test_command() -> None:
+    assert "`make test` is the test command" in README
+    assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").endswith("\nmake test\n")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)]+)\)", text)]
+    assert [target for target in targets if "://" not in target and target and not (ROOT / target).is_file()] == []
+
+
+def test_the_blocks_are_seen() -> None:
+    assert len(PYTHON) >= 4
+    assert len(COMMANDS) >= 4
