@@ -8,6 +8,7 @@ import torch
 from longnet import DilatedAttention, dilated_attention
 
 Q = torch.randn(2, 4, 16, 8)
+MASK = torch.zeros(2, 16, dtype=torch.bool)
 
 
 def call(query=Q, key=Q, value=Q, segment_lengths=(4, 8), dilation_rates=(1, 2), **options):
@@ -17,7 +18,7 @@ def call(query=Q, key=Q, value=Q, segment_lengths=(4, 8), dilation_rates=(1, 2),
 @pytest.mark.parametrize(
     ("arguments", "error", "said"),
     [
-        (dict(segment_lengths=(2048, 4096), dilation_rates=(1,)), ValueError, r"=\(2048, 4096\) and dilation_rates=\(1,\) differ in length"),
+        (dict(segment_lengths=(2048, 4096), dilation_rates=(1,)), ValueError, r"and dilation_rates=\(1,\) differ in length"),
         (dict(segment_lengths=(), dilation_rates=()), ValueError, "empty"),
         (dict(segment_lengths=(0, 8)), ValueError, r"segment_lengths=\(0, 8\) holds 0.*at least 1"),
         (dict(dilation_rates=(1, -2)), ValueError, r"dilation_rates=\(1, -2\) holds -2"),
@@ -36,9 +37,9 @@ def call(query=Q, key=Q, value=Q, segment_lengths=(4, 8), dilation_rates=(1, 2),
         (dict(key=Q[:, :3], value=Q[:, :3]), ValueError, "query has 4 heads and key has 3: expected a multiple"),
         (dict(query=Q.long()), TypeError, "query has dtype torch.int64"),
         (dict(query=[1.0]), TypeError, "query has type list"),
-        (dict(key_padding_mask=torch.zeros(2, 15, dtype=torch.bool)), ValueError, r"has shape \(2, 15\): expected \(B, N\) = \(2, 16\)"),
+        (dict(key_padding_mask=MASK[:, :15]), ValueError, r"\(2, 15\): expected \(B, N\) = \(2, 16\)"),
         (dict(key_padding_mask=torch.zeros(2, 16)), TypeError, "key_padding_mask has dtype torch.float32: expected torch.bool"),
-        (dict(key_padding_mask=torch.zeros(2, 16, dtype=torch.bool, device="meta")), ValueError, "key_padding_mask is on meta"),
+        (dict(key_padding_mask=MASK.to("meta")), ValueError, "key_padding_mask is on meta"),
         (dict(scale="big"), TypeError, "scale='big'"),
         (dict(scale=float("nan")), ValueError, "scale=nan"),
         (dict(is_causal=1), TypeError, "is_causal=1 has type int"),

@@ -1,0 +1,32 @@
+"""Draw the pictures of the README into docs/images: ``python scripts/make_figures.py``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from longnet.figures import plot_cost, plot_pattern, plot_receptive_field
+from longnet.geometry import Pattern
+
+IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
+
+# Small enough that every (query, key) pair is one visible square.
+SMALL = Pattern.parse((16, 32, 64), (1, 2, 4))
+# As many rates as the paper's experiments, on a sequence short enough to draw token by token.
+GROWING = Pattern.parse((32, 64, 128, 256, 512), (1, 2, 4, 8, 16))
+# The paper's base model: 12 heads, segments up to 32,768 tokens.
+PAPER = Pattern.parse((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12))
+
+
+def main() -> None:
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    made = [
+        plot_pattern(SMALL, 4, 64, IMAGES / "pattern.png"),
+        plot_receptive_field(GROWING, 4, 512, 4, IMAGES / "receptive_field.png"),
+        plot_cost(PAPER, 12, [2**power for power in range(10, 21)], IMAGES / "cost.png"),
+    ]
+    for path in made:
+        print(f"{path}  {path.stat().st_size / 1024:.0f} KiB")
+
+
+if __name__ == "__main__":
+    main()
