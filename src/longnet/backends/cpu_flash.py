@@ -72,15 +72,18 @@ class _Block:
         return x[self.rows, self.kv_heads, self.tokens]
 
 
-def _blocks(query: Tensor, key: Tensor, spec: Spec, parallel: int) -> Iterator[_Block]:
-    """Cut the work into blocks of about ``_BLOCK`` elements with ``parallel`` (segment, head) pairs in every call."""
+def _blocks(query: Tensor, key: Tensor, spec: Spec) -> Iterator[_Block]:
+    """Cut the work into blocks of about ``_BLOCK`` elements, each with a (segment, head) pair for every thread.
+
+    A pair is the backward kernel's unit of parallel work, and one causal pair alone splits badly in the forward kernel.
+    """
     batch, heads, length, dim = query.shape
     group = heads // key.shape[1]
     # Every branch starts a segment at a multiple of the period, so windows of whole periods are independent.
     period = min(spec.pattern.period, length)
     tokens = min(length, max(1, _BLOCK // (period * dim)) * period)
     segments = min(-(-tokens // width) for width in spec.pattern.segment_lengths)
-    head_count = max(_BLOCK // (tokens * dim), -(-parallel // segments))
+    head_count = max(_BLOCK // (tokens * dim), -(-torch.get_num_threads() // segments))
     head_count = min(heads, max(group, head_count // group * group))
     batch_count = max(1, min(batch, _BLOCK // (tokens * dim * heads)))
     for row in range(0, batch, batch_count):
@@ -151,44 +154,61 @@ def forward(
     if query.numel() == 0:
         return out, lse.fill_(-torch.inf)
     group = query.shape[1] // key.shape[1]
-    # The forward kernel splits queries too, so one head keeps every thread busy.
-    for block in _blocks(query, key, spec, parallel=torch.get_num_threads()):
+    for block in _blocks(query, key, spec):
         masks = None if padding is None else _Padding(padding[block.rows, block.tokens], query.dtype, spec.is_causal)
         mask = None if masks is None else masks.mask
         q, k, v = _dense(block.of(query)), _key_value(key, block, group, mask), _key_value(value, block, group, mask)
-        block_out, block_lse = block.of(out), block.of(lse)
+        parts = _forward_block((q, k, v), masks, block.plan, spec)
+        block_out = block.of(out)
         # Where the output can hold the accumulator's precision, it is the accumulator.
-        total = block_out if out.dtype == lse.dtype else torch.empty_like(q, dtype=lse.dtype)
-        _forward_block(q, k, v, masks, block.plan, spec, total, block_lse)
-        if total is not block_out:
+        in_place = out.dtype == lse.dtype
+        total = block_out if in_place else torch.empty_like(q, dtype=lse.dtype)
+        _mix(total, block.of(lse), parts)
+        if not in_place:
             block_out.copy_(total)
+        # Before the next block makes its own: a second set would be the peak.
+        del parts, total
     return out, lse
 
 
+_Index = tuple[Any, ...]
+
+
 def _forward_block(
-    q: Tensor, k: Tensor, v: Tensor, masks: _Padding | None, plan: Plan, spec: Spec, out: Tensor, lse: Tensor
-) -> None:
+    tensors: tuple[Tensor, ...], masks: _Padding | None, plan: Plan, spec: Spec
+) -> list[tuple[bool, Tile, _Index, tuple[Tensor, Tensor]]]:
+    """The kernel's (out, lse) for every call, from (q, k, v) of a block.
+
+    A part of a first branch that covers everything may assign, the others mix.
+    """
     parts = []
-    for branch in plan.branches:
+    for number, branch in enumerate(plan.branches):
+        assign = number == 0 and branch.covers_all
         for tile in branch.tiles:
-            tiles = [tile_view(x, tile) for x in (q, k, v)]
-            targets = tile_view(out, tile), tile_view(lse, tile)
+            views = [tile_view(x, tile) for x in tensors]
             empty = None if masks is None else masks.empty_rows(tile)
-            for index in _calls(tile, q.shape[0]):
+            for index in _calls(tile, views[0].shape[0]):
                 mask = None if masks is None else masks.call(tile, index)
                 part, part_lse = _flash(
-                    *(x[index] for x in tiles), 0.0, spec.is_causal, attn_mask=mask, scale=spec.scale
+                    *(view[index] for view in views), 0.0, spec.is_causal, attn_mask=mask, scale=spec.scale
                 )
                 if empty is not None:
                     part_lse = part_lse.masked_fill(empty[index], -torch.inf)
-                parts.append((branch, targets[0][index], targets[1][index], part, part_lse))
-    # Mixed only now, so that the accumulators are touched while they are in cache and not between kernel calls.
-    first = plan.branches[0]
-    if not first.covers_all:
+                parts.append((assign, tile, index, (part, part_lse)))
+    return parts
+
+
+def _mix(out: Tensor, lse: Tensor, parts: list[tuple[bool, Tile, _Index, tuple[Tensor, Tensor]]]) -> None:
+    """Mix the parts into a block's accumulators, which may hold anything before.
+
+    After all kernel calls, not between them: accumulators then stay in cache while they are touched.
+    """
+    if not (parts and parts[0][0]):
         out.zero_()
         lse.fill_(-torch.inf)
-    for branch, out_rows, lse_rows, part, part_lse in parts:
-        if branch is first:
+    for assign, tile, index, (part, part_lse) in parts:
+        out_rows, lse_rows = tile_view(out, tile)[index], tile_view(lse, tile)[index]
+        if assign:
             out_rows.copy_(part)
             lse_rows.copy_(part_lse)
         else:
@@ -213,8 +233,7 @@ def backward(
     if query.numel() == 0:
         return (*(grad.zero_() for grad in grads), no_bias)  # type: ignore[return-value]
     group = query.shape[1] // key.shape[1]
-    # The backward kernel's unit of parallel work is one (segment, head).
-    for block in _blocks(query, key, spec, parallel=torch.get_num_threads()):
+    for block in _blocks(query, key, spec):
         masks = None if padding is None else _Padding(padding[block.rows, block.tokens], query.dtype, spec.is_causal)
         mask = None if masks is None else masks.mask
         q, k, v = _dense(block.of(query)), _key_value(key, block, group, mask), _key_value(value, block, group, mask)
@@ -222,47 +241,51 @@ def backward(
         if grad_lse is not None:
             grad_o, q, k, v, o = mixing.fold_lse_gradient(grad_o, q, k, v, o, block.of(grad_lse))
         saved = mixing.lse_for_backward(block.of(lse))
-        targets = block.of(grads[0]), block.of_kv(grads[1]), block.of_kv(grads[2])
-        # Where the gradients can hold the accumulators' precision and shape, they are the accumulators.
-        in_place = group == 1 and grad_lse is None and query.dtype == lse.dtype
-        totals = targets if in_place else tuple(torch.empty_like(x, dtype=lse.dtype) for x in (q, k, v))
-        _backward_block(grad_o, q, k, v, masks, o, saved, block.plan, spec, totals)
-        if not in_place:
-            dim = query.shape[-1]
-            for target, total, shared in zip(targets, totals, (1, group, group), strict=True):
-                target.copy_(sum_heads(total[..., :dim], shared))
+        parts = _backward_block((grad_o, q, k, v, o, saved), masks, block.plan, spec)
+        for which, shared in enumerate((1, group, group)):
+            target = block.of(grads[which]) if which == 0 else block.of_kv(grads[which])
+            # Where the gradient can hold the accumulator's precision and shape, it is the accumulator.
+            in_place = shared == 1 and grad_lse is None and target.dtype == lse.dtype
+            total = target if in_place else torch.empty_like(q, dtype=lse.dtype)
+            _add_up(total, [(assign, tile, index, part[which]) for assign, tile, index, part in parts])
+            if not in_place:
+                target.copy_(sum_heads(total[..., : query.shape[-1]], shared))
+        # Before the next block makes its own: a second set would be the peak.
+        del parts
     return (*grads, no_bias)
 
 
 def _backward_block(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    masks: _Padding | None,
-    out: Tensor,
-    lse: Tensor,
-    plan: Plan,
-    spec: Spec,
-    totals: tuple[Tensor, ...],
-) -> None:
-    if not plan.branches[0].covers_all:
-        for total in totals:
-            total.zero_()
+    tensors: tuple[Tensor, ...], masks: _Padding | None, plan: Plan, spec: Spec
+) -> list[tuple[bool, Tile, _Index, tuple[Tensor, ...]]]:
+    """The kernel's gradients of q, k and v for every call, from (grad_out, q, k, v, out, lse) of a block.
+
+    A part of a first branch that covers everything may assign, the others add.
+    """
+    parts = []
     for number, branch in enumerate(plan.branches):
+        assign = number == 0 and branch.covers_all
         for tile in branch.tiles:
-            views = [tile_view(x, tile) for x in (grad_out, q, k, v, out, lse)]
-            total_tiles = [tile_view(total, tile) for total in totals]
-            for index in _calls(tile, q.shape[0]):
+            views = [tile_view(x, tile) for x in tensors]
+            for index in _calls(tile, views[0].shape[0]):
                 mask = None if masks is None else masks.call(tile, index)
-                parts = _flash_backward(
+                part = _flash_backward(
                     *(view[index] for view in views), 0.0, spec.is_causal, attn_mask=mask, scale=spec.scale
                 )
-                for total_tile, part in zip(total_tiles, parts, strict=True):
-                    if number == 0:
-                        total_tile[index].copy_(part)
-                    else:
-                        total_tile[index].add_(part)
+                parts.append((assign, tile, index, part))
+    return parts
+
+
+def _add_up(total: Tensor, parts: list[tuple[bool, Tile, _Index, Tensor]]) -> None:
+    """Add the parts up in a block's accumulator, which may hold anything before."""
+    if not (parts and parts[0][0]):
+        total.zero_()
+    for assign, tile, index, part in parts:
+        rows = tile_view(total, tile)[index]
+        if assign:
+            rows.copy_(part)
+        else:
+            rows.add_(part)
 
 
 run = register_operators("cpu_flash", forward, backward)

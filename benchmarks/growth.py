@@ -1,0 +1,75 @@
+"""Time per token from short to long, and the curves of quadratic attention and peers beside it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks.cases import Case, Sizes, Tensors, draw
+from benchmarks.checks import allowed_at_size, rows_at_size
+from benchmarks.peers import Peer, dense, ours
+from benchmarks.timing import interleave
+
+
+def growth(dtype: str, peers: list[Peer], sizes: Sizes) -> dict[str, Any]:
+    """Seconds of a forward at every length, all lengths in turn in every round.
+
+    Raises:
+        CheckFailed: a length whose result is not the definition's.
+    """
+    longest = sizes.case(max(sizes.growth_lengths), dtype)
+    storage = draw(longest)
+    checks, contenders = [], {}
+    for length in sizes.growth_lengths:
+        case = sizes.case(length, dtype)
+        tensors = _first_tokens(case, storage)
+        contenders[length] = ours(case, tensors)
+        (out,) = contenders[length].passes["forward"]()
+        checks += rows_at_size(case, tensors, out, allowed_at_size(case, tensors)[0])
+        del out
+    repetitions = sizes.growth_repetitions
+    seconds = interleave(
+        {str(length): one.passes["forward"] for length, one in contenders.items()}, repetitions, repetitions, 0.0
+    )
+    return {
+        "dtype": dtype,
+        "lengths": list(sizes.growth_lengths),
+        "checks": [asdict(check) for check in checks],
+        "seconds": seconds,
+        "curves": _curves(dtype, storage, peers, sizes),
+    }
+
+
+def _curves(dtype: str, storage: Tensors, peers: list[Peer], sizes: Sizes) -> dict[str, dict[str, list[float]]]:
+    """By name and length: dense attention and peers, each until a call is expected to take too long."""
+    curves: dict[str, dict[str, list[float]]] = {}
+    makers = {"dense": dense, **{peer.name: peer.make for peer in peers if peer.make}}
+    for length in sizes.growth_lengths:
+        case = sizes.case(length, dtype)
+        expected = {name: _expected(curves.get(name, {}), length, 2 if name == "dense" else 1) for name in makers}
+        functions = {
+            name: make(case, _first_tokens(case, storage)).passes["forward"]
+            for name, make in makers.items()
+            if expected[name] <= sizes.slow_seconds[1]
+        }
+        for name, seconds in interleave(functions, 2, 2, 0.0).items() if functions else ():
+            curves.setdefault(name, {})[str(length)] = seconds
+    return curves
+
+
+def _expected(curve: dict[str, list[float]], length: int, power: int) -> float:
+    """Seconds expected of what grows with this power of the length, from the longest one measured; 0 before the first."""
+    known = {int(at): min(seconds) for at, seconds in curve.items()}
+    return known[max(known)] * (length / max(known)) ** power if known else 0.0
+
+
+def _first_tokens(case: Case, storage: Tensors) -> Tensors:
+    """Contiguous (B, H, N, D) tensors in the memory of longer ones."""
+
+    def part(x: Tensor) -> Tensor:
+        shape = case.shape
+        return x.view(-1)[: shape[0] * shape[1] * shape[2] * shape[3]].view(shape)
+
+    return Tensors(*(part(x) for x in storage.all))
