@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-DEMO := --preset tiny --context 8192 --minutes 8
+DEMO := --preset tiny --context 8192 --minutes 8 --lr 3e-3 --clip 0.3 --schedule linear --warmup 40
 
 .PHONY: help demo test lint type pytest bench figures format clean
 

@@ -58,7 +58,7 @@ def test_preset_changes_and_replace_are_checked() -> None:
 
 def test_a_preset_cannot_be_changed_through_what_it_returns() -> None:
     LongNetConfig.preset("tiny").to_dict()["segment_lengths"].append(1)
-    assert LongNetConfig.preset("tiny").segment_lengths == (512, 2048, 8192)
+    assert LongNetConfig.preset("tiny").segment_lengths == (256, 1024, 8192)
     with pytest.raises(AttributeError):
         LongNetConfig().dim = 3  # type: ignore[misc]
 

@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from longnet.models import LongNetConfig, LongNetLM
-from longnet.training.evaluate import Estimate, measure_long_context, profile_positions, score_windows, window_starts
+from longnet.training.evaluate import (
+    Estimate,
+    compare_cut,
+    cut_lengths,
+    profile_positions,
+    score_windows,
+    window_starts,
+)
 
 
 def test_windows_score_every_byte_but_the_first_once() -> None:
@@ -70,22 +77,37 @@ def test_bins_double_and_cover_every_position_once(length: int, expected: list[t
     assert [one.bits_per_byte.mean for one in bins] == [(first + last) / 2 for first, last in expected]
 
 
-def test_the_gain_compares_the_same_bytes() -> None:
-    """Byte t costs t % 7 bits, and a quarter bit less when 9 bytes or more come before it in its window."""
-    base = np.arange(1000) % 7
-    starts = np.arange(0, 900, 16)
+def test_cut_lengths_go_down_from_half_a_context() -> None:
+    assert cut_lengths(8192) == [64, 256, 1024, 4096]
+    assert cut_lengths(256) == [32, 128]
+    assert cut_lengths(16) == [2, 8]
+    assert cut_lengths(5) == [2]
+    assert cut_lengths(3) == []
+
+
+@pytest.mark.parametrize(("context", "length"), [(64, 2), (64, 8), (64, 32), (61, 30), (61, 7)])
+def test_a_cut_context_is_compared_on_the_same_bytes(context: int, length: int) -> None:
+    """Byte t costs t % 7 bits, and a quarter bit less when more than 30 bytes come before it in its window."""
+    base = np.arange(2000) % 7
+    starts = np.arange(0, 1900, context)
+    scored: list[np.ndarray] = []
 
     def cost(length: int, at: np.ndarray) -> np.ndarray:
-        saved = 0.25 * (np.arange(1, length + 1) > 8)
+        scored.append(at)
+        saved = 0.25 * (np.arange(1, length + 1) > 30)
         return np.stack([base[start + 1 : start + length + 1] - saved for start in at])
 
-    gain = measure_long_context(cost(16, starts), cost(8, starts + 8))
-    assert (gain.first, gain.last, gain.extra) == (5, 8, 8)
-    assert gain.gain.mean == pytest.approx(0.25)
-    assert gain.gain.low == pytest.approx(0.25) and gain.gain.high == pytest.approx(0.25)
-    assert gain.short - gain.long == pytest.approx(0.25)
+    cut = compare_cut(cost(context, starts), starts, length, cost)
+    assert cut.last == length and cut.full_first == context // 2 + cut.first and cut.full_last <= context
+    offsets = np.unique((scored[1] - context // 2) % context)
+    assert offsets.tolist() == list(range(0, (context - context // 2) // length * length, length))
+    saved_when_cut = 0.25 * np.mean(np.arange(cut.first, cut.last + 1) > 30)
+    assert cut.gain.mean == pytest.approx(0.25 - saved_when_cut)
+    assert cut.gain.low == pytest.approx(cut.gain.mean) and cut.gain.high == pytest.approx(cut.gain.mean)
+    assert cut.cut - cut.full == pytest.approx(cut.gain.mean)
 
 
-def test_shapes_that_do_not_belong_together_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected"):
-        measure_long_context(np.zeros((2, 16)), np.zeros((2, 16)))
+@pytest.mark.parametrize("length", [1, 33])
+def test_a_cut_out_of_range_is_refused(length: int) -> None:
+    with pytest.raises(ValueError, match=f"length={length}: expected 2 to 32"):
+        compare_cut(np.zeros((2, 64)), np.array([0, 64]), length, lambda length, at: np.zeros((at.size, length)))

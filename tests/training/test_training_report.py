@@ -15,7 +15,7 @@ from matplotlib.image import imread
 
 from longnet.training import Evaluation, TrainSettings, load_model, read_corpus, train, write_report
 from longnet.training.baselines import Baselines
-from longnet.training.evaluate import Estimate, LongContextGain
+from longnet.training.evaluate import CutContext, Estimate
 from longnet.training.page import Page
 from longnet.training.report import long_context_verdict
 
@@ -82,7 +82,8 @@ def test_the_evaluation_is_there_for_programs_too(run: tuple[Path, Evaluation]) 
     folder, evaluation = run[0] / "run", run[1]
     found = json.loads((folder / "evaluation.json").read_text())
     assert found["bits_per_byte"]["mean"] == evaluation.bits_per_byte.mean
-    assert found["long_context"]["gain"]["low"] == evaluation.long_context.gain.low  # type: ignore[union-attr]
+    assert [cut["last"] for cut in found["cuts"]] == [32]
+    assert found["cuts"][0]["gain"]["low"] == evaluation.cuts[0].gain.low
     assert len(found["positions"]) == len(evaluation.positions)
 
 
@@ -99,22 +100,28 @@ def test_a_run_without_a_step_has_no_report(make_settings: Make) -> None:
         write_report(settings.out)
 
 
+def _evaluation(*lows: float | None) -> Evaluation:
+    """One with cuts to 16, 32, ... bytes whose gains are 0.01 above these lower ends."""
+    cuts = []
+    for number, low in enumerate(lows):
+        last = 16 * 2**number
+        gain = Estimate(0.0, None, None) if low is None else Estimate(low + 0.01, low, low + 0.02)
+        cuts.append(CutContext(last // 2 + 1, last, 129, 256, 2.5 + gain.mean, 2.5, gain))
+    return Evaluation(Estimate(2.5, None, None), 256, 3, 768, [], cuts, Baselines(4.0, 4.0, 3.0))
+
+
 @pytest.mark.parametrize(
-    ("low", "high", "start"),
+    ("lows", "expected"),
     [
-        (0.01, 0.05, "Yes, the model uses its long context: "),
-        (-0.01, 0.05, "No use of the farther half of the context can be shown: "),
-        (-0.05, -0.01, "No, the farther half of the context does harm: "),
-        (None, None, "Undecided"),
+        ((), "A context of 256 bytes is too short to tell"),
+        ((None,), "Undecided, with one held-out window alone"),
+        ((0.2, 0.1, 0.01), "Yes, the model uses its long context: the same bytes cost 2.520 bits each with 33 to 64 bytes"),
+        ((0.2, 0.1, -0.01), "In part, the model uses up to about 64 bytes of its context: the same bytes cost 2.610"),
+        ((-0.1, -0.1), "No, nothing is gained from more than 16 bytes of context"),
     ],
-)
-def test_the_verdict_follows_the_interval(low: float | None, high: float | None, start: str) -> None:
-    mean = 0.0 if low is None or high is None else (low + high) / 2
-    gain = LongContextGain(17, 32, 32, 2.5, 2.5 - mean, Estimate(mean, low, high))
-    evaluation = Evaluation(Estimate(2.5, None, None), 64, 3, 192, [], gain, Baselines(4.0, 4.0, 3.0))
-    verdict = long_context_verdict(evaluation)
-    assert verdict.startswith(start)
-    assert "17 to 32 bytes of context" in verdict and "32 more" in verdict
+)  # fmt: skip
+def test_the_verdict_follows_the_intervals(lows: tuple[float | None, ...], expected: str) -> None:
+    assert long_context_verdict(_evaluation(*lows)).startswith(expected)
 
 
 def test_text_on_a_page_is_escaped() -> None:

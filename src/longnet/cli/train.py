@@ -58,7 +58,7 @@ def train(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.", show_default="auto")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, windows and dropout.", show_default="0")] = None,
     eval_every: Annotated[
-        int | None, typer.Option(help="Steps between evaluations, 0 for none.", show_default="100")
+        int | None, typer.Option(help="Steps between evaluations, 0 for none.", show_default="200")
     ] = None,
     save_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints, 0 for one at the end.", show_default="100")

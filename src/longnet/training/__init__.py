@@ -6,9 +6,10 @@ Needs numpy, safetensors, rich and matplotlib besides torch; ``import longnet`` 
 from longnet.training.checkpoint import CheckpointError
 from longnet.training.data import Corpus, read_corpus
 from longnet.training.folder import load_model
-from longnet.training.loop import TrainingDiverged, TrainSummary, train
+from longnet.training.loop import train
 from longnet.training.report import Evaluation, write_report
 from longnet.training.settings import TrainSettings
+from longnet.training.trainer import TrainingDiverged, TrainSummary
 
 __all__ = [
     "CheckpointError",

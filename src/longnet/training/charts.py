@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from longnet.training.baselines import Baselines
-from longnet.training.evaluate import PositionBin
+from longnet.training.evaluate import CutContext, PositionBin
 
 INK, SOFT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 BLUE, ORANGE = "#2563eb", "#d97706"
@@ -28,7 +28,9 @@ def plot_loss(metrics: Sequence[dict[str, Any]], baselines: Baselines, path: Pat
     """
     steps = [line for line in metrics if line["kind"] == "train"]
     checks = [line for line in metrics if line["kind"] == "eval"]
-    figure, axes = _new_figure("Loss", "bits per byte")
+    figure = _new_figure()
+    axes = figure.add_subplot()
+    _style(axes, "Loss", "bits per byte")
     seen = np.array([line["tokens"] for line in steps], dtype=float)
     bits = np.array([line["bits_per_byte"] for line in steps], dtype=float)
     axes.plot(seen, bits, color=BLUE, alpha=0.25, linewidth=0.8, label="training, each step")
@@ -50,32 +52,66 @@ def plot_loss(metrics: Sequence[dict[str, Any]], baselines: Baselines, path: Pat
     figure.savefig(path)
 
 
-def plot_positions(bins: Sequence[PositionBin], baselines: Baselines, path: Path) -> None:
-    """Held-out bits per byte against the bytes of context before the predicted one, with 95 % intervals over windows."""
-    figure, axes = _new_figure("Held-out bits per byte by context", "bits per byte")
+def plot_positions(bins: Sequence[PositionBin], cuts: Sequence[CutContext], baselines: Baselines, path: Path) -> None:
+    """Left, held-out bits per byte by bytes of context; right, what the context beyond a cut is worth.
+
+    Args:
+        bins: by position, drawn with their 95 % intervals over windows.
+        cuts: drawn as bits saved with their 95 % intervals; without any there is no right panel.
+        baselines: drawn as level lines.
+        path: the PNG to write.
+    """
+    figure = _new_figure()
+    if cuts:
+        left, right = figure.subplots(1, 2, width_ratios=[2.4, 1])
+        _style(right, "Worth of more context", "bits per byte saved")
+        _draw_gains(right, cuts)
+    else:
+        left = figure.add_subplot()
+    _style(left, "Held-out bits per byte by context", "bits per byte")
     centers = np.array([np.sqrt(one.first * one.last) for one in bins])
     means = np.array([one.bits_per_byte.mean for one in bins])
     lows = np.array([_or(one.bits_per_byte.low, one.bits_per_byte.mean) for one in bins])
     highs = np.array([_or(one.bits_per_byte.high, one.bits_per_byte.mean) for one in bins])
-    axes.set_xscale("log", base=2)
-    axes.fill_between(centers, lows, highs, color=BLUE, alpha=0.15, linewidth=0, label="95 % interval over windows")
-    axes.plot(centers, means, color=BLUE, marker="o", markersize=5, linewidth=2, label="LongNet")
+    left.set_xscale("log", base=2)
+    left.fill_between(centers, lows, highs, color=BLUE, alpha=0.15, linewidth=0, label="95 % interval over windows")
+    left.plot(centers, means, color=BLUE, marker="o", markersize=5, linewidth=2, label="LongNet")
     for x, y in zip(centers, means, strict=True):
-        axes.annotate(f"{y:.2f}", (x, y), (0, 9), textcoords="offset points", ha="center", fontsize=8.5, color=INK)
-    axes.set_xlim(centers[0] * 0.8, bins[-1].last * 1.15)
-    axes.set_ylim(max(0.0, min(lows.min(), baselines.lzma) - 0.4), max(highs.max(), baselines.unigram) + 0.4)
-    _draw_baselines(axes, baselines)
-    axes.xaxis.set_major_locator(FixedLocator(centers.tolist()))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels([_range(one) for one in bins], rotation=35, ha="right", rotation_mode="anchor")
-    axes.set_xlabel("bytes of context before the predicted one")
-    _draw_legend(axes)
+        left.annotate(f"{y:.2f}", (x, y), (0, 9), textcoords="offset points", ha="center", fontsize=8.5, color=INK)
+    left.set_xlim(centers[0] * 0.75, bins[-1].last * 1.3)
+    left.set_ylim(max(0.0, min(lows.min(), baselines.lzma) - 0.5), max(highs.max(), baselines.unigram) + 0.4)
+    _draw_baselines(left, baselines)
+    left.xaxis.set_major_locator(FixedLocator(centers.tolist()))
+    left.xaxis.set_minor_locator(NullLocator())
+    left.set_xticklabels([_range(one) for one in bins], rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
+    left.set_xlabel("bytes of context before the predicted one")
+    _draw_legend(left)
     figure.savefig(path)
 
 
-def _new_figure(title: str, y_label: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(9, 4.6), dpi=150, layout="constrained", facecolor="white")
-    axes = figure.add_subplot()
+def _draw_gains(axes: Axes, cuts: Sequence[CutContext]) -> None:
+    """Bits per byte that the whole context saves against each cut, the shortest cut first."""
+    axes.axhline(0, color=SOFT, linewidth=1.1)
+    for number, cut in enumerate(cuts):
+        mean, low, high = cut.gain.mean, _or(cut.gain.low, cut.gain.mean), _or(cut.gain.high, cut.gain.mean)
+        axes.plot([number, number], [low, high], color=BLUE, linewidth=7, alpha=0.25, solid_capstyle="butt")
+        axes.plot(number, mean, color=BLUE, marker="o", markersize=6)
+        # Away from the line at zero.
+        place, shift = ((number, high), 5) if mean >= 0 else ((number, low), -13)
+        axes.annotate(
+            f"{mean:+.3f}", place, (0, shift), textcoords="offset points", ha="center", fontsize=8.5, color=INK
+        )
+    axes.set_xticks(range(len(cuts)), [f"{cut.last:,}" for cut in cuts])
+    axes.set_xlim(-0.6, len(cuts) - 0.4)
+    axes.margins(y=0.2)
+    axes.set_xlabel("bytes that the context is cut to")
+
+
+def _new_figure() -> Figure:
+    return Figure(figsize=(10, 4.6), dpi=150, layout="constrained", facecolor="white")
+
+
+def _style(axes: Axes, title: str, y_label: str) -> None:
     axes.set_title(title, loc="left", color=INK, fontsize=12, fontweight="bold", pad=12)
     axes.set_ylabel(y_label, color=INK)
     axes.xaxis.label.set_color(INK)
@@ -86,20 +122,12 @@ def _new_figure(title: str, y_label: str) -> tuple[Figure, Axes]:
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(GRID)
-    return figure, axes
 
 
 def _draw_legend(axes: Axes) -> None:
-    """Above the plot, where no curve can be."""
-    axes.legend(
-        frameon=False,
-        loc="lower right",
-        bbox_to_anchor=(1.01, 0.995),
-        ncols=3,
-        fontsize=9,
-        labelcolor=INK,
-        handlelength=1.6,
-    )
+    """Half way up on the right, which curves leave early, and not on a line."""
+    legend = axes.legend(loc="center right", bbox_to_anchor=(1, 0.48), fontsize=9, labelcolor=INK, handlelength=1.6)
+    legend.get_frame().set(edgecolor="none", facecolor="white", alpha=0.85)
 
 
 def _draw_baselines(axes: Axes, baselines: Baselines) -> None:
@@ -108,10 +136,11 @@ def _draw_baselines(axes: Axes, baselines: Baselines) -> None:
         axes.annotate(
             f"{name} {value:.2f}",
             (1, value),
-            (-4, 3),
+            (-4, -4),
             xycoords=("axes fraction", "data"),
             textcoords="offset points",
             ha="right",
+            va="top",
             fontsize=9,
             color=SOFT,
         )

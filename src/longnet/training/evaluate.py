@@ -45,21 +45,22 @@ class PositionBin:
 
 
 @dataclass(frozen=True)
-class LongContextGain:
-    """The same held-out bytes scored twice, the second time with ``extra`` more bytes of context before them.
+class CutContext:
+    """The same held-out bytes scored twice: with their context cut short, and in the second half of whole windows.
 
     Attributes:
-        first, last: how many bytes of context they had the first time.
-        extra: how many more the second time.
-        short, long: bits per byte, first and second time.
-        gain: bits per byte saved, paired by window; positive when the longer context helps.
+        first, last: how many bytes of context they have when it is cut.
+        full_first, full_last: the fewest and the most in whole windows.
+        cut, full: bits per byte of either.
+        gain: bits per byte that the whole context saves, paired by window; positive when it helps.
     """
 
     first: int
     last: int
-    extra: int
-    short: float
-    long: float
+    full_first: int
+    full_last: int
+    cut: float
+    full: float
     gain: Estimate
 
 
@@ -142,21 +143,46 @@ def profile_positions(bits: np.ndarray) -> list[PositionBin]:
     return bins
 
 
-def measure_long_context(bits: np.ndarray, late: np.ndarray) -> LongContextGain:
-    """What half a context more is worth to bytes that already have a quarter of one.
+def cut_lengths(context: int) -> list[int]:
+    """Lengths to cut a context of N bytes to: N/128, N/32, N/8 and N/2, those of at least 16 bytes (or N/2 alone)."""
+    lengths = [context // part for part in (128, 32, 8, 2)]
+    return [length for length in lengths if length >= 16] or [length for length in lengths if length >= 2]
+
+
+def compare_cut(
+    bits: np.ndarray, starts: np.ndarray, length: int, score: Callable[[int, np.ndarray], np.ndarray]
+) -> CutContext:
+    """Score bytes of the second half of whole windows again, with no more than ``length`` bytes of context.
+
+    The half is cut into windows of ``length`` bytes, and the second half of each of them counts: bytes with at least half
+    of that context. A window of N / 2^k bytes starts at a multiple of its length, so the bytes keep their places in every
+    segment that divides it, and what is compared is the context, not the luck of lying early or late in a segment.
 
     Args:
-        bits: (W, N), whole windows.
-        late: (W, N // 2), windows that start N // 2 bytes later: column ``p`` is the byte of column ``p + N // 2`` of
-            ``bits``, scored without the first half of that window.
+        bits: (W, N), the whole windows' bits.
+        starts: (W,) where they begin.
+        length: of the short windows, 2 to N / 2.
+        score: ``score(length, starts)`` gives the bits of other windows, (windows, length).
 
     Raises:
-        ValueError: shapes that do not belong together, or windows too short to have quarters.
+        ValueError: a length out of range.
     """
-    half, quarter = bits.shape[1] // 2, bits.shape[1] // 4
-    if late.shape != (bits.shape[0], half) or quarter < 1:
-        raise ValueError(f"bits {bits.shape} and late {late.shape}: expected (W, N) and (W, N // 2) with N at least 4")
-    short = late[:, quarter:].mean(axis=1)
-    long = bits[:, half + quarter : 2 * half].mean(axis=1)
-    gain = Estimate.over_windows(short - long)
-    return LongContextGain(quarter + 1, half, half, float(short.mean()), float(long.mean()), gain)
+    windows, context = bits.shape
+    half, before = context // 2, length - length // 2
+    if not 2 <= length <= half:
+        raise ValueError(f"length={length}: expected 2 to {half}, half a context")
+    tiles = (context - half) // length
+    offsets = half + length * np.arange(tiles)
+    shape = (windows, tiles, length)
+    short = score(length, (starts[:, None] + offsets).reshape(-1)).reshape(shape)[:, :, before:]
+    whole = bits[:, half : half + tiles * length].reshape(shape)[:, :, before:]
+    cut, full = short.mean(axis=(1, 2), dtype=np.float64), whole.mean(axis=(1, 2), dtype=np.float64)
+    return CutContext(
+        first=before + 1,
+        last=length,
+        full_first=half + before + 1,
+        full_last=half + tiles * length,
+        cut=float(cut.mean()),
+        full=float(full.mean()),
+        gain=Estimate.over_windows(cut - full),
+    )

@@ -110,8 +110,13 @@ def load_model(run: str | Path, device: str | torch.device = "cpu") -> LongNetLM
 
 def software_versions() -> dict[str, str | None]:
     """Versions of what a run's numbers depend on; ``None`` for a package run from its source tree."""
-    packages = ("longnet-torch", "torch", "numpy", "safetensors")
-    return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+    packages = ("longnet-torch", "numpy", "safetensors")
+    # torch's own word tells which build it is (2.11.0+cu130), its package only the release.
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{name: _version(name) for name in packages},
+    }
 
 
 def _version(name: str) -> str | None:

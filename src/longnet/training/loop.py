@@ -1,51 +1,20 @@
-"""The training loop: steps until the steps or the minutes are spent, evaluating and saving on the way."""
+"""Training: check, read, build or restore, then hand over to the trainer."""
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
 
 from longnet.models import LongNetLM
-from longnet.training.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
-from longnet.training.data import Corpus, draw_windows, read_corpus
-from longnet.training.evaluate import autocast, score_windows, window_starts
+from longnet.training.checkpoint import read_checkpoint
+from longnet.training.data import Corpus, read_corpus
 from longnet.training.folder import RunFolder
-from longnet.training.metrics import MetricsLog
-from longnet.training.progress import Reporter, SilentReporter, format_seconds
+from longnet.training.progress import Reporter, SilentReporter
 from longnet.training.resume import check_resume
-from longnet.training.schedule import decay, warm_up
-from longnet.training.settings import DTYPES, TrainSettings, resolve_device
-from longnet.training.state import collect_state, make_optimizer, restore_state
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss or its gradient is not finite; the last checkpoint is from before that."""
-
-
-@dataclass(frozen=True)
-class TrainSummary:
-    """How a call of ``train`` ended.
-
-    Attributes:
-        step: steps done in all.
-        tokens: bytes trained on in all.
-        seconds: time in the loop in all, over every resumption.
-        bits_per_byte: of the last steps (a running mean); NaN if no step was left to do.
-        finished: False if it was asked to stop before the end.
-    """
-
-    step: int
-    tokens: int
-    seconds: float
-    bits_per_byte: float
-    finished: bool
+from longnet.training.settings import TrainSettings, resolve_device
+from longnet.training.trainer import Trainer, TrainSummary
 
 
 def train(
@@ -94,203 +63,9 @@ def train(
     with _threads(settings.threads), torch.random.fork_rng(devices=cuda):
         torch.manual_seed(settings.seed)
         model = LongNetLM(settings.model).to(device)
-        trainer = _Trainer(settings, folder, data, model, device, tell)
+        trainer = Trainer(settings, folder, data, model, device, tell)
         trainer.start(checkpoint)
         return trainer.run(should_stop or (lambda: False))
-
-
-class _Trainer:
-    """One run between its start and its end."""
-
-    def __init__(
-        self,
-        settings: TrainSettings,
-        folder: RunFolder,
-        data: Corpus,
-        model: LongNetLM,
-        device: torch.device,
-        reporter: Reporter,
-    ) -> None:
-        self.settings, self.folder, self.data = settings, folder, data
-        self.model, self.device, self.reporter = model, device, reporter
-        self.dtype = DTYPES[settings.dtype]
-        self.optimizer = make_optimizer(model, settings)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.step, self.saved_step, self.evaluated_step = 0, -1, -1
-        self.earlier_seconds, self.started = 0.0, time.monotonic()
-        self.smooth_bits, self.smooth_seconds = math.nan, math.nan
-        self.eval_context = min(settings.context, data.held_out.size - 1)
-
-    @property
-    def seconds(self) -> float:
-        return self.earlier_seconds + time.monotonic() - self.started
-
-    @property
-    def tokens(self) -> int:
-        return self.step * self.settings.bytes_per_step
-
-    @property
-    def progress(self) -> float:
-        """Share of the run that is behind it, of its steps or its minutes, whichever is larger."""
-        return min(1.0, self.settings.progress(self.step, self.seconds))
-
-    def start(self, checkpoint: Checkpoint | None) -> None:
-        """Describe the run, and put it in the checkpoint's state or save its first one."""
-        settings, config = self.settings, self.settings.model
-        count = sum(weight.numel() for weight in self.model.parameters())
-        self.reporter.say(
-            f"Model: {count:,} parameters, {config.layers} layers, width {config.dim}, {config.heads} heads; "
-            f"segments {config.segment_lengths}, dilation rates {config.dilation_rates}"
-        )
-        self.reporter.say(
-            f"Training on {self.device} in {settings.dtype} with {torch.get_num_threads()} CPU threads: context "
-            f"{settings.context:,}, {settings.bytes_per_step:,} bytes a step, {_length(settings)}, into {self.folder.path}"
-        )
-        if self.eval_context < settings.context:
-            self.reporter.say(
-                f"The held-out part is shorter than one context: evaluating on {self.eval_context:,} bytes"
-            )
-        if checkpoint is not None:
-            restore_state(checkpoint, self.model, self.optimizer, self.device)
-            if self.scaler.is_enabled():
-                self.scaler.load_state_dict(checkpoint.progress["scaler"])
-            self.step = self.saved_step = checkpoint.progress["step"]
-            self.earlier_seconds = checkpoint.progress["seconds"]
-            self.reporter.say(f"Resuming after step {self.step:,}, {format_seconds(self.earlier_seconds)} into the run")
-        self.folder.write_start(settings.to_dict(), self.data.describe(), self.device)
-        self.metrics = MetricsLog(self.folder.metrics_file, keep_to_step=self.step)
-        if checkpoint is None:
-            self.save()
-        self.started = time.monotonic()
-
-    def run(self, should_stop: Callable[[], bool]) -> TrainSummary:
-        """Step until the end, or until asked to stop; the state is saved either way."""
-        settings, finished = self.settings, True
-        self.reporter.begin("Training", self.progress)
-        try:
-            while self.progress < 1.0:
-                if should_stop():
-                    finished = False
-                    break
-                self.train_step()
-                if settings.eval_every and self.step % settings.eval_every == 0:
-                    self.evaluate()
-                if settings.save_every and self.step % settings.save_every == 0:
-                    self.save()
-            if self.saved_step != self.step:
-                if finished and settings.eval_every and self.evaluated_step != self.step:
-                    self.evaluate()
-                self.save()
-        finally:
-            self.reporter.end()
-            self.metrics.close()
-        return TrainSummary(self.step, self.tokens, self.seconds, self.smooth_bits, finished)
-
-    def train_step(self) -> None:
-        settings, begun = self.settings, time.monotonic()
-        rate = settings.lr * warm_up(self.step + 1, settings.warmup)
-        rate *= decay(settings.schedule, self.progress, settings.lr_floor)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        count = settings.batch * settings.accumulate
-        tokens, targets = draw_windows(self.data.train, settings.context, count, settings.seed, self.step + 1)
-        self.model.train()
-        loss = 0.0
-        for part, goal in zip(tokens.split(settings.batch), targets.split(settings.batch), strict=True):
-            with autocast(self.device, self.dtype):
-                part_loss = self.model.loss(part.to(self.device), goal.to(self.device)) / settings.accumulate
-            self.scaler.scale(part_loss).backward()
-            loss += part_loss.item()
-        self._require_finite("loss", loss)
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip or math.inf).item()
-        # With loss scaling an infinite gradient is expected now and then: the scaler skips that step.
-        if not self.scaler.is_enabled():
-            self._require_finite("gradient norm", norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self._record(loss, rate, norm, time.monotonic() - begun)
-
-    def _require_finite(self, what: str, value: float) -> None:
-        if not math.isfinite(value):
-            raise TrainingDiverged(
-                f"the {what} of step {self.step + 1} is {value}: training stopped, and {self.folder.checkpoint_file} still "
-                f"holds step {self.saved_step}. A lower lr (now {self.settings.lr}), a longer warmup or clipping may help"
-            )
-
-    def _record(self, loss: float, rate: float, norm: float, took: float) -> None:
-        bits, speed = loss / math.log(2), self.settings.bytes_per_step / took
-        self.metrics.write(
-            kind="train",
-            step=self.step,
-            loss=loss,
-            bits_per_byte=bits,
-            lr=rate,
-            grad_norm=norm if math.isfinite(norm) else None,
-            tokens=self.tokens,
-            seconds=round(self.seconds, 3),
-            tokens_per_second=round(speed, 1),
-        )
-        self.smooth_bits = bits if math.isnan(self.smooth_bits) else 0.95 * self.smooth_bits + 0.05 * bits
-        self.smooth_seconds = took if math.isnan(self.smooth_seconds) else 0.9 * self.smooth_seconds + 0.1 * took
-        self.reporter.advance(
-            self.progress,
-            f"step {self.step:,}  loss {self.smooth_bits * math.log(2):.4f}  {self.smooth_bits:.3f} bits/byte  "
-            f"{self.settings.bytes_per_step / self.smooth_seconds:,.0f} tokens/s",
-        )
-
-    def evaluate(self) -> None:
-        """Held-out bits per byte on a fixed, evenly spaced set of windows."""
-        settings = self.settings
-        starts = window_starts(self.data.held_out.size, self.eval_context, settings.eval_windows)
-        bits = score_windows(
-            self.model,
-            self.data.held_out,
-            self.eval_context,
-            starts,
-            batch=settings.batch,
-            device=self.device,
-            dtype=self.dtype,
-        )
-        mean = float(bits.mean(dtype="float64"))
-        self.metrics.write(
-            kind="eval",
-            step=self.step,
-            loss=mean * math.log(2),
-            bits_per_byte=mean,
-            tokens=self.tokens,
-            seconds=round(self.seconds, 3),
-            windows=int(starts.size),
-        )
-        self.evaluated_step = self.step
-        self.reporter.say(f"Step {self.step:,}: {mean:.4f} bits per held-out byte ({starts.size} windows)")
-
-    def save(self) -> None:
-        """Commit the state. The metrics reach the disk first: a checkpoint never knows a step that they lack."""
-        self.metrics.flush_to_disk()
-        progress: dict[str, Any] = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "settings": self.settings.to_dict(),
-            "data": self.data.fingerprint,
-        }
-        if self.scaler.is_enabled():
-            progress["scaler"] = self.scaler.state_dict()
-        tensors = collect_state(self.model, self.optimizer, self.device)
-        save_checkpoint(self.folder.checkpoint_file, tensors, progress)
-        self.folder.write_model(self.model)
-        self.saved_step = self.step
-
-
-def _length(settings: TrainSettings) -> str:
-    parts = []
-    if settings.steps is not None:
-        parts.append(f"{settings.steps:,} steps")
-    if settings.minutes is not None:
-        parts.append(f"{settings.minutes:g} minutes")
-    return " or ".join(parts)
 
 
 @contextmanager

@@ -16,10 +16,11 @@ from longnet.training.baselines import Baselines, measure_baselines
 from longnet.training.charts import plot_loss, plot_positions
 from longnet.training.data import Corpus, read_corpus
 from longnet.training.evaluate import (
+    CutContext,
     Estimate,
-    LongContextGain,
     PositionBin,
-    measure_long_context,
+    compare_cut,
+    cut_lengths,
     profile_positions,
     score_windows,
     window_starts,
@@ -32,8 +33,10 @@ from longnet.training.progress import Reporter, SilentReporter, format_seconds
 from longnet.training.resume import read_settings
 from longnet.training.settings import DTYPES, TrainSettings, resolve_device
 
-SCORED_BYTES = 1 << 22
+SCORED_BYTES = 1 << 20
 """Most held-out bytes that are scored and compressed; more are sampled in evenly spaced windows."""
+CUT_WINDOWS = 16
+"""Windows that are scored again with their context cut: pairs vary so little that a few will do."""
 SAMPLE_PROMPT, SAMPLE_BYTES = 384, 512
 
 
@@ -47,7 +50,7 @@ class Evaluation:
         windows: how many were scored.
         scored_bytes: the bytes that ``bits_per_byte`` and the baselines are about, each scored once.
         positions: by bytes of context.
-        long_context: what more context is worth; ``None`` for windows too short to tell.
+        cuts: what the whole context is worth against shorter ones, the shortest first; empty for windows too short to cut.
         baselines: of the same bytes.
     """
 
@@ -56,7 +59,7 @@ class Evaluation:
     windows: int
     scored_bytes: int
     positions: list[PositionBin]
-    long_context: LongContextGain | None
+    cuts: list[CutContext]
     baselines: Baselines
 
 
@@ -88,7 +91,7 @@ def write_report(run: str | Path, *, corpus: Corpus | None = None, reporter: Rep
     tell.say("Drawing the figures")
     pictures = {name: folder.path / f"{name}.png" for name in ("loss", "positions", "pattern")}
     plot_loss(metrics, evaluation.baselines, pictures["loss"])
-    plot_positions(evaluation.positions, evaluation.baselines, pictures["positions"])
+    plot_positions(evaluation.positions, evaluation.cuts, evaluation.baselines, pictures["positions"])
     _plot_pattern(settings.model, settings.context, pictures["pattern"])
     prompt, continuation = _sample(model, data, device, tell)
     record["parameters"] = sum(weight.numel() for weight in model.parameters())
@@ -100,21 +103,21 @@ def write_report(run: str | Path, *, corpus: Corpus | None = None, reporter: Rep
 def evaluate_model(
     model: LongNetLM, data: Corpus, settings: TrainSettings, device: torch.device, reporter: Reporter
 ) -> Evaluation:
-    """Score the held-out bytes by position, with and without the farther half of the context, and measure baselines."""
+    """Score the held-out bytes by position, some of them again with their context cut short, and measure baselines."""
     context = min(settings.context, data.held_out.size - 1)
     starts = window_starts(data.held_out.size, context, max(8, SCORED_BYTES // context))
     scored = np.concatenate([data.held_out[start + 1 : start + context + 1] for start in starts.tolist()])
     baselines = measure_baselines(data.train, scored, reporter.say)
 
-    def score(title: str, length: int, at: np.ndarray) -> np.ndarray:
-        reporter.begin(title)
+    def score(length: int, at: np.ndarray) -> np.ndarray:
+        reporter.begin(f"Scoring {at.size * length:,} held-out bytes, {length:,} of context")
         try:
             return score_windows(
                 model,
                 data.held_out,
                 length,
                 at,
-                batch=settings.batch,
+                batch=settings.batch * max(1, context // length),
                 device=device,
                 dtype=DTYPES[settings.dtype],
                 on_progress=reporter.advance,
@@ -122,33 +125,44 @@ def evaluate_model(
         finally:
             reporter.end()
 
-    bits = score(f"Scoring {scored.size:,} held-out bytes", context, starts)
-    gain = None
-    if context >= 4:
-        late = score("Scoring again with half the context", context // 2, starts + context // 2)
-        gain = measure_long_context(bits, late)
+    bits = score(context, starts)
+    some = np.unique(np.linspace(0, starts.size - 1, min(CUT_WINDOWS, starts.size)).round().astype(np.int64))
+    cuts = [compare_cut(bits[some], starts[some], length, score) for length in cut_lengths(context)]
     overall = Estimate.over_windows(bits.mean(axis=1, dtype=np.float64))
-    return Evaluation(overall, context, int(starts.size), int(scored.size), profile_positions(bits), gain, baselines)
+    return Evaluation(overall, context, int(starts.size), int(scored.size), profile_positions(bits), cuts, baselines)
 
 
 def long_context_verdict(evaluation: Evaluation) -> str:
     """Whether the model uses the long context, in one sentence computed from the data."""
-    gain = evaluation.long_context
-    if gain is None:
+    cuts = evaluation.cuts
+    if not cuts:
         return f"A context of {evaluation.context} bytes is too short to tell whether the model uses a long one."
-    what = (
-        f"bytes that have {gain.first:,} to {gain.last:,} bytes of context cost {gain.short:.3f} bits each, "
-        f"and {gain.long:.3f} with {gain.extra:,} more bytes before them"
+    longest = cuts[-1]
+    if longest.gain.low is None:
+        return f"Undecided, with one held-out window alone: {_compared(longest)}."
+    helped = [number for number, cut in enumerate(cuts) if cut.gain.low is not None and cut.gain.low > 0]
+    if not helped:
+        return f"No, nothing is gained from more than {cuts[0].last:,} bytes of context: {_compared(cuts[0])}."
+    last = helped[-1]
+    if last == len(cuts) - 1:
+        return f"Yes, the model uses its long context: {_compared(longest)}."
+    return (
+        f"In part, the model uses up to about {cuts[last + 1].last:,} bytes of its context: {_compared(cuts[last])}; "
+        f"it gains nothing from the bytes farther away ({_saved(cuts[last + 1])} against {cuts[last + 1].last:,} bytes)."
     )
-    low, high = gain.gain.low, gain.gain.high
-    if low is None or high is None:
-        return f"Undecided, with one held-out window alone: {what}."
-    change = f"{gain.gain.mean:+.3f} bits saved, 95 % interval {low:+.3f} to {high:+.3f}, the same bytes both times"
-    if low > 0:
-        return f"Yes, the model uses its long context: {what} ({change})."
-    if high < 0:
-        return f"No, the farther half of the context does harm: {what} ({change})."
-    return f"No use of the farther half of the context can be shown: {what} ({change})."
+
+
+def _compared(cut: CutContext) -> str:
+    return (
+        f"the same bytes cost {cut.cut:.3f} bits each with {cut.first:,} to {cut.last:,} bytes of context and "
+        f"{cut.full:.3f} with {cut.full_first:,} to {cut.full_last:,} ({_saved(cut)})"
+    )
+
+
+def _saved(cut: CutContext) -> str:
+    if cut.gain.low is None or cut.gain.high is None:
+        return f"{cut.gain.mean:+.3f} bits saved"
+    return f"{cut.gain.mean:+.3f} bits saved, 95 % interval {cut.gain.low:+.3f} to {cut.gain.high:+.3f}"
 
 
 def _plot_pattern(config: LongNetConfig, context: int, path: Path) -> None:
@@ -157,8 +171,10 @@ def _plot_pattern(config: LongNetConfig, context: int, path: Path) -> None:
 
 
 def _sample(model: LongNetLM, data: Corpus, device: torch.device, reporter: Reporter) -> tuple[str, str]:
-    """A held-out beginning and how the model goes on."""
-    prompt = data.held_out[: min(SAMPLE_PROMPT, data.held_out.size)].astype(np.int64)
+    """Held-out bytes from the middle, from the start of a line if there is one near, and how the model goes on."""
+    middle = data.held_out.size // 2
+    start = middle + data.held_out[middle : middle + SAMPLE_PROMPT].tobytes().find(b"\n") + 1
+    prompt = data.held_out[start : start + SAMPLE_PROMPT].astype(np.int64)
     reporter.begin(f"Generating a sample of {SAMPLE_BYTES} bytes")
     try:
         tokens = model.generate(
@@ -194,27 +210,33 @@ def _compose(
     page.cards(
         [
             (f"{evaluation.bits_per_byte.mean:.3f}", "bits per held-out byte"),
-            (f"{baselines.lzma:.3f}", "lzma, preset 9 | EXTREME"),
-            (f"{baselines.unigram:.3f}", "unigram of the training data"),
-            (f"{baselines.unigram_own:.3f}", "unigram of the held-out bytes"),
-            (f"{last['tokens'] / last['seconds']:,.0f}", "bytes trained on per second"),
+            (f"{baselines.lzma:.3f}", "bits with lzma, preset 9 | EXTREME"),
+            (f"{baselines.unigram:.3f}", "bits with the unigram of the training data"),
+            (f"{baselines.unigram_own:.3f}", "bits with their own unigram"),
+            (f"{last['tokens'] / max(last['seconds'], 0.001):,.0f}", "bytes trained on per second"),
         ]
     )
     page.text(
-        f"All of these are about the same {evaluation.scored_bytes:,} held-out bytes. The model saw them in "
-        f"{evaluation.windows:,} windows of {evaluation.context:,} bytes and starts each with no context; lzma compresses "
-        "them as one stream and has read no training data.",
+        f"All bits per byte are about the same {evaluation.scored_bytes:,} held-out bytes. The model reads them in "
+        f"{evaluation.windows:,} windows of {evaluation.context:,} bytes, each from no context at all; lzma reads them as "
+        "one stream, and has seen no training data.",
         "soft",
     )
     page.heading("Does it use the long context?")
     page.text(long_context_verdict(evaluation), "verdict")
-    page.picture(pictures["positions"], "Held-out bits per byte by position in the context")
+    page.picture(pictures["positions"], "Held-out bits per byte by bytes of context")
+    page.text(
+        "Left: all scored bytes by how many bytes of their window come before them, so every point is about other bytes. "
+        f"Right: the same bytes twice, in the second half of {min(CUT_WINDOWS, evaluation.windows)} windows, once with their "
+        "context cut to half of that length or more, once whole; 95 % intervals over windows.",
+        "soft",
+    )
     page.heading("Loss")
     page.picture(pictures["loss"], "Bits per byte over the run")
     page.heading("Attention pattern, per head")
     page.picture(pictures["pattern"], "Which keys each head reads")
     page.heading("A sample")
-    page.text("The beginning of the held-out bytes in grey, then the model (temperature 0.8, top-p 0.95).", "soft")
+    page.text("Held-out bytes in grey, then the model (temperature 0.8, top-p 0.95).", "soft")
     page.sample(prompt, continuation)
     page.heading("Data")
     page.table(

@@ -76,8 +76,8 @@ class TrainSettings:
     dtype: str = "float32"
     device: str = "auto"
     seed: int = 0
-    eval_every: int = 100
-    eval_windows: int = 8
+    eval_every: int = 200
+    eval_windows: int = 16
     save_every: int = 100
     threads: int | None = None
 
