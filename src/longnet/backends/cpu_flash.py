@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -100,15 +101,18 @@ def _blocks(query: Tensor, key: Tensor, spec: Spec) -> Iterator[_Block]:
                 )
 
 
-def _calls(tile: Tile, batch: int) -> Iterator[tuple[Any, ...]]:
+@lru_cache(maxsize=4096)
+def _calls(tile: Tile, batch: int) -> tuple[tuple[Any, ...], ...]:
     """Kernel calls that cover a tile: indices into its (batch, segment, offset, head) axes that leave two of them."""
     sizes = (batch, *tile.shape[:3])
     looped = sorted(range(4), key=sizes.__getitem__)[:2]
+    calls = []
     for chosen in itertools.product(*(range(sizes[axis]) for axis in looped)):
         index: list[Any] = [slice(None)] * 4
         for axis, value in zip(looped, chosen, strict=True):
             index[axis] = value
-        yield tuple(index)
+        calls.append(tuple(index))
+    return tuple(calls)
 
 
 class _Padding:
