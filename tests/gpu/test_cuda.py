@@ -66,13 +66,27 @@ def test_half_precision_is_within_twice_torchs_own_error(dtype):
     assert relative_error(out.cpu(), expected) <= 2 * allowed
 
 
-@pytest.mark.parametrize("options", [{}, {"use_xpos": True, "use_rel_pos_bias": True, "qk_norm": True, "kv_heads": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rel_pos_bias": True},
+        {"use_xpos": True, "use_rel_pos_bias": True, "qk_norm": True, "kv_heads": 2},
+    ],
+)
 def test_the_module_gives_what_it_gives_on_the_cpu(options):
     torch.manual_seed(0)
     module = longnet.DilatedAttention(32, 4, (1, 2), (16, 64), causal=True, dtype=torch.float64, **options)
     x = torch.randn(2, 150, 32, dtype=torch.float64)
+    upstream = torch.randn_like(x)
     expected = module(x)
-    torch.testing.assert_close(module.cuda()(x.cuda()).cpu(), expected)
+    expected_grads = torch.autograd.grad(expected, tuple(module.parameters()), upstream)
+    module.cuda()
+    out = module(x.cuda())
+    torch.testing.assert_close(out.cpu(), expected)
+    grads = torch.autograd.grad(out, tuple(module.parameters()), upstream.cuda())
+    for grad, want in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad.cpu(), want)
 
 
 def test_the_language_model_trains_under_autocast():
