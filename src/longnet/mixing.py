@@ -20,15 +20,20 @@ def merge_(out: Tensor, lse: Tensor, branch_out: Tensor, branch_lse: Tensor) -> 
     """Mix one more branch into a running result, in place.
 
     Args:
-        out: (..., D) the mixture so far, in the accumulation dtype; may be a strided view.
-        lse: (...) its log-denominator, ``-inf`` where nothing has attended yet.
+        out: (..., D) the mixture so far; may be a strided view. Between branches it is rounded to its own dtype, the
+            arithmetic is that of ``lse``.
+        lse: (...) its log-denominator, ``-inf`` where nothing has attended yet; float32, or float64 for float64.
         branch_out: (..., D) the branch's own normalised output, any floating dtype.
         branch_lse: (...) the branch's log-denominator, ``-inf`` for a row without keys.
     """
     # exp(branch_lse - merged), in one step; -inf on both sides (a row that nothing has reached yet) gives weight 0.
     weight = torch.sub(branch_lse, lse).sigmoid_().nan_to_num_(0.0)
-    out.lerp_(branch_out.to(out.dtype), weight.unsqueeze(-1))
-    torch.logaddexp(lse, branch_lse, out=lse)
+    mixed = out.to(lse.dtype)
+    mixed.lerp_(branch_out.to(lse.dtype), weight.unsqueeze(-1))
+    if mixed is not out:
+        out.copy_(mixed)
+    # On contiguous copies: the strided kernel is not vectorised.
+    lse.copy_(torch.logaddexp(lse.contiguous(), branch_lse.contiguous()))
 
 
 def lse_for_backward(lse: Tensor) -> Tensor:
