@@ -148,7 +148,7 @@ def pattern_attention(
         _check_bias(distance_bias, query, pattern)
     if not torch.compiler.is_compiling():
         warn_uncovered(pattern, query.shape[1])
-    chosen = select_backend(backend, query.device.type, query.dtype, distance_bias is not None)
+    chosen = select_backend(backend, query.device.type, query.dtype, query.shape[-1], distance_bias is not None)
     spec = Spec(pattern, is_causal, float(query.shape[-1] ** -0.5 if scale is None else scale))
     out, lse = chosen.run(query, key, value, key_padding_mask, distance_bias, spec)
     return (out, lse) if return_lse else out

@@ -43,7 +43,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _BLOCK = 1 << 20
 
 
-def why_not(device_type: str, dtype: torch.dtype, has_bias: bool) -> str | None:
+def why_not(device_type: str, dtype: torch.dtype, head_dim: int, has_bias: bool) -> str | None:
     """Why this backend cannot run such inputs, or None when it can."""
     if device_type != "cpu":
         return f"it runs on cpu tensors, not {device_type}"

@@ -28,7 +28,7 @@ from longnet.geometry import Tile, make_plan
 _SCORES = 1 << 24
 
 
-def why_not(device_type: str, dtype: torch.dtype, has_bias: bool) -> str | None:
+def why_not(device_type: str, dtype: torch.dtype, head_dim: int, has_bias: bool) -> str | None:
     """Why this backend cannot run such inputs, or None when it can."""
     if not dtype.is_floating_point or torch.finfo(dtype).bits < 16:
         return f"it takes float64, float32, bfloat16 and float16, not {dtype}"

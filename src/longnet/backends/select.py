@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longnet.backends import cpu_flash, portable
+from longnet.backends import cpu_flash, portable, triton_flash
 from longnet.backends.operators import Spec
 
 _log = logging.getLogger("longnet")
@@ -17,21 +17,27 @@ _log = logging.getLogger("longnet")
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to compute a whole pattern: ``run`` gives (out, lse), ``why_not`` says what it cannot take."""
+    """A way to compute a whole pattern: ``run`` gives (out, lse), ``why_not`` says what it cannot take.
+
+    ``automatic`` limits the device types on which ``"auto"`` considers it.
+    """
 
     name: str
-    why_not: Callable[[str, torch.dtype, bool], str | None]
+    why_not: Callable[[str, torch.dtype, int, bool], str | None]
     run: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Spec], tuple[Tensor, Tensor]]
+    automatic: tuple[str, ...] | None = None
 
 
 # In order of preference; the last takes everything the library computes.
 BACKENDS: tuple[Backend, ...] = (
     Backend("cpu_flash", cpu_flash.why_not, cpu_flash.run),
+    # Its interpreter on the CPU is for tests: it has to be asked for by name.
+    Backend("triton", triton_flash.why_not, triton_flash.run, automatic=("cuda",)),
     Backend("portable", portable.why_not, portable.run),
 )
 
 
-def select_backend(name: str, device_type: str, dtype: torch.dtype, has_bias: bool) -> Backend:
+def select_backend(name: str, device_type: str, dtype: torch.dtype, head_dim: int, has_bias: bool) -> Backend:
     """The backend called ``name``, or for ``"auto"`` the first that can run such inputs.
 
     Raises:
@@ -41,7 +47,9 @@ def select_backend(name: str, device_type: str, dtype: torch.dtype, has_bias: bo
     for backend in BACKENDS:
         if name not in ("auto", backend.name):
             continue
-        reason = backend.why_not(device_type, dtype, has_bias)
+        if name == "auto" and backend.automatic is not None and device_type not in backend.automatic:
+            continue
+        reason = backend.why_not(device_type, dtype, head_dim, has_bias)
         if reason is None:
             if not torch.compiler.is_compiling():
                 for passed_over in reasons:

@@ -1,0 +1,1 @@
+"""Triton kernels of the ``triton`` backend. Importing the modules in here needs triton."""

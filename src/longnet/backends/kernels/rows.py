@@ -1,0 +1,113 @@
+"""Where a program's rows lie and which ranges of the other side they meet: the kernels' view of ``geometry.nests``.
+
+Everything is an integer or a vector of them; element offsets are 64 bits wide, positions 32. Tuples hold one value per
+branch of the nest, finest first.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def pick(values, index, COUNT: tl.constexpr):
+    """``values[index]`` for an index that is known only at run time."""
+    found = values[0] + 0
+    for i in tl.static_range(1, COUNT):
+        found = tl.where(index == i, values[i], found)
+    return found
+
+
+@triton.jit
+def head_offset(head, rate, heads, BLOCKED: tl.constexpr):
+    """The head's offset in a branch of this rate (SPEC of the pattern: interleaved or blocked)."""
+    if BLOCKED:
+        return head // tl.cdiv(heads, rate)
+    else:
+        return head % rate
+
+
+@triton.jit
+def locate(
+    program, length, heads, segments, tiles, segment_lengths, class_level, class_inner, class_step, class_first,
+    class_tiles, CLASSES: tl.constexpr, BLOCK: tl.constexpr, BLOCKED: tl.constexpr, LAST_FIRST: tl.constexpr,
+):  # fmt: skip
+    """(batch, head, segment start and length, level, first position, step, first row, rows) of a program.
+
+    A program has ``BLOCK`` rows, from ``first row`` on, of one class in one segment of the finest branch. Programs that
+    read the same segment are neighbours.
+    """
+    tile = program % tiles
+    if LAST_FIRST:
+        # The longest rows of a causal segment first, so that short programs fill the last wave.
+        tile = tiles - 1 - tile
+    rest = program // tiles
+    start = rest % segments * segment_lengths[0]
+    rest = rest // segments
+    head = rest % heads
+    batch = rest // heads
+    level, inner, step, first, count = (
+        class_level[0] + 0, class_inner[0] + 0, class_step[0] + 0, class_first[0] + 0, class_tiles[0] + 0,
+    )  # fmt: skip
+    for i in tl.static_range(1, CLASSES):
+        inside = tile >= class_first[i]
+        level = tl.where(inside, class_level[i], level)
+        inner = tl.where(inside, class_inner[i], inner)
+        step = tl.where(inside, class_step[i], step)
+        first = tl.where(inside, class_first[i], first)
+        count = tl.where(inside, class_tiles[i], count)
+    tile -= first
+    origin = (head_offset(head, step, heads, BLOCKED) + (1 + tile // count) * inner) % step
+    size = tl.minimum(segment_lengths[0], length - start)
+    rows = tl.cdiv(tl.maximum(size - origin, 0), step)
+    return batch, head, start, size, level, start + origin, step, tile % count * BLOCK, rows
+
+
+@triton.jit
+def outer_range(
+    index,
+    start,
+    length,
+    head,
+    heads,
+    segment_lengths,
+    rates,
+    BRANCHES: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    LATER: tl.constexpr,
+    BLOCKED: tl.constexpr,
+):
+    """(branch, first position, step, count) of range ``index >= 1``: what branch ``i`` selects outside branch ``i - 1``.
+
+    A causal query meets the range before the finer segment; a causal key (``LATER``) the one after it; otherwise both,
+    in turn.
+    """
+    if CAUSAL:
+        branch = index
+        after = index < 0 if not LATER else index >= 0
+    else:
+        branch = (index + 1) // 2
+        after = index % 2 == 0
+    rate = pick(rates, branch, BRANCHES)
+    width = pick(segment_lengths, branch, BRANCHES)
+    finer = pick(segment_lengths, branch - 1, BRANCHES)
+    low = start // width * width
+    middle = start // finer * finer
+    begin = tl.where(after, middle + finer, low)
+    end = tl.where(after, tl.minimum(low + width, length), middle)
+    offset = head_offset(head, rate, heads, BLOCKED)
+    count = tl.cdiv(tl.maximum(end - begin - offset, 0), rate)
+    return branch, begin + offset, rate, count
+
+
+@triton.jit
+def log2_weights(
+    branch, offset, step, level, head, heads, rates, BRANCHES: tl.constexpr, COUNT: tl.constexpr, BLOCKED: tl.constexpr
+):
+    """log2 of the weights of ``COUNT`` rows of a range against rows of ``level``; every block of the range has the same."""
+    position = offset + tl.arange(0, COUNT) * step
+    levels = tl.zeros([COUNT], tl.int32)
+    for i in tl.static_range(BRANCHES):
+        levels += ((position - head_offset(head, rates[i], heads, BLOCKED)) % rates[i] == 0).to(tl.int32)
+    return tl.log2((tl.minimum(levels, level) - branch).to(tl.float32))
