@@ -35,6 +35,10 @@ THIRD_PARTY = {
     "cli": {"torch", "rich", "typer"},
 }
 
+# The only modules that import triton. Kernels run on its tensors, never on torch's.
+KERNELS = ("longnet", "backends", "kernels")
+MEETS_TRITON = {("backends", "kernels"): {"triton"}, ("backends", "hopper"): {"torch", "triton"}}
+
 # `import longnet` must do without all of these.
 OPTIONAL = ("triton", "transformers", "matplotlib", "numpy", "safetensors", "typer", "rich")
 
@@ -58,9 +62,22 @@ def imports_of(tree: ast.AST, package: tuple[str, ...]) -> Iterator[tuple[int, t
                 yield node.lineno, (*base, alias.name)
 
 
+# What the backend made of Triton kernels is built on, besides what all share. Kernels import one another only.
+BUILT_ON = {
+    "triton_flash": {"hopper", "kernels", "launches"},
+    "hopper": {"kernels", "launches"},
+    "kernels": {"kernels"},
+    "launches": set(),
+}
+
+
 def may_know_backends(module: str, target: tuple[str, ...]) -> bool:
-    """Whether a module of longnet.backends may import this one of its neighbours."""
-    return module in ("select", "__init__") or target == ("operators",)
+    """Whether a module (or folder) of longnet.backends may import this one of its neighbours."""
+    if module in ("select", "__init__"):
+        return True
+    return target[0] in BUILT_ON.get(module, set()) or (
+        target == ("operators",) and module not in ("kernels", "launches")
+    )
 
 
 def broken_rules(name: tuple[str, ...], source: str) -> list[str]:
@@ -73,7 +90,7 @@ def broken_rules(name: tuple[str, ...], source: str) -> list[str]:
         if target[0] == "LongNet":
             found.append(f"{where}: the alias is for users")
         elif target[0] != "longnet":
-            allowed = THIRD_PARTY.get(own or "", {"torch"})
+            allowed = MEETS_TRITON.get(name[1:3], THIRD_PARTY.get(own or "", {"torch"}))
             if target[0] not in sys.stdlib_module_names and target[0] not in allowed:
                 found.append(f"{where}: expected the standard library or {sorted(allowed)}")
         elif len(target) < 2 or target[1] not in RUNG:
@@ -104,6 +121,12 @@ def test_a_module_imports_only_downwards(path: Path) -> None:
         ("longnet/backends/portable", "from longnet.backends import cpu_flash"),
         ("longnet/backends/portable", "from . import cpu_flash"),
         ("longnet/backends/operators", "from longnet import functional"),
+        ("longnet/backends/triton_flash", "import triton"),
+        ("longnet/backends/triton_flash", "from longnet.backends import portable"),
+        ("longnet/backends/portable", "from longnet.backends.kernels.forward import forward_kernel"),
+        ("longnet/backends/launches", "from longnet.backends.operators import Spec"),
+        ("longnet/backends/kernels/rows", "from longnet.backends.operators import Spec"),
+        ("longnet/backends/kernels/rows", "import torch"),
         ("longnet/functional", "def f():\n    from longnet import DilatedAttention"),
         ("longnet/functional", "import longnet"),
         ("longnet/models/config", "from ..training import settings"),
@@ -121,6 +144,24 @@ def test_the_check_lets_through_what_is_allowed() -> None:
         "import math\nimport torch.nn.functional as F\nfrom longnet import mixing\nfrom longnet.geometry import Tile\n"
     )
     assert broken_rules(("longnet", "backends", "portable"), source + "from .operators import Spec") == []
+    kernel = "import triton\nimport triton.language as tl\nfrom longnet.backends.kernels.rows import pick\n"
+    assert broken_rules((*KERNELS, "forward"), kernel) == []
+    inside = "from .launches import Blocks\ndef f():\n    from longnet.backends.kernels.forward import forward_kernel"
+    assert broken_rules(("longnet", "backends", "triton_flash"), inside) == []
+
+
+def test_kernels_are_imported_when_they_run() -> None:
+    """Importing one needs triton, so nothing does it at its top."""
+    for path in MODULES:
+        if NAMES[path][:3] == KERNELS:
+            continue
+        top = [
+            node
+            for node in ast.parse(path.read_text(encoding="utf-8")).body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        for line, target in imports_of(ast.Module(top, []), NAMES[path][:-1]):
+            assert target[:3] != KERNELS, f"{path}:{line} imports a kernel at its top"
 
 
 def in_a_fresh_process(program: str) -> subprocess.CompletedProcess[str]:

@@ -136,7 +136,7 @@ def test_the_names_a_checkpoint_holds() -> None:
 
 
 def test_the_names_given_as_text() -> None:
-    assert [backend.name for backend in BACKENDS] == ["cpu_flash", "portable"]
+    assert [backend.name for backend in BACKENDS] == ["cpu_flash", "triton", "portable"]
     assert longnet.geometry.HEAD_OFFSETS == ("interleaved", "blocked")
     assert LongNetConfig.presets() == ("base", "small", "tiny", "nano")
 

@@ -9,18 +9,21 @@ atomics: two runs are bit-identical.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from longnet.backends import hopper
+from longnet.backends.launches import Blocks, plan_launches, power_of_two
 from longnet.backends.operators import Spec, register_operators, sum_heads
-from longnet.geometry import Nest, Pattern, make_nests
+from longnet.geometry.nests import make_nests
+
+_log = logging.getLogger("longnet")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD_DIM = 256
@@ -29,32 +32,11 @@ LARGEST_HEAD_DIM = 256
 # mostly empty. Tests lower it.
 LEAST_ROWS = 64
 
+# Whether the kernels written for Hopper GPUs may be used. Tests that compare both kinds switch it off.
+USE_HOPPER = True
 
-@dataclass(frozen=True)
-class Blocks:
-    """How a kernel is cut: rows a program owns, rows it sweeps over at a time, warps, pipeline stages."""
-
-    owned: int
-    swept: int
-    warps: int
-    stages: int
-
-
-@dataclass(frozen=True)
-class _Launch:
-    """One launch: the classes of a nest that share a specialisation."""
-
-    nest: Nest
-    merge: bool
-    weighted: bool
-    segments: int
-    tiles: int
-    blocks: Blocks
-    arguments: tuple[tuple[int, ...], ...]
-
-    @property
-    def classes(self) -> int:
-        return len(self.arguments[2])
+# How many programs share the work of a branch's bias gradient, where there is work for so many.
+_BIAS_PROGRAMS = 2048
 
 
 def interpreting() -> bool:
@@ -70,8 +52,6 @@ def why_not(device_type: str, dtype: torch.dtype, head_dim: int, has_bias: bool)
         return f"it takes {', '.join(map(str, DTYPES))}, not {dtype}"
     if head_dim > LARGEST_HEAD_DIM:
         return f"it takes head dimensions up to {LARGEST_HEAD_DIM}, not {head_dim}"
-    if has_bias:
-        return "it gives no gradient for a relative bias yet"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     return None
@@ -99,52 +79,23 @@ def blocks_for(kernel: str, dim: int, dtype: torch.dtype) -> tuple[Blocks, Block
     return blocks, blocks
 
 
-@lru_cache(maxsize=4096)
-def _launches(
-    pattern: Pattern, heads: int, length: int, both_blocks: tuple[Blocks, Blocks], unit: int, least_rows: int
-) -> tuple[_Launch, ...]:
-    found = []
-    for number, nest in enumerate(make_nests(pattern, heads, unit, least_rows)):
-        width = min(nest.segment_lengths[0], length)
-        for weighted in (True, False):
-            classes = [c for c in nest.classes if (c.level > 1) == weighted]
-            if not classes:
-                continue
-            blocks = both_blocks[weighted]
-            most = max(-(-width // c.step) for c in classes)
-            owned = min(blocks.owned, max(16, 1 << (most - 1).bit_length()))
-            swept = blocks.swept
-            if len(nest.branches) == 1:
-                swept = min(swept, max(16, 1 << (-(-width // nest.dilation_rates[0]) - 1).bit_length()))
-            counts = [-(-(-(-width // c.step)) // owned) for c in classes]
-            firsts, tiles = [], 0
-            for c, count in zip(classes, counts, strict=True):
-                firsts.append(tiles)
-                tiles += count * c.residues
-            found.append(
-                _Launch(
-                    nest,
-                    number > 0,
-                    weighted,
-                    -(-length // nest.segment_lengths[0]),
-                    tiles,
-                    Blocks(owned, swept, blocks.warps, blocks.stages),
-                    (
-                        nest.segment_lengths,
-                        nest.dilation_rates,
-                        tuple(c.level for c in classes),
-                        tuple(c.inner for c in classes),
-                        tuple(c.step for c in classes),
-                        tuple(firsts),
-                        tuple(counts),
-                    ),
-                )
-            )
-    return tuple(found)
+def _side_by_side(x: Tensor) -> bool:
+    """Whether a row's channels are neighbours in memory, as kernels take them."""
+    return x.stride(-1) == 1 or x.shape[-1] == 1
 
 
 def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    return x if _side_by_side(x) else x.contiguous()
+
+
+def _room(x: Tensor) -> Tensor:
+    """Where kernels write what becomes ``x``: itself if they can."""
+    return x if _side_by_side(x) else x.new_empty(x.shape)
+
+
+def _signed(x: Tensor, scale: float) -> Tensor:
+    """Kernels take the largest scaled score from the largest score, so a scale's sign goes into the query."""
+    return x if scale > 0 else -x if scale < 0 else torch.zeros_like(x)
 
 
 def _device(x: Tensor) -> AbstractContextManager[Any]:
@@ -157,15 +108,22 @@ class _Call:
     def __init__(
         self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, bias: Tensor | None, spec: Spec
     ) -> None:
-        # A negative scale is a negative query: kernels take the largest scaled score from the largest score.
-        self.negative = spec.scale < 0
-        self.q = _unit_stride(-query if self.negative else query)
+        self.q, self.scale = _unit_stride(_signed(query, spec.scale)), abs(spec.scale) or 1.0
         self.k, self.v = _unit_stride(key), _unit_stride(value)
         self.padding, self.bias, self.spec = padding, bias, spec
         self.batch, self.heads, self.length, self.dim = query.shape
         self.group = self.heads // key.shape[1]
         self.mask = self.q if padding is None else padding.view(torch.int8)
-        self.table = self.q if bias is None else bias.contiguous()
+        # Statistics are float32, and a bias is part of the scores.
+        self.table = self.q if bias is None else bias.to(torch.float32).contiguous()
+        # What all kernels specialise on.
+        self.options: dict[str, Any] = {
+            "D": self.dim,
+            "D_BLOCK": power_of_two(self.dim),
+            "BLOCKED": spec.pattern.head_offsets == "blocked",
+            "PADDED": padding is not None,
+            "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+        }
 
     def tensors(self) -> tuple[Tensor, ...]:
         return self.q, self.k, self.v
@@ -173,23 +131,21 @@ class _Call:
     def launches(self, kernel: str) -> Iterator[tuple[tuple[int], tuple[Any, ...], dict[str, Any]]]:
         """(grid, shared arguments, options) of every launch."""
         blocks = {name: blocks_for(name, self.dim, self.q.dtype) for name in ("forward", "query", "key_value")}
-        unit = 1 if self.bias is not None else min(b.swept for both in blocks.values() for b in both)
-        for launch in _launches(self.spec.pattern, self.heads, self.length, blocks[kernel], unit, LEAST_ROWS):
+        unit = min(b.swept for both in blocks.values() for b in both)
+        owned, swept = ("N", "M") if kernel == "key_value" else ("M", "N")
+        for launch in plan_launches(self.spec.pattern, self.heads, self.length, blocks[kernel], unit, LEAST_ROWS):
             cut = launch.blocks
-            owned, swept = ("N", "M") if kernel == "key_value" else ("M", "N")
             yield (
                 (launch.tiles * launch.segments * self.heads * self.batch,),
                 (
-                    self.length, self.heads, self.group, abs(self.spec.scale), launch.segments, launch.tiles,
+                    self.length, self.heads, self.group, self.scale, launch.segments, launch.tiles,
                     *launch.arguments,
                 ),
                 {
-                    owned: cut.owned, swept: cut.swept, "STAGES": cut.stages, "num_warps": cut.warps,
-                    "D": self.dim, "D_BLOCK": max(16, 1 << (self.dim - 1).bit_length()),
+                    **self.options, owned: cut.owned, swept: cut.swept, "STAGES": cut.stages, "num_warps": cut.warps,
                     "BRANCHES": len(launch.nest.branches), "CLASSES": launch.classes, "WEIGHTED": launch.weighted,
-                    "BLOCKED": self.spec.pattern.head_offsets == "blocked", "CAUSAL": self.spec.is_causal,
-                    "PADDED": self.padding is not None, "BIASED": self.bias is not None, "MERGE": launch.merge,
-                    "PRECISION": "ieee" if self.q.dtype == torch.float32 else "tf32",
+                    "PERIOD": launch.period, "MERGE": launch.merge, "CAUSAL": self.spec.is_causal,
+                    "BIASED": self.bias is not None,
                 },
             )  # fmt: skip
 
@@ -197,12 +153,55 @@ class _Call:
         return tuple(x.stride()[:3] for x in tensors)
 
     def extra_strides(self) -> tuple[tuple[int, ...], ...]:
-        """Of the padding mask (B, N), and of the bias (H, 2L - 1) with its centre."""
+        """Of the padding mask (B, N), and of the bias (H, 2L - 1) with its centre, the place of distance 0."""
         return self.mask.stride()[:2], (self.table.stride(0), self.table.shape[-1] // 2)
+
+    def hopper(self, *others: Tensor) -> hopper.Work | None:
+        """The call as work for the Hopper kernels, or None where they do not fit, and the log says why."""
+        nests = make_nests(self.spec.pattern, self.heads, hopper.UNIT, LEAST_ROWS)
+        reason = (
+            hopper.why_not((*self.tensors(), *others), self.padding, self.bias, nests) if USE_HOPPER else "switched off"
+        )
+        if reason is not None:
+            _log.debug("triton: Hopper kernels passed over: %s", reason)
+            return None
+        return hopper.Work(
+            self.q, self.k, self.v, self.scale, nests, self.spec.is_causal, self.spec.pattern.head_offsets
+        )
 
     def covered(self) -> bool:
         nests = make_nests(self.spec.pattern, self.heads, 1, LEAST_ROWS)
         return nests[0].covers_all
+
+
+def _bias_gradient(call: _Call, tensors: tuple[Tensor, ...], strides: tuple[Any, ...]) -> Tensor:
+    """The gradient of the relative bias (H, 2L - 1), branch by branch, in float32."""
+    from longnet.backends.kernels.bias import bias_kernel
+
+    grad = torch.zeros_like(call.table)
+    centre, is_causal = grad.shape[-1] // 2, call.spec.is_causal
+    # As large as registers hold a block by two blocks of sums.
+    most = 16 if call.q.dtype == torch.float32 else 64 if call.dim <= 128 else 32
+    for branch in call.spec.pattern.branches:
+        rate, width = branch.dilation_rate, min(branch.segment_length, call.length)
+        rows = -(-width // rate)
+        # A causal query meets no key after itself.
+        distances = rows if is_causal else 2 * rows - 1
+        size = min(power_of_two(rows), most)
+        blocks, segments = -(-distances // size), -(-call.length // branch.segment_length)
+        units = segments * call.batch
+        # Long sequences of short segments have few distances: their segments are shared out among programs.
+        share = -(-units // max(1, _BIAS_PROGRAMS // (blocks * call.heads)))
+        shares = -(-units // share)
+        parts = grad.new_empty(shares, call.heads, distances)
+        bias_kernel[(blocks * call.heads * shares,)](
+            *tensors, parts, *strides, call.length, call.heads, call.group, call.scale,
+            branch.segment_length, rate, segments, units, share, blocks, rows, distances,
+            M=size, num_warps=8 if size == 64 else 4, **call.options,
+        )  # fmt: skip
+        lowest = centre - (rows - 1) * rate
+        grad[:, lowest : lowest + (distances - 1) * rate + 1 : rate] += parts.sum(0)
+    return grad
 
 
 def forward(
@@ -215,16 +214,21 @@ def forward(
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     if query.numel() == 0:
         return out, lse.fill_(-torch.inf)
-    call = _Call(query, key, value, padding, bias, spec)
+    call, room = _Call(query, key, value, padding, bias, spec), _room(out)
     if not call.covered():
-        out.zero_()
+        room.zero_()
         lse.fill_(-torch.inf)
     with _device(query):
-        for grid, arguments, options in call.launches("forward"):
-            forward_kernel[grid](
-                *call.tensors(), out, lse, call.mask, call.table,
-                *call.strides(*call.tensors(), out, lse), *call.extra_strides(), *arguments, **options,
-            )  # fmt: skip
+        if work := call.hopper():
+            work.forward(room, lse)
+        else:
+            for grid, arguments, options in call.launches("forward"):
+                forward_kernel[grid](
+                    *call.tensors(), room, lse, call.mask, call.table,
+                    *call.strides(*call.tensors(), room, lse), *call.extra_strides(), *arguments, **options,
+                )  # fmt: skip
+    if room is not out:
+        out.copy_(room)
     return out, lse
 
 
@@ -243,34 +247,40 @@ def backward(
     """Exact gradients of the joint softmax, by the rule of :mod:`longnet.mixing`."""
     from longnet.backends.kernels.backward import delta_kernel, key_value_kernel, query_kernel
 
-    no_bias = query.new_empty(0)
+    grad_bias = query.new_empty(0) if bias is None else torch.zeros_like(bias)
     grad_q, grad_k, grad_v = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     if query.numel() == 0:
-        return grad_q, grad_k.zero_(), grad_v.zero_(), no_bias
+        return grad_q, grad_k.zero_(), grad_v.zero_(), grad_bias
     call = _Call(query, key, value, padding, bias, spec)
-    # Query heads that share a key head write side by side and are added up afterwards.
+    # Query heads that share a key head have room of their own and are added up afterwards.
     by_head = (grad_k, grad_v) if call.group == 1 else (torch.empty_like(query), torch.empty_like(query))
+    rooms = [_room(grad) for grad in (grad_q, *by_head)]
     if not call.covered():
-        for grad in (grad_q, *by_head):
-            grad.zero_()
+        for room in rooms:
+            room.zero_()
     grad_out, out, lse = _unit_stride(grad_out), _unit_stride(out), lse.contiguous()
     delta = torch.empty_like(lse)
     extra = lse if grad_lse is None else grad_lse
     with _device(query):
         delta_kernel[(-(-call.length // 64) * call.batch * call.heads,)](
             grad_out, out, extra, delta, *call.strides(grad_out, out, extra), call.length, call.heads,
-            D=call.dim, D_BLOCK=max(16, 1 << (call.dim - 1).bit_length()), M=64, HAS_LSE=grad_lse is not None,
+            D=call.dim, D_BLOCK=power_of_two(call.dim), M=64, HAS_LSE=grad_lse is not None,
         )  # fmt: skip
         shared = (*call.tensors(), grad_out, lse, delta, call.mask, call.table)
         strides = (*call.strides(*call.tensors(), grad_out, lse), *call.extra_strides())
-        for grid, arguments, options in call.launches("key_value"):
-            key_value_kernel[grid](*shared, *by_head, *strides, *call.strides(*by_head), *arguments, **options)
-        for grid, arguments, options in call.launches("query"):
-            query_kernel[grid](*shared, grad_q, *strides, *call.strides(grad_q), *arguments, **options)
-    if call.group > 1:
-        for grad, parts in zip((grad_k, grad_v), by_head, strict=True):
-            grad.copy_(sum_heads(parts, call.group))
-    return -grad_q if call.negative else grad_q, grad_k, grad_v, no_bias
+        if work := call.hopper(grad_out):
+            work.backward(grad_out, lse, delta, *rooms)
+        else:
+            for grid, arguments, options in call.launches("key_value"):
+                key_value_kernel[grid](*shared, *rooms[1:], *strides, *call.strides(*rooms[1:]), *arguments, **options)
+            for grid, arguments, options in call.launches("query"):
+                query_kernel[grid](*shared, rooms[0], *strides, *call.strides(rooms[0]), *arguments, **options)
+        if bias is not None:
+            grad_bias.copy_(_bias_gradient(call, shared, strides))
+    for grad, room, group in zip((grad_q, grad_k, grad_v), rooms, (1, call.group, call.group), strict=True):
+        if room is not grad:
+            grad.copy_(sum_heads(room, group))
+    return _signed(grad_q, spec.scale), grad_k, grad_v, grad_bias
 
 
 run = register_operators("triton", forward, backward)

@@ -2,7 +2,6 @@
 
 from longnet.geometry.cost import Cost, KeysPerQuery, Work, cost, keys_per_query, score_pairs
 from longnet.geometry.coverage import Coverage, LayerReach, Uncovered, coverage, receptive_field, uncovered_positions
-from longnet.geometry.nests import Nest, RowClass, make_nests
 from longnet.geometry.pattern import HEAD_OFFSETS, Branch, HeadOffsets, Pattern
 from longnet.geometry.plan import BranchPlan, Plan, Tile, make_plan
 from longnet.geometry.suggest import suggest_pattern
@@ -16,17 +15,14 @@ __all__ = [
     "HeadOffsets",
     "KeysPerQuery",
     "LayerReach",
-    "Nest",
     "Pattern",
     "Plan",
-    "RowClass",
     "Tile",
     "Uncovered",
     "Work",
     "cost",
     "coverage",
     "keys_per_query",
-    "make_nests",
     "make_plan",
     "receptive_field",
     "score_pairs",

@@ -79,10 +79,10 @@ def make_nests(pattern: Pattern, heads: int, unit: int, least_rows: int) -> tupl
     nests: list[list[Branch]] = []
     for branch in sorted(pattern.branches, key=lambda b: (b.segment_length, b.dilation_rate)):
         for nest in nests:
-            if _fits(pattern, nest, branch, heads) and unit % branch.dilation_rate == 0:
-                if nest[0].segment_length // branch.dilation_rate >= least_rows:
-                    nest.append(branch)
-                    break
+            full = nest[0].segment_length // branch.dilation_rate >= least_rows
+            if full and unit % branch.dilation_rate == 0 and _fits(pattern, nest, branch, heads):
+                nest.append(branch)
+                break
         else:
             nests.append([branch])
     return tuple(sorted((Nest(tuple(nest)) for nest in nests), key=lambda nest: not nest.covers_all))

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from longnet.backends.kernels.forward import LOG2E
-from longnet.backends.kernels.rows import head_offset, locate, log2_weights, outer_range
+from longnet.backends.kernels.rows import head_offset, locate, log2_weights, outer_range, weighted_shift
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def query_kernel(
     D: tl.constexpr, D_BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     BRANCHES: tl.constexpr, CLASSES: tl.constexpr, WEIGHTED: tl.constexpr, BLOCKED: tl.constexpr,
     CAUSAL: tl.constexpr, PADDED: tl.constexpr, BIASED: tl.constexpr, MERGE: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, PERIOD: tl.constexpr,
 ):  # fmt: skip
     """Gradients of ``M`` query rows of one class, added to what earlier nests left if ``MERGE``."""
     batch, head, start, size, level, origin, step, first_row, rows = locate(
@@ -111,9 +111,13 @@ def query_kernel(
                 heads,
                 rates,
                 BRANCHES,
-                N,
+                PERIOD,
                 BLOCKED,
             )
+        # The last key index that each row sees.
+        last = tl.full([M], count - 1, tl.int32)
+        if CAUSAL:
+            last = tl.minimum(last, (row - first_key) // key_step)
         for j in tl.range(0, whole, N, num_stages=STAGES):
             at = tl.cast(j, tl.int64)
             if D == D_BLOCK:
@@ -131,12 +135,12 @@ def query_kernel(
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
             if BIASED:
                 s += LOG2E * tl.load(
-                    BIAS + head * bias_at[0] + (key[None, :] - row[:, None] + bias_at[1]),
+                    BIAS + q_head * bias_at[0] + (key[None, :] - row[:, None] + bias_at[1]),
                     mask=row_ok[:, None],
                     other=0.0,
                 )
             if WEIGHTED:
-                p = tl.exp2(s + (weights[None, :] - lse2[:, None]))
+                p = tl.exp2(s + weighted_shift(weights, lse2, M, N, PERIOD))
             else:
                 p = tl.exp2(s - lse2[:, None])
             if PADDED:
@@ -159,16 +163,16 @@ def query_kernel(
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
             if BIASED:
                 s += LOG2E * tl.load(
-                    BIAS + head * bias_at[0] + (key[None, :] - row[:, None] + bias_at[1]),
+                    BIAS + q_head * bias_at[0] + (key[None, :] - row[:, None] + bias_at[1]),
                     mask=row_ok[:, None] & inside[None, :], other=0.0,
                 )  # fmt: skip
             if WEIGHTED:
-                p = tl.exp2(s + (weights[None, :] - lse2[:, None]))
+                p = tl.exp2(s + weighted_shift(weights, lse2, M, N, PERIOD))
             else:
                 p = tl.exp2(s - lse2[:, None])
-            seen = held[None, :]
-            if CAUSAL:
-                seen = seen & (key[None, :] <= row[:, None])
+            seen = n[None, :] <= (last - j)[:, None]
+            if PADDED:
+                seen = seen & held[None, :]
             p = tl.where(seen, p, 0.0)
             grad_p = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
             grad_s = p * (grad_p - delta[:, None])
@@ -190,7 +194,7 @@ def key_value_kernel(
     D: tl.constexpr, D_BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     BRANCHES: tl.constexpr, CLASSES: tl.constexpr, WEIGHTED: tl.constexpr, BLOCKED: tl.constexpr,
     CAUSAL: tl.constexpr, PADDED: tl.constexpr, BIASED: tl.constexpr, MERGE: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, PERIOD: tl.constexpr,
 ):  # fmt: skip
     """Gradients of ``N`` keys and values of one class by one query head, added to what earlier nests left if ``MERGE``."""
     batch, head, start, size, level, origin, step, first_row, rows = locate(
@@ -261,9 +265,10 @@ def key_value_kernel(
                 heads,
                 rates,
                 BRANCHES,
-                M,
+                PERIOD,
                 BLOCKED,
             )
+            weights = tl.reshape(tl.broadcast_to(weights[None, :], [M // PERIOD, PERIOD]), [M])
         for phase in tl.static_range(2):
             # Phase 0: query blocks that the diagonal crosses. Phase 1: the later ones, which see every key.
             low = begin if phase == 0 else clear
@@ -282,7 +287,7 @@ def key_value_kernel(
                     row = first_query + (i + m) * query_step
                 if BIASED:
                     s += LOG2E * tl.load(
-                        BIAS + head * bias_at[0] + (key[:, None] - row[None, :] + bias_at[1]),
+                        BIAS + q_head * bias_at[0] + (key[:, None] - row[None, :] + bias_at[1]),
                         mask=key_ok[:, None] & inside[None, :], other=0.0,
                     )  # fmt: skip
                 p = tl.exp2(s + shift[None, :])

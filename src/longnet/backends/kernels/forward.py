@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longnet.backends.kernels.rows import head_offset, locate, log2_weights, outer_range
+from longnet.backends.kernels.rows import head_offset, locate, log2_weights, outer_range, weighted_shift
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -20,7 +20,7 @@ def forward_kernel(
     D: tl.constexpr, D_BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     BRANCHES: tl.constexpr, CLASSES: tl.constexpr, WEIGHTED: tl.constexpr, BLOCKED: tl.constexpr,
     CAUSAL: tl.constexpr, PADDED: tl.constexpr, BIASED: tl.constexpr, MERGE: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, PERIOD: tl.constexpr,
 ):  # fmt: skip
     """``M`` query rows of one class: out and lse, mixed into what earlier nests left if ``MERGE``."""
     batch, head, start, size, level, origin, step, first_row, rows = locate(
@@ -78,9 +78,13 @@ def forward_kernel(
                 heads,
                 rates,
                 BRANCHES,
-                N,
+                PERIOD,
                 BLOCKED,
             )
+        # The last key index that each row sees.
+        last = tl.full([M], count - 1, tl.int32)
+        if CAUSAL:
+            last = tl.minimum(last, (row - first_key) // key_step)
         # Key blocks that every row sees whole, then the ones that the diagonal or the end cuts.
         for j in tl.range(0, whole, N, num_stages=STAGES):
             at = tl.cast(j, tl.int64)
@@ -94,7 +98,7 @@ def forward_kernel(
                 key = first_key + (j + n) * key_step
                 if BIASED:
                     s += LOG2E * tl.load(
-                        BIAS + head * bias_at[0] + (key[None, :] - row[:, None] + bias_at[1]),
+                        BIAS + q_head * bias_at[0] + (key[None, :] - row[:, None] + bias_at[1]),
                         mask=row_ok[:, None],
                         other=0.0,
                     )
@@ -108,7 +112,7 @@ def forward_kernel(
                 base = new
                 s = s * scale2
             if WEIGHTED:
-                p = tl.exp2(s + (weights[None, :] - base[:, None]))
+                p = tl.exp2(s + weighted_shift(weights, base, M, N, PERIOD))
             else:
                 p = tl.exp2(s - base[:, None])
             fade = tl.exp2(highest - base)
@@ -128,15 +132,14 @@ def forward_kernel(
             inside = (j + n) < count
             key = first_key + (j + n) * key_step
             k = tl.load(k_tile + at * k_step, mask=inside[:, None] & d_ok[None, :], other=0.0)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             if BIASED:
+                s *= scale2
                 s += LOG2E * tl.load(
-                    BIAS + head * bias_at[0] + (key[None, :] - row[:, None] + bias_at[1]),
+                    BIAS + q_head * bias_at[0] + (key[None, :] - row[:, None] + bias_at[1]),
                     mask=row_ok[:, None] & inside[None, :], other=0.0,
                 )  # fmt: skip
-            seen = inside[None, :]
-            if CAUSAL:
-                seen = seen & (key[None, :] <= row[:, None])
+            seen = n[None, :] <= (last - j)[:, None]
             if PADDED:
                 gone = (
                     tl.load(PADDING + batch * padding_at[0] + key.to(tl.int64) * padding_at[1], mask=inside, other=1)
@@ -144,11 +147,15 @@ def forward_kernel(
                 )
                 seen = seen & (~gone)[None, :]
             s = tl.where(seen, s, float("-inf"))
-            new = tl.maximum(highest, tl.max(s, 1))
+            if not BIASED:
+                new = tl.maximum(highest, tl.max(s, 1) * scale2)
+                s = s * scale2
+            else:
+                new = tl.maximum(highest, tl.max(s, 1))
             # A row that has seen no key yet subtracts 0: exp2(-inf - -inf) would be NaN.
             base = tl.where(new == float("-inf"), 0.0, new)
             if WEIGHTED:
-                p = tl.exp2(s + (weights[None, :] - base[:, None]))
+                p = tl.exp2(s + weighted_shift(weights, base, M, N, PERIOD))
             else:
                 p = tl.exp2(s - base[:, None])
             fade = tl.exp2(highest - base)

@@ -111,3 +111,13 @@ def log2_weights(
     for i in tl.static_range(BRANCHES):
         levels += ((position - head_offset(head, rates[i], heads, BLOCKED)) % rates[i] == 0).to(tl.int32)
     return tl.log2((tl.minimum(levels, level) - branch).to(tl.float32))
+
+
+@triton.jit
+def weighted_shift(weights, base, M: tl.constexpr, N: tl.constexpr, PERIOD: tl.constexpr):
+    """``weights - base``, (M, N) from one period of column weights and a value per row.
+
+    Spelt by periods, so that the compiler sees how few different values there are and computes each once.
+    """
+    shift = tl.broadcast_to(weights[None, None, :] - base[:, None, None], [M, N // PERIOD, PERIOD])
+    return tl.reshape(shift, [M, N])

@@ -1,0 +1,102 @@
+"""Every Triton kernel with every feature on small shapes, for NVIDIA's compute-sanitizer on a GPU machine.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 python scripts/sanitize.py
+    compute-sanitizer --tool racecheck --error-exitcode 1 python scripts/sanitize.py
+    compute-sanitizer --tool synccheck --error-exitcode 1 python scripts/sanitize.py
+
+Without torch's memory cache every tensor is an allocation of its own, so that memcheck sees reads and writes past its
+end. ``--only TEXT`` runs the cases whose name holds the text. Run it once without the sanitizer first: kernels are
+compiled then, and come from Triton's cache afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from longnet.backends import triton_flash
+from longnet.functional import pattern_attention
+from longnet.geometry import Pattern
+
+PATTERNS = {
+    "nest": Pattern.parse((64, 128, 256), (1, 2, 4)),
+    "blocked nest": Pattern.parse((64, 256), (1, 2), "blocked"),
+    "nothing nests": Pattern.parse((50, 130), (3, 7)),
+    # Large enough for full blocks of rows.
+    "large nest": Pattern.parse((512, 1024), (1, 2)),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call, forward and backward."""
+
+    pattern: str
+    dtype: torch.dtype
+    head_dim: int
+    is_causal: bool
+    padded: bool = False
+    biased: bool = False
+    group: int = 1
+
+    @property
+    def name(self) -> str:
+        features = [
+            word for word, on in (("causal", self.is_causal), ("padded", self.padded), ("biased", self.biased)) if on
+        ]
+        kind = str(self.dtype).removeprefix("torch.")
+        return " ".join([self.pattern, kind, f"D={self.head_dim}", f"group={self.group}", *features])
+
+    def run(self) -> None:
+        """Raises: AssertionError when a result is not finite."""
+        pattern = PATTERNS[self.pattern]
+        batch, heads, length = 2, 4, 1061 if self.pattern == "large nest" else 299
+        shapes = [(batch, length, count, self.head_dim) for count in (heads, heads // self.group, heads // self.group)]
+        q, k, v = (torch.randn(s, device="cuda", dtype=self.dtype).transpose(1, 2).requires_grad_() for s in shapes)
+        reach = min(length, max(pattern.segment_lengths))
+        bias = torch.randn(heads, 2 * reach - 1, device="cuda", requires_grad=True) if self.biased else None
+        mask = torch.rand(batch, length, device="cuda") < 0.3 if self.padded else None
+        out, lse = pattern_attention(
+            q, k, v, pattern, is_causal=self.is_causal, key_padding_mask=mask, distance_bias=bias, return_lse=True,
+            backend="triton",
+        )  # fmt: skip
+        wanted = [q, k, v, *([] if bias is None else [bias])]
+        grads = torch.autograd.grad((out, lse), wanted, (torch.ones_like(out), torch.zeros_like(lse)))
+        assert all(x.isfinite().all() for x in (out, *grads)), f"{self.name}: a result is not finite"
+
+
+def cases() -> Iterator[Case]:
+    """All features on small shapes, then the dtypes and head dimensions that kernels are cut for."""
+    switch = (False, True)
+    for is_causal, padded, biased in itertools.product(switch, switch, switch):
+        for pattern in ("nest", "blocked nest", "nothing nests"):
+            yield Case(pattern, torch.float16, 64, is_causal, padded, biased, group=2 if padded else 1)
+    for dtype, head_dim in itertools.product((torch.float32, torch.bfloat16), (16, 48, 64, 128, 256)):
+        yield Case("nest", dtype, head_dim, is_causal=True, biased=True)
+    for head_dim, is_causal in itertools.product((64, 128), (False, True)):
+        yield Case("large nest", torch.bfloat16, head_dim, is_causal)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="run the cases whose name holds this text")
+    only = parser.parse_args().only
+    # Branches of short segments nest as long ones do.
+    triton_flash.LEAST_ROWS = 16
+    torch.manual_seed(0)
+    chosen = [case for case in cases() if only in case.name]
+    if not chosen:
+        raise SystemExit(f"--only {only!r} leaves no case; names are like {next(cases()).name!r}")
+    for case in chosen:
+        case.run()
+        torch.cuda.synchronize()
+        print(case.name, flush=True)
+    print(f"{len(chosen)} cases done")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""The Hopper kernels' launches: what they take, their views of the tensors, and how they are cut.
+
+They serve the Triton backend where they fit (:func:`why_not`), and compute what its portable kernels compute.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longnet.geometry.nests import Nest
+
+DTYPES = (torch.bfloat16, torch.float16)
+HEAD_DIMS = (64, 128)
+
+# Rows that a program owns: two warpgroups of 64.
+_OWNED = 128
+# Every tensor comes as one view per branch of a nest, padded to so many.
+_VIEWS = 5
+
+# Measured on one H200: (rows swept at a time, pipeline stages) by kernel and head dimension.
+_CUTS = {
+    ("forward", 64): (128, 4),
+    ("forward", 128): (128, 2),
+    ("query", 64): (128, 2),
+    ("query", 128): (64, 2),
+    ("key_value", 64): (64, 2),
+    ("key_value", 128): (64, 2),
+}
+# The registers of a thread at launch, of which the copying warp gives most to those that compute.
+_REGISTERS = 168
+
+# Rates of a nest divide it: no kernel sweeps over fewer rows at a time.
+UNIT = 64
+
+
+@dataclass(frozen=True)
+class _View:
+    """A tensor (B, H, N, D) as a matrix whose rows hold some tokens each.
+
+    Token n of head h and batch b lies in row ``t // step``, column ``t % step * token + h * column``, where
+    ``t = b * batch + h * head + n`` and ``step`` is the tokens of a row.
+    """
+
+    batch: int
+    head: int
+    column: int
+    token: int
+    tokens: int
+
+    @property
+    def arguments(self) -> tuple[int, int, int, int]:
+        return (self.batch, self.head, self.column, self.token)
+
+
+def _view(x: Tensor) -> _View | None:
+    """The tensor as a matrix, or None if its strides allow none."""
+    batch, heads, length, dim = x.shape
+    by_batch, by_head, by_token, by_channel = x.stride()
+    # A stride that is never taken may be anything.
+    by_batch = by_batch if batch > 1 else by_token * length * heads
+    by_head = by_head if heads > 1 else by_token * length
+    if by_channel != 1 or by_token < dim or by_batch % by_token:
+        return None
+    if by_head < by_token:
+        if by_head * heads > by_token:
+            return None
+        return _View(by_batch // by_token, 0, by_head, by_token, (batch - 1) * (by_batch // by_token) + length)
+    if by_head % by_token:
+        return None
+    tokens = (batch - 1) * (by_batch // by_token) + (heads - 1) * (by_head // by_token) + length
+    return _View(by_batch // by_token, by_head // by_token, 0, by_token, tokens)
+
+
+@lru_cache(maxsize=64)
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@lru_cache(maxsize=64)
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache(maxsize=1)
+def _has_gluon() -> bool:
+    return importlib.util.find_spec("triton.experimental.gluon") is not None
+
+
+def why_not(
+    tensors: tuple[Tensor, ...], padding: Tensor | None, bias: Tensor | None, nests: tuple[Nest, ...]
+) -> str | None:
+    """Why these kernels cannot run on (query, key, value[, gradient of out]), or None when they can."""
+    query = tensors[0]
+    if not query.is_cuda or _capability(query.device)[0] != 9:
+        return "they need a GPU of compute capability 9 (Hopper)"
+    if not _has_gluon():
+        return "this triton has no Gluon"
+    if query.dtype not in DTYPES:
+        return f"they take {' and '.join(map(str, DTYPES))}, not {query.dtype}"
+    if query.shape[-1] not in HEAD_DIMS:
+        return f"they take head dimensions {HEAD_DIMS}, not {query.shape[-1]}"
+    if padding is not None:
+        return "they take no padding mask"
+    if bias is not None:
+        return "they take no relative bias"
+    length = query.shape[2]
+    for nest in nests:
+        if len(nest.branches) > _VIEWS:
+            return f"they take nests of up to {_VIEWS} branches, not {len(nest.branches)}"
+        coarsest = nest.dilation_rates[-1]
+        if min(nest.segment_lengths[0], length) < _OWNED // 2 * coarsest:
+            return f"segments of {nest.segment_lengths[0]} tokens at rate {coarsest} are too short for blocks of {_OWNED} rows"
+        for x in tensors:
+            view = _view(x)
+            if view is None or x.data_ptr() % 16 or view.token * x.element_size() % 16:
+                return f"strides {tuple(x.stride())} fit no matrix of tokens"
+            if view.tokens % coarsest or view.batch % coarsest or view.head % coarsest:
+                return f"the length {length} is no multiple of the rate {coarsest}"
+    return None
+
+
+def _descriptors(x: Tensor, rates: tuple[int, ...], rows: int) -> list[Any]:
+    """One view of the tensor per branch, for copies of so many rows."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    view = _view(x)
+    assert view is not None
+    block = [rows, x.shape[-1]]
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16)
+    found = [
+        TensorDescriptor(x, [view.tokens // rate, rate * view.token], [rate * view.token, 1], block, layout)
+        for rate in rates
+    ]
+    return found + [found[-1]] * (_VIEWS - len(found))
+
+
+@lru_cache(maxsize=1024)
+def _shape(nest: Nest, length: int) -> tuple[int, tuple[tuple[int, ...], ...]]:
+    """(tiles of a segment, the kernels' SHAPE)."""
+    width = min(nest.segment_lengths[0], length)
+    classes = nest.classes
+    counts = [-(-width // (c.step * _OWNED)) for c in classes]
+    firsts, tiles = [], 0
+    for c, count in zip(classes, counts, strict=True):
+        firsts.append(tiles)
+        tiles += count * c.residues
+    return tiles, (
+        nest.segment_lengths,
+        nest.dilation_rates,
+        tuple(c.level for c in classes),
+        tuple(c.inner for c in classes),
+        tuple(c.step for c in classes),
+        tuple(firsts),
+        tuple(counts),
+    )
+
+
+@dataclass(frozen=True)
+class Work:
+    """A call's tensors and settings. ``query`` (B, H, N, D); ``key`` and ``value`` (B, Hk, N, D); ``scale`` positive."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    nests: tuple[Nest, ...]
+    is_causal: bool
+    head_offsets: str
+
+    def _launches(
+        self, kernel: str, owned: tuple[Tensor, ...], swept: tuple[Tensor, ...]
+    ) -> Iterator[tuple[tuple[int], dict[int, list[Any]], tuple[Any, ...], dict[str, Any]]]:
+        """(grid, descriptors by tensor, shared arguments, options) of every nest."""
+        batch, heads, length, dim = self.query.shape
+        rows, stages = _CUTS[kernel, dim]
+        for number, nest in enumerate(self.nests):
+            tiles, shape = _shape(nest, length)
+            segments = -(-length // nest.segment_lengths[0])
+            items = tiles * segments * heads * batch
+            rates = nest.dilation_rates
+            several = len(rates) > 1
+            descriptors = {id(x): _descriptors(x, rates, _OWNED) for x in owned}
+            descriptors |= {id(x): _descriptors(x, rates, rows) for x in swept}
+            yield (
+                (min(items, _multiprocessors(self.query.device)),),
+                descriptors,
+                (items, length, heads, heads // self.key.shape[1], self.scale, segments),
+                {
+                    "TILES": tiles, "SHAPE": shape, "D": dim, "M": _OWNED, "N": rows, "WEIGHTED": several,
+                    "PERIOD": rates[-1] if several else 1, "BLOCKED": self.head_offsets == "blocked",
+                    "CAUSAL": self.is_causal, "MERGE": number > 0, "STAGES": stages, "num_warps": 4, "maxnreg": _REGISTERS,
+                },
+            )  # fmt: skip
+
+    def forward(self, out: Tensor, lse: Tensor) -> None:
+        """Write out like the query and lse (B, H, N) float32."""
+        from longnet.backends.kernels.hopper_forward import hopper_forward_kernel
+
+        inputs = (self.query, self.key, self.value)
+        for grid, descriptors, arguments, options in self._launches("forward", inputs[:1], inputs[1:]):
+            hopper_forward_kernel[grid](
+                out, lse, *(d for x in inputs for d in descriptors[id(x)]), *_folds(inputs),
+                out.stride()[:3], lse.stride(), *arguments, **options,
+            )  # fmt: skip
+
+    def backward(
+        self, grad_out: Tensor, lse: Tensor, delta: Tensor, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor
+    ) -> None:
+        """Write the gradients; those of keys and values by query head, (B, H, N, D). ``delta`` is like ``lse``."""
+        from longnet.backends.kernels.hopper_backward import hopper_key_value_kernel, hopper_query_kernel
+
+        queries, keys = (self.query, grad_out), (self.key, self.value)
+        for kernel, function, owned, swept, grads in (
+            ("key_value", hopper_key_value_kernel, keys, queries, (grad_k, grad_v)),
+            ("query", hopper_query_kernel, queries, keys, (grad_q,)),
+        ):
+            for grid, descriptors, arguments, options in self._launches(kernel, owned, swept):
+                function[grid](
+                    lse, delta, *grads, *(d for x in (*queries, *keys) for d in descriptors[id(x)]),
+                    *_folds((*queries, *keys)), lse.stride(), *(grad.stride()[:3] for grad in grads),
+                    *arguments, **options,
+                )  # fmt: skip
+
+
+def _folds(tensors: tuple[Tensor, ...]) -> Iterator[tuple[int, ...]]:
+    for x in tensors:
+        view = _view(x)
+        assert view is not None
+        yield view.arguments

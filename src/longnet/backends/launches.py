@@ -1,0 +1,108 @@
+"""How a pattern becomes launches of the Triton kernels: integers only, cached.
+
+Rows that one branch selects and rows that several select are different specialisations of a kernel (only the latter weigh
+keys by their multiplicity), so every nest has at most two launches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from longnet.geometry import Pattern
+from longnet.geometry.nests import Nest, make_nests
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a kernel is cut: rows a program owns, rows it sweeps over at a time, warps, pipeline stages."""
+
+    owned: int
+    swept: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: the classes of a nest that share a specialisation.
+
+    Args:
+        merge: earlier launches have written these rows already, so results are mixed in.
+        weighted: rows that several branches select.
+        segments: of the finest branch. tiles: blocks of rows in one of them.
+        arguments: tuples as the kernels take them: segment lengths and rates by branch; level, inner rate, step, first
+            tile and tiles per residue by class.
+    """
+
+    nest: Nest
+    merge: bool
+    weighted: bool
+    segments: int
+    tiles: int
+    blocks: Blocks
+    arguments: tuple[tuple[int, ...], ...]
+
+    @property
+    def classes(self) -> int:
+        return len(self.arguments[2])
+
+    @property
+    def period(self) -> int:
+        """After how many keys of a range their weights repeat, at most."""
+        return self.nest.dilation_rates[-1] if len(self.nest.branches) > 1 else 1
+
+
+def power_of_two(rows: int, least: int = 16) -> int:
+    """The smallest power of two that holds so many rows; a matrix product needs 16."""
+    return max(least, 1 << max(0, rows - 1).bit_length())
+
+
+@lru_cache(maxsize=4096)
+def plan_launches(
+    pattern: Pattern, heads: int, length: int, both_blocks: tuple[Blocks, Blocks], unit: int, least_rows: int
+) -> tuple[Launch, ...]:
+    """Launches in the order in which they are to run.
+
+    Args:
+        both_blocks: for rows of level 1, and for the others.
+        unit, least_rows: see :func:`longnet.geometry.make_nests`.
+    """
+    found = []
+    for number, nest in enumerate(make_nests(pattern, heads, unit, least_rows)):
+        width = min(nest.segment_lengths[0], length)
+        for weighted in (True, False):
+            classes = [c for c in nest.classes if (c.level > 1) == weighted]
+            if not classes:
+                continue
+            blocks = both_blocks[weighted]
+            most = max(-(-width // c.step) for c in classes)
+            owned = min(blocks.owned, power_of_two(most))
+            swept = blocks.swept
+            if len(nest.branches) == 1:
+                swept = min(swept, power_of_two(-(-width // nest.dilation_rates[0])))
+            firsts, counts, tiles = [], [], 0
+            for c in classes:
+                firsts.append(tiles)
+                counts.append(-(-width // (c.step * owned)))
+                tiles += counts[-1] * c.residues
+            found.append(
+                Launch(
+                    nest,
+                    number > 0,
+                    weighted,
+                    -(-length // nest.segment_lengths[0]),
+                    tiles,
+                    Blocks(owned, swept, blocks.warps, blocks.stages),
+                    (
+                        nest.segment_lengths,
+                        nest.dilation_rates,
+                        tuple(c.level for c in classes),
+                        tuple(c.inner for c in classes),
+                        tuple(c.step for c in classes),
+                        tuple(firsts),
+                        tuple(counts),
+                    ),
+                )
+            )
+    return tuple(found)

@@ -1,0 +1,132 @@
+"""The kernels for Hopper GPUs compute what the definition says, and say when they do not fit."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from longnet.backends import hopper, portable, triton_flash
+from longnet.backends.operators import Spec
+from longnet.geometry import Pattern
+from longnet.geometry.nests import make_nests
+
+pytestmark = [
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
+    ),
+    pytest.mark.filterwarnings("ignore:segment_lengths=.*to no head"),
+]
+
+PAPER = Pattern.parse((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 8, 16))
+PATTERNS = {
+    "paper": PAPER,
+    # Two nests, the second mixed into the first.
+    "mixed": Pattern.parse((1024, 3000), (1, 4)),
+    # Rows that nobody covers, at rates that skip one.
+    "uncovered": Pattern.parse((1024, 4096), (2, 8)),
+    "blocked": Pattern.parse((1024, 4096), (1, 4), "blocked"),
+    "one rate twice": Pattern.parse((512, 1024, 2048), (1, 2, 2)),
+    "one branch": Pattern.parse(600, 3),
+}
+
+
+def draw(heads, kv_heads, length, dim, dtype, tokens_first, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    found = []
+    for count in (heads, kv_heads, kv_heads, heads):
+        shape = (2, length, count, dim) if tokens_first else (2, count, length, dim)
+        x = torch.randn(shape, generator=generator, device="cuda").to(dtype)
+        found.append(x.transpose(1, 2) if tokens_first else x)
+    return found
+
+
+def relative(got, expected):
+    return ((got.double() - expected).norm() / expected.norm()).item()
+
+
+def allowed(query, key, value, grad, is_causal):
+    """Twice the errors of torch's own attention in this type: (out, gradients)."""
+    attend = torch.nn.functional.scaled_dot_product_attention
+    results = []
+    for convert in (lambda x: x.detach().clone(), lambda x: x.detach().double()):
+        inputs = [convert(x[:1, :1, :1024]).requires_grad_() for x in (query, key, value)]
+        out = attend(*inputs, is_causal=is_causal)
+        results.append((out, *torch.autograd.grad(out, inputs, convert(grad[:1, :1, :1024]))))
+    errors = [2 * relative(a.detach(), b.detach()) for a, b in zip(*results, strict=True)]
+    return errors[0], max(errors[1:])
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("dim", hopper.HEAD_DIMS)
+@pytest.mark.parametrize(
+    ("name", "length", "heads", "kv_heads", "dtype", "tokens_first"),
+    [
+        ("paper", 9008, 16, 16, torch.bfloat16, False),
+        ("paper", 5008, 16, 4, torch.bfloat16, True),
+        ("mixed", 5000, 8, 8, torch.float16, False),
+        ("uncovered", 6000, 8, 8, torch.bfloat16, True),
+        ("blocked", 6000, 8, 2, torch.bfloat16, False),
+        ("one rate twice", 3002, 4, 4, torch.float16, True),
+        ("one branch", 2001, 4, 4, torch.bfloat16, False),
+    ],
+)
+def test_equals_the_definition(name, length, heads, kv_heads, dtype, tokens_first, dim, is_causal):
+    pattern = PATTERNS[name]
+    query, key, value, grad = draw(heads, kv_heads, length, dim, dtype, tokens_first)
+    nests = make_nests(pattern, heads, hopper.UNIT, triton_flash.LEAST_ROWS)
+    assert hopper.why_not((query, key, value, grad), None, None, nests) is None
+    spec = Spec(pattern, is_causal, dim**-0.5)
+    out, lse = triton_flash.forward(query, key, value, None, None, spec)
+    grad_lse = torch.randn_like(lse).masked_fill(lse.isinf(), 0.0)
+    grads = triton_flash.backward(grad, grad_lse, query, key, value, None, None, out, lse, spec)[:3]
+
+    double = [x.double() for x in (query, key, value)]
+    want, want_lse = portable.forward(*double, None, None, spec)
+    want_grads = portable.backward(grad.double(), grad_lse.double(), *double, None, None, want, want_lse, spec)[:3]
+    for_out, for_grads = allowed(query, key, value, grad, is_causal)
+    assert torch.equal(lse.isfinite(), want_lse.isfinite())
+    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
+    assert relative(out, want) <= for_out
+    for got, expected in zip(grads, want_grads, strict=True):
+        assert relative(got, expected) <= for_grads
+    again, lse_again = triton_flash.forward(query, key, value, None, None, spec)
+    assert torch.equal(again, out) and torch.equal(lse_again, lse)
+    for first, second in zip(
+        grads, triton_flash.backward(grad, grad_lse, query, key, value, None, None, out, lse, spec), strict=False
+    ):
+        assert torch.equal(first, second)
+
+
+def test_both_kinds_of_kernels_agree(monkeypatch):
+    query, key, value, grad = draw(16, 16, 4096, 64, torch.bfloat16, False)
+    spec = Spec(PAPER, True, 0.125)
+    results = []
+    for use in (True, False):
+        monkeypatch.setattr(triton_flash, "USE_HOPPER", use)
+        out, lse = triton_flash.forward(query, key, value, None, None, spec)
+        results.append((out, *triton_flash.backward(grad, None, query, key, value, None, None, out, lse, spec)[:3]))
+    for one, other in zip(*results, strict=True):
+        assert relative(one, other.double()) < 4e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"length": 4095}, "no multiple of the rate"),
+        ({"dim": 48}, "head dimensions"),
+        ({"dtype": torch.float32}, "not torch.float32"),
+        ({"padding": True}, "no padding mask"),
+    ],
+)
+def test_what_does_not_fit_is_logged_and_computed_all_the_same(change, reason, caplog):
+    change = {"length": 4096, "dim": 64, "dtype": torch.bfloat16, "padding": False, **change}
+    query, key, value, _ = draw(4, 4, change["length"], change["dim"], change["dtype"], False)
+    padding = torch.zeros(2, change["length"], dtype=torch.bool, device="cuda") if change["padding"] else None
+    spec = Spec(Pattern.parse((1024, 2048), (1, 2)), True, 0.125)
+    with caplog.at_level(logging.DEBUG, logger="longnet"):
+        out, _ = triton_flash.forward(query, key, value, padding, None, spec)
+    assert reason in caplog.text
+    want, _ = portable.forward(*(x.double() for x in (query, key, value)), None, None, spec)
+    assert relative(out, want) < 4e-3
