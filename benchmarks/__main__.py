@@ -9,9 +9,9 @@ from pathlib import Path
 def main() -> None:
     # The result names a commit, so the code measured has to be the code beside this file.
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-    from benchmarks.cli import app
+    from benchmarks.cli import main
 
-    app(prog_name="python -m benchmarks")
+    raise SystemExit(main())
 
 
 if __name__ == "__main__":

@@ -95,6 +95,11 @@ class Case:
     def __str__(self) -> str:
         return f"N={self.length} {self.dtype}"
 
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of one (B, H, N, D) tensor."""
+        return math.prod(self.shape) * self.torch_dtype.itemsize
+
 
 @dataclass(frozen=True)
 class Tensors:
@@ -113,19 +118,33 @@ class Tensors:
         """The same values in (B, N, H, D) memory: what a module has after its projections."""
         return Tensors(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in self.all))
 
+    def rows(self) -> Tensors:
+        """The same values as (B, N, H * D), copied: what torchscale and others take."""
+        return Tensors(*(x.transpose(1, 2).flatten(2).contiguous() for x in self.all))
+
+    def view(self, *shape: int) -> Tensors:
+        """The same memory in another shape: as good as any random numbers, and no copy."""
+        return Tensors(*(x.view(shape) for x in self.all))
+
+    def first(self, *shape: int) -> Tensors:
+        """Contiguous tensors of this shape in the memory of longer ones."""
+        return Tensors(*(x.view(-1)[: math.prod(shape)].view(shape) for x in self.all))
+
     def to(self, dtype: torch.dtype) -> Tensors:
         return Tensors(*(x.to(dtype) for x in self.all))
 
 
-def draw(case: Case, seed: int = 0) -> Tensors:
+def draw(case: Case, seed: int = 0, device: torch.device | str = "cpu") -> Tensors:
     """Standard normal tensors (B, H, N, D); never zeros, whose products some hardware computes faster."""
-    return draw_shape(case.shape, case.torch_dtype, seed)
+    return draw_shape(case.shape, case.torch_dtype, seed, device)
 
 
-def draw_shape(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensors:
-    generator = torch.Generator().manual_seed(seed)
+def draw_shape(shape: tuple[int, ...], dtype: torch.dtype, seed: int, device: torch.device | str = "cpu") -> Tensors:
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal() -> Tensor:
+        if generator.device.type != "cpu":
+            return torch.randn(shape, dtype=dtype, device=device, generator=generator)
         x = torch.empty(shape, dtype=dtype)
         # Slices of 64 KiB: freeing a large one would raise the size from which malloc maps memory by itself, and so
         # what the process keeps of memory freed later.

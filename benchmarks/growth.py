@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
-
-from torch import Tensor
 
 from benchmarks.cases import Case, Sizes, Tensors, draw
 from benchmarks.checks import allowed_at_size, rows_at_size
-from benchmarks.peers import Peer, dense, ours
+from benchmarks.contenders import Contender, dense, ours
+from benchmarks.peers import Make, Peer
 from benchmarks.timing import interleave
 
 
@@ -24,7 +25,7 @@ def growth(dtype: str, peers: list[Peer], sizes: Sizes) -> dict[str, Any]:
     checks, contenders = [], {}
     for length in sizes.growth_lengths:
         case = sizes.case(length, dtype)
-        tensors = _first_tokens(case, storage)
+        tensors = storage.first(*case.shape)
         contenders[length] = ours(case, tensors)
         (out,) = contenders[length].passes["forward"]()
         checks += rows_at_size(case, tensors, out, allowed_at_size(case, tensors)[0])
@@ -45,12 +46,13 @@ def growth(dtype: str, peers: list[Peer], sizes: Sizes) -> dict[str, Any]:
 def _curves(dtype: str, storage: Tensors, peers: list[Peer], sizes: Sizes) -> dict[str, dict[str, list[float]]]:
     """By name and length: dense attention and peers, each until a call is expected to take too long."""
     curves: dict[str, dict[str, list[float]]] = {}
-    makers = {"dense": dense, **{peer.name: peer.make for peer in peers if peer.make}}
+    makers: dict[str, Callable[[Case, Tensors], Contender]] = {"dense": dense}
+    makers |= {peer.name: partial(_peer, peer.make) for peer in peers if peer.make}
     for length in sizes.growth_lengths:
         case = sizes.case(length, dtype)
         expected = {name: _expected(curves.get(name, {}), length, 2 if name == "dense" else 1) for name in makers}
         functions = {
-            name: make(case, _first_tokens(case, storage)).passes["forward"]
+            name: make(case, storage.first(*case.shape)).passes["forward"]
             for name, make in makers.items()
             if expected[name] <= sizes.slow_seconds[1]
         }
@@ -59,17 +61,11 @@ def _curves(dtype: str, storage: Tensors, peers: list[Peer], sizes: Sizes) -> di
     return curves
 
 
+def _peer(make: Make, case: Case, tensors: Tensors) -> Contender:
+    return make(case, tensors.rows())
+
+
 def _expected(curve: dict[str, list[float]], length: int, power: int) -> float:
     """Seconds expected of what grows with this power of the length, from the longest one measured; 0 before the first."""
     known = {int(at): min(seconds) for at, seconds in curve.items()}
     return known[max(known)] * (length / max(known)) ** power if known else 0.0
-
-
-def _first_tokens(case: Case, storage: Tensors) -> Tensors:
-    """Contiguous (B, H, N, D) tensors in the memory of longer ones."""
-
-    def part(x: Tensor) -> Tensor:
-        shape = case.shape
-        return x.view(-1)[: shape[0] * shape[1] * shape[2] * shape[3]].view(shape)
-
-    return Tensors(*(part(x) for x in storage.all))

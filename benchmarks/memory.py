@@ -17,8 +17,8 @@ from typing import Any
 
 from benchmarks.cases import Case, draw
 from benchmarks.checks import CheckFailed, allowed_at_size, rows_at_size
+from benchmarks.contenders import ours
 from benchmarks.environment import child_environment
-from benchmarks.peers import ours
 
 _ROOT = Path(__file__).resolve().parents[1]
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")

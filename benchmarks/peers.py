@@ -1,4 +1,4 @@
-"""The registry of what is timed beside longnet: the same-FLOP kernel, dense attention, other implementations."""
+"""Other implementations, timed beside longnet when the user has a checkout: never part of this repository."""
 
 from __future__ import annotations
 
@@ -8,121 +8,171 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.cases import Case, Tensors, draw, draw_shape
-from benchmarks.checks import Attend, allowed_errors, attend_dilated, oracle_out, relative_error, with_gradients
+from benchmarks.cases import Case, Tensors, draw
+from benchmarks.checks import Attend, allowed_errors, oracle_out, relative_error, with_gradients
+from benchmarks.contenders import Contender, contender
+from benchmarks.stand_ins import lent, torchscale_flash
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+# A peer may round its mixing weights to half precision: allowed errors, in those that longnet is allowed.
+_HALF_PRECISION_ALLOWANCE = 3.0
 
+# Beside it q, k, v, projections and results have to fit.
+_MOST_INDEX_BYTES = 40 * 2**30
 
-@dataclass(frozen=True)
-class Contender:
-    """Something to time: ``passes["forward"]()`` gives out, ``passes["forward_backward"]()`` out and gradients."""
-
-    name: str
-    passes: dict[str, Callable[[], tuple[Tensor, ...]]]
-
-
-def contender(name: str, attend: Attend, tensors: Tensors) -> Contender:
-    """A differentiable function of q, k, v on given tensors."""
-    leaves = tuple(x.detach().requires_grad_() for x in tensors.all[:3])
-
-    def forward() -> tuple[Tensor, ...]:
-        return (attend(tensors.query, tensors.key, tensors.value),)
-
-    def forward_backward() -> tuple[Tensor, ...]:
-        out = attend(*leaves)
-        return (out, *torch.autograd.grad(out, leaves, tensors.grad_out))
-
-    return Contender(name, {"forward": forward, "forward_backward": forward_backward})
-
-
-def ours(case: Case, tensors: Tensors, name: str = "ours") -> Contender:
-    """``longnet.dilated_attention``, through autograd."""
-    return contender(name, attend_dilated(case), tensors)
-
-
-def same_flop(case: Case) -> Contender:
-    """torch's CPU flash kernel, called bare, on dense (blocks, H, block, D): scale its time by ``case.flop_ratio``.
-
-    What dilation would cost if reading strided rows, looping and mixing were free.
-    """
-    shape = (case.batch * case.blocks, case.heads, case.block, case.head_dim)
-    query, key, value, grad_out = draw_shape(shape, case.torch_dtype, seed=2).all
-
-    def forward() -> tuple[Tensor, ...]:
-        return tuple(_flash(query, key, value, 0.0, case.is_causal))
-
-    def forward_backward() -> tuple[Tensor, ...]:
-        out, lse = _flash(query, key, value, 0.0, case.is_causal)
-        return (out, *_flash_backward(grad_out, query, key, value, out, lse, 0.0, case.is_causal))
-
-    return Contender("same_flop", {"forward": forward, "forward_backward": forward_backward})
-
-
-def dense(case: Case, tensors: Tensors) -> Contender:
-    """``F.scaled_dot_product_attention`` over the whole sequence: quadratic, and another function."""
-
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=case.is_causal)
-
-    return contender("dense", attend, tensors)
+Make = Callable[[Case, Tensors], Contender]
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Another implementation: how to run a case with it, or why that cannot be done, and what it gets wrong."""
+    """Another implementation: how to run a case with it, or why that cannot be done, and what it gets wrong.
+
+    ``make`` takes q, k, v and the gradient as (B, N, H * D) rows. ``attend`` is its bare function of such q, k, v, where
+    it is the function that longnet computes. ``refuses`` says why a case cannot be run, or None. ``remarks`` belong
+    beside every figure.
+    """
 
     name: str
-    make: Callable[[Case, Tensors], Contender] | None
+    make: Make | None
     why_not: str | None = None
     errors: dict[str, float] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
+    refuses: Callable[[Case], str | None] = lambda case: None
+    attend: Callable[[Case], Attend] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "why_not": self.why_not, "errors": self.errors}
+        return {"name": self.name, "why_not": self.why_not, "errors": self.errors, "remarks": list(self.remarks)}
 
 
-def load_torchscale(path: Path | None, case: Case) -> Peer:
-    """torchscale's ``DilatedAttention`` (the authors' code) from a checkout, with torch's CPU flash kernel lent to it.
+def load_torchscale(path: Path | None, case: Case, device: torch.device | str = "cpu") -> Peer:
+    """torchscale's ``DilatedAttention`` (the authors' code) from a checkout, with torch's flash kernel lent to it.
 
     Its forward must be the definition with blocked head offsets; how far its gradients are off is recorded.
     """
+    name = "torchscale"
     if path is None:
-        return Peer("torchscale", None, "no checkout given: --torchscale PATH")
+        return Peer(name, None, "no checkout given: --torchscale PATH")
     if not (path / "torchscale" / "component" / "dilated_attention.py").is_file():
-        return Peer("torchscale", None, f"{path.name} has no torchscale/component/dilated_attention.py")
+        return Peer(name, None, f"{path.name} has no torchscale/component/dilated_attention.py")
     try:
-        with _importable(path):
+        with _importable(path) as packages:
             module = importlib.import_module("torchscale.component.dilated_attention")
             attention = importlib.import_module("torchscale.component.multihead_attention")
     except ModuleNotFoundError as error:
-        return Peer("torchscale", None, f"its import needs the package {error.name}, which is not installed")
-    attention.flash_attn_func = _lent_flash  # type: ignore[attr-defined]
+        return Peer(name, None, f"its import needs the package {error.name}, which is not installed")
+    # On a CPU torchscale looks for no kernel at all.
+    if "flash_attn" in packages or attention.flash_attn_func is None:
+        attention.flash_attn_func = torchscale_flash  # type: ignore[attr-defined]
 
-    def make(case: Case, tensors: Tensors) -> Contender:
-        # It takes (B, N, H * D): its projections are left out, so that attention alone is compared.
-        rows = Tensors(*(x.transpose(1, 2).flatten(2).contiguous() for x in tensors.all))
-        return contender("torchscale", _torchscale_attend(module.DilatedAttention, case), rows)
+    attend = partial(_torchscale_attend, module.DilatedAttention)
+
+    def make(case: Case, rows: Tensors) -> Contender:
+        return contender(name, attend(case), rows)
 
     small = case.small(length=max(case.small().segment_lengths))
-    errors = _peer_errors(make, small)
-    allowed = allowed_errors(draw(small), case.is_causal)[0]
+    errors = _peer_errors(make, small, device)
+    factor = 1.0 if case.torch_dtype == torch.float32 else _HALF_PRECISION_ALLOWANCE
+    allowed = factor * allowed_errors(draw(small, device=device), case.is_causal)[0]
     if not errors["out"] <= allowed:
-        return Peer("torchscale", None, f"its out is off by {errors['out']:.2g}, allowed {allowed:.2g}", errors)
-    return Peer("torchscale", make, None, errors)
+        return Peer(name, None, f"its out is off by {errors['out']:.2g}, allowed {allowed:.2g}", errors)
+    listed = ", ".join(f"{what} {error:.2g}" for what, error in errors.items())
+    remarks = (f"relative errors in {case.dtype}: {listed}", *_lent_remark(packages, "einops", "flash_attn"))
+    return Peer(name, make, None, errors, remarks, attend=attend)
 
 
-def _peer_errors(make: Callable[[Case, Tensors], Contender], small: Case) -> dict[str, float]:
+def load_dilated_attention_pytorch(path: Path | None) -> Peer:
+    """fkodom's ``DilatedAttention``: every head attends in one branch only, so it is timed, not checked."""
+    name = "dilated-attention-pytorch"
+    if path is None:
+        return Peer(name, None, "no checkout given: --dilated-attention-pytorch PATH")
+    try:
+        with _importable(path) as packages:
+            module = importlib.import_module("dilated_attention_pytorch.dilated_attention")
+    except ModuleNotFoundError as error:
+        return Peer(name, None, f"{path.name}: its import needs {error.name}, which is not there")
+
+    def make(case: Case, rows: Tensors) -> Contender:
+        attention = module.DilatedAttention(case.segment_lengths, case.dilation_rates)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            out: Tensor = attention(query, key, value, is_causal=case.is_causal)
+            return out
+
+        return contender(name, attend, rows.view(case.batch, case.length, case.heads, case.head_dim))
+
+    remark = "computes another function: each head attends in one branch only, outputs are divided by their own sum"
+    return Peer(name, make, None, {}, (remark, *_lent_remark(packages, "einops", "xformers")), _whole_segments)
+
+
+def load_alexisrozhkov(path: Path | None) -> Peer:
+    """alexisrozhkov's ``MultiheadDilatedSelfAttention``: a causal module whose projections cannot be left out."""
+    name = "alexisrozhkov"
+    if path is None:
+        return Peer(name, None, "no checkout given: --alexisrozhkov PATH")
+    try:
+        with _importable(path) as packages:
+            found = importlib.import_module("dilated_self_attention.multihead_dilated_self_attention")
+    except ModuleNotFoundError as error:
+        return Peer(name, None, f"{path.name}: its import needs {error.name}, which is not there")
+
+    def make(case: Case, rows: Tensors) -> Contender:
+        width = case.heads * case.head_dim
+        module = found.MultiheadDilatedSelfAttention(
+            list(case.segment_lengths), list(case.dilation_rates), width, case.heads, flash=True
+        ).to(rows.query.device)
+        module.requires_grad_(False)
+        module.o_proj = nn.Identity()
+        x, grad_out = rows.query.float(), rows.grad_out.float()
+        leaf = x.detach().requires_grad_()
+
+        def run(x: Tensor) -> Tensor:
+            # It imports flash-attn when it is called.
+            with lent():
+                out: Tensor = module(x)
+            return out
+
+        def forward_backward() -> tuple[Tensor, ...]:
+            out = run(leaf)
+            return (out, *torch.autograd.grad(out, (leaf,), grad_out))
+
+        return Contender(name, {"forward": lambda: (run(x),), "forward_backward": forward_backward})
+
+    def refuses(case: Case) -> str | None:
+        if not case.is_causal:
+            return "it is causal only"
+        if len({w // r for w, r in zip(case.segment_lengths, case.dilation_rates, strict=True)}) > 1:
+            return "it needs one and the same w / r in every branch"
+        # An int64 index for every channel of every selected row, of every head, kept from call to call.
+        index = sum(case.length // r for r in case.dilation_rates) * case.heads**2 * case.head_dim * 8
+        if index > _MOST_INDEX_BYTES:
+            return f"its gather indices alone take {index / 2**30:.0f} GiB"
+        return _whole_segments(case)
+
+    remark = "a causal module with its q, k, v projections, in float32 around float16 attention"
+    return Peer(name, make, None, {}, (remark, *_lent_remark(packages, "einops", "flash_attn")), refuses)
+
+
+def _whole_segments(case: Case) -> str | None:
+    if any(case.length % w for w in case.segment_lengths):
+        return "it needs lengths that every segment divides"
+    return None
+
+
+def _lent_remark(missing: tuple[str, ...], *used: str) -> tuple[str, ...]:
+    names = [name for name in used if name in missing]
+    return (f"torch's own operations stand in for {' and '.join(names)}",) if names else ()
+
+
+def _peer_errors(make: Make, small: Case, device: torch.device | str) -> dict[str, float]:
     """Relative errors of a peer's out and gradients against the oracle."""
-    tensors = draw(small)
-    got = make(small, tensors).passes["forward_backward"]()
+    tensors = draw(small, device=device)
+    got = make(small, tensors.rows()).passes["forward_backward"]()
     expected = with_gradients(lambda q, k, v: oracle_out(small, q, k, v, "blocked"), tensors.to(torch.float64))
     names = ("out", "grad_query", "grad_key", "grad_value")
     pairs = zip(names, got, expected, strict=True)
@@ -130,6 +180,7 @@ def _peer_errors(make: Callable[[Case, Tensors], Contender], small: Case) -> dic
 
 
 def _torchscale_attend(attention: Any, case: Case) -> Attend:
+    """Its attention module, the projections left out, so that attention alone is compared."""
     settings = Namespace(
         multiway=False,
         xpos_rel_pos=False,
@@ -150,27 +201,11 @@ def _torchscale_attend(attention: Any, case: Case) -> Attend:
     return attend
 
 
-def _lent_flash(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    dropout: float = 0.0,
-    bias: Tensor | None = None,
-    softmax_scale: float | None = None,
-    is_causal: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """flash-attn's signature on (B, N, H, D), by torch's CPU kernel: out (B, N, H, D) and lse (B, H, N)."""
-    if bias is not None or dropout:
-        raise ValueError(f"bias={bias} and dropout={dropout}: expected None and 0")
-    rows = (x.transpose(1, 2) for x in (query, key, value))
-    out, lse = _flash(*rows, 0.0, is_causal, scale=softmax_scale)
-    return out.transpose(1, 2), lse
-
-
 @contextmanager
-def _importable(path: Path) -> Iterator[None]:
+def _importable(path: Path) -> Iterator[tuple[str, ...]]:
     sys.path.insert(0, str(path))
     try:
-        yield
+        with lent() as packages:
+            yield packages
     finally:
         sys.path.remove(str(path))

@@ -1,49 +1,77 @@
-"""Time against length, log-log: the picture of a result's growth section."""
+"""Time against length, log-log: the picture of a result."""
 
 from __future__ import annotations
 
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.verdicts import pass_name
+
 _STYLES = {"longnet": ("#1f5fbf", "o", "-"), "dense": ("#b3261e", "s", "--")}
-_LABELS = {"dense": "dense SDPA"}
+_LABELS = {"dense": "dense attention"}
 
 
-def plot_growth(result: dict[str, Any], path: Path) -> None:
-    """Write a PNG with a panel per dtype: longnet, dense attention and peers, as far as each was timed.
+@dataclass(frozen=True)
+class _Panel:
+    """Median seconds by length, by name."""
+
+    title: str
+    curves: dict[str, dict[int, float]]
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Write a PNG: longnet, dense attention and peers, as far as each was timed; a panel per dtype, on a GPU per pass.
 
     Raises:
         ValueError: the result has no growth section.
     """
-    if not result["growth"]:
+    device = result["device"]
+    if device["kind"] == "cuda":
+        panels = [_panel(pass_name(one["pass"]), one["seconds"]) for one in result["curves"]]
+        where = str(device["model"])
+    else:
+        panels = [_panel(one["dtype"], {"longnet": one["seconds"], **one["curves"]}) for one in result["growth"]]
+        where = f"{device['threads']} threads of {device['model']}"
+    if not panels:
         raise ValueError("the result has no growth section: expected a run that includes it")
+    _draw(panels, f"Causal attention on {where}", path)
+
+
+def _panel(title: str, curves: dict[str, dict[str, list[float]]]) -> _Panel:
+    medians = {
+        name: {int(length): statistics.median(seconds) for length, seconds in curve.items()}
+        for name, curve in curves.items()
+    }
+    return _Panel(title, medians)
+
+
+def _draw(records: list[_Panel], title: str, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    records = result["growth"]
     figure, panels = pyplot.subplots(
         1, len(records), figsize=(5.2 * len(records), 4.2), sharey=True, squeeze=False, layout="constrained"
     )
     for panel, record in zip(panels[0], records, strict=True):
-        for name, curve in {"longnet": record["seconds"], **record["curves"]}.items():
+        for name, curve in record.curves.items():
             colour, marker, line = _STYLES.get(name, ("#5f6368", "^", ":"))
-            lengths = [int(length) for length in curve]
-            seconds = [statistics.median(values) for values in curve.values()]
-            panel.plot(lengths, seconds, marker=marker, linestyle=line, color=colour, label=_LABELS.get(name, name))
+            label = _LABELS.get(name, name)
+            panel.plot(list(curve), list(curve.values()), marker=marker, linestyle=line, color=colour, label=label)
+        lengths = sorted({length for curve in record.curves.values() for length in curve})
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
-        panel.set_xticks(record["lengths"], [_thousands(length) for length in record["lengths"]])
+        panel.set_xticks(lengths, [_thousands(length) for length in lengths])
         panel.minorticks_off()
-        panel.set_title(record["dtype"])
+        panel.set_title(record.title)
         panel.set_xlabel("tokens")
         panel.grid(alpha=0.3)
         panel.legend(frameon=False)
-    panels[0][0].set_ylabel("seconds, forward")
-    device = result["device"]
-    figure.suptitle(f"Causal attention on {device['threads']} threads of {device['model']}", fontsize=10)
+    panels[0][0].set_ylabel("seconds")
+    figure.suptitle(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -1,11 +1,11 @@
-"""A result as tables: everything printed is computed from the JSON alone."""
+"""A CPU result as tables: everything printed is computed from the JSON alone."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+from benchmarks.tables import Row, Table, commit_name
 from benchmarks.timing import quartiles
 from benchmarks.verdicts import (
     Result,
@@ -17,27 +17,14 @@ from benchmarks.verdicts import (
     per_token,
     place,
     speed_verdict,
-    summary,
 )
-
-Row = tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Table:
-    title: str
-    columns: Row
-    rows: tuple[Row, ...]
-    notes: tuple[str, ...] = ()
 
 
 def header(result: Result) -> str:
     """One line: commit, versions, device."""
     commit, device, versions = result["commit"], result["device"], result["versions"]
-    sha = "no commit" if commit["sha"] is None else commit["sha"][:12]
-    dirty = " with uncommitted changes" if commit["dirty"] else ""
     return (
-        f"{sha}{dirty}, {result['date']}; longnet {versions['longnet']}, torch {versions['torch']}, "
+        f"{commit_name(commit)}, {result['date']}; longnet {versions['longnet']}, torch {versions['torch']}, "
         f"Python {versions['python']}; {device['model']} ({device['capability']}), {device['threads']} threads on "
         f"{device['cores']} cores"
     )
@@ -57,19 +44,6 @@ def tables(result: Result) -> list[Table]:
     if result["memory_why_not"]:
         found.append(Table("Memory", ("not measured",), ((result["memory_why_not"],),)))
     return found
-
-
-def markdown(result: Result) -> str:
-    """The tables for a README."""
-    parts = [header(result)]
-    for table in tables(result):
-        lines = [_line(table.columns), _line(("---",) * len(table.columns)), *map(_line, table.rows)]
-        parts += [f"**{table.title}**", "\n".join(lines), *table.notes]
-    return "\n\n".join([*parts, *summary(result)])
-
-
-def _line(cells: Row) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _ms(seconds: list[float]) -> str:
@@ -110,7 +84,8 @@ def _speed(result: Result) -> Table:
         *("N", "dtype", "pass", "same-FLOP kernel ms", "longnet ms", "ratio", "quartiles of pairs", "limit", "verdict"),
         *("ratio in (B, N, H, D) memory", "dense SDPA ms", *(f"{name} ms" for name in peers)),
     )
-    return Table("Speed", columns, tuple(rows), tuple(_speed_notes(result)))
+    brief = (*columns[:6], "limit", "verdict", "dense SDPA ms")
+    return Table("Speed", columns, tuple(rows), tuple(_speed_notes(result)), brief)
 
 
 def _speed_row(result: Result, record: Result, which: str, peers: list[str]) -> Row:
@@ -174,7 +149,8 @@ def _memory(result: Result) -> Table:
         "and, for fwd+bwd, the gradient given for out; the last column counts that gradient too. Live alone: one more "
         "process, with a malloc that keeps little of what is freed."
     )
-    return Table("Memory", columns, tuple(map(row, result["memory"])), (note,))
+    brief = ("N", "dtype", "pass", "in outputs", "limit", "verdict")
+    return Table("Memory", columns, tuple(map(row, result["memory"])), (note,), brief)
 
 
 def _import(result: Result) -> Table:

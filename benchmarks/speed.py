@@ -8,7 +8,8 @@ from typing import Any
 
 from benchmarks.cases import PASSES, Case, Sizes, draw
 from benchmarks.checks import Check, allowed_at_size, compare, rows_at_size, window_at_size
-from benchmarks.peers import Contender, Peer, dense, ours, same_flop
+from benchmarks.contenders import Contender, dense, ours, same_flop
+from benchmarks.peers import Peer
 from benchmarks.timing import interleave
 
 
@@ -22,7 +23,7 @@ def speed(case: Case, peers: list[Peer], sizes: Sizes) -> dict[str, Any]:
     base, contender = same_flop(case), ours(case, tensors)
     tokens_first = ours(case, tensors.tokens_first(), "ours_tokens_first")
     checks = _gate(case, contender, tokens_first)
-    others = [tokens_first, dense(case, tensors), *(peer.make(case, tensors) for peer in peers if peer.make)]
+    others = [tokens_first, dense(case, tensors), *(peer.make(case, tensors.rows()) for peer in peers if peer.make)]
     passes = {}
     for which in PASSES:
         judged = _interleave([base, contender], which, sizes)

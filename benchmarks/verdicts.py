@@ -12,16 +12,17 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Verdict:
-    """A figure and its upper limit; ``judged`` is False where the sizes say nothing."""
+    """A figure and its limit, an upper one unless ``at_least``; ``judged`` is False where the sizes say nothing."""
 
     what: str
     value: float
     limit: float
     judged: bool = True
+    at_least: bool = False
 
     @property
     def reached(self) -> bool:
-        return self.value <= self.limit
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
 
     def __str__(self) -> str:
         if not self.judged:
@@ -47,14 +48,18 @@ def summary(result: Result) -> Iterator[str]:
             f"The machine was busy with something else (load average {before} before the run and {after} after it on "
             f"{cores} cores): times are not to be relied on."
         )
-    if not result["judged"]:
+    yield from summary_of(verdicts(result), result["judged"])
+
+
+def summary_of(found: list[Verdict], judged: bool) -> Iterator[str]:
+    """How many limits are reached, and each that is not."""
+    if not judged:
         yield "Sizes too small to judge: nothing is reached or missed."
         return
-    found = verdicts(result)
     yield f"{sum(one.reached for one in found)} of {len(found)} limits reached."
     for one in found:
         if not one.reached:
-            yield f"Missed: {one.what}: {one.value:.3g}, limit {one.limit:g}."
+            yield f"Missed: {one.what}: {one.value:.3g}, limit {'at least ' if one.at_least else ''}{one.limit:g}."
 
 
 def flop_scaled_ratio(record: Result, seconds: dict[str, list[float]], name: str = "ours") -> float:

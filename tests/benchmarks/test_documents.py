@@ -1,0 +1,91 @@
+"""Tables in the documents come from committed results."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from bench_tools import run
+
+from benchmarks import cli, documents, present
+from benchmarks.tables import Table
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = "benchmarks/results/cpu-2026-11-23.json"
+
+
+def test_the_documents_are_up_to_date():
+    done = run("tables", "--check")
+    assert (done.exit_code, done.stdout) == (0, ""), "run: python -m benchmarks tables"
+
+
+def test_a_block_is_made_anew_and_nothing_else_changes():
+    text = f"before\n<!-- table: speed {CPU} -->\nold\n| x |\n<!-- end -->\nafter\n"
+    made = documents.rewrite(text, ROOT)
+    table = next(one for one in present.tables(present.load(ROOT / CPU)) if one.title == "Speed")
+    assert made == f"before\n<!-- table: speed {CPU} -->\n{table.markdown(brief=True)}\n<!-- end -->\nafter\n"
+    assert documents.rewrite(made, ROOT) == made
+    everything = documents.table("speed/all", ROOT / CPU)
+    assert everything.startswith(table.markdown())
+    assert table.notes[0] in everything
+
+
+def test_the_header_and_the_verdicts_can_be_shown_too():
+    assert documents.table("header", ROOT / CPU).startswith("732b431")
+    assert documents.table("summary", ROOT / CPU) == "- 23 of 23 limits reached."
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            f"<!-- table: nothing {CPU} -->\n<!-- end -->\n",
+            "has no table 'nothing': expected header, summary or one of",
+        ),
+        (f"<!-- table: speed/some {CPU} -->\n<!-- end -->\n", "expected NAME or NAME/all"),
+        (f"<!-- table: speed {CPU} -->\n", "has no <!-- end -->"),
+        ("<!-- table: speed -->\n<!-- end -->\n", "not the form NAME FILE"),
+    ],
+)
+def test_markers_that_say_nothing_are_refused(text, message):
+    with pytest.raises(documents.BadMarker, match=message):
+        documents.rewrite(text, ROOT)
+
+
+def test_a_missing_result_is_named():
+    with pytest.raises(present.NoResult, match="missing.json"):
+        documents.rewrite("<!-- table: speed missing.json -->\n<!-- end -->\n", ROOT)
+
+
+def test_the_command_writes_and_checks(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "_ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "result.json").write_text((ROOT / CPU).read_text())
+    page = tmp_path / "docs" / "page.md"
+    (tmp_path / "README.md").write_text("nothing marked\n")
+    page.write_text("<!-- table: header result.json -->\n<!-- end -->\n")
+    assert run("tables", "--check").exit_code == 1
+    assert "732b431" not in page.read_text()
+    assert run("tables").stdout == "written: docs/page.md\n"
+    assert "732b431" in page.read_text()
+    assert run("tables", "--check").exit_code == 0
+    page.write_text("<!-- table: nothing result.json -->\n<!-- end -->\n")
+    done = run("tables")
+    assert done.exit_code == 2
+    assert "docs/page.md" in done.stderr
+
+
+def test_names_of_tables():
+    assert documents.slug("GigaPath's shape") == "gigapaths-shape"
+    assert documents.slug("Growth: forward, microseconds per token") == "growth"
+
+
+def test_a_brief_table_keeps_the_named_columns_in_order():
+    table = Table("T", ("a", "b", "c"), (("1", "2", "3"),), (), ("c", "a"))
+    assert table.markdown(brief=True) == "| c | a |\n| --- | --- |\n| 3 | 1 |"
+    assert table.markdown() == "| a | b | c |\n| --- | --- | --- |\n| 1 | 2 | 3 |"
+    assert table.plain() == "T\na  b  c\n1  2  3"

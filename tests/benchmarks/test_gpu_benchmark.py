@@ -1,0 +1,281 @@
+"""The GPU benchmark on this CPU: everything but the device itself."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from bench_tools import CpuMachine, measure, run
+
+from benchmarks import checks, cli, contenders, present, terminal
+from benchmarks.cases import Case, draw
+from benchmarks.gpu import cases, longest, machine, report, runner, speed, timing, warm
+from longnet.geometry.nests import make_nests
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def result(quick_gpu_run: dict[str, Any]) -> dict[str, Any]:
+    return copy.deepcopy(quick_gpu_run)
+
+
+def test_a_run_holds_every_section_and_every_repetition(result):
+    assert [(one["case"]["length"], one["pass"], one["reference"]) for one in result["speed"]] == [
+        (128, "forward", "dense"),
+        (128, "forward_backward", "dense"),
+        (512, "forward", "same_flop"),
+        (512, "forward_backward", "same_flop"),
+    ]
+    for record in result["speed"]:
+        assert {name: len(seconds) for name, seconds in record["judged"].items()} == {record["reference"]: 3, "ours": 3}
+        assert {"out", "grad_query"} <= {check["what"].split(": ")[-1] for check in record["checks"]}
+    assert result["speed"][2]["ratio"] == 1.5
+    assert [one["peak_bytes"] for one in result["memory"]] == [2**30, 2**30]
+    assert set(result["growth"][0]["seconds"]) == {"512", "1024"}
+    assert set(result["curves"][0]["seconds"]) == {"longnet", "dense"}
+    assert {len(result["ceilings"]["seconds"][name]) for name in ("matrix", "copy")} == {20}
+    assert set(result["versions"]) == {"python", "torch", "longnet", "triton", "cuda", "cudnn"}
+    assert all(0 <= check["error"] <= check["allowed"] for check in result["checks"])
+
+
+def test_tables_and_summary_are_made_from_the_json(result):
+    text = present.plain(result)
+    for table in report.tables(result):
+        assert table.title in text
+        assert set(table.brief) <= set(table.columns)
+        for row in table.rows:
+            assert len(row) == len(table.columns)
+    titles = [table.title.split(":")[0] for table in report.tables(result)]
+    assert titles[1:] == [
+        "Ceilings, measured in the same run",
+        "Speed",
+        "Memory",
+        "GigaPath's shape",
+        "Growth",
+        "Longest sequence",
+    ]
+    assert "Sizes too small to judge" in text
+    assert "torchscale not timed: no checkout given: --torchscale PATH." in text
+
+
+def test_the_command_writes_after_every_step_and_prints(monkeypatch, tmp_path):
+    path = tmp_path / "new" / "result.json"
+    saved: list[set[str]] = []
+    save = present.save
+
+    def spy(result: dict[str, Any], where: Path) -> None:
+        saved.append({section for section in cases.SECTIONS if result[section]})
+        save(result, where)
+
+    monkeypatch.setattr(present, "save", spy)
+    monkeypatch.setattr(runner.GpuBenchmark, "_compile", lambda self: None)
+    monkeypatch.setattr(cli, "why_no_cuda", lambda: None)
+    monkeypatch.setattr(cli, "Cuda", CpuMachine)
+    done = run("gpu", "--quick", "--section", "gigapath", "--section", "memory", "--out", path)
+    assert done.exit_code == 0, done.stderr
+    assert saved[0] == set()
+    assert saved[-1] == {"memory", "gigapath"}
+    assert "GigaPath's shape" in done.stdout
+    assert f"Written: {path}" in done.stdout
+    assert run("show", path).stdout == done.stdout.split("Written")[0]
+
+
+def test_without_rich_everything_is_printed_in_plain_lines(monkeypatch, capsys, result):
+    monkeypatch.setattr(terminal, "has_rich", lambda: False)
+    terminal.run([runner.Step("one", lambda: None)])
+    terminal.show(result)
+    printed = capsys.readouterr()
+    assert "rich is not installed" in printed.err
+    assert "[1/1] one" in printed.err
+    assert printed.out.rstrip() == present.plain(result)
+
+
+def test_the_gpu_command_needs_neither_typer_nor_rich_nor_matplotlib():
+    """It refuses for want of a GPU, and has imported all it needs by then."""
+    program = (
+        "import sys\n"
+        "for name in ('typer', 'rich', 'matplotlib', 'numpy'): sys.modules[name] = None\n"
+        "from benchmarks.cli import main\n"
+        "sys.exit(main(['gpu']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, env=warm.child_environment()
+    )
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU to measure")
+    assert done.returncode == 2, done.stderr
+    assert "needs a CUDA device" in done.stderr
+
+
+def test_what_cannot_be_measured_is_refused(monkeypatch):
+    assert run("gpu", "--section", "nothing").exit_code == 2
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "nvidia-smi" in run("gpu").stderr
+    monkeypatch.setattr(cli, "why_no_cuda", lambda: None)
+    monkeypatch.setattr(cli, "Cuda", CpuMachine)
+    done = run("gpu", "--length", 4096)
+    assert done.exit_code == 2
+    assert "expected some of [8192, 32768, 131072, 1048576] and [64, 128]" in done.stderr
+    done = run("gpu", "--commit", "not-this-one")
+    assert done.exit_code == 2
+    assert "commit='not-this-one'" in done.stderr
+
+
+def test_only_chosen_cells_are_measured():
+    chosen = cases.only(cases.FULL, [32768], [128])
+    assert [(case.length, case.head_dim, case.is_causal) for case in chosen.speed] == [
+        (32768, 128, True),
+        (32768, 128, False),
+    ]
+
+
+def test_a_wrong_result_gets_no_number(monkeypatch, tmp_path):
+    right = checks.attend_dilated
+
+    def attend_dilated(case: Case, backend: str = "auto") -> checks.Attend:
+        attend = right(case, backend)
+        return lambda query, key, value: attend(query, key, value) * 1.05
+
+    monkeypatch.setattr(contenders, "attend_dilated", attend_dilated)
+    with pytest.raises(checks.CheckFailed, match="rows, N=128"):
+        measure(("speed",))
+
+
+def test_the_reference_is_scaled_to_the_patterns_pairs():
+    for case in cases.FULL.speed:
+        if case.length == 8192:
+            assert (speed.reference_kind(case), speed.reference_ratio(case)) == ("dense", 1.0)
+        else:
+            assert (speed.reference_kind(case), speed.reference_ratio(case)) == ("same_flop", 1.9375)
+    case = replace(cases.QUICK.base, length=512)
+    tensors = draw(case)
+    (out,) = speed.reference(CpuMachine(), case, tensors).passes["forward"]()
+    assert out.shape == (4, 4, 128, 64)
+    results = speed.reference(CpuMachine(), case, tensors).passes["forward_backward"]()
+    assert [x.shape for x in results] == [(4, 4, 128, 64)] * 4
+
+
+def test_inputs_rotate_where_they_would_stay_in_the_cache():
+    small = replace(cases.QUICK.base, length=128)
+    device = CpuMachine()
+    sets = speed.input_sets(device, small)
+    assert 4 * small.tensor_bytes * len(sets) >= 4 * device.cache_bytes
+    assert not torch.equal(sets[0].query, sets[1].query)
+    device.cache_bytes = 1
+    assert len(speed.input_sets(device, small)) == 1
+    calls: list[int] = []
+    turn = timing.rotated([contenders.Contender("x", {"forward": lambda n=n: calls.append(n)}) for n in range(3)])
+    for _ in range(4):
+        turn.passes["forward"]()
+    assert calls == [0, 1, 2, 0]
+
+
+def test_rounds_are_interleaved_and_as_many_as_the_budget_allows():
+    calls: list[str] = []
+    functions = {name: lambda name=name: calls.append(name) for name in "ab"}
+    seconds = timing.interleave(CpuMachine(), functions, 2, 5, 0.0)
+    assert calls == ["a", "a", "b", "b", *"abab"]
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
+    assert len(timing.interleave(CpuMachine(), functions, 2, 5, 1e9)["a"]) == 5
+
+
+class Bounded(CpuMachine):
+    """Sequences above a length run out of memory."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+
+
+def test_the_longest_sequence_is_found_by_doubling_and_halving(monkeypatch):
+    sizes = replace(cases.QUICK, longest=replace(cases.QUICK.base, length=100), longest_step=10, longest_seconds=1e9)
+
+    def call(device: Bounded, case: Case, which: str) -> list[checks.Check] | None:
+        return [] if case.length <= device.length else None
+
+    monkeypatch.setattr(longest, "_run", call)
+    for limit in (100, 109, 110, 399, 731):
+        record = longest.longest(Bounded(limit), "forward", sizes)
+        assert record["length"] == limit // 10 * 10
+        assert record["fails_at"] - record["length"] == 10
+    with pytest.raises(RuntimeError, match="does not fit"):
+        longest.longest(Bounded(99), "forward", sizes)
+    stopped = longest.longest(Bounded(731), "forward", replace(sizes, longest_seconds=0.0))
+    assert (stopped["length"], stopped["fails_at"]) == (100, None)
+
+
+def test_out_of_memory_is_a_length_that_does_not_fit(monkeypatch):
+    def nothing_left(case: Case, which: str, device: CpuMachine) -> None:
+        raise torch.OutOfMemoryError("nothing left")
+
+    monkeypatch.setattr(longest, "_draw", nothing_left)
+    assert longest._run(CpuMachine(), cases.QUICK.base, "forward") is None
+
+
+def test_kernels_are_compiled_side_by_side_within_memory_and_failures_are_told(monkeypatch):
+    started: list[Case] = []
+
+    def start(case: Case) -> subprocess.Popen[str]:
+        started.append(case)
+        program = "import sys; sys.exit('no kernel')" if case.heads == 3 else "pass"
+        return subprocess.Popen(
+            [sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+
+    monkeypatch.setattr(warm, "_start", start)
+    small, large = cases.QUICK.base, replace(cases.FULL.base, length=2**26)
+    # The shorter of two that need the same kernels, and not what no memory holds.
+    assert warm.compile_kernels([small, large, replace(small, length=1024)], 1 << 34) == 1
+    assert started == [small]
+    with pytest.raises(RuntimeError, match="no kernel"):
+        warm.compile_kernels([replace(small, heads=3)], 1 << 34)
+
+
+def test_the_full_run_compiles_no_kernel_twice():
+    """Sequences of 64 blocks and of 512 share kernels; a ragged one and one beyond 32 bits do not."""
+    base = cases.FULL.base
+    keys = {n: warm._specialisation(replace(base, length=n)) for n in (2500, 8192, 131072, 1048576, 2097152)}
+    assert keys[131072] == keys[1048576]
+    assert len(set(keys.values())) == 4
+    assert len({warm._specialisation(case) for case in cases.FULL.of(cases.SECTIONS)}) < 24
+
+
+def test_every_case_of_the_chosen_sections_is_compiled():
+    everything = set(cases.FULL.of(cases.SECTIONS))
+    assert {*cases.FULL.oracle, *cases.FULL.speed, *cases.FULL.gigapath, *cases.FULL.growth} <= everything
+    assert set(cases.FULL.of(("gigapath",))) == {*cases.FULL.oracle, *cases.FULL.gigapath}
+
+
+def test_oracle_cases_are_one_nest_as_the_timed_ones_are():
+    for case in cases.FULL.oracle[:4]:
+        assert len(make_nests(case.pattern, case.heads, 64, 64)) == 1
+        assert case.length % min(case.segment_lengths)
+
+
+def test_the_machine_that_is_measured_has_every_method():
+    needed = {name for name in vars(machine.Machine) if not name.startswith("_")}
+    assert needed <= set(dir(machine.Cuda))
+    assert needed <= set(dir(CpuMachine))
+
+
+def test_gpu_takes_a_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner.GpuBenchmark, "_compile", lambda self: None)
+    options = Namespace(
+        quick=True, torchscale=None, dilated_attention_pytorch=None, alexisrozhkov=None, section=["ceilings"],
+        length=[512], head_dim=None, commit=None, out=tmp_path / "c.json", plot=True,
+    )  # fmt: skip
+    assert cli.gpu(options, CpuMachine()) == 0
+    assert json.loads((tmp_path / "c.json").read_text())["ceilings"]["matrix_side"] == 256
