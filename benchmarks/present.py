@@ -113,4 +113,6 @@ def merge(results: dict[str, Result]) -> Result:
                     raise NoResult(f"{seen[key]} and {name} both hold the cell {key} of {section}")
                 seen[key] = name
                 merged[section].append(record)
+    # As in a run of its own, whatever the order of the parts.
+    merged["speed"].sort(key=lambda record: (record["case"]["length"], record["case"]["head_dim"]))
     return merged

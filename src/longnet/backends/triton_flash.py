@@ -32,6 +32,9 @@ LARGEST_HEAD_DIM = 256
 # mostly empty. Tests lower it.
 LEAST_ROWS = 64
 
+# Looked up once: torch.compile traces the predicate below, and cannot trace this.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 # Whether the kernels written for Hopper GPUs may be used. Tests that compare both kinds switch it off.
 USE_HOPPER = True
 
@@ -52,7 +55,7 @@ def why_not(device_type: str, dtype: torch.dtype, head_dim: int, has_bias: bool)
         return f"it takes {', '.join(map(str, DTYPES))}, not {dtype}"
     if head_dim > LARGEST_HEAD_DIM:
         return f"it takes head dimensions up to {LARGEST_HEAD_DIM}, not {head_dim}"
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return "triton is not installed"
     return None
 
