@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longnet.backends.launches import kernel_arguments
 from longnet.geometry.nests import Nest
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -146,21 +147,7 @@ def _descriptors(x: Tensor, rates: tuple[int, ...], rows: int) -> list[Any]:
 def _shape(nest: Nest, length: int) -> tuple[int, tuple[tuple[int, ...], ...]]:
     """(tiles of a segment, the kernels' SHAPE)."""
     width = min(nest.segment_lengths[0], length)
-    classes = nest.classes
-    counts = [-(-width // (c.step * _OWNED)) for c in classes]
-    firsts, tiles = [], 0
-    for c, count in zip(classes, counts, strict=True):
-        firsts.append(tiles)
-        tiles += count * c.residues
-    return tiles, (
-        nest.segment_lengths,
-        nest.dilation_rates,
-        tuple(c.level for c in classes),
-        tuple(c.inner for c in classes),
-        tuple(c.step for c in classes),
-        tuple(firsts),
-        tuple(counts),
-    )
+    return kernel_arguments(nest, nest.classes, width, _OWNED)
 
 
 @dataclass(frozen=True)

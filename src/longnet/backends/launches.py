@@ -6,11 +6,12 @@ keys by their multiplicity), so every nest has at most two launches.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from longnet.geometry import Pattern
-from longnet.geometry.nests import Nest, make_nests
+from longnet.geometry.nests import Nest, RowClass, make_nests
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,7 @@ class Launch:
         merge: earlier launches have written these rows already, so results are mixed in.
         weighted: rows that several branches select.
         segments: of the finest branch. tiles: blocks of rows in one of them.
-        arguments: tuples as the kernels take them: segment lengths and rates by branch; level, inner rate, step, first
-            tile and tiles per residue by class.
+        arguments: see :func:`kernel_arguments`.
     """
 
     nest: Nest
@@ -58,6 +58,30 @@ def power_of_two(rows: int, least: int = 16) -> int:
     return max(least, 1 << max(0, rows - 1).bit_length())
 
 
+def kernel_arguments(
+    nest: Nest, classes: Sequence[RowClass], width: int, owned: int
+) -> tuple[int, tuple[tuple[int, ...], ...]]:
+    """(tiles of a segment, what kernels are told of it) for ``classes`` of a nest in segments of ``width`` tokens.
+
+    Segment lengths and rates by branch; level, inner rate, step, first tile and tiles per residue by class, where a tile is
+    ``owned`` rows.
+    """
+    firsts, counts, tiles = [], [], 0
+    for c in classes:
+        firsts.append(tiles)
+        counts.append(-(-width // (c.step * owned)))
+        tiles += counts[-1] * c.residues
+    return tiles, (
+        nest.segment_lengths,
+        nest.dilation_rates,
+        tuple(c.level for c in classes),
+        tuple(c.inner for c in classes),
+        tuple(c.step for c in classes),
+        tuple(firsts),
+        tuple(counts),
+    )
+
+
 @lru_cache(maxsize=4096)
 def plan_launches(
     pattern: Pattern, heads: int, length: int, both_blocks: tuple[Blocks, Blocks], unit: int, least_rows: int
@@ -81,11 +105,7 @@ def plan_launches(
             swept = blocks.swept
             if len(nest.branches) == 1:
                 swept = min(swept, power_of_two(-(-width // nest.dilation_rates[0])))
-            firsts, counts, tiles = [], [], 0
-            for c in classes:
-                firsts.append(tiles)
-                counts.append(-(-width // (c.step * owned)))
-                tiles += counts[-1] * c.residues
+            tiles, arguments = kernel_arguments(nest, classes, width, owned)
             found.append(
                 Launch(
                     nest,
@@ -94,15 +114,7 @@ def plan_launches(
                     -(-length // nest.segment_lengths[0]),
                     tiles,
                     Blocks(owned, swept, blocks.warps, blocks.stages),
-                    (
-                        nest.segment_lengths,
-                        nest.dilation_rates,
-                        tuple(c.level for c in classes),
-                        tuple(c.inner for c in classes),
-                        tuple(c.step for c in classes),
-                        tuple(firsts),
-                        tuple(counts),
-                    ),
+                    arguments,
                 )
             )
     return tuple(found)

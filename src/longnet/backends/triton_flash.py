@@ -62,12 +62,12 @@ def why_not(device_type: str, dtype: torch.dtype, head_dim: int, has_bias: bool)
 
 # Measured on one H200: by kernel and padded head dimension, for rows of level 1 and for the others.
 _BLOCKS = {
-    ("forward", 64): (Blocks(128, 64, 4, 3), Blocks(128, 64, 4, 3)),
-    ("forward", 128): (Blocks(128, 128, 8, 3), Blocks(128, 128, 8, 3)),
-    ("query", 64): (Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 2)),
-    ("query", 128): (Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 2)),
-    ("key_value", 64): (Blocks(64, 128, 4, 2), Blocks(64, 128, 4, 2)),
-    ("key_value", 128): (Blocks(64, 128, 8, 2), Blocks(64, 128, 8, 2)),
+    ("forward", 64): (Blocks(64, 64, 4, 3), Blocks(128, 64, 4, 3)),
+    ("forward", 128): (Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
+    ("query", 64): (Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
+    ("query", 128): (Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2)),
+    ("key_value", 64): (Blocks(64, 128, 4, 2), Blocks(64, 128, 4, 3)),
+    ("key_value", 128): (Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2)),
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longnet.backends.kernels.rows import head_offset, locate, log2_weights, outer_range, weighted_shift
+from longnet.backends.kernels.rows import key_range, locate, range_weights, weighted_shift
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -45,46 +45,16 @@ def forward_kernel(
 
     ranges = level if CAUSAL else 2 * level - 1
     for index in tl.range(0, ranges):
-        if index == 0:
-            branch = 0
-            key_step = rates[0] + 0
-            first_key = start + head_offset(head, key_step, heads, BLOCKED)
-            count = tl.cdiv(tl.maximum(start + size - first_key, 0), key_step)
-            whole = count
-            if CAUSAL:
-                # Rows of a nest lie on the finest branch's keys, so positions compare as key indices.
-                seen = (origin + first_row * step - first_key) // key_step
-                whole = tl.minimum(count, seen + 1)
-                count = tl.minimum(count, seen + (M - 1) * (step // key_step) + 1)
-        else:
-            branch, first_key, key_step, count = outer_range(
-                index, start, length, head, heads, segment_lengths, rates, BRANCHES, CAUSAL, False, BLOCKED
-            )
-            whole = count
-        whole = whole // N * N
-        k_rows = k_head + tl.cast(first_key, tl.int64) * k_at[2]
-        v_rows = v_head + tl.cast(first_key, tl.int64) * v_at[2]
+        branch, first_key, key_step, whole, count, last = key_range(
+            index, start, size, length, head, heads, row, origin + first_row * step, origin + (first_row + M - 1) * step,
+            segment_lengths, rates, BRANCHES, CAUSAL, BLOCKED, N,
+        )  # fmt: skip
         k_step = tl.cast(key_step, tl.int64) * k_at[2]
         v_step = tl.cast(key_step, tl.int64) * v_at[2]
-        k_tile = k_rows + n[:, None] * k_step
-        v_tile = v_rows + n[:, None] * v_step
+        k_tile = k_head + tl.cast(first_key, tl.int64) * k_at[2] + n[:, None] * k_step
+        v_tile = v_head + tl.cast(first_key, tl.int64) * v_at[2] + n[:, None] * v_step
         if WEIGHTED:
-            weights = log2_weights(
-                branch,
-                head_offset(head, key_step, heads, BLOCKED),
-                key_step,
-                level,
-                head,
-                heads,
-                rates,
-                BRANCHES,
-                PERIOD,
-                BLOCKED,
-            )
-        # The last key index that each row sees.
-        last = tl.full([M], count - 1, tl.int32)
-        if CAUSAL:
-            last = tl.minimum(last, (row - first_key) // key_step)
+            weights = range_weights(branch, key_step, level, head, heads, rates, BRANCHES, PERIOD, BLOCKED)
         # Key blocks that every row sees whole, then the ones that the diagonal or the end cuts.
         for j in tl.range(0, whole, N, num_stages=STAGES):
             at = tl.cast(j, tl.int64)

@@ -102,6 +102,46 @@ def outer_range(
 
 
 @triton.jit
+def key_range(
+    index, start, size, length, head, heads, row, first_row, last_row, segment_lengths, rates,
+    BRANCHES: tl.constexpr, CAUSAL: tl.constexpr, BLOCKED: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """(branch, first position, step, whole, count, last) of the keys that a block of queries meets in range ``index``.
+
+    The rows lie at the positions ``row``, from ``first_row`` to ``last_row``. Every row sees the first ``whole`` keys, a
+    multiple of ``N``; no row sees more than ``count``, and each its own up to ``last``.
+    """
+    if index == 0:
+        branch = 0
+        step = rates[0] + 0
+        first = start + head_offset(head, step, heads, BLOCKED)
+        count = tl.cdiv(tl.maximum(start + size - first, 0), step)
+        whole = count
+        if CAUSAL:
+            # Rows of a nest lie on the finest branch's keys, so positions compare as key indices.
+            whole = tl.minimum(count, (first_row - first) // step + 1)
+            count = tl.minimum(count, (last_row - first) // step + 1)
+    else:
+        branch, first, step, count = outer_range(
+            index, start, length, head, heads, segment_lengths, rates, BRANCHES, CAUSAL, False, BLOCKED
+        )
+        whole = count
+    last = tl.zeros_like(row) + (count - 1)
+    if CAUSAL:
+        last = tl.minimum(last, (row - first) // step)
+    return branch, first, step, whole // N * N, count, last
+
+
+@triton.jit
+def range_weights(
+    branch, step, level, head, heads, rates, BRANCHES: tl.constexpr, PERIOD: tl.constexpr, BLOCKED: tl.constexpr
+):  # fmt: skip
+    """log2 of the weights of one period of a range's rows against rows of ``level``."""
+    offset = head_offset(head, step, heads, BLOCKED)
+    return log2_weights(branch, offset, step, level, head, heads, rates, BRANCHES, PERIOD, BLOCKED)
+
+
+@triton.jit
 def log2_weights(
     branch, offset, step, level, head, heads, rates, BRANCHES: tl.constexpr, COUNT: tl.constexpr, BLOCKED: tl.constexpr
 ):
