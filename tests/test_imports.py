@@ -19,6 +19,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("mixing", "position", "norm"),
     ("backends",),
     ("functional",),
+    ("streaming",),
     ("attention",),
     ("models",),
     ("figures",),
@@ -129,6 +130,9 @@ def test_a_module_imports_only_downwards(path: Path) -> None:
         ("longnet/backends/kernels/rows", "import torch"),
         ("longnet/functional", "def f():\n    from longnet import DilatedAttention"),
         ("longnet/functional", "import longnet"),
+        ("longnet/functional", "from longnet.streaming import DilatedCache"),
+        ("longnet/streaming/cache", "from longnet.attention import DilatedAttention"),
+        ("longnet/streaming/cache", "import safetensors"),
         ("longnet/models/config", "from ..training import settings"),
         ("longnet/figures", "import torch"),
         ("longnet/training/loop", "import typer"),
@@ -204,6 +208,9 @@ tokens = torch.zeros(1, 20, dtype=torch.int64)
 model = longnet.LongNetLM(longnet.LongNetConfig.preset("nano"))
 model.loss(tokens, tokens).backward()
 assert model.generate(tokens, 2, temperature=0).shape == (1, 22)
+cache = longnet.DilatedCache((4, 8), (1, 2), batch_size=2, heads=4, head_dim=2)
+x = torch.randn(2, 4, 20, 2)
+assert longnet.stream_attention(x, x, x, cache).shape == x.shape and cache.position == 20
 print("done")
 """
     result = in_a_fresh_process(without(*OPTIONAL) + program)

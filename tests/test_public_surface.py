@@ -14,15 +14,23 @@ import LongNet
 import longnet
 import longnet.geometry
 import longnet.training
-from longnet import DilatedAttention, LongNetConfig, LongNetEncoder, LongNetLM, dilated_attention
+from longnet import (
+    DilatedAttention,
+    DilatedCache,
+    LongNetConfig,
+    LongNetEncoder,
+    LongNetLM,
+    dilated_attention,
+    stream_attention,
+)
 from longnet.backends import BACKENDS
 
 ROOT = Path(__file__).parents[1]
 
 NAMES = {
     longnet: [
-        *("DilatedAttention", "LongNetConfig", "LongNetEncoder", "LongNetLM"),
-        *("dilated_attention", "geometry"),
+        *("DilatedAttention", "DilatedCache", "LongNetConfig", "LongNetEncoder", "LongNetLM"),
+        *("dilated_attention", "geometry", "stream_attention"),
     ],
     longnet.geometry: [
         *("HEAD_OFFSETS", "Branch", "BranchPlan", "Cost", "Coverage", "HeadOffsets", "KeysPerQuery", "LayerReach"),
@@ -51,7 +59,16 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
         "bias=True, sub_norm=None, head_offsets='interleaved', xpos_scale_base=None, rel_pos_buckets=32, "
         "rel_pos_max_distance=128, backend='auto', device=None, dtype=None)",
     ),
-    (DilatedAttention.forward, "(self, x, key_padding_mask=None)"),
+    (DilatedAttention.forward, "(self, x, key_padding_mask=None, *, cache=None)"),
+    (
+        DilatedCache,
+        "(segment_lengths, dilation_rates, *, batch_size, heads, head_dim, kv_heads=None, head_offsets='interleaved', "
+        "dtype=None, device=None)",
+    ),
+    (DilatedCache.reorder, "(self, index)"),
+    (DilatedCache.load_state_dict, "(self, state)"),
+    (DilatedCache.moved, "(self, tokens, *, on_device=True)"),
+    (stream_attention, "(query, key, value, cache, *, scale=None, key_padding_mask=None)"),
     (
         LongNetConfig,
         "(vocab_size=256, dim=768, heads=12, layers=12, ffn_dim=None, "
@@ -66,8 +83,9 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     (LongNetConfig.from_dict, "(values)"),
     (LongNetConfig.replace, "(self, **changes)"),
     (LongNetLM, "(config, *, device=None, dtype=None)"),
-    (LongNetLM.forward, "(self, tokens, key_padding_mask=None)"),
-    (LongNetLM.hidden, "(self, tokens, key_padding_mask=None)"),
+    (LongNetLM.forward, "(self, tokens, key_padding_mask=None, *, cache=None)"),
+    (LongNetLM.hidden, "(self, tokens, key_padding_mask=None, *, cache=None)"),
+    (LongNetLM.new_cache, "(self, batch_size, *, dtype=None)"),
     (LongNetLM.logits, "(self, hidden)"),
     (
         LongNetLM.loss,
@@ -99,9 +117,13 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
 # Public methods and properties of the classes, their own and those of their bases in this package.
 MEMBERS = {
     DilatedAttention: {"extra_repr", "forward", "reset_parameters"},
+    DilatedCache: {
+        *("clone", "device", "dtype", "load_state_dict", "moved", "nbytes", "position", "reorder", "reset"),
+        "state_dict",
+    },
     LongNetConfig: {"feed_forward_dim", "from_dict", "head_dim", "preset", "presets", "replace", "to_dict"},
     LongNetLM: {
-        *("check_mask", "check_tokens", "embed", "forward", "generate", "hidden", "logits", "loss"),
+        *("check_mask", "check_tokens", "embed", "forward", "generate", "hidden", "logits", "loss", "new_cache"),
         *("reset_parameters", "run_blocks"),
     },
     LongNetEncoder: {"check_mask", "check_tokens", "embed", "forward", "reset_parameters", "run_blocks"},

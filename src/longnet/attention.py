@@ -11,6 +11,7 @@ from longnet.functional import pattern_attention, warn_uncovered
 from longnet.geometry import HeadOffsets, Pattern
 from longnet.norm import make_norm
 from longnet.position import RelativeBias, XPos, rotate
+from longnet.streaming import DilatedCache, stream_attention
 
 
 class DilatedAttention(nn.Module):
@@ -129,12 +130,16 @@ class DilatedAttention(nn.Module):
             if projection.bias is not None:
                 nn.init.zeros_(projection.bias)
 
-    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, key_padding_mask: Tensor | None = None, *, cache: DilatedCache | None = None
+    ) -> Tensor:
         """Attend.
 
         Args:
             x: (B, N, dim), the parameters' dtype (or any floating dtype under autocast).
             key_padding_mask: (B, N) bool, True where a token is to be ignored as a key.
+            cache: what came before: x are the next N >= 1 tokens, and the result is what one call over everything read so
+                far would give for them. Causal only, without gradients, and without a relative bias.
 
         Returns:
             (B, N, dim). Positions that no head covers carry only ``out_proj``'s bias (and the sub-norm's).
@@ -150,6 +155,8 @@ class DilatedAttention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        if cache is not None:
+            return self._finish(self._stream(q, k, v, key_padding_mask, cache), key_padding_mask)
         if self.xpos is not None:
             cos_q, sin_q, cos_k, sin_k = self.xpos.tables(x.shape[1], q.dtype, x.device)
             q, k = rotate(q, cos_q, sin_q), rotate(k, cos_k, sin_k)
@@ -167,7 +174,21 @@ class DilatedAttention(nn.Module):
             backend=self.backend,
         )
         assert isinstance(out, Tensor)
-        out = out.transpose(1, 2).flatten(-2)  # (B, N, dim)
+        return self._finish(out, key_padding_mask)
+
+    def _stream(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, cache: DilatedCache) -> Tensor:
+        if not self.causal:
+            raise ValueError("cache given with causal=False: a cache holds what came before, expected a causal module")
+        if self.rel_pos_bias is not None:
+            raise ValueError("cache given with use_rel_pos_bias=True: cached attention takes no relative bias yet")
+        if self.xpos is not None:
+            tables = self.xpos.tables(q.shape[2], q.dtype, q.device, start=cache.position, streaming=True)
+            q, k = rotate(q, *tables[:2]), rotate(k, *tables[2:])
+        return stream_attention(q, k, v, cache, key_padding_mask=key_padding_mask)
+
+    def _finish(self, out: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+        """(B, heads, N, D) to the module's (B, N, dim)."""
+        out = out.transpose(1, 2).flatten(-2)
         if self.sub_norm is not None:
             out = self.sub_norm(out, key_padding_mask)
         return self.out_proj(self.dropout(out))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from longnet.models.cache import LongNetCache
 from longnet.models.config import LongNetConfig
 from longnet.models.layers import Block
 from longnet.norm import BatchNorm, make_norm
@@ -56,8 +57,14 @@ class LongNetBase(nn.Module):
         """
         return self.embedding(tokens) * self.config.dim**0.5
 
-    def run_blocks(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+    def run_blocks(
+        self, x: Tensor, key_padding_mask: Tensor | None = None, cache: LongNetCache | None = None
+    ) -> Tensor:
         """All blocks and the final norm, (B, N, dim) -> (B, N, dim)."""
+        if cache is not None:
+            for block, layer in zip(self.blocks, cache, strict=True):
+                x = block(x, key_padding_mask, layer)
+            return self.norm(x, key_padding_mask)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = self._checkpointed(block, x, key_padding_mask)

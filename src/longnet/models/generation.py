@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from longnet.models.longnet import LongNetLM
 
 
+# Tokens of a prompt that are read at a time.
+_CHUNK = 8192
+
+
 @torch.no_grad()
 def generate(
     model: LongNetLM,
@@ -27,8 +31,10 @@ def generate(
 ) -> Tensor:
     """Continue each prompt by ``max_new_tokens`` tokens.
 
-    Every new token costs a pass over its whole prefix, of which only the last position goes through the output head.
-    The model is in eval mode meanwhile, and back in its previous mode afterwards.
+    The prompt is read once, in chunks, into a cache of bounded size (:class:`longnet.models.cache.LongNetCache`); a new token
+    then costs one step. A model with a relative position bias, which has no cached form yet, passes over the whole prefix for
+    every token. Only the last position goes through the output head. The model is in eval mode meanwhile, and back in its
+    previous mode afterwards.
 
     Args:
         model: a causal language model.
@@ -59,9 +65,14 @@ def generate(
         generator = torch.Generator(device=tokens.device).manual_seed(seed)
     result = torch.cat([tokens, tokens.new_zeros(batch, max_new_tokens)], dim=1)
     with _evaluating(model):
+        cache = None if model.config.use_rel_pos_bias or batch == 0 else model.new_cache(batch)
         for step in range(max_new_tokens):
             end = prompt + step
-            hidden = model.hidden(result[:, :end])
+            if cache is None:
+                hidden = model.hidden(result[:, :end])
+            else:
+                for start in range(cache.position, end, _CHUNK):
+                    hidden = model.hidden(result[:, start : min(end, start + _CHUNK)], cache=cache)
             logits = model.logits(hidden[:, -1])  # (B, V)
             result[:, end] = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
             if on_token is not None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from longnet.attention import DilatedAttention
 from longnet.models.config import LongNetConfig
 from longnet.norm import make_norm
+from longnet.streaming import DilatedCache
 
 
 class FeedForward(nn.Module):
@@ -43,7 +44,8 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward with their norms and residual sums, x (B, N, dim) -> (B, N, dim).
 
-    Forward takes ``key_padding_mask`` (B, N) bool, True where the token is padding, for the attention and every norm.
+    Forward takes ``key_padding_mask`` (B, N) bool, True where the token is padding, for the attention and every norm, and
+    the ``cache`` of what came before x, if anything did.
     """
 
     def __init__(
@@ -78,8 +80,8 @@ class Block(nn.Module):
         # The attention's own dropout stays 0: one dropout per residual branch, here.
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        attended = self.attention(self.attention_norm(x, key_padding_mask), key_padding_mask)
+    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None, cache: DilatedCache | None = None) -> Tensor:
+        attended = self.attention(self.attention_norm(x, key_padding_mask), key_padding_mask, cache=cache)
         x = x + self.dropout(attended)
         fed = self.feed_forward(self.feed_forward_norm(x, key_padding_mask), key_padding_mask)
         return x + self.dropout(fed)

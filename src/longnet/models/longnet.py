@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longnet.models.base import LongNetBase
+from longnet.models.cache import LongNetCache
 from longnet.models.config import LongNetConfig
 from longnet.models.generation import generate
 from longnet.models.loss import chunked_cross_entropy
@@ -48,26 +49,59 @@ class LongNetLM(LongNetBase):
         if self.head is not None:
             nn.init.normal_(self.head.weight, std=self.config.dim**-0.5)
 
-    def forward(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, key_padding_mask: Tensor | None = None, *, cache: LongNetCache | None = None
+    ) -> Tensor:
         """Logits (B, N, vocab_size) of the token after each position, in the model's dtype.
 
         All logits at once: for long inputs use :meth:`loss`, or :meth:`hidden` and :meth:`logits` on parts of it.
 
         Args:
             tokens: (B, N) int64 ids.
-            key_padding_mask: (B, N) bool, True where the token is padding and not to be attended to.
+            key_padding_mask: (B, N) bool, True where the token is padding and not to be attended to. With a cache padding
+                comes before all other tokens of its row.
+            cache: from :meth:`new_cache`. ``tokens`` are then the next N >= 1 of each row, after all that were read with this
+                cache, and logits are those of one call over everything. Without gradients.
 
         Raises:
-            TypeError: tokens that are not int64, a mask that is not bool.
-            ValueError: wrong shapes or devices; an id outside the vocabulary (seen on the CPU only).
+            TypeError: tokens that are not int64, a mask that is not bool, a cache of another type.
+            ValueError: wrong shapes or devices; an id outside the vocabulary (seen on the CPU only); a cache for another
+                model or batch, or no token to read into it.
         """
-        return self.logits(self.hidden(tokens, key_padding_mask))
+        return self.logits(self.hidden(tokens, key_padding_mask, cache=cache))
 
-    def hidden(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, key_padding_mask: Tensor | None = None, *, cache: LongNetCache | None = None
+    ) -> Tensor:
         """Normalised hidden states (B, N, dim) of the last block; arguments and errors as in :meth:`forward`."""
         self.check_tokens(tokens)
         self.check_mask(key_padding_mask, *tokens.shape)
-        return self.run_blocks(self.embed(tokens), key_padding_mask)
+        if cache is None:
+            return self.run_blocks(self.embed(tokens), key_padding_mask)
+        if not isinstance(cache, LongNetCache):
+            raise TypeError(f"cache has type {type(cache).__name__}: expected a LongNetCache from model.new_cache")
+        if len(cache.layers) != len(self.blocks):
+            raise ValueError(
+                f"cache has {len(cache.layers)} layers and the model {len(self.blocks)}: expected this model's"
+            )
+        if tokens.shape[1] == 0:
+            raise ValueError(
+                f"tokens has shape {tuple(tokens.shape)}: expected at least one token to read into the cache"
+            )
+        with torch.no_grad():
+            return self.run_blocks(self.embed(tokens), key_padding_mask, cache)
+
+    def new_cache(self, batch_size: int, *, dtype: torch.dtype | None = None) -> LongNetCache:
+        """An empty cache for reading ``batch_size`` rows bit by bit; its size depends on the pattern, never on the length.
+
+        Args:
+            dtype: of keys and values, default the model's; under autocast give its dtype.
+
+        Raises:
+            ValueError: a config that has no cached form, see :class:`LongNetCache`.
+        """
+        weight = self.embedding.weight
+        return LongNetCache(self.config, batch_size, dtype=dtype or weight.dtype, device=weight.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Output head: hidden states (..., dim) to logits (..., vocab_size)."""

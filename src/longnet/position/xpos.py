@@ -67,17 +67,24 @@ class XPos:
         return math.floor(2 * limit * self._share * self.scale_base / _STEEPEST)
 
     def tables(
-        self, length: int, dtype: torch.dtype, device: torch.device | str | None = None, start: int = 0
+        self,
+        length: int,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+        start: int = 0,
+        *,
+        streaming: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(cos q, sin q, cos k, sin k), each (N, D / 2), for positions ``start .. start + length``.
 
         float32, or float64 for ``dtype`` float64. Angles are float64 before the sine: position 1e9 in float32 would
-        be off by a whole turn. ``dtype`` is that of q and k.
+        be off by a whole turn. ``dtype`` is that of q and k. Tables made for ``streaming`` fit those of any other part
+        of the same stream: their centre does not depend on the length, which a stream does not know.
 
         Raises:
             ValueError: scales that would overflow ``dtype`` at this length.
         """
-        centre = self._centre(length, dtype, start)
+        centre = self._stream_centre(length, dtype, start) if streaming else self._centre(length, dtype, start)
         position = torch.arange(start, start + length, device=device, dtype=torch.float64)
         pair = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float64) / self.head_dim
         angle = position[:, None] * _BASE**-pair
@@ -86,6 +93,20 @@ class XPos:
         scale, cos, sin = torch.exp(exponent), torch.cos(angle), torch.sin(angle)
         kind = torch.float64 if dtype == torch.float64 else torch.float32
         return (cos * scale).to(kind), (sin * scale).to(kind), (cos / scale).to(kind), (sin / scale).to(kind)
+
+    def _stream_centre(self, length: int, dtype: torch.dtype, start: int) -> float:
+        reach = self._reach(_HALF_LIMIT if dtype == torch.float16 else _LIMIT)
+        if self.endless and self.window <= reach:
+            return self.window / 2
+        # One window from position 0 on, as wide as the scale allows.
+        stop = min(self.window, start + length) if self.endless else start + length
+        if stop > reach:
+            raise ValueError(
+                f"xPos scales overflow {dtype} past {reach} tokens with xpos_scale_base={self.scale_base:g}, and this "
+                f"stream has come to {start + length}: expected segment lengths that divide each other, a larger "
+                "xpos_scale_base, or bfloat16 or float32 inputs"
+            )
+        return reach / 2
 
     def _centre(self, length: int, dtype: torch.dtype, start: int) -> float:
         if self.endless and dtype != torch.float16:

@@ -1,0 +1,118 @@
+"""What a language model remembers of the tokens it has read: one bounded cache a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from longnet.models.config import LongNetConfig
+from longnet.streaming import DilatedCache
+
+
+class LongNetCache:
+    """The keys and values that later tokens can still reach, layer by layer.
+
+    A branch with segment w and rate r reaches at most w / r keys per head, whatever came before, so its size is fixed when
+    it is made: reading goes on forever in constant memory. ``model.new_cache(batch_size)`` makes one.
+
+    Args:
+        config: of the model. batch_size: rows that are read side by side.
+        dtype: of keys and values, the model's. device: the model's.
+
+    Raises:
+        ValueError: a bidirectional config, or one with a relative position bias, which has no cached form yet.
+    """
+
+    def __init__(
+        self,
+        config: LongNetConfig,
+        batch_size: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if not config.causal:
+            raise ValueError(
+                "config.causal=False: a bidirectional model reads later tokens first; expected a causal one"
+            )
+        if config.use_rel_pos_bias:
+            raise ValueError(
+                "config.use_rel_pos_bias=True: cached attention takes no relative position bias yet; expected xPos or neither"
+            )
+        self.layers = tuple(
+            DilatedCache(
+                config.segment_lengths,
+                config.dilation_rates,
+                batch_size=batch_size,
+                heads=config.heads,
+                kv_heads=config.kv_heads,
+                head_dim=config.dim // config.heads,
+                head_offsets=config.head_offsets,
+                dtype=dtype,
+                device=device,
+            )
+            for _ in range(config.layers)
+        )
+
+    def __iter__(self) -> Iterator[DilatedCache]:
+        return iter(self.layers)
+
+    @property
+    def position(self) -> int:
+        """Tokens read so far."""
+        return self.layers[0].position
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers together; the same before and after any number of tokens."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def reset(self) -> None:
+        """Forget everything: the next token is the first."""
+        for layer in self.layers:
+            layer.reset()
+
+    def clone(self) -> LongNetCache:
+        """A copy that goes its own way: read a long prefix once, continue it many ways."""
+        return self._with(layer.clone() for layer in self.layers)
+
+    def reorder(self, index: Tensor) -> None:
+        """Row b continues what row ``index[b]`` has read, (B,) int64: for beams."""
+        for layer in self.layers:
+            layer.reorder(index)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every layer's tensors, by ``layers.N.``; ``safetensors.torch.save_file`` takes them as they are."""
+        return {
+            f"layers.{i}.{name}": x for i, layer in enumerate(self.layers) for name, x in layer.state_dict().items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a state. On any error nothing has changed.
+
+        Raises:
+            ValueError: layers that are missing or too many, or a layer of another pattern, batch, size or type.
+        """
+        parts: list[dict[str, Tensor]] = [{} for _ in self.layers]
+        for name, x in state.items():
+            layers, _, rest = name.partition(".")
+            number, _, key = rest.partition(".")
+            if layers != "layers" or not number.isdecimal() or int(number) >= len(parts) or not key:
+                raise ValueError(f"state holds {name!r}: expected layers.N. with N below {len(parts)}")
+            parts[int(number)][key] = x
+        loaded = [layer.clone() for layer in self.layers]
+        for place, (layer, part) in enumerate(zip(loaded, parts, strict=True)):
+            try:
+                layer.load_state_dict(part)
+            except ValueError as error:
+                raise ValueError(f"layer {place}: {error}") from None
+        if len({layer.position for layer in loaded}) > 1:
+            raise ValueError(f"layers stand at positions {[layer.position for layer in loaded]}: expected one position")
+        self.layers = tuple(loaded)
+
+    def _with(self, layers: Iterator[DilatedCache]) -> LongNetCache:
+        copy = LongNetCache.__new__(LongNetCache)
+        copy.layers = tuple(layers)
+        return copy

@@ -1,0 +1,140 @@
+"""One token: a fixed number of tensor operations of fixed shapes, so that a CUDA graph can capture and repeat them.
+
+Nothing here depends on the position but the contents of tensors: masks instead of slices, places computed on the device.
+In every branch at most ``ceil(H / r)`` heads select a position. Each is a *lane*: its row of keys and values is written, and
+its query attends to the rows of its segment. Lanes of all branches whose segments hold equally many rows run together.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from longnet import mixing
+from longnet.backends.operators import lse_dtype
+from longnet.streaming.layout import Layout
+
+if TYPE_CHECKING:
+    from longnet.streaming.cache import DilatedCache
+
+
+class StepTables:
+    """A layout's constants on the device. Lanes are ordered by their branch's number of rows."""
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        pattern, heads = layout.pattern, layout.heads
+        interleaved = pattern.head_offsets == "interleaved"
+        rows = [branch.rows(branch.segment_length, 0) for branch in pattern.branches]
+        order = sorted(range(len(rows)), key=rows.__getitem__)
+        most = [-(-heads // branch.dilation_rate) for branch in pattern.branches]
+        # Heads that select one position: offset + lane * rate (interleaved) or offset * most + lane (blocked).
+        lanes = [(index, lane) for index in order for lane in range(most[index])]
+        spread = [(lane * pattern.dilation_rates[index] if interleaved else lane) for index, lane in lanes]
+        where = {pair: number for number, pair in enumerate(lanes)}
+        lane_of = [
+            [where[i, head // r if interleaved else head % most[i]] for head in range(heads)]
+            for i, r in enumerate(pattern.dilation_rates)
+        ]
+
+        def table(numbers: object, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.tensor(numbers, dtype=dtype, device=device)
+
+        self.lengths = table(pattern.segment_lengths, torch.int64)
+        self.rates = table(pattern.dilation_rates, torch.int64)
+        self.offset_steps = table([1 if interleaved else count for count in most], torch.int64)
+        self.offsets = table([[pattern.offset(branch, j, heads) for j in range(heads)] for branch in pattern.branches])
+        self.first_rows = table(layout.first_rows(), torch.int64)
+        self.lane_branch, self.lane_spread = table([index for index, _ in lanes]), table(spread)
+        self.lane_of = table(lane_of)
+        # (lanes, rows): neighbouring branches with equally many rows.
+        self.families: list[tuple[int, int]] = []
+        for index in order:
+            count, width = self.families[-1] if self.families else (0, 0)
+            if width == rows[index]:
+                self.families[-1] = (count + most[index], width)
+            else:
+                self.families.append((most[index], rows[index]))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in vars(self).values() if isinstance(x, Tensor))
+
+
+def step(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, scale: float) -> Tensor:
+    """Attention of the next token, which is then in the cache; ``cache.position_tensor`` counts it, ``cache.position`` not.
+
+    Args:
+        query: (B, H, 1, D). key, value: (B, Hk, 1, D).
+
+    Returns:
+        (B, H, 1, D) in the query's dtype.
+    """
+    tables, heads = cache.tables, cache.heads
+    kind = lse_dtype(query.dtype)
+    local = cache.position_tensor % tables.lengths  # (branches,)
+    row = local // tables.rates
+    offset = local - row * tables.rates
+    first_head = offset * tables.offset_steps
+
+    lane_first, lane_row = (x.index_select(0, tables.lane_branch) for x in (first_head, row))  # (lanes,)
+    taken = lane_first < heads
+    head = lane_first + tables.lane_spread
+    # A lane without a head repeats its branch's first, or where no head selects this position (offsets beyond the last
+    # head's) stands on a row of head 0 and writes back what is there: shapes stay fixed, and nothing changes.
+    head = torch.where(head < heads, head, torch.where(taken, lane_first, 0))
+    first = tables.first_rows.view(-1).index_select(0, tables.lane_branch * heads + head)
+    _write(key, cache.keys, first + lane_row, head, taken, cache)
+    _write(value, cache.values, first + lane_row, head, taken, cache)
+
+    start = cache.position_tensor - local + offset  # where the segment's first selected row stands
+    # How many rows of the segment are padding, by batch row: (B, lanes).
+    before = cache.padding[:, None] - start.index_select(0, tables.lane_branch)
+    rate = tables.rates.index_select(0, tables.lane_branch)
+    padded = (before + rate - 1).clamp_(min=0) // rate
+    queries = query[:, :, 0].index_select(1, head)  # (B, lanes, D)
+    outs, lses, low = [], [], 0
+    for count, width in tables.families:
+        lane = slice(low, low + count)
+        part = _attend(queries[:, lane], first[lane], lane_row[lane], padded[:, lane], width, cache, scale)
+        outs.append(part[0])
+        lses.append(part[1])
+        low += count
+    out, lse = torch.cat(outs, 1), torch.cat(lses, 1)
+
+    # By head: the lane it has in each branch, if it selects this position there.
+    absent = tables.offsets != offset[:, None]  # (branches, H)
+    lane_of = tables.lane_of.view(-1)
+    lse = lse.index_select(1, lane_of).unflatten(1, absent.shape).masked_fill_(absent, -torch.inf)
+    out = out.index_select(1, lane_of).unflatten(1, absent.shape).masked_fill_(absent[..., None], 0.0)
+    total = mixing.lse_for_backward(lse.logsumexp(1, keepdim=True))
+    out = (out * (lse - total).exp_().unsqueeze(-1)).sum(1)
+    cache.position_tensor.add_(1)
+    assert out.dtype == kind
+    return out.to(query.dtype).unsqueeze(2)
+
+
+def _write(x: Tensor, storage: Tensor, rows: Tensor, head: Tensor, taken: Tensor, cache: DilatedCache) -> None:
+    new = x[:, :, 0].index_select(1, head // (cache.heads // cache.kv_heads))
+    # Lanes of one row carry the same values.
+    storage.index_copy_(1, rows, torch.where(taken[:, None], new, storage.index_select(1, rows)))
+
+
+def _attend(
+    query: Tensor, first: Tensor, last: Tensor, padded: Tensor, width: int, cache: DilatedCache, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(B, lanes, D) queries to rows ``first + padded .. first + last`` of the storage: out and lse (B, lanes)."""
+    kind = lse_dtype(query.dtype)
+    number = torch.arange(width, device=query.device)
+    rows = (first[:, None] + number).clamp_(max=cache.layout.rows - 1)
+    key, value = (
+        x.index_select(1, rows.view(-1)).unflatten(1, rows.shape).to(kind) for x in (cache.keys, cache.values)
+    )
+    hidden = (number > last[:, None]) | (number < padded[..., None])  # (B, lanes, width)
+    scores = (key @ (query.to(kind) * scale).unsqueeze(-1)).squeeze(-1).masked_fill_(hidden, -torch.inf)
+    # Rows that nobody may see hold anything, a NaN perhaps, that must not reach 0 * value.
+    value = value.masked_fill_(hidden.unsqueeze(-1), 0.0)
+    lse = scores.logsumexp(-1)
+    weights = scores.sub_(mixing.lse_for_backward(lse).unsqueeze(-1)).exp_()
+    return (weights.unsqueeze(-2) @ value).squeeze(-2), lse

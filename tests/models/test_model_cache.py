@@ -1,0 +1,113 @@
+"""Reading bit by bit gives what one pass over everything gives, and generating goes on from there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from longnet import LongNetConfig, LongNetLM
+from longnet.models import LongNetCache
+
+pytestmark = pytest.mark.filterwarnings("ignore:segment_lengths=.*to no head")
+
+
+def model(**changes: Any) -> LongNetLM:
+    torch.manual_seed(0)
+    config = LongNetConfig(
+        vocab_size=32,
+        dim=16,
+        heads=4,
+        layers=2,
+        ffn_dim=32,
+        segment_lengths=(8, 16, 32),
+        dilation_rates=(1, 2, 4),
+    ).replace(**changes)
+    return LongNetLM(config, dtype=torch.float64).eval()
+
+
+def tokens(batch: int = 2, length: int = 75) -> Tensor:
+    return torch.randint(32, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def read(lm: LongNetLM, ids: Tensor, cuts: list[int], mask: Tensor | None = None) -> tuple[Tensor, LongNetCache]:
+    cache, parts, start = lm.new_cache(len(ids)), [], 0
+    for stop in [*cuts, ids.shape[1]]:
+        part = None if mask is None else mask[:, start:stop]
+        parts.append(lm(ids[:, start:stop], part, cache=cache))
+        start = stop
+    return torch.cat(parts, 1), cache
+
+
+@pytest.mark.parametrize("cuts", [[], [1], [8, 32], [5, 6, 7, 40, 41], list(range(1, 75))])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_xpos": False, "qk_norm": True, "kv_heads": 2},
+        {"segment_lengths": (7, 20), "dilation_rates": (2, 3), "head_offsets": "blocked"},
+    ],
+)
+def test_logits_are_those_of_one_pass(cuts: list[int], changes: dict[str, Any]) -> None:
+    lm, ids = model(**changes), tokens()
+    got, cache = read(lm, ids, cuts)
+    torch.testing.assert_close(got, lm(ids).detach(), rtol=1e-10, atol=1e-10)
+    assert cache.position == 75
+
+
+def test_a_left_padded_batch_is_one_pass_with_the_mask() -> None:
+    lm, ids = model(), tokens(3)
+    mask = torch.arange(75) < torch.tensor([0, 9, 40])[:, None]
+    got, _ = read(lm, ids, [4, 20, 21, 50], mask)
+    want = lm(ids, mask).detach()
+    torch.testing.assert_close(got[~mask], want[~mask], rtol=1e-10, atol=1e-10)
+
+
+def test_a_cache_is_forked_reordered_saved_and_reset() -> None:
+    lm, ids = model(), tokens()
+    _, cache = read(lm, ids[:, :50], [13])
+    size = cache.nbytes
+    fork, other, saved = cache.clone(), lm.new_cache(2), cache.state_dict()
+    want = lm(ids).detach()[:, 50:]
+    got = lm(ids[:, 50:], cache=cache)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    assert fork.position == 50 and cache.nbytes == size
+    fork.reorder(torch.tensor([1, 0]))
+    torch.testing.assert_close(lm(ids[:, 50:].flip(0), cache=fork), want.flip(0), rtol=1e-10, atol=1e-10)
+    other.load_state_dict(saved)
+    torch.testing.assert_close(lm(ids[:, 50:], cache=other), want, rtol=1e-10, atol=1e-10)
+    cache.reset()
+    torch.testing.assert_close(lm(ids, cache=cache), lm(ids).detach(), rtol=1e-10, atol=1e-10)
+
+
+def test_generating_takes_the_likeliest_tokens_of_full_passes() -> None:
+    lm, ids = model(), tokens(2, 20)
+    result = lm.generate(ids, 30, temperature=0)
+    for end in range(20, 50):
+        assert torch.equal(lm(result[:, :end])[:, -1].argmax(-1), result[:, end])
+
+
+def test_bad_input_teaches_and_changes_nothing() -> None:
+    lm, ids = model(), tokens()
+    cache = lm.new_cache(2)
+    lm(ids[:, :10], cache=cache)
+    before = cache.state_dict()
+    with pytest.raises(ValueError, match=r"tokens has shape \(2, 0\): expected at least one token"):
+        lm(ids[:, :0], cache=cache)
+    with pytest.raises(ValueError, match=r"query has shape \(1, .*by the cache"):
+        lm(ids[:1], cache=cache)
+    with pytest.raises(TypeError, match="cache has type dict"):
+        lm(ids, cache={})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="cache has 3 layers and the model 2"):
+        lm(ids, cache=model(layers=3).new_cache(2))
+    with pytest.raises(ValueError, match="use_rel_pos_bias=True"):
+        model(use_rel_pos_bias=True).new_cache(1)
+    with pytest.raises(ValueError, match="layers.N. with N below 2"):
+        cache.load_state_dict({**before, "layers.2.keys": before["layers.0.keys"]})
+    with pytest.raises(ValueError, match="layer 1: "):
+        cache.load_state_dict({**before, "layers.1.keys": before["layers.1.keys"][:1]})
+    after = cache.state_dict()
+    assert cache.position == 10 and before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
