@@ -53,6 +53,15 @@ def test_steps_give_the_rows_of_one_call(stream, data):
         assert int(cache.position_tensor) == cache.position == stream.length
 
 
+@pytest.mark.parametrize("attend", [stream_attention, by_step])
+def test_heads_of_one_block_at_unequal_steps(attend):
+    """Groups of four query heads at rate 3: every third key/value head has two readers of one offset, the others one."""
+    stream = Stream(((20, 3), (9, 1)), 50, (7, 11, *range(25, 40)), kv_heads=6, group=4)
+    cache = stream.cache()
+    assert any(isinstance(block.heads, list) for _, blocks in cache.layout.branches for block in blocks)
+    assert relative_error(read(stream, cache, attend=attend), stream.expected()) < 1e-10
+
+
 PAPER_LIKE = ((300, 1), (700, 2), (1600, 5))
 # Chunks inside one segment, across one boundary, across several; starts on and off the rates.
 CUTS = (1, 2, 100, 110, 111, 300, 640, 1399, 1400, 1601, 1660)

@@ -76,7 +76,15 @@ def test_a_clone_goes_its_own_way(stream, data):
     other = [torch.randn_like(x) for x in stream.tensors()]
     read(stream, copy, other, first=cut)
     assert (copy.position, cache.position) == (stream.length, cut)
+    assert (int(copy.position_tensor), int(cache.position_tensor)) == (stream.length, cut)
     assert relative_error(read(stream, cache, first=cut), stream.expected()[:, :, cut:]) < 1e-10
+
+
+def test_a_clone_has_padding_of_its_own():
+    stream = Stream(((8, 1), (21, 2)), 30, batch=2, lead=(0, 9))
+    cache = stream.cache()
+    read(stream, cache.clone())
+    assert cache.padding.tolist() == [0, 0]
 
 
 @given(stream=streams(), data=st.data())

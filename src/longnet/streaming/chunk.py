@@ -7,17 +7,18 @@ them: a rectangle without a diagonal. The parts are mixed by their softmax denom
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from longnet import mixing
 from longnet.backends import Spec, select_backend
-from longnet.backends.operators import lse_dtype
-from longnet.geometry import Branch, Pattern
+from longnet.backends.operators import lse_dtype, tile_view
+from longnet.geometry import Branch, Pattern, Tile, make_plan
 from longnet.streaming.cache import DilatedCache
-from longnet.streaming.layout import Heads
+from longnet.streaming.layout import Block, Heads
 from longnet.streaming.rectangle import rectangle_attention
 
 
@@ -108,26 +109,83 @@ def _attend(chunk: _Chunk, cache: DilatedCache) -> Tensor:
             continue
         # The first tokens, as many as this, go on with the segment that began before the chunk.
         continued = min(chunk.length, branch.segment_length - before)
-        if branch not in together and continued < chunk.length:
-            crossing.setdefault(continued, []).append(branch)
-        for block in blocks:
-            row = branch.rows(before, block.offset)
-            tokens = slice(block.offset + row * branch.dilation_rate - before, continued, branch.dilation_rate)
-            if tokens.start >= continued:
-                continue
-            rows = chunk.rows(block.heads, block.kv_heads, tokens)
-            if branch not in together:
-                mixture.add(block.heads, tokens, *_among_themselves(rows))
-            if row:
-                first = chunk.start - before + block.offset
-                hidden = _padded_rows(cache, first, branch.dilation_rate, row)
-                cached = cache._rows_of(block, 0, row)
-                mixture.add(block.heads, tokens, *rectangle_attention(rows.query, *cached, chunk.scale, hidden))
+        if branch not in together:
+            if continued < chunk.length:
+                crossing.setdefault(continued, []).append(branch)
+            if before % branch.dilation_rate == 0:
+                tokens = slice(0, continued)
+                part = chunk.rows(every, every, tokens).attend(branch, head_offsets=pattern.head_offsets)
+                mixture.add(every, tokens, *part)
+            else:
+                _add_own_rows(mixture, chunk, branch, blocks, before, continued)
+        _add_cached_rows(mixture, chunk, cache, branch, blocks, before, continued)
     for first, branches in crossing.items():
         tokens = slice(first, None)
         rest = chunk.rows(every, every, tokens)
         mixture.add(every, tokens, *rest.attend(*branches, head_offsets=pattern.head_offsets))
     return mixture.out.to(chunk.query.dtype)
+
+
+def _rows_in_chunk(
+    branch: Branch, blocks: tuple[Block, ...], before: int, continued: int
+) -> Iterator[tuple[Block, int, slice]]:
+    """Blocks that have rows among the tokens that go on with a segment: (block, rows before the chunk, those tokens)."""
+    for block in blocks:
+        row = branch.rows(before, block.offset)
+        tokens = slice(block.offset + row * branch.dilation_rate - before, continued, branch.dilation_rate)
+        if tokens.start < continued:
+            yield block, row, tokens
+
+
+def _add_own_rows(
+    mixture: _Mixture, chunk: _Chunk, branch: Branch, blocks: tuple[Block, ...], before: int, continued: int
+) -> None:
+    """What the chunk's rows of a segment that began before it say to each other: plain causal attention in a block."""
+    for block, _, tokens in _rows_in_chunk(branch, blocks, before, continued):
+        rows = chunk.rows(block.heads, block.kv_heads, tokens)
+        if rows.length == 1:
+            part = rectangle_attention(rows.query, rows.key, rows.value, rows.scale, rows.padded)
+        else:
+            part = rows.attend(Branch(rows.length, 1))
+        mixture.add(block.heads, tokens, *part)
+
+
+def _add_cached_rows(
+    mixture: _Mixture,
+    chunk: _Chunk,
+    cache: DilatedCache,
+    branch: Branch,
+    blocks: tuple[Block, ...],
+    before: int,
+    continued: int,
+) -> None:
+    """What the chunk's rows of a segment see of the rows that were read before."""
+    segment, rate = chunk.start - before, branch.dilation_rate
+    if before % rate == 0 and cache._most_padding <= segment:
+        tile = _one_tile(cache, branch, blocks, continued)
+        if tile is not None:
+            # Offset by offset and head by head, as the blocks lie: one call for all of them.
+            query = tile_view(chunk.query, tile)
+            whole = replace(blocks[0], kv_count=len(blocks) * blocks[0].kv_count)
+            cached = cache._rows_of(whole, 0, before // rate)
+            out, lse = rectangle_attention(query.flatten(1, 3), *cached, chunk.scale, None)
+            mixed = tile_view(mixture.out, tile), tile_view(mixture.lse, tile)
+            mixing.merge_(*mixed, out.view(query.shape), lse.view(query.shape[:-1]))
+            return
+    for block, row, tokens in _rows_in_chunk(branch, blocks, before, continued):
+        if row:
+            hidden = _padded_rows(cache, segment + block.offset, rate, row)
+            query = chunk.query[:, block.heads, tokens]
+            cached = cache._rows_of(block, 0, row)
+            mixture.add(block.heads, tokens, *rectangle_attention(query, *cached, chunk.scale, hidden))
+
+
+def _one_tile(cache: DilatedCache, branch: Branch, blocks: tuple[Block, ...], length: int) -> Tile | None:
+    """The rows of ``length`` tokens from a multiple of the rate on, if they and the branch's blocks are one rectangle."""
+    pattern = Pattern((branch,), cache.pattern.head_offsets)
+    tiles = make_plan(pattern, cache.heads, length).branches[0].tiles
+    shapes = {(block.kv_count, block.share, block.rows) for block in blocks}
+    return tiles[0] if len(tiles) == len(shapes) == 1 and tiles[0].offsets == len(blocks) else None
 
 
 def _padded_rows(cache: DilatedCache, first: int, step: int, count: int) -> Tensor | None:
@@ -141,13 +199,6 @@ def _on_the_grid(branch: Branch, chunk: _Chunk) -> bool:
     """Whether the chunk's own keys are selected as those of a sequence that begins with the chunk."""
     before = chunk.start % branch.segment_length
     return before == 0 or (before % branch.dilation_rate == 0 and before + chunk.length <= branch.segment_length)
-
-
-def _among_themselves(rows: _Chunk) -> tuple[Tensor, Tensor]:
-    """Plain causal attention of rows that all select each other."""
-    if rows.length == 1:
-        return rectangle_attention(rows.query, rows.key, rows.value, rows.scale, rows.padded)
-    return rows.attend(Branch(rows.length, 1))
 
 
 def _keep(chunk: _Chunk, cache: DilatedCache) -> None:
