@@ -29,9 +29,9 @@ _VIEWS = 5
 _CUTS = {
     ("forward", 64): (128, 4),
     ("forward", 128): (128, 2),
-    ("query", 64): (128, 2),
-    ("query", 128): (64, 2),
-    ("key_value", 64): (64, 2),
+    ("query", 64): (128, 3),
+    ("query", 128): (64, 3),
+    ("key_value", 64): (64, 3),
     ("key_value", 128): (64, 2),
 }
 # The registers of a thread at launch, of which the copying warp gives most to those that compute.
