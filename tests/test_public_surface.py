@@ -85,7 +85,7 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     (LongNetLM, "(config, *, device=None, dtype=None)"),
     (LongNetLM.forward, "(self, tokens, key_padding_mask=None, *, cache=None)"),
     (LongNetLM.hidden, "(self, tokens, key_padding_mask=None, *, cache=None)"),
-    (LongNetLM.new_cache, "(self, batch_size, *, dtype=None)"),
+    (LongNetLM.new_cache, "(self, batch_size, *, max_length=None, dtype=None)"),
     (LongNetLM.logits, "(self, hidden)"),
     (
         LongNetLM.loss,

@@ -89,6 +89,23 @@ def test_generating_takes_the_likeliest_tokens_of_full_passes() -> None:
         assert torch.equal(lm(result[:, :end])[:, -1].argmax(-1), result[:, end])
 
 
+def test_a_known_length_needs_no_more_than_it_reads() -> None:
+    lm, ids = model(segment_lengths=(8, 2**20, 2**30), dilation_rates=(1, 2, 4)), tokens(1, 30)
+    cache = lm.new_cache(1, max_length=30)
+    assert cache.nbytes < 100_000
+    got = torch.cat([lm(part, cache=cache) for part in ids.split(7, 1)], 1)
+    torch.testing.assert_close(got, lm(ids).detach(), rtol=1e-10, atol=1e-10)
+    assert lm.generate(ids, 3, temperature=0).shape == (1, 33)
+
+
+def test_a_cache_follows_autocast() -> None:
+    lm, ids = model().float(), tokens(1, 20)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert lm.new_cache(1).layers[0].dtype == torch.bfloat16
+        assert lm.generate(ids, 3, temperature=0).shape == (1, 23)
+    assert lm.new_cache(1).layers[0].dtype == torch.float32
+
+
 def test_bad_input_teaches_and_changes_nothing() -> None:
     lm, ids = model(), tokens()
     cache = lm.new_cache(2)

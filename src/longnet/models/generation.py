@@ -65,7 +65,8 @@ def generate(
         generator = torch.Generator(device=tokens.device).manual_seed(seed)
     result = torch.cat([tokens, tokens.new_zeros(batch, max_new_tokens)], dim=1)
     with _evaluating(model):
-        cache = None if model.config.use_rel_pos_bias or batch == 0 else model.new_cache(batch)
+        cached = not model.config.use_rel_pos_bias and batch > 0
+        cache = model.new_cache(batch, max_length=prompt + max_new_tokens) if cached else None
         for step in range(max_new_tokens):
             end = prompt + step
             if cache is None:

@@ -91,17 +91,29 @@ class LongNetLM(LongNetBase):
         with torch.no_grad():
             return self.run_blocks(self.embed(tokens), key_padding_mask, cache)
 
-    def new_cache(self, batch_size: int, *, dtype: torch.dtype | None = None) -> LongNetCache:
+    def new_cache(
+        self, batch_size: int, *, max_length: int | None = None, dtype: torch.dtype | None = None
+    ) -> LongNetCache:
         """An empty cache for reading ``batch_size`` rows bit by bit; its size depends on the pattern, never on the length.
 
         Args:
-            dtype: of keys and values, default the model's; under autocast give its dtype.
+            max_length: how many tokens will be read at most, if that is known: the cache is smaller where segments are
+                longer. None reads forever.
+            dtype: of keys and values, default the model's, or autocast's where that is on.
 
         Raises:
             ValueError: a config that has no cached form, see :class:`LongNetCache`.
         """
-        weight = self.embedding.weight
-        return LongNetCache(self.config, batch_size, dtype=dtype or weight.dtype, device=weight.device)
+        weight, config = self.embedding.weight, self.config
+        kind = weight.device.type
+        if dtype is None:
+            cast = weight.dtype != torch.float64 and torch.is_autocast_enabled(kind)
+            dtype = torch.get_autocast_dtype(kind) if cast else weight.dtype
+        if max_length is not None:
+            # A segment that is not left before the end may as well end there.
+            pairs = zip(config.segment_lengths, config.dilation_rates, strict=True)
+            config = config.replace(segment_lengths=tuple(max(rate, min(width, max_length)) for width, rate in pairs))
+        return LongNetCache(config, batch_size, dtype=dtype, device=weight.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Output head: hidden states (..., dim) to logits (..., vocab_size)."""
