@@ -1,4 +1,4 @@
-"""The Hopper kernels' launches: what they take, their views of the tensors, and how they are cut.
+"""The Hopper kernels' launches: what they take, and how they are cut.
 
 They serve the Triton backend where they fit (:func:`why_not`), and compute what its portable kernels compute.
 """
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from longnet.backends.launches import kernel_arguments
+from longnet.backends.tma import VIEWS, descriptors, folds, launch, view_of
 from longnet.geometry.nests import Nest
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -22,8 +23,6 @@ HEAD_DIMS = (64, 128)
 
 # Rows that a program owns: two warpgroups of 64.
 _OWNED = 128
-# Every tensor comes as one view per branch of a nest, padded to so many.
-_VIEWS = 5
 
 # Measured on one H200: (rows swept at a time, pipeline stages) by kernel and head dimension.
 _CUTS = {
@@ -39,44 +38,6 @@ _REGISTERS = 168
 
 # Rates of a nest divide it: no kernel sweeps over fewer rows at a time.
 UNIT = 64
-
-
-@dataclass(frozen=True)
-class _View:
-    """A tensor (B, H, N, D) as a matrix whose rows hold some tokens each.
-
-    Token n of head h and batch b lies in row ``t // step``, column ``t % step * token + h * column``, where
-    ``t = b * batch + h * head + n`` and ``step`` is the tokens of a row.
-    """
-
-    batch: int
-    head: int
-    column: int
-    token: int
-    tokens: int
-
-    @property
-    def arguments(self) -> tuple[int, int, int, int]:
-        return (self.batch, self.head, self.column, self.token)
-
-
-def _view(x: Tensor) -> _View | None:
-    """The tensor as a matrix, or None if its strides allow none."""
-    batch, heads, length, dim = x.shape
-    by_batch, by_head, by_token, by_channel = x.stride()
-    # A stride that is never taken may be anything.
-    by_batch = by_batch if batch > 1 else by_token * length * heads
-    by_head = by_head if heads > 1 else by_token * length
-    if by_channel != 1 or by_token < dim or by_batch % by_token:
-        return None
-    if by_head < by_token:
-        if by_head * heads > by_token:
-            return None
-        return _View(by_batch // by_token, 0, by_head, by_token, (batch - 1) * (by_batch // by_token) + length)
-    if by_head % by_token:
-        return None
-    tokens = (batch - 1) * (by_batch // by_token) + (heads - 1) * (by_head // by_token) + length
-    return _View(by_batch // by_token, by_head // by_token, 0, by_token, tokens)
 
 
 @lru_cache(maxsize=64)
@@ -113,34 +74,18 @@ def why_not(
         return "they take no relative bias"
     length = query.shape[2]
     for nest in nests:
-        if len(nest.branches) > _VIEWS:
-            return f"they take nests of up to {_VIEWS} branches, not {len(nest.branches)}"
+        if len(nest.branches) > VIEWS:
+            return f"they take nests of up to {VIEWS} branches, not {len(nest.branches)}"
         coarsest = nest.dilation_rates[-1]
         if min(nest.segment_lengths[0], length) < _OWNED // 2 * coarsest:
             return f"segments of {nest.segment_lengths[0]} tokens at rate {coarsest} are too short for blocks of {_OWNED} rows"
         for x in tensors:
-            view = _view(x)
+            view = view_of(x)
             if view is None or x.data_ptr() % 16 or view.token * x.element_size() % 16:
                 return f"strides {tuple(x.stride())} fit no matrix of tokens"
             if view.tokens % coarsest or view.batch % coarsest or view.head % coarsest:
                 return f"the length {length} is no multiple of the rate {coarsest}"
     return None
-
-
-def _descriptors(x: Tensor, rates: tuple[int, ...], rows: int) -> list[Any]:
-    """One view of the tensor per branch, for copies of so many rows."""
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    view = _view(x)
-    assert view is not None
-    block = [rows, x.shape[-1]]
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16)
-    found = [
-        TensorDescriptor(x, [view.tokens // rate, rate * view.token], [rate * view.token, 1], block, layout)
-        for rate in rates
-    ]
-    return found + [found[-1]] * (_VIEWS - len(found))
 
 
 @lru_cache(maxsize=1024)
@@ -164,8 +109,8 @@ class Work:
 
     def _launches(
         self, kernel: str, owned: tuple[Tensor, ...], swept: tuple[Tensor, ...]
-    ) -> Iterator[tuple[tuple[int], dict[int, list[Any]], tuple[Any, ...], dict[str, Any]]]:
-        """(grid, descriptors by tensor, shared arguments, options) of every nest."""
+    ) -> Iterator[tuple[int, dict[int, list[Any]], tuple[Any, ...], dict[str, Any]]]:
+        """(programs, descriptors by tensor, shared arguments, options) of every nest."""
         batch, heads, length, dim = self.query.shape
         rows, stages = _CUTS[kernel, dim]
         for number, nest in enumerate(self.nests):
@@ -174,11 +119,11 @@ class Work:
             items = tiles * segments * heads * batch
             rates = nest.dilation_rates
             several = len(rates) > 1
-            descriptors = {id(x): _descriptors(x, rates, _OWNED) for x in owned}
-            descriptors |= {id(x): _descriptors(x, rates, rows) for x in swept}
+            views = {id(x): descriptors(x, rates, _OWNED) for x in owned}
+            views |= {id(x): descriptors(x, rates, rows) for x in swept}
             yield (
-                (min(items, _multiprocessors(self.query.device)),),
-                descriptors,
+                min(items, _multiprocessors(self.query.device)),
+                views,
                 (items, length, heads, heads // self.key.shape[1], self.scale, segments),
                 {
                     "TILES": tiles, "SHAPE": shape, "D": dim, "M": _OWNED, "N": rows, "WEIGHTED": several,
@@ -192,11 +137,10 @@ class Work:
         from longnet.backends.kernels.hopper_forward import hopper_forward_kernel
 
         inputs = (self.query, self.key, self.value)
-        for grid, descriptors, arguments, options in self._launches("forward", inputs[:1], inputs[1:]):
-            hopper_forward_kernel[grid](
-                out, lse, *(d for x in inputs for d in descriptors[id(x)]), *_folds(inputs),
-                out.stride()[:3], lse.stride(), *arguments, **options,
-            )  # fmt: skip
+        for programs, views, arguments, options in self._launches("forward", inputs[:1], inputs[1:]):
+            tensors = (out, lse, *(view for x in inputs for view in views[id(x)]))
+            strides = (*folds(inputs), out.stride()[:3], lse.stride())
+            launch(hopper_forward_kernel, programs, (*tensors, *strides, *arguments), options)
 
     def backward(
         self, grad_out: Tensor, lse: Tensor, delta: Tensor, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor
@@ -209,16 +153,7 @@ class Work:
             ("key_value", hopper_key_value_kernel, keys, queries, (grad_k, grad_v)),
             ("query", hopper_query_kernel, queries, keys, (grad_q,)),
         ):
-            for grid, descriptors, arguments, options in self._launches(kernel, owned, swept):
-                function[grid](
-                    lse, delta, *grads, *(d for x in (*queries, *keys) for d in descriptors[id(x)]),
-                    *_folds((*queries, *keys)), lse.stride(), *(grad.stride()[:3] for grad in grads),
-                    *arguments, **options,
-                )  # fmt: skip
-
-
-def _folds(tensors: tuple[Tensor, ...]) -> Iterator[tuple[int, ...]]:
-    for x in tensors:
-        view = _view(x)
-        assert view is not None
-        yield view.arguments
+            for programs, views, arguments, options in self._launches(kernel, owned, swept):
+                tensors = (lse, delta, *grads, *(view for x in (*queries, *keys) for view in views[id(x)]))
+                strides = (*folds((*queries, *keys)), lse.stride(), *(grad.stride()[:3] for grad in grads))
+                launch(function, programs, (*tensors, *strides, *arguments), options)
