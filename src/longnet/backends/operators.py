@@ -42,6 +42,21 @@ def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
+_library = torch.library.Library("longnet", "FRAGMENT")
+
+
+def _define(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Register ``longnet::<name>`` for every device and return it.
+
+    By hand: what ``torch.library.custom_op`` wraps around a call takes longer than attention over a short sequence.
+    """
+    schema = torch.library.infer_schema(function, mutates_args=())
+    _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"longnet::{name}", fake, lib=_library)
+    return getattr(torch.ops.longnet, name).default
+
+
 def register_operators(name: str, forward: ForwardFn, backward: BackwardFn) -> Callable[..., tuple[Tensor, Tensor]]:
     """Register a backend's operator pair and return the differentiable forward.
 
@@ -51,7 +66,6 @@ def register_operators(name: str, forward: ForwardFn, backward: BackwardFn) -> C
     (H, 2L - 1) by relative distance or None, ``grad_lse`` may be None and ``grad_bias`` is empty without a bias.
     """
 
-    @torch.library.custom_op(f"longnet::{name}", mutates_args=())
     def forward_op(
         query: Tensor,
         key: Tensor,
@@ -68,11 +82,9 @@ def register_operators(name: str, forward: ForwardFn, backward: BackwardFn) -> C
         with _no_autocast(query):
             return forward(query, key, value, padding, bias, spec)
 
-    @forward_op.register_fake
-    def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    def fake_forward(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         return torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=lse_dtype(query.dtype))
 
-    @torch.library.custom_op(f"longnet::{name}_backward", mutates_args=())
     def backward_op(
         grad_out: Tensor,
         grad_lse: Tensor | None,
@@ -93,8 +105,7 @@ def register_operators(name: str, forward: ForwardFn, backward: BackwardFn) -> C
         with _no_autocast(query):
             return backward(grad_out, grad_lse, query, key, value, padding, bias, out, lse, spec)
 
-    @backward_op.register_fake
-    def _(
+    def fake_backward(
         grad_out: Tensor,
         grad_lse: Tensor | None,
         query: Tensor,
@@ -117,7 +128,7 @@ def register_operators(name: str, forward: ForwardFn, backward: BackwardFn) -> C
         query, key, value, padding, bias, out, lse = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        *grads, grad_bias = backward_op(grad_out, grad_lse, query, key, value, padding, bias, out, lse, *ctx.settings)
+        *grads, grad_bias = call_backward(grad_out, grad_lse, query, key, value, padding, bias, out, lse, *ctx.settings)
         return (*grads, None, None if bias is None else grad_bias, None, None, None, None, None)
 
     def no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
@@ -126,6 +137,8 @@ def register_operators(name: str, forward: ForwardFn, backward: BackwardFn) -> C
             "a gradient taken with create_graph=True cannot be differentiated again"
         )
 
+    call_forward = _define(name, forward_op, fake_forward)
+    call_backward = _define(f"{name}_backward", backward_op, fake_backward)
     torch.library.register_autograd(f"longnet::{name}", autograd_backward, setup_context=setup_context)
     torch.library.register_autograd(f"longnet::{name}_backward", no_second_derivative)
 
@@ -133,7 +146,7 @@ def register_operators(name: str, forward: ForwardFn, backward: BackwardFn) -> C
         query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, bias: Tensor | None, spec: Spec
     ) -> tuple[Tensor, Tensor]:
         pattern = spec.pattern
-        return forward_op(
+        return call_forward(
             query,
             key,
             value,
