@@ -153,7 +153,8 @@ def oracle_out(case: Case, query: Tensor, key: Tensor, value: Tensor, head_offse
 
 def allowed_at_size(case: Case, tensors: Tensors) -> tuple[float, float, float, float]:
     """:func:`allowed_errors` judged on one dense block of the case's own inputs."""
-    return allowed_errors(Tensors(*(x[:, :4, : case.block] for x in tensors.all)), case.is_causal)
+    # Copies: torch's own attention reads wild memory where heads lie more than 2**31 elements apart.
+    return allowed_errors(Tensors(*(x[:, :4, : case.block].contiguous() for x in tensors.all)), case.is_causal)
 
 
 def rows_at_size(case: Case, tensors: Tensors, out: Tensor, allowed: float, seed: int = 0) -> list[Check]:

@@ -103,28 +103,42 @@ def gigapath(machine: Machine, case: Case, peers: list[Peer], sizes: GpuSizes) -
 
 
 def growth(machine: Machine, which: str, sizes: GpuSizes) -> dict[str, Any]:
-    """Seconds of every call at every length, all lengths in turn in every round.
+    """Seconds a call at every length, all lengths in turn in every round, as many calls each as make up the same tokens.
+
+    A device lowers its clock under load within milliseconds: what short and long sequences cost compares only under the
+    same load.
 
     Raises:
         CheckFailed: a length whose result is not the definition's.
     """
     storage = draw(max(sizes.growth, key=lambda case: case.length), 0, machine.device)
-    checks, functions = [], {}
+    checks, functions, calls = [], {}, {}
     for case in sizes.growth:
         tensors = storage.first(*case.shape)
-        functions[str(case.length)] = ours(case, tensors).passes[which]
+        calls[str(case.length)] = storage.query.shape[2] // case.length
+        functions[str(case.length)] = _repeated(ours(case, tensors).passes[which], calls[str(case.length)])
         (out,) = ours(case, tensors).passes["forward"]()
         checks += rows_at_size(case, tensors, out, allowed_at_size(case, tensors)[0])
         del out
     machine.release()
     least = sizes.rounds[0]
+    seconds = interleave(machine, functions, least, least, 0.0)
     return {
         "case": sizes.growth[0].to_dict(),
         "pass": which,
         "lengths": [case.length for case in sizes.growth],
         "checks": [asdict(check) for check in checks],
-        "seconds": interleave(machine, functions, least, least, 0.0),
+        "calls": calls,
+        "seconds": {length: [one / calls[length] for one in found] for length, found in seconds.items()},
     }
+
+
+def _repeated(function: Callable[[], object], calls: int) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(calls):
+            function()
+
+    return run
 
 
 def curves(machine: Machine, which: str, peers: list[Peer], sizes: GpuSizes) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from longnet.backends.launches import kernel_arguments
+from longnet.backends.schedule import item_order
 from longnet.backends.tma import VIEWS, descriptors, folds, launch, view_of
 from longnet.geometry.nests import Nest
 
@@ -109,8 +110,8 @@ class Work:
 
     def _launches(
         self, kernel: str, owned: tuple[Tensor, ...], swept: tuple[Tensor, ...]
-    ) -> Iterator[tuple[int, dict[int, list[Any]], tuple[Any, ...], dict[str, Any]]]:
-        """(programs, descriptors by tensor, shared arguments, options) of every nest."""
+    ) -> Iterator[tuple[int, Tensor, dict[int, list[Any]], tuple[Any, ...], dict[str, Any]]]:
+        """(programs, their items, descriptors by tensor, shared arguments, options) of every nest."""
         batch, heads, length, dim = self.query.shape
         rows, stages = _CUTS[kernel, dim]
         for number, nest in enumerate(self.nests):
@@ -119,10 +120,16 @@ class Work:
             items = tiles * segments * heads * batch
             rates = nest.dilation_rates
             several = len(rates) > 1
+            programs = min(items, _multiprocessors(self.query.device))
+            order = item_order(
+                nest, shape, length, heads * batch, programs, owned=_OWNED, swept=rows, is_causal=self.is_causal,
+                sweeps_later=kernel == "key_value", device=self.query.device,
+            )  # fmt: skip
             views = {id(x): descriptors(x, rates, _OWNED) for x in owned}
             views |= {id(x): descriptors(x, rates, rows) for x in swept}
             yield (
-                min(items, _multiprocessors(self.query.device)),
+                programs,
+                order,
                 views,
                 (items, length, heads, heads // self.key.shape[1], self.scale, segments),
                 {
@@ -137,8 +144,8 @@ class Work:
         from longnet.backends.kernels.hopper_forward import hopper_forward_kernel
 
         inputs = (self.query, self.key, self.value)
-        for programs, views, arguments, options in self._launches("forward", inputs[:1], inputs[1:]):
-            tensors = (out, lse, *(view for x in inputs for view in views[id(x)]))
+        for programs, order, views, arguments, options in self._launches("forward", inputs[:1], inputs[1:]):
+            tensors = (out, lse, order, *(view for x in inputs for view in views[id(x)]))
             strides = (*folds(inputs), out.stride()[:3], lse.stride())
             launch(hopper_forward_kernel, programs, (*tensors, *strides, *arguments), options)
 
@@ -153,7 +160,7 @@ class Work:
             ("key_value", hopper_key_value_kernel, keys, queries, (grad_k, grad_v)),
             ("query", hopper_query_kernel, queries, keys, (grad_q,)),
         ):
-            for programs, views, arguments, options in self._launches(kernel, owned, swept):
-                tensors = (lse, delta, *grads, *(view for x in (*queries, *keys) for view in views[id(x)]))
+            for programs, order, views, arguments, options in self._launches(kernel, owned, swept):
+                tensors = (lse, delta, *grads, order, *(view for x in (*queries, *keys) for view in views[id(x)]))
                 strides = (*folds((*queries, *keys)), lse.stride(), *(grad.stride()[:3] for grad in grads))
                 launch(function, programs, (*tensors, *strides, *arguments), options)

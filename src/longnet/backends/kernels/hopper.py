@@ -1,9 +1,9 @@
 """What the Hopper kernels share: items, ranges, weights, and copies by the tensor memory accelerator. In Gluon.
 
-A launch is persistent: every program takes items (``M`` rows of one class of one segment and head) in turn. One warp of a
-program copies tiles into shared memory, two warpgroups of 64 rows each compute on them, as in FlashAttention-3
-(arXiv 2407.08608). ``SHAPE`` is a constant tuple: segment lengths, rates, and the classes' levels, inner rates, steps,
-first tiles and tiles per residue.
+A launch is persistent: every program takes items (``M`` rows of one class of one segment and head) in the order that
+:mod:`longnet.backends.schedule` has made. One warp of a program copies tiles into shared memory, two warpgroups of 64 rows
+each compute on them, as in FlashAttention-3 (arXiv 2407.08608). ``SHAPE`` is a constant tuple: segment lengths, rates, and
+the classes' levels, inner rates, steps, first tiles and tiles per residue.
 """
 
 from __future__ import annotations
@@ -22,22 +22,25 @@ HALF = gl.constexpr(64)
 
 @gluon.jit
 def take_item(
-    item, length, heads, segments,
-    TILES: gl.constexpr, SHAPE: gl.constexpr, M: gl.constexpr, LAST_FIRST: gl.constexpr, BLOCKED: gl.constexpr,
+    item, length, heads, segments, TILES: gl.constexpr, SHAPE: gl.constexpr, M: gl.constexpr, BLOCKED: gl.constexpr
 ):  # fmt: skip
-    """Where the rows of an item lie, see ``locate``. Items rotate the classes, so that every program meets each."""
+    """Where the rows of an item lie, see ``locate``."""
     segment_lengths: gl.constexpr = SHAPE[0]
     level: gl.constexpr = SHAPE[2]
     inner: gl.constexpr = SHAPE[3]
     step: gl.constexpr = SHAPE[4]
     first: gl.constexpr = SHAPE[5]
     count: gl.constexpr = SHAPE[6]
-    group = item // TILES
-    program = group * TILES + (item + group) % TILES
     return locate(
-        program, length, heads, segments, TILES, segment_lengths, level, inner, step, first, count,
-        len(SHAPE[2]), M, BLOCKED, LAST_FIRST,
+        item, length, heads, segments, TILES, segment_lengths, level, inner, step, first, count,
+        len(SHAPE[2]), M, BLOCKED, False,
     )  # fmt: skip
+
+
+@gluon.jit
+def load_item(ORDER, slot, items):
+    """The item of a slot; past the end any. Loaded a turn ahead, it costs no waiting."""
+    return gl.load(ORDER + gl.minimum(slot, items - 1))
 
 
 @gluon.jit

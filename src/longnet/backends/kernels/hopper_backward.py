@@ -21,6 +21,7 @@ from longnet.backends.kernels.hopper import (
     block_weights,
     column_shift,
     fetch,
+    load_item,
     make_barriers,
     swept_range,
     take_item,
@@ -29,7 +30,7 @@ from longnet.backends.kernels.hopper import (
 
 @gluon.jit
 def _produce(
-    descs, shared, folds, items, length, heads, group, segments,
+    descs, shared, folds, ORDER, items, length, heads, group, segments,
     TILES: gl.constexpr, SHAPE: gl.constexpr, M: gl.constexpr, N: gl.constexpr, CAUSAL: gl.constexpr,
     BLOCKED: gl.constexpr, STAGES: gl.constexpr, KEYS: gl.constexpr,
 ):  # fmt: skip
@@ -40,9 +41,12 @@ def _produce(
     RATES: gl.constexpr = SHAPE[1]
     done = 0
     turn = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+    upcoming = load_item(ORDER, gl.program_id(0), items)
+    for slot in range(gl.program_id(0), items, gl.num_programs(0)):
+        item = upcoming
+        upcoming = load_item(ORDER, slot + gl.num_programs(0), items)
         batch, head, start, size, level, origin, step, first_row, rows = take_item(
-            item, length, heads, segments, TILES, SHAPE, M, CAUSAL and not KEYS, BLOCKED
+            item, length, heads, segments, TILES, SHAPE, M, BLOCKED
         )
         if first_row < rows:
             kv_head = head // group
@@ -147,7 +151,7 @@ def _query_block(
 
 @gluon.jit
 def _consume_keys(
-    shared, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, items, length, heads, segments, scale,
+    shared, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, ORDER, items, length, heads, segments, scale,
     WHICH: gl.constexpr, TILES: gl.constexpr, SHAPE: gl.constexpr, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
     WEIGHTED: gl.constexpr, PERIOD: gl.constexpr, CAUSAL: gl.constexpr, BLOCKED: gl.constexpr, MERGE: gl.constexpr,
     STAGES: gl.constexpr,
@@ -163,9 +167,12 @@ def _consume_keys(
     scale2 = scale * LOG2E
     done = 0
     turn = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+    upcoming = load_item(ORDER, gl.program_id(0), items)
+    for slot in range(gl.program_id(0), items, gl.num_programs(0)):
+        item = upcoming
+        upcoming = load_item(ORDER, slot + gl.num_programs(0), items)
         batch, head, start, size, level, origin, step, first_row, rows = take_item(
-            item, length, heads, segments, TILES, SHAPE, M, CAUSAL, BLOCKED
+            item, length, heads, segments, TILES, SHAPE, M, BLOCKED
         )
         if first_row < rows:
             own_first = first_row + WHICH * HALF
@@ -277,7 +284,7 @@ def _key_block(
 
 @gluon.jit
 def _consume_queries(
-    shared, statistics, LSE, DELTA, GRAD_K, GRAD_V, lse_at, grad_k_at, grad_v_at, items, length, heads, segments, scale,
+    shared, statistics, LSE, DELTA, GRAD_K, GRAD_V, lse_at, grad_k_at, grad_v_at, ORDER, items, length, heads, segments, scale,
     WHICH: gl.constexpr, TILES: gl.constexpr, SHAPE: gl.constexpr, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
     WEIGHTED: gl.constexpr, PERIOD: gl.constexpr, CAUSAL: gl.constexpr, BLOCKED: gl.constexpr, MERGE: gl.constexpr,
     STAGES: gl.constexpr,
@@ -294,9 +301,12 @@ def _consume_queries(
     scale2 = scale * LOG2E
     done = 0
     turn = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+    upcoming = load_item(ORDER, gl.program_id(0), items)
+    for slot in range(gl.program_id(0), items, gl.num_programs(0)):
+        item = upcoming
+        upcoming = load_item(ORDER, slot + gl.num_programs(0), items)
         batch, head, start, size, level, origin, step, first_row, rows = take_item(
-            item, length, heads, segments, TILES, SHAPE, M, False, BLOCKED
+            item, length, heads, segments, TILES, SHAPE, M, BLOCKED
         )
         if first_row < rows:
             own_first = first_row + WHICH * HALF
@@ -388,7 +398,7 @@ def _consume_queries(
 
 @gluon.jit
 def hopper_query_kernel(
-    LSE, DELTA, GRAD_Q,
+    LSE, DELTA, GRAD_Q, ORDER,
     q0, q1, q2, q3, q4, g0, g1, g2, g3, g4, k0, k1, k2, k3, k4, v0, v1, v2, v3, v4,
     q_fold, g_fold, k_fold, v_fold, lse_at, grad_q_at,
     items, length, heads, group, scale, segments,
@@ -412,21 +422,21 @@ def hopper_query_kernel(
             (
                 _consume_keys,
                 (
-                    shared, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, items, length, heads, segments, scale,
+                    shared, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, ORDER, items, length, heads, segments, scale,
                     0, TILES, SHAPE, M, N, D, WEIGHTED, PERIOD, CAUSAL, BLOCKED, MERGE, STAGES,
                 ),
             ),
             (
                 _consume_keys,
                 (
-                    shared, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, items, length, heads, segments, scale,
+                    shared, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, ORDER, items, length, heads, segments, scale,
                     1, TILES, SHAPE, M, N, D, WEIGHTED, PERIOD, CAUSAL, BLOCKED, MERGE, STAGES,
                 ),
             ),
             (
                 _produce,
                 (
-                    descs, shared, (q_fold, g_fold, k_fold, v_fold), items, length, heads, group, segments,
+                    descs, shared, (q_fold, g_fold, k_fold, v_fold), ORDER, items, length, heads, group, segments,
                     TILES, SHAPE, M, N, CAUSAL, BLOCKED, STAGES, False,
                 ),
             ),
@@ -438,7 +448,7 @@ def hopper_query_kernel(
 
 @gluon.jit
 def hopper_key_value_kernel(
-    LSE, DELTA, GRAD_K, GRAD_V,
+    LSE, DELTA, GRAD_K, GRAD_V, ORDER,
     q0, q1, q2, q3, q4, g0, g1, g2, g3, g4, k0, k1, k2, k3, k4, v0, v1, v2, v3, v4,
     q_fold, g_fold, k_fold, v_fold, lse_at, grad_k_at, grad_v_at,
     items, length, heads, group, scale, segments,
@@ -466,7 +476,7 @@ def hopper_key_value_kernel(
                 _consume_queries,
                 (
                     shared, first_statistics, LSE, DELTA, GRAD_K, GRAD_V, lse_at, grad_k_at, grad_v_at,
-                    items, length, heads, segments, scale,
+                    ORDER, items, length, heads, segments, scale,
                     0, TILES, SHAPE, M, N, D, WEIGHTED, PERIOD, CAUSAL, BLOCKED, MERGE, STAGES,
                 ),
             ),
@@ -474,14 +484,14 @@ def hopper_key_value_kernel(
                 _consume_queries,
                 (
                     shared, second_statistics, LSE, DELTA, GRAD_K, GRAD_V, lse_at, grad_k_at, grad_v_at,
-                    items, length, heads, segments, scale,
+                    ORDER, items, length, heads, segments, scale,
                     1, TILES, SHAPE, M, N, D, WEIGHTED, PERIOD, CAUSAL, BLOCKED, MERGE, STAGES,
                 ),
             ),
             (
                 _produce,
                 (
-                    descs, shared, (k_fold, v_fold, q_fold, g_fold), items, length, heads, group, segments,
+                    descs, shared, (k_fold, v_fold, q_fold, g_fold), ORDER, items, length, heads, group, segments,
                     TILES, SHAPE, M, N, CAUSAL, BLOCKED, STAGES, True,
                 ),
             ),

@@ -18,6 +18,7 @@ from longnet.backends.kernels.hopper import (
     block_weights,
     column_shift,
     fetch,
+    load_item,
     make_barriers,
     swept_range,
     take_item,
@@ -80,7 +81,7 @@ def _advance(
 
 @gluon.jit
 def _produce(
-    descs, shared, folds, items, length, heads, group, segments,
+    descs, shared, folds, ORDER, items, length, heads, group, segments,
     TILES: gl.constexpr, SHAPE: gl.constexpr, M: gl.constexpr, N: gl.constexpr, CAUSAL: gl.constexpr,
     BLOCKED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -90,9 +91,12 @@ def _produce(
     RATES: gl.constexpr = SHAPE[1]
     done = 0
     turn = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+    upcoming = load_item(ORDER, gl.program_id(0), items)
+    for slot in range(gl.program_id(0), items, gl.num_programs(0)):
+        item = upcoming
+        upcoming = load_item(ORDER, slot + gl.num_programs(0), items)
         batch, head, start, size, level, origin, step, first_row, rows = take_item(
-            item, length, heads, segments, TILES, SHAPE, M, CAUSAL, BLOCKED
+            item, length, heads, segments, TILES, SHAPE, M, BLOCKED
         )
         if first_row < rows:
             mbarrier.wait(q_empty.index(0), (turn & 1) ^ 1)
@@ -147,7 +151,7 @@ def _produce(
 
 @gluon.jit
 def _consume(
-    shared, OUT, LSE, out_at, lse_at, items, length, heads, segments, scale2,
+    shared, OUT, LSE, out_at, lse_at, ORDER, items, length, heads, segments, scale2,
     WHICH: gl.constexpr, TILES: gl.constexpr, SHAPE: gl.constexpr, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
     WEIGHTED: gl.constexpr, PERIOD: gl.constexpr, CAUSAL: gl.constexpr, BLOCKED: gl.constexpr, MERGE: gl.constexpr,
     STAGES: gl.constexpr,
@@ -162,9 +166,12 @@ def _consume(
     q = q_smem.slice(WHICH * HALF, HALF)
     done = 0
     turn = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+    upcoming = load_item(ORDER, gl.program_id(0), items)
+    for slot in range(gl.program_id(0), items, gl.num_programs(0)):
+        item = upcoming
+        upcoming = load_item(ORDER, slot + gl.num_programs(0), items)
         batch, head, start, size, level, origin, step, first_row, rows = take_item(
-            item, length, heads, segments, TILES, SHAPE, M, CAUSAL, BLOCKED
+            item, length, heads, segments, TILES, SHAPE, M, BLOCKED
         )
         if first_row < rows:
             own_first = first_row + WHICH * HALF
@@ -263,7 +270,7 @@ def _consume(
 
 @gluon.jit
 def hopper_forward_kernel(
-    OUT, LSE,
+    OUT, LSE, ORDER,
     q0, q1, q2, q3, q4, k0, k1, k2, k3, k4, v0, v1, v2, v3, v4,
     q_fold, k_fold, v_fold, out_at, lse_at,
     items, length, heads, group, scale, segments,
@@ -286,14 +293,14 @@ def hopper_forward_kernel(
             (
                 _consume,
                 (
-                    shared, OUT, LSE, out_at, lse_at, items, length, heads, segments, scale2,
+                    shared, OUT, LSE, out_at, lse_at, ORDER, items, length, heads, segments, scale2,
                     0, TILES, SHAPE, M, N, D, WEIGHTED, PERIOD, CAUSAL, BLOCKED, MERGE, STAGES,
                 ),
             ),
             (
                 _consume,
                 (
-                    shared, OUT, LSE, out_at, lse_at, items, length, heads, segments, scale2,
+                    shared, OUT, LSE, out_at, lse_at, ORDER, items, length, heads, segments, scale2,
                     1, TILES, SHAPE, M, N, D, WEIGHTED, PERIOD, CAUSAL, BLOCKED, MERGE, STAGES,
                 ),
             ),
@@ -301,7 +308,7 @@ def hopper_forward_kernel(
                 _produce,
                 (
                     ((q0, q1, q2, q3, q4), (k0, k1, k2, k3, k4), (v0, v1, v2, v3, v4)), shared, (q_fold, k_fold, v_fold),
-                    items, length, heads, group, segments, TILES, SHAPE, M, N, CAUSAL, BLOCKED, STAGES,
+                    ORDER, items, length, heads, group, segments, TILES, SHAPE, M, N, CAUSAL, BLOCKED, STAGES,
                 ),
             ),
         ],
