@@ -115,8 +115,8 @@ FULL = GpuSizes(
     speed=_grid(_BASE, (8192, 32768, 131072, 1048576), (64, 128)),
     memory=_grid(_BASE, (1048576,), (64,)),
     gigapath=(_GIGAPATH, replace(_GIGAPATH, length=45681)),
-    # Four heads, so that 16M tokens fit: the same heads at every length, or they would not be comparable.
-    growth=tuple(replace(_BASE, length=2**i, heads=4) for i in range(17, 25)),
+    # Eight heads, so that 16M tokens fit: the same heads at every length, or they would not be comparable.
+    growth=tuple(replace(_BASE, length=2**i, heads=8) for i in range(17, 25)),
     curves=tuple(replace(_BASE, length=2**i) for i in range(13, 21)),
     longest=_BASE,
     longest_step=65536,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longnet.backends.launches import kernel_arguments
-from longnet.backends.schedule import item_costs, share_out
+from longnet.backends.schedule import in_turn, item_costs, share_out
 from longnet.geometry import Pattern
 from longnet.geometry.nests import make_nests
 
@@ -23,6 +23,15 @@ def test_every_item_is_in_one_place(costs, programs):
     for program in range(programs):
         mine = order[program::programs].tolist()
         assert mine == sorted(mine), "a program leaves its items' natural order"
+
+
+@pytest.mark.parametrize("last_first", [False, True])
+def test_items_in_turn_are_each_in_one_place(last_first):
+    order = in_turn(35, 16, last_first=last_first, device=CPU)
+    assert order.dtype == torch.int32
+    assert sorted(order.tolist()) == list(range(35 * 16))
+    # A program that takes every 16th meets every tile.
+    assert len({item % 16 for item in order[3::16].tolist()}) == 16
 
 
 @pytest.mark.parametrize("heads", [4, 16])
