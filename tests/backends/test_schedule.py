@@ -8,43 +8,61 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longnet.backends.launches import kernel_arguments
-from longnet.backends.schedule import in_turn, item_costs, share_out
+from longnet.backends.schedule import Schedule, share_out
 from longnet.geometry import Pattern
 from longnet.geometry.nests import make_nests
 
 CPU = torch.device("cpu")
 
 
-@given(costs=st.lists(st.integers(0, 80), min_size=1, max_size=400), programs=st.integers(1, 140))
-def test_every_item_is_in_one_place(costs, programs):
+@given(
+    costs=st.lists(st.integers(0, 80), min_size=1, max_size=400),
+    programs=st.integers(1, 140),
+    launches=st.integers(1, 3),
+)
+def test_every_item_is_in_one_place(costs, programs, launches):
     programs = min(programs, len(costs))
-    order = share_out(torch.tensor(costs), programs)
-    assert sorted(order.tolist()) == list(range(len(costs)))
-    for program in range(programs):
-        mine = order[program::programs].tolist()
-        assert mine == sorted(mine), "a program leaves its items' natural order"
+    for order in share_out(torch.tensor(costs).expand(launches, -1), programs):
+        assert sorted(order.tolist()) == list(range(len(costs)))
+        for program in range(programs):
+            mine = order[program::programs].tolist()
+            assert mine == sorted(mine), "a program leaves its items' natural order"
 
 
-@pytest.mark.parametrize("last_first", [False, True])
-def test_items_in_turn_are_each_in_one_place(last_first):
-    order = in_turn(35, 16, last_first=last_first, device=CPU)
+def schedule(pattern, heads, length, *, programs=132, owned=128, swept=128, is_causal=True, sweeps_later=False):
+    (nest,) = make_nests(pattern, heads, 64, 64)
+    width = min(nest.segment_lengths[0], length)
+    _, shape = kernel_arguments(nest, nest.classes, width, owned)
+    return Schedule(nest, shape, length, heads, programs, owned, swept, is_causal, sweeps_later, CPU)
+
+
+@given(length=st.integers(1000, 200_000), heads=st.integers(1, 8), programs=st.integers(1, 140))
+def test_launches_are_even_and_not_too_long(length, heads, programs):
+    one = schedule(Pattern.parse((256, 512), (1, 2)), heads, length, programs=programs)
+    assert one.items == len(one.costs()) * heads
+    assert one.per_launch % programs == 0
+    assert one.per_launch // programs <= 128
+    launches = -(-one.items // (128 * programs))
+    assert one.per_launch - programs < one.items / launches <= one.per_launch
+
+
+def test_a_long_order_holds_every_item_once():
+    """What a device does, on the CPU: several launches and a shorter last one."""
+    one = schedule(Pattern.parse((256, 512), (1, 2)), 4, 128 * 256 + 77, programs=5, swept=64)
+    assert one.items > one.per_launch, "one launch shows nothing"
+    order, each = one.order(), one.per_launch
     assert order.dtype == torch.int32
-    assert sorted(order.tolist()) == list(range(35 * 16))
-    # A program that takes every 16th meets every tile.
-    assert len({item % 16 for item in order[3::16].tolist()}) == 16
+    for number, part in enumerate(order.split(each)):
+        assert sorted(part.tolist()) == list(range(number * each, number * each + len(part)))
 
 
 @pytest.mark.parametrize("heads", [4, 16])
 @pytest.mark.parametrize(("is_causal", "sweeps_later"), [(True, False), (True, True), (False, False)])
 def test_work_is_level(is_causal, sweeps_later, heads):
     pattern = Pattern.parse((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 8, 16))
-    (nest,) = make_nests(pattern, heads, 64, 64)
-    _, shape = kernel_arguments(nest, nest.classes, 2048, 128)
-    costs = item_costs(
-        nest, shape, 131072, owned=128, swept=128, is_causal=is_causal, sweeps_later=sweeps_later, device=CPU
-    ).repeat(heads)
+    costs = schedule(pattern, heads, 131072, is_causal=is_causal, sweeps_later=sweeps_later).costs().repeat(heads)
     in_turn = torch.stack([costs[p::132].sum() for p in range(132)]).float()
-    order = share_out(costs, 132).long()
+    order = share_out(costs[None], 132)[0].long()
     shared = torch.stack([costs[order[p::132]].sum() for p in range(132)]).float()
     assert shared.max() / shared.mean() < 1.05
     assert shared.max() < in_turn.max()
@@ -54,11 +72,9 @@ def test_work_is_level(is_causal, sweeps_later, heads):
 @pytest.mark.parametrize(("is_causal", "sweeps_later"), [(True, False), (True, True), (False, False)])
 def test_costs_are_the_blocks_met(is_causal, sweeps_later, length):
     pattern = Pattern.parse((1024, 4096, 16384), (1, 2, 8))
-    (nest,) = make_nests(pattern, 8, 64, 64)
-    tiles, shape = kernel_arguments(nest, nest.classes, 1024, 128)
-    costs = item_costs(
-        nest, shape, length, owned=128, swept=64, is_causal=is_causal, sweeps_later=sweeps_later, device=CPU
-    ).view(-1, tiles)  # fmt: skip
+    one = schedule(pattern, 8, length, swept=64, is_causal=is_causal, sweeps_later=sweeps_later)
+    nest, tiles = one.nest, len(one.costs()) // -(-length // 1024)
+    costs = one.costs().view(-1, tiles)
     for segment in (0, 1, 5, 17, len(costs) - 1):
         start = segment * 1024
         tile = 0

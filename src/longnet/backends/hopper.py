@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from longnet.backends.launches import kernel_arguments
-from longnet.backends.schedule import item_order
+from longnet.backends.schedule import Schedule, kept_order
 from longnet.backends.tma import VIEWS, descriptors, folds, launch, view_of
 from longnet.geometry.nests import Nest
 
@@ -111,33 +111,28 @@ class Work:
     def _launches(
         self, kernel: str, owned: tuple[Tensor, ...], swept: tuple[Tensor, ...]
     ) -> Iterator[tuple[int, Tensor, dict[int, list[Any]], tuple[Any, ...], dict[str, Any]]]:
-        """(programs, their items, descriptors by tensor, shared arguments, options) of every nest."""
+        """(programs, their items, descriptors by tensor, shared arguments, options) of every launch."""
         batch, heads, length, dim = self.query.shape
         rows, stages = _CUTS[kernel, dim]
         for number, nest in enumerate(self.nests):
             tiles, shape = _shape(nest, length)
-            segments = -(-length // nest.segment_lengths[0])
-            items = tiles * segments * heads * batch
             rates = nest.dilation_rates
             several = len(rates) > 1
-            programs = min(items, _multiprocessors(self.query.device))
-            order = item_order(
-                nest, shape, length, heads * batch, programs, owned=_OWNED, swept=rows, is_causal=self.is_causal,
-                sweeps_later=kernel == "key_value", device=self.query.device,
+            schedule = Schedule(
+                nest, shape, length, heads * batch, _multiprocessors(self.query.device), _OWNED, rows, self.is_causal,
+                kernel == "key_value", self.query.device,
             )  # fmt: skip
+            segments = -(-length // nest.segment_lengths[0])
             views = {id(x): descriptors(x, rates, _OWNED) for x in owned}
             views |= {id(x): descriptors(x, rates, rows) for x in swept}
-            yield (
-                programs,
-                order,
-                views,
-                (items, length, heads, heads // self.key.shape[1], self.scale, segments),
-                {
-                    "TILES": tiles, "SHAPE": shape, "D": dim, "M": _OWNED, "N": rows, "WEIGHTED": several,
-                    "PERIOD": rates[-1] if several else 1, "BLOCKED": self.head_offsets == "blocked",
-                    "CAUSAL": self.is_causal, "MERGE": number > 0, "STAGES": stages, "num_warps": 4, "maxnreg": _REGISTERS,
-                },
-            )  # fmt: skip
+            options = {
+                "TILES": tiles, "SHAPE": shape, "D": dim, "M": _OWNED, "N": rows, "WEIGHTED": several,
+                "PERIOD": rates[-1] if several else 1, "BLOCKED": self.head_offsets == "blocked",
+                "CAUSAL": self.is_causal, "MERGE": number > 0, "STAGES": stages, "num_warps": 4, "maxnreg": _REGISTERS,
+            }  # fmt: skip
+            for part in kept_order(schedule).split(schedule.per_launch):
+                arguments = (len(part), length, heads, heads // self.key.shape[1], self.scale, segments)
+                yield min(len(part), schedule.programs), part, views, arguments, options
 
     def forward(self, out: Tensor, lse: Tensor) -> None:
         """Write out like the query and lse (B, H, N) float32."""
