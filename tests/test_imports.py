@@ -38,7 +38,7 @@ THIRD_PARTY = {
 
 # The only modules that import triton. Kernels run on its tensors, never on torch's.
 KERNELS = ("longnet", "backends", "kernels")
-MEETS_TRITON = {("backends", "kernels"): {"triton"}, ("backends", "hopper"): {"torch", "triton"}}
+MEETS_TRITON = {("backends", "kernels"): {"triton"}, ("backends", "tma"): {"torch", "triton"}}
 
 # `import longnet` must do without all of these.
 OPTIONAL = ("triton", "transformers", "matplotlib", "numpy", "safetensors", "typer", "rich")
@@ -66,9 +66,11 @@ def imports_of(tree: ast.AST, package: tuple[str, ...]) -> Iterator[tuple[int, t
 # What the backend made of Triton kernels is built on, besides what all share. Kernels import one another only.
 BUILT_ON = {
     "triton_flash": {"hopper", "kernels", "launches"},
-    "hopper": {"kernels", "launches"},
+    "hopper": {"kernels", "launches", "schedule", "tma"},
     "kernels": {"kernels"},
     "launches": set(),
+    "schedule": set(),
+    "tma": set(),
 }
 
 
@@ -77,7 +79,7 @@ def may_know_backends(module: str, target: tuple[str, ...]) -> bool:
     if module in ("select", "__init__"):
         return True
     return target[0] in BUILT_ON.get(module, set()) or (
-        target == ("operators",) and module not in ("kernels", "launches")
+        target == ("operators",) and module not in ("kernels", "launches", "schedule", "tma")
     )
 
 
@@ -126,6 +128,7 @@ def test_a_module_imports_only_downwards(path: Path) -> None:
         ("longnet/backends/triton_flash", "from longnet.backends import portable"),
         ("longnet/backends/portable", "from longnet.backends.kernels.forward import forward_kernel"),
         ("longnet/backends/launches", "from longnet.backends.operators import Spec"),
+        ("longnet/backends/schedule", "from longnet.backends.hopper import Work"),
         ("longnet/backends/kernels/rows", "from longnet.backends.operators import Spec"),
         ("longnet/backends/kernels/rows", "import torch"),
         ("longnet/functional", "def f():\n    from longnet import DilatedAttention"),
