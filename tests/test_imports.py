@@ -38,7 +38,8 @@ THIRD_PARTY = {
 
 # The only modules that import triton. Kernels run on its tensors, never on torch's.
 KERNELS = ("longnet", "backends", "kernels")
-MEETS_TRITON = {("backends", "kernels"): {"triton"}, ("backends", "tma"): {"torch", "triton"}}
+MEETS_TRITON = {("backends", "kernels"): {"triton"}, ("backends", "tma"): {"torch", "triton"},
+                ("streaming", "kernels"): {"triton"}, ("streaming", "fused"): {"torch", "triton"}}  # fmt: skip
 
 # `import longnet` must do without all of these.
 OPTIONAL = ("triton", "transformers", "matplotlib", "numpy", "safetensors", "typer", "rich")

@@ -182,7 +182,14 @@ class DilatedAttention(nn.Module):
         if self.rel_pos_bias is not None:
             raise ValueError("cache given with use_rel_pos_bias=True: cached attention takes no relative bias yet")
         if self.xpos is not None:
-            tables = self.xpos.tables(q.shape[2], q.dtype, q.device, start=cache.position, streaming=True)
+            if not self.xpos.endless and q.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise ValueError(
+                    f"segment_lengths={self.pattern.segment_lengths} have no near common boundary, so xPos must stop this stream "
+                    "before its scales overflow, which a captured step cannot: expected lengths that divide each other"
+                )
+            tables = self.xpos.tables(
+                q.shape[2], q.dtype, q.device, cache.position, streaming=True, counter=cache.position_tensor
+            )
             q, k = rotate(q, *tables[:2]), rotate(k, *tables[2:])
         return stream_attention(q, k, v, cache, key_padding_mask=key_padding_mask)
 

@@ -74,18 +74,23 @@ class XPos:
         start: int = 0,
         *,
         streaming: bool = False,
+        counter: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(cos q, sin q, cos k, sin k), each (N, D / 2), for positions ``start .. start + length``.
 
         float32, or float64 for ``dtype`` float64. Angles are float64 before the sine: position 1e9 in float32 would
         be off by a whole turn. ``dtype`` is that of q and k. Tables made for ``streaming`` fit those of any other part
-        of the same stream: their centre does not depend on the length, which a stream does not know.
+        of the same stream: their centre does not depend on the length, which a stream does not know. ``counter`` is
+        ``start`` as a () int64 tensor: what is captured in a CUDA graph reads it anew at every replay.
 
         Raises:
             ValueError: scales that would overflow ``dtype`` at this length.
         """
         centre = self._stream_centre(length, dtype, start) if streaming else self._centre(length, dtype, start)
-        position = torch.arange(start, start + length, device=device, dtype=torch.float64)
+        if counter is None:
+            position = torch.arange(start, start + length, device=device, dtype=torch.float64)
+        else:
+            position = torch.arange(length, device=device, dtype=torch.float64) + counter
         pair = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float64) / self.head_dim
         angle = position[:, None] * _BASE**-pair
         local = (position % self.window if self.endless else position) - centre

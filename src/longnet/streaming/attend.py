@@ -11,6 +11,7 @@ from torch import Tensor
 
 from longnet.streaming.cache import DilatedCache
 from longnet.streaming.chunk import attend_chunk
+from longnet.streaming.fused import fits, fused_step
 from longnet.streaming.step import step
 
 
@@ -72,7 +73,7 @@ def _read(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, scale:
     length = query.shape[2]
     # A GPU waits for launches, so few operations that touch rows in vain are better there; the CPU waits for bytes.
     if length == 1 and query.device.type != "cpu":
-        out = step(query, key, value, cache, scale)
+        out = (fused_step if fits(cache) else step)(query, key, value, cache, scale)
         cache.moved(1, on_device=False)
     else:
         out = attend_chunk(query, key, value, cache, scale)

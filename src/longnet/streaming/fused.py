@@ -1,0 +1,75 @@
+"""The launches of :mod:`longnet.streaming.kernels`: what :func:`longnet.streaming.step.step` computes, in two of them."""
+
+from __future__ import annotations
+
+import importlib.util
+from contextlib import nullcontext
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from longnet.backends.operators import lse_dtype
+
+if TYPE_CHECKING:
+    from longnet.streaming.cache import DilatedCache
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+_LARGEST_HEAD_DIM = 256
+# Rows of a lane that a program reads at a time, and programs that share a lane at most.
+_ROWS = 128
+_MOST_SPLITS = 64
+
+
+def fits(cache: DilatedCache) -> bool:
+    """Whether the kernels can take the next token of this cache."""
+    return HAS_TRITON and cache.device.type == "cuda" and cache.head_dim <= _LARGEST_HEAD_DIM
+
+
+def fused_step(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, scale: float) -> Tensor:
+    """Attention of the next token, which is then in the cache; ``cache.position_tensor`` counts it, ``cache.position`` not.
+
+    Args:
+        query: (B, H, 1, D). key, value: (B, Hk, 1, D).
+
+    Returns:
+        (B, H, 1, D) in the query's dtype.
+    """
+    import triton.language as tl  # the kernels' types; triton is there, or this is not called
+
+    from longnet.streaming.kernels import lanes_kernel, mix_kernel
+
+    query, key, value = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (query, key, value))
+    batch, heads, _, dim = query.shape
+    branches = cache.pattern.branches
+    counts = tuple(-(-heads // branch.dilation_rate) for branch in branches)
+    *first_lanes, lanes = accumulate(counts, initial=0)
+    most = max(branch.rows(branch.segment_length, 0) for branch in branches)
+    splits = min(_MOST_SPLITS, -(-most // _ROWS))
+    pattern = (cache.pattern.segment_lengths, cache.pattern.dilation_rates, counts, tuple(first_lanes))
+    kind = lse_dtype(query.dtype)
+    options = {
+        "BRANCHES": len(branches), "BLOCKED": cache.pattern.head_offsets == "blocked", "D": dim,
+        "D_BLOCK": _power_of_two(dim), "KIND": tl.float64 if kind == torch.float64 else tl.float32,
+    }  # fmt: skip
+    parts = query.new_empty(batch * lanes * splits, dim, dtype=kind)
+    lse = query.new_empty(batch * lanes * splits, dtype=kind)
+    seen = torch.empty_like(cache.position_tensor)
+    out = torch.empty_like(query)
+    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
+        lanes_kernel[(batch * lanes * splits,)](
+            query, key, value, cache.keys, cache.values, parts, lse, cache.position_tensor, seen, cache.padding,
+            cache.tables.first_rows, query.stride()[:2], key.stride()[:2], value.stride()[:2], cache.keys.stride(0),
+            heads, heads // cache.kv_heads, lanes, splits, -(-most // (splits * _ROWS)), *pattern,
+            ROWS=_ROWS, SCALE=scale, num_warps=8, **options,
+        )  # fmt: skip
+        mix_kernel[(batch * heads,)](
+            parts, lse, out, cache.position_tensor, seen, out.stride()[:2], heads, lanes, splits, *pattern,
+            SPLITS=_power_of_two(splits), num_warps=4, **options,
+        )  # fmt: skip
+    return out
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()

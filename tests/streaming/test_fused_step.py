@@ -1,0 +1,80 @@
+"""The kernels of a single token, in Triton's interpreter: the rows that one call over everything gives."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from patterns import relative_error
+from streams import Stream, read, streams
+
+from longnet import stream_attention
+from longnet.streaming import fused
+
+pytestmark = [
+    pytest.mark.skipif(
+        torch.cuda.is_available() or importlib.util.find_spec("triton") is None,
+        reason="needs triton, and no GPU: with one, kernels are compiled, and test_stream_device.py runs them",
+    ),
+    pytest.mark.filterwarnings("ignore:segment_lengths=.*to no head"),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_parts():
+    """Several parts of several tiles, as long segments have."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "_ROWS", 4)
+        patch.setattr(fused, "_MOST_SPLITS", 2)
+        yield
+
+
+def by_fused_step(query, key, value, cache, key_padding_mask):
+    if query.shape[2] > 1:
+        return stream_attention(query, key, value, cache, key_padding_mask=key_padding_mask)
+    if key_padding_mask is not None:
+        lead = cache.padding + key_padding_mask[:, 0]
+        cache._set_padding(lead, int(lead.max()))
+    out = fused.fused_step(query, key, value, cache, query.shape[-1] ** -0.5)
+    cache.moved(1, on_device=False)
+    assert cache.position == int(cache.position_tensor)
+    return out
+
+
+@given(stream=streams(longest=16))
+@settings(max_examples=15)
+def test_steps_after_a_chunk_give_the_rows_of_one_call(stream):
+    first = min(stream.ends())
+    stream = replace(stream, cuts=tuple(range(first, stream.length)))
+    cache = stream.cache()
+    cache.keys.fill_(torch.nan)
+    cache.values.fill_(torch.nan)
+    assert relative_error(read(stream, cache, attend=by_fused_step), stream.expected()) < 1e-10
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+def test_half_precision_statistics_are_float32(dtype, allowed):
+    stream = Stream(((8, 1), (24, 4)), 28, tuple(range(28)), kv_heads=2, group=2, head_dim=16, dtype=dtype, seed=1)
+    out = read(stream, stream.cache(), attend=by_fused_step)
+    assert out.dtype == dtype
+    assert relative_error(out, stream.expected()) < allowed
+
+
+@pytest.mark.parametrize("start", [2**31 - 20, 10**12])
+def test_any_position(start):
+    """The same tokens give the same rows wherever a whole period ends."""
+    period = 16
+    start -= start % period
+    stream = Stream(((4, 1), (16, 2)), 22, tuple(range(22)))
+    far = stream.cache()
+    far.moved(start)
+    near, moved = (read(stream, cache, attend=by_fused_step) for cache in (stream.cache(), far))
+    assert torch.equal(near, moved)
+    assert far.position == start + 22
+
+
+def test_the_cpu_takes_the_other_path():
+    assert not fused.fits(Stream(((16, 1),), 4).cache())
