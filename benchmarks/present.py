@@ -15,7 +15,7 @@ from benchmarks.runner import SCHEMA
 from benchmarks.tables import Table
 from benchmarks.verdicts import Result
 
-_LISTS = ("speed", "memory", "gigapath", "growth", "curves", "longest")
+_LISTS = ("speed", "memory", "gigapath", "growth", "curves", "longest", "stream")
 _BY_CASE = ("speed", "memory", "gigapath")
 _SAME = ("schema", "commit", "versions", "device", "limits", "judged", "pattern")
 
@@ -106,7 +106,7 @@ def merge(results: dict[str, Result]) -> Result:
         merged[section] = []
         seen: dict[str, str] = {}
         for name, result in results.items():
-            for record in result[section]:
+            for record in result.get(section, []):
                 cell = [record["case"], record["pass"]] if section in _BY_CASE else [record["pass"]]
                 key = json.dumps(cell)
                 if key in seen:

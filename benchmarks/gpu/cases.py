@@ -8,12 +8,14 @@ from typing import Any
 
 from benchmarks.cases import PASSES, Case
 
-SECTIONS = ("ceilings", "speed", "memory", "gigapath", "growth", "longest")
+SECTIONS = ("ceilings", "speed", "memory", "gigapath", "growth", "longest", "stream")
 _LONG, _GIB = (131072, 1048576), 2**30
 
 # "tax": time over the same-FLOP kernel's, at most. "dense": time over dense cuDNN attention's, at most. "torchscale":
 # torchscale's time over ours, at least. "memory": bytes beyond q, k, v, at most. "growth": the largest time per token
-# over the smallest, less 1, at most. A limit holds for the cells whose fields are all in its lists.
+# over the smallest, less 1, at most. "position": time of a token at the last position over the first, less 1, at most.
+# "dense_decoding": time of a dense decoding step over ours, at least. A limit holds for the cells whose fields are all in
+# its lists.
 LIMITS: dict[str, Any] = {
     "speed": [
         {"kind": "tax", "length": _LONG, "head_dim": (64,), "pass": ("forward",), "limit": 1.00},
@@ -36,7 +38,20 @@ LIMITS: dict[str, Any] = {
     "memory": {"forward": 2.2 * _GIB, "forward_backward": 10.5 * _GIB},
     "gigapath": 3.0,
     "growth": 0.05,
+    "stream": {"position": 0.05, "dense_decoding": 4.0},
 }
+
+
+@dataclass(frozen=True)
+class StreamSizes:
+    """Streams: (N, chunk, single tokens at the end), and how single tokens are timed."""
+
+    rows: tuple[tuple[int, int, int], ...]
+    positions: tuple[int, ...]
+    dense_tokens: int
+    layers: int
+    rounds: int
+    replays: int
 
 
 @dataclass(frozen=True)
@@ -57,6 +72,7 @@ class GpuSizes:
     longest: Case
     longest_step: int
     longest_seconds: float
+    stream: StreamSizes
     matrix: int
     copy_bytes: int
     rounds: tuple[int, int]
@@ -121,6 +137,15 @@ FULL = GpuSizes(
     longest=_BASE,
     longest_step=65536,
     longest_seconds=90.0,
+    # 100,007,936 is the first multiple of the period past 100 million.
+    stream=StreamSizes(
+        rows=((1048576, 65536, 0), (262144, 65536, 128)),
+        positions=(65536, 100007936),
+        dense_tokens=65536,
+        layers=8,
+        rounds=16,
+        replays=32,
+    ),
     matrix=8192,
     copy_bytes=4 * _GIB,
     rounds=(5, 25),
@@ -144,6 +169,9 @@ QUICK = GpuSizes(
     longest=_SMALL,
     longest_step=65536,
     longest_seconds=1.0,
+    stream=StreamSizes(
+        rows=((512, 100, 0), (300, 100, 5)), positions=(256, 2560), dense_tokens=64, layers=2, rounds=2, replays=3
+    ),
     matrix=256,
     copy_bytes=2**20,
     rounds=(3, 3),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +37,10 @@ class Machine(Protocol):
 
     def occupy(self) -> None:
         """Give the device some milliseconds of work, in which the host can queue what is to be timed."""
+        ...
+
+    def capture(self, function: Callable[[], object]) -> Callable[[], None]:
+        """What the function gives the device to do, to be given again by one call."""
         ...
 
     def release(self) -> None:
@@ -110,6 +115,17 @@ class Cuda:
             self._matrix = torch.randn(8192, 8192, device=self.device, dtype=torch.bfloat16)
         for _ in range(3):
             torch.mm(self._matrix, self._matrix)
+
+    def capture(self, function: Callable[[], object]) -> Callable[[], None]:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            function()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+        return graph.replay
 
     def release(self) -> None:
         self._matrix = None

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from benchmarks.gpu.verdicts import (
     against_reference,
     ceiling,
+    dense_decoding_verdict,
     factor,
     gigapath_verdict,
     growth_verdict,
     median,
     memory_verdict,
     per_token,
+    position_verdict,
     reference_seconds,
     reference_verdict,
     torchscale_verdict,
@@ -46,8 +48,9 @@ def tables(result: Result) -> list[Table]:
         "gigapath": _gigapath,
         "growth": _growth,
         "longest": _longest,
+        "stream": _stream,
     }
-    return [make(result) for section, make in makers.items() if result[section]]
+    return [make(result) for section, make in makers.items() if result.get(section)]
 
 
 def summary(result: Result) -> Iterator[str]:
@@ -73,8 +76,8 @@ def _judged(verdict: Verdict | None) -> tuple[str, str]:
 
 def _checks(result: Result) -> Table:
     every = list(result["checks"])
-    for section in ("speed", "memory", "gigapath", "growth", "longest"):
-        every += [check for record in result[section] for check in record["checks"]]
+    for section in ("speed", "memory", "gigapath", "growth", "longest", "stream"):
+        every += [check for record in result.get(section, []) for check in record["checks"]]
     worst = max(every, key=lambda check: check["error"] / check["allowed"])
     row = (str(len(every)), worst["what"], f"{worst['error']:.2g}", f"{worst['allowed']:.2g}")
     columns = ("checks", "nearest to its limit", "error", "allowed")
@@ -260,3 +263,31 @@ def _longest(result: Result) -> Table:
     columns = ("H", "D", "pass", "longest N that fits", "N that does not")
     note = "One sequence, causal, q, k, v and all results held at once."
     return Table("Longest sequence", columns, tuple(map(row, result["longest"])), (note,))
+
+
+def _stream(result: Result) -> Table:
+    rows: list[Row] = []
+    notes = []
+    for record in result["stream"]:
+        cache = f"{record['cache_bytes'] / 2**20:.1f}"
+        if record["pass"] != "decode":
+            nearest = max(record["checks"], key=lambda check: check["error"] / check["allowed"])
+            error = f"error {nearest['error']:.2g}, allowed {nearest['allowed']:.2g}"
+            rows.append((f"N={record['case']['length']:,}, {record['pass']}", cache, error, _NONE, _NONE))
+            continue
+        first, last = record["positions"][0], record["positions"][-1]
+        for position in record["positions"]:
+            micro = median(record["seconds"][str(position)]) * 1e6
+            judged = _judged(position_verdict(result, record)) if position == last else (_NONE, _NONE)
+            rows.append((f"a token near position {position:,}", cache, f"{micro:.1f} us", *judged))
+        dense = dense_decoding_verdict(result, record)
+        size = 2 * 2 * record["case"]["heads"] * record["case"]["head_dim"] * record["dense_tokens"] / 2**20
+        micro = median(record["seconds"]["dense"]) * 1e6
+        where = f"dense decoding, {record['dense_tokens']:,} tokens cached"
+        rows.append((where, f"{size:.0f}", f"{micro:.1f} us, {dense.value:.2f} times ours", *_judged(dense)))
+        notes.append(
+            f"A token's time by layer: a CUDA graph of {record['layers']} layers, {record['replays']} replays, medians of "
+            f"{len(record['phases'])} phases of the pattern, the same ones after position {first:,} and {last:,}. A step reads "
+            "the rows that its segments hold by then, so positions compare at the same phase."
+        )
+    return Table("Streaming", ("what", "cache MiB", "found", "limit", "verdict"), tuple(rows), tuple(notes))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from benchmarks.gpu.cases import LIMITS, SECTIONS, GpuSizes, place
 from benchmarks.gpu.longest import longest
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.speed import speed
+from benchmarks.gpu.stream import decode, stream_rows
 from benchmarks.gpu.warm import compile_kernels
 from benchmarks.peers import Peer, load_alexisrozhkov, load_dilated_attention_pytorch, load_torchscale
 from benchmarks.runner import SCHEMA, Step
@@ -70,6 +71,7 @@ class GpuBenchmark:
             "growth": [],
             "curves": [],
             "longest": [],
+            "stream": [],
         }
 
     def steps(self) -> list[Step]:
@@ -149,6 +151,22 @@ class GpuBenchmark:
 
     def _longest(self) -> list[Step]:
         return [self._step("longest", which, partial(longest, self.machine, which, self.sizes)) for which in PASSES]
+
+    def _stream(self) -> list[Step]:
+        base, sizes = self.sizes.base, self.sizes.stream
+
+        def rows(length: int, chunk: int, tail: int) -> dict[str, Any]:
+            return stream_rows(self.machine, replace(base, length=length), chunk, tail)
+
+        found = [
+            self._step(
+                "stream",
+                f"N={length} in chunks of {chunk}, then {tail} single tokens",
+                partial(rows, length, chunk, tail),
+            )
+            for length, chunk, tail in sizes.rows
+        ]
+        return [*found, self._step("stream", "single tokens, timed", partial(decode, self.machine, base, sizes))]
 
 
 def _name(case: Case) -> str:

@@ -17,6 +17,9 @@ def verdicts(result: Result) -> list[Verdict]:
     found += [memory_verdict(result, record) for record in result["memory"]]
     found += [gigapath_verdict(result, record) for record in result["gigapath"]]
     found += [growth_verdict(result, record) for record in result["growth"]]
+    for record in result.get("stream", []):
+        if record["pass"] == "decode":
+            found += [position_verdict(result, record), dense_decoding_verdict(result, record)]
     return [one for one in found if one is not None]
 
 
@@ -94,6 +97,20 @@ def per_token(record: Result) -> dict[int, float]:
     """Median nanoseconds per token and head, by length."""
     heads = record["case"]["heads"]
     return {n: median(record["seconds"][str(n)]) / n / heads * 1e9 for n in record["lengths"]}
+
+
+def position_verdict(result: Result, record: Result) -> Verdict:
+    """Time of a token at the last position over that at the first, all phases of the pattern together, less 1."""
+    first, last = (sum(record["seconds"][str(record["positions"][index])]) for index in (0, -1))
+    what = f"a token's time at position {record['positions'][-1]:,} over that at {record['positions'][0]:,}, less 1"
+    return Verdict(what, abs(last / first - 1), result["limits"]["stream"]["position"], result["judged"])
+
+
+def dense_decoding_verdict(result: Result, record: Result) -> Verdict:
+    ours = sum(record["seconds"][str(record["positions"][-1])]) / len(record["phases"])
+    what = f"time of dense decoding with {record['dense_tokens']:,} tokens cached over ours"
+    at_least = result["limits"]["stream"]["dense_decoding"]
+    return Verdict(what, median(record["seconds"]["dense"]) / ours, at_least, result["judged"], at_least=True)
 
 
 def ceiling(result: Result) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import gc
 import io
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,6 +70,12 @@ class CpuMachine:
 
     def occupy(self) -> None:
         return None
+
+    def capture(self, function: Callable[[], object]) -> Callable[[], None]:
+        def replay() -> None:
+            function()
+
+        return replay
 
     def release(self) -> None:
         gc.collect()

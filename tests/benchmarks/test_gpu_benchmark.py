@@ -65,6 +65,7 @@ def test_tables_and_summary_are_made_from_the_json(result):
         "GigaPath's shape",
         "Growth",
         "Longest sequence",
+        "Streaming",
     ]
     assert "Sizes too small to judge" in text
     assert "torchscale not timed: no checkout given: --torchscale PATH." in text

@@ -125,7 +125,7 @@ def test_the_papers_series_visits_a_part_of_its_pairs():
 
 def parts(tmp_path: Path, result: dict[str, Any]) -> tuple[Path, Path]:
     """The result as two files: speed and ceilings in one, everything else in the other."""
-    empty = {section: [] for section in ("speed", "memory", "gigapath", "growth", "curves", "longest")}
+    empty = {section: [] for section in ("speed", "memory", "gigapath", "growth", "curves", "longest", "stream")}
     first = result | empty | {"speed": result["speed"]}
     second = result | {"speed": [], "ceilings": None, "date": "another day"}
     paths = tmp_path / "first.json", tmp_path / "second.json"
