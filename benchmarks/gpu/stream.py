@@ -101,9 +101,9 @@ class _Layer:
     def stand(self, position: int) -> None:
         self.cache.moved(position - self.cache.position)
 
-    def step(self) -> None:
+    def step(self) -> Tensor:
         query, key, value = self.token
-        self.out.copy_(stream_attention(query, key, value, self.cache))
+        return self.out.copy_(stream_attention(query, key, value, self.cache))
 
 
 def _cache(case: Case, device: torch.device) -> DilatedCache:
