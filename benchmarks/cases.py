@@ -20,6 +20,7 @@ LIMITS: dict[str, Any] = {
         "forward_backward": {"float32": 7.0, "bfloat16": 7.0},
     },
     "growth": 0.20,
+    "stream": 0.02,
     "import_seconds": 0.2,
 }
 PASSES = ("forward", "forward_backward")
@@ -156,6 +157,16 @@ def draw_shape(shape: tuple[int, ...], dtype: torch.dtype, seed: int, device: to
 
 
 @dataclass(frozen=True)
+class Reading:
+    """A stream: so many tokens, a chunk at a time, read by a small model of this pattern."""
+
+    tokens: int
+    chunk: int
+    segment_lengths: tuple[int, ...]
+    dilation_rates: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Sizes:
     """What one run of the benchmark covers.
 
@@ -175,6 +186,7 @@ class Sizes:
     import_repetitions: int
     noise_repetitions: int
     slow_seconds: tuple[float, float]
+    reading: Reading
     judged: bool
 
     def memory_processes(self, length: int) -> int:
@@ -197,6 +209,7 @@ FULL = Sizes(
     import_repetitions=7,
     noise_repetitions=10,
     slow_seconds=(3.0, 12.0),
+    reading=Reading(10_000_000, 8000, (256, 1024, 4096, 16384, 65536), (1, 4, 16, 64, 256)),
     judged=True,
 )
 
@@ -213,5 +226,6 @@ QUICK = Sizes(
     import_repetitions=1,
     noise_repetitions=3,
     slow_seconds=(math.inf, math.inf),
+    reading=Reading(4000, 100, (32, 64), (1, 2)),
     judged=False,
 )

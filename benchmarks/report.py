@@ -17,6 +17,7 @@ from benchmarks.verdicts import (
     per_token,
     place,
     speed_verdict,
+    stream_verdict,
 )
 
 
@@ -39,8 +40,9 @@ def tables(result: Result) -> list[Table]:
         "memory": _memory,
         "import": _import,
         "growth": _growth,
+        "stream": _stream,
     }
-    found = [make(result) for section, make in makers.items() if result[section]]
+    found = [make(result) for section, make in makers.items() if result.get(section)]
     if result["memory_why_not"]:
         found.append(Table("Memory", ("not measured",), ((result["memory_why_not"],),)))
     return found
@@ -174,3 +176,38 @@ def _growth(result: Result) -> Table:
     lengths = (f"N={length}" for length in result["growth"][0]["lengths"])
     columns = ("dtype", *lengths, "largest over smallest, less 1", "limit", "verdict")
     return Table("Growth: forward, microseconds per token", columns, tuple(map(row, result["growth"])))
+
+
+def _stream(result: Result) -> Table:
+    def row(record: Result) -> Row:
+        verdict = stream_verdict(result, record)
+        peaks, seconds = record["peak_bytes"], record["seconds"]
+        tenth = record["read"] / len(seconds)
+        return (
+            f"{record['read']:,}",
+            f"{record['cache_bytes'] / 2**20:.1f}",
+            *(f"{tenth / seconds[index]:,.0f}" for index in (0, -1)),
+            *(f"{peaks[index] / 2**20:.0f}" for index in (0, 1, -1)),
+            f"{verdict.value:.1%}",
+            f"{verdict.limit:.0%}",
+            str(verdict),
+        )
+
+    columns = (
+        *("tokens", "cache MiB", "tokens/s, first tenth", "tokens/s, last tenth"),
+        *(
+            "peak MiB, first tenth",
+            "peak MiB, second",
+            "peak MiB, last",
+            "last over second, less 1",
+            "limit",
+            "verdict",
+        ),
+    )
+    record = result["stream"][0]
+    lists = (", ".join(map(str, record[name])) for name in ("segment_lengths", "dilation_rates"))
+    note = (
+        f"A model of 2 layers, 64 wide, segments {' at rates '.join(lists)}, reads random bytes {record['chunk']:,} at a time "
+        "and gives logits for each. Resident memory of the whole process."
+    )
+    return Table("Streaming", columns, tuple(map(row, result["stream"])), (note,))

@@ -17,8 +17,9 @@ from benchmarks.growth import growth
 from benchmarks.imports import import_time
 from benchmarks.peers import Peer, load_torchscale
 from benchmarks.speed import noise, speed
+from benchmarks.stream import stream
 
-SECTIONS = ("noise", "speed", "memory", "import", "growth")
+SECTIONS = ("noise", "speed", "memory", "import", "growth", "stream")
 SCHEMA = 1
 
 
@@ -56,6 +57,7 @@ class Benchmark:
             "memory_why_not": None,
             "import": None,
             "growth": [],
+            "stream": [],
         }
 
     def steps(self) -> list[Step]:
@@ -68,6 +70,7 @@ class Benchmark:
             "memory": self._memory_steps,
             "import": self._import_steps,
             "growth": self._growth_steps,
+            "stream": self._stream_steps,
         }
         for section in SECTIONS:
             if section in self.sections:
@@ -124,3 +127,11 @@ class Benchmark:
             self._add("growth", f"growth, {lengths} {dtype}", partial(growth, dtype, self.peers, self.sizes))
             for dtype in self.sizes.dtypes
         ]
+
+    def _stream_steps(self) -> list[Step]:
+        # Peaks of resident memory are read where those of the calls are.
+        self.result["memory_why_not"] = peak.why_not()
+        if self.result["memory_why_not"]:
+            return []
+        reading = self.sizes.reading
+        return [self._add("stream", f"stream, {reading.tokens} tokens", partial(stream, reading))]

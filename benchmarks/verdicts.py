@@ -35,6 +35,7 @@ def verdicts(result: Result) -> list[Verdict]:
     found = [speed_verdict(result, record, which) for record in result["speed"] for which in record["passes"]]
     found += [memory_verdict(result, record) for record in result["memory"]]
     found += [growth_verdict(result, record) for record in result["growth"]]
+    found += [stream_verdict(result, record) for record in result.get("stream", [])]
     return [*found, import_verdict(result)] if result["import"] else found
 
 
@@ -86,6 +87,13 @@ def growth_verdict(result: Result, record: Result) -> Verdict:
     values = per_token(record).values()
     what = f"growth of the time per token, {record['dtype']}"
     return Verdict(what, max(values) / min(values) - 1, result["limits"]["growth"], result["judged"])
+
+
+def stream_verdict(result: Result, record: Result) -> Verdict:
+    """Peak resident memory of the last tenth of a stream over that of the second, which has nothing left to load, less 1."""
+    value = record["peak_bytes"][-1] / record["peak_bytes"][1] - 1
+    what = f"growth of the memory over {record['read']:,} tokens read"
+    return Verdict(what, value, result["limits"]["stream"], result["judged"])
 
 
 def import_verdict(result: Result) -> Verdict:
