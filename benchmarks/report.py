@@ -43,6 +43,8 @@ def tables(result: Result) -> list[Table]:
         "stream": _stream,
     }
     found = [make(result) for section, make in makers.items() if result.get(section)]
+    if result.get("stream"):
+        found.append(_kept(result))
     if result["memory_why_not"]:
         found.append(Table("Memory", ("not measured",), ((result["memory_why_not"],),)))
     return found
@@ -211,3 +213,13 @@ def _stream(result: Result) -> Table:
         "and gives logits for each. Resident memory of the whole process."
     )
     return Table("Streaming", columns, tuple(map(row, result["stream"])), (note,))
+
+
+def _kept(result: Result) -> Table:
+    def row(record: Result) -> Row:
+        kept, read = record["kept"], sum(record["seconds"])
+        milliseconds = (f"{kept[f'{name}_seconds'] * 1e3:.1f}" for name in ("clone", "save", "load"))
+        return (f"{record['read']:,}", f"{read:.1f}", *milliseconds, f"{kept['file_bytes'] / 2**20:.1f}")
+
+    columns = ("tokens", "reading them s", "clone() ms", "to a file ms", "from the file ms", "file MiB")
+    return Table("A prefix kept", columns, tuple(map(row, result["stream"])))

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.cases import Reading
 from benchmarks.environment import child_environment
 from benchmarks.memory import reset_peak, resident
+
+if TYPE_CHECKING:
+    from longnet.models.cache import LongNetCache
 
 _ROOT = Path(__file__).resolve().parents[1]
 _PARTS = 10
@@ -39,7 +44,7 @@ def stream(reading: Reading) -> dict[str, Any]:
 
 
 def probe(reading: Reading) -> dict[str, Any]:
-    """Seconds and peak resident bytes of every tenth, logits of every byte included."""
+    """Seconds and peak resident bytes of every tenth, logits of every byte included; then what keeping the cache costs."""
     import torch
 
     from longnet import LongNetConfig, LongNetLM
@@ -70,7 +75,28 @@ def probe(reading: Reading) -> dict[str, Any]:
         "cache_bytes": cache.nbytes,
         "seconds": seconds,
         "peak_bytes": peaks,
+        "kept": _keep(cache),
     }
+
+
+def _keep(cache: LongNetCache) -> dict[str, Any]:
+    """Seconds of a copy, and of writing a cache to a file and going on from it."""
+    from safetensors.torch import load_file, save_file
+
+    def timed(function: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+
+    other = cache.clone()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "prefix.safetensors"
+        return {
+            "clone_seconds": timed(cache.clone),
+            "save_seconds": timed(lambda: save_file(cache.state_dict(), path)),
+            "load_seconds": timed(lambda: other.load_state_dict(load_file(path))),
+            "file_bytes": path.stat().st_size,
+        }
 
 
 def main() -> None:
