@@ -1,4 +1,4 @@
-"""The README keeps its word: its Python runs, its commands and files exist."""
+"""The README and the pages beside it keep their word: their Python runs, their commands and files exist."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ PAGES = ("README.md", "CONTRIBUTING.md", "DESIGN.md", "CHANGELOG.md")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def shell_lines(first_word: str) -> Iterator[list[str]]:
@@ -31,18 +31,22 @@ def shell_lines(first_word: str) -> Iterator[list[str]]:
                 yield words
 
 
-PYTHON = blocks("python")
+PYTHON = [
+    (f"{page.name}, Python block {number}", block)
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for number, block in enumerate(blocks("python", page.read_text(encoding="utf-8")), start=1)
+]
 COMMANDS = list(shell_lines("longnet"))
 # Any: what typer builds its commands from differs between its versions.
 SUBCOMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 MAKE_TARGETS = {words[1] for words in shell_lines("make")}
 
 
-@pytest.mark.parametrize("number", range(len(PYTHON)))
-def test_the_python_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("where", "code"), PYTHON, ids=[where for where, _ in PYTHON])
+def test_the_python_runs(where: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each block by itself, after the ``import torch`` of the first."""
     monkeypatch.chdir(tmp_path)
-    exec(compile("import torch\n" + PYTHON[number], f"README.md, Python block {number + 1}", "exec"), {})
+    exec(compile("import torch\n" + code, where, "exec"), {})
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
