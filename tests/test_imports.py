@@ -24,6 +24,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("models",),
     ("figures",),
     ("training",),
+    ("reading",),
     ("cli",),
 )
 RUNG = {unit: rung for rung, units in enumerate(LADDER) for unit in units}

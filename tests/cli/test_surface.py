@@ -19,6 +19,9 @@ OPTIONS = {
         *("--eval-every", "--save-every", "--threads", "--resume"),
     ],
     "generate": ["--prompt", "--file", "--tokens", "--temperature", "--top-k", "--top-p", "--seed", "--device"],
+    "stream": [
+        *("--data", "--out", "--tokens", "--chunk", "--dtype", "--device", "--save-every", "--resume"),
+    ],
     "inspect": [
         *("--segments", "--rates", "--length", "--heads", "--head-dim", "--kv-heads", "--layers", "--bidirectional"),
         *("--head-offsets", "--suggest-budget", "--out", "--json"),

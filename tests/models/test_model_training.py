@@ -51,11 +51,20 @@ def test_batch_norm_encoder_compiles_and_moves_its_statistics_once(checkpointing
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gelu_in_low_precision_is_gelu_in_float32(dtype: torch.dtype) -> None:
-    """What the feed-forward relies on to leave out the casts: every normal value of the type, bit for bit."""
+def test_gelu_in_low_precision_rounds_a_float32_once(dtype: torch.dtype) -> None:
+    """What the feed-forward relies on to leave out the casts, at every normal value of the type.
+
+    Torch's float32 itself is no reference: its last bits differ between processors and between its own two kernels.
+    """
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
-    every = every[every.isfinite() & (every.abs() > 4 * torch.finfo(dtype).tiny)]
-    assert torch.equal(F.gelu(every), F.gelu(every.float()).to(dtype))
+    # At both ends of float32, which are bfloat16's too, products overflow or vanish on the way.
+    kind = torch.finfo(dtype)
+    every = every[every.isfinite() & (every.abs() > 4 * kind.tiny) & (every.abs() < kind.max / 4)]
+    exact = every.double() * torch.special.ndtr(every.double())
+    one_rounding = kind.eps / 2 * exact.abs().clamp(min=kind.tiny)
+    # For negative values 1 + erf(x) cancels, so an error of float32 is relative to x.
+    float32 = 4 * torch.finfo(torch.float32).eps * every.double().abs()
+    assert ((F.gelu(every).double() - exact).abs() <= one_rounding + float32).all()
 
 
 def test_feed_forward_is_its_formula() -> None:

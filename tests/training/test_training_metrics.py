@@ -10,7 +10,7 @@ from longnet.training.metrics import MetricsLog, read_metrics
 
 
 def _write(path: Path, steps: range) -> None:
-    log = MetricsLog(path, keep_to_step=steps.start - 1)
+    log = MetricsLog(path, keep_to=steps.start - 1)
     for step in steps:
         log.write(kind="train", step=step, loss=1 / step)
     log.close()
@@ -28,7 +28,7 @@ def test_lines_past_the_step_and_a_half_written_one_are_dropped(tmp_path: Path) 
 
 
 def test_a_line_can_be_read_as_soon_as_it_is_written(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / "metrics.jsonl", keep_to_step=0)
+    log = MetricsLog(tmp_path / "metrics.jsonl", keep_to=0)
     log.write(step=1)
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}]
     log.close()
@@ -43,7 +43,7 @@ def test_a_foreign_line_is_named(tmp_path: Path, line: bytes, message: str) -> N
 
 
 def test_a_number_that_is_none_is_not_written(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / "metrics.jsonl", keep_to_step=0)
+    log = MetricsLog(tmp_path / "metrics.jsonl", keep_to=0)
     with pytest.raises(ValueError, match="not JSON compliant"):
         log.write(step=1, loss=float("nan"))
     log.close()

@@ -55,6 +55,16 @@ def test_a_terminal_gets_a_bar_with_details_and_text_as_it_is() -> None:
     assert "50%" in written and "loss 1.0000" in written and "left" in written
 
 
+def test_a_task_of_unknown_length_has_no_share() -> None:
+    stream, terminal = io.StringIO(), _Terminal()
+    for reporter in (LineReporter(stream, interval=0.0), TerminalReporter(Console(file=terminal, force_terminal=True))):
+        reporter.begin("Streaming", None)
+        reporter.advance(None, "100 bytes")
+        reporter.end()
+    assert stream.getvalue().rstrip() == "Streaming  100 bytes"
+    assert "100 bytes" in terminal.getvalue() and "%" not in terminal.getvalue()
+
+
 def test_the_stream_decides() -> None:
     assert isinstance(make_reporter(io.StringIO()), LineReporter)
     assert isinstance(make_reporter(_Terminal()), TerminalReporter)

@@ -8,11 +8,12 @@ import typer
 
 from longnet.cli.generate import generate
 from longnet.cli.inspect import inspect
+from longnet.cli.stream import stream
 from longnet.cli.train import train
 
 app = typer.Typer(
     name="longnet",
-    help="Dilated attention and LongNet: train, generate, inspect a pattern.",
+    help="Dilated attention and LongNet: train, generate, stream, inspect a pattern.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(generate)
+app.command()(stream)
 app.command()(inspect)
 
 

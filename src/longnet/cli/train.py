@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import signal
 import tomllib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from longnet.cli.stopping import INTERRUPTED, stop_on_signal
 
 if TYPE_CHECKING:
     from longnet.models import LongNetConfig
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 
 DEFAULT_PRESET = "tiny"
 DEFAULT_STEPS = 1000
-INTERRUPTED = 130
 
 
 def train(
@@ -150,8 +148,8 @@ def _run(settings: TrainSettings, resume: bool) -> None:
     from longnet.training.report import long_context_verdict
 
     reporter = make_reporter()
-    with _stop_on_signal(reporter.say) as should_stop:
-        summary = train_model(settings, resume=resume, reporter=reporter, should_stop=should_stop)
+    with stop_on_signal(reporter.say, "this step") as stopping:
+        summary = train_model(settings, resume=resume, reporter=reporter, should_stop=stopping.asked)
     where = f"longnet train --out {settings.out} --resume"
     if not summary.finished:
         reporter.say(f"Stopped and saved after step {summary.step:,}. To go on: {where}")
@@ -164,22 +162,3 @@ def _run(settings: TrainSettings, resume: bool) -> None:
         f"lzma {base.lzma:.4f}, unigram {base.unigram:.4f} on the same {evaluation.scored_bytes:,} bytes"
     )
     reporter.say(long_context_verdict(evaluation))
-
-
-@contextmanager
-def _stop_on_signal(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """Between the first SIGINT or SIGTERM and the end of the step, nothing is lost; a second one ends the program."""
-    asked: list[int] = []
-
-    def stop(number: int, frame: object) -> None:
-        asked.append(number)
-        if len(asked) > 1:
-            raise KeyboardInterrupt
-        say("Stopping after this step (once more to stop at once)")
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -20,11 +20,29 @@ from torch import Tensor, nn
 
 from longnet.training.files import write_atomically
 
-FORMAT = "longnet-training-state-1"
-
 
 class CheckpointError(ValueError):
     """A file that is no whole checkpoint of this run; the message names the file and the reason."""
+
+
+@dataclass(frozen=True)
+class StateKind:
+    """What a state file is of.
+
+    Attributes:
+        name: in words, for messages.
+        format: written into the file and expected of it.
+        progress: names and types of the values that its progress has.
+    """
+
+    name: str
+    format: str
+    progress: dict[str, type]
+
+
+TRAINING = StateKind(
+    "training state", "longnet-training-state-1", {"step": int, "seconds": float, "settings": dict, "data": str}
+)
 
 
 @dataclass(frozen=True)
@@ -34,8 +52,8 @@ class Checkpoint:
     Attributes:
         path: the file.
         tensors: by name, on the CPU.
-        progress: JSON values: ``step`` (int), ``seconds`` (float), ``settings`` (dict), ``data`` (a fingerprint) and what
-            else was saved with them.
+        progress: JSON values: those of its kind (of a training state ``step``, ``seconds``, ``settings`` and ``data``, a
+            fingerprint) and what else was saved with them.
     """
 
     path: Path
@@ -43,14 +61,16 @@ class Checkpoint:
     progress: dict[str, Any]
 
 
-def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
+def save_checkpoint(
+    path: Path, tensors: Mapping[str, Tensor], progress: Mapping[str, Any], kind: StateKind = TRAINING
+) -> None:
     """Write a checkpoint atomically: killed on the way, the one before is still there whole.
 
     Raises:
         OSError: it could not be written; the file at ``path`` is as it was.
     """
     held = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": FORMAT, "progress": json.dumps(dict(progress)), "digest": _digest(held)}
+    metadata = {"format": kind.format, "progress": json.dumps(dict(progress)), "digest": digest_tensors(held)}
     write_safetensors(path, held, metadata)
 
 
@@ -69,26 +89,26 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     write_atomically(path, write)
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path, kind: StateKind = TRAINING) -> Checkpoint:
     """Read a whole checkpoint, or raise.
 
     Raises:
-        CheckpointError: missing, truncated, damaged or not written by longnet.
+        CheckpointError: missing, truncated, damaged or of another kind.
     """
     tensors, metadata = read_safetensors(path)
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") != kind.format:
         found = metadata.get("format")
         raise CheckpointError(
-            f"{path} is not a training state of longnet: its format is {found!r}, expected {FORMAT!r}"
+            f"{path} is not a {kind.name} of longnet: its format is {found!r}, expected {kind.format!r}"
         )
-    if metadata.get("digest") != _digest(tensors):
+    if metadata.get("digest") != digest_tensors(tensors):
         raise CheckpointError(f"{path} is damaged: its tensors do not match their digest")
     try:
         progress = json.loads(metadata["progress"])
     except (KeyError, ValueError):
         raise CheckpointError(f"{path} is damaged: its progress is not JSON") from None
-    for key, kind in (("step", int), ("seconds", float), ("settings", dict), ("data", str)):
-        if not isinstance(progress, dict) or not isinstance(progress.get(key), kind):
+    for key, expected in kind.progress.items():
+        if not isinstance(progress, dict) or not isinstance(progress.get(key), expected):
             raise CheckpointError(f"{path} is damaged: its progress lacks {key!r}")
     return Checkpoint(path, tensors, progress)
 
@@ -150,7 +170,8 @@ def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], p
             )
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """BLAKE2 (hex) over names, shapes, types and contents of tensors on the CPU."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -80,14 +80,14 @@ def read_corpus(path: str | os.PathLike[str] | None = None, say: Callable[[str],
     if path is None:
         root = standard_library()
         tell(f"Reading the Python standard library's source in {root}")
-        return _read_files(root, _list_files(root, suffix=".py", skipped=_STDLIB_SKIPPED))
+        return _read_files(root, list_files(root, suffix=".py", skipped=_STDLIB_SKIPPED))
     root = Path(path)
     if root.is_file():
         tell(f"Reading the file {root}")
         return _map_file(root)
     if root.is_dir():
         tell(f"Reading the folder {root}")
-        return _read_files(root, _list_files(root))
+        return _read_files(root, list_files(root))
     raise ValueError(f"data={str(path)!r} is not there: expected a file or a folder of text")
 
 
@@ -147,7 +147,12 @@ def _place(relative_path: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def _list_files(root: Path, suffix: str = "", skipped: frozenset[str] = frozenset()) -> list[str]:
+def list_files(root: Path, suffix: str = "", skipped: frozenset[str] = frozenset()) -> list[str]:
+    """Relative paths of the non-empty regular files below ``root``, sorted; hidden names and ``skipped`` folders left out.
+
+    Raises:
+        OSError: a folder that cannot be read.
+    """
     found: list[str] = []
 
     def refuse(error: OSError) -> None:

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: one JSON object a line, one line a step, and a line an evaluation."""
+"""JSON lines that follow a state: one object a line, in the order of a count (``step``, ``position``) that each line has."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ class MetricsLog:
 
     Args:
         path: the file. It is made if it is not there.
-        keep_to_step: drop every line past this step first, and one that a kill left half-written.
+        keep_to: drop every line whose count is past this one first, and a line that a kill left half-written.
+        count: the name of the integer that every line has.
+        drop_kind: lines of this kind are dropped too, whatever their count.
 
     Raises:
-        ValueError: a line (other than the last) that is no JSON object with a step; the message names file and line.
+        ValueError: a line (other than the last) that is no JSON object with a count; the message names file and line.
     """
 
-    def __init__(self, path: Path, keep_to_step: int) -> None:
-        kept = [line for line in read_metrics(path) if line["step"] <= keep_to_step] if path.exists() else []
+    def __init__(self, path: Path, keep_to: int, count: str = "step", drop_kind: str | None = None) -> None:
+        there = read_metrics(path, count) if path.exists() else []
+        kept = [line for line in there if line[count] <= keep_to and (not drop_kind or line.get("kind") != drop_kind)]
         content = b"".join(_encode(line) for line in kept)
         write_bytes(path, content)
         self._file: BinaryIO = open(path, "ab")  # noqa: SIM115 - closed by close()
@@ -33,18 +36,18 @@ class MetricsLog:
         self._file.flush()
 
     def flush_to_disk(self) -> None:
-        """Return once every line is on the disk: a checkpoint never knows a step that the metrics lack."""
+        """Return once every line is on the disk: a saved state never knows what the lines lack."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path, count: str = "step") -> list[dict[str, Any]]:
     """The lines of a metrics file, oldest first; a half-written last line is left out.
 
     Raises:
-        ValueError: any other line that is no JSON object with a step; the message names file and line.
+        ValueError: any other line that is no JSON object with an integer ``count``; the message names file and line.
     """
     lines = path.read_bytes().split(b"\n")
     values: list[dict[str, Any]] = []
@@ -54,8 +57,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             value = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{path} line {number} is not JSON: {error}") from None
-        if not isinstance(value, dict) or not isinstance(value.get("step"), int):
-            raise ValueError(f"{path} line {number} has no step: expected lines written by longnet train")
+        if not isinstance(value, dict) or not isinstance(value.get(count), int):
+            raise ValueError(f"{path} line {number} has no {count}: expected lines written by longnet")
         values.append(value)
     return values
 

@@ -16,11 +16,11 @@ class Reporter(Protocol):
     def say(self, text: str) -> None:
         """A line that stays."""
 
-    def begin(self, title: str, done: float = 0.0) -> None:
-        """A task starts, ``done`` (a share in [0, 1]) of it already behind."""
+    def begin(self, title: str, done: float | None = 0.0) -> None:
+        """A task starts, ``done`` (a share in [0, 1]) of it already behind; None if nobody knows how long it is."""
 
-    def advance(self, done: float, detail: str = "") -> None:
-        """The task is at ``done``; ``detail`` is how it goes."""
+    def advance(self, done: float | None, detail: str = "") -> None:
+        """The task is at ``done`` (None as in ``begin``); ``detail`` is how it goes."""
 
     def end(self) -> None:
         """The task is over."""
@@ -32,10 +32,10 @@ class SilentReporter:
     def say(self, text: str) -> None:
         pass
 
-    def begin(self, title: str, done: float = 0.0) -> None:
+    def begin(self, title: str, done: float | None = 0.0) -> None:
         pass
 
-    def advance(self, done: float, detail: str = "") -> None:
+    def advance(self, done: float | None, detail: str = "") -> None:
         pass
 
     def end(self) -> None:
@@ -55,17 +55,17 @@ class LineReporter:
         self._interval = interval
         self._clock = _Clock()
         self._title = ""
-        self._last: tuple[float, str] | None = None
+        self._last: tuple[float | None, str] | None = None
         self._due = 0.0
 
     def say(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
 
-    def begin(self, title: str, done: float = 0.0) -> None:
+    def begin(self, title: str, done: float | None = 0.0) -> None:
         self._title, self._clock, self._last = title, _Clock(done), None
         self._due = time.monotonic() + self._interval
 
-    def advance(self, done: float, detail: str = "") -> None:
+    def advance(self, done: float | None, detail: str = "") -> None:
         self._last = (done, detail)
         if time.monotonic() >= self._due:
             self._print()
@@ -78,7 +78,8 @@ class LineReporter:
         if self._last is None:
             return
         done, detail = self._last
-        parts = [f"{self._title} {done:4.0%}", *([detail] if detail else []), self._clock.left(done)]
+        title = self._title if done is None else f"{self._title} {done:4.0%}"
+        parts = [title, *([detail] if detail else []), self._clock.left(done)]
         self.say("  ".join(parts))
         self._last, self._due = None, time.monotonic() + self._interval
 
@@ -95,7 +96,7 @@ class TerminalReporter:
     def say(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False)
 
-    def begin(self, title: str, done: float = 0.0) -> None:
+    def begin(self, title: str, done: float | None = 0.0) -> None:
         self._clock = _Clock(done)
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
@@ -105,11 +106,11 @@ class TerminalReporter:
             TextColumn("{task.fields[left]}", markup=False, style="cyan"),
             console=self._console,
         )
-        self._task = self._progress.add_task(title, total=1.0, detail="", left="")
+        self._task = self._progress.add_task(title, total=None if done is None else 1.0, detail="", left="")
         self._progress.update(self._task, completed=done)
         self._progress.start()
 
-    def advance(self, done: float, detail: str = "") -> None:
+    def advance(self, done: float | None, detail: str = "") -> None:
         if self._progress is not None:
             self._progress.update(self._task, completed=done, detail=detail, left=self._clock.left(done))
 
@@ -137,12 +138,12 @@ def format_seconds(seconds: float) -> str:
 class _Clock:
     """Time left, from the share done since the start."""
 
-    def __init__(self, done: float = 0.0) -> None:
-        self._from = done
+    def __init__(self, done: float | None = 0.0) -> None:
+        self._from = done or 0.0
         self._start = time.monotonic()
 
-    def left(self, done: float) -> str:
-        gained = done - self._from
+    def left(self, done: float | None) -> str:
+        gained = (done or 0.0) - self._from
         if gained <= 0:
             return ""
-        return f"{format_seconds((time.monotonic() - self._start) * (1.0 - done) / gained)} left"
+        return f"{format_seconds((time.monotonic() - self._start) * (1.0 - (done or 0.0)) / gained)} left"

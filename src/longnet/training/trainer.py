@@ -105,7 +105,7 @@ class Trainer:
             self.earlier_seconds = checkpoint.progress["seconds"]
             self.reporter.say(f"Resuming after step {self.step:,}, {format_seconds(self.earlier_seconds)} into the run")
         self.folder.write_start(settings.to_dict(), self.data.describe(), self.device)
-        self.metrics = MetricsLog(self.folder.metrics_file, keep_to_step=self.step)
+        self.metrics = MetricsLog(self.folder.metrics_file, keep_to=self.step)
         if checkpoint is None:
             self.save()
         self.started = time.monotonic()

@@ -1,0 +1,11 @@
+"""Reading any amount of bytes through a trained model in constant memory: the source, the loop, what is kept of it.
+
+Needs what ``longnet.training`` needs; ``import longnet`` does not import this package.
+"""
+
+from longnet.reading.folder import read_settings
+from longnet.reading.loop import stream
+from longnet.reading.settings import StreamSettings
+from longnet.reading.table import StreamResult, format_table
+
+__all__ = ["StreamResult", "StreamSettings", "format_table", "read_settings", "stream"]

@@ -1,0 +1,119 @@
+"""The folder of a stream: its record and its state, and whether the state can be gone on from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from longnet.models import LongNetLM
+from longnet.reading.settings import StreamSettings
+from longnet.training.checkpoint import (
+    Checkpoint,
+    StateKind,
+    collect_weights,
+    digest_tensors,
+    read_checkpoint,
+    save_checkpoint,
+)
+from longnet.training.metrics import MetricsLog, read_metrics
+
+STATE = StateKind(
+    "stream state",
+    "longnet-stream-state-1",
+    {"position": int, "seconds": float, "settings": dict, "data": str, "model": str},
+)
+RESULT = "result"
+
+
+class StreamFolder:
+    """``stream.jsonl`` is the record and ``state.safetensors`` what ``--resume`` goes on from; making this touches nothing."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.record_file = self.path / "stream.jsonl"
+        self.state_file = self.path / "state.safetensors"
+
+    def require_new(self) -> None:
+        """Raise ValueError if a stream is there already."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"out={str(self.path)!r} is a file: expected a folder to be made")
+        if self.state_file.exists() or self.record_file.exists():
+            raise ValueError(
+                f"out={str(self.path)!r} already holds a stream: expected another folder, or --resume to go on with this one"
+            )
+
+    def read_state(self) -> Checkpoint:
+        """The saved state.
+
+        Raises:
+            ValueError: no stream there.
+            CheckpointError: a state that is truncated, damaged or foreign (a ValueError too).
+        """
+        if not self.state_file.is_file():
+            raise ValueError(
+                f"out={str(self.path)!r} holds no stream (no {self.state_file.name}): expected one to go on with"
+            )
+        return read_checkpoint(self.state_file, STATE)
+
+    def write_state(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
+        """Write the state, atomically."""
+        save_checkpoint(self.state_file, tensors, progress, STATE)
+
+    def open_record(self, position: int) -> MetricsLog:
+        """The record, cut back to what it held at ``position``; a result is never kept, as more may follow."""
+        return MetricsLog(self.record_file, position, "position", RESULT)
+
+    def read_record(self) -> list[dict[str, Any]]:
+        """The lines of the record, oldest first."""
+        return read_metrics(self.record_file, "position")
+
+
+def read_settings(out: str | Path) -> StreamSettings:
+    """The settings of the stream in ``out``, for those that a resumed one is not given.
+
+    Raises:
+        ValueError: no stream there, or a damaged state.
+    """
+    return StreamSettings.from_dict(StreamFolder(out).read_state().progress["settings"])
+
+
+def model_digest(model: LongNetLM) -> str:
+    """BLAKE2 (hex) over the weights and the config."""
+    weights = {name: x.to("cpu").contiguous() for name, x in collect_weights(model).items()}
+    config = json.dumps(model.config.to_dict(), sort_keys=True)
+    return hashlib.blake2b(f"{digest_tensors(weights)} {config}".encode(), digest_size=16).hexdigest()
+
+
+def check_resume(state: Checkpoint, settings: StreamSettings, digest: str, device: str) -> list[str]:
+    """Raise unless going on gives the result of the stream that was started; return what is worth a note.
+
+    Args:
+        state: what was saved. settings: what it is resumed with. digest: of the model.
+        device: that it goes on with, in words.
+
+    Raises:
+        ValueError: another model or dtype, or fewer tokens than are read.
+    """
+    saved, position = StreamSettings.from_dict(state.progress["settings"]), state.progress["position"]
+    changes = []
+    if state.progress["model"] != digest:
+        changes.append(
+            f"the model in {settings.run!r} is not the one that has read so far (its weights or config differ)"
+        )
+    if saved.dtype != settings.dtype:
+        changes.append(f"dtype was {saved.dtype!r}, now {settings.dtype!r}")
+    if changes:
+        raise ValueError(
+            f"{str(state.path)!r} cannot be gone on from: {'; '.join(changes)}. Expected the same, or a new --out"
+        )
+    if settings.tokens is not None and settings.tokens < position:
+        raise ValueError(f"tokens={settings.tokens}: {position:,} bytes are read already, expected at least that many")
+    was = (saved.chunk, state.progress.get("device"))
+    if was == (settings.chunk, device):
+        return []
+    return ["Note: another chunk size or device than before, bits per byte may differ in their last digits"]

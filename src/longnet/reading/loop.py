@@ -1,0 +1,142 @@
+"""Streaming: check, open, restore, then read chunk by chunk until the data, the tokens or the user's patience end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from longnet.reading.feed import Feeder
+from longnet.reading.folder import StreamFolder, check_resume, model_digest
+from longnet.reading.reader import StreamReader
+from longnet.reading.record import StreamRecord
+from longnet.reading.settings import STANDARD_INPUT, StreamSettings
+from longnet.reading.source import ByteSource, FileBytes, PipedBytes
+from longnet.reading.table import StreamResult
+from longnet.training.evaluate import autocast
+from longnet.training.folder import load_model
+from longnet.training.progress import Reporter, SilentReporter
+from longnet.training.settings import DTYPES
+
+
+def stream(
+    settings: StreamSettings,
+    *,
+    resume: bool = False,
+    pipe: BinaryIO | None = None,
+    reporter: Reporter | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> StreamResult:
+    """Read bytes through a trained model with its bounded cache: bits per byte of every byte but the first, given all before it.
+
+    Memory depends on the model and the chunk, never on how much is read.
+
+    Args:
+        settings: what to do.
+        resume: go on from the state in ``settings.out``. With the same chunk and device the result is that of a stream that
+            was never stopped.
+        pipe: what ``-`` stands for, default standard input.
+        reporter: hears what is being done; silent by default.
+        should_stop: asked between chunks; once true, the state is saved and the call returns.
+        waiting: entered while bytes are awaited. A KeyboardInterrupt in there is a wish to stop and loses nothing.
+
+    Raises:
+        ValueError: settings, data, a model or a folder that cannot be used, a state that is damaged.
+        OSError: a file that could not be read or written.
+    """
+    tell = reporter or SilentReporter()
+    settings, device = settings.resolve()
+    folder = StreamFolder(settings.out)
+    state = folder.read_state() if resume else None
+    if state is None:
+        folder.require_new()
+    source: ByteSource
+    if settings.data == (STANDARD_INPUT,):
+        source = PipedBytes(pipe or sys.stdin.buffer)
+    else:
+        source = FileBytes(settings.data)
+    model = load_model(settings.run, device)
+    digest = model_digest(model)
+    if state is not None:
+        for note in check_resume(state, settings, digest, str(device)):
+            tell.say(note)
+    # One autocast around everything: it casts each weight once.
+    with torch.inference_mode(), autocast(device, DTYPES[settings.dtype]):
+        reader = StreamReader(model)
+        if state is not None:
+            reader.load_state_dict(state.tensors)
+        try:
+            with waiting():
+                source.start_at(reader.position, None if state is None else state.progress["data"])
+            assert settings.chunk is not None
+            feeder = Feeder(source, settings.chunk, device)
+            record = StreamRecord(settings, folder, source, reader, device, digest, tell)
+            limit = _say_what(settings, source, reader.position, device, tell)
+            with waiting():
+                tokens = feeder.next(_left(limit, reader))
+            if reader.position + tokens.numel() < 2:
+                raise ValueError(
+                    f"data hold {tokens.numel()} byte(s): expected at least 2, as the first is not predicted"
+                )
+            record.start(state, limit)
+            try:
+                finished = _read_all(tokens, feeder, reader, record, limit, should_stop or (lambda: False), waiting)
+                if finished and settings.tokens is not None and reader.position < settings.tokens:
+                    tell.say(
+                        f"The data ended after {reader.position:,} bytes, before the {settings.tokens:,} asked for"
+                    )
+                return record.finish(finished)
+            finally:
+                record.close()
+        finally:
+            source.close()
+
+
+def _read_all(
+    tokens: Tensor,
+    feeder: Feeder,
+    reader: StreamReader,
+    record: StreamRecord,
+    limit: int | None,
+    should_stop: Callable[[], bool],
+    waiting: Callable[[], AbstractContextManager[None]],
+) -> bool:
+    """Read from the first chunk on; False if it was asked to stop before the end."""
+    while tokens.numel():
+        reader.read(tokens)
+        record.after_chunk()
+        if should_stop():
+            return False
+        try:
+            with waiting():
+                tokens = feeder.next(_left(limit, reader))
+        except KeyboardInterrupt:
+            return False
+    return True
+
+
+def _left(limit: int | None, reader: StreamReader) -> int | None:
+    return None if limit is None else limit - reader.position
+
+
+def _say_what(
+    settings: StreamSettings, source: ByteSource, position: int, device: torch.device, tell: Reporter
+) -> int | None:
+    """Tell what is about to be done; return how far reading goes, None if only reading tells."""
+    ends = [end for end in (settings.tokens, source.total) if end is not None]
+    limit = min(ends) if ends else None
+    data = "standard input" if source.total is None else f"{source.total:,} bytes in {source.files:,} file(s)"
+    far = "to its end" if limit is None or limit == source.total else f"{limit:,} bytes of it"
+    tell.say(
+        f"Data: {data}, {far}; on {device} in {settings.dtype}, {settings.chunk:,} bytes a chunk, into {settings.out}"
+    )
+    if source.total is not None and settings.tokens is not None and source.total < settings.tokens:
+        tell.say(f"Note: the data end before the {settings.tokens:,} bytes asked for")
+    if position:
+        tell.say(f"Resuming after {position:,} bytes")
+    return limit

@@ -1,0 +1,42 @@
+"""How much memory is in use: the allocator's on CUDA, the process's elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+
+class MemoryMeter:
+    """Bytes in use now, and at most since it was last asked (CUDA) or since the process began (elsewhere)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def read(self) -> tuple[int | None, int | None]:
+        """``(now, peak)``; None where the system does not tell."""
+        if self._device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return torch.cuda.memory_allocated(self._device), peak
+        peak_resident = _peak_resident()
+        return _resident() or peak_resident, peak_resident
+
+
+def _resident() -> int | None:
+    try:
+        pages = int(Path("/proc/self/statm").read_bytes().split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _peak_resident() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows has none.
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

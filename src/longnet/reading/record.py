@@ -1,0 +1,182 @@
+"""What is kept of a stream while it goes on: lines of progress, and a state that never knows a line they lack."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+
+from longnet.reading.folder import RESULT, StreamFolder
+from longnet.reading.memory import MemoryMeter
+from longnet.reading.reader import StreamReader, bits_per_byte
+from longnet.reading.settings import StreamSettings
+from longnet.reading.source import ByteSource
+from longnet.reading.table import StreamResult, format_bytes
+from longnet.training.checkpoint import Checkpoint
+from longnet.training.folder import software_versions
+from longnet.training.metrics import MetricsLog
+from longnet.training.progress import Reporter
+
+# A line makes the host wait for the device once.
+_LINE_SECONDS = 1.0
+
+
+class StreamRecord:
+    """Keeps the clock, the record and the state of one stream; ``start``, ``after_chunk`` for every chunk, ``finish``, ``close``.
+
+    Made before anything is read, as the source's fingerprint at the start is part of the first state.
+
+    Args:
+        settings: resolved. folder: of the stream. source, reader: at the position where reading starts.
+        device: that reads. digest: of the model. reporter: hears the progress.
+    """
+
+    def __init__(
+        self,
+        settings: StreamSettings,
+        folder: StreamFolder,
+        source: ByteSource,
+        reader: StreamReader,
+        device: torch.device,
+        digest: str,
+        reporter: Reporter,
+    ) -> None:
+        self._settings, self._folder, self._source, self._reader = settings, folder, source, reader
+        self._device, self._digest, self._reporter = device, digest, reporter
+        self._memory = MemoryMeter(device)
+        self._mark = source.fingerprint()
+        self._position, self._nats, self._spent = reader.position, 0.0, 0.0
+        self._limit: int | None = None
+        self._earlier, self._began, self._lined, self._saved = 0.0, 0.0, 0.0, 0.0
+        self._log: MetricsLog | None = None
+
+    @property
+    def _seconds(self) -> float:
+        return self._earlier + time.monotonic() - self._began
+
+    @property
+    def _share(self) -> float | None:
+        return None if not self._limit else self._reader.position / self._limit
+
+    def start(self, state: Checkpoint | None, limit: int | None) -> None:
+        """Make the folder and its first state, or cut the record back to the state; the clock starts."""
+        self._limit = limit
+        self._earlier = self._spent = 0.0 if state is None else state.progress["seconds"]
+        self._nats = sum(self._reader.nats())
+        self._began = self._lined = self._saved = time.monotonic()
+        self._folder.path.mkdir(parents=True, exist_ok=True)
+        if state is None:
+            # Before the record: a folder with a record can always be gone on from.
+            self._write_state()
+        self._log = self._folder.open_record(self._reader.position)
+        about = {
+            "versions": software_versions(),
+            "device": str(self._device),
+            "dtype": self._settings.dtype,
+            "chunk": self._settings.chunk,
+        }
+        if not self._folder.read_record():
+            known = self._source.total is not None
+            self._log.write(
+                kind="settings",
+                position=0,
+                run=self._settings.run,
+                data=list(self._settings.data),
+                files=self._source.files if known else None,
+                bytes=self._source.total,
+                fingerprint=self._mark if known else None,
+                tokens=self._settings.tokens,
+                cache_bytes=self._reader.cache.nbytes,
+                **about,
+            )
+        if self._reader.position:
+            self._log.write(kind="resumed", position=self._reader.position, tokens=self._settings.tokens, **about)
+        self._memory.read()
+        self._reporter.begin("Streaming", self._share)
+
+    def after_chunk(self) -> None:
+        """A chunk is read: a line once a second, a state when it is due. Between them nothing waits for the device."""
+        self._mark = self._source.fingerprint()
+        now = time.monotonic()
+        if now >= self._saved + self._settings.save_every:
+            self._save()
+        elif now >= self._lined + _LINE_SECONDS:
+            self._line()
+
+    def finish(self, finished: bool) -> StreamResult:
+        """The last line and the last state. A stream that is ``finished`` gets its result into the record."""
+        assert self._log is not None
+        self._line()
+        self._reporter.end()
+        result = StreamResult.of(
+            self._reader.position, self._reader.nats(), self._spent, self._folder.read_record(), finished
+        )
+        if finished:
+            self._log.write(kind=RESULT, **result.to_dict())
+        self._save()
+        return result
+
+    def close(self) -> None:
+        """Let go of the record and the bar."""
+        self._reporter.end()
+        if self._log is not None:
+            self._log.close()
+
+    def _line(self) -> None:
+        """A line about the bytes since the last one, if there are any."""
+        assert self._log is not None
+        position, new = self._reader.position, self._reader.position - self._position
+        if not new:
+            return
+        nats = sum(self._reader.nats())
+        if not math.isfinite(nats):
+            raise ValueError(
+                f"the loss between the positions {self._position:,} and {position:,} is {nats}: expected finite numbers from "
+                f"the model in {self._settings.run!r} with dtype={self._settings.dtype!r}"
+            )
+        seconds = self._seconds
+        # Rounded up: a chunk of a few bytes may take no time that a clock sees.
+        took = max(round(seconds - self._spent, 6), 1e-6)
+        now, peak = self._memory.read()
+        bits = bits_per_byte(nats, position - 1)
+        # The first byte of all is read and not predicted.
+        predicted = new if self._position else new - 1
+        self._log.write(
+            kind="progress",
+            position=position,
+            new_bytes=new,
+            new_seconds=took,
+            tokens_per_second=round(new / took, 1),
+            bits_per_byte=bits,
+            new_bits_per_byte=bits_per_byte(nats - self._nats, predicted),
+            memory=now,
+            memory_peak=peak,
+            seconds=round(seconds, 3),
+        )
+        self._position, self._nats, self._spent, self._lined = position, nats, seconds, time.monotonic()
+        self._reporter.advance(
+            self._share,
+            f"{position:,} bytes  {bits or 0.0:.4f} bits/byte  {new / took:,.0f} tokens/s  {format_bytes(peak)}",
+        )
+
+    def _save(self) -> None:
+        """Commit the state. The record reaches the disk first, and has a line for exactly this position."""
+        assert self._log is not None
+        self._line()
+        self._log.flush_to_disk()
+        self._write_state()
+        self._saved = time.monotonic()
+
+    def _write_state(self) -> None:
+        self._folder.write_state(
+            self._reader.state_dict(),
+            {
+                "position": self._reader.position,
+                "seconds": self._spent,
+                "settings": self._settings.to_dict(),
+                "data": self._mark,
+                "model": self._digest,
+                "device": str(self._device),
+            },
+        )
