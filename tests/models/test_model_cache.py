@@ -82,6 +82,19 @@ def test_a_cache_is_forked_reordered_saved_and_reset() -> None:
     torch.testing.assert_close(lm(ids, cache=cache), lm(ids).detach(), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("start", [10**9, 2**31])
+def test_far_along_a_stream_the_same_bytes_give_the_same_logits(start: int) -> None:
+    """At the beginning of a period nothing is remembered, and positions matter by their difference only."""
+    lm, ids = model(use_xpos=True), tokens(batch=1)
+    start -= start % 32
+    far = lm.new_cache(1)
+    far.moved(start)
+    near = read(lm, ids, [30])[0]
+    parts = [lm(part, cache=far) for part in ids.split(30, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), near, rtol=1e-7, atol=1e-7)
+    assert far.position == start + ids.shape[1]
+
+
 def test_generating_takes_the_likeliest_tokens_of_full_passes() -> None:
     lm, ids = model(), tokens(2, 20)
     result = lm.generate(ids, 30, temperature=0)

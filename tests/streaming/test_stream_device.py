@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from patterns import relative_error
 from streams import Stream, read, streams
 
-from longnet import dilated_attention, stream_attention
+from longnet import LongNetConfig, LongNetLM, dilated_attention, stream_attention
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -66,3 +66,27 @@ def test_a_captured_step_is_repeated_over_segment_boundaries():
         outs.append(out.clone())
     assert cache.position == int(cache.position_tensor) == stream.length
     assert relative_error(torch.cat(outs, 2).cpu(), stream.expected()[:, :, 37:]) < 1e-5
+
+
+def test_a_captured_step_of_a_model_is_repeated_over_segment_boundaries():
+    """xPos included: its angles follow the position on the device."""
+    torch.manual_seed(0)
+    model = LongNetLM(LongNetConfig.preset("nano"), device="cuda").eval()
+    tokens = torch.randint(256, (2, 150), device="cuda")
+    with torch.inference_mode():
+        expected = model(tokens)
+        cache = model.new_cache(2)
+        model(tokens[:, :37], cache=cache)
+        token = tokens[:, 37:38].clone()
+        model(token, cache=cache.clone())
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = model(token, cache=cache)
+        cache.moved(-1, on_device=False)
+        for position in range(37, 150):
+            token.copy_(tokens[:, position : position + 1])
+            graph.replay()
+            cache.moved(1, on_device=False)
+            torch.testing.assert_close(logits[:, 0], expected[:, position], rtol=1e-3, atol=1e-3)
+    assert cache.position == 150

@@ -69,6 +69,15 @@ class LongNetCache:
         """Bytes of all layers together; the same before and after any number of tokens."""
         return sum(layer.nbytes for layer in self.layers)
 
+    def moved(self, tokens: int, *, on_device: bool = True) -> None:
+        """Count tokens that were read without Python's knowledge, see :meth:`longnet.DilatedCache.moved`.
+
+        Who replays a captured step of the model calls ``moved(1, on_device=False)`` after it, and with -1 after the capture,
+        which runs nothing.
+        """
+        for layer in self.layers:
+            layer.moved(tokens, on_device=on_device)
+
     def reset(self) -> None:
         """Forget everything: the next token is the first."""
         for layer in self.layers:
