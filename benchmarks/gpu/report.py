@@ -281,10 +281,16 @@ def _stream(result: Result) -> Table:
             judged = _judged(position_verdict(result, record)) if position == last else (_NONE, _NONE)
             rows.append((f"a token near position {position:,}", cache, f"{micro:.1f} us", *judged))
         dense = dense_decoding_verdict(result, record)
-        size = 2 * 2 * record["case"]["heads"] * record["case"]["head_dim"] * record["dense_tokens"] / 2**20
         micro = median(record["seconds"]["dense"]) * 1e6
         where = f"dense decoding, {record['dense_tokens']:,} tokens cached"
-        rows.append((where, f"{size:.0f}", f"{micro:.1f} us, {dense.value:.2f} times ours", *_judged(dense)))
+        rows.append(
+            (
+                where,
+                f"{record['dense_bytes'] / 2**20:.0f}",
+                f"{micro:.1f} us, {dense.value:.2f} times ours",
+                *_judged(dense),
+            )
+        )
         notes.append(
             f"A token's time by layer: a CUDA graph of {record['layers']} layers, {record['replays']} replays, medians of "
             f"{len(record['phases'])} phases of the pattern, the same ones after position {first:,} and {last:,}. A step reads "

@@ -80,6 +80,7 @@ def decode(machine: Machine, case: Case, sizes: StreamSizes) -> dict[str, Any]:
         "positions": list(sizes.positions),
         "phases": phases,
         "dense_tokens": sizes.dense_tokens,
+        "dense_bytes": 2 * case.batch * case.heads * sizes.dense_tokens * case.head_dim * case.torch_dtype.itemsize,
         "cache_bytes": layers[0].cache.nbytes,
         "seconds": seconds,
         "checks": [],

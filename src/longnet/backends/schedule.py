@@ -1,7 +1,7 @@
 """Who computes what in a persistent launch: items are shared out so that every program has the same work.
 
 An item's cost is known beforehand, the blocks that it meets, and differs: rows that five branches select meet five ranges.
-Taken in turn, items leave some programs with an eighth more than the mean when each has thirty. What one program reads from
+Taken in turn, items leave some programs with much more than others when each has few. What one program reads from
 memory its neighbours find in the cache, if they stay side by side; over thousands of items each they drift apart. So items
 are dealt out by cost, and long sequences have several launches, each of which brings all programs together again. Results
 do not depend on it.
@@ -143,4 +143,6 @@ def kept_order(schedule: Schedule) -> Tensor:
             found.ready = None
         else:
             torch.cuda.current_stream().wait_event(found.ready)
+    # Given up, its memory must not be used again before this stream has read it.
+    found.items.record_stream(torch.cuda.current_stream())
     return found.items

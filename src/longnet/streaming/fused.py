@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import logging
 from contextlib import nullcontext
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -10,21 +10,31 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from longnet.backends.launches import power_of_two
 from longnet.backends.operators import lse_dtype
+from longnet.backends.triton_flash import HAS_TRITON, LARGEST_HEAD_DIM
 
 if TYPE_CHECKING:
     from longnet.streaming.cache import DilatedCache
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-_LARGEST_HEAD_DIM = 256
+_log = logging.getLogger("longnet")
 # Rows of a lane that a program reads at a time, and programs that share a lane at most.
 _ROWS = 128
 _MOST_SPLITS = 64
 
 
 def fits(cache: DilatedCache) -> bool:
-    """Whether the kernels can take the next token of this cache."""
-    return HAS_TRITON and cache.device.type == "cuda" and cache.head_dim <= _LARGEST_HEAD_DIM
+    """Whether the kernels can take the next token of this cache; the log says why not."""
+    reason = None
+    if cache.device.type != "cuda":
+        reason = f"they run on cuda tensors, not {cache.device.type}"
+    elif not HAS_TRITON:
+        reason = "triton is not installed"
+    elif cache.head_dim > LARGEST_HEAD_DIM:
+        reason = f"they take head dimensions up to {LARGEST_HEAD_DIM}, not {cache.head_dim}"
+    if reason is not None:
+        _log.debug("kernels of a single token passed over: %s", reason)
+    return reason is None
 
 
 def fused_step(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, scale: float) -> Tensor:
@@ -42,16 +52,14 @@ def fused_step(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, s
 
     query, key, value = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (query, key, value))
     batch, heads, _, dim = query.shape
-    branches = cache.pattern.branches
-    counts = tuple(-(-heads // branch.dilation_rate) for branch in branches)
+    counts, most = cache.tables.lane_counts, cache.tables.most_rows
     *first_lanes, lanes = accumulate(counts, initial=0)
-    most = max(branch.rows(branch.segment_length, 0) for branch in branches)
     splits = min(_MOST_SPLITS, -(-most // _ROWS))
     pattern = (cache.pattern.segment_lengths, cache.pattern.dilation_rates, counts, tuple(first_lanes))
     kind = lse_dtype(query.dtype)
     options = {
-        "BRANCHES": len(branches), "BLOCKED": cache.pattern.head_offsets == "blocked", "D": dim,
-        "D_BLOCK": _power_of_two(dim), "KIND": tl.float64 if kind == torch.float64 else tl.float32,
+        "BRANCHES": len(counts), "BLOCKED": cache.pattern.head_offsets == "blocked", "D": dim,
+        "D_BLOCK": power_of_two(dim, 1), "KIND": tl.float64 if kind == torch.float64 else tl.float32,
     }  # fmt: skip
     parts = query.new_empty(batch * lanes * splits, dim, dtype=kind)
     lse = query.new_empty(batch * lanes * splits, dtype=kind)
@@ -66,10 +74,6 @@ def fused_step(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, s
         )  # fmt: skip
         mix_kernel[(batch * heads,)](
             parts, lse, out, cache.position_tensor, seen, out.stride()[:2], heads, lanes, splits, *pattern,
-            SPLITS=_power_of_two(splits), num_warps=4, **options,
+            SPLITS=power_of_two(splits, 1), num_warps=4, **options,
         )  # fmt: skip
     return out
-
-
-def _power_of_two(count: int) -> int:
-    return 1 << (count - 1).bit_length()

@@ -9,14 +9,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from longnet.backends.kernels.rows import head_offset, pick
+
 
 @triton.jit
-def _pick(values, index, COUNT: tl.constexpr):
-    """``values[index]`` for an index that is known only at run time."""
-    found = values[0] + 0
-    for i in tl.static_range(1, COUNT):
-        found = tl.where(index == i, values[i], found)
-    return found
+def _absorb(scores, values, highest, total, acc):
+    """(highest, total, acc) of an online softmax after (n,) more scores, some of them -inf, and their (n, D) values."""
+    new = tl.maximum(highest, tl.max(scores, 0))
+    # Before the first key both are -inf, and their difference would be NaN.
+    base = tl.where(new == float("-inf"), 0.0, new)
+    p = tl.exp(scores - base)
+    fade = tl.exp(highest - base)
+    return new, total * fade + tl.sum(p, 0), acc * fade + tl.sum(p[:, None] * values, 0)
 
 
 @triton.jit
@@ -38,13 +42,13 @@ def lanes_kernel(
     branch = 0
     for i in tl.static_range(1, BRANCHES):
         branch = tl.where(lane >= first_lanes[i], i, branch)
-    length, rate = _pick(lengths, branch, BRANCHES), _pick(rates, branch, BRANCHES)
-    spread = lane - _pick(first_lanes, branch, BRANCHES)
+    length, rate = pick(lengths, branch, BRANCHES), pick(rates, branch, BRANCHES)
+    spread = lane - pick(first_lanes, branch, BRANCHES)
     local = position % length
     last = (local // rate).to(tl.int32)
     offset = (local % rate).to(tl.int32)
     if BLOCKED:
-        head = offset * _pick(counts, branch, BRANCHES) + spread
+        head = offset * pick(counts, branch, BRANCHES) + spread
     else:
         head = offset + spread * rate
     low = split * ROWS * tiles
@@ -73,14 +77,7 @@ def lanes_kernel(
         k = tl.load(KEYS + at, mask=ok[:, None] & d_ok[None, :], other=0.0).to(KIND)
         v = tl.load(VALUES + at, mask=ok[:, None] & d_ok[None, :], other=0.0).to(KIND)
         s = tl.where(ok, tl.sum(k * q[None, :], 1), float("-inf"))
-        new = tl.maximum(highest, tl.max(s, 0))
-        # Before the first key both are -inf, and their difference would be NaN.
-        base = tl.where(new == float("-inf"), 0.0, new)
-        p = tl.exp(s - base)
-        fade = tl.exp(highest - base)
-        total = total * fade + tl.sum(p, 0)
-        acc = acc * fade + tl.sum(p[:, None] * v, 0)
-        highest = new
+        highest, total, acc = _absorb(s, v, highest, total, acc)
     if last < low + ROWS * tiles:
         kv_head = tl.cast(head // group, tl.int64)
         k_new = tl.load(K + batch * k_at[0] + kv_head * k_at[1] + d, mask=d_ok, other=0.0)
@@ -122,23 +119,17 @@ def mix_kernel(
     for i in tl.static_range(BRANCHES):
         offset = position % lengths[i] % rates[i]
         if BLOCKED:
-            own, spread = head // counts[i], head % counts[i]
+            spread = head % counts[i]
         else:
-            own, spread = head % rates[i], head // rates[i]
-        ok = split < tl.where(offset == own, splits, 0)
+            spread = head // rates[i]
+        ok = split < tl.where(offset == head_offset(head, rates[i], heads, BLOCKED), splits, 0)
         part = (batch * lanes + first_lanes[i] + spread) * splits + split
         lse = tl.load(LSE + part, mask=ok, other=float("-inf"))
         # Parts without keys have no output.
         some = lse > float("-inf")
         at = part[:, None].to(tl.int64) * D + d[None, :]
         out = tl.load(PARTS + at, mask=some[:, None] & d_ok[None, :], other=0.0)
-        new = tl.maximum(highest, tl.max(lse, 0))
-        base = tl.where(new == float("-inf"), 0.0, new)
-        p = tl.exp(lse - base)
-        fade = tl.exp(highest - base)
-        total = total * fade + tl.sum(p, 0)
-        acc = acc * fade + tl.sum(p[:, None] * out, 0)
-        highest = new
+        highest, total, acc = _absorb(lse, out, highest, total, acc)
     acc = tl.where(total > 0, acc / tl.where(total > 0, total, 1.0), 0.0)
     at = tl.cast(batch, tl.int64) * out_at[0] + tl.cast(head, tl.int64) * out_at[1]
     tl.store(OUT + at + d, acc.to(OUT.dtype.element_ty), mask=d_ok)

@@ -48,6 +48,8 @@ class StepTables:
         self.first_rows = table(layout.first_rows(), torch.int64)
         self.lane_branch, self.lane_spread = table([index for index, _ in lanes]), table(spread)
         self.lane_of = table(lane_of)
+        # By branch in the pattern's order, and the most rows that a lane has.
+        self.lane_counts, self.most_rows = tuple(most), max(rows)
         # (lanes, rows): neighbouring branches with equally many rows.
         self.families: list[tuple[int, int]] = []
         for index in order:
