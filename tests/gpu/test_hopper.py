@@ -75,9 +75,34 @@ def allowed(query, key, value, grad, is_causal):
 def test_equals_the_definition(name, length, heads, kv_heads, dtype, tokens_first, dim, is_causal):
     pattern = PATTERNS[name]
     query, key, value, grad = draw(heads, kv_heads, length, dim, dtype, tokens_first)
-    nests = make_nests(pattern, heads, hopper.UNIT, triton_flash.LEAST_ROWS)
-    assert hopper.why_not((query, key, value, grad), None, None, nests) is None
-    spec = Spec(pattern, is_causal, dim**-0.5)
+    assert hopper.why_not((query, key, value, grad), None, None) is None
+    assert set(nests_that_fit(pattern, query, key, value, grad)) == {True}
+    check(pattern, is_causal, query, key, value, grad)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(
+    ("lengths", "rates", "fit"),
+    [
+        ((1024, 8192, 16384), (1, 128, 256), [True, True, False]),
+        # What is launched first leaves rows to the rest.
+        ((32, 2048), (1, 2), [False, True]),
+    ],
+)
+def test_nests_that_do_not_fit_are_left_to_the_portable_kernels(lengths, rates, fit, is_causal):
+    pattern = Pattern.parse(lengths, rates)
+    query, key, value, grad = draw(4, 2, 8192, 64, torch.bfloat16, True)
+    assert nests_that_fit(pattern, query, key, value, grad) == fit
+    check(pattern, is_causal, query, key, value, grad)
+
+
+def nests_that_fit(pattern, *tensors):
+    nests = make_nests(pattern, tensors[0].shape[1], hopper.UNIT, triton_flash.LEAST_ROWS)
+    return [hopper.why_not_nest(tensors, nest) is None for nest in nests]
+
+
+def check(pattern, is_causal, query, key, value, grad):
+    spec = Spec(pattern, is_causal, query.shape[-1] ** -0.5)
     out, lse = triton_flash.forward(query, key, value, None, None, spec)
     grad_lse = torch.randn_like(lse).masked_fill(lse.isinf(), 0.0)
     grads = triton_flash.backward(grad, grad_lse, query, key, value, None, None, out, lse, spec)[:3]

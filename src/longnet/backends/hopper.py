@@ -56,9 +56,7 @@ def _has_gluon() -> bool:
     return importlib.util.find_spec("triton.experimental.gluon") is not None
 
 
-def why_not(
-    tensors: tuple[Tensor, ...], padding: Tensor | None, bias: Tensor | None, nests: tuple[Nest, ...]
-) -> str | None:
+def why_not(tensors: tuple[Tensor, ...], padding: Tensor | None, bias: Tensor | None) -> str | None:
     """Why these kernels cannot run on (query, key, value[, gradient of out]), or None when they can."""
     query = tensors[0]
     if not query.is_cuda or _capability(query.device)[0] != 9:
@@ -73,19 +71,24 @@ def why_not(
         return "they take no padding mask"
     if bias is not None:
         return "they take no relative bias"
-    length = query.shape[2]
-    for nest in nests:
-        if len(nest.branches) > VIEWS:
-            return f"they take nests of up to {VIEWS} branches, not {len(nest.branches)}"
-        coarsest = nest.dilation_rates[-1]
-        if min(nest.segment_lengths[0], length) < _OWNED // 2 * coarsest:
-            return f"segments of {nest.segment_lengths[0]} tokens at rate {coarsest} are too short for blocks of {_OWNED} rows"
-        for x in tensors:
-            view = view_of(x)
-            if view is None or x.data_ptr() % 16 or view.token * x.element_size() % 16:
-                return f"strides {tuple(x.stride())} fit no matrix of tokens"
-            if view.tokens % coarsest or view.batch % coarsest or view.head % coarsest:
-                return f"the length {length} is no multiple of the rate {coarsest}"
+    return None
+
+
+def why_not_nest(tensors: tuple[Tensor, ...], nest: Nest) -> str | None:
+    """Why they cannot compute this nest of tensors that they can run on, or None when they can."""
+    length = tensors[0].shape[2]
+    if len(nest.branches) > VIEWS:
+        return f"they take nests of up to {VIEWS} branches, not {len(nest.branches)}"
+    coarsest = nest.dilation_rates[-1]
+    width = min(nest.segment_lengths[0], length)
+    if width < _OWNED // 2 * coarsest:
+        return f"segments of {width} tokens at rate {coarsest} are too short for blocks of {_OWNED} rows"
+    for x in tensors:
+        view = view_of(x)
+        if view is None or x.data_ptr() % 16 or view.token * x.element_size() % 16:
+            return f"strides {tuple(x.stride())} fit no matrix of tokens"
+        if view.tokens % coarsest or view.batch % coarsest or view.head % coarsest:
+            return f"the length {length} is no multiple of the rate {coarsest}"
     return None
 
 

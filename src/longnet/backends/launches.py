@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from longnet.geometry import Pattern
-from longnet.geometry.nests import Nest, RowClass, make_nests
+from longnet.geometry.nests import Nest, RowClass
 
 
 @dataclass(frozen=True)
@@ -84,16 +83,16 @@ def kernel_arguments(
 
 @lru_cache(maxsize=4096)
 def plan_launches(
-    pattern: Pattern, heads: int, length: int, both_blocks: tuple[Blocks, Blocks], unit: int, least_rows: int
+    nests: tuple[Nest, ...], merge: bool, length: int, both_blocks: tuple[Blocks, Blocks]
 ) -> tuple[Launch, ...]:
     """Launches in the order in which they are to run.
 
     Args:
+        merge: rows have been written already, so the first nest too is mixed in.
         both_blocks: for rows of level 1, and for the others.
-        unit, least_rows: see :func:`longnet.geometry.make_nests`.
     """
     found = []
-    for number, nest in enumerate(make_nests(pattern, heads, unit, least_rows)):
+    for number, nest in enumerate(nests):
         width = min(nest.segment_lengths[0], length)
         for weighted in (True, False):
             classes = [c for c in nest.classes if (c.level > 1) == weighted]
@@ -109,7 +108,7 @@ def plan_launches(
             found.append(
                 Launch(
                     nest,
-                    number > 0,
+                    merge or number > 0,
                     weighted,
                     -(-length // nest.segment_lengths[0]),
                     tiles,

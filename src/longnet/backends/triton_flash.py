@@ -21,7 +21,7 @@ from torch import Tensor
 from longnet.backends import hopper
 from longnet.backends.launches import Blocks, plan_launches, power_of_two
 from longnet.backends.operators import Spec, register_operators, sum_heads
-from longnet.geometry.nests import make_nests
+from longnet.geometry.nests import Nest, make_nests
 
 _log = logging.getLogger("longnet")
 
@@ -109,7 +109,14 @@ class _Call:
     """What all launches of one call share."""
 
     def __init__(
-        self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, bias: Tensor | None, spec: Spec
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding: Tensor | None,
+        bias: Tensor | None,
+        spec: Spec,
+        grad_out: Tensor | None = None,
     ) -> None:
         self.q, self.scale = _unit_stride(_signed(query, spec.scale)), abs(spec.scale) or 1.0
         self.k, self.v = _unit_stride(key), _unit_stride(value)
@@ -127,16 +134,16 @@ class _Call:
             "PADDED": padding is not None,
             "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
         }
+        self.for_hopper, self.left = self._split(*(() if grad_out is None else (grad_out,)))
 
     def tensors(self) -> tuple[Tensor, ...]:
         return self.q, self.k, self.v
 
     def launches(self, kernel: str) -> Iterator[tuple[tuple[int], tuple[Any, ...], dict[str, Any]]]:
-        """(grid, shared arguments, options) of every launch."""
-        blocks = {name: blocks_for(name, self.dim, self.q.dtype) for name in ("forward", "query", "key_value")}
-        unit = min(b.swept for both in blocks.values() for b in both)
+        """(grid, shared arguments, options) of every launch of the portable kernels."""
+        both = blocks_for(kernel, self.dim, self.q.dtype)
         owned, swept = ("N", "M") if kernel == "key_value" else ("M", "N")
-        for launch in plan_launches(self.spec.pattern, self.heads, self.length, blocks[kernel], unit, LEAST_ROWS):
+        for launch in plan_launches(self.left, bool(self.for_hopper), self.length, both):
             cut = launch.blocks
             yield (
                 (launch.tiles * launch.segments * self.heads * self.batch,),
@@ -159,22 +166,34 @@ class _Call:
         """Of the padding mask (B, N), and of the bias (H, 2L - 1) with its centre, the place of distance 0."""
         return self.mask.stride()[:2], (self.table.stride(0), self.table.shape[-1] // 2)
 
-    def hopper(self, *others: Tensor) -> hopper.Work | None:
-        """The call as work for the Hopper kernels, or None where they do not fit, and the log says why."""
-        nests = make_nests(self.spec.pattern, self.heads, hopper.UNIT, LEAST_ROWS)
-        reason = (
-            hopper.why_not((*self.tensors(), *others), self.padding, self.bias, nests) if USE_HOPPER else "switched off"
-        )
+    def _split(self, *others: Tensor) -> tuple[tuple[Nest, ...], tuple[Nest, ...]]:
+        """The nests for the Hopper kernels, and those left to the portable ones; the log says why."""
+        cuts = [blocks_for(name, self.dim, self.q.dtype) for name in ("forward", "query", "key_value")]
+        unit = min(hopper.UNIT, *(cut.swept for both in cuts for cut in both))
+        nests = make_nests(self.spec.pattern, self.heads, unit, LEAST_ROWS)
+        tensors = (self.q, self.k, self.v, *others)
+        reason = hopper.why_not(tensors, self.padding, self.bias) if USE_HOPPER else "switched off"
         if reason is not None:
             _log.debug("triton: Hopper kernels passed over: %s", reason)
-            return None
-        return hopper.Work(
-            self.q, self.k, self.v, self.scale, nests, self.spec.is_causal, self.spec.pattern.head_offsets
-        )
+            return (), nests
+        reasons = {nest: hopper.why_not_nest(tensors, nest) for nest in nests}
+        for nest, reason in reasons.items():
+            if reason is not None:
+                _log.debug("triton: Hopper kernels passed over for %s: %s", nest.branches, reason)
+        return tuple(n for n in nests if reasons[n] is None), tuple(n for n in nests if reasons[n] is not None)
 
+    @property
     def covered(self) -> bool:
-        nests = make_nests(self.spec.pattern, self.heads, 1, LEAST_ROWS)
-        return nests[0].covers_all
+        """Whether what is launched first writes every row; the rest is mixed in."""
+        return (self.for_hopper + self.left)[0].covers_all
+
+    @property
+    def work(self) -> hopper.Work | None:
+        """What the Hopper kernels compute of the call. It is launched first."""
+        if not self.for_hopper:
+            return None
+        offsets = self.spec.pattern.head_offsets
+        return hopper.Work(self.q, self.k, self.v, self.scale, self.for_hopper, self.spec.is_causal, offsets)
 
 
 def _bias_gradient(call: _Call, tensors: tuple[Tensor, ...], strides: tuple[Any, ...]) -> Tensor:
@@ -218,18 +237,17 @@ def forward(
     if query.numel() == 0:
         return out, lse.fill_(-torch.inf)
     call, room = _Call(query, key, value, padding, bias, spec), _room(out)
-    if not call.covered():
+    if not call.covered:
         room.zero_()
         lse.fill_(-torch.inf)
     with _device(query):
-        if work := call.hopper():
+        if work := call.work:
             work.forward(room, lse)
-        else:
-            for grid, arguments, options in call.launches("forward"):
-                forward_kernel[grid](
-                    *call.tensors(), room, lse, call.mask, call.table,
-                    *call.strides(*call.tensors(), room, lse), *call.extra_strides(), *arguments, **options,
-                )  # fmt: skip
+        for grid, arguments, options in call.launches("forward"):
+            forward_kernel[grid](
+                *call.tensors(), room, lse, call.mask, call.table,
+                *call.strides(*call.tensors(), room, lse), *call.extra_strides(), *arguments, **options,
+            )  # fmt: skip
     if room is not out:
         out.copy_(room)
     return out, lse
@@ -254,14 +272,14 @@ def backward(
     grad_q, grad_k, grad_v = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     if query.numel() == 0:
         return grad_q, grad_k.zero_(), grad_v.zero_(), grad_bias
-    call = _Call(query, key, value, padding, bias, spec)
+    grad_out, out, lse = _unit_stride(grad_out), _unit_stride(out), lse.contiguous()
+    call = _Call(query, key, value, padding, bias, spec, grad_out)
     # Query heads that share a key head have room of their own and are added up afterwards.
     by_head = (grad_k, grad_v) if call.group == 1 else (torch.empty_like(query), torch.empty_like(query))
     rooms = [_room(grad) for grad in (grad_q, *by_head)]
-    if not call.covered():
+    if not call.covered:
         for room in rooms:
             room.zero_()
-    grad_out, out, lse = _unit_stride(grad_out), _unit_stride(out), lse.contiguous()
     delta = torch.empty_like(lse)
     extra = lse if grad_lse is None else grad_lse
     with _device(query):
@@ -271,13 +289,12 @@ def backward(
         )  # fmt: skip
         shared = (*call.tensors(), grad_out, lse, delta, call.mask, call.table)
         strides = (*call.strides(*call.tensors(), grad_out, lse), *call.extra_strides())
-        if work := call.hopper(grad_out):
+        if work := call.work:
             work.backward(grad_out, lse, delta, *rooms)
-        else:
-            for grid, arguments, options in call.launches("key_value"):
-                key_value_kernel[grid](*shared, *rooms[1:], *strides, *call.strides(*rooms[1:]), *arguments, **options)
-            for grid, arguments, options in call.launches("query"):
-                query_kernel[grid](*shared, rooms[0], *strides, *call.strides(rooms[0]), *arguments, **options)
+        for grid, arguments, options in call.launches("key_value"):
+            key_value_kernel[grid](*shared, *rooms[1:], *strides, *call.strides(*rooms[1:]), *arguments, **options)
+        for grid, arguments, options in call.launches("query"):
+            query_kernel[grid](*shared, rooms[0], *strides, *call.strides(rooms[0]), *arguments, **options)
         if bias is not None:
             grad_bias.copy_(_bias_gradient(call, shared, strides))
     for grad, room, group in zip((grad_q, grad_k, grad_v), rooms, (1, call.group, call.group), strict=True):

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from longnet.streaming.cache import DilatedCache
 
 _log = logging.getLogger("longnet")
-# Rows of a lane that a program reads at a time, and programs that share a lane at most.
+# Rows of a lane that a program reads at a time, its warps, and programs that share a lane at most.
 _ROWS = 128
+_WARPS = 8
 _MOST_SPLITS = 64
 
 
@@ -70,7 +71,7 @@ def fused_step(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, s
             query, key, value, cache.keys, cache.values, parts, lse, cache.position_tensor, seen, cache.padding,
             cache.tables.first_rows, query.stride()[:2], key.stride()[:2], value.stride()[:2], cache.keys.stride(0),
             heads, heads // cache.kv_heads, lanes, splits, -(-most // (splits * _ROWS)), *pattern,
-            ROWS=_ROWS, SCALE=scale, num_warps=8, **options,
+            ROWS=_ROWS, SCALE=scale, num_warps=_WARPS, **options,
         )  # fmt: skip
         mix_kernel[(batch * heads,)](
             parts, lse, out, cache.position_tensor, seen, out.stride()[:2], heads, lanes, splits, *pattern,
