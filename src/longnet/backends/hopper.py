@@ -25,14 +25,14 @@ HEAD_DIMS = (64, 128)
 # Rows that a program owns: two warpgroups of 64.
 _OWNED = 128
 
-# Measured on one H200: (rows swept at a time, pipeline stages) by kernel and head dimension.
+# Measured on one H200: (rows swept at a time, pipeline stages, items of a program in a launch) by kernel and head dimension.
 _CUTS = {
-    ("forward", 64): (128, 4),
-    ("forward", 128): (128, 2),
-    ("query", 64): (128, 3),
-    ("query", 128): (64, 3),
-    ("key_value", 64): (64, 3),
-    ("key_value", 128): (64, 2),
+    ("forward", 64): (128, 4, 128),
+    ("forward", 128): (128, 2, 128),
+    ("query", 64): (128, 3, 64),
+    ("query", 128): (64, 3, 64),
+    ("key_value", 64): (64, 3, 64),
+    ("key_value", 128): (64, 2, 64),
 }
 # The registers of a thread at launch, of which the copying warp gives most to those that compute.
 _REGISTERS = 168
@@ -116,14 +116,14 @@ class Work:
     ) -> Iterator[tuple[int, Tensor, dict[int, list[Any]], tuple[Any, ...], dict[str, Any]]]:
         """(programs, their items, descriptors by tensor, shared arguments, options) of every launch."""
         batch, heads, length, dim = self.query.shape
-        rows, stages = _CUTS[kernel, dim]
+        rows, stages, rounds = _CUTS[kernel, dim]
         for number, nest in enumerate(self.nests):
             tiles, shape = _shape(nest, length)
             rates = nest.dilation_rates
             several = len(rates) > 1
             schedule = Schedule(
-                nest, shape, length, heads * batch, _multiprocessors(self.query.device), _OWNED, rows, self.is_causal,
-                kernel == "key_value", self.query.device,
+                nest, shape, length, heads * batch, _multiprocessors(self.query.device), rounds, _OWNED, rows,
+                self.is_causal, kernel == "key_value", self.query.device,
             )  # fmt: skip
             segments = -(-length // nest.segment_lengths[0])
             views = {id(x): descriptors(x, rates, _OWNED) for x in owned}

@@ -17,9 +17,6 @@ from torch import Tensor
 
 from longnet.geometry.nests import Nest
 
-# Items of a program in one launch, at most.
-_MOST_ROUNDS = 128
-
 
 @dataclass(frozen=True)
 class Schedule:
@@ -29,6 +26,7 @@ class Schedule:
         shape: of the kernels, see :func:`longnet.backends.launches.kernel_arguments`.
         copies: batch rows times heads.
         programs: that run at once, at most.
+        rounds: items of a program in one launch, at most.
         owned, swept: rows of an item, and of a block that it meets.
         sweeps_later: a causal item meets what comes after it (keys), not before (queries).
     """
@@ -38,6 +36,7 @@ class Schedule:
     length: int
     copies: int
     programs: int
+    rounds: int
     owned: int
     swept: int
     is_causal: bool
@@ -52,7 +51,7 @@ class Schedule:
     @property
     def per_launch(self) -> int:
         """Items of a launch; the last may have fewer."""
-        launches = -(-self.items // (_MOST_ROUNDS * self.programs))
+        launches = -(-self.items // (self.rounds * self.programs))
         return -(-self.items // (launches * self.programs)) * self.programs
 
     def costs(self) -> Tensor:
