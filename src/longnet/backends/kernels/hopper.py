@@ -12,10 +12,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from longnet.backends.kernels.rows import head_offset, locate, outer_range
+from longnet.backends.kernels.rows import head_offset
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
+# By whole number, up to the branches of a nest.
+LOG2_OF = gl.constexpr((0.0, 0.0, 1.0, 1.584962500721156, 2.0, 2.321928094887362))
+# Of powers of two up to a block's rows. Rates of a nest of several branches are such.
+SHIFT_OF = gl.constexpr({1: 0, 2: 1, 4: 2, 8: 3, 16: 4, 32: 5, 64: 6})
 # Rows of a warpgroup.
 HALF = gl.constexpr(64)
 
@@ -24,17 +28,30 @@ HALF = gl.constexpr(64)
 def take_item(
     item, length, heads, segments, TILES: gl.constexpr, SHAPE: gl.constexpr, M: gl.constexpr, BLOCKED: gl.constexpr
 ):  # fmt: skip
-    """Where the rows of an item lie, see ``locate``."""
-    segment_lengths: gl.constexpr = SHAPE[0]
-    level: gl.constexpr = SHAPE[2]
-    inner: gl.constexpr = SHAPE[3]
-    step: gl.constexpr = SHAPE[4]
-    first: gl.constexpr = SHAPE[5]
-    count: gl.constexpr = SHAPE[6]
-    return locate(
-        item, length, heads, segments, TILES, segment_lengths, level, inner, step, first, count,
-        len(SHAPE[2]), M, BLOCKED, False,
-    )  # fmt: skip
+    """(batch, head, segment start and length, level, first position, step, first row, rows) of an item.
+
+    What ``rows.locate`` computes, class by class: dividing by constants takes a few instructions, dividing by numbers that
+    are known only at run time, several times an item, took as long as blocks of scores.
+    """
+    tile = item % TILES
+    rest = item // TILES
+    start = rest % segments * SHAPE[0][0]
+    rest = rest // segments
+    head = rest % heads
+    batch = rest // heads
+    size = gl.minimum(length - start, SHAPE[0][0])
+    level, origin, step, first_row, rows = 0, 0, 1, 0, 0
+    for i in gl.static_range(len(SHAPE[2])):
+        number = tile - SHAPE[5][i]
+        residue = head_offset(head, SHAPE[4][i], heads, BLOCKED)
+        here = (residue + (1 + number // SHAPE[6][i]) * SHAPE[3][i]) % SHAPE[4][i]
+        inside = number >= 0
+        level = gl.where(inside, SHAPE[2][i], level)
+        origin = gl.where(inside, here, origin)
+        step = gl.where(inside, SHAPE[4][i], step)
+        first_row = gl.where(inside, number % SHAPE[6][i] * M, first_row)
+        rows = gl.where(inside, gl.cdiv(gl.maximum(size - here, 0), SHAPE[4][i]), rows)
+    return batch, head, start, size, level, start + origin, step, first_row, rows
 
 
 @gluon.jit
@@ -48,19 +65,55 @@ def swept_range(
     index, start, size, length, head, heads,
     SHAPE: gl.constexpr, CAUSAL: gl.constexpr, LATER: gl.constexpr, BLOCKED: gl.constexpr,
 ):  # fmt: skip
-    """(branch, first position, step, count) of the other side's rows in range ``index``; range 0 is the own segment."""
-    segment_lengths: gl.constexpr = SHAPE[0]
-    rates: gl.constexpr = SHAPE[1]
-    if index == 0:
+    """(branch, first position, step, count) of the other side's rows in range ``index``; range 0 is the own segment.
+
+    What ``rows.outer_range`` computes, without dividing by numbers that are known only at run time, see :func:`take_item`.
+    """
+    if CAUSAL:
         branch = index
-        step = index + SHAPE[1][0]
-        first = start + head_offset(head, step, heads, BLOCKED)
-        count = gl.cdiv(gl.maximum(start + size - first, 0), step)
+        after = index < 0 if not LATER else index >= 0
     else:
-        branch, first, step, count = outer_range(
-            index, start, length, head, heads, segment_lengths, rates, len(SHAPE[1]), CAUSAL, LATER, BLOCKED
-        )
-    return branch, first, step, count
+        branch = (index + 1) // 2
+        after = index % 2 == 0
+    offset = head_offset(head, SHAPE[1][0], heads, BLOCKED)
+    step = index * 0 + SHAPE[1][0]
+    begin = start + offset
+    if len(SHAPE[1]) == 1:
+        count = gl.cdiv(gl.maximum(size - offset, 0), SHAPE[1][0])
+    else:
+        RATES: gl.constexpr = SHAPE[1]
+        low, middle, finer, width = start, start, 0, 0
+        for i in gl.static_range(1, len(SHAPE[1])):
+            here = branch == i
+            low = gl.where(here, start // SHAPE[0][i] * SHAPE[0][i], low)
+            middle = gl.where(here, start // SHAPE[0][i - 1] * SHAPE[0][i - 1], middle)
+            finer = gl.where(here, SHAPE[0][i - 1], finer)
+            width = gl.where(here, SHAPE[0][i], width)
+            step = gl.where(here, SHAPE[1][i], step)
+        begin = gl.where(after, middle + finer, low)
+        end = gl.where(after, gl.minimum(low + width, length), middle)
+        begin = gl.where(index == 0, start, begin) + offset_at(head, step, heads, BLOCKED)
+        end = gl.where(index == 0, start + size, end)
+        count = (gl.maximum(end - begin, 0) + step - 1) >> shift_of(step, RATES)
+    return branch, begin, step, count
+
+
+@gluon.jit
+def shift_of(step, RATES: gl.constexpr):
+    """The logarithm of a step that is one of several rates."""
+    shift = step * 0
+    for i in gl.static_range(len(RATES)):
+        shift = gl.where(step == RATES[i], SHIFT_OF[RATES[i]], shift)
+    return shift
+
+
+@gluon.jit
+def offset_at(head, step, heads, BLOCKED: gl.constexpr):
+    """The head's offset in a branch of a nest of several, whose rate is a power of two."""
+    if BLOCKED:
+        return head // gl.cdiv(heads, step)
+    else:
+        return head & (step - 1)
 
 
 @gluon.jit
@@ -76,13 +129,16 @@ def block_weights(
     LAYOUT: gl.constexpr,
 ):
     """log2 of the weights of ``COUNT`` swept rows against owned rows of ``level``; every block of a range has the same."""
-    position = head_offset(head, step, heads, BLOCKED) + gl.arange(0, COUNT, layout=LAYOUT) * step
+    position = offset_at(head, step, heads, BLOCKED) + gl.arange(0, COUNT, layout=LAYOUT) * step
     levels = gl.zeros([COUNT], gl.int32, layout=LAYOUT)
     for i in gl.static_range(len(SHAPE[1])):
-        levels += ((position - head_offset(head, gl.constexpr(SHAPE[1][i]), heads, BLOCKED)) % SHAPE[1][i] == 0).to(
-            gl.int32
-        )
-    return gl.log2((gl.minimum(levels, level) - branch).to(gl.float32))
+        beyond = (position - head_offset(head, SHAPE[1][i], heads, BLOCKED)) & (SHAPE[1][i] - 1)
+        levels += (beyond == 0).to(gl.int32)
+    multiplicity = gl.minimum(levels, level) - branch
+    weights = gl.zeros([COUNT], gl.float32, layout=LAYOUT)
+    for i in gl.static_range(2, len(SHAPE[1]) + 1):
+        weights = gl.where(multiplicity >= i, LOG2_OF[i], weights)
+    return weights
 
 
 @gluon.jit
@@ -104,13 +160,16 @@ def fetch(desc, fold, batch, head, position, step, barrier, target, j, RATES: gl
     The tensor is seen as a matrix whose rows hold ``step`` tokens, so a residue is a column.
     """
     flat = batch * fold[0] + head * fold[1] + position
-    column = flat % step * fold[3] + head * fold[2]
-    row = flat // step + j
+    if len(RATES) == 1:
+        row, residue = flat // RATES[0], flat % RATES[0]
+    else:
+        row, residue = flat >> shift_of(step, RATES), flat & (step - 1)
+    column = residue * fold[3] + head * fold[2]
     found = False
     for i in gl.static_range(len(RATES)):
         # Two branches of one rate have one view.
-        match = (RATES[i] == step) & (not found)
-        tma.async_copy_global_to_shared(desc[i], [row, column], barrier, target, pred=match)
+        match = (step == RATES[i]) & (not found)
+        tma.async_copy_global_to_shared(desc[i], [row + j, column], barrier, target, pred=match)
         found = found | match
 
 

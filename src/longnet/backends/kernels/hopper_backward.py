@@ -66,9 +66,9 @@ def _produce(
                 if CAUSAL:
                     if index == 0:
                         if KEYS:
-                            low = ((origin + first_row * step - first) // swept_step) // N
+                            low = ((origin + first_row * step - first) // RATES[0]) // N
                         else:
-                            count = gl.minimum(count, (origin + (first_row + M - 1) * step - first) // swept_step + 1)
+                            count = gl.minimum(count, (origin + (first_row + M - 1) * step - first) // RATES[0] + 1)
                 blocks = gl.cdiv(count, N)
                 for i in range(0, blocks - low):
                     j = (blocks - 1 - i) * N
@@ -202,9 +202,9 @@ def _consume_keys(
                 )
                 if CAUSAL:
                     if index == 0:
-                        ratio = step // key_step
-                        seen = (origin - first_key) // key_step + own_first * ratio
-                        last = gl.minimum(last, (origin - first_key) // key_step + m * ratio)
+                        ratio = step // SHAPE[1][0]
+                        seen = (origin - first_key) // SHAPE[1][0] + own_first * ratio
+                        last = gl.minimum(last, (origin - first_key) // SHAPE[1][0] + m * ratio)
                         all_top = (gl.minimum(count, seen + (M - 1 - WHICH * HALF) * ratio + 1) - 1) // N
                         top = gl.minimum(all_top, (seen + (HALF - 1) * ratio) // N)
                         whole = gl.minimum(count, seen + 1)
@@ -329,10 +329,10 @@ def _consume_queries(
                 clear = 0
                 if CAUSAL:
                     if index == 0:
-                        ratio = step // query_step
-                        first_seen = (origin - first_query) // query_step + own_first * ratio
-                        seen = (origin - first_query) // query_step + m * ratio
-                        all_low = ((origin - first_query) // query_step + first_row * ratio) // N
+                        ratio = step // SHAPE[1][0]
+                        first_seen = (origin - first_query) // SHAPE[1][0] + own_first * ratio
+                        seen = (origin - first_query) // SHAPE[1][0] + m * ratio
+                        all_low = ((origin - first_query) // SHAPE[1][0] + first_row * ratio) // N
                         own_low = gl.minimum(blocks, first_seen // N)
                         clear = gl.minimum(blocks, gl.cdiv(first_seen + (HALF - 1) * ratio, N))
                 ragged = gl.minimum(blocks - clear, (blocks * N > count).to(gl.int32))
@@ -442,7 +442,7 @@ def hopper_query_kernel(
             ),
         ],
         [4, 1],
-        [240, 24],
+        [232, 40],
     )  # fmt: skip
 
 

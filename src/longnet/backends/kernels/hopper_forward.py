@@ -111,7 +111,7 @@ def _produce(
                 )
                 if CAUSAL:
                     if index == 0:
-                        count = gl.minimum(count, (origin + (first_row + M - 1) * step - first_key) // key_step + 1)
+                        count = gl.minimum(count, (origin + (first_row + M - 1) * step - first_key) // RATES[0] + 1)
                 blocks = gl.cdiv(count, N)
                 for i in range(0, blocks):
                     # From the diagonal down: a warpgroup skips the blocks past its last row before it starts.
@@ -197,9 +197,9 @@ def _consume(
                     own_top = top
                     if CAUSAL:
                         # Rows of a nest lie on the finest branch's keys, so positions compare as key indices.
-                        ratio = step // key_step
-                        seen = (origin - first_key) // key_step + own_first * ratio
-                        last = gl.minimum(last, (origin - first_key) // key_step + m * ratio)
+                        ratio = step // SHAPE[1][0]
+                        seen = (origin - first_key) // SHAPE[1][0] + own_first * ratio
+                        last = gl.minimum(last, (origin - first_key) // SHAPE[1][0] + m * ratio)
                         top = (gl.minimum(count, seen + (M - 1 - WHICH * HALF) * ratio + 1) - 1) // N
                         own_top = gl.minimum(top, (seen + (HALF - 1) * ratio) // N)
                         whole = gl.minimum(count, seen + 1)
