@@ -18,6 +18,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("geometry",),
     ("mixing", "position", "norm"),
     ("backends",),
+    ("sharding",),
     ("functional",),
     ("streaming",),
     ("attention",),

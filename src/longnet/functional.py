@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longnet.backends import Spec, select_backend
 from longnet.geometry import HeadOffsets, Pattern, uncovered_positions
+from longnet.sharding import give_up, peers_of, sharded_attention
 
 
 @overload
@@ -85,16 +86,24 @@ def dilated_attention(
         head_offsets: ``"interleaved"`` (``j mod r``, the paper) or ``"blocked"`` (``j // ceil(H / r)``, torchscale).
         return_lse: also return the natural log of the softmax denominators. It is differentiable.
         backend: ``"auto"``, or one by name; a named one that cannot run raises its reason.
-        group: a process group for sequence parallelism; this version computes on one device, so only None.
+        group: the ranks that share one sequence, a ``ProcessGroup`` or a ``DeviceMesh`` of one dimension. Query, key, value
+            and mask are then this rank's contiguous shard, in rank order, of any length, and so is the result; every rank
+            of the group makes the call. Only selected rows of segments that cross a shard's border travel. None: one
+            device has it all.
 
     Returns:
         out (B, H, N, D) in the query's dtype and layout; with ``return_lse`` also lse (B, H, N), float32 (float64 for
         float64). A row without any key has out 0, lse -inf and zero gradients.
 
     Raises:
-        TypeError: an argument of the wrong type. ValueError: any other bad value; both name the argument.
+        TypeError: an argument of the wrong type. ValueError: any other bad value; both name the argument. With a group every
+            rank raises when one does, or when ranks differ in anything but the length of their shards.
     """
-    pattern = Pattern.parse(segment_lengths, dilation_rates, head_offsets)
+    try:
+        pattern = Pattern.parse(segment_lengths, dilation_rates, head_offsets)
+    except (TypeError, ValueError) as error:
+        _give_up(group, error)
+        raise
     return pattern_attention(
         query,
         key,
@@ -129,8 +138,39 @@ def pattern_attention(
         distance_bias: (H, 2L - 1) or None. Added to the scaled score of a query at p and a key at k by head ``j`` is
             ``distance_bias[j, k - p + L - 1]``; L is at least the largest distance plus one.
     """
-    query, key, value = _check_tensors(query, key, value)
-    _check_mask(key_padding_mask, query)
+    peers = None if group is None else peers_of(group)
+    try:
+        query, key, value = _check_tensors(query, key, value)
+        scale = _check_settings(query, key_padding_mask, distance_bias, pattern, is_causal, scale, return_lse)
+        chosen = select_backend(backend, query.device.type, query.dtype, query.shape[-1], distance_bias is not None)
+    except (TypeError, ValueError) as error:
+        _give_up(group, error)
+        raise
+    if not torch.compiler.is_compiling():
+        warn_uncovered(pattern, query.shape[1])
+    spec = Spec(pattern, is_causal, scale)
+    inputs = (query, key, value, key_padding_mask, distance_bias, spec)
+    out, lse = chosen.run(*inputs) if peers is None or peers.size == 1 else sharded_attention(*inputs, chosen, peers)
+    return (out, lse) if return_lse else out
+
+
+def _give_up(group: Any, error: Exception) -> None:
+    """Other ranks of the group wait for this one's call: they raise too."""
+    if group is not None and (peers := peers_of(group)).size > 1:
+        give_up(peers, error)
+
+
+def _check_settings(
+    query: Tensor,
+    mask: Tensor | None,
+    distance_bias: Tensor | None,
+    pattern: Pattern,
+    is_causal: bool,
+    scale: float | None,
+    return_lse: bool,
+) -> float:
+    """The scale."""
+    _check_mask(mask, query)
     for name, flag in (("is_causal", is_causal), ("return_lse", return_lse)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name}={flag!r} has type {type(flag).__name__}: expected a bool")
@@ -139,19 +179,9 @@ def pattern_attention(
             raise TypeError(f"scale={scale!r} has type {type(scale).__name__}: expected a float or None")
         if not math.isfinite(scale):
             raise ValueError(f"scale={scale} is not finite")
-    if group is not None:
-        raise ValueError(
-            f"group={group!r}: this version computes a sequence on one device, expected None; "
-            "gather the sequence first, or run one sequence per rank"
-        )
     if distance_bias is not None:
         _check_bias(distance_bias, query, pattern)
-    if not torch.compiler.is_compiling():
-        warn_uncovered(pattern, query.shape[1])
-    chosen = select_backend(backend, query.device.type, query.dtype, query.shape[-1], distance_bias is not None)
-    spec = Spec(pattern, is_causal, float(query.shape[-1] ** -0.5 if scale is None else scale))
-    out, lse = chosen.run(query, key, value, key_padding_mask, distance_bias, spec)
-    return (out, lse) if return_lse else out
+    return float(query.shape[-1] ** -0.5 if scale is None else scale)
 
 
 @lru_cache(maxsize=256)

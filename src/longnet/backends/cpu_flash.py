@@ -287,4 +287,4 @@ def _add_up(total: Tensor, parts: list[tuple[bool, Tile, _Index, Tensor]]) -> No
             rows.add_(part)
 
 
-run = register_operators("cpu_flash", forward, backward)
+run, run_backward = register_operators("cpu_flash", forward, backward)

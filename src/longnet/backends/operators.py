@@ -36,7 +36,7 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """An operator's inputs have been cast already; inside, float32 means float32."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
@@ -45,7 +45,7 @@ def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
 _library = torch.library.Library("longnet", "FRAGMENT")
 
 
-def _define(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def define(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Register ``longnet::<name>`` for every device and return it.
 
     By hand: what ``torch.library.custom_op`` wraps around a call takes longer than attention over a short sequence.
@@ -57,8 +57,10 @@ def _define(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -
     return getattr(torch.ops.longnet, name).default
 
 
-def register_operators(name: str, forward: ForwardFn, backward: BackwardFn) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Register a backend's operator pair and return the differentiable forward.
+def register_operators(
+    name: str, forward: ForwardFn, backward: BackwardFn
+) -> tuple[Callable[..., tuple[Tensor, Tensor]], BackwardFn]:
+    """Register a backend's operator pair and return it: the differentiable forward, and the backward by itself.
 
     ``forward(query, key, value, padding, bias, spec) -> (out, lse)`` and
     ``backward(grad_out, grad_lse, query, key, value, padding, bias, out, lse, spec)
@@ -79,7 +81,7 @@ def register_operators(name: str, forward: ForwardFn, backward: BackwardFn) -> C
         scale: float,
     ) -> tuple[Tensor, Tensor]:
         spec = Spec(Pattern.parse(segment_lengths, dilation_rates, head_offsets), is_causal, scale)
-        with _no_autocast(query):
+        with no_autocast(query):
             return forward(query, key, value, padding, bias, spec)
 
     def fake_forward(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -102,7 +104,7 @@ def register_operators(name: str, forward: ForwardFn, backward: BackwardFn) -> C
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         spec = Spec(Pattern.parse(segment_lengths, dilation_rates, head_offsets), is_causal, scale)
-        with _no_autocast(query):
+        with no_autocast(query):
             return backward(grad_out, grad_lse, query, key, value, padding, bias, out, lse, spec)
 
     def fake_backward(
@@ -137,29 +139,27 @@ def register_operators(name: str, forward: ForwardFn, backward: BackwardFn) -> C
             "a gradient taken with create_graph=True cannot be differentiated again"
         )
 
-    call_forward = _define(name, forward_op, fake_forward)
-    call_backward = _define(f"{name}_backward", backward_op, fake_backward)
+    call_forward = define(name, forward_op, fake_forward)
+    call_backward = define(f"{name}_backward", backward_op, fake_backward)
     torch.library.register_autograd(f"longnet::{name}", autograd_backward, setup_context=setup_context)
     torch.library.register_autograd(f"longnet::{name}_backward", no_second_derivative)
 
     def run(
         query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, bias: Tensor | None, spec: Spec
     ) -> tuple[Tensor, Tensor]:
-        pattern = spec.pattern
-        return call_forward(
-            query,
-            key,
-            value,
-            padding,
-            bias,
-            pattern.segment_lengths,
-            pattern.dilation_rates,
-            pattern.head_offsets,
-            spec.is_causal,
-            spec.scale,
-        )
+        return call_forward(query, key, value, padding, bias, *_settings(spec))
 
-    return run
+    def run_backward(*tensors: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        *tensors, spec = tensors  # type: ignore[assignment]
+        return call_backward(*tensors, *_settings(spec))
+
+    return run, run_backward
+
+
+def _settings(spec: Spec) -> tuple[Any, ...]:
+    """A spec as an operator takes it."""
+    pattern = spec.pattern
+    return pattern.segment_lengths, pattern.dilation_rates, pattern.head_offsets, spec.is_causal, spec.scale
 
 
 def tile_view(x: Tensor, tile: Tile) -> Tensor:

@@ -194,4 +194,4 @@ def backward(
     return (*grads, grad_bias if bias is None else grad_bias.to(bias.dtype))
 
 
-run = register_operators("portable", forward, backward)
+run, run_backward = register_operators("portable", forward, backward)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longnet.backends import cpu_flash, portable, triton_flash
-from longnet.backends.operators import Spec
+from longnet.backends.operators import BackwardFn, Spec
 
 _log = logging.getLogger("longnet")
 
@@ -19,21 +19,23 @@ _log = logging.getLogger("longnet")
 class Backend:
     """A way to compute a whole pattern: ``run`` gives (out, lse), ``why_not`` says what it cannot take.
 
-    ``automatic`` limits the device types on which ``"auto"`` considers it.
+    ``run_backward`` gives gradients for any out and lse, those of a larger whole too (see :mod:`longnet.mixing`), and takes
+    the tensors that ``register_operators`` names. ``automatic`` limits the device types on which ``"auto"`` considers it.
     """
 
     name: str
     why_not: Callable[[str, torch.dtype, int, bool], str | None]
     run: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Spec], tuple[Tensor, Tensor]]
+    run_backward: BackwardFn
     automatic: tuple[str, ...] | None = None
 
 
 # In order of preference; the last takes everything the library computes.
 BACKENDS: tuple[Backend, ...] = (
-    Backend("cpu_flash", cpu_flash.why_not, cpu_flash.run),
+    Backend("cpu_flash", cpu_flash.why_not, cpu_flash.run, cpu_flash.run_backward),
     # Its interpreter on the CPU is for tests: it has to be asked for by name.
-    Backend("triton", triton_flash.why_not, triton_flash.run, automatic=("cuda",)),
-    Backend("portable", portable.why_not, portable.run),
+    Backend("triton", triton_flash.why_not, triton_flash.run, triton_flash.run_backward, automatic=("cuda",)),
+    Backend("portable", portable.why_not, portable.run, portable.run_backward),
 )
 
 

@@ -303,4 +303,4 @@ def backward(
     return _signed(grad_q, spec.scale), grad_k, grad_v, grad_bias
 
 
-run = register_operators("triton", forward, backward)
+run, run_backward = register_operators("triton", forward, backward)

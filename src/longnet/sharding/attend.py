@@ -1,0 +1,173 @@
+"""A rank's shard of dilated attention, forward and backward, on real tensors.
+
+Every query of the shard attends to keys of the shard and of others. Parts of that are ordinary calls of a backend; the rest
+are rows against rows. All parts are mixed by their softmax denominators into one softmax, and by the rule of
+:mod:`longnet.mixing` the backward pass runs every part by itself with the mixed out and lse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longnet import mixing
+from longnet.backends import Backend, Spec
+from longnet.backends.operators import lse_dtype
+from longnet.geometry import OwnPart, Pattern
+from longnet.sharding.exchange import pack, send
+from longnet.sharding.plan import Place, RowGroup, ShardPlan, make_plan
+from longnet.sharding.rows import RowCall
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank's tensors and settings: query (B, H, n, D), key and value (B, Hk, n, D), padding (B, n), bias (H, 2L - 1)."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    padding: Tensor | None
+    bias: Tensor | None
+    spec: Spec
+    place: Place
+    backend: Backend
+    group: dist.ProcessGroup
+
+    @property
+    def plan(self) -> ShardPlan:
+        return make_plan(self.place, self.query.device)
+
+    def _part(self, part: OwnPart) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Spec]:
+        """(query, key, value, padding, bias, spec) of an ordinary call."""
+        tokens = slice(part.first, part.last)
+        query, key, value = (x[:, :, tokens] for x in (self.query, self.key, self.value))
+        padding = None if self.padding is None else self.padding[:, tokens]
+        pattern = Pattern(part.branches, self.spec.pattern.head_offsets)
+        return query, key, value, padding, self.bias, replace(self.spec, pattern=pattern)
+
+    def _run(self, part: OwnPart) -> tuple[Tensor, Tensor]:
+        return self.backend.run(*self._part(part))
+
+    def _run_backward(
+        self, part: OwnPart, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        tokens = slice(part.first, part.last)
+        grad_lse = None if grad_lse is None else grad_lse[:, :, tokens]
+        *inputs, spec = self._part(part)
+        mixed = out[:, :, tokens], lse[:, :, tokens]
+        return self.backend.run_backward(grad_out[:, :, tokens], grad_lse, *inputs, *mixed, spec)
+
+    def _rows(self, rows: RowGroup, received: Tensor) -> RowCall:
+        """The call that a group of rows is. ``received`` is (rows, B, channels)."""
+        kind, dim = lse_dtype(self.query.dtype), self.query.shape[-1]
+        query = self.query[:, rows.heads, rows.tokens].to(kind)
+        padded = None
+        if rows.received is None:
+            key, value = (x[:, rows.key_heads, rows.key_tokens].to(kind) for x in (self.key, self.value))
+            if self.padding is not None:
+                padded = self.padding[:, rows.key_tokens]
+        else:
+            # (lanes, b, B, channels) to (B, lanes, b, channels)
+            found = received[rows.received].movedim(2, 0)
+            key, value = found[..., :dim].to(kind), found[..., dim : 2 * dim].to(kind)
+            if self.padding is not None:
+                padded = found[..., 2 * dim] != 0
+        bias = None
+        if self.bias is not None:
+            bias = self.bias[rows.heads[:, 0], rows.distances(self.bias.shape[-1] // 2)].to(kind)
+        return RowCall(query, key, value, self.spec.scale, rows.is_causal, padded, bias)
+
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(out like query, lse (B, H, n), the rows received, (rows, B, channels))."""
+        plan = self.plan
+        transfer = send(pack(plan, self.key, self.value, self.padding), plan.sent, plan.received, self.group)
+        kind = lse_dtype(self.query.dtype)
+        if plan.is_simple:
+            out, lse = self._run(plan.parts[0])
+        else:
+            # Many parts, and each would round.
+            out = torch.zeros_like(self.query, dtype=kind)
+            lse = self.query.new_full(self.query.shape[:-1], -torch.inf, dtype=kind)
+            for part in plan.parts:
+                tokens = slice(part.first, part.last)
+                mixing.merge_(out[:, :, tokens], lse[:, :, tokens], *self._run(part))
+        nothing = self.query.new_empty(0)
+        for rows in plan.own:
+            self._mix(out, lse, rows, nothing)
+        received = transfer.wait()
+        for rows in plan.remote:
+            self._mix(out, lse, rows, received)
+        return out if out.dtype == self.query.dtype else torch.empty_like(self.query).copy_(out), lse, received
+
+    def _mix(self, out: Tensor, lse: Tensor, rows: RowGroup, received: Tensor) -> None:
+        index = (slice(None), rows.heads, rows.tokens)
+        mixed_out, mixed_lse = out[index], lse[index]
+        mixing.merge_(mixed_out, mixed_lse, *self._rows(rows, received).forward())
+        out[index], lse[index] = mixed_out, mixed_lse
+
+    def backward(
+        self, grad_out: Tensor, grad_lse: Tensor | None, received: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of query, key, value and bias; of a bias this rank's share, empty without one."""
+        plan, kind = self.plan, lse_dtype(self.query.dtype)
+        grad_bias = self.query.new_empty(0) if self.bias is None else torch.zeros_like(self.bias, dtype=kind)
+        delta = (grad_out.to(kind) * out.to(kind)).sum(-1)
+        if grad_lse is not None:
+            delta -= grad_lse
+        shift = mixing.lse_for_backward(lse)
+        query_grads = []
+
+        def rows_backward(rows: RowGroup) -> Tensor:
+            """Gradients of the group's keys and values, (B, lanes, b, 2 D); those of its queries are kept."""
+            index = (slice(None), rows.heads, rows.tokens)
+            call = self._rows(rows, received)
+            grad_q, grad_k, grad_v, by_distance = call.backward(grad_out[index].to(kind), shift[index], delta[index])
+            query_grads.append((rows, grad_q))
+            if by_distance is not None:
+                where = rows.distances(grad_bias.shape[-1] // 2)
+                grad_bias[rows.heads[:, 0], where] += by_distance
+            return torch.cat((grad_k, grad_v), -1)
+
+        # What others wait for comes first, and travels while the rest is computed.
+        dim = self.query.shape[-1]
+        returned = torch.zeros(*received.shape[:2], 2 * dim, dtype=kind, device=received.device)
+        for rows in plan.remote:
+            assert rows.received is not None
+            # Query heads that share a key/value head add up; index_put_ does so in a fixed order.
+            returned.index_put_((rows.received,), rows_backward(rows).movedim(0, 2), accumulate=True)
+        transfer = send(returned.to(self.query.dtype), plan.received, plan.sent, self.group)
+
+        inputs = (self.query, self.key, self.value)
+        grads = [] if plan.is_simple else [torch.zeros_like(x, dtype=kind) for x in inputs]
+        for part in plan.parts:
+            *found, found_bias = self._run_backward(part, grad_out, grad_lse, out, lse)
+            if plan.is_simple:
+                grads = found
+            else:
+                for grad, more in zip(grads, found, strict=True):
+                    grad[:, :, part.first : part.last] += more
+            if self.bias is not None:
+                grad_bias += found_bias
+        for rows in plan.own:
+            assert rows.key_tokens is not None
+            more = rows_backward(rows)
+            for grad, half in zip(grads[1:], more.split(dim, -1), strict=True):
+                index = tuple(torch.broadcast_tensors(rows.key_heads, rows.key_tokens))
+                grad.movedim(0, 2).index_put_(index, half.movedim(0, 2), accumulate=True)
+        for rows, grad_q in query_grads:
+            # The queries of a group are all different.
+            index = (slice(None), rows.heads, rows.tokens)
+            grads[0][index] = (grads[0][index].to(kind) + grad_q).to(grads[0].dtype)
+        back = transfer.wait().to(kind)
+        summed = back.new_zeros(len(plan.places), *back.shape[1:])
+        summed.index_put_((plan.place_of,), back, accumulate=True)
+        place = (slice(None), plan.places[:, 0], plan.places[:, 1])
+        for grad, half in zip(grads[1:], summed.transpose(0, 1).split(dim, -1), strict=True):
+            grad[place] = (grad[place].to(kind) + half).to(grad.dtype)
+        grad_q, grad_k, grad_v = (
+            g if g.dtype == x.dtype else torch.empty_like(x).copy_(g) for x, g in zip(inputs, grads, strict=True)
+        )
+        return grad_q, grad_k, grad_v, grad_bias if self.bias is None else grad_bias.to(self.bias.dtype)

@@ -1,0 +1,160 @@
+"""A shard's part of dilated attention as an operator pair of torch, and the call that every rank makes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+from longnet.backends import Backend, Spec, select_backend
+from longnet.backends.operators import define, lse_dtype, no_autocast
+from longnet.geometry import Pattern, Shards
+from longnet.sharding.attend import Shard
+from longnet.sharding.group import Peers, Terms, agree
+from longnet.sharding.plan import Place
+
+
+def sharded_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    padding: Tensor | None,
+    bias: Tensor | None,
+    spec: Spec,
+    backend: Backend,
+    peers: Peers,
+) -> tuple[Tensor, Tensor]:
+    """This rank's rows of one call over the shards of all ranks: (out, lse) like a backend's ``run``.
+
+    Raises:
+        ValueError: on every rank, when ranks differ in what they call.
+    """
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, bias) if x is not None)
+    terms = Terms(
+        query.shape[0], query.shape[1], key.shape[1], query.shape[3], query.dtype, spec.is_causal, padding is not None,
+        0 if bias is None else bias.shape[1], gradients, spec.scale, spec.pattern,
+    )  # fmt: skip
+    shards = agree(peers, query.shape[2], terms)
+    pattern = spec.pattern
+    reach = min(max(pattern.segment_lengths), max(1, shards.total))
+    if bias is not None and bias.shape[1] < 2 * reach - 1:
+        raise ValueError(f"distance_bias holds {bias.shape[1]} distances: expected at least {2 * reach - 1}")
+    out, lse, _ = _forward(
+        query, key, value, padding, bias, pattern.segment_lengths, pattern.dilation_rates, pattern.head_offsets,
+        spec.is_causal, spec.scale, backend.name, shards.lengths, peers.rank, peers.group.group_name,
+    )  # fmt: skip
+    return out, lse
+
+
+def _shard(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, bias: Tensor | None, *settings: Any
+) -> Shard:
+    lengths, rates, head_offsets, is_causal, scale, backend, shards, rank, group = settings
+    pattern = Pattern.parse(lengths, rates, head_offsets)
+    place = Place(pattern, query.shape[1], key.shape[1], Shards(tuple(shards)), rank, is_causal)
+    chosen = select_backend(backend, query.device.type, query.dtype, query.shape[-1], bias is not None)
+    spec = Spec(pattern, is_causal, scale)
+    return Shard(query, key, value, padding, bias, spec, place, chosen, distributed_c10d._resolve_process_group(group))  # type: ignore[attr-defined]
+
+
+def _forward_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    padding: Tensor | None,
+    bias: Tensor | None,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    head_offsets: str,
+    is_causal: bool,
+    scale: float,
+    backend: str,
+    shards: Sequence[int],
+    rank: int,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    settings = (segment_lengths, dilation_rates, head_offsets, is_causal, scale, backend, shards, rank, group)
+    with no_autocast(query):
+        return _shard(query, key, value, padding, bias, *settings).forward()
+
+
+def _fake_forward(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, bias: Tensor | None, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    lengths, rates, head_offsets, is_causal, _, _, shards, rank, _ = settings
+    pattern = Pattern.parse(lengths, rates, head_offsets)
+    place = Place(pattern, query.shape[1], key.shape[1], Shards(tuple(shards)), rank, is_causal)
+    channels = 2 * query.shape[-1] + (padding is not None)
+    lse = query.new_empty(query.shape[:-1], dtype=lse_dtype(query.dtype))
+    return torch.empty_like(query), lse, query.new_empty(place.rows_received, query.shape[0], channels)
+
+
+def _backward_op(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    padding: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    received: Tensor,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    head_offsets: str,
+    is_causal: bool,
+    scale: float,
+    backend: str,
+    shards: Sequence[int],
+    rank: int,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    settings = (segment_lengths, dilation_rates, head_offsets, is_causal, scale, backend, shards, rank, group)
+    with no_autocast(query):
+        shard = _shard(query, key, value, padding, bias, *settings)
+        return shard.backward(grad_out, grad_lse, received, out, lse)
+
+
+def _fake_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    padding: Tensor | None,
+    bias: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_bias = query.new_empty(0) if bias is None else torch.empty_like(bias)
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), grad_bias
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    query, key, value, padding, bias, *ctx.settings = inputs
+    ctx.save_for_backward(query, key, value, padding, bias, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    query, key, value, padding, bias, *output = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(output[0])
+    *grads, grad_bias = _backward(grad_out, grad_lse, query, key, value, padding, bias, *output, *ctx.settings)
+    return (*grads, None, None if bias is None else grad_bias, *[None] * len(ctx.settings))
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    raise RuntimeError(
+        "dilated attention (longnet::sharded_backward) has no second derivative: a gradient taken with create_graph=True "
+        "cannot be differentiated again"
+    )
+
+
+_forward = define("sharded", _forward_op, _fake_forward)
+_backward = define("sharded_backward", _backward_op, _fake_backward)
+torch.library.register_autograd("longnet::sharded", _autograd_backward, setup_context=_setup_context)
+torch.library.register_autograd("longnet::sharded_backward", _no_second_derivative)

@@ -1,0 +1,78 @@
+"""Processes that stay: eight ranks over gloo, started once, that run what a test sends them."""
+
+from __future__ import annotations
+
+import atexit
+import traceback
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+MOST = 8
+_PATIENCE = 120.0
+
+
+def _serve(rank: int, store: str, inbox: Any, outbox: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=MOST)
+    groups = {size: dist.new_group(list(range(size))) for size in range(1, MOST + 1)}
+    while (job := inbox.get()) is not None:
+        size, function, arguments = job
+        try:
+            outbox.put((rank, True, function(groups[size], rank, *arguments)))
+        except BaseException as error:
+            outbox.put((rank, False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+    dist.destroy_process_group()
+
+
+class Ranks:
+    """Eight processes; the first K of them are a group of K."""
+
+    def __init__(self, store: str) -> None:
+        context = mp.get_context("spawn")
+        self._outbox = context.Queue()
+        self._inboxes = [context.Queue() for _ in range(MOST)]
+        self._processes = [
+            context.Process(target=_serve, args=(rank, store, inbox, self._outbox), daemon=True)
+            for rank, inbox in enumerate(self._inboxes)
+        ]
+        for process in self._processes:
+            process.start()
+        atexit.register(self.close)
+
+    def outcomes(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[tuple[bool, Any]]:
+        """What ``function(group, rank, *arguments)`` gave on every rank: (True, its result) or (False, its error in words)."""
+        for inbox in self._inboxes[:size]:
+            inbox.put((size, function, arguments))
+        found = {}
+        for _ in range(size):
+            rank, ok, result = self._outbox.get(timeout=_PATIENCE)
+            found[rank] = (ok, result)
+        return [found[rank] for rank in range(size)]
+
+    def __call__(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """The results by rank; raises the first error."""
+        found = self.outcomes(size, function, *arguments)
+        for rank, (ok, result) in enumerate(found):
+            assert ok, f"rank {rank}: {result}"
+        return [result for _, result in found]
+
+    def close(self) -> None:
+        for inbox in self._inboxes:
+            inbox.put(None)
+        for process in self._processes:
+            process.join(5)
+            process.kill()
+
+
+@cache
+def started(store: str) -> Ranks:
+    return Ranks(store)
+
+
+def split(x: torch.Tensor, lengths: Sequence[int], dim: int) -> tuple[torch.Tensor, ...]:
+    return x.split(list(lengths), dim)
