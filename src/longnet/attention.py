@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from longnet.functional import pattern_attention, warn_uncovered
 from longnet.geometry import HeadOffsets, Pattern
 from longnet.norm import make_norm
 from longnet.position import RelativeBias, XPos, rotate
+from longnet.sharding import lengths_of, peers_of, untraced
 from longnet.streaming import DilatedCache, stream_attention
 
 
@@ -29,7 +31,10 @@ class DilatedAttention(nn.Module):
         causal: tokens see only earlier tokens and themselves. ``casual`` is an accepted spelling.
         use_xpos: rotate and scale q and k by position (arXiv 2212.10554); the head dimension must be even.
         use_rel_pos_bias: add T5's learned bias by token distance to the scores.
-        distributed: needs an initialised default process group. ``Distributed`` is an accepted spelling.
+        distributed: the ranks that share one sequence: True for the default process group, or a ``ProcessGroup`` or a
+            ``DeviceMesh`` of one dimension. Every rank then passes its contiguous shard, in rank order, and positions are
+            those of the whole sequence. May be set later, see ``longnet.distributed.parallelize``. ``Distributed`` is an
+            accepted spelling.
         qk_norm: RMS-normalise q and k over each head's channels.
         kv_heads: Hk key/value heads (grouped-query attention), divides ``heads``. Default ``heads``.
         bias: of the projections.
@@ -54,10 +59,10 @@ class DilatedAttention(nn.Module):
         causal: bool = False,
         use_xpos: bool = False,
         use_rel_pos_bias: bool = False,
-        distributed: bool = False,
+        distributed: Any = False,
         *,
         casual: bool | None = None,
-        Distributed: bool | None = None,  # noqa: N803
+        Distributed: Any = None,  # noqa: N803
         qk_norm: bool = False,
         kv_heads: int | None = None,
         bias: bool = True,
@@ -74,15 +79,15 @@ class DilatedAttention(nn.Module):
         kv_heads = heads if kv_heads is None else kv_heads
         _check_counts(dim=dim, heads=heads, kv_heads=kv_heads)
         causal = _one_spelling("causal", causal, "casual", casual)
-        distributed = _one_spelling("distributed", distributed, "Distributed", Distributed)
-        _check_flags(
-            causal=causal,
-            use_xpos=use_xpos,
-            use_rel_pos_bias=use_rel_pos_bias,
-            distributed=distributed,
-            qk_norm=qk_norm,
-            bias=bias,
-        )
+        if isinstance(distributed, bool) and (Distributed is None or isinstance(Distributed, bool)):
+            distributed = _one_spelling("distributed", distributed, "Distributed", Distributed)
+        elif Distributed is not None:
+            if distributed is not False:
+                raise ValueError(
+                    f"distributed={distributed} and Distributed={Distributed} both given: give one of them"
+                )
+            distributed = Distributed
+        _check_flags(causal=causal, use_xpos=use_xpos, use_rel_pos_bias=use_rel_pos_bias, qk_norm=qk_norm, bias=bias)
         if isinstance(dropout, bool) or not isinstance(dropout, int | float):
             raise TypeError(f"dropout={dropout!r} has type {type(dropout).__name__}: expected a float")
         if not 0.0 <= dropout <= 1.0:
@@ -92,8 +97,13 @@ class DilatedAttention(nn.Module):
                 "sub_norm='batch' with causal=True: batch statistics run over the whole sequence, so every token would "
                 "see later ones; expected 'layer' or 'rms'"
             )
-        if distributed:
-            _check_process_group()
+        if distributed is not False:
+            peers_of(_group(distributed))
+            if sub_norm == "batch":
+                raise ValueError(
+                    "sub_norm='batch' with distributed: batch statistics run over the whole sequence, of which every rank has "
+                    "a shard; expected 'layer' or 'rms'"
+                )
         self.pattern = _parse_pattern(segment_size, dilation_rate, head_offsets)
         warn_uncovered(self.pattern, heads)
 
@@ -157,12 +167,16 @@ class DilatedAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if cache is not None:
             return self._finish(self._stream(q, k, v, key_padding_mask, cache), key_padding_mask)
+        group = _group(self.distributed)
+        start, whole = 0, x.shape[1]
+        if group is not None and (self.xpos is not None or self.rel_pos_bias is not None):
+            start, whole = _place(group, x.shape[1])
         if self.xpos is not None:
-            cos_q, sin_q, cos_k, sin_k = self.xpos.tables(x.shape[1], q.dtype, x.device)
+            cos_q, sin_q, cos_k, sin_k = self.xpos.tables(x.shape[1], q.dtype, x.device, start, whole=whole)
             q, k = rotate(q, cos_q, sin_q), rotate(k, cos_k, sin_k)
         bias = None
         if self.rel_pos_bias is not None:
-            bias = self.rel_pos_bias(torch.sym_max(1, torch.sym_min(x.shape[1], max(self.pattern.segment_lengths))))
+            bias = self.rel_pos_bias(torch.sym_max(1, torch.sym_min(whole, max(self.pattern.segment_lengths))))
         out = pattern_attention(
             q,
             k,
@@ -172,6 +186,7 @@ class DilatedAttention(nn.Module):
             key_padding_mask=key_padding_mask,
             distance_bias=bias,
             backend=self.backend,
+            group=group,
         )
         assert isinstance(out, Tensor)
         return self._finish(out, key_padding_mask)
@@ -246,15 +261,30 @@ def _parse_pattern(segment_size: int | Sequence[int], dilation_rate: int | Seque
         raise type(error)(said) from None
 
 
-def _check_process_group() -> None:
+def _group(distributed: Any) -> Any:
+    """The group that an option ``distributed`` stands for, None for none.
+
+    Raises:
+        ValueError: True, and no default process group.
+    """
+    if distributed is False:
+        return None
+    if distributed is not True:
+        return distributed
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         raise ValueError(
             "distributed=True needs a process group and none is initialised: call "
             "torch.distributed.init_process_group first, or start with torchrun"
         )
-    ranks = torch.distributed.get_world_size()
-    if ranks > 1:
-        raise ValueError(
-            f"distributed=True over {ranks} ranks: this version computes a sequence on one device, expected a process "
-            "group of one rank"
-        )
+    return torch.distributed.group.WORLD
+
+
+# Ranks talk here: nothing that a graph could hold.
+@untraced
+def _place(group: Any, length: int) -> tuple[int, int]:
+    """(where this rank's shard begins, the length of the whole sequence)."""
+    peers = peers_of(group)
+    if peers.size == 1:
+        return 0, length
+    shards = lengths_of(peers, length)
+    return shards.start(peers.rank), shards.total

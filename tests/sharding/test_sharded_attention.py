@@ -9,21 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from patterns import branches, relative_error
-from ranks import Ranks, started
 from torch import Tensor
 
 from longnet.functional import dilated_attention, pattern_attention
 from longnet.geometry import Pattern
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:segment_lengths=.*to no head"),
-    pytest.mark.xdist_group("ranks"),
-]
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    return started(str(tmp_path_factory.mktemp("ranks") / "store"))
+pytestmark = pytest.mark.filterwarnings("ignore:segment_lengths=.*to no head")
 
 
 @dataclass(frozen=True)
@@ -153,11 +144,6 @@ def test_shards_give_what_one_device_gives(ranks, case):
 
 
 SPANS = {
-    "shorter": ((16, 1), (32, 4)),
-    "equal": ((64, 1), (64, 4)),
-    "longer": ((48, 1), (200, 4)),
-    "whole": ((2048, 2), (512, 8)),
-}
     "shorter": ((16, 1), (32, 4)),
     "equal": ((64, 1), (64, 4)),
     "longer": ((48, 1), (200, 4)),

@@ -4,7 +4,6 @@ from longnet.geometry.cost import Cost, KeysPerQuery, Work, cost, keys_per_query
 from longnet.geometry.coverage import Coverage, LayerReach, Uncovered, coverage, receptive_field, uncovered_positions
 from longnet.geometry.pattern import HEAD_OFFSETS, Branch, HeadOffsets, Pattern
 from longnet.geometry.plan import BranchPlan, Plan, Tile, make_plan
-from longnet.geometry.shards import Lane, OwnPart, OwnRows, Shards, lanes, own_parts, rows_sent
 from longnet.geometry.suggest import suggest_pattern
 
 __all__ = [
@@ -15,24 +14,17 @@ __all__ = [
     "Coverage",
     "HeadOffsets",
     "KeysPerQuery",
-    "Lane",
     "LayerReach",
-    "OwnPart",
-    "OwnRows",
     "Pattern",
     "Plan",
-    "Shards",
     "Tile",
     "Uncovered",
     "Work",
     "cost",
     "coverage",
     "keys_per_query",
-    "lanes",
     "make_plan",
-    "own_parts",
     "receptive_field",
-    "rows_sent",
     "score_pairs",
     "suggest_pattern",
     "uncovered_positions",

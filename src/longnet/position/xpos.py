@@ -73,20 +73,23 @@ class XPos:
         device: torch.device | str | None = None,
         start: int = 0,
         *,
+        whole: int | None = None,
         streaming: bool = False,
         counter: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(cos q, sin q, cos k, sin k), each (N, D / 2), for positions ``start .. start + length``.
 
         float32, or float64 for ``dtype`` float64. Angles are float64 before the sine: position 1e9 in float32 would
-        be off by a whole turn. ``dtype`` is that of q and k. Tables made for ``streaming`` fit those of any other part
-        of the same stream: their centre does not depend on the length, which a stream does not know. ``counter`` is
-        ``start`` as a () int64 tensor: what is captured in a CUDA graph reads it anew at every replay.
+        be off by a whole turn. ``dtype`` is that of q and k. ``whole`` is the length of the sequence that these positions are
+        part of, where the others have tables of their own; None ends it with them. Tables made for ``streaming`` fit those
+        of any other part of the same stream: their centre does not depend on the length, which a stream does not know.
+        ``counter`` is ``start`` as a () int64 tensor: what is captured in a CUDA graph reads it anew at every replay.
 
         Raises:
             ValueError: scales that would overflow ``dtype`` at this length.
         """
-        centre = self._stream_centre(length, dtype, start) if streaming else self._centre(length, dtype, start)
+        stop = start + length if whole is None else whole
+        centre = self._stream_centre(length, dtype, start) if streaming else self._centre(stop, dtype)
         if counter is None:
             position = torch.arange(start, start + length, device=device, dtype=torch.float64)
         else:
@@ -113,11 +116,10 @@ class XPos:
             )
         return reach / 2
 
-    def _centre(self, length: int, dtype: torch.dtype, start: int) -> float:
+    def _centre(self, stop: int, dtype: torch.dtype) -> float:
         if self.endless and dtype != torch.float16:
             return self.window / 2
         limit = _HALF_LIMIT if dtype == torch.float16 else _LIMIT
-        stop = start + length
         width = min(self.window, stop) if self.endless else stop
         if width > self._reach(limit):
             raise ValueError(

@@ -1,6 +1,6 @@
 """One sequence over many ranks: each holds a contiguous shard, and only selected rows of shared segments travel."""
 
-from longnet.sharding.group import Peers, give_up, lengths_of, peers_of
+from longnet.sharding.group import Peers, give_up, lengths_of, peers_of, untraced
 from longnet.sharding.operators import sharded_attention
 
-__all__ = ["Peers", "give_up", "lengths_of", "peers_of", "sharded_attention"]
+__all__ = ["Peers", "give_up", "lengths_of", "peers_of", "sharded_attention", "untraced"]

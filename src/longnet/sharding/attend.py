@@ -16,7 +16,8 @@ from torch import Tensor
 from longnet import mixing
 from longnet.backends import Backend, Spec
 from longnet.backends.operators import lse_dtype
-from longnet.geometry import OwnPart, Pattern
+from longnet.geometry import Pattern
+from longnet.geometry.shards import OwnPart
 from longnet.sharding.exchange import pack, send
 from longnet.sharding.plan import Place, RowGroup, ShardPlan, make_plan
 from longnet.sharding.rows import RowCall

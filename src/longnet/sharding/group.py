@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from longnet.geometry import Pattern, Shards
+from longnet.geometry import Pattern
+from longnet.geometry.shards import Shards
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # What ranks must agree on, in the order in which it travels.
@@ -109,6 +115,21 @@ class Terms:
             self.batch, self.heads, self.kv_heads, self.head_dim, _DTYPES.index(self.dtype), self.is_causal, self.mask,
             self.bias, self.gradients, struct.unpack("<q", struct.pack("<d", self.scale))[0], int.from_bytes(digest),
         ]  # fmt: skip
+
+
+def untraced(function: Callable[P, T]) -> Callable[P, T]:
+    """``function`` as one that a compiled graph breaks around: in it ranks talk on the host.
+
+    By hand, since ``torch.compiler.disable`` imports the compiler when it decorates.
+    """
+
+    @wraps(function)
+    def called(*arguments: P.args, **options: P.kwargs) -> T:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*arguments, **options)
+        return function(*arguments, **options)
+
+    return called
 
 
 def agree(peers: Peers, length: int, terms: Terms) -> Shards:

@@ -11,12 +11,15 @@ from torch.distributed import distributed_c10d
 
 from longnet.backends import Backend, Spec, select_backend
 from longnet.backends.operators import define, lse_dtype, no_autocast
-from longnet.geometry import Pattern, Shards
+from longnet.geometry import Pattern
+from longnet.geometry.shards import Shards
 from longnet.sharding.attend import Shard
-from longnet.sharding.group import Peers, Terms, agree
+from longnet.sharding.group import Peers, Terms, agree, untraced
 from longnet.sharding.plan import Place
 
 
+# Ranks agree in here, on the host: a compiled graph breaks around it, and goes on after it.
+@untraced
 def sharded_attention(
     query: Tensor,
     key: Tensor,

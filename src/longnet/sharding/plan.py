@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longnet.geometry import Lane, OwnPart, Pattern, Shards, lanes, own_parts
+from longnet.geometry import Pattern
+from longnet.geometry.shards import Lane, OwnPart, Shards, lanes, own_parts
 
 
 @dataclass(frozen=True)
