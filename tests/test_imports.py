@@ -23,6 +23,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("streaming",),
     ("attention",),
     ("models",),
+    ("distributed",),
     ("figures",),
     ("training",),
     ("reading",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ class LongNetBase(nn.Module):
         config: the LongNetConfig it was built from.
         gradient_checkpointing: whether blocks are recomputed in the backward pass; starts as the config says and may
             be set at any time.
+        loss_group: the ranks over whose positions a mean loss is taken, None for this process alone; see
+            ``longnet.distributed.parallelize``.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class LongNetBase(nn.Module):
             raise TypeError(f"config={config!r} has type {type(config).__name__}: expected a LongNetConfig")
         self.config = config
         self.gradient_checkpointing = config.gradient_checkpointing
+        self.loss_group: Any = None
         self.embedding = nn.Embedding(config.vocab_size, config.dim, device=device, dtype=dtype)
         self.blocks = nn.ModuleList(Block(config, device=device, dtype=dtype) for _ in range(config.layers))
         self.norm = make_norm(config.norm, config.dim, device=device, dtype=dtype)

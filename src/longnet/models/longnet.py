@@ -13,6 +13,7 @@ from longnet.models.cache import LongNetCache
 from longnet.models.config import LongNetConfig
 from longnet.models.generation import generate
 from longnet.models.loss import chunked_cross_entropy
+from longnet.sharding import mean_over
 
 
 class LongNetLM(LongNetBase):
@@ -136,8 +137,8 @@ class LongNetLM(LongNetBase):
             tokens: (B, N) int64 ids.
             targets: (B, N) int64, the token that should follow each position: the caller shifts.
             key_padding_mask: (B, N) bool, True where the token is padding; the loss there is 0 and is not counted.
-            reduction: ``"mean"`` over the counted positions, ``"sum"`` of them, or ``"none"`` for (B, N) with 0 where
-                not counted.
+            reduction: ``"mean"`` over the counted positions (of all ranks of ``loss_group``), ``"sum"`` of them, or ``"none"``
+                for (B, N) with 0 where not counted.
             ignore_index: the target of positions that do not count.
 
         Returns:
@@ -159,7 +160,10 @@ class LongNetLM(LongNetBase):
             return losses.view(targets.shape)
         if reduction == "sum":
             return losses.sum()
-        return losses.sum() / (targets != ignore_index).sum().clamp(min=1)
+        count = (targets != ignore_index).sum()
+        if self.loss_group is not None:
+            return mean_over(self.loss_group, losses.sum(), count)
+        return losses.sum() / count.clamp(min=1)
 
     def _check_targets(self, targets: Tensor, tokens: Tensor, ignore_index: int) -> None:
         self._check_integers(tokens, "tokens")

@@ -1,0 +1,150 @@
+"""One long sequence, or several, trained over many devices.
+
+Attention itself is exact over shards with ``DilatedAttention(distributed=...)`` or ``dilated_attention(group=...)``; here is
+what a model and its data need around that: sequences cut and joined, and :func:`parallelize`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+from longnet.attention import DilatedAttention
+from longnet.models.base import LongNetBase
+from longnet.models.layers import Block
+from longnet.norm import BatchNorm
+from longnet.sharding import lengths_of, peers_of
+
+__all__ = ["parallelize", "shard_lengths", "shard_sequence", "unshard_sequence"]
+
+# The mesh axes that parallelize knows: replicas of the model on other sequences, and shards of one sequence.
+_AXES = ("dp", "cp")
+
+
+def shard_lengths(length: int, ranks: int, multiple_of: int = 1) -> tuple[int, ...]:
+    """How many of ``length`` tokens each of ``ranks`` gets: contiguous shards as equal as can be, in rank order.
+
+    Args:
+        multiple_of: where shards begin. Shards that begin at multiples of the dilation rates are fastest: give the largest rate.
+
+    Raises:
+        ValueError: a number that is not positive (``length`` may be 0).
+    """
+    if length < 0 or ranks < 1 or multiple_of < 1:
+        raise ValueError(f"length={length}, ranks={ranks}, multiple_of={multiple_of}: expected at least 0, 1 and 1")
+    units = -(-length // multiple_of)
+    bounds = [min(length, units * rank // ranks * multiple_of) for rank in range(ranks + 1)]
+    return tuple(high - low for low, high in pairwise(bounds))
+
+
+def shard_sequence(
+    x: Tensor, group: Any, dim: int = 1, *, lengths: Sequence[int] | None = None, multiple_of: int = 1
+) -> Tensor:
+    """This rank's contiguous shard of ``x``, a view; every rank holds the whole ``x``.
+
+    Targets are shifted before they are cut: a shard's last token predicts the next shard's first one.
+
+    Args:
+        group: the ranks that share the sequence, a ``ProcessGroup`` or a ``DeviceMesh`` of one dimension.
+        dim: the axis of tokens.
+        lengths: tokens of every rank's shard, default as :func:`shard_lengths` says, with ``multiple_of``.
+
+    Raises:
+        ValueError: lengths that are not one per rank, or do not add up to the sequence.
+    """
+    peers, length = peers_of(group), x.shape[dim]
+    if lengths is None:
+        lengths = shard_lengths(length, peers.size, multiple_of)
+    if len(lengths) != peers.size or sum(lengths) != length or min(lengths) < 0:
+        raise ValueError(
+            f"lengths={tuple(lengths)}: expected {peers.size} lengths, one per rank, of {length} tokens together"
+        )
+    return x.narrow(dim, sum(lengths[: peers.rank]), lengths[peers.rank])
+
+
+def unshard_sequence(x: Tensor, group: Any, dim: int = 1) -> Tensor:
+    """The whole sequence from every rank's shard, on every rank. Shards may differ in length; all ranks call.
+
+    Differentiable: a shard's gradient is the sum over the ranks of what they did with it.
+    """
+    peers = peers_of(group)
+    if peers.size == 1:
+        return x
+    lengths = lengths_of(peers, x.shape[dim]).lengths
+    return _Unshard.apply(x, peers.group, peers.rank, lengths, dim)
+
+
+class _Unshard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, rank: int, lengths: tuple[int, ...], dim: int) -> Tensor:
+        ctx.place = (group, rank, lengths, dim)
+        rows = x.movedim(dim, 0)
+        # Collectives want equal parts.
+        own = rows.new_zeros(max(lengths), *rows.shape[1:])
+        own[: lengths[rank]] = rows
+        parts = [torch.empty_like(own) for _ in lengths]
+        dist.all_gather(parts, own, group=group)
+        whole = torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+        return whole.movedim(0, dim).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        group, rank, lengths, dim = ctx.place
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=group)
+        return grad.narrow(dim, sum(lengths[:rank]), lengths[rank]), None, None, None, None
+
+
+def parallelize(model: LongNetBase, mesh: DeviceMesh, **fsdp: Any) -> LongNetBase:
+    """Train ``model`` over a mesh, in place: sequences sharded over its axis ``cp``, replicas over ``dp``, FSDP2 over both.
+
+    Every rank then passes its shard of tokens (:func:`shard_sequence`) and gets its shard's result; ``LongNetLM.loss`` with
+    the reduction ``"mean"`` is the mean over all positions of all ranks, and gradients are those of one device on the whole
+    batch. Make the optimizer afterwards: parameters become ``DTensor``.
+
+    Args:
+        model: with the same weights on every rank, or not yet trained on any: FSDP keeps this rank's part of its own.
+        mesh: of the axes ``dp`` and ``cp``, or one of them.
+        fsdp: for ``torch.distributed.fsdp.fully_shard`` (``mp_policy``, ``offload_policy``, ``reshard_after_forward``).
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: not a LongNet, or not a mesh. ValueError: other axes, or a model with batch normalisation, whose statistics
+            would be those of a shard.
+    """
+    if not isinstance(model, LongNetBase):
+        raise TypeError(f"model has type {type(model).__name__}: expected a LongNetLM or a LongNetEncoder")
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh has type {type(mesh).__name__}: expected a torch.distributed DeviceMesh")
+    names = mesh.mesh_dim_names or ()
+    if not names or any(name not in _AXES for name in names):
+        raise ValueError(f"mesh has the axes {names}: expected 'dp' and 'cp', or one of them")
+    if "cp" in names and mesh["cp"].size() > 1:
+        for name, module in model.named_modules():
+            if isinstance(module, BatchNorm | nn.modules.batchnorm._BatchNorm):
+                raise ValueError(
+                    f"{name} is a batch normalisation: its statistics would be those of one shard, expected config.norm "
+                    "'layer' or 'rms' for a sequence over several ranks"
+                )
+            if isinstance(module, DilatedAttention):
+                module.distributed = mesh["cp"]
+    flat = mesh if len(names) == 1 else mesh._flatten("dp_cp")
+    model.loss_group = flat.get_group()
+    for module in model.modules():
+        if isinstance(module, Block):
+            fully_shard(module, mesh=flat, **fsdp)
+    fully_shard(model, mesh=flat, **fsdp)
+    for name in ("loss", "hidden", "logits"):
+        if hasattr(model, name):
+            # Entered from outside like forward, so weights have to be gathered for them too.
+            dist.fsdp.register_fsdp_forward_method(model, name)
+    return model

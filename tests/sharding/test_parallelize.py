@@ -1,0 +1,144 @@
+"""Models over a mesh: the gradients and losses of one device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from patterns import relative_error
+from torch.distributed.device_mesh import init_device_mesh
+
+from longnet import LongNetConfig, LongNetEncoder, LongNetLM
+from longnet.distributed import parallelize, shard_lengths, shard_sequence, unshard_sequence
+
+CONFIG = LongNetConfig(
+    layers=2,
+    dim=32,
+    heads=4,
+    segment_lengths=(32, 128),
+    dilation_rates=(1, 4),
+    use_xpos=True,
+    gradient_checkpointing=True,
+)
+CONTEXT = 200
+
+
+def make(dtype=torch.float64, config=CONFIG):
+    torch.manual_seed(0)
+    return LongNetLM(config, dtype=dtype)
+
+
+def batches(steps, rows):
+    """(steps, rows, N + 1) bytes with something to learn."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(32, (steps, rows, CONTEXT + 1), generator=generator)
+    return (tokens + torch.arange(CONTEXT + 1) % 7) % 256
+
+
+def full(x):
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def gradients(group, rank, dp, cp, lengths, ignored):
+    mesh = init_device_mesh("cpu", (dp, cp), mesh_dim_names=("dp", "cp"))
+    model = parallelize(make(), mesh)
+    rows = batches(1, 2 * dp)[0]
+    rows = rows[2 * mesh["dp"].get_local_rank() :][:2]
+    targets = rows[:, 1:].clone()
+    targets[:, :ignored] = -100
+    tokens, goal = (shard_sequence(x, mesh["cp"], lengths=lengths) for x in (rows[:, :-1], targets))
+    loss = model.loss(tokens, goal)
+    loss.backward()
+    return loss.item(), {name: full(weight.grad).clone() for name, weight in model.named_parameters()}
+
+
+@pytest.mark.parametrize("ignored", [0, 90])
+@pytest.mark.parametrize(("dp", "cp", "lengths"), [(1, 8, None), (2, 4, (40, 70, 13, 77)), (4, 2, None), (8, 1, None)])
+def test_gradients_are_those_of_one_device(ranks, dp, cp, lengths, ignored):
+    results = ranks(8, gradients, dp, cp, lengths, ignored)
+    model, rows = make(), batches(1, 2 * dp)[0]
+    targets = rows[:, 1:].clone()
+    targets[:, :ignored] = -100
+    loss = model.loss(rows[:, :-1], targets)
+    loss.backward()
+    for got, grads in results:
+        assert abs(got - loss.item()) < 1e-12
+        for name, weight in model.named_parameters():
+            assert relative_error(grads[name], weight.grad) < 1e-10, name
+
+
+def losses(group, rank, size):
+    """50 steps of a model in float32 on one sequence a step."""
+    model = make(torch.float32)
+    mesh = None
+    if size > 1:
+        mesh = torch.distributed.device_mesh.DeviceMesh.from_group(group, "cpu", mesh_dim_names=("cp",))
+        parallelize(model, mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    found = []
+    for rows in batches(50, 1):
+        tokens, targets = rows[:, :-1], rows[:, 1:]
+        if mesh is not None:
+            tokens, targets = shard_sequence(tokens, mesh), shard_sequence(targets, mesh)
+        loss = model.loss(tokens, targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+def test_fifty_steps_on_four_ranks_have_the_losses_of_one(ranks):
+    alone = losses(None, 0, 1)
+    assert alone[-1] < alone[0] - 0.5, "nothing is learned"
+    for found in ranks(4, losses, 4):
+        for got, want in zip(found, alone, strict=True):
+            assert abs(got - want) < 1e-5 * want
+
+
+def there_and_back(group, rank, lengths, dim):
+    whole = torch.arange(60.0).view(3, 20) if dim == 1 else torch.arange(60.0).view(20, 3)
+    own = shard_sequence(whole, group, dim, lengths=lengths).clone().requires_grad_()
+    again = unshard_sequence(own, group, dim)
+    (again * (rank + 1)).sum().backward()
+    return torch.equal(again, whole), own.grad
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("lengths", [None, (1, 12, 0, 7)])
+def test_shards_join_to_the_sequence(ranks, lengths, dim):
+    for same, grad in ranks(4, there_and_back, lengths, dim):
+        assert same and (grad == 1 + 2 + 3 + 4).all()
+
+
+def test_shard_lengths():
+    assert shard_lengths(10, 4) == (2, 3, 2, 3)
+    assert shard_lengths(100, 3, 16) == (32, 32, 36)
+    assert shard_lengths(0, 2) == (0, 0) and shard_lengths(5, 3, 8) == (0, 0, 5)
+    with pytest.raises(ValueError, match="ranks=0"):
+        shard_lengths(5, 0)
+
+
+def refused(group, rank, what):
+    mesh = torch.distributed.device_mesh.DeviceMesh.from_group(group, "cpu", mesh_dim_names=("cp",))
+    if what == "batch norm":
+        parallelize(LongNetEncoder(CONFIG.replace(causal=False, norm="batch")), mesh)
+    elif what == "axes":
+        parallelize(make(), torch.distributed.device_mesh.DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tp",)))
+    elif what == "model":
+        parallelize(torch.nn.Linear(2, 2), mesh)
+    else:
+        shard_sequence(torch.ones(2, 7), mesh, lengths=(3, 3))
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("batch norm", "statistics would be those of one shard"),
+        ("axes", "axes ('tp',): expected 'dp' and 'cp'"),
+        ("model", "model has type Linear"),
+        ("lengths", "of 7 tokens together"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(ranks, what, said):
+    for ok, error in ranks.outcomes(2, refused, what):
+        assert not ok and said in error, error
