@@ -62,6 +62,9 @@ def train(
         int | None, typer.Option(help="Steps between checkpoints, 0 for one at the end.", show_default="100")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's choice")] = None,
+    cp: Annotated[
+        int | None, typer.Option(help="Processes that share each window, of those torchrun started.", show_default="1")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out; its settings are kept where none is given.")
     ] = False,
@@ -70,6 +73,9 @@ def train(
 
     Needs no download: without --data it learns the source code of Python's standard library. Killed at any moment, the
     same command with --resume goes on from the last checkpoint, with the losses of a run that was never stopped.
+
+    Over several processes: torchrun --nproc-per-node 4 -m longnet train --cp 4 ... shares each window among four; without
+    --cp each takes windows of its own from the batch.
     """
     given = {
         "out": str(out),
@@ -90,6 +96,7 @@ def train(
         "eval_every": eval_every,
         "save_every": save_every,
         "threads": threads,
+        "cp": cp,
     }
     given = {name: value for name, value in given.items() if value is not None}
     settings = _make_settings(given, preset, config, resume)
@@ -144,12 +151,18 @@ def _read_model(preset: str | None, config: Path | None) -> LongNetConfig | None
 def _run(settings: TrainSettings, resume: bool) -> None:
     from longnet.training import train as train_model
     from longnet.training import write_report
-    from longnet.training.progress import format_seconds, make_reporter
+    from longnet.training.progress import SilentReporter, format_seconds, make_reporter
+    from longnet.training.ranks import joined
     from longnet.training.report import long_context_verdict
 
-    reporter = make_reporter()
-    with stop_on_signal(reporter.say, "this step") as stopping:
-        summary = train_model(settings, resume=resume, reporter=reporter, should_stop=stopping.asked)
+    with joined(settings.cp, settings.device) as (ranks, device):
+        reporter = make_reporter() if ranks.is_first else SilentReporter()
+        settings = settings.replace(device=device)
+        with stop_on_signal(reporter.say, "this step") as stopping:
+            summary = train_model(settings, resume=resume, reporter=reporter, should_stop=stopping.asked, ranks=ranks)
+    if not ranks.is_first:
+        # The first process speaks, writes and reports for all.
+        raise typer.Exit(0 if summary.finished else INTERRUPTED)
     where = f"longnet train --out {settings.out} --resume"
     if not summary.finished:
         reporter.say(f"Stopped and saved after step {summary.step:,}. To go on: {where}")

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from longnet.training.files import write_atomically
+from longnet.training.ranks import spread_like
 
 
 class CheckpointError(ValueError):
@@ -130,7 +131,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def collect_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state by name, each tensor once (a tied weight has one name) so that safetensors takes it."""
+    """The model's state by name, each tensor once (a tied weight has one name) so that safetensors takes it.
+
+    Over several processes these are still the spread tensors.
+    """
     seen: set[int] = set()
     weights = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -149,7 +153,7 @@ def restore_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path)
     check_tensors(collect_weights(model), weights, path)
     with torch.no_grad():
         for name, tensor in collect_weights(model).items():
-            tensor.copy_(weights[name])
+            tensor.copy_(spread_like(tensor, weights[name]))
 
 
 def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from longnet.models import LongNetLM
 from longnet.training.data import cut_windows
+from longnet.training.ranks import Ranks
 
 NORMAL_95 = 1.959964
 """Two-sided 95 % quantile of the normal distribution."""
@@ -93,6 +94,7 @@ def score_windows(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     on_progress: Callable[[float], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> np.ndarray:
     """Bits of every target byte: (W, N) float32; column ``p`` is predicted from ``p + 1`` bytes of context.
 
@@ -104,15 +106,20 @@ def score_windows(
         batch: windows per forward pass.
         device, dtype: of the forward pass (autocast below float32).
         on_progress: called with the share done after every batch.
+        ranks: the processes that the model is spread over; each of them calls, and gets the same.
     """
     was_training = model.training
     model.eval()
     rows = []
     try:
-        with torch.inference_mode(), autocast(device, dtype):
+        # Weights that are spread over processes may not become inference tensors.
+        without_grad = torch.inference_mode if ranks is None else torch.no_grad
+        ranks = ranks or Ranks()
+        with without_grad(), autocast(device, dtype):
             for first in range(0, starts.size, batch):
                 tokens, targets = cut_windows(stream, context, starts[first : first + batch])
-                nats = model.loss(tokens.to(device), targets.to(device), reduction="none")
+                own, own_targets = (ranks.own_shard(x).to(device) for x in (tokens, targets))
+                nats = ranks.whole_windows(model.loss(own, own_targets, reduction="none"))
                 rows.append(nats.float().cpu().numpy() / math.log(2))
                 if on_progress is not None:
                     on_progress(min(1.0, (first + batch) / starts.size))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from longnet.models import LongNetConfig, LongNetLM
 from longnet.training.checkpoint import CheckpointError, collect_weights, read_safetensors, restore_weights
@@ -72,7 +74,11 @@ class RunFolder:
 
     def write_model(self, model: LongNetLM) -> None:
         """Write ``model.safetensors``, atomically."""
-        weights = {name: tensor.to("cpu").contiguous() for name, tensor in collect_weights(model).items()}
+        self.write_weights(collect_weights(model))
+
+    def write_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """The same for weights that ``collect_weights`` named."""
+        weights = {name: tensor.to("cpu").contiguous() for name, tensor in weights.items()}
         _write_safetensors(self.model_file, weights, {"format": MODEL_FORMAT})
 
 

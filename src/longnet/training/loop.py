@@ -12,6 +12,7 @@ from longnet.training.checkpoint import read_checkpoint
 from longnet.training.data import Corpus, read_corpus
 from longnet.training.folder import RunFolder
 from longnet.training.progress import Reporter, SilentReporter
+from longnet.training.ranks import Ranks
 from longnet.training.resume import check_resume
 from longnet.training.settings import TrainSettings, resolve_device
 from longnet.training.trainer import Trainer, TrainSummary
@@ -24,6 +25,7 @@ def train(
     corpus: Corpus | None = None,
     reporter: Reporter | None = None,
     should_stop: Callable[[], bool] | None = None,
+    ranks: Ranks | None = None,
 ) -> TrainSummary:
     """Train a byte-level LongNet into a run folder.
 
@@ -36,12 +38,15 @@ def train(
         corpus: the data of ``settings.data``, if the caller has read it already.
         reporter: hears what is being done; silent by default.
         should_stop: asked between steps; once true, the state is saved and the call returns.
+        ranks: the processes that train together, see :func:`longnet.training.ranks.joined`; all of them call, the first writes.
 
     Raises:
         ValueError: settings, data or a run folder that cannot be used, a checkpoint that is damaged.
         TrainingDiverged: a loss or gradient that is not finite.
         OSError: a file that could not be written.
     """
+    ranks = ranks or Ranks()
+    ranks.check(settings.batch, settings.dtype)
     tell = reporter or SilentReporter()
     folder = RunFolder(settings.out)
     device = resolve_device(settings.device, settings.dtype)
@@ -59,11 +64,13 @@ def train(
         checkpoint = read_checkpoint(folder.checkpoint_file) if folder.checkpoint_file.exists() else None
         for note in check_resume(folder, settings, data, checkpoint):
             tell.say(note)
+    # Nobody writes before everybody has looked.
+    ranks.wait()
     cuda = [device] if device.type == "cuda" else []
     with _threads(settings.threads), torch.random.fork_rng(devices=cuda):
         torch.manual_seed(settings.seed)
         model = LongNetLM(settings.model).to(device)
-        trainer = Trainer(settings, folder, data, model, device, tell)
+        trainer = Trainer(settings, folder, data, model, device, tell, ranks)
         trainer.start(checkpoint)
         return trainer.run(should_stop or (lambda: False))
 

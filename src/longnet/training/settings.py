@@ -23,8 +23,9 @@ _AT_LEAST = {
     "eval_every": 0,
     "eval_windows": 1,
     "save_every": 0,
+    "cp": 1,
 }
-_FREE_TO_CHANGE = frozenset({"out", "data", "device", "threads", "eval_every", "eval_windows", "save_every"})
+_FREE_TO_CHANGE = frozenset({"out", "data", "device", "threads", "cp", "eval_every", "eval_windows", "save_every"})
 """What a resumed run may be given anew. ``data`` is compared by content (its fingerprint), not by path."""
 _LENGTH = frozenset({"steps", "minutes"})
 
@@ -55,6 +56,7 @@ class TrainSettings:
         eval_every: steps between two evaluations on ``eval_windows`` held-out windows; 0 for none on the way.
         save_every: steps between two checkpoints; 0 for one at the end alone.
         threads: CPU threads of torch; ``None`` leaves them as they are.
+        cp: processes that share one window, of those that torchrun started.
     """
 
     out: str
@@ -80,6 +82,7 @@ class TrainSettings:
     eval_windows: int = 16
     save_every: int = 100
     threads: int | None = None
+    cp: int = 1
 
     def __post_init__(self) -> None:
         for name, least in _AT_LEAST.items():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from longnet.training.checkpoint import Checkpoint, CheckpointError, check_tensors, collect_weights, restore_weights
+from longnet.training.ranks import spread_like, whole
 from longnet.training.settings import TrainSettings
 
 
@@ -24,11 +25,14 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Ada
 
 
 def collect_state(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> dict[str, Tensor]:
-    """Everything a resumed run needs beyond a few numbers, by the names of ``longnet.training.checkpoint``."""
-    tensors = {f"model.{name}": tensor for name, tensor in collect_weights(model).items()}
+    """Everything a resumed run needs beyond a few numbers, by the names of ``longnet.training.checkpoint``.
+
+    Tensors are whole, whatever processes they are spread over; then all of these call.
+    """
+    tensors = {f"model.{name}": whole(tensor) for name, tensor in collect_weights(model).items()}
     for name, weight in model.named_parameters():
         for key, value in optimizer.state[weight].items():
-            tensors[f"optimizer.{name}.{key}"] = value
+            tensors[f"optimizer.{name}.{key}"] = whole(value)
     tensors["rng.cpu"] = torch.get_rng_state()
     if device.type == "cuda":
         tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
@@ -61,7 +65,11 @@ def restore_state(
                     f"{checkpoint.path} does not fit the optimizer: {name}.{key} is "
                     f"{'missing' if value is None else tuple(value.shape)}, expected {tuple(shape)}"
                 )
-        states[weight] = {key: value.to(device) for key, value in found.items() if value is not None}
+        states[weight] = {
+            key: value.to(device) if key == "step" else spread_like(weight, value)
+            for key, value in found.items()
+            if value is not None
+        }
     restore_weights(model, weights, checkpoint.path)
     optimizer.state.update(states)
     generators = _below(checkpoint, "rng.")

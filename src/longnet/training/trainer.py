@@ -18,6 +18,7 @@ from longnet.training.evaluate import autocast, score_windows, window_starts
 from longnet.training.folder import RunFolder
 from longnet.training.metrics import MetricsLog
 from longnet.training.progress import Reporter, format_seconds
+from longnet.training.ranks import Ranks, whole
 from longnet.training.schedule import decay, warm_up
 from longnet.training.settings import DTYPES, TrainSettings
 from longnet.training.state import collect_state, make_optimizer, restore_state
@@ -57,13 +58,17 @@ class Trainer:
         model: LongNetLM,
         device: torch.device,
         reporter: Reporter,
+        ranks: Ranks,
     ) -> None:
         self.settings, self.folder, self.data = settings, folder, data
-        self.model, self.device, self.reporter = model, device, reporter
+        self.model, self.device, self.reporter, self.ranks = model, device, reporter, ranks
+        ranks.prepare(model)
         self.dtype = DTYPES[settings.dtype]
         self.optimizer = make_optimizer(model, settings)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.step, self.saved_step, self.evaluated_step = 0, -1, -1
+        self.metrics: MetricsLog | None = None
+        self.share = 0.0
         self.earlier_seconds, self.started = 0.0, time.monotonic()
         self.smooth_bits, self.smooth_seconds = math.nan, math.nan
         self.eval_context = min(settings.context, data.held_out.size - 1)
@@ -93,6 +98,8 @@ class Trainer:
             f"Training on {self.device} in {settings.dtype} with {torch.get_num_threads()} CPU threads: context "
             f"{settings.context:,}, {settings.bytes_per_step:,} bytes a step, {_length(settings)}, into {self.folder.path}"
         )
+        if several := self.ranks.describe():
+            self.reporter.say(several)
         if self.eval_context < settings.context:
             self.reporter.say(
                 f"The held-out part is shorter than one context: evaluating on {self.eval_context:,} bytes"
@@ -104,8 +111,9 @@ class Trainer:
             self.step = self.saved_step = checkpoint.progress["step"]
             self.earlier_seconds = checkpoint.progress["seconds"]
             self.reporter.say(f"Resuming after step {self.step:,}, {format_seconds(self.earlier_seconds)} into the run")
-        self.folder.write_start(settings.to_dict(), self.data.describe(), self.device)
-        self.metrics = MetricsLog(self.folder.metrics_file, keep_to=self.step)
+        if self.ranks.is_first:
+            self.folder.write_start(settings.to_dict(), self.data.describe(), self.device)
+            self.metrics = MetricsLog(self.folder.metrics_file, keep_to=self.step)
         if checkpoint is None:
             self.save()
         self.started = time.monotonic()
@@ -115,8 +123,11 @@ class Trainer:
         settings, finished = self.settings, True
         self.reporter.begin("Training", self.progress)
         try:
-            while self.progress < 1.0:
-                if should_stop():
+            while True:
+                self.share, stop = self.ranks.decide(self.progress, should_stop())
+                if self.share >= 1.0:
+                    break
+                if stop:
                     finished = False
                     break
                 self.train_step()
@@ -130,13 +141,14 @@ class Trainer:
                 self.save()
         finally:
             self.reporter.end()
-            self.metrics.close()
+            if self.metrics is not None:
+                self.metrics.close()
         return TrainSummary(self.step, self.tokens, self.seconds, self.smooth_bits, finished)
 
     def train_step(self) -> None:
         settings, begun = self.settings, time.monotonic()
         rate = settings.lr * warm_up(self.step + 1, settings.warmup)
-        rate *= decay(settings.schedule, self.progress, settings.lr_floor)
+        rate *= decay(settings.schedule, self.share, settings.lr_floor)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         count = settings.batch * settings.accumulate
@@ -144,13 +156,14 @@ class Trainer:
         self.model.train()
         loss = 0.0
         for part, goal in zip(tokens.split(settings.batch), targets.split(settings.batch), strict=True):
+            own, own_goal = (self.ranks.own_windows(x).to(self.device) for x in (part, goal))
             with autocast(self.device, self.dtype):
-                part_loss = self.model.loss(part.to(self.device), goal.to(self.device)) / settings.accumulate
+                part_loss = self.model.loss(own, own_goal) / settings.accumulate
             self.scaler.scale(part_loss).backward()
             loss += part_loss.item()
         self._require_finite("loss", loss)
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip or math.inf).item()
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip or math.inf)).item()
         # With loss scaling an infinite gradient is expected now and then: the scaler skips that step.
         if not self.scaler.is_enabled():
             self._require_finite("gradient norm", norm)
@@ -169,7 +182,7 @@ class Trainer:
 
     def _record(self, loss: float, rate: float, norm: float, took: float) -> None:
         bits, speed = loss / math.log(2), self.settings.bytes_per_step / took
-        self.metrics.write(
+        self._write(
             kind="train",
             step=self.step,
             loss=loss,
@@ -188,6 +201,10 @@ class Trainer:
             f"{self.settings.bytes_per_step / self.smooth_seconds:,.0f} tokens/s",
         )
 
+    def _write(self, **values: Any) -> None:
+        if self.metrics is not None:
+            self.metrics.write(**values)
+
     def evaluate(self) -> None:
         """Held-out bits per byte on a fixed, evenly spaced set of windows."""
         settings = self.settings
@@ -200,9 +217,10 @@ class Trainer:
             batch=settings.batch,
             device=self.device,
             dtype=self.dtype,
+            ranks=self.ranks,
         )
         mean = float(bits.mean(dtype="float64"))
-        self.metrics.write(
+        self._write(
             kind="eval",
             step=self.step,
             loss=mean * math.log(2),
@@ -216,6 +234,10 @@ class Trainer:
 
     def save(self) -> None:
         """Commit the state. The metrics reach the disk first: a checkpoint never knows a step that they lack."""
+        tensors = collect_state(self.model, self.optimizer, self.device)
+        self.saved_step = self.step
+        if self.metrics is None:
+            return
         self.metrics.flush_to_disk()
         progress: dict[str, Any] = {
             "step": self.step,
@@ -225,10 +247,9 @@ class Trainer:
         }
         if self.scaler.is_enabled():
             progress["scaler"] = self.scaler.state_dict()
-        tensors = collect_state(self.model, self.optimizer, self.device)
         save_checkpoint(self.folder.checkpoint_file, tensors, progress)
-        self.folder.write_model(self.model)
-        self.saved_step = self.step
+        weights = {name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")}
+        self.folder.write_weights(weights)
 
 
 def _length(settings: TrainSettings) -> str:

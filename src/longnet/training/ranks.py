@@ -1,0 +1,138 @@
+"""The processes that train one model together: who holds what of a batch, and what they decide as one.
+
+A batch is the same whatever their number: its windows are shared out over the mesh axis ``dp`` and every window over ``cp``,
+so a run may go on with more or fewer of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from longnet.distributed import parallelize, shard_lengths, shard_sequence, unshard_sequence
+from longnet.models import LongNetLM
+
+# After so long without an answer a process gives the others up.
+_TIMEOUT = timedelta(minutes=10)
+
+
+class Ranks:
+    """This process among those of a mesh (dp, cp); alone without one.
+
+    Attributes:
+        is_first: whether this process speaks and writes for all.
+        dp, cp: windows trained on side by side, and processes that share each.
+    """
+
+    def __init__(self, mesh: DeviceMesh | None = None, control: Any = None) -> None:
+        self._mesh, self._control = mesh, control
+        self.is_first = mesh is None or dist.get_rank() == 0
+        self.dp, self.cp = (1, 1) if mesh is None else (mesh["dp"].size(), mesh["cp"].size())
+
+    def describe(self) -> str:
+        """Words for a person; empty for one process."""
+        if self._mesh is None:
+            return ""
+        return f"{self.dp * self.cp} processes: {self.dp} x {self.cp}, windows side by side x shards of each"
+
+    def check(self, batch: int, dtype: str) -> None:
+        """Raise ValueError unless a batch can be shared out."""
+        if batch % self.dp:
+            raise ValueError(
+                f"batch={batch} over {self.dp} groups of processes (cp={self.cp}): expected a multiple of {self.dp}"
+            )
+        if self._mesh is not None and dtype == "float16":
+            raise ValueError("dtype='float16' over several processes: expected 'bfloat16' or 'float32'")
+
+    def prepare(self, model: LongNetLM) -> None:
+        """Shard the model, in place; every process comes with the same weights."""
+        if self._mesh is not None:
+            parallelize(model, self._mesh)
+
+    def own_windows(self, x: Tensor) -> Tensor:
+        """This process's part of (windows, N)."""
+        if self._mesh is None:
+            return x
+        share = len(x) // self.dp
+        first = self._mesh["dp"].get_local_rank() * share
+        return self.own_shard(x[first : first + share])
+
+    def own_shard(self, x: Tensor) -> Tensor:
+        """This process's part of every window of (windows, N)."""
+        if self.cp == 1:
+            return x
+        assert self._mesh is not None
+        # Shards that begin at multiples of the rates are fastest; a power of two is one of most.
+        unit = 1 << max(0, (x.shape[1] // self.cp).bit_length() - 3)
+        return shard_sequence(x, self._mesh["cp"], lengths=shard_lengths(x.shape[1], self.cp, unit))
+
+    def whole_windows(self, x: Tensor) -> Tensor:
+        """The inverse of :meth:`own_shard`, on every process."""
+        if self.cp == 1:
+            return x
+        assert self._mesh is not None
+        return unshard_sequence(x, self._mesh["cp"])
+
+    def decide(self, progress: float, stop: bool) -> tuple[float, bool]:
+        """The first process's ``progress``, and whether any of them was asked to ``stop``."""
+        if self._mesh is None:
+            return progress, stop
+        said = torch.tensor([progress if self.is_first else 0.0, float(stop)], dtype=torch.float64)
+        dist.all_reduce(said, dist.ReduceOp.MAX, group=self._control)
+        return float(said[0]), bool(said[1])
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self._mesh is not None:
+            dist.barrier(group=self._control)
+
+
+@contextmanager
+def joined(cp: int, device: str) -> Iterator[tuple[Ranks, str]]:
+    """This process's ranks and device: those that torchrun started, else it alone.
+
+    Args:
+        cp: processes that share a window; it divides their number.
+        device: a setting, see ``resolve_device``. Over several processes each gets a GPU of its own.
+
+    Raises:
+        ValueError: a ``cp`` that does not fit.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if cp < 1 or world % cp:
+        started = "start with torchrun --nproc-per-node" if world == 1 else "expected a divisor of their number"
+        raise ValueError(f"cp={cp} with {world} process(es): {started}")
+    if world == 1:
+        yield Ranks(), device
+        return
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if on_gpu:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(torch.device(device))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
+    try:
+        mesh = init_device_mesh("cuda" if on_gpu else "cpu", (world // cp, cp), mesh_dim_names=("dp", "cp"))
+        yield Ranks(mesh, dist.new_group(backend="gloo", timeout=_TIMEOUT)), device
+    finally:
+        dist.destroy_process_group()
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of a tensor that may be spread over processes; then all of them call."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def spread_like(x: Tensor, value: Tensor) -> Tensor:
+    """``value``, which every process holds, on the device of ``x`` and spread as it is."""
+    if isinstance(x, DTensor):
+        return distribute_tensor(value.to(x.device), x.device_mesh, x.placements)
+    return value.to(x.device)
