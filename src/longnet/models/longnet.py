@@ -69,12 +69,16 @@ class LongNetLM(LongNetBase):
             ValueError: wrong shapes or devices; an id outside the vocabulary (seen on the CPU only); a cache for another
                 model or batch, or no token to read into it.
         """
-        return self.logits(self.hidden(tokens, key_padding_mask, cache=cache))
+        return self._logits(self._hidden(tokens, key_padding_mask, cache))
 
     def hidden(
         self, tokens: Tensor, key_padding_mask: Tensor | None = None, *, cache: LongNetCache | None = None
     ) -> Tensor:
         """Normalised hidden states (B, N, dim) of the last block; arguments and errors as in :meth:`forward`."""
+        return self._hidden(tokens, key_padding_mask, cache)
+
+    # Methods that users call never call one another: sharded, each gathers the weights when it is entered.
+    def _hidden(self, tokens: Tensor, key_padding_mask: Tensor | None, cache: LongNetCache | None = None) -> Tensor:
         self.check_tokens(tokens)
         self.check_mask(key_padding_mask, *tokens.shape)
         if cache is None:
@@ -118,6 +122,9 @@ class LongNetLM(LongNetBase):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Output head: hidden states (..., dim) to logits (..., vocab_size)."""
+        return self._logits(hidden)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
 
     def loss(
@@ -150,11 +157,11 @@ class LongNetLM(LongNetBase):
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction={reduction!r} is unknown: expected 'mean', 'sum' or 'none'")
         self._check_targets(targets, tokens, ignore_index)
-        hidden = self.hidden(tokens, key_padding_mask)
+        hidden = self._hidden(tokens, key_padding_mask)
         if key_padding_mask is not None:
             targets = targets.masked_fill(key_padding_mask, ignore_index)
         losses = chunked_cross_entropy(
-            self.logits, hidden.flatten(0, 1), targets.flatten(), self.config.loss_chunk, ignore_index
+            self._logits, hidden.flatten(0, 1), targets.flatten(), self.config.loss_chunk, ignore_index
         )
         if reduction == "none":
             return losses.view(targets.shape)
