@@ -38,9 +38,10 @@ def run() -> None:
         _fail(error, 2)
     except RuntimeError as error:
         from longnet.training import TrainingDiverged
+        from longnet.training.ranks import LostProcess
 
         # Any other RuntimeError is a defect and keeps its traceback.
-        if not isinstance(error, TrainingDiverged):
+        if not isinstance(error, TrainingDiverged | LostProcess):
             raise
         _fail(error, 1)
 

@@ -1,0 +1,135 @@
+"""Training over processes that torchrun starts: the losses of one process, whatever happens to some of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+STEPS = 14
+PATIENCE = 120
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for number in range(30):
+        (folder / f"{number}.txt").write_text("".join(f"{number} times {n} is {number * n}.\n" for n in range(60)))
+    return folder
+
+
+def command(data, out, *more):
+    return [
+        "-m", "longnet", "train", "--preset", "nano", "--data", str(data), "--context", "200", "--batch", "2",
+        "--steps", str(STEPS), "--schedule", "constant", "--device", "cpu", "--dtype", "float32", "--eval-every", "7",
+        "--save-every", "3", "--out", str(out), *more,
+    ]  # fmt: skip
+
+
+def metrics(out):
+    path = Path(out) / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def start(*arguments):
+    return subprocess.Popen(
+        [*TORCHRUN, *arguments], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process):
+    try:
+        return process.communicate(timeout=PATIENCE)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise AssertionError(process.communicate()[0]) from None
+
+
+def workers(process):
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
+    return sorted(int(pid) for pid in found.split())
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    """The metrics of one process."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    subprocess.run([sys.executable, *command(data, out)], env=ENVIRONMENT, check=True, capture_output=True)
+    return metrics(out)
+
+
+def same_losses(found, want):
+    assert [(line["kind"], line["step"]) for line in found] == [(line["kind"], line["step"]) for line in want]
+    for got, expected in zip(found, want, strict=True):
+        assert abs(got["loss"] - expected["loss"]) < 1e-5 * expected["loss"], got
+
+
+def test_a_process_is_killed_and_fewer_go_on_as_two_hosts(data, tmp_path, alone):
+    out = tmp_path / "run"
+    process = start("--nproc-per-node", "3", *command(data, out, "--cp", "3", "--steps", "100000"))
+    begun = time.monotonic()
+    while not any(line["step"] >= 4 for line in metrics(out)):
+        assert process.poll() is None and time.monotonic() < begun + PATIENCE, finish(process)
+        time.sleep(0.05)
+    # Signal 19 stops them all where they are, so that the run is killed within its steps.
+    for pid in workers(process):
+        os.kill(pid, signal.SIGSTOP)
+    assert max(line["step"] for line in metrics(out)) < STEPS, "too late"
+    os.kill(workers(process)[1], signal.SIGKILL)
+    for pid in workers(process):
+        os.kill(pid, signal.SIGCONT)
+    said = finish(process)
+    assert process.returncode != 0
+    assert "process 1 of 3 is gone" in said and said.count("longnet: error") == 1, said
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    hosts = [
+        start(
+            "--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "1", "--master-addr", "127.0.0.1",
+            "--master-port", str(port), *command(data, out, "--cp", "2", "--resume"),
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    said = [finish(host) for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], said
+    assert "Resuming after step" in said[0] and "Resuming" not in said[1], said
+    same_losses(metrics(out), alone)
+
+
+def test_windows_side_by_side(data, tmp_path, alone):
+    """Without --cp every process takes windows of its own from the batch."""
+    process = start("--nproc-per-node", "2", *command(data, tmp_path / "run"))
+    said = finish(process)
+    assert process.returncode == 0, said
+    assert "2 x 1, windows side by side x shards of each" in said
+    same_losses(metrics(tmp_path / "run"), alone)
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [(("--cp", "3"), "cp=3 with 2 process(es): expected a divisor"), (("--batch", "3"), "batch=3 over 2 groups")],
+)
+def test_what_does_not_fit_is_said(data, tmp_path, more, said):
+    process = start("--nproc-per-node", "2", *command(data, tmp_path / "run", *more))
+    assert said in finish(process) and process.returncode != 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_cp_without_torchrun_says_how(data, tmp_path):
+    found = subprocess.run(
+        [sys.executable, *command(data, tmp_path / "run", "--cp", "2")], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert found.returncode == 2 and "start with torchrun --nproc-per-node" in found.stderr
