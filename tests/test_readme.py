@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 
 from longnet.cli.main import app
@@ -44,9 +47,18 @@ MAKE_TARGETS = {words[1] for words in shell_lines("make")}
 
 @pytest.mark.parametrize(("where", "code"), PYTHON, ids=[where for where, _ in PYTHON])
 def test_the_python_runs(where: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each block by itself, after the ``import torch`` of the first."""
+    """Each block by itself, after the ``import torch`` of the first, and as torchrun would start one process."""
     monkeypatch.chdir(tmp_path)
-    exec(compile("import torch\n" + code, where, "exec"), {})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    try:
+        exec(compile("import torch\n" + code, where, "exec"), {})
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
@@ -84,3 +96,15 @@ def test_links_lead_to_files(page: str) -> None:
 def test_the_blocks_are_seen() -> None:
     assert len(PYTHON) >= 4
     assert len(COMMANDS) >= 4
+
+
+def test_the_table_of_what_travels_is_what_the_script_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("traffic", ROOT / "scripts" / "traffic.py")
+    assert spec is not None and spec.loader is not None
+    traffic = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(traffic)
+    # What is behind 32 ranks takes longer and only repeats.
+    monkeypatch.setattr(traffic, "RANKS", (2, 4, 8))
+    page = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+    shown = page.partition("<!-- traffic -->\n")[2].splitlines()
+    assert shown[:5] == traffic.table()
