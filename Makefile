@@ -53,7 +53,7 @@ type: $(INSTALLED)
 	$(BIN)/mypy
 
 pytest: $(INSTALLED)
-	$(BIN)/pytest -n auto --maxprocesses 8
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadgroup
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks

@@ -16,7 +16,7 @@ OPTIONS = {
     "train": [
         *("--out", "--data", "--preset", "--config", "--context", "--steps", "--minutes", "--batch", "--accumulate"),
         *("--lr", "--warmup", "--schedule", "--weight-decay", "--clip", "--dtype", "--device", "--seed"),
-        *("--eval-every", "--save-every", "--threads", "--resume"),
+        *("--eval-every", "--save-every", "--threads", "--cp", "--resume"),
     ],
     "generate": ["--prompt", "--file", "--tokens", "--temperature", "--top-k", "--top-p", "--seed", "--device"],
     "stream": [
