@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longnet.functional import dilated_attention, pattern_attention
 from longnet.geometry import Pattern
+from longnet.sharding.group import _talks_on_the_host
 
 pytestmark = pytest.mark.filterwarnings("ignore:segment_lengths=.*to no head")
 
@@ -249,3 +250,23 @@ def test_what_one_rank_gets_wrong_raises_on_every_rank(ranks, change, said):
         assert not ok and said in error, error
     # And they can go on.
     compare(ranks, Case(((16, 1), (64, 4)), (32, 32, 32)))
+
+
+def twice(group, rank, case):
+    return [run_shard(group, rank, case) for _ in range(2)]
+
+
+def test_two_runs_are_bit_identical(ranks):
+    """With heads that share keys, rows that several ranks need, and shards that begin between the rows of a rate."""
+    case = Case(
+        ((16, 1), (96, 4), (200, 8)), (33, 64, 47, 80), kv_heads=2, group=4, dtype=torch.float32, is_causal=False
+    )
+    for one, other in ranks(4, twice, case):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_group_that_agrees_over_the_gpu_is_told_of(caplog):
+    with caplog.at_level("WARNING", logger="longnet"):
+        assert _talks_on_the_host("cpu:gloo,cuda:nccl") and _talks_on_the_host("gloo") and not caplog.text
+        assert not _talks_on_the_host("nccl")
+    assert "cpu:gloo,cuda:nccl" in caplog.text

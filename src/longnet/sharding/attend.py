@@ -76,6 +76,8 @@ class Shard:
             key, value = found[..., :dim].to(kind), found[..., dim : 2 * dim].to(kind)
             if self.padding is not None:
                 padded = found[..., 2 * dim] != 0
+        key, value = (x.repeat_interleave(rows.share, 1) for x in (key, value))
+        padded = None if padded is None else padded.repeat_interleave(rows.share, 1)
         bias = None
         if self.bias is not None:
             bias = self.bias[rows.heads[:, 0], rows.distances(self.bias.shape[-1] // 2)].to(kind)
@@ -122,7 +124,7 @@ class Shard:
         query_grads = []
 
         def rows_backward(rows: RowGroup) -> Tensor:
-            """Gradients of the group's keys and values, (B, lanes, b, 2 D); those of its queries are kept."""
+            """Gradients of the group's keys and values, (B, lanes / share, b, 2 D); those of its queries are kept."""
             index = (slice(None), rows.heads, rows.tokens)
             call = self._rows(rows, received)
             grad_q, grad_k, grad_v, by_distance = call.backward(grad_out[index].to(kind), shift[index], delta[index])
@@ -130,15 +132,15 @@ class Shard:
             if by_distance is not None:
                 where = rows.distances(grad_bias.shape[-1] // 2)
                 grad_bias[rows.heads[:, 0], where] += by_distance
-            return torch.cat((grad_k, grad_v), -1)
+            return torch.cat((grad_k, grad_v), -1).unflatten(1, (-1, rows.share)).sum(2)
 
         # What others wait for comes first, and travels while the rest is computed.
         dim = self.query.shape[-1]
         returned = torch.zeros(*received.shape[:2], 2 * dim, dtype=kind, device=received.device)
         for rows in plan.remote:
             assert rows.received is not None
-            # Query heads that share a key/value head add up; index_put_ does so in a fixed order.
-            returned.index_put_((rows.received,), rows_backward(rows).movedim(0, 2), accumulate=True)
+            # No row is twice in a group, so sums have one order on every device.
+            returned[rows.received] += rows_backward(rows).movedim(0, 2)
         transfer = send(returned.to(self.query.dtype), plan.received, plan.sent, self.group)
 
         inputs = (self.query, self.key, self.value)
@@ -156,15 +158,15 @@ class Shard:
             assert rows.key_tokens is not None
             more = rows_backward(rows)
             for grad, half in zip(grads[1:], more.split(dim, -1), strict=True):
-                index = tuple(torch.broadcast_tensors(rows.key_heads, rows.key_tokens))
-                grad.movedim(0, 2).index_put_(index, half.movedim(0, 2), accumulate=True)
+                grad[:, rows.key_heads, rows.key_tokens] += half
         for rows, grad_q in query_grads:
             # The queries of a group are all different.
             index = (slice(None), rows.heads, rows.tokens)
             grads[0][index] = (grads[0][index].to(kind) + grad_q).to(grads[0].dtype)
         back = transfer.wait().to(kind)
         summed = back.new_zeros(len(plan.places), *back.shape[1:])
-        summed.index_put_((plan.place_of,), back, accumulate=True)
+        for place_of, run in zip(plan.place_of.split(plan.runs), back.split(plan.runs), strict=True):
+            summed[place_of] += run
         place = (slice(None), plan.places[:, 0], plan.places[:, 1])
         for grad, half in zip(grads[1:], summed.transpose(0, 1).split(dim, -1), strict=True):
             grad[place] = (grad[place].to(kind) + half).to(grad.dtype)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -16,6 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from longnet.geometry import Pattern
 from longnet.geometry.shards import Shards
+
+_log = logging.getLogger("longnet")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -42,17 +45,12 @@ class Peers:
     """The ranks of one sequence, in order.
 
     Args:
-        group: over which rows travel. control: the same ranks over gloo, for what the host must know; may be ``group``.
-        rank: of this process in it. size: how many there are.
+        group: over which rows travel. rank: of this process in it. size: how many there are.
     """
 
     group: dist.ProcessGroup
-    control: dist.ProcessGroup
     rank: int
     size: int
-
-
-_CONTROL: dict[str, dist.ProcessGroup] = {}
 
 
 def peers_of(group: Any) -> Peers:
@@ -77,19 +75,19 @@ def peers_of(group: Any) -> Peers:
     rank = dist.get_rank(group)
     if rank < 0:
         raise ValueError(f"group={group.group_name!r} does not hold this process: expected a group that it is in")
-    return Peers(group, _control(group), rank, dist.get_world_size(group))
+    return Peers(group, rank, dist.get_world_size(group))
 
 
-def _control(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """The ranks of ``group`` over gloo, so that nothing on the host waits for a GPU."""
-    if "gloo" in dist.get_backend(group):
-        return group
-    found = _CONTROL.get(group.group_name)
-    if found is None:
-        ranks = dist.get_process_group_ranks(group)
-        found = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-        _CONTROL[group.group_name] = found
-    return found
+@cache
+def _talks_on_the_host(backend: str) -> bool:
+    if "gloo" in backend:
+        return True
+    _log.warning(
+        "the process group's backend is %r: ranks agree over the GPU, for which the host has to wait in every layer. "
+        "init_process_group() without a backend, or with 'cpu:gloo,cuda:nccl', lets them agree on the host",
+        backend,
+    )
+    return False
 
 
 @dataclass(frozen=True)
@@ -143,7 +141,7 @@ def agree(peers: Peers, length: int, terms: Terms) -> Shards:
         _raise_together(peers, None)
     if (table[:, 1:] != table[0, 1:]).any():
         said: list[Any] = [None] * peers.size
-        dist.all_gather_object(said, terms, group=peers.control)
+        dist.all_gather_object(said, terms, group=peers.group)
         differing = [
             f"{name} is {', '.join(f'{getattr(one, name)} on rank {rank}' for rank, one in enumerate(said))}"
             for name in _FIELDS
@@ -166,14 +164,16 @@ def lengths_of(peers: Peers, length: int) -> Shards:
 
 def _gather(peers: Peers, numbers: list[int]) -> Tensor:
     """(ranks, numbers) int64."""
-    table = torch.empty(peers.size, len(numbers), dtype=torch.int64)
-    dist.all_gather(list(table), torch.tensor(numbers, dtype=torch.int64), group=peers.control)
-    return table
+    device = "cpu" if _talks_on_the_host(dist.get_backend(peers.group)) else "cuda"
+    own = torch.tensor(numbers, dtype=torch.int64, device=device)
+    table = own.new_empty(peers.size, len(numbers))
+    dist.all_gather(list(table), own, group=peers.group)
+    return table.cpu()
 
 
 def _raise_together(peers: Peers, error: Exception | None) -> None:
     said: list[Any] = [None] * peers.size
-    dist.all_gather_object(said, None if error is None else str(error), group=peers.control)
+    dist.all_gather_object(said, None if error is None else str(error), group=peers.group)
     if error is None:
         reasons = [f"rank {rank} says: {one}" for rank, one in enumerate(said) if one is not None]
         raise ValueError(f"another rank of this sequence could not make its call: {'; '.join(reasons)}")

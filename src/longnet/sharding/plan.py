@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -19,14 +20,17 @@ class RowGroup:
 
     Args:
         heads: (lanes, 1) query heads. tokens: (lanes, a) the shard's tokens that are queries.
-        key_heads: (lanes, 1) and key_tokens: (lanes, b), the shard's own keys; None where ``received`` holds them.
-        received: (lanes, b) rows of what has been received, or None.
+        share: neighbouring lanes that read the same keys (grouped-query attention).
+        key_heads: (lanes / share, 1) and key_tokens: (lanes / share, b), the shard's own keys; None where ``received`` holds
+            them. No key is in it twice.
+        received: (lanes / share, b) rows of what has been received, or None.
         is_causal: of the rows among themselves.
         distance: tokens from the first query to the first key. step: tokens from row to row.
     """
 
     heads: Tensor
     tokens: Tensor
+    share: int
     key_heads: Tensor
     key_tokens: Tensor | None
     received: Tensor | None
@@ -57,6 +61,7 @@ class ShardPlan:
         sent, received: rows to and from every rank.
         send_heads, send_tokens: (rows sent,) where they stand, in the order in which they travel.
         places, place_of: (different places, 2) heads and tokens of what is sent, and of every row sent its number there.
+        runs: lengths of neighbouring rows sent in which no place is twice.
     """
 
     parts: tuple[OwnPart, ...]
@@ -68,6 +73,7 @@ class ShardPlan:
     send_tokens: Tensor
     places: Tensor
     place_of: Tensor
+    runs: tuple[int, ...]
 
     @property
     def is_simple(self) -> bool:
@@ -106,20 +112,28 @@ def make_plan(place: Place, device: torch.device) -> ShardPlan:
 
     own_groups = []
     for one in own:
-        by_rows: dict[int, list[int]] = {}
+        readers: dict[tuple[int, int], list[int]] = {}
         for head in range(place.heads):
             if one.rows(head):
-                by_rows.setdefault(one.rows(head), []).append(head)
-        for count, heads in by_rows.items():
-            tokens = _arithmetic([one.first_rows[head] for head in heads], one.branch.dilation_rate, count)
-            key_heads = _column([head // group for head in heads])
-            rate = one.branch.dilation_rate
-            own_groups.append(RowGroup(_column(heads), tokens, key_heads, tokens, None, place.is_causal, 0, rate))
+                readers.setdefault((head // group, one.first_rows[head]), []).append(head)
+        alike: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for key, heads in readers.items():
+            alike.setdefault((one.rows(heads[0]), len(heads)), []).append(key)
+        for (count, share), keys in alike.items():
+            heads, rate = [head for key in keys for head in readers[key]], one.branch.dilation_rate
+            tokens = _arithmetic([first for _, first in keys], rate, count)
+            queries = tokens.repeat_interleave(share, 0)
+            key_heads = _column([kv_head for kv_head, _ in keys])
+            own_groups.append(
+                RowGroup(_column(heads), queries, share, key_heads, tokens, None, place.is_causal, 0, rate)
+            )
 
-    send_heads, send_tokens, sent = [], [], []
+    send_heads, send_tokens, sent, runs = [], [], [], []
     for receiver in ranks:
         found = place.lanes(rank, receiver)
         sent.append(sum(lane.rows for lane in found))
+        # Lanes of one branch are of different heads or offsets.
+        runs += [sum(lane.rows for lane in lanes) for _, lanes in groupby(found, key=lambda lane: lane.branch)]
         for lane in found:
             rate = place.pattern.branches[lane.branch].dilation_rate
             first = lane.segment + lane.offset + lane.row * rate - start
@@ -156,6 +170,7 @@ def make_plan(place: Place, device: torch.device) -> ShardPlan:
         tokens_sent.to(device),
         places.to(device),
         place_of.to(device),
+        tuple(runs),
     )
 
 
@@ -172,22 +187,24 @@ def _remote_groups(
     start, end = place.shards.span(place.rank)
     low, high = max(segment, start) - segment, min(segment + branch.segment_length, end) - segment
     rate, group = branch.dilation_rate, place.heads // place.kv_heads
-    alike: dict[tuple[int, int, int], list[tuple[int, int, int, Tensor]]] = {}
+    readers: dict[tuple[int, int], list[int]] = {}
     for head in range(place.heads):
-        offset, kv_head = place.pattern.offset(branch, head, place.heads), head // group
-        first, last = branch.rows(low, offset), branch.rows(high, offset)
-        if last == first or (kv_head, offset) not in first_rows:
-            continue
-        rows = torch.cat([torch.arange(row, row + n) for row, n in at[index, before, kv_head, offset]])
-        token = segment + offset + first * rate - start
-        distance = (first_rows[kv_head, offset] - first) * rate
-        alike.setdefault((last - first, len(rows), distance), []).append((head, kv_head, token, rows))
+        readers.setdefault((head // group, place.pattern.offset(branch, head, place.heads)), []).append(head)
+    alike: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    for key in first_rows:
+        first, last = branch.rows(low, key[1]), branch.rows(high, key[1])
+        keys = sum(count for _, count in at[index, before, *key])
+        distance = (first_rows[key] - first) * rate
+        alike.setdefault((last - first, keys, distance, len(readers[key])), []).append(key)
     found = []
-    for (count, _, distance), members in alike.items():
-        heads, tokens = _column([member[0] for member in members]), [member[2] for member in members]
-        key_heads, received = _column([member[1] for member in members]), torch.stack([member[3] for member in members])
-        queries = _arithmetic(tokens, rate, count)
-        found.append(RowGroup(heads, queries, key_heads, None, received, False, distance, rate))
+    for (count, _, distance, share), members in alike.items():
+        heads = [head for key in members for head in readers[key]]
+        tokens = [segment + offset + branch.rows(low, offset) * rate - start for _, offset in members]
+        received = [torch.cat([torch.arange(row, row + n) for row, n in at[index, before, *key]]) for key in members]
+        queries = _arithmetic(tokens, rate, count).repeat_interleave(share, 0)
+        key_heads = _column([kv_head for kv_head, _ in members])
+        group_received = torch.stack(received)
+        found.append(RowGroup(_column(heads), queries, share, key_heads, None, group_received, False, distance, rate))
     return found
 
 
