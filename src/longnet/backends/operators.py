@@ -57,6 +57,33 @@ def define(name: str, function: Callable[..., Any], fake: Callable[..., Any]) ->
     return getattr(torch.ops.longnet, name).default
 
 
+def fake_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    padding: Tensor | None,
+    bias: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a backward operator returns, in shapes."""
+    grad_bias = query.new_empty(0) if bias is None else torch.empty_like(bias)
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), grad_bias
+
+
+def no_second_derivative(name: str) -> Callable[..., None]:
+    """The gradient of the operator ``longnet::<name>``, which has none."""
+
+    def refuse(ctx: Any, *grads: Tensor | None) -> None:
+        raise RuntimeError(
+            f"dilated attention (longnet::{name}) has no second derivative: "
+            "a gradient taken with create_graph=True cannot be differentiated again"
+        )
+
+    return refuse
+
+
 def register_operators(
     name: str, forward: ForwardFn, backward: BackwardFn
 ) -> tuple[Callable[..., tuple[Tensor, Tensor]], BackwardFn]:
@@ -107,19 +134,6 @@ def register_operators(
         with no_autocast(query):
             return backward(grad_out, grad_lse, query, key, value, padding, bias, out, lse, spec)
 
-    def fake_backward(
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        padding: Tensor | None,
-        bias: Tensor | None,
-        *_: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        grad_bias = query.new_empty(0) if bias is None else torch.empty_like(bias)
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), grad_bias
-
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         query, key, value, padding, bias, *ctx.settings = inputs
         ctx.save_for_backward(query, key, value, padding, bias, *output)
@@ -133,16 +147,10 @@ def register_operators(
         *grads, grad_bias = call_backward(grad_out, grad_lse, query, key, value, padding, bias, out, lse, *ctx.settings)
         return (*grads, None, None if bias is None else grad_bias, None, None, None, None, None)
 
-    def no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-        raise RuntimeError(
-            f"dilated attention (longnet::{name}_backward) has no second derivative: "
-            "a gradient taken with create_graph=True cannot be differentiated again"
-        )
-
     call_forward = define(name, forward_op, fake_forward)
     call_backward = define(f"{name}_backward", backward_op, fake_backward)
     torch.library.register_autograd(f"longnet::{name}", autograd_backward, setup_context=setup_context)
-    torch.library.register_autograd(f"longnet::{name}_backward", no_second_derivative)
+    torch.library.register_autograd(f"longnet::{name}_backward", no_second_derivative(f"{name}_backward"))
 
     def run(
         query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, bias: Tensor | None, spec: Spec

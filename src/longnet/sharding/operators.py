@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from longnet.backends import Backend, Spec, select_backend
-from longnet.backends.operators import define, lse_dtype, no_autocast
+from longnet.backends.operators import define, fake_backward, lse_dtype, no_autocast, no_second_derivative
 from longnet.geometry import Pattern
 from longnet.geometry.shards import Shards
 from longnet.sharding.attend import Shard
@@ -122,20 +122,6 @@ def _backward_op(
         return shard.backward(grad_out, grad_lse, received, out, lse)
 
 
-def _fake_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    padding: Tensor | None,
-    bias: Tensor | None,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_bias = query.new_empty(0) if bias is None else torch.empty_like(bias)
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), grad_bias
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     query, key, value, padding, bias, *ctx.settings = inputs
     ctx.save_for_backward(query, key, value, padding, bias, *output)
@@ -150,14 +136,7 @@ def _autograd_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | Non
     return (*grads, None, None if bias is None else grad_bias, *[None] * len(ctx.settings))
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError(
-        "dilated attention (longnet::sharded_backward) has no second derivative: a gradient taken with create_graph=True "
-        "cannot be differentiated again"
-    )
-
-
 _forward = define("sharded", _forward_op, _fake_forward)
-_backward = define("sharded_backward", _backward_op, _fake_backward)
+_backward = define("sharded_backward", _backward_op, fake_backward)
 torch.library.register_autograd("longnet::sharded", _autograd_backward, setup_context=_setup_context)
-torch.library.register_autograd("longnet::sharded_backward", _no_second_derivative)
+torch.library.register_autograd("longnet::sharded_backward", no_second_derivative("sharded_backward"))
