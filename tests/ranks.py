@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -72,7 +72,3 @@ class Ranks:
 @cache
 def started(store: str) -> Ranks:
     return Ranks(store)
-
-
-def split(x: torch.Tensor, lengths: Sequence[int], dim: int) -> tuple[torch.Tensor, ...]:
-    return x.split(list(lengths), dim)

@@ -129,12 +129,14 @@ def parallelize(model: LongNetBase, mesh: DeviceMesh, **fsdp: Any) -> LongNetBas
     if not names or any(name not in _AXES for name in names):
         raise ValueError(f"mesh has the axes {names}: expected 'dp' and 'cp', or one of them")
     if "cp" in names and mesh["cp"].size() > 1:
+        # All of it is looked at before any of it is changed.
         for name, module in model.named_modules():
             if isinstance(module, BatchNorm | nn.modules.batchnorm._BatchNorm):
                 raise ValueError(
                     f"{name} is a batch normalisation: its statistics would be those of one shard, expected config.norm "
                     "'layer' or 'rms' for a sequence over several ranks"
                 )
+        for module in model.modules():
             if isinstance(module, DilatedAttention):
                 module.distributed = mesh["cp"]
     flat = mesh if len(names) == 1 else mesh._flatten("dp_cp")

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from longnet import LongNetConfig, LongNetEncoder, LongNetLM
 from longnet.distributed import parallelize, shard_lengths, shard_sequence, unshard_sequence
+from longnet.training.ranks import Ranks
 
 CONFIG = LongNetConfig(
     layers=2,
@@ -144,3 +145,16 @@ def refused(group, rank, what):
 def test_what_makes_no_sense_is_refused(ranks, what, said):
     for ok, error in ranks.outcomes(2, refused, what):
         assert not ok and said in error, error
+
+
+def a_random_number(group, rank):
+    torch.manual_seed(0)
+    Ranks(init_device_mesh("cpu", (2, 4), mesh_dim_names=("dp", "cp"))).vary_dropout(5)
+    return torch.rand(()).item()
+
+
+def test_dropout_differs_from_rank_to_rank(ranks):
+    found = ranks(8, a_random_number)
+    torch.manual_seed(0)
+    assert found[0] == torch.rand(()).item(), "the first one's numbers are those of a run on one device"
+    assert len(set(found)) == 8

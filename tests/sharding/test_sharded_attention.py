@@ -215,7 +215,7 @@ def test_exactly_the_rows_that_others_need_travel(ranks, shards, is_causal):
         assert backward == received[rank] * row
 
 
-def refusal(group, rank, changes, names):
+def refusal(group, rank, changes):
     """The call of a rank that differs from the others by ``changes[rank]``."""
     settings = {"dtype": torch.float32, "heads": 2, "rates": (1, 2), "is_causal": True, "dim": 4, "mask": None}
     settings |= changes.get(rank, {})
@@ -246,7 +246,7 @@ def refusal(group, rank, changes, names):
     ],
 )
 def test_what_one_rank_gets_wrong_raises_on_every_rank(ranks, change, said):
-    for ok, error in ranks.outcomes(3, refusal, {1: change}, None):
+    for ok, error in ranks.outcomes(3, refusal, {1: change}):
         assert not ok and said in error, error
     # And they can go on.
     compare(ranks, Case(((16, 1), (64, 4)), (32, 32, 32)))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
 
 from longnet.geometry.pattern import Branch, Pattern
 
@@ -31,10 +30,6 @@ class Shards:
         """(first token, one past the last)."""
         start = self.start(rank)
         return start, start + self.lengths[rank]
-
-    def bounds(self) -> tuple[int, ...]:
-        """Where shards begin, and the total."""
-        return tuple(accumulate(self.lengths, initial=0))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -24,20 +24,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# What ranks must agree on, in the order in which it travels.
-_FIELDS = (
-    "batch",
-    "heads",
-    "kv_heads",
-    "head_dim",
-    "dtype",
-    "is_causal",
-    "mask",
-    "bias",
-    "gradients",
-    "scale",
-    "pattern",
-)
 
 
 @dataclass(frozen=True)
@@ -144,7 +130,7 @@ def agree(peers: Peers, length: int, terms: Terms) -> Shards:
         dist.all_gather_object(said, terms, group=peers.group)
         differing = [
             f"{name} is {', '.join(f'{getattr(one, name)} on rank {rank}' for rank, one in enumerate(said))}"
-            for name in _FIELDS
+            for name in (field.name for field in fields(Terms))
             if len({getattr(one, name) for one in said}) > 1
         ]
         raise ValueError(f"the ranks of one sequence differ: {'; '.join(differing)}. Expected the same on all")
@@ -153,7 +139,7 @@ def agree(peers: Peers, length: int, terms: Terms) -> Shards:
 
 def give_up(peers: Peers, error: Exception) -> None:
     """Tell the other ranks, which wait in :func:`agree`, that this one raises ``error``; they raise it too."""
-    _gather(peers, [-1, *[0] * len(_FIELDS)])
+    _gather(peers, [-1, *[0] * len(fields(Terms))])
     _raise_together(peers, error)
 
 

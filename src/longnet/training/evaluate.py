@@ -113,8 +113,8 @@ def score_windows(
     rows = []
     try:
         # Weights that are spread over processes may not become inference tensors.
-        without_grad = torch.inference_mode if ranks is None else torch.no_grad
         ranks = ranks or Ranks()
+        without_grad = torch.no_grad if ranks.describe() else torch.inference_mode
         with without_grad(), autocast(device, dtype):
             for first in range(0, starts.size, batch):
                 tokens, targets = cut_windows(stream, context, starts[first : first + batch])

@@ -72,6 +72,7 @@ def train(
         model = LongNetLM(settings.model).to(device)
         trainer = Trainer(settings, folder, data, model, device, tell, ranks)
         trainer.start(checkpoint)
+        ranks.vary_dropout(settings.seed + trainer.step)
         return trainer.run(should_stop or (lambda: False))
 
 

@@ -27,7 +27,7 @@ from longnet.models import LongNetLM
 # After so long without an answer a process gives the others up.
 _TIMEOUT = timedelta(minutes=10)
 # So long those that are left look for one another, when one is lost.
-_ROLL_CALL = 2.0
+_ROLL_CALL = 5.0
 
 
 class LostProcess(RuntimeError):
@@ -66,6 +66,11 @@ class Ranks:
         """Shard the model, in place; every process comes with the same weights."""
         if self._mesh is not None:
             parallelize(model, self._mesh)
+
+    def vary_dropout(self, seed: int) -> None:
+        """Random numbers of its own for every process but the first, whose are those of the run."""
+        if not self.is_first:
+            torch.manual_seed((seed + dist.get_rank() * 1_000_003) % 2**63)
 
     def own_windows(self, x: Tensor) -> Tensor:
         """This process's part of (windows, N)."""
@@ -128,6 +133,8 @@ def joined(cp: int, device: str) -> Iterator[tuple[Ranks, str]]:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(torch.device(device))
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
+    # torchrun ends what is left as soon as one process is lost: not before it has said why.
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         yield _made(cp, world, on_gpu), device
     except RuntimeError as error:
@@ -145,6 +152,7 @@ def joined(cp: int, device: str) -> Iterator[tuple[Ranks, str]]:
             "The run can go on from its last checkpoint with --resume, on any number of processes"
         ) from error
     finally:
+        signal.signal(signal.SIGTERM, before)
         dist.destroy_process_group()
 
 
@@ -161,8 +169,6 @@ def _is_of_a_collective(error: RuntimeError) -> bool:
 def _roll_call(world: int) -> list[int]:
     """The processes that are still there: each says so in the store that they met in, which outlives them."""
     store = distributed_c10d._get_default_store()
-    # torchrun ends what is left as soon as one process is lost: not before it has said why.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     store.set(f"longnet/here/{dist.get_rank()}", "yes")
     time.sleep(_ROLL_CALL)
     return [rank for rank in range(world) if store.check([f"longnet/here/{rank}"])]

@@ -235,8 +235,8 @@ class Trainer:
     def save(self) -> None:
         """Commit the state. The metrics reach the disk first: a checkpoint never knows a step that they lack."""
         tensors = collect_state(self.model, self.optimizer, self.device)
-        self.saved_step = self.step
         if self.metrics is None:
+            self.saved_step = self.step
             return
         self.metrics.flush_to_disk()
         progress: dict[str, Any] = {
@@ -250,6 +250,7 @@ class Trainer:
         save_checkpoint(self.folder.checkpoint_file, tensors, progress)
         weights = {name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")}
         self.folder.write_weights(weights)
+        self.saved_step = self.step
 
 
 def _length(settings: TrainSettings) -> str:

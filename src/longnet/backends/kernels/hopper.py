@@ -31,7 +31,7 @@ def take_item(
     """(batch, head, segment start and length, level, first position, step, first row, rows) of an item.
 
     What ``rows.locate`` computes, class by class: dividing by constants takes a few instructions, dividing by numbers that
-    are known only at run time, several times an item, took as long as blocks of scores.
+    are known only at run time is a long chain of them, and an item had several, with nothing to run under them.
     """
     tile = item % TILES
     rest = item // TILES
