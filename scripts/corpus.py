@@ -2,9 +2,9 @@
 
     python scripts/corpus.py /usr /opt --out corpus --bytes 1000000000
 
-Writes ``corpus/train`` (a tenth of all files) and ``corpus/read`` (others, in a random order that does not depend on the machine,
-until there are as many bytes as asked for). A file counts as text when its first 64 KiB hold no zero byte; other files fill up what
-text lacks, at the end. A content that was seen before is left out, so nothing that is trained on is read later as the copy of a file.
+Writes ``corpus/train`` (a tenth of all files) and ``corpus/read`` (others, in a random order, until there are as many bytes as
+asked for). A file counts as text when its first 64 KiB hold no zero byte; other files fill up what text lacks, at the end. A
+content that was seen before is left out, so nothing that is trained on is read later as the copy of a file.
 """
 
 from __future__ import annotations
