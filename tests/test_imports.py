@@ -23,8 +23,10 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("streaming",),
     ("attention",),
     ("models",),
-    ("distributed",),
+    ("distributed", "compress", "compat"),
+    ("gigapath",),
     ("figures",),
+    ("hf", "slides"),
     ("training",),
     ("reading",),
     ("cli",),
@@ -34,7 +36,11 @@ RUNG = {unit: rung for rung, units in enumerate(LADDER) for unit in units}
 # What a unit may import besides the standard library; torch alone where nothing is said.
 THIRD_PARTY = {
     "geometry": set(),
+    "compress": {"torch", "torchao"},
+    "gigapath": {"torch", "safetensors"},
     "figures": {"matplotlib", "numpy"},
+    "hf": {"torch", "transformers", "safetensors"},
+    "slides": {"torch", "h5py", "matplotlib", "numpy", "safetensors"},
     "training": {"torch", "matplotlib", "numpy", "rich", "safetensors"},
     "cli": {"torch", "rich", "typer"},
 }
@@ -46,7 +52,7 @@ MEETS_TRITON = {("backends", "kernels"): {"triton"}, ("backends", "tma"): {"torc
                 ("streaming", "kernels"): {"triton"}, ("streaming", "fused"): {"torch", "triton"}}  # fmt: skip
 
 # `import longnet` must do without all of these.
-OPTIONAL = ("triton", "transformers", "matplotlib", "numpy", "safetensors", "typer", "rich")
+OPTIONAL = ("triton", "transformers", "torchao", "h5py", "matplotlib", "numpy", "safetensors", "typer", "rich")
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 NAMES = {path: path.relative_to(SOURCE).with_suffix("").parts for path in MODULES}
