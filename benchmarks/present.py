@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from benchmarks import report, verdicts
+from benchmarks import report, stream_record, verdicts
 from benchmarks.gpu import report as gpu_report
 from benchmarks.runner import SCHEMA
 from benchmarks.tables import Table
@@ -44,6 +44,8 @@ def save(result: Result, path: Path) -> None:
 
 
 def _maker(result: Result) -> ModuleType:
+    if result.get("kind") == stream_record.KIND:
+        return stream_record
     return gpu_report if result["device"]["kind"] == "cuda" else report
 
 
@@ -57,7 +59,9 @@ def tables(result: Result) -> list[Table]:
 
 
 def summary(result: Result) -> Iterator[str]:
-    return gpu_report.summary(result) if _maker(result) is gpu_report else verdicts.summary(result)
+    maker = _maker(result)
+    lines = verdicts.summary(result) if maker is report else maker.summary(result)
+    yield from lines
 
 
 def markdown(result: Result) -> str:
