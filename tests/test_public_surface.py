@@ -75,7 +75,7 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
         "segment_lengths=(2048, 4096, 8192, 16384, 32768), dilation_rates=(1, 2, 4, 6, 12), kv_heads=None, "
         "causal=True, norm='layer', qk_norm=False, bias=True, dropout=0.0, use_xpos=True, use_rel_pos_bias=False, "
         "head_offsets='interleaved', xpos_scale_base=None, tie_embeddings=True, gradient_checkpointing=False, "
-        "loss_chunk=4096, backend='auto')",
+        "loss_chunk=4096, feed_forward_chunk=None, backend='auto')",
     ),
     (LongNetConfig.preset, "(name, **changes)"),
     (LongNetConfig.presets, "()"),

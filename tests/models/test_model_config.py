@@ -72,6 +72,8 @@ def test_a_preset_cannot_be_changed_through_what_it_returns() -> None:
         ({"vocab_size": 0}, "vocab_size=0"),
         ({"ffn_dim": 0}, "ffn_dim=0"),
         ({"loss_chunk": 0}, "loss_chunk=0"),
+        ({"feed_forward_chunk": 0}, "feed_forward_chunk=0"),
+        ({"feed_forward_chunk": 8, "norm": "batch", "causal": False}, "feed_forward_chunk=8 with norm='batch'"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"dropout": float("nan")}, "dropout=nan"),
         ({"norm": "group"}, "norm='group'"),

@@ -108,3 +108,41 @@ def test_overfits_one_sequence(norm: str) -> None:
     assert losses[0] > 5.0 and losses[-1] < 0.5, losses
     continued = model.generate(tokens[:, :40], 57, temperature=0)
     assert (continued == tokens).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_feed_forward_in_chunks_is_the_whole(checkpointing: bool) -> None:
+    torch.manual_seed(0)
+    config = LongNetConfig.preset("nano", gradient_checkpointing=checkpointing)
+    whole = LongNetLM(config, dtype=torch.float64)
+    chunked = LongNetLM(config.replace(feed_forward_chunk=16), dtype=torch.float64)
+    chunked.load_state_dict(whole.state_dict())
+    tokens = torch.randint(0, 256, (2, 42))  # 41 tokens: two chunks and a rest
+    loss, expected = (model.loss(tokens[:, :-1], tokens[:, 1:]) for model in (chunked, whole))
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    for p, q in zip(chunked.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(chunked(tokens), whole(tokens), rtol=1e-12, atol=1e-12)
+
+
+def test_a_chunked_feed_forward_keeps_its_input_alone() -> None:
+    kept: list[torch.Tensor] = []
+    layer = FeedForward(LongNetConfig.preset("nano", feed_forward_chunk=16))
+    x = torch.randn(1, 64, 32, requires_grad=True)
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(x)
+    own = {weight.data_ptr() for weight in layer.parameters()}
+    tokens = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in kept
+        if tensor.data_ptr() not in own
+    }
+    assert sum(tokens.values()) <= x.nbytes

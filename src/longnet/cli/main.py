@@ -38,7 +38,7 @@ def run() -> None:
         _fail(error, 2)
     except RuntimeError as error:
         from longnet.training import TrainingDiverged
-        from longnet.training.ranks import LostProcess
+        from longnet.training.roll_call import LostProcess
 
         # Any other RuntimeError is a defect and keeps its traceback.
         if not isinstance(error, TrainingDiverged | LostProcess):

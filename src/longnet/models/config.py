@@ -37,6 +37,8 @@ class LongNetConfig:
         tie_embeddings: whether the language model's output head is the embedding table.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
         loss_chunk: positions whose logits are held at once by the language model's loss.
+        feed_forward_chunk: tokens of a row whose hidden layer (``ffn_dim`` wide, the widest of all) is held at once; it is computed
+            again in the backward pass. None holds all. Not with ``norm="batch"``.
         backend: name of the attention backend, or ``"auto"``.
 
     Raises:
@@ -64,6 +66,7 @@ class LongNetConfig:
     tie_embeddings: bool = True
     gradient_checkpointing: bool = False
     loss_chunk: int = 4096
+    feed_forward_chunk: int | None = None
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -88,6 +91,11 @@ class LongNetConfig:
                 "norm='batch' with causal=True: batch statistics are taken over all tokens of a sequence and so mix "
                 "future tokens into the past; expected norm='layer' or 'rms', or causal=False"
             )
+        if self.norm == "batch" and self.feed_forward_chunk is not None:
+            raise ValueError(
+                f"feed_forward_chunk={self.feed_forward_chunk} with norm='batch': batch statistics are taken over all tokens, "
+                "not over a chunk; expected None, or norm='layer' or 'rms'"
+            )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout}: expected a probability in [0, 1)")
         if self.xpos_scale_base is not None and not (self.xpos_scale_base > 0 and math.isfinite(self.xpos_scale_base)):
@@ -96,9 +104,9 @@ class LongNetConfig:
             raise ValueError("backend='' names nothing: expected 'auto' or the name of a backend")
 
     def _check_types(self) -> None:
-        for name in ("vocab_size", "dim", "heads", "layers", "ffn_dim", "kv_heads", "loss_chunk"):
+        for name in ("vocab_size", "dim", "heads", "layers", "ffn_dim", "kv_heads", "loss_chunk", "feed_forward_chunk"):
             value = getattr(self, name)
-            if value is None and name in ("ffn_dim", "kv_heads"):
+            if value is None and name in ("ffn_dim", "kv_heads", "feed_forward_chunk"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name}={value!r} has type {type(value).__name__}: expected an int")

@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from longnet.attention import DilatedAttention
 from longnet.models.config import LongNetConfig
@@ -19,7 +20,11 @@ from longnet.streaming import DilatedCache
 
 
 class FeedForward(nn.Module):
-    """``fc2(sub_norm(gelu(fc1(x))))``, x (B, N, dim) -> (B, N, dim)."""
+    """``fc2(sub_norm(gelu(fc1(x))))``, x (B, N, dim) -> (B, N, dim).
+
+    With ``config.feed_forward_chunk`` only so many tokens' hidden layers exist at a time, and the backward pass computes them
+    again: of a row of N tokens only x is kept.
+    """
 
     def __init__(
         self,
@@ -30,11 +35,21 @@ class FeedForward(nn.Module):
     ) -> None:
         super().__init__()
         hidden = config.feed_forward_dim
+        self.chunk = config.feed_forward_chunk
         self.fc1 = nn.Linear(config.dim, hidden, bias=config.bias, device=device, dtype=dtype)
         self.sub_norm = make_norm(config.norm, hidden, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden, config.dim, bias=config.bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        if self.chunk is None:
+            return self._inside(x, key_padding_mask)
+        # Norms that can be taken in chunks look at no mask.
+        parts = x.split(self.chunk, dim=1)
+        if torch.is_grad_enabled():
+            return torch.cat([checkpoint(self._inside, part, use_reentrant=False) for part in parts], dim=1)
+        return torch.cat([self._inside(part) for part in parts], dim=1)
+
+    def _inside(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         # Torch's kernels evaluate a bfloat16 or float16 GELU in float32 and round once, which is what casting around
         # it would give, without keeping a float32 copy of the widest activation for the backward pass.
         hidden = F.gelu(self.fc1(x))  # (B, N, feed_forward_dim)

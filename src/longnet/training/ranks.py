@@ -7,8 +7,6 @@ so a run may go on with more or fewer of them.
 from __future__ import annotations
 
 import os
-import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,21 +15,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from longnet.distributed import parallelize, shard_lengths, shard_sequence, unshard_sequence
 from longnet.models import LongNetLM
+from longnet.training.roll_call import RollCall
 
 # After so long without an answer a process gives the others up.
 _TIMEOUT = timedelta(minutes=10)
-# So long those that are left look for one another, when one is lost.
-_ROLL_CALL = 5.0
-
-
-class LostProcess(RuntimeError):
-    """Another process of the run is gone; the last checkpoint is whole, and any number of processes can go on from it."""
 
 
 class Ranks:
@@ -133,27 +125,19 @@ def joined(cp: int, device: str) -> Iterator[tuple[Ranks, str]]:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(torch.device(device))
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
-    # torchrun ends what is left as soon as one process is lost: not before it has said why.
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    roll_call = RollCall()
     try:
-        yield _made(cp, world, on_gpu), device
-    except RuntimeError as error:
-        if not _is_of_a_collective(error):
-            raise
-        rank, left = dist.get_rank(), _roll_call(world)
-        if len(left) == world:
-            raise
-        if rank != min(left):
-            # One of those that are left speaks.
-            raise SystemExit(1) from None
-        gone = ", ".join(str(one) for one in range(world) if one not in left)
-        raise LostProcess(
-            f"process {gone} of {world} is gone (killed, out of memory, or after an error of its own): training stopped. "
-            "The run can go on from its last checkpoint with --resume, on any number of processes"
-        ) from error
+        with roll_call:
+            try:
+                yield _made(cp, world, on_gpu), device
+            except RuntimeError as error:
+                if not _is_of_a_collective(error) or (lost := roll_call.lost()) is None:
+                    raise
+                raise lost from error
     finally:
-        signal.signal(signal.SIGTERM, before)
-        dist.destroy_process_group()
+        # Over NCCL this would wait for the process that is gone.
+        if not roll_call.is_lost:
+            dist.destroy_process_group()
 
 
 def _made(cp: int, world: int, on_gpu: bool) -> Ranks:
@@ -164,14 +148,6 @@ def _made(cp: int, world: int, on_gpu: bool) -> Ranks:
 def _is_of_a_collective(error: RuntimeError) -> bool:
     said = str(error)
     return isinstance(error, dist.DistError) or "gloo" in said or "Connection closed by peer" in said
-
-
-def _roll_call(world: int) -> list[int]:
-    """The processes that are still there: each says so in the store that they met in, which outlives them."""
-    store = distributed_c10d._get_default_store()
-    store.set(f"longnet/here/{dist.get_rank()}", "yes")
-    time.sleep(_ROLL_CALL)
-    return [rank for rank in range(world) if store.check([f"longnet/here/{rank}"])]
 
 
 def whole(x: Tensor) -> Tensor:

@@ -1,0 +1,184 @@
+"""The longest sequence on which the paper's base model trains, on one GPU or over several.
+
+    python -m benchmarks.longest_training --ranks 1 --out longest-1.json
+    python -m benchmarks.longest_training --ranks 2 --out longest-2.json
+
+The model is ``LongNetConfig.preset("base")`` (12 layers, 768 wide) with recomputed blocks and a feed-forward in chunks, FSDP2
+in bfloat16 with float32 weights, AdamW. A length counts when two whole steps (forward, backward, optimizer) ended. Memory grows
+linearly with the length, so two short runs say where to try; every try is a run of its own, as a rank whose memory ends takes
+the others with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from benchmarks import environment
+from longnet import LongNetConfig, LongNetLM
+from longnet.distributed import parallelize, shard_sequence
+from longnet.training.ranks import whole
+
+# Tokens on one device at least, as asked for.
+LIMIT = 1 << 20
+STEP = 1 << 16
+
+
+@dataclass(frozen=True)
+class Try:
+    """One length: whether two steps ended, the second one's seconds and the largest memory of any rank."""
+
+    tokens: int
+    fits: bool
+    seconds: float | None = None
+    gib: float | None = None
+    losses: tuple[float, ...] = ()
+
+
+def config(small: bool) -> LongNetConfig:
+    if small:
+        return LongNetConfig.preset("nano", gradient_checkpointing=True, feed_forward_chunk=256)
+    return LongNetConfig.preset("base", gradient_checkpointing=True, feed_forward_chunk=1 << 15)
+
+
+def train(tokens: int, out: Path) -> None:
+    """Two steps on ``tokens`` random bytes over all ranks; the first rank writes what it found."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("cp",))
+    torch.manual_seed(0)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = LongNetLM(config(not on_gpu), device=device)
+    parallelize(model, mesh, mp_policy=policy)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=on_gpu)
+    text = torch.randint(256, (1, tokens + 1), generator=torch.Generator().manual_seed(0))
+    own, goal = (shard_sequence(x, mesh, multiple_of=1 << 12).to(device) for x in (text[:, :-1], text[:, 1:]))
+    losses = []
+    begun = time.perf_counter()
+    for _ in range(2):
+        begun = time.perf_counter()
+        loss = model.loss(own, goal)
+        loss.backward()
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        said = loss.detach().double()
+        dist.all_reduce(said)
+        losses.append(float(said) / dist.get_world_size())
+        if not math.isfinite(norm):
+            raise RuntimeError(f"the gradient norm is {norm}")
+    most = torch.tensor([float(torch.cuda.max_memory_reserved(device) if on_gpu else 0)], dtype=torch.float64)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    if dist.get_rank() == 0:
+        found = Try(tokens, True, time.perf_counter() - begun, float(most) / 2**30, tuple(losses))
+        out.write_text(json.dumps(asdict(found)))
+    dist.destroy_process_group()
+
+
+def attempt(tokens: int, ranks: int, seconds: float) -> Try:
+    """``train`` in processes of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "found.json"
+        launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "29617"]
+        command = [
+            sys.executable,
+            *launch,
+            "-m",
+            "benchmarks.longest_training",
+            "--tokens",
+            str(tokens),
+            "--out",
+            str(out),
+        ]
+        environ = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": "4", **os.environ}
+        ended = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=seconds, check=False)
+        if out.is_file():
+            return Try(**json.loads(out.read_text()))
+        if "OutOfMemoryError" not in ended.stderr:
+            raise RuntimeError(f"{tokens:,} tokens on {ranks} ranks failed:\n{ended.stderr[-4000:]}")
+        return Try(tokens, False)
+
+
+def search(ranks: int, room: float, start: int, step: int, seconds: float) -> list[Try]:
+    """All lengths that were tried; the last that fits is the longest found."""
+    stop_at = time.monotonic() + seconds
+    tried: list[Try] = []
+
+    def fits(tokens: int) -> bool:
+        tried.append(attempt(tokens, ranks, max(60.0, stop_at - time.monotonic())))
+        print(f"{ranks} rank(s), {tokens:,} tokens: {tried[-1]}", flush=True)
+        return tried[-1].fits
+
+    if not fits(start) or not fits(start * 2):
+        return tried
+    first, second = tried[0].gib or 0.0, tried[1].gib or 0.0
+    # The line through both, to where it meets the room that there is.
+    slope = max((second - first) / start, 1e-12)
+    tokens = int(start * 2 + (room - second) / slope) // step * step
+    while tokens > start * 2 and time.monotonic() < stop_at and not fits(tokens):
+        tokens = max(start * 2, tokens - max(step, tokens // 32 // step * step))
+    return tried
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.longest_training", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=200.0, help="after which no further length is tried")
+    parser.add_argument("--start", type=int, default=LIMIT // 2, help="tokens a rank to begin with")
+    parser.add_argument("--tokens", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    if options.tokens is not None:
+        try:
+            train(options.tokens, options.out)
+        except torch.OutOfMemoryError:
+            print("OutOfMemoryError", file=sys.stderr, flush=True)
+            # At once: the other ranks wait in a collective that this one will never enter.
+            os._exit(1)
+        return
+    on_gpu = torch.cuda.is_available()
+    # What the context and NCCL take is not the allocator's.
+    room = torch.cuda.get_device_properties(0).total_memory / 2**30 - 2.0 if on_gpu else 0.0
+    result: dict[str, Any] = {
+        "kind": "longest training",
+        "commit": environment.commit(os.environ.get("LONGNET_COMMIT")),
+        "versions": environment.versions(),
+        "device": torch.cuda.get_device_name(0) if on_gpu else "cpu",
+        "ranks": options.ranks,
+        "model": config(not on_gpu).to_dict(),
+        "limit": LIMIT if options.ranks == 1 and on_gpu else None,
+    }
+    tried = search(options.ranks, room, options.start * options.ranks, STEP, options.seconds)
+    best = max((one for one in tried if one.fits), key=lambda one: one.tokens, default=None)
+    result |= {"tried": [asdict(one) for one in tried], "longest": None if best is None else asdict(best)}
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    if best is None or best.seconds is None:
+        print(f"not even {options.start:,} tokens a rank fit on {result['device']}")
+        return
+    print(
+        f"{options.ranks} x {result['device']}: {best.tokens:,} tokens, {best.seconds:.2f} s a step, "
+        f"{best.tokens / best.seconds:,.0f} tokens/s, {best.gib:.1f} GiB a rank at most"
+    )
+
+
+if __name__ == "__main__":
+    main()

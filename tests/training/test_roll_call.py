@@ -1,0 +1,51 @@
+"""A process is lost while the others wait for something that will never come, as in a collective on a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+WAITS = """
+import os, signal, sys, threading
+from longnet.training.ranks import joined
+with joined(1, "cpu") as (ranks, device):
+    ranks.wait()
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    threading.Event().wait()
+"""
+ENDS = """
+import os, signal, time
+from longnet.training.ranks import joined
+with joined(1, "cpu") as (ranks, device):
+    ranks.wait()
+    if os.environ["RANK"] == "0":
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(9)  # longer than the roll call: the other has left by then, and is not lost
+        print("rank 0 ended well")
+"""
+
+
+def run(tmp_path, script, processes):
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_processes_that_wait_say_who_is_lost_and_end(tmp_path):
+    begun = time.monotonic()
+    found = run(tmp_path, WAITS, 3)
+    assert found.returncode != 0
+    assert found.stderr.count("longnet: error") == 1 and "process 1 of 3 is gone" in found.stderr, found.stderr
+    # torchrun kills what is left after thirty seconds: they ended before that.
+    assert "-9" in found.stderr and time.monotonic() - begun < 29, found.stderr
+
+
+def test_a_process_that_left_is_not_lost(tmp_path):
+    found = run(tmp_path, ENDS, 2)
+    assert found.returncode == 0, found.stderr
+    assert "rank 0 ended well" in found.stdout and "gone" not in found.stderr
