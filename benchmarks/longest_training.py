@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from longnet.training.ranks import whole
 # Tokens on one device at least, as asked for.
 LIMIT = 1 << 20
 STEP = 1 << 16
+# Seconds that one try gets at least.
+_PATIENCE = 150.0
 
 
 @dataclass(frozen=True)
@@ -116,25 +119,28 @@ def attempt(tokens: int, ranks: int, seconds: float) -> Try:
         return Try(tokens, False)
 
 
-def search(ranks: int, room: float, start: int, step: int, seconds: float) -> list[Try]:
-    """All lengths that were tried; the last that fits is the longest found."""
+def search(ranks: int, room: float, start: int, step: int, seconds: float) -> Iterator[Try]:
+    """Every length that is tried."""
     stop_at = time.monotonic() + seconds
     tried: list[Try] = []
 
-    def fits(tokens: int) -> bool:
-        tried.append(attempt(tokens, ranks, max(60.0, stop_at - time.monotonic())))
-        print(f"{ranks} rank(s), {tokens:,} tokens: {tried[-1]}", flush=True)
-        return tried[-1].fits
+    def tries(tokens: int) -> Try:
+        tried.append(attempt(tokens, ranks, max(_PATIENCE, stop_at - time.monotonic())))
+        return tried[-1]
 
-    if not fits(start) or not fits(start * 2):
-        return tried
+    for tokens in (start, 2 * start):
+        yield tries(tokens)
+        if not tried[-1].fits:
+            return
     first, second = tried[0].gib or 0.0, tried[1].gib or 0.0
     # The line through both, to where it meets the room that there is.
     slope = max((second - first) / start, 1e-12)
     tokens = int(start * 2 + (room - second) / slope) // step * step
-    while tokens > start * 2 and time.monotonic() < stop_at and not fits(tokens):
+    while tokens > start * 2 and time.monotonic() < stop_at:
+        yield tries(tokens)
+        if tried[-1].fits:
+            return
         tokens = max(start * 2, tokens - max(step, tokens // 32 // step * step))
-    return tried
 
 
 def main() -> None:
@@ -144,6 +150,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=200.0, help="after which no further length is tried")
     parser.add_argument("--start", type=int, default=LIMIT // 2, help="tokens a rank to begin with")
+    parser.add_argument("--only", type=int, help="this many tokens, and no search")
     parser.add_argument("--tokens", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -167,10 +174,17 @@ def main() -> None:
         "model": config(not on_gpu).to_dict(),
         "limit": LIMIT if options.ranks == 1 and on_gpu else None,
     }
-    tried = search(options.ranks, room, options.start * options.ranks, STEP, options.seconds)
-    best = max((one for one in tried if one.fits), key=lambda one: one.tokens, default=None)
-    result |= {"tried": [asdict(one) for one in tried], "longest": None if best is None else asdict(best)}
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    if options.only is None:
+        tries = search(options.ranks, room, options.start * options.ranks, STEP, options.seconds)
+    else:
+        tries = iter([attempt(options.only, options.ranks, _PATIENCE)])
+    tried, best = [], None
+    for one in tries:
+        print(f"{options.ranks} rank(s), {one.tokens:,} tokens: {one}", flush=True)
+        tried.append(one)
+        best = max((one for one in tried if one.fits), key=lambda one: one.tokens, default=None)
+        result |= {"tried": [asdict(one) for one in tried], "longest": None if best is None else asdict(best)}
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
     if best is None or best.seconds is None:
         print(f"not even {options.start:,} tokens a rank fit on {result['device']}")
         return

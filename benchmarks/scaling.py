@@ -46,6 +46,14 @@ def sizes(on_gpu: bool, ranks: int) -> Case:
     return Case(shard, kind, heads=heads, segment_lengths=tuple(lengths), dilation_rates=rates)
 
 
+def forward(case: Case, tensors: list[Tensor], group: Any = None) -> Tensor:
+    query, key, value, _ = tensors
+    with torch.no_grad():
+        return dilated_attention(
+            query, key, value, case.segment_lengths, case.dilation_rates, is_causal=case.is_causal, group=group
+        )
+
+
 def call(case: Case, tensors: list[Tensor], group: Any = None) -> tuple[Tensor, ...]:
     """out and the gradients of query, key and value."""
     *inputs, grad = tensors
@@ -93,14 +101,18 @@ def run(out: Path | None) -> dict[str, Any]:
     if max(worst.values()) > ALLOWED[case.dtype]:
         raise RuntimeError(f"the sharded result differs from one device's: {worst}, allowed {ALLOWED[case.dtype]}")
     del whole
-    alone = lambda: call(case, shard)  # noqa: E731
-    together = lambda: call(case, shard, group)  # noqa: E731
-    seconds: dict[str, list[float]] = {"alone": [], "together": []}
-    for function in (alone, together):
+    timed_calls: dict[str, Callable[[], object]] = {
+        "alone": lambda: call(case, shard),
+        "together": lambda: call(case, shard, group),
+        "alone, forward": lambda: forward(case, shard),
+        "together, forward": lambda: forward(case, shard, group),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in timed_calls}
+    for function in timed_calls.values():
         timed(function, device)
     for _ in range(ROUNDS):
-        seconds["alone"].append(timed(alone, device))
-        seconds["together"].append(timed(together, device))
+        for name, function in timed_calls.items():
+            seconds[name].append(timed(function, device))
     ratio = median(seconds["together"]) / median(seconds["alone"])
     result = {
         "kind": "scaling",
@@ -118,9 +130,9 @@ def run(out: Path | None) -> dict[str, Any]:
         print(
             f"{ranks} x {result['device']}, {case.length:,} tokens each, forward and backward, the longest segment over all"
         )
-        print(
-            f"one device alone {median(seconds['alone']) * 1e3:.2f} ms, together {median(seconds['together']) * 1e3:.2f} ms"
-        )
+        for name in ("", ", forward"):
+            alone, together = (median(seconds[f"{one}{name}"]) * 1e3 for one in ("alone", "together"))
+            print(f"one device alone{name} {alone:.2f} ms, together {together:.2f} ms")
         print(
             f"ratio {ratio:.3f}" + (f", limit {LIMIT}: {'reached' if ratio <= LIMIT else 'missed'}" if on_gpu else "")
         )

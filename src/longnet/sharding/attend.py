@@ -16,7 +16,6 @@ from torch import Tensor
 from longnet import mixing
 from longnet.backends import Backend, Spec
 from longnet.backends.operators import lse_dtype
-from longnet.geometry import Pattern
 from longnet.geometry.shards import OwnPart
 from longnet.sharding.exchange import pack, send
 from longnet.sharding.plan import Place, RowGroup, ShardPlan, make_plan
@@ -46,7 +45,7 @@ class Shard:
         tokens = slice(part.first, part.last)
         query, key, value = (x[:, :, tokens] for x in (self.query, self.key, self.value))
         padding = None if self.padding is None else self.padding[:, tokens]
-        pattern = Pattern(part.branches, self.spec.pattern.head_offsets)
+        pattern = self.spec.pattern.of(*part.branches)
         return query, key, value, padding, self.bias, replace(self.spec, pattern=pattern)
 
     def _run(self, part: OwnPart) -> tuple[Tensor, Tensor]:
@@ -117,17 +116,18 @@ class Shard:
         """Gradients of query, key, value and bias; of a bias this rank's share, empty without one."""
         plan, kind = self.plan, lse_dtype(self.query.dtype)
         grad_bias = self.query.new_empty(0) if self.bias is None else torch.zeros_like(self.bias, dtype=kind)
-        delta = (grad_out.to(kind) * out.to(kind)).sum(-1)
-        if grad_lse is not None:
-            delta -= grad_lse
-        shift = mixing.lse_for_backward(lse)
         query_grads = []
 
         def rows_backward(rows: RowGroup) -> Tensor:
             """Gradients of the group's keys and values, (B, lanes / share, b, 2 D); those of its queries are kept."""
             index = (slice(None), rows.heads, rows.tokens)
+            # Of these rows alone: over a whole shard it would cost as much as an eighth of the attention.
+            given = grad_out[index].to(kind)
+            delta = (given * out[index].to(kind)).sum(-1)
+            if grad_lse is not None:
+                delta -= grad_lse[index]
             call = self._rows(rows, received)
-            grad_q, grad_k, grad_v, by_distance = call.backward(grad_out[index].to(kind), shift[index], delta[index])
+            grad_q, grad_k, grad_v, by_distance = call.backward(given, mixing.lse_for_backward(lse[index]), delta)
             query_grads.append((rows, grad_q))
             if by_distance is not None:
                 where = rows.distances(grad_bias.shape[-1] // 2)
