@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from oracle import dense_attention
 from torch import Tensor
 
+from longnet.geometry import Pattern
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -116,3 +118,46 @@ def problems() -> st.SearchStrategy[Problem]:
         tokens_first=st.booleans(),
         seed=st.integers(0, 2**16),
     )
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A problem on all heads, and the key/value heads that are kept of it."""
+
+    problem: Problem
+    kv_heads: tuple[int, ...]
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        group = self.problem.group
+        return tuple(head for kv in self.kv_heads for head in range(kv * group, (kv + 1) * group))
+
+    @property
+    def pattern(self) -> Pattern:
+        one = self.problem
+        return Pattern.parse(one.segment_lengths, one.dilation_rates, one.head_offsets, self.numbers, one.heads)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        q, k, v = (x.detach() for x in self.problem.tensors())
+        kept = q[:, self.numbers], k[:, self.kv_heads], v[:, self.kv_heads]
+        return tuple(x.requires_grad_() for x in kept)
+
+    def upstream(self) -> tuple[Tensor, ...]:
+        return tuple(x[:, self.numbers] for x in self.problem.upstream())
+
+    def expected(self) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """(out, lse, gradients) of the heads that are kept, computed among all."""
+        one = self.problem
+        inputs = tuple(x.detach().double().requires_grad_() for x in one.tensors())
+        out, lse = dense_attention(*inputs, one.segment_lengths, one.dilation_rates, **one.options())
+        out, lse = out[:, self.numbers], lse[:, self.numbers]
+        q, k, v = backward(out, lse, inputs, self.upstream())
+        return out, lse, (q[:, self.numbers], k[:, self.kv_heads], v[:, self.kv_heads])
+
+
+@st.composite
+def kept_heads(draw: st.DrawFn) -> Kept:
+    problem = draw(problems())
+    problem = Problem(**{**vars(problem), "kv_heads": draw(st.integers(1, 9))})
+    chosen = draw(st.sets(st.integers(0, problem.kv_heads - 1), min_size=1))
+    return Kept(problem, tuple(sorted(chosen)))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import longnet.norm
-from longnet.norm import BatchNorm, make_norm
+from longnet.norm import BatchNorm, PartialNorm, make_norm
 
 B, N, C = 3, 7, 5
 
@@ -163,3 +163,23 @@ def test_norm_imports_nothing_of_longnet() -> None:
         elif isinstance(node, ast.ImportFrom):
             names.append(node.module or ".")
     assert {name.partition(".")[0] for name in names} == {"__future__", "typing", "torch"}
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_channels_that_are_left_are_normalised_as_among_all(kind: str) -> None:
+    whole, x = _norm(kind), _x()
+    x[..., 3:] = 0.0
+    part = PartialNorm(kind, 3, C, eps=1e-3, dtype=torch.float64)
+    part.load_state_dict({name: weight[:3] for name, weight in whole.state_dict().items()})
+    there, absent = part(x[..., :3])
+    expected = whole(x)
+    torch.testing.assert_close(there, expected[..., :3], rtol=1e-12, atol=1e-12)
+    rest = absent * whole.weight[3:] + (whole.bias[3:] if kind == "layer" else 0.0)
+    torch.testing.assert_close(rest, expected[..., 3:], rtol=1e-12, atol=1e-12)
+
+
+def test_what_cannot_leave_channels_out() -> None:
+    with pytest.raises(ValueError, match="kind='batch' cannot leave channels out"):
+        PartialNorm("batch", 3, C)
+    with pytest.raises(ValueError, match="dim=5 of width=5"):
+        PartialNorm("layer", 5, 5)

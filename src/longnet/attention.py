@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from longnet.functional import pattern_attention, warn_uncovered
 from longnet.geometry import HeadOffsets, Pattern
-from longnet.norm import make_norm
+from longnet.norm import PartialNorm, make_norm
+from longnet.packing import boundaries, positions
 from longnet.position import RelativeBias, XPos, rotate
 from longnet.sharding import lengths_of, peers_of, untraced
 from longnet.streaming import DilatedCache, stream_attention
@@ -40,6 +42,9 @@ class DilatedAttention(nn.Module):
         bias: of the projections.
         sub_norm: MAGNETO's norm between attention and ``out_proj`` (arXiv 2210.06423): None, "layer", "rms" or "batch".
         head_offsets: ``"interleaved"`` (the paper) or ``"blocked"`` (torchscale's checkpoints).
+        head_numbers: which of the ``heads`` there are, None for all: others were pruned (see ``longnet.compress``), with whole
+            key/value heads. These keep their offsets, D stays ``dim / heads``, and a ``sub_norm`` ("layer" or "rms") takes its
+            statistics as if the others gave zeros. The attributes ``heads`` and ``kv_heads`` count those that are left.
         xpos_scale_base: tokens, see :class:`longnet.position.XPos`.
         rel_pos_buckets, rel_pos_max_distance: see :class:`longnet.position.RelativeBias`.
         backend: as in :func:`longnet.dilated_attention`.
@@ -68,6 +73,7 @@ class DilatedAttention(nn.Module):
         bias: bool = True,
         sub_norm: str | None = None,
         head_offsets: HeadOffsets = "interleaved",
+        head_numbers: Sequence[int] | None = None,
         xpos_scale_base: float | None = None,
         rel_pos_buckets: int = 32,
         rel_pos_max_distance: int = 128,
@@ -104,16 +110,21 @@ class DilatedAttention(nn.Module):
                     "sub_norm='batch' with distributed: batch statistics run over the whole sequence, of which every rank has "
                     "a shard; expected 'layer' or 'rms'"
                 )
-        self.pattern = _parse_pattern(segment_size, dilation_rate, head_offsets)
+        self.pattern = _parse_pattern(segment_size, dilation_rate, head_offsets, head_numbers, heads)
+        self.dim, self.head_dim = dim, dim // heads
+        if (numbers := self.pattern.head_numbers) is not None:
+            heads, kv_heads = len(numbers.numbers), numbers.kv_heads(kv_heads)
         warn_uncovered(self.pattern, heads)
 
-        self.dim, self.heads, self.kv_heads, self.head_dim = dim, heads, kv_heads, dim // heads
+        self.heads, self.kv_heads = heads, kv_heads
         self.causal, self.distributed, self.backend = causal, distributed, backend
-        kv_dim = kv_heads * self.head_dim
-        self.q_proj = nn.Linear(dim, dim, bias=bias, device=device, dtype=dtype)
+        # What computes attention; longnet.compat puts another definition in its place.
+        self.function: Callable[..., Tensor | tuple[Tensor, Tensor]] = pattern_attention
+        inner, kv_dim = heads * self.head_dim, kv_heads * self.head_dim
+        self.q_proj = nn.Linear(dim, inner, bias=bias, device=device, dtype=dtype)
         self.k_proj = nn.Linear(dim, kv_dim, bias=bias, device=device, dtype=dtype)
         self.v_proj = nn.Linear(dim, kv_dim, bias=bias, device=device, dtype=dtype)
-        self.out_proj = nn.Linear(dim, dim, bias=bias, device=device, dtype=dtype)
+        self.out_proj = nn.Linear(inner, dim, bias=bias, device=device, dtype=dtype)
         self.q_norm = make_norm("rms", self.head_dim, device=device, dtype=dtype) if qk_norm else None
         self.k_norm = make_norm("rms", self.head_dim, device=device, dtype=dtype) if qk_norm else None
         self.xpos = XPos(self.head_dim, self.pattern, causal, xpos_scale_base) if use_xpos else None
@@ -129,25 +140,42 @@ class DilatedAttention(nn.Module):
             if use_rel_pos_bias
             else None
         )
-        self.sub_norm = None if sub_norm is None else make_norm(sub_norm, dim, device=device, dtype=dtype)
+        self.sub_norm: nn.Module | None = None
+        if sub_norm is not None and inner < dim:
+            self.sub_norm = PartialNorm(sub_norm, inner, dim, device=device, dtype=dtype)
+        elif sub_norm is not None:
+            self.sub_norm = make_norm(sub_norm, dim, device=device, dtype=dtype)
+        # A layer norm moves zeros: all pruned heads' channels to one number a token, less what its bias adds. Through
+        # ``out_proj`` they came to this vector times that number (0), and to this vector (1).
+        self.absent: nn.Parameter | None = None
+        if sub_norm == "layer" and inner < dim:
+            self.absent = nn.Parameter(torch.zeros(2, dim, device=device, dtype=dtype))
         self.dropout = nn.Dropout(dropout)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform projections, zero biases."""
+        """Xavier-uniform projections, zero biases; pruned heads add nothing."""
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
             nn.init.xavier_uniform_(projection.weight)
             if projection.bias is not None:
                 nn.init.zeros_(projection.bias)
+        if self.absent is not None:
+            nn.init.zeros_(self.absent)
 
     def forward(
-        self, x: Tensor, key_padding_mask: Tensor | None = None, *, cache: DilatedCache | None = None
+        self,
+        x: Tensor,
+        key_padding_mask: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
+        cache: DilatedCache | None = None,
     ) -> Tensor:
         """Attend.
 
         Args:
             x: (B, N, dim), the parameters' dtype (or any floating dtype under autocast).
             key_padding_mask: (B, N) bool, True where a token is to be ignored as a key.
+            cu_seqlens: the documents packed into one row, see :func:`longnet.dilated_attention`; positions restart with each.
             cache: what came before: x are the next N >= 1 tokens, and the result is what one call over everything read so
                 far would give for them. Causal only, without gradients, and without a relative bias.
 
@@ -165,6 +193,7 @@ class DilatedAttention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        bounds = None if cu_seqlens is None else self._documents(cu_seqlens, x, cache)
         if cache is not None:
             return self._finish(self._stream(q, k, v, key_padding_mask, cache), key_padding_mask)
         group = _group(self.distributed)
@@ -172,18 +201,25 @@ class DilatedAttention(nn.Module):
         if group is not None and (self.xpos is not None or self.rel_pos_bias is not None):
             start, whole = _place(group, x.shape[1])
         if self.xpos is not None:
-            cos_q, sin_q, cos_k, sin_k = self.xpos.tables(x.shape[1], q.dtype, x.device, start, whole=whole)
-            q, k = rotate(q, cos_q, sin_q), rotate(k, cos_k, sin_k)
+            if bounds is None:
+                tables = self.xpos.tables(x.shape[1], q.dtype, x.device, start, whole=whole)
+            else:
+                place = positions(bounds, x.device)
+                longest = max((stop - start for start, stop in pairwise(bounds)), default=0)
+                once = self.xpos.tables(longest, q.dtype, x.device)
+                tables = once[0][place], once[1][place], once[2][place], once[3][place]
+            q, k = rotate(q, *tables[:2]), rotate(k, *tables[2:])
         bias = None
         if self.rel_pos_bias is not None:
             bias = self.rel_pos_bias(torch.sym_max(1, torch.sym_min(whole, max(self.pattern.segment_lengths))))
-        out = pattern_attention(
+        out = self.function(
             q,
             k,
             v,
             self.pattern,
             is_causal=self.causal,
             key_padding_mask=key_padding_mask,
+            cu_seqlens=bounds,
             distance_bias=bias,
             backend=self.backend,
             group=group,
@@ -191,11 +227,27 @@ class DilatedAttention(nn.Module):
         assert isinstance(out, Tensor)
         return self._finish(out, key_padding_mask)
 
+    def _documents(self, cu_seqlens: Tensor | Sequence[int], x: Tensor, cache: DilatedCache | None) -> tuple[int, ...]:
+        if cache is not None:
+            raise ValueError("cu_seqlens given with a cache: a cache reads one stream, expected one of the two")
+        if self.distributed is not False:
+            raise ValueError(
+                f"cu_seqlens given with distributed={self.distributed!r}: ranks share one sequence, expected whole documents "
+                "on each rank of a module that is not distributed"
+            )
+        return boundaries(cu_seqlens, x.shape[1])
+
     def _stream(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, cache: DilatedCache) -> Tensor:
+        if self.function is not pattern_attention:
+            raise ValueError("cache given with torchscale_compat=True: a cache computes the exact definition alone")
         if not self.causal:
             raise ValueError("cache given with causal=False: a cache holds what came before, expected a causal module")
         if self.rel_pos_bias is not None:
             raise ValueError("cache given with use_rel_pos_bias=True: cached attention takes no relative bias yet")
+        if cache.pattern.head_numbers != self.pattern.head_numbers:
+            raise ValueError(
+                f"cache is of head_numbers={cache.pattern.head_numbers}: expected the module's {self.pattern.head_numbers}"
+            )
         if self.xpos is not None:
             if not self.xpos.endless and q.is_cuda and torch.cuda.is_current_stream_capturing():
                 raise ValueError(
@@ -211,6 +263,11 @@ class DilatedAttention(nn.Module):
     def _finish(self, out: Tensor, key_padding_mask: Tensor | None) -> Tensor:
         """(B, heads, N, D) to the module's (B, N, dim)."""
         out = out.transpose(1, 2).flatten(-2)
+        if isinstance(self.sub_norm, PartialNorm):
+            out, zero = self.sub_norm(out)
+            out = self.out_proj(self.dropout(out))
+            # Rounded as the projection's result is.
+            return out if self.absent is None else out + (zero * self.absent[0] + self.absent[1]).to(out.dtype)
         if self.sub_norm is not None:
             out = self.sub_norm(out, key_padding_mask)
         return self.out_proj(self.dropout(out))
@@ -221,6 +278,7 @@ class DilatedAttention(nn.Module):
             f"dim={self.dim}, heads={self.heads}, kv_heads={self.kv_heads}, segment_lengths={pattern.segment_lengths}, "
             f"dilation_rates={pattern.dilation_rates}, head_offsets={pattern.head_offsets!r}, causal={self.causal}, "
             f"xpos={self.xpos is not None}"
+            + ("" if pattern.head_numbers is None else f", head_numbers={pattern.head_numbers.numbers}")
         )
 
 
@@ -252,9 +310,9 @@ def _one_spelling(name: str, value: bool, other_name: str, other: bool | None) -
     return other
 
 
-def _parse_pattern(segment_size: int | Sequence[int], dilation_rate: int | Sequence[int], head_offsets: str) -> Pattern:
+def _parse_pattern(segment_size: int | Sequence[int], dilation_rate: int | Sequence[int], *heads: Any) -> Pattern:
     try:
-        return Pattern.parse(segment_size, dilation_rate, head_offsets)
+        return Pattern.parse(segment_size, dilation_rate, *heads)
     except (TypeError, ValueError) as error:
         # Name the arguments as this constructor calls them.
         said = str(error).replace("segment_lengths", "segment_size").replace("dilation_rates", "dilation_rate")

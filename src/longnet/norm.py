@@ -68,6 +68,60 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps).to(x.dtype)
 
 
+class PartialNorm(nn.Module):
+    """A layer or rms norm of ``width`` channels of which the first ``dim`` are there, and all others are zero.
+
+    So a norm over all heads says of those that are left what it said when the others' outputs were zero.
+
+    Args:
+        kind: ``"layer"`` or ``"rms"``. dim: channels that are there. width: channels that statistics are taken over.
+        eps: added to the variance (to the mean square for ``"rms"``).
+
+    Raises:
+        ValueError: another kind, or not ``1 <= dim < width``.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        dim: int,
+        width: int,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if kind not in ("layer", "rms"):
+            raise ValueError(f"kind={kind!r} cannot leave channels out: expected 'layer' or 'rms'")
+        if not 1 <= dim < width:
+            raise ValueError(f"dim={dim} of width={width} channels: expected at least 1 and fewer than all")
+        self.kind, self.dim, self.width, self.eps = kind, dim, width, eps
+        self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype)) if kind == "layer" else None
+
+    def reset_parameters(self) -> None:
+        """Weight to one, bias to zero."""
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.kind!r}, {self.dim}, width={self.width}, eps={self.eps}"
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalise x (B, N, dim): the result, and what a channel that is zero becomes before weight and bias, (B, N, 1)."""
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        padded = F.pad(x.to(dtype), (0, self.width - self.dim))
+        if self.bias is None:
+            y = F.rms_norm(padded, (self.width,), eps=self.eps)
+        else:
+            y = F.layer_norm(padded, (self.width,), eps=self.eps)
+        there, absent = y[..., : self.dim] * self.weight.to(dtype), y[..., -1:]
+        if self.bias is not None:
+            there = there + self.bias.to(dtype)
+        return there.to(x.dtype), absent.to(x.dtype)
+
+
 class BatchNorm(nn.Module):
     """Normalise every channel over all unpadded tokens of the batch; by running statistics in eval mode.
 

@@ -42,7 +42,7 @@ def test_every_suggestion_keeps_its_promises(max_length, budget, heads, ratio, h
     assert pattern.head_offsets == head_offsets
     assert not uncovered_positions(pattern, heads or 1, max_length)
     if heads is not None:
-        assert all(offsets_taken(pattern, branch, heads) == branch.dilation_rate for branch in branches)
+        assert all(len(offsets_taken(pattern, branch, heads)) == branch.dilation_rate for branch in branches)
 
 
 def test_the_papers_lengths_come_out_of_their_own_budget() -> None:

@@ -85,6 +85,12 @@ def test_a_preset_cannot_be_changed_through_what_it_returns() -> None:
         ({"xpos_scale_base": 0.0}, "xpos_scale_base=0.0"),
         ({"xpos_scale_base": float("inf")}, "xpos_scale_base=inf"),
         ({"backend": ""}, "backend"),
+        ({"layers": 2, "head_numbers": [[0, 1]]}, "head_numbers are of 1 layers: expected layers=2"),
+        ({"layers": 1, "head_numbers": [[]]}, r"head_numbers=\(\): expected at least one of the heads 0 to 11"),
+        ({"layers": 1, "head_numbers": [[1, 0]]}, r"head_numbers=\(1, 0\): .*in rising order"),
+        ({"layers": 1, "head_numbers": [[0, 12]]}, r"head_numbers=\(0, 12\)"),
+        ({"layers": 1, "head_numbers": [[0, 1, 2]], "kv_heads": 6}, "all 2 heads of a key/value head, or none"),
+        ({"layers": 1, "head_numbers": [[0]], "norm": "batch", "causal": False}, "head_numbers with norm='batch'"),
     ],
 )
 def test_bad_values_teach(changes: dict[str, Any], message: str) -> None:
@@ -103,11 +109,23 @@ def test_bad_values_teach(changes: dict[str, Any], message: str) -> None:
         {"segment_lengths": (2.0,)},
         {"vocab_size": None},
         {"xpos_scale_base": "512"},
+        {"head_numbers": 3},
+        {"head_numbers": [[0.5]] * 12},
     ],
 )
 def test_wrong_types_are_type_errors(changes: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match=next(iter(changes))):
         LongNetConfig(**changes)
+
+
+def test_pruned_heads_are_of_each_layer_and_survive_json() -> None:
+    config = LongNetConfig.preset("nano", head_numbers=[[0, 3], [0, 1, 2, 3]])
+    assert config.head_numbers == ((0, 3), (0, 1, 2, 3))
+    assert [config.layer_head_numbers(layer) for layer in range(2)] == [(0, 3), None]
+    assert (config.heads, config.head_dim) == (4, 8)
+    assert LongNetConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert hash(copy.deepcopy(config)) == hash(config)
+    assert LongNetConfig.preset("nano", head_numbers=[[0, 1, 2, 3]] * 2) == LongNetConfig.preset("nano")
 
 
 def test_batch_norm_and_odd_heads_where_they_make_sense() -> None:

@@ -36,10 +36,14 @@ class Case:
     dtype: torch.dtype = torch.float64
     backend: str = "auto"
     seed: int = 0
+    pruned: tuple[int, ...] = ()
 
     @property
     def pattern(self) -> Pattern:
-        return Pattern.parse(*zip(*self.branches, strict=True), self.head_offsets)
+        """Of all heads, or of those that are left of more."""
+        total = self.kv_heads * self.group + len(self.pruned)
+        numbers = [head for head in range(total) if head not in self.pruned] if self.pruned else None
+        return Pattern.parse(*zip(*self.branches, strict=True), self.head_offsets, numbers, total)
 
     def inputs(self) -> dict[str, Tensor | None]:
         """Of the whole sequence. Whatever a padded key holds must not matter."""
@@ -135,6 +139,7 @@ def cases(draw):
         biased=draw(st.booleans()),
         with_lse=draw(st.booleans()),
         seed=draw(st.integers(0, 3)),
+        pruned=draw(st.sampled_from(((), (), (0,), (1, 2)))),
     )
 
 

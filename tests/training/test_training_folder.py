@@ -6,9 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from longnet.training import CheckpointError, TrainSettings, load_model, train
+from longnet.compress import prune_heads
+from longnet.models import LongNetConfig, LongNetEncoder, LongNetLM
+from longnet.training import CheckpointError, TrainSettings, load_model, save_model, train
 
 Make = Callable[..., TrainSettings]
 
@@ -67,3 +70,18 @@ def test_a_config_that_is_none(run: Path) -> None:
     (run / "config.json").write_text('{"depth": 3}')
     with pytest.raises(ValueError, match="'depth' is no field"):
         load_model(run)
+
+
+def test_a_model_is_saved_for_reading_back(tmp_path: Path) -> None:
+    model = prune_heads(LongNetLM(LongNetConfig.preset("nano")).eval(), {0: [1, 2]})
+    save_model(model, tmp_path / "a" / "model")
+    read, tokens = load_model(tmp_path / "a" / "model"), torch.randint(256, (1, 40))
+    assert read.config == model.config and torch.equal(read(tokens), model(tokens))
+    with pytest.raises(ValueError, match="which a run would overwrite"):
+        save_model(model, tmp_path / "a" / "model")
+
+
+def test_only_language_models_are_saved(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="model has type LongNetEncoder: expected a LongNetLM"):
+        save_model(LongNetEncoder(LongNetConfig.preset("nano", causal=False)), tmp_path / "model")  # type: ignore[arg-type]
+    assert not (tmp_path / "model").exists()

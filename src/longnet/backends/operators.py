@@ -106,8 +106,11 @@ def register_operators(
         head_offsets: str,
         is_causal: bool,
         scale: float,
+        head_numbers: Sequence[int] | None = None,
+        total_heads: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        spec = Spec(Pattern.parse(segment_lengths, dilation_rates, head_offsets), is_causal, scale)
+        pattern = Pattern.parse(segment_lengths, dilation_rates, head_offsets, head_numbers, total_heads)
+        spec = Spec(pattern, is_causal, scale)
         with no_autocast(query):
             return forward(query, key, value, padding, bias, spec)
 
@@ -129,8 +132,11 @@ def register_operators(
         head_offsets: str,
         is_causal: bool,
         scale: float,
+        head_numbers: Sequence[int] | None = None,
+        total_heads: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        spec = Spec(Pattern.parse(segment_lengths, dilation_rates, head_offsets), is_causal, scale)
+        pattern = Pattern.parse(segment_lengths, dilation_rates, head_offsets, head_numbers, total_heads)
+        spec = Spec(pattern, is_causal, scale)
         with no_autocast(query):
             return backward(grad_out, grad_lse, query, key, value, padding, bias, out, lse, spec)
 
@@ -145,7 +151,7 @@ def register_operators(
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         *grads, grad_bias = call_backward(grad_out, grad_lse, query, key, value, padding, bias, out, lse, *ctx.settings)
-        return (*grads, None, None if bias is None else grad_bias, None, None, None, None, None)
+        return (*grads, None, None if bias is None else grad_bias, *[None] * len(ctx.settings))
 
     call_forward = define(name, forward_op, fake_forward)
     call_backward = define(f"{name}_backward", backward_op, fake_backward)
@@ -166,8 +172,14 @@ def register_operators(
 
 def _settings(spec: Spec) -> tuple[Any, ...]:
     """A spec as an operator takes it."""
-    pattern = spec.pattern
-    return pattern.segment_lengths, pattern.dilation_rates, pattern.head_offsets, spec.is_causal, spec.scale
+    lengths, rates, head_offsets, *numbers = pattern_settings(spec.pattern)
+    return lengths, rates, head_offsets, spec.is_causal, spec.scale, *numbers
+
+
+def pattern_settings(pattern: Pattern) -> tuple[Any, ...]:
+    """The arguments of :meth:`Pattern.parse` that give this pattern, as operators take them."""
+    numbers = (None, 0) if pattern.head_numbers is None else (pattern.head_numbers.numbers, pattern.head_numbers.total)
+    return pattern.segment_lengths, pattern.dilation_rates, pattern.head_offsets, *numbers
 
 
 def tile_view(x: Tensor, tile: Tile) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from longnet.backends import hopper
+from longnet.backends.all_heads import among_all_heads
 from longnet.backends.launches import Blocks, plan_launches, power_of_two
 from longnet.backends.operators import Spec, register_operators, sum_heads
 from longnet.geometry.nests import Nest, make_nests
@@ -303,4 +304,4 @@ def backward(
     return _signed(grad_q, spec.scale), grad_k, grad_v, grad_bias
 
 
-run, run_backward = register_operators("triton", forward, backward)
+run, run_backward = register_operators("triton", *among_all_heads(forward, backward))

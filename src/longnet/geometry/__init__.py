@@ -2,7 +2,7 @@
 
 from longnet.geometry.cost import Cost, KeysPerQuery, Work, cost, keys_per_query, score_pairs
 from longnet.geometry.coverage import Coverage, LayerReach, Uncovered, coverage, receptive_field, uncovered_positions
-from longnet.geometry.pattern import HEAD_OFFSETS, Branch, HeadOffsets, Pattern
+from longnet.geometry.pattern import HEAD_OFFSETS, Branch, HeadNumbers, HeadOffsets, Pattern
 from longnet.geometry.plan import BranchPlan, Plan, Tile, make_plan
 from longnet.geometry.suggest import suggest_pattern
 
@@ -12,6 +12,7 @@ __all__ = [
     "BranchPlan",
     "Cost",
     "Coverage",
+    "HeadNumbers",
     "HeadOffsets",
     "KeysPerQuery",
     "LayerReach",

@@ -18,6 +18,9 @@ LONGEST_REACH = 1 << 20
 _DIGIT_STEPS = 1 << 20
 _MASK_BITS = 1 << 26
 
+# Offsets that some head has, rising.
+Offsets = tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Uncovered:
@@ -76,11 +79,11 @@ def coverage(pattern: Pattern, heads: int, length: int | None = None) -> Coverag
     Raises:
         TypeError, ValueError: ``heads`` or ``length`` no int or below 1; as in :func:`uncovered_positions`.
     """
-    per_offsets: dict[tuple[range, ...], Uncovered] = {}
+    per_offsets: dict[tuple[Offsets, ...], Uncovered] = {}
     found = []
     for head in range(positive_int("heads", heads)):
         offsets = [pattern.offset(branch, head, heads) for branch in pattern.branches]
-        taken = tuple(range(offset, offset + 1) for offset in offsets)
+        taken = tuple((offset,) for offset in offsets)
         if taken not in per_offsets:
             per_offsets[taken] = _uncovered(pattern, taken, length)
         found.append(per_offsets[taken])
@@ -101,13 +104,13 @@ def uncovered_positions(pattern: Pattern, heads: int, length: int | None = None)
         ValueError: segment lengths that neither nest nor repeat within 2**26 positions.
     """
     positive_int("heads", heads)
-    taken = tuple(range(offsets_taken(pattern, branch, heads)) for branch in pattern.branches)
+    taken = tuple(offsets_taken(pattern, branch, heads) for branch in pattern.branches)
     return _uncovered(pattern, taken, length)
 
 
-def offsets_taken(pattern: Pattern, branch: Branch, heads: int) -> int:
-    """How many of the branch's ``r`` offsets some head has: always the first ones, 0, 1, 2, ..."""
-    return len({pattern.offset(branch, head, heads) for head in range(heads)})
+def offsets_taken(pattern: Pattern, branch: Branch, heads: int) -> Offsets:
+    """Which of the branch's ``r`` offsets some head has, rising."""
+    return tuple(sorted({pattern.offset(branch, head, heads) for head in range(heads)}))
 
 
 def reach(
@@ -170,11 +173,11 @@ def receptive_field(
     return tuple(found)
 
 
-def _step(reached: int, branch: Branch, offsets: int, size: int, is_causal: bool) -> int:
+def _step(reached: int, branch: Branch, offsets: Offsets, size: int, is_causal: bool) -> int:
     """The keys in one branch of every reached query: same segment, same residue, not after it when causal."""
     width, rate = min(branch.segment_length, size), branch.dilation_rate
     ones = (1 << width) - 1
-    classes = [_repeat(1, rate, width) << offset & ones for offset in range(min(offsets, width))]
+    classes = [_repeat(1, rate, width) << offset & ones for offset in offsets if offset < width]
     keys = 0
     for start in range(0, size, width):
         queries = reached >> start & ones
@@ -197,9 +200,9 @@ def _repeat(bits: int, every: int, size: int) -> int:
     return bits & ((1 << max(0, size)) - 1)
 
 
-def _uncovered(pattern: Pattern, taken: tuple[range, ...], length: int | None) -> Uncovered:
-    aligned: list[tuple[Branch, range]] = []
-    shifted: list[tuple[Branch, range]] = []
+def _uncovered(pattern: Pattern, taken: tuple[Offsets, ...], length: int | None) -> Uncovered:
+    aligned: list[tuple[Branch, Offsets]] = []
+    shifted: list[tuple[Branch, Offsets]] = []
     for branch, offsets in zip(pattern.branches, taken, strict=True):
         # A segment that ends past the sequence never restarts the count either.
         single = length is not None and length <= branch.segment_length
@@ -214,7 +217,7 @@ def _uncovered(pattern: Pattern, taken: tuple[range, ...], length: int | None) -
 
 
 def _count(
-    aligned: list[tuple[Branch, range]], shifted: list[tuple[Branch, range]], period: int, positions: int
+    aligned: list[tuple[Branch, Offsets]], shifted: list[tuple[Branch, Offsets]], period: int, positions: int
 ) -> int:
     """Positions below ``positions`` that no branch takes."""
     chain = sorted(shifted, key=lambda entry: entry[0].segment_length)
@@ -242,7 +245,7 @@ def _count(
 
 
 def _count_by_digits(
-    aligned: list[tuple[Branch, range]], chain: list[tuple[Branch, range]], common: int, positions: int
+    aligned: list[tuple[Branch, Offsets]], chain: list[tuple[Branch, Offsets]], common: int, positions: int
 ) -> int:
     """As :func:`_count` for nested segments: a position's digits count whole segments inside the next longer one."""
 
@@ -269,7 +272,7 @@ def _count_by_digits(
     )
 
 
-def _describe(branches: list[tuple[Branch, range]]) -> str:
+def _describe(branches: list[tuple[Branch, Offsets]]) -> str:
     """Words for the positions that no branch takes, without the conditions that another one implies."""
     kept = list(dict.fromkeys(branches))
     for entry in tuple(kept):
@@ -278,7 +281,7 @@ def _describe(branches: list[tuple[Branch, range]]) -> str:
     return "positions p with " + " and ".join(_condition(branch, offsets) for branch, offsets in kept)
 
 
-def _implies(given: tuple[Branch, range], then: tuple[Branch, range]) -> bool:
+def _implies(given: tuple[Branch, Offsets], then: tuple[Branch, Offsets]) -> bool:
     (first, taken), (second, also_taken) = given, then
     cycle = math.lcm(first.dilation_rate, second.dilation_rate)
     if any(branch.segment_length != branch.dilation_rate for branch in (first, second)) or cycle > 4096:
@@ -287,7 +290,7 @@ def _implies(given: tuple[Branch, range], then: tuple[Branch, range]) -> bool:
     return all(p % second.dilation_rate not in also_taken for p in free)
 
 
-def _condition(branch: Branch, taken: range) -> str:
+def _condition(branch: Branch, taken: Offsets) -> str:
     rate = branch.dilation_rate
     local = "p" if branch.segment_length == rate else f"p mod {branch.segment_length}"
     if rate - len(taken) <= 4:
@@ -295,4 +298,6 @@ def _condition(branch: Branch, taken: range) -> str:
         return f"{local} mod {rate} in {{{', '.join(free)}}}"
     if len(taken) == 1:
         return f"{local} mod {rate} != {taken[0]}"
-    return f"{local} mod {rate} in {{{len(taken)}, {len(taken) + 1}, ..., {rate - 1}}}"
+    if taken == tuple(range(len(taken))):
+        return f"{local} mod {rate} in {{{len(taken)}, {len(taken) + 1}, ..., {rate - 1}}}"
+    return f"{local} mod {rate} not in {{{', '.join(map(str, taken))}}}"

@@ -96,6 +96,6 @@ def _fits(pattern: Pattern, nest: Sequence[Branch], branch: Branch, heads: int) 
         and finest.segment_length % branch.dilation_rate == 0
         and all(
             pattern.offset(branch, head, heads) % last.dilation_rate == pattern.offset(last, head, heads)
-            for head in range(min(heads, branch.dilation_rate) if pattern.head_offsets == "interleaved" else heads)
+            for head in range(heads)
         )
     )

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal, get_args
 
 HeadOffsets = Literal["interleaved", "blocked"]
@@ -27,11 +28,55 @@ class Branch:
 
 
 @dataclass(frozen=True)
+class HeadNumbers:
+    """Some heads of ``total``, by number, in rising order: a call's head ``j`` has the offsets of head ``numbers[j]``.
+
+    So heads that are left when others have been pruned still select what they selected.
+    """
+
+    numbers: tuple[int, ...]
+    total: int
+
+    @classmethod
+    def parse(cls, numbers: Sequence[int], total: int) -> HeadNumbers:
+        """Check what a user gave.
+
+        Raises:
+            TypeError: numbers that are no ints. ValueError: none, or not rising, or out of range.
+        """
+        given = _integers("head_numbers", numbers)
+        if not given or any(a >= b for a, b in pairwise((-1, *given, total))):
+            raise ValueError(
+                f"head_numbers={given}: expected at least one of the heads 0 to {total - 1}, each once, in rising order"
+            )
+        return cls(given, total)
+
+    def kv_heads(self, kv_heads: int) -> int:
+        """How many of ``kv_heads`` key/value heads these heads read, which must do so in whole groups.
+
+        Raises:
+            ValueError: heads of a key/value head that others of its group miss.
+        """
+        group = self.total // kv_heads
+        read = {head // group for head in self.numbers}
+        if len(read) * group != len(self.numbers):
+            raise ValueError(
+                f"head_numbers={self.numbers} with kv_heads={kv_heads} of {self.total} heads: expected all {group} heads "
+                "of a key/value head, or none of them"
+            )
+        return len(read)
+
+
+@dataclass(frozen=True)
 class Pattern:
-    """An ordered mixture of branches and the convention that gives every head its offset. Hashable."""
+    """An ordered mixture of branches and the convention that gives every head its offset. Hashable.
+
+    With ``head_numbers`` it is a pattern of these heads alone, as many as there are numbers.
+    """
 
     branches: tuple[Branch, ...]
     head_offsets: HeadOffsets = "interleaved"
+    head_numbers: HeadNumbers | None = None
 
     @classmethod
     def parse(
@@ -39,6 +84,8 @@ class Pattern:
         segment_lengths: int | Sequence[int],
         dilation_rates: int | Sequence[int],
         head_offsets: str = "interleaved",
+        head_numbers: Sequence[int] | None = None,
+        total_heads: int = 0,
     ) -> Pattern:
         """Check what a user gave and build the pattern.
 
@@ -47,11 +94,12 @@ class Pattern:
             dilation_rates: the rate of each branch, ``1 <= rate <= segment length``.
             head_offsets: ``"interleaved"`` (head ``j`` has offset ``j mod r``, the paper) or ``"blocked"``
                 (``j // ceil(H / r)``, torchscale's checkpoints).
+            head_numbers: the numbers, of ``total_heads``, of the heads that there are; None for all of any number of heads.
 
         Raises:
-            TypeError: a length or rate that is not an int.
+            TypeError: a length, rate or number that is not an int.
             ValueError: lists that differ in length or are empty, a value below 1, a rate above its length,
-                an unknown ``head_offsets``.
+                an unknown ``head_offsets``, numbers that do not rise or are out of range.
         """
         lengths = _integers("segment_lengths", segment_lengths)
         rates = _integers("dilation_rates", dilation_rates)
@@ -75,7 +123,8 @@ class Pattern:
         if head_offsets not in HEAD_OFFSETS:
             raise ValueError(f"head_offsets={head_offsets!r} is unknown: expected one of {HEAD_OFFSETS}")
         branches = tuple(Branch(length, rate) for length, rate in zip(lengths, rates, strict=True))
-        return cls(branches, head_offsets)  # type: ignore[arg-type]
+        numbers = None if head_numbers is None else HeadNumbers.parse(head_numbers, total_heads)
+        return cls(branches, head_offsets, numbers)  # type: ignore[arg-type]
 
     @property
     def segment_lengths(self) -> tuple[int, ...]:
@@ -90,8 +139,21 @@ class Pattern:
         """The shortest distance after which every branch starts a new segment: no key is ever read across it."""
         return math.lcm(*self.segment_lengths)
 
+    def of(self, *branches: Branch) -> Pattern:
+        """These branches alone, for the same heads."""
+        return replace(self, branches=branches)
+
     def offset(self, branch: Branch, head: int, heads: int) -> int:
-        """The offset of ``head`` (of ``heads``) inside every segment of ``branch``."""
+        """The offset of ``head`` (of ``heads``) inside every segment of ``branch``.
+
+        Raises:
+            ValueError: another number of heads than ``head_numbers`` names.
+        """
+        if self.head_numbers is not None:
+            numbers = self.head_numbers.numbers
+            if heads != len(numbers):
+                raise ValueError(f"heads={heads}: expected the {len(numbers)} of head_numbers={numbers}")
+            head, heads = numbers[head], self.head_numbers.total
         if self.head_offsets == "interleaved":
             return head % branch.dilation_rate
         return head // -(-heads // branch.dilation_rate)

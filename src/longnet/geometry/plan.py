@@ -150,28 +150,36 @@ def _head_rectangles(
 
     Yields (first head, first offset, offsets, head step per offset, head step, heads per offset).
     """
-    if pattern.head_offsets == "interleaved":
-        rate = branch.dilation_rate
-        for start, stop in _aligned(first, last, rate):
-            if stop - start >= rate:
-                yield start, 0, rate, 1, rate, (stop - start) // rate
+    members: dict[int, list[int]] = {}
+    for head in range(first, last):
+        members.setdefault(pattern.offset(branch, head, heads), []).append(head)
+    # Heads of one offset at equal steps are a row; a row of the next offset may continue a rectangle.
+    rectangles: list[tuple[int, int, int, int, int, int]] = []
+    for offset, row in sorted(members.items()):
+        grown = []
+        for head, step, count in _progressions(row):
+            for rectangle in rectangles:
+                start, low, offsets, per_offset, per_head, group = rectangle
+                moved, rest = divmod(head - start, offsets)
+                steady = rest == 0 and moved > 0 and (offsets == 1 or moved == per_offset)
+                if steady and (low + offsets, per_head, group) == (offset, step, count):
+                    rectangles.remove(rectangle)
+                    grown.append((start, low, offsets + 1, moved, per_head, group))
+                    break
             else:
-                yield start, start % rate, stop - start, 1, rate, 1
-        return
-    group = -(-heads // branch.dilation_rate)
-    for start, stop in _aligned(first, last, group):
-        if stop - start >= group:
-            yield start, start // group, (stop - start) // group, group, 1, group
-        else:
-            yield start, start // group, 1, group, 1, stop - start
+                grown.append((head, offset, 1, 1, step, count))
+        yield from rectangles
+        rectangles = grown
+    yield from rectangles
 
 
-def _aligned(first: int, last: int, unit: int) -> Iterator[tuple[int, int]]:
-    """[first, last) cut at the outermost multiples of ``unit``: a head, whole units, a rest (each if not empty)."""
-    inner_first, inner_last = -(-first // unit) * unit, last // unit * unit
-    if inner_first > inner_last:
-        yield first, last
-        return
-    for start, stop in ((first, inner_first), (inner_first, inner_last), (inner_last, last)):
-        if start < stop:
-            yield start, stop
+def _progressions(heads: list[int]) -> Iterator[tuple[int, int, int]]:
+    """Rising heads cut into arithmetic progressions, greedily: (first, step, count)."""
+    start = 0
+    while start < len(heads):
+        step = heads[start + 1] - heads[start] if start + 1 < len(heads) else 1
+        end = start + 1
+        while end < len(heads) and heads[end] - heads[end - 1] == step:
+            end += 1
+        yield heads[start], step, end - start
+        start = end

@@ -72,7 +72,7 @@ def _largest_rate(heads: int, ratio: int, head_offsets: str, max_length: int) ->
     while rate < max_length:
         branch = Branch(rate * ratio, rate * ratio)
         pattern = Pattern.parse(branch.segment_length, branch.dilation_rate, head_offsets)
-        if offsets_taken(pattern, branch, heads) < branch.dilation_rate:
+        if len(offsets_taken(pattern, branch, heads)) < branch.dilation_rate:
             break
         rate *= ratio
     return rate

@@ -40,8 +40,10 @@ class LongNetBase(nn.Module):
         self.config = config
         self.gradient_checkpointing = config.gradient_checkpointing
         self.loss_group: Any = None
+        # longnet.compat sets it for checkpoints whose tables are used as they are.
+        self.embedding_scale = config.dim**0.5
         self.embedding = nn.Embedding(config.vocab_size, config.dim, device=device, dtype=dtype)
-        self.blocks = nn.ModuleList(Block(config, device=device, dtype=dtype) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, layer, device=device, dtype=dtype) for layer in range(config.layers))
         self.norm = make_norm(config.norm, config.dim, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
@@ -59,7 +61,7 @@ class LongNetBase(nn.Module):
         residual stream on the other hand wants the variance of the branches added to it, so the rows are scaled by
         ``sqrt(dim)`` on the way in (as in Attention Is All You Need, section 3.4).
         """
-        return self.embedding(tokens) * self.config.dim**0.5
+        return self.embedding(tokens) * self.embedding_scale
 
     def run_blocks(
         self, x: Tensor, key_padding_mask: Tensor | None = None, cache: LongNetCache | None = None

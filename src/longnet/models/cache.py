@@ -48,12 +48,13 @@ class LongNetCache:
                 batch_size=batch_size,
                 heads=config.heads,
                 kv_heads=config.kv_heads,
-                head_dim=config.dim // config.heads,
+                head_dim=config.head_dim,
                 head_offsets=config.head_offsets,
+                head_numbers=config.layer_head_numbers(layer),
                 dtype=dtype,
                 device=device,
             )
-            for _ in range(config.layers)
+            for layer in range(config.layers)
         )
 
     def __iter__(self) -> Iterator[DilatedCache]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any
 
-from longnet.geometry import HeadOffsets, Pattern
+from longnet.geometry import HeadNumbers, HeadOffsets, Pattern
 from longnet.norm import NORM_KINDS
 
 
@@ -33,12 +33,14 @@ class LongNetConfig:
         use_xpos: xPos on queries and keys; needs an even head dimension.
         use_rel_pos_bias: a learned T5 bias per head added to the scores.
         head_offsets: ``"interleaved"`` (the paper) or ``"blocked"`` (torchscale's checkpoints).
+        head_numbers: of every layer, which of the ``heads`` there are; None for all in all layers. Others were pruned, with whole
+            key/value heads (see ``longnet.compress``); ``heads`` and ``kv_heads`` still count all. Not with ``norm="batch"``.
         xpos_scale_base: xPos's decay length in tokens; None lets the attention derive it from the longest segment.
         tie_embeddings: whether the language model's output head is the embedding table.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
         loss_chunk: positions whose logits are held at once by the language model's loss.
-        feed_forward_chunk: tokens of a row whose hidden layer (``ffn_dim`` wide, the widest of all) is held at once; it is computed
-            again in the backward pass. None holds all. Not with ``norm="batch"``.
+        feed_forward_chunk: tokens of a row whose hidden layer (``ffn_dim`` wide, the widest of all) is held at once; it is
+            computed again in the backward pass. None holds all. Not with ``norm="batch"``.
         backend: name of the attention backend, or ``"auto"``.
 
     Raises:
@@ -62,6 +64,7 @@ class LongNetConfig:
     use_xpos: bool = True
     use_rel_pos_bias: bool = False
     head_offsets: HeadOffsets = "interleaved"
+    head_numbers: tuple[tuple[int, ...], ...] | None = None
     xpos_scale_base: float | None = None
     tie_embeddings: bool = True
     gradient_checkpointing: bool = False
@@ -79,6 +82,7 @@ class LongNetConfig:
             raise ValueError(f"dim={self.dim} is not divisible by heads={self.heads}: expected a multiple")
         if self.kv_heads is not None and self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} is not divisible by kv_heads={self.kv_heads}: expected a divisor")
+        object.__setattr__(self, "head_numbers", self._checked_numbers())
         if self.use_xpos and self.head_dim % 2:
             raise ValueError(
                 f"use_xpos=True rotates pairs of channels, but dim={self.dim} over heads={self.heads} gives the odd "
@@ -130,6 +134,34 @@ class LongNetConfig:
             if not isinstance(value, str):
                 raise TypeError(f"{name}={value!r} has type {type(value).__name__}: expected a string")
 
+    def _checked_numbers(self) -> tuple[tuple[int, ...], ...] | None:
+        """``head_numbers`` as tuples, None when no head is missing."""
+        if self.head_numbers is None:
+            return None
+        if not isinstance(self.head_numbers, (list, tuple)):
+            kind = type(self.head_numbers).__name__
+            raise TypeError(
+                f"head_numbers={self.head_numbers!r} has type {kind}: expected numbers for every layer, or None"
+            )
+        if len(self.head_numbers) != self.layers:
+            raise ValueError(f"head_numbers are of {len(self.head_numbers)} layers: expected layers={self.layers}")
+        parsed = [HeadNumbers.parse(numbers, self.heads) for numbers in self.head_numbers]
+        for one in parsed:
+            one.kv_heads(self.heads if self.kv_heads is None else self.kv_heads)
+        if all(len(one.numbers) == self.heads for one in parsed):
+            return None
+        if self.norm == "batch":
+            raise ValueError(
+                "head_numbers with norm='batch': a pruned head's channels would be constants that differ between training "
+                "and evaluation; expected norm='layer' or 'rms'"
+            )
+        return tuple(one.numbers for one in parsed)
+
+    def layer_head_numbers(self, layer: int) -> tuple[int, ...] | None:
+        """The heads that this layer has, None for all of them."""
+        numbers = None if self.head_numbers is None else self.head_numbers[layer]
+        return None if numbers is None or len(numbers) == self.heads else numbers
+
     @property
     def head_dim(self) -> int:
         """Channels per head, D."""
@@ -160,7 +192,7 @@ class LongNetConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as values that JSON keeps as they are: tuples become lists."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {name: _lists(value) for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LongNetConfig:
@@ -209,6 +241,10 @@ _PRESETS: Mapping[str, dict[str, Any]] = MappingProxyType(
         },
     }
 )
+
+
+def _lists(value: Any) -> Any:
+    return [_lists(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _refuse_unknown(values: Mapping[str, Any]) -> None:

@@ -60,12 +60,13 @@ class Block(nn.Module):
     """Attention and feed-forward with their norms and residual sums, x (B, N, dim) -> (B, N, dim).
 
     Forward takes ``key_padding_mask`` (B, N) bool, True where the token is padding, for the attention and every norm, and
-    the ``cache`` of what came before x, if anything did.
+    the ``cache`` of what came before x, if anything did. ``layer`` is the block's place in the stack: which heads it has.
     """
 
     def __init__(
         self,
         config: LongNetConfig,
+        layer: int = 0,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -85,6 +86,7 @@ class Block(nn.Module):
             bias=config.bias,
             sub_norm=config.norm,
             head_offsets=config.head_offsets,
+            head_numbers=config.layer_head_numbers(layer),
             xpos_scale_base=config.xpos_scale_base,
             backend=config.backend,
             device=device,
@@ -118,6 +120,8 @@ class Block(nn.Module):
             _xavier(linear, 1.0)
         for linear in (attention.v_proj, attention.out_proj, feed_forward.fc1, feed_forward.fc2):
             _xavier(linear, gain)
+        if attention.absent is not None:
+            nn.init.zeros_(attention.absent)
 
 
 def _xavier(linear: nn.Linear, gain: float) -> None:

@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from longnet.backends import Backend, Spec, select_backend
-from longnet.backends.operators import define, fake_backward, lse_dtype, no_autocast, no_second_derivative
+from longnet.backends.operators import (
+    define,
+    fake_backward,
+    lse_dtype,
+    no_autocast,
+    no_second_derivative,
+    pattern_settings,
+)
 from longnet.geometry import Pattern
 from longnet.geometry.shards import Shards
 from longnet.sharding.attend import Shard
@@ -46,7 +53,7 @@ def sharded_attention(
     if bias is not None and bias.shape[1] < 2 * reach - 1:
         raise ValueError(f"distance_bias holds {bias.shape[1]} distances: expected at least {2 * reach - 1}")
     out, lse, _ = _forward(
-        query, key, value, padding, bias, pattern.segment_lengths, pattern.dilation_rates, pattern.head_offsets,
+        query, key, value, padding, bias, *pattern_settings(pattern),
         spec.is_causal, spec.scale, backend.name, shards.lengths, peers.rank, peers.group.group_name,
     )  # fmt: skip
     return out, lse
@@ -55,8 +62,8 @@ def sharded_attention(
 def _shard(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, bias: Tensor | None, *settings: Any
 ) -> Shard:
-    lengths, rates, head_offsets, is_causal, scale, backend, shards, rank, group = settings
-    pattern = Pattern.parse(lengths, rates, head_offsets)
+    *given, is_causal, scale, backend, shards, rank, group = settings
+    pattern = Pattern.parse(*given)
     place = Place(pattern, query.shape[1], key.shape[1], Shards(tuple(shards)), rank, is_causal)
     chosen = select_backend(backend, query.device.type, query.dtype, query.shape[-1], bias is not None)
     spec = Spec(pattern, is_causal, scale)
@@ -72,6 +79,8 @@ def _forward_op(
     segment_lengths: Sequence[int],
     dilation_rates: Sequence[int],
     head_offsets: str,
+    head_numbers: Sequence[int] | None,
+    total_heads: int,
     is_causal: bool,
     scale: float,
     backend: str,
@@ -79,7 +88,8 @@ def _forward_op(
     rank: int,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    settings = (segment_lengths, dilation_rates, head_offsets, is_causal, scale, backend, shards, rank, group)
+    given = (segment_lengths, dilation_rates, head_offsets, head_numbers, total_heads)
+    settings = (*given, is_causal, scale, backend, shards, rank, group)
     with no_autocast(query):
         return _shard(query, key, value, padding, bias, *settings).forward()
 
@@ -87,8 +97,8 @@ def _forward_op(
 def _fake_forward(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, bias: Tensor | None, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    lengths, rates, head_offsets, is_causal, _, _, shards, rank, _ = settings
-    pattern = Pattern.parse(lengths, rates, head_offsets)
+    *given, is_causal, _, _, shards, rank, _ = settings
+    pattern = Pattern.parse(*given)
     place = Place(pattern, query.shape[1], key.shape[1], Shards(tuple(shards)), rank, is_causal)
     channels = 2 * query.shape[-1] + (padding is not None)
     lse = query.new_empty(query.shape[:-1], dtype=lse_dtype(query.dtype))
@@ -109,6 +119,8 @@ def _backward_op(
     segment_lengths: Sequence[int],
     dilation_rates: Sequence[int],
     head_offsets: str,
+    head_numbers: Sequence[int] | None,
+    total_heads: int,
     is_causal: bool,
     scale: float,
     backend: str,
@@ -116,7 +128,8 @@ def _backward_op(
     rank: int,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    settings = (segment_lengths, dilation_rates, head_offsets, is_causal, scale, backend, shards, rank, group)
+    given = (segment_lengths, dilation_rates, head_offsets, head_numbers, total_heads)
+    settings = (*given, is_causal, scale, backend, shards, rank, group)
     with no_autocast(query):
         shard = _shard(query, key, value, padding, bias, *settings)
         return shard.backward(grad_out, grad_lse, received, out, lse)

@@ -29,9 +29,12 @@ class DilatedCache:
         segment_lengths: w in tokens, an int or one per branch.
         dilation_rates: r, an int or one per branch, ``1 <= r <= w``.
         batch_size: B, sequences that are read side by side and stand at the same position.
-        heads: H query heads. head_dim: D.
+        heads: H query heads.
+        head_dim: D, channels of a head.
         kv_heads: Hk key/value heads, divides ``heads``. Default ``heads``.
         head_offsets: ``"interleaved"`` (``j mod r``, the paper) or ``"blocked"`` (``j // ceil(H / r)``, torchscale).
+        head_numbers: which of the ``heads`` there are, None for all: others were pruned, with whole key/value heads. The
+            attributes ``heads`` and ``kv_heads`` count those that are left.
         dtype: of keys and values, torch's default dtype if None.
         device: where they are.
 
@@ -54,10 +57,10 @@ class DilatedCache:
         head_dim: int,
         kv_heads: int | None = None,
         head_offsets: HeadOffsets = "interleaved",
+        head_numbers: Sequence[int] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        self.pattern = Pattern.parse(segment_lengths, dilation_rates, head_offsets)
         kv_heads = heads if kv_heads is None else kv_heads
         counts = {"batch_size": batch_size, "heads": heads, "head_dim": head_dim, "kv_heads": kv_heads}
         for name, count in counts.items():
@@ -67,6 +70,10 @@ class DilatedCache:
                 raise ValueError(f"{name}={count}: expected at least 1")
         if heads % kv_heads:
             raise ValueError(f"heads={heads} is not divisible by kv_heads={kv_heads}")
+        self.pattern = Pattern.parse(segment_lengths, dilation_rates, head_offsets, head_numbers, heads)
+        if self.pattern.head_numbers is not None:
+            kv_heads = self.pattern.head_numbers.kv_heads(kv_heads)
+            heads = len(self.pattern.head_numbers.numbers)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype={dtype!r} has type {type(dtype).__name__}: expected a torch.dtype")
@@ -167,7 +174,7 @@ class DilatedCache:
 
         ``keys`` and ``values`` (B, rows, D); ``position`` (), ``padding`` (B,), ``segment_lengths`` and ``dilation_rates``
         (branches,), ``heads`` (2,) with H and Hk, ``head_offsets`` () as a number of ``longnet.geometry.HEAD_OFFSETS``,
-        all int64 on the CPU.
+        all int64 on the CPU; with ``head_numbers`` these and, last, their total too.
         """
         return {
             "keys": self.keys.clone(),
@@ -192,12 +199,15 @@ class DilatedCache:
         self._set_padding(state["padding"], int(state["padding"].max()))
 
     def _description(self) -> dict[str, Tensor]:
-        return {
+        described = {
             "segment_lengths": torch.tensor(self.pattern.segment_lengths),
             "dilation_rates": torch.tensor(self.pattern.dilation_rates),
             "heads": torch.tensor([self.heads, self.kv_heads]),
             "head_offsets": torch.tensor(HEAD_OFFSETS.index(self.pattern.head_offsets)),
         }
+        if (given := self.pattern.head_numbers) is not None:
+            described["head_numbers"] = torch.tensor([*given.numbers, given.total])
+        return described
 
     def _check_state(self, state: Mapping[str, Tensor]) -> None:
         described = self._description()

@@ -43,9 +43,8 @@ class _Chunk:
         q, k, v = self.query[:, heads, tokens], self.key[:, kv_heads, tokens], self.value[:, kv_heads, tokens]
         return _Chunk(q, k, v, padded, self.start, self.scale)
 
-    def attend(self, *branches: Branch, head_offsets: str = "interleaved") -> tuple[Tensor, Tensor]:
+    def attend(self, pattern: Pattern) -> tuple[Tensor, Tensor]:
         """The causal operation on the chunk as if it were a whole sequence: (out, lse)."""
-        pattern = Pattern(branches, head_offsets)  # type: ignore[arg-type]
         backend = select_backend("auto", self.query.device.type, self.query.dtype, self.query.shape[-1], False)
         spec = Spec(pattern, True, self.scale)
         return backend.run(self.query, self.key, self.value, self.padded, None, spec)
@@ -96,7 +95,7 @@ def _attend(chunk: _Chunk, cache: DilatedCache) -> Tensor:
     # Branches that can be computed in one go are: backends visit keys that nested branches share once.
     together = tuple(branch for branch in pattern.branches if _on_the_grid(branch, chunk))
     if together:
-        out, lse = chunk.attend(*together, head_offsets=pattern.head_offsets)
+        out, lse = chunk.attend(pattern.of(*together))
         if all(chunk.start % branch.segment_length == 0 for branch in pattern.branches):
             return out
         mixture = _Mixture(out, lse)
@@ -114,7 +113,7 @@ def _attend(chunk: _Chunk, cache: DilatedCache) -> Tensor:
                 crossing.setdefault(continued, []).append(branch)
             if before % branch.dilation_rate == 0:
                 tokens = slice(0, continued)
-                part = chunk.rows(every, every, tokens).attend(branch, head_offsets=pattern.head_offsets)
+                part = chunk.rows(every, every, tokens).attend(pattern.of(branch))
                 mixture.add(every, tokens, *part)
             else:
                 _add_own_rows(mixture, chunk, branch, blocks, before, continued)
@@ -122,7 +121,7 @@ def _attend(chunk: _Chunk, cache: DilatedCache) -> Tensor:
     for first, branches in crossing.items():
         tokens = slice(first, None)
         rest = chunk.rows(every, every, tokens)
-        mixture.add(every, tokens, *rest.attend(*branches, head_offsets=pattern.head_offsets))
+        mixture.add(every, tokens, *rest.attend(pattern.of(*branches)))
     return mixture.out.to(chunk.query.dtype)
 
 
@@ -146,7 +145,7 @@ def _add_own_rows(
         if rows.length == 1:
             part = rectangle_attention(rows.query, rows.key, rows.value, rows.scale, rows.padded)
         else:
-            part = rows.attend(Branch(rows.length, 1))
+            part = rows.attend(Pattern((Branch(rows.length, 1),)))
         mixture.add(block.heads, tokens, *part)
 
 
@@ -182,8 +181,7 @@ def _add_cached_rows(
 
 def _one_tile(cache: DilatedCache, branch: Branch, blocks: tuple[Block, ...], length: int) -> Tile | None:
     """The rows of ``length`` tokens from a multiple of the rate on, if they and the branch's blocks are one rectangle."""
-    pattern = Pattern((branch,), cache.pattern.head_offsets)
-    tiles = make_plan(pattern, cache.heads, length).branches[0].tiles
+    tiles = make_plan(cache.pattern.of(branch), cache.heads, length).branches[0].tiles
     shapes = {(block.kv_count, block.share, block.rows) for block in blocks}
     return tiles[0] if len(tiles) == len(shapes) == 1 and tiles[0].offsets == len(blocks) else None
 

@@ -31,6 +31,8 @@ def fits(cache: DilatedCache) -> bool:
         reason = f"they run on cuda tensors, not {cache.device.type}"
     elif not HAS_TRITON:
         reason = "triton is not installed"
+    elif cache.pattern.head_numbers is not None:
+        reason = "they compute offsets from the heads' places, not from head_numbers"
     elif cache.head_dim > LARGEST_HEAD_DIM:
         reason = f"they take head dimensions up to {LARGEST_HEAD_DIM}, not {cache.head_dim}"
     if reason is not None:

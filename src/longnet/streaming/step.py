@@ -1,12 +1,14 @@
 """One token: a fixed number of tensor operations of fixed shapes, so that a CUDA graph can capture and repeat them.
 
 Nothing here depends on the position but the contents of tensors: masks instead of slices, places computed on the device.
-In every branch at most ``ceil(H / r)`` heads select a position. Each is a *lane*: its row of keys and values is written, and
-its query attends to the rows of its segment. Lanes of all branches whose segments hold equally many rows run together.
+In every branch only a few heads select a position, at most ``ceil(H / r)`` of all H. Each is a *lane*: its row of keys and
+values is written, and its query attends to the rows of its segment. Lanes of all branches whose segments hold equally many
+rows run together.
 """
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,28 +27,38 @@ class StepTables:
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         pattern, heads = layout.pattern, layout.heads
-        interleaved = pattern.head_offsets == "interleaved"
         rows = [branch.rows(branch.segment_length, 0) for branch in pattern.branches]
         order = sorted(range(len(rows)), key=rows.__getitem__)
-        most = [-(-heads // branch.dilation_rate) for branch in pattern.branches]
-        # Heads that select one position: offset + lane * rate (interleaved) or offset * most + lane (blocked).
+        offsets = [[pattern.offset(branch, j, heads) for j in range(heads)] for branch in pattern.branches]
+        # Of every branch, the heads of each offset, up to the first past which there are none.
+        members = [
+            [[head for head in range(heads) if own[head] == offset] for offset in range(max(own) + 2)]
+            for own in offsets
+        ]
+        most = [max(map(len, by_offset)) for by_offset in members]
         lanes = [(index, lane) for index in order for lane in range(most[index])]
-        spread = [(lane * pattern.dilation_rates[index] if interleaved else lane) for index, lane in lanes]
         where = {pair: number for number, pair in enumerate(lanes)}
         lane_of = [
-            [where[i, head // r if interleaved else head % most[i]] for head in range(heads)]
-            for i, r in enumerate(pattern.dilation_rates)
+            [where[i, members[i][offset].index(head)] for head, offset in enumerate(own)]
+            for i, own in enumerate(offsets)
         ]
+        # A lane's head by the offset that selects a position: a lane without one repeats its branch's first, and where no
+        # head has this offset there is none, -1.
+        head_at = [
+            own[lane] if lane < len(own) else own[0] if own else -1 for index, lane in lanes for own in members[index]
+        ]
+        *starts, _ = accumulate((len(members[index]) for index, _ in lanes), initial=0)
 
         def table(numbers: object, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.tensor(numbers, dtype=dtype, device=device)
 
         self.lengths = table(pattern.segment_lengths, torch.int64)
         self.rates = table(pattern.dilation_rates, torch.int64)
-        self.offset_steps = table([1 if interleaved else count for count in most], torch.int64)
-        self.offsets = table([[pattern.offset(branch, j, heads) for j in range(heads)] for branch in pattern.branches])
+        self.offsets = table(offsets)
+        self.last_offsets = table([len(by_offset) - 1 for by_offset in members], torch.int64)
         self.first_rows = table(layout.first_rows(), torch.int64)
-        self.lane_branch, self.lane_spread = table([index for index, _ in lanes]), table(spread)
+        self.lane_branch = table([index for index, _ in lanes])
+        self.head_at, self.lane_starts = table(head_at), table(starts, torch.int64)
         self.lane_of = table(lane_of)
         # By branch in the pattern's order, and the most rows that a lane has.
         self.lane_counts, self.most_rows = tuple(most), max(rows)
@@ -78,14 +90,14 @@ def step(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, scale: 
     local = cache.position_tensor % tables.lengths  # (branches,)
     row = local // tables.rates
     offset = local - row * tables.rates
-    first_head = offset * tables.offset_steps
 
-    lane_first, lane_row = (x.index_select(0, tables.lane_branch) for x in (first_head, row))  # (lanes,)
-    taken = lane_first < heads
-    head = lane_first + tables.lane_spread
-    # A lane without a head repeats its branch's first, or where no head selects this position (offsets beyond the last
-    # head's) stands on a row of head 0 and writes back what is there: shapes stay fixed, and nothing changes.
-    head = torch.where(head < heads, head, torch.where(taken, lane_first, 0))
+    listed = torch.minimum(offset, tables.last_offsets)
+    lane_offset, lane_row = (x.index_select(0, tables.lane_branch) for x in (listed, row))  # (lanes,)
+    head = tables.head_at.index_select(0, tables.lane_starts + lane_offset)
+    # Where no head selects this position, a lane stands on head 0's first row and writes back what is there: shapes stay
+    # fixed, and nothing changes.
+    taken = head >= 0
+    head, lane_row = head.clamp_(min=0), torch.where(taken, lane_row, 0)
     first = tables.first_rows.view(-1).index_select(0, tables.lane_branch * heads + head)
     _write(key, cache.keys, first + lane_row, head, taken, cache)
     _write(value, cache.values, first + lane_row, head, taken, cache)

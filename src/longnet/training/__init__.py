@@ -5,7 +5,7 @@ Needs numpy, safetensors, rich and matplotlib besides torch; ``import longnet`` 
 
 from longnet.training.checkpoint import CheckpointError
 from longnet.training.data import Corpus, read_corpus
-from longnet.training.folder import load_model
+from longnet.training.folder import load_model, save_model
 from longnet.training.loop import train
 from longnet.training.report import Evaluation, write_report
 from longnet.training.settings import TrainSettings
@@ -20,6 +20,7 @@ __all__ = [
     "TrainingDiverged",
     "load_model",
     "read_corpus",
+    "save_model",
     "train",
     "write_report",
 ]

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from longnet.compress.quantized import plain_tensors
 from longnet.training.files import write_atomically
 from longnet.training.ranks import spread_like
 
@@ -133,14 +134,14 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def collect_weights(model: nn.Module) -> dict[str, Tensor]:
     """The model's state by name, each tensor once (a tied weight has one name) so that safetensors takes it.
 
-    Over several processes these are still the spread tensors.
+    Over several processes these are still the spread tensors. A quantised weight is the plain tensors that it consists of.
     """
     seen: set[int] = set()
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            weights[name] = tensor.detach()
+            weights.update(plain_tensors(name, tensor.detach()))
     return weights
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longnet.compress import quantization, quantize
 from longnet.models import LongNetConfig, LongNetLM
 from longnet.training.checkpoint import CheckpointError, collect_weights, read_safetensors, restore_weights
 from longnet.training.checkpoint import write_safetensors as _write_safetensors
@@ -74,16 +75,35 @@ class RunFolder:
 
     def write_model(self, model: LongNetLM) -> None:
         """Write ``model.safetensors``, atomically."""
-        self.write_weights(collect_weights(model))
+        self.write_weights(collect_weights(model), quantization(model))
 
-    def write_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """The same for weights that ``collect_weights`` named."""
+    def write_weights(self, weights: Mapping[str, Tensor], scheme: str | None = None) -> None:
+        """The same for weights that ``collect_weights`` named; ``scheme`` is that of quantised ones."""
         weights = {name: tensor.to("cpu").contiguous() for name, tensor in weights.items()}
-        _write_safetensors(self.model_file, weights, {"format": MODEL_FORMAT})
+        metadata = {"format": MODEL_FORMAT} if scheme is None else {"format": MODEL_FORMAT, "quantization": scheme}
+        _write_safetensors(self.model_file, weights, metadata)
+
+
+def save_model(model: LongNetLM, path: str | Path) -> None:
+    """Write a model, pruned or quantised by ``longnet.compress`` or not, for :func:`load_model` and the commands that read runs.
+
+    Args:
+        path: a folder, made if it is not there: ``config.json`` and ``model.safetensors``.
+
+    Raises:
+        TypeError: a model of another kind. ValueError: a run or a model is there already.
+    """
+    if not isinstance(model, LongNetLM):
+        raise TypeError(f"model has type {type(model).__name__}: expected a LongNetLM")
+    folder = RunFolder(path)
+    folder.require_new()
+    folder.path.mkdir(parents=True, exist_ok=True)
+    write_json(folder.config_file, model.config.to_dict())
+    folder.write_model(model)
 
 
 def load_model(run: str | Path, device: str | torch.device = "cpu") -> LongNetLM:
-    """The trained model of a run folder, in evaluation mode.
+    """The trained model of a run folder, or one that :func:`save_model` wrote, in evaluation mode.
 
     Args:
         run: the ``--out`` folder of ``longnet train``; ``config.json`` and ``model.safetensors`` are what is read.
@@ -92,6 +112,7 @@ def load_model(run: str | Path, device: str | torch.device = "cpu") -> LongNetLM
     Raises:
         ValueError: no run, or a run that has not saved a model yet.
         CheckpointError: weights that are truncated, foreign or of another model (a ValueError too).
+        ModuleNotFoundError: quantised weights, and torchao is missing.
     """
     folder = RunFolder(run)
     if not folder.config_file.is_file():
@@ -110,6 +131,9 @@ def load_model(run: str | Path, device: str | torch.device = "cpu") -> LongNetLM
         )
     with torch.random.fork_rng(devices=[]):  # Its initial weights are overwritten: leave the caller's generator alone.
         model = LongNetLM(config)
+        if (scheme := metadata.get("quantization")) is not None:
+            # Quantised initial weights have the form that the file's tensors belong into.
+            quantize(model, scheme, head=model.head is not None and "head.weight" not in weights)
     restore_weights(model, weights, folder.model_file)
     return model.to(device).eval()
 

@@ -1,0 +1,176 @@
+"""Quantised weights: which of torchao's schemes, on which layers, and the plain tensors that they are saved as."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# int8 weights; int8 weights and activations, a scale a token; 8-bit floats (e4m3). One scale an output channel.
+SCHEMES = ("int8wo", "int8dyn", "float8wo")
+
+_HEADS = ("head", "lm_head")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def quantize(model: nn.Module, scheme: str, *, head: bool = False) -> None:
+    """Quantise the weights of the model's linear layers, in place, with torchao.
+
+    Embeddings, norms and the output head stay as they are: together a small part of a large model, and the most sensitive. Of
+    every linear weight a byte an element is left and one scale an output channel. Biases stay.
+
+    Args:
+        model: any module with ``nn.Linear`` layers of float32, bfloat16 or float16; a LongNetLM say, pruned or not.
+        scheme: ``"int8wo"`` (int8 weights, activations as they are), ``"int8dyn"`` (activations too, rounded to int8 a token at a
+            time) or ``"float8wo"`` (weights as float8 e4m3).
+        head: the output head too (a linear layer called ``head`` or ``lm_head``). A head tied to the embedding cannot be.
+
+    Raises:
+        TypeError: no module. ValueError: an unknown scheme, nothing to quantise, weights of another dtype or quantised already,
+            no head of its own with ``head=True``. ModuleNotFoundError: torchao is missing.
+    """
+    chosen = _layers(model, scheme, head)
+    torchao = _torchao()
+    torchao.quantize_(model, _config(scheme), lambda module, _: id(module) in chosen)
+
+
+def quantization(model: nn.Module) -> str | None:
+    """The scheme of the model's quantised weights, None when there are none.
+
+    Raises:
+        ValueError: quantised in another way than :func:`quantize` does, or in several.
+    """
+    found = {scheme for module in model.modules() if isinstance(module, nn.Linear) for scheme in _scheme(module.weight)}
+    if len(found) > 1 or not found <= set(SCHEMES):
+        raise ValueError(f"the model's weights are {sorted(found)}: expected one of {SCHEMES}")
+    return found.pop() if found else None
+
+
+def prepare_qat(model: nn.Module, scheme: str, *, head: bool = False) -> None:
+    """Make the layers that :func:`quantize` would quantise round in training as they will then, in place, with torchao.
+
+    Weights stay what they are and learn through the rounding (straight through). Train on, then :func:`convert_qat`.
+
+    Args, raises: as :func:`quantize`.
+    """
+    chosen = _layers(model, scheme, head)
+    torchao, qat = _torchao(), _qat()
+    weight: Any
+    if scheme == "float8wo":
+        weight = qat.Float8FakeQuantizeConfig(torch.float8_e4m3fn, torchao.PerRow())
+    else:
+        weight = qat.IntxFakeQuantizeConfig(torch.int8, "per_channel", is_symmetric=True)
+    config = qat.QATConfig(weight_config=weight, step="prepare")
+    torchao.quantize_(model, config, lambda module, _: id(module) in chosen)
+    if scheme == "int8dyn":
+        for module in model.modules():
+            if isinstance(module, qat.linear.FakeQuantizedLinear):
+                module.activation_fake_quantizer = _RoundedTokens()
+
+
+def convert_qat(model: nn.Module, scheme: str) -> None:
+    """Quantise what :func:`prepare_qat` prepared, in place.
+
+    Args:
+        scheme: the one it was prepared for.
+
+    Raises:
+        TypeError: no module. ValueError: an unknown scheme, or a model that was not prepared.
+    """
+    _check(model, scheme)
+    torchao, qat = _torchao(), _qat()
+    prepared = {id(module) for module in model.modules() if isinstance(module, qat.linear.FakeQuantizedLinear)}
+    if not prepared:
+        raise ValueError("model has no layer that prepare_qat prepared: expected prepare_qat first, or quantize")
+    config = qat.QATConfig(_config(scheme), step="convert")
+    torchao.quantize_(model, config, lambda module, _: id(module) in prepared)
+
+
+class _RoundedTokens(nn.Module):
+    """Activations rounded as ``"int8dyn"`` rounds them; torchao's own has no symmetric rounding a token at a time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torchao = _torchao()
+        rounded = torchao.Int8Tensor.from_hp(x.detach(), torchao.PerRow()).dequantize()
+        return x + (rounded - x).detach()
+
+
+def plain_tensors(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The tensor itself, or the plain ones that a quantised one consists of, as ``name.part``."""
+    if not _of_torchao(weight):
+        yield name, weight
+        return
+    for part in weight.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
+        yield f"{name}.{part}", getattr(weight, part)
+
+
+def _of_torchao(weight: Tensor) -> bool:
+    return type(weight).__module__.partition(".")[0] == "torchao"
+
+
+def _scheme(weight: Tensor) -> Iterator[str]:
+    if _of_torchao(weight):
+        kind, dynamic = type(weight).__name__, getattr(weight, "act_quant_kwargs", None) is not None
+        names = {("Int8Tensor", False): "int8wo", ("Int8Tensor", True): "int8dyn", ("Float8Tensor", False): "float8wo"}
+        yield names.get((kind, dynamic), kind)
+
+
+def _check(model: nn.Module, scheme: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model has type {type(model).__name__}: expected an nn.Module")
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme={scheme!r} is unknown: expected one of {SCHEMES}")
+
+
+def _layers(model: nn.Module, scheme: str, head: bool) -> set[int]:
+    """The ids of the linear layers to quantise."""
+    _check(model, scheme)
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    heads = [name for name in linear if name.rpartition(".")[2] in _HEADS]
+    if head and not heads:
+        raise ValueError(
+            "head=True: the model has no output head of its own (it is the embedding table); expected head=False"
+        )
+    chosen = {name: module for name, module in linear.items() if head or name not in heads}
+    if not chosen:
+        raise ValueError("model has no nn.Linear layer to quantise")
+    for name, module in chosen.items():
+        if type(module) is not nn.Linear or _of_torchao(module.weight):
+            kind = type(module.weight if _of_torchao(module.weight) else module).__name__
+            raise ValueError(f"{name} is {kind} already: expected a model that is neither quantised nor prepared")
+        if module.weight.dtype not in _DTYPES:
+            raise ValueError(
+                f"{name}.weight has dtype {module.weight.dtype}: expected one of {', '.join(map(str, _DTYPES))}"
+            )
+    return {id(module) for module in chosen.values()}
+
+
+def _config(scheme: str) -> Any:
+    """torchao's config of a scheme. Its inductor settings are global: they are left alone."""
+    torchao = _torchao()
+    configs = {
+        "int8wo": torchao.Int8WeightOnlyConfig,
+        "int8dyn": torchao.Int8DynamicActivationInt8WeightConfig,
+        "float8wo": torchao.Float8WeightOnlyConfig,
+    }
+    return configs[scheme](set_inductor_config=False)
+
+
+def _torchao() -> Any:
+    try:
+        import torchao.quantization  # type: ignore[import-untyped]
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"quantisation needs {error.name}, which is not installed: pip install 'longnet-torch[quant]'",
+            name=error.name,
+        ) from None
+    return torchao.quantization
+
+
+def _qat() -> Any:
+    _torchao()
+    import torchao.quantization.qat  # type: ignore[import-untyped]
+
+    return torchao.quantization.qat
