@@ -19,6 +19,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("mixing", "position", "norm"),
     ("backends",),
     ("sharding",),
+    ("packing",),
     ("functional",),
     ("streaming",),
     ("attention",),
@@ -76,7 +77,7 @@ def imports_of(tree: ast.AST, package: tuple[str, ...]) -> Iterator[tuple[int, t
 
 # What the backend made of Triton kernels is built on, besides what all share. Kernels import one another only.
 BUILT_ON = {
-    "triton_flash": {"hopper", "kernels", "launches"},
+    "triton_flash": {"all_heads", "hopper", "kernels", "launches"},
     "hopper": {"kernels", "launches", "schedule", "tma"},
     "kernels": {"kernels"},
     "launches": set(),

@@ -12,6 +12,7 @@ import pytest
 
 import LongNet
 import longnet
+import longnet.compress
 import longnet.geometry
 import longnet.training
 from longnet import (
@@ -33,14 +34,18 @@ NAMES = {
         *("dilated_attention", "geometry", "stream_attention"),
     ],
     longnet.geometry: [
-        *("HEAD_OFFSETS", "Branch", "BranchPlan", "Cost", "Coverage", "HeadOffsets", "KeysPerQuery", "LayerReach"),
-        *("Pattern", "Plan", "Tile", "Uncovered", "Work"),
+        *("HEAD_OFFSETS", "Branch", "BranchPlan", "Cost", "Coverage", "HeadNumbers", "HeadOffsets", "KeysPerQuery"),
+        *("LayerReach", "Pattern", "Plan", "Tile", "Uncovered", "Work"),
         *("cost", "coverage", "keys_per_query", "make_plan", "receptive_field", "score_pairs", "suggest_pattern"),
         "uncovered_positions",
     ],
     longnet.training: [
         *("CheckpointError", "Corpus", "Evaluation", "TrainSettings", "TrainSummary", "TrainingDiverged"),
-        *("load_model", "read_corpus", "train", "write_report"),
+        *("load_model", "read_corpus", "save_model", "train", "write_report"),
+    ],
+    longnet.compress: [
+        *("SCHEMES", "convert_qat", "head_importance", "least_important", "prepare_qat", "prune_heads", "quantization"),
+        "quantize",
     ],
     LongNet: ["DilatedAttention"],
 }
@@ -50,20 +55,20 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     (
         dilated_attention,
         "(query, key, value, segment_lengths, dilation_rates, *, is_causal=False, scale=None, key_padding_mask=None, "
-        "head_offsets='interleaved', return_lse=False, backend='auto', group=None)",
+        "cu_seqlens=None, head_offsets='interleaved', return_lse=False, backend='auto', group=None)",
     ),
     (
         DilatedAttention,
         "(dim, heads, dilation_rate, segment_size, dropout=0.0, causal=False, use_xpos=False, "
         "use_rel_pos_bias=False, distributed=False, *, casual=None, Distributed=None, qk_norm=False, kv_heads=None, "
-        "bias=True, sub_norm=None, head_offsets='interleaved', xpos_scale_base=None, rel_pos_buckets=32, "
-        "rel_pos_max_distance=128, backend='auto', device=None, dtype=None)",
+        "bias=True, sub_norm=None, head_offsets='interleaved', head_numbers=None, xpos_scale_base=None, "
+        "rel_pos_buckets=32, rel_pos_max_distance=128, backend='auto', device=None, dtype=None)",
     ),
-    (DilatedAttention.forward, "(self, x, key_padding_mask=None, *, cache=None)"),
+    (DilatedAttention.forward, "(self, x, key_padding_mask=None, *, cu_seqlens=None, cache=None)"),
     (
         DilatedCache,
         "(segment_lengths, dilation_rates, *, batch_size, heads, head_dim, kv_heads=None, head_offsets='interleaved', "
-        "dtype=None, device=None)",
+        "head_numbers=None, dtype=None, device=None)",
     ),
     (DilatedCache.reorder, "(self, index)"),
     (DilatedCache.load_state_dict, "(self, state)"),
@@ -74,8 +79,8 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
         "(vocab_size=256, dim=768, heads=12, layers=12, ffn_dim=None, "
         "segment_lengths=(2048, 4096, 8192, 16384, 32768), dilation_rates=(1, 2, 4, 6, 12), kv_heads=None, "
         "causal=True, norm='layer', qk_norm=False, bias=True, dropout=0.0, use_xpos=True, use_rel_pos_bias=False, "
-        "head_offsets='interleaved', xpos_scale_base=None, tie_embeddings=True, gradient_checkpointing=False, "
-        "loss_chunk=4096, feed_forward_chunk=None, backend='auto')",
+        "head_offsets='interleaved', head_numbers=None, xpos_scale_base=None, tie_embeddings=True, "
+        "gradient_checkpointing=False, loss_chunk=4096, feed_forward_chunk=None, backend='auto')",
     ),
     (LongNetConfig.preset, "(name, **changes)"),
     (LongNetConfig.presets, "()"),
@@ -97,7 +102,10 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     ),
     (LongNetEncoder, "(config, *, device=None, dtype=None)"),
     (LongNetEncoder.forward, "(self, tokens=None, key_padding_mask=None, *, embeddings=None)"),
-    (longnet.geometry.Pattern.parse, "(segment_lengths, dilation_rates, head_offsets='interleaved')"),
+    (
+        longnet.geometry.Pattern.parse,
+        "(segment_lengths, dilation_rates, head_offsets='interleaved', head_numbers=None, total_heads=0)",
+    ),
     (longnet.geometry.make_plan, "(pattern, heads, length, first_head=0, last_head=None)"),
     (
         longnet.geometry.cost,
@@ -112,6 +120,15 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
         longnet.geometry.suggest_pattern,
         "(max_length, budget, *, heads=None, ratio=2, head_offsets='interleaved')",
     ),
+    (longnet.compress.head_importance, "(model, batches, *, loss=None)"),
+    (longnet.compress.least_important, "(model, scores, fraction)"),
+    (longnet.compress.prune_heads, "(model, heads)"),
+    (longnet.compress.quantize, "(model, scheme, *, head=False)"),
+    (longnet.compress.quantization, "(model)"),
+    (longnet.compress.prepare_qat, "(model, scheme, *, head=False)"),
+    (longnet.compress.convert_qat, "(model, scheme)"),
+    (longnet.training.load_model, "(run, device='cpu')"),
+    (longnet.training.save_model, "(model, path)"),
 ]
 
 # Public methods and properties of the classes, their own and those of their bases in this package.
@@ -121,7 +138,9 @@ MEMBERS = {
         *("clone", "device", "dtype", "load_state_dict", "moved", "nbytes", "position", "reorder", "reset"),
         "state_dict",
     },
-    LongNetConfig: {"feed_forward_dim", "from_dict", "head_dim", "preset", "presets", "replace", "to_dict"},
+    LongNetConfig: {
+        *("feed_forward_dim", "from_dict", "head_dim", "layer_head_numbers", "preset", "presets", "replace", "to_dict"),
+    },
     LongNetLM: {
         *("check_mask", "check_tokens", "embed", "forward", "generate", "hidden", "logits", "loss", "new_cache"),
         *("reset_parameters", "run_blocks"),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longnet.backends import Spec, select_backend
 from longnet.geometry import HeadOffsets, Pattern, uncovered_positions
+from longnet.packing import boundaries, packed_attention
 from longnet.sharding import give_up, peers_of, sharded_attention
 
 
@@ -27,6 +28,7 @@ def dilated_attention(
     is_causal: bool = ...,
     scale: float | None = ...,
     key_padding_mask: Tensor | None = ...,
+    cu_seqlens: Tensor | Sequence[int] | None = ...,
     head_offsets: HeadOffsets = ...,
     return_lse: Literal[False] = ...,
     backend: str = ...,
@@ -45,6 +47,7 @@ def dilated_attention(
     is_causal: bool = ...,
     scale: float | None = ...,
     key_padding_mask: Tensor | None = ...,
+    cu_seqlens: Tensor | Sequence[int] | None = ...,
     head_offsets: HeadOffsets = ...,
     return_lse: Literal[True],
     backend: str = ...,
@@ -62,6 +65,7 @@ def dilated_attention(
     is_causal: bool = False,
     scale: float | None = None,
     key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
     head_offsets: HeadOffsets = "interleaved",
     return_lse: bool = False,
     backend: str = "auto",
@@ -83,6 +87,9 @@ def dilated_attention(
         is_causal: a query sees keys at positions up to its own.
         scale: of the scores, default ``D ** -0.5``.
         key_padding_mask: (B, N) bool, True where the key is to be ignored.
+        cu_seqlens: (documents + 1,) int32 or int64, or ints: where the documents packed into one row (B = 1) begin, 0 first, and
+            N last. Each is computed as if it were alone: segments and offsets restart with it, and it sees no other. A tensor
+            on a device is read once and waited for, ints are not.
         head_offsets: ``"interleaved"`` (``j mod r``, the paper) or ``"blocked"`` (``j // ceil(H / r)``, torchscale).
         return_lse: also return the natural log of the softmax denominators. It is differentiable.
         backend: ``"auto"``, or one by name; a named one that cannot run raises its reason.
@@ -112,6 +119,7 @@ def dilated_attention(
         is_causal=is_causal,
         scale=scale,
         key_padding_mask=key_padding_mask,
+        cu_seqlens=cu_seqlens,
         return_lse=return_lse,
         backend=backend,
         group=group,
@@ -127,6 +135,7 @@ def pattern_attention(
     is_causal: bool = False,
     scale: float | None = None,
     key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
     distance_bias: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
@@ -140,9 +149,10 @@ def pattern_attention(
     """
     peers = None if group is None else peers_of(group)
     try:
-        query, key, value = _check_tensors(query, key, value)
-        scale = _check_settings(query, key_padding_mask, distance_bias, pattern, is_causal, scale, return_lse)
+        settings = (key_padding_mask, distance_bias, pattern, is_causal, scale, return_lse)
+        query, key, value, scale = check_call(query, key, value, *settings)
         chosen = select_backend(backend, query.device.type, query.dtype, query.shape[-1], distance_bias is not None)
+        bounds = None if cu_seqlens is None else _check_documents(cu_seqlens, query, group)
     except (TypeError, ValueError) as error:
         _give_up(group, error)
         raise
@@ -150,14 +160,43 @@ def pattern_attention(
         warn_uncovered(pattern, query.shape[1])
     spec = Spec(pattern, is_causal, scale)
     inputs = (query, key, value, key_padding_mask, distance_bias, spec)
+    if bounds is not None:
+        out, lse = packed_attention(*inputs, chosen, bounds)
+        return (out, lse) if return_lse else out
     out, lse = chosen.run(*inputs) if peers is None or peers.size == 1 else sharded_attention(*inputs, chosen, peers)
     return (out, lse) if return_lse else out
+
+
+def check_call(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor, float]:
+    """(query, key, value, scale) as a backend takes them: checked, cast by autocast, the scale's default filled in.
+
+    Args:
+        settings: key_padding_mask, distance_bias, pattern, is_causal, scale and return_lse of :func:`pattern_attention`.
+
+    Raises:
+        TypeError, ValueError: as :func:`dilated_attention`.
+    """
+    query, key, value = _check_tensors(query, key, value)
+    return query, key, value, _check_settings(query, *settings)
 
 
 def _give_up(group: Any, error: Exception) -> None:
     """Other ranks of the group wait for this one's call: they raise too."""
     if group is not None and (peers := peers_of(group)).size > 1:
         give_up(peers, error)
+
+
+def _check_documents(cu_seqlens: Tensor | Sequence[int], query: Tensor, group: Any) -> tuple[int, ...]:
+    if group is not None:
+        raise ValueError(
+            "cu_seqlens given with a group: a document's segments restart where it begins, and ranks agree on those of one "
+            "sequence; expected one of the two. Give each rank whole documents instead"
+        )
+    if query.shape[0] != 1:
+        raise ValueError(
+            f"query has B = {query.shape[0]} with cu_seqlens: expected documents packed into one row, B = 1"
+        )
+    return boundaries(cu_seqlens, query.shape[2])
 
 
 def _check_settings(
@@ -170,6 +209,10 @@ def _check_settings(
     return_lse: bool,
 ) -> float:
     """The scale."""
+    if pattern.head_numbers is not None and query.shape[1] != len(pattern.head_numbers.numbers):
+        raise ValueError(
+            f"query has {query.shape[1]} heads: expected those of head_numbers={pattern.head_numbers.numbers}"
+        )
     _check_mask(mask, query)
     for name, flag in (("is_causal", is_causal), ("return_lse", return_lse)):
         if not isinstance(flag, bool):

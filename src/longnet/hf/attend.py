@@ -1,0 +1,195 @@
+"""The attention function that dilated models of Hugging Face call, in transformers' ``AttentionInterface``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    and_masks,
+    bidirectional_mask_function,
+    causal_mask_function,
+    packed_sequence_mask_function,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from longnet.functional import pattern_attention
+from longnet.geometry import Pattern
+from longnet.hf import masks
+from longnet.hf.bounded import bounded_layer
+
+NAME = "longnet_dilated"
+# Where an attention module says how it attends.
+ATTRIBUTE = "longnet_dilation"
+# What attention functions are given by models whose scores are changed on the way; with what it is.
+_CHANGES = {
+    "softcap": "soft-capped scores",
+    "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "sliding_window": "a sliding window",
+    "position_bias": "a bias by position",
+    "output_attentions": "attention weights as an output, which are never made",
+}
+
+Attended = tuple[Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Dilation:
+    """How one layer attends: by ``pattern``, or with None as before. ``original`` is what its model was set to."""
+
+    pattern: Pattern | None
+    backend: str
+    original: str
+
+
+def register() -> None:
+    """Make both halves known to transformers: without a mask of the same name its models pass no mask at all."""
+    AttentionInterface.register(NAME, attention)
+    masks.register(NAME)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> Attended:
+    """query (B, H, T, D), key and value (B, Hk, S, D), the last T of S positions being the queries', to (B, T, H, D).
+
+    Raises:
+        ValueError: what the call asks for and dilated attention cannot do.
+    """
+    own = getattr(module, ATTRIBUTE, None)
+    if own is None:
+        raise ValueError(
+            f"{type(module).__name__} is set to attn_implementation={NAME!r} without a pattern (or shares its config with a "
+            "model that has one): expected longnet.hf.apply(model, segment_lengths=..., dilation_rates=...)"
+        )
+    if attention_mask is not None and (attention_mask.dim() != 2 or attention_mask.dtype != torch.int64):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)} and dtype {attention_mask.dtype} in a dilated model: "
+            "expected (B, S), 0 where a key is padding; a mask of scores (4-D) cannot be honoured"
+        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = bool(causal and getattr(getattr(module, "config", None), "is_causal", True))
+    length, keys = query.shape[2], key.shape[2]
+    layer = bounded_layer(key)
+    mask = masks.documents(
+        attention_mask, options.get("position_ids"), length, has_past=layer is not None or keys != length
+    )
+    if own.pattern is None:
+        return _as_before(module, query, key, value, mask, own, causal, dropout=dropout, scaling=scaling, **options)
+    _refuse(module, dropout, options)
+    if layer is not None:
+        padded = None if mask is None else mask[:, -length:] == 0
+        return layer.attend(query, key, value, own.pattern, scaling, padded).transpose(1, 2), None
+    if keys < length or (keys > length and not causal):
+        raise ValueError(
+            f"{type(module).__name__} asks {keys} keys with {length} queries: expected self-attention, dilated attention "
+            "takes no other"
+        )
+    if keys > length:
+        query, key, value, mask = _with_past(query, key, value, mask, own.pattern)
+    bounds = None if mask is None else masks.packed_bounds(mask)
+    padding = None if mask is None else mask == 0
+    batch = query.shape[0]
+    if bounds is not None and padding is not None:
+        query, key, value = (_in_one_row(x) for x in (query, key, value))
+        padding = padding.reshape(1, -1)
+    out = pattern_attention(
+        query,
+        key,
+        value,
+        own.pattern,
+        is_causal=causal,
+        scale=scaling,
+        key_padding_mask=padding,
+        cu_seqlens=bounds,
+        backend=own.backend,
+    )
+    assert isinstance(out, Tensor)
+    out = out.transpose(1, 2)
+    if bounds is not None:
+        out = out.reshape(batch, -1, *out.shape[2:])
+    return out[:, -length:], None
+
+
+def _refuse(module: nn.Module, dropout: float, options: dict[str, Any]) -> None:
+    if dropout:
+        raise ValueError(
+            f"attention dropout of {dropout} in training: flash kernels would have to agree on it; expected 0 in the "
+            "model's config (attention_dropout, attn_pdrop or attention_probs_dropout_prob)"
+        )
+    for name, what in _CHANGES.items():
+        if options.get(name) is not None and options[name] is not False:
+            raise ValueError(
+                f"{type(module).__name__} asks for {name}, {what}: expected a layer without, or layers= that leave it as it is"
+            )
+
+
+def _with_past(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, pattern: Pattern
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Queries of the last T of S positions as queries of all that the pattern lets them reach: the others are dropped later."""
+    before = key.shape[2] - query.shape[2]
+    start = before - before % pattern.period
+    # Random-looking rows are as good as any; these are at hand, and never NaN.
+    missing = query[:, :, :1].detach().expand(-1, -1, before - start, -1)
+    query = torch.cat((missing, query), 2)
+    return query, key[:, :, start:], value[:, :, start:], None if mask is None else mask[:, start:]
+
+
+def _in_one_row(x: Tensor) -> Tensor:
+    """(B, heads, N, D) to (1, heads, B * N, D), a view where tokens come before heads in memory."""
+    tokens_first = x.transpose(1, 2)
+    return tokens_first.reshape(1, -1, *tokens_first.shape[2:]).transpose(1, 2)
+
+
+def _as_before(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    own: Dilation,
+    causal: bool,
+    **options: Any,
+) -> Attended:
+    """What the layer did before, with the mask it would have been given."""
+    if own.original == "eager":
+        function = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        function = ALL_ATTENTION_FUNCTIONS[own.original]
+    made: Tensor | None = None
+    if own.original in ALL_MASK_ATTENTION_FUNCTIONS:
+        length, keys = query.shape[2], key.shape[2]
+        mask_function: Callable[..., Any] = causal_mask_function if causal else bidirectional_mask_function
+        packed = False
+        if mask is not None and masks.packed_bounds(mask) is not None:
+            packed = True
+            mask_function = and_masks(mask_function, packed_sequence_mask_function(mask))
+        made = ALL_MASK_ATTENTION_FUNCTIONS[own.original](
+            batch_size=query.shape[0],
+            q_length=length,
+            kv_length=keys,
+            q_offset=keys - length,
+            mask_function=mask_function,
+            attention_mask=None if mask is None else mask > 0,
+            allow_is_causal_skip=causal and not packed,
+            allow_is_bidirectional_skip=not causal and not packed,
+            dtype=query.dtype,
+            config=module.config,
+            device=query.device,
+        )
+    return cast(Attended, function(module, query, key, value, made, **options))

@@ -1,0 +1,99 @@
+"""The bounded cache of :mod:`longnet.streaming` behind Hugging Face's ``Cache``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from longnet.geometry import Pattern
+from longnet.streaming import DilatedCache, stream_attention
+
+# A model hands the keys that a cache gave it to the attention function, and nothing else of the cache.
+_LAYER = "longnet_layer"
+
+
+class BoundedLayer(CacheLayerMixin):
+    """One layer's keys and values that later tokens can reach: a fixed size, whatever was read.
+
+    ``update`` keeps nothing: the attention function reads the new tokens with :meth:`attend`.
+    """
+
+    is_sliding = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache: DilatedCache | None = None
+        self._expected = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the first :meth:`attend` makes the cache, it knows the query heads."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """The new keys and values, which say whose they are."""
+        if self._expected:
+            raise ValueError(
+                "a bounded cache was given tokens that no attention has read: its model is not dilated any more, changes "
+                "keys on the way to its attention function, or failed on the way; expected a new longnet.hf.BoundedCache"
+            )
+        self._expected = True
+        keys = key_states.view(key_states.shape)
+        setattr(keys, _LAYER, self)
+        return keys, value_states
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, scale: float | None, padded: Tensor | None
+    ) -> Tensor:
+        """(B, H, T, D) of the next T tokens; ``padded`` (B, T) bool."""
+        if self.cache is None:
+            batch, heads, _, head_dim = query.shape
+            # Under autocast a model may hand over keys of one type and values of another: they are cast alike.
+            kind = query.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else key.dtype
+            self.cache = DilatedCache(
+                pattern.segment_lengths,
+                pattern.dilation_rates,
+                batch_size=batch,
+                heads=heads,
+                kv_heads=key.shape[1],
+                head_dim=head_dim,
+                head_offsets=pattern.head_offsets,
+                dtype=dtype,
+                device=key.device,
+            )
+            self.is_initialized = True
+        out = stream_attention(query, key, value, self.cache, scale=scale, key_padding_mask=padded)
+        self._expected = False
+        return out
+
+    def get_seq_length(self) -> int:
+        return 0 if self.cache is None else self.cache.position
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.cache, self._expected, self.is_initialized = None, False, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.cache is not None:
+            self.cache.reorder(beam_idx)
+
+    def offload(self) -> None:
+        """Stays where it is: it is small."""
+
+    def prefetch(self) -> None:
+        """Is where it was."""
+
+
+def bounded_layer(keys: Tensor) -> BoundedLayer | None:
+    """The layer that gave a model these keys."""
+    layer = getattr(keys, _LAYER, None)
+    return layer if isinstance(layer, BoundedLayer) else None

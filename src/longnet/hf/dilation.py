@@ -1,0 +1,255 @@
+"""Dilated attention in a transformer of Hugging Face: put on, taken off, saved and loaded."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from types import MethodType
+from typing import Any, TypeVar
+
+import transformers
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.generation.configuration_utils import GenerationMode
+
+from longnet.backends import BACKENDS
+from longnet.functional import warn_uncovered
+from longnet.geometry import HeadOffsets, Pattern
+from longnet.hf import saving
+from longnet.hf.attend import ATTRIBUTE, NAME, Dilation, register
+from longnet.hf.bounded import BoundedLayer
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+_NO_CODE = (lambda: None).__code__
+
+
+class BoundedCache(Cache):
+    """A cache of fixed size for a decoder under :func:`apply`, as ``past_key_values``; ``generate`` makes one by itself.
+
+    Dilated layers keep what later tokens can reach (see :class:`longnet.DilatedCache`), at most w / r keys a head in a branch
+    (w, r), other layers everything. Logits are those of one forward over everything read. It cannot be cropped, takes
+    padding before a row's first real token only, and holds no graph: read under ``torch.no_grad()``.
+
+    Raises:
+        ValueError: a model that is not dilated, or no decoder.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        found = _dilated_layers(model)
+        if not all(getattr(module, "is_causal", True) for module in found):
+            raise ValueError(f"{type(model).__name__} attends to later tokens: expected a decoder")
+        super().__init__(
+            layers=[
+                DynamicLayer() if getattr(module, ATTRIBUTE).pattern is None else BoundedLayer() for module in found
+            ]
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the dilated layers; the same after any number of tokens, from the first on."""
+        return sum(layer.cache.nbytes for layer in self.layers if isinstance(layer, BoundedLayer) and layer.cache)
+
+
+def apply(
+    model: Model,
+    segment_lengths: int | Sequence[int],
+    dilation_rates: int | Sequence[int],
+    *,
+    layers: Sequence[int] | None = None,
+    head_offsets: HeadOffsets = "interleaved",
+    backend: str = "auto",
+) -> Model:
+    """Let a Hugging Face decoder or encoder attend as LongNet does (arXiv 2307.02486, section 2), in place; nothing is trained.
+
+    Every model whose attention goes through transformers' ``AttentionInterface`` will do: it keeps its weights, positions,
+    masks (padding on either side counts as positions), grouped heads and packed documents (restarting ``position_ids``
+    separate them: segments restart, none sees another). ``generate`` gets a :class:`BoundedCache`. What
+    ``save_pretrained`` writes is read by :func:`load` alone. With one branch of rate 1 and a segment as long as the
+    input, nothing changes.
+
+    Args:
+        model: of one stack of self-attention layers, in eval or training mode. Before PEFT wraps it.
+        segment_lengths: w in tokens, an int or one per branch. dilation_rates: r, an int or one per branch.
+        layers: numbers of the attention layers to dilate, from 0; others stay as they are. None for all.
+        head_offsets, backend: as in :func:`longnet.dilated_attention`.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: no ``PreTrainedModel``, or values of wrong types. ValueError: any other bad value, and models that compute
+            something else: no attention interface, cross-attention, more than one stack, sliding windows or chunks,
+            soft-capped scores, sinks. The model is then as it was. A later call raises for attention dropout in
+            training, 4-D masks, attention weights as an output and static caches.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model has type {type(model).__name__}: expected a transformers.PreTrainedModel")
+    pattern = Pattern.parse(segment_lengths, dilation_rates, head_offsets)
+    names = ("auto", *(known.name for known in BACKENDS))
+    if backend not in names:
+        raise ValueError(f"backend={backend!r} is unknown: expected one of {names}")
+    found = _attention_layers(model)
+    if any(hasattr(module, ATTRIBUTE) for module in found):
+        raise ValueError(f"{type(model).__name__} is dilated already: call longnet.hf.restore(model) first")
+    _check_model(model, found)
+    chosen = range(len(found)) if layers is None else _check_layers(layers, len(found))
+    config = found[0].config
+    warn_uncovered(pattern, config.num_attention_heads)
+
+    register()
+    original = config._attn_implementation
+    _set_implementation(model, config, NAME, original)
+    for number, module in enumerate(found):
+        setattr(module, ATTRIBUTE, Dilation(pattern if number in chosen else None, backend, original))
+    entry = {
+        "segment_lengths": list(pattern.segment_lengths),
+        "dilation_rates": list(pattern.dilation_rates),
+        "layers": None if layers is None else sorted(chosen),
+        "head_offsets": head_offsets,
+        "attention_layers": len(found),
+    }
+    setattr(model.config, saving.ENTRY, entry)
+    # Bound, so that a copy of the model has its own. Encoders generate nothing.
+    model.__dict__.update(
+        {name: MethodType(own, model) for name, own in _METHODS.items() if hasattr(type(model), name)}
+    )
+    model.register_forward_pre_hook(_refuse_weights, with_kwargs=True)
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Take :func:`apply` back: the model attends, generates and saves as it did before.
+
+    Raises:
+        ValueError: a model that is not dilated.
+    """
+    found = _dilated_layers(model)
+    original = getattr(found[0], ATTRIBUTE).original
+    _set_implementation(model, found[0].config, original, NAME)
+    for module in found:
+        delattr(module, ATTRIBUTE)
+    delattr(model.config, saving.ENTRY)
+    for name in _METHODS:
+        model.__dict__.pop(name, None)
+    # By function, not by its handle: a copy of a model has hooks of its own.
+    for number in [number for number, hook in model._forward_pre_hooks.items() if hook is _refuse_weights]:
+        del model._forward_pre_hooks[number], model._forward_pre_hooks_with_kwargs[number]
+    return model
+
+
+def load(folder: str | os.PathLike[str], model_class: type[Any] | None = None, **options: Any) -> PreTrainedModel:
+    """A model that was saved dilated, dilated again. Plain ``from_pretrained`` refuses such a folder.
+
+    Args:
+        folder: what ``from_pretrained`` takes. model_class: of the model, by default that which was saved; Auto classes too.
+        options: of ``from_pretrained``.
+
+    Raises:
+        ValueError: a folder of another kind.
+    """
+    saved, _ = PretrainedConfig.get_config_dict(folder)
+    saved = saving.unmarked(saved, folder)
+    entry = saved.pop(saving.ENTRY)
+    config_class = transformers.CONFIG_MAPPING[saved["model_type"]]
+    made = (model_class or getattr(transformers, saved["architectures"][0])).from_pretrained(
+        folder, config=config_class.from_dict(saved), **options
+    )
+    del entry["attention_layers"]
+    return apply(made, **entry)
+
+
+def _attention_layers(model: nn.Module) -> list[Any]:
+    """Modules that ask transformers' interface for their attention function, in order."""
+    return [
+        module
+        for module in model.modules()
+        if "ALL_ATTENTION_FUNCTIONS" in getattr(inspect.unwrap(type(module).forward), "__code__", _NO_CODE).co_names
+    ]
+
+
+def _dilated_layers(model: PreTrainedModel) -> list[Any]:
+    found = _attention_layers(model)
+    if not found or not all(hasattr(module, ATTRIBUTE) for module in found):
+        raise ValueError(f"{type(model).__name__} is not dilated: expected a model under longnet.hf.apply")
+    return found
+
+
+def _check_model(model: PreTrainedModel, found: list[Any]) -> None:
+    kind = type(model).__name__
+    if model.config.is_encoder_decoder or any(
+        getattr(module, "is_cross_attention", False) or "CrossAttention" in type(module).__name__ for module in found
+    ):
+        raise ValueError(f"{kind} has cross-attention: expected self-attention alone, a decoder or an encoder")
+    if not found or not getattr(model, "_supports_attention_backend", False):
+        raise ValueError(f"{kind} does not use transformers' AttentionInterface: expected a model that does")
+    if len({id(getattr(module, "config", None)) for module in found}) != 1 or not hasattr(found[0], "config"):
+        raise ValueError(f"{kind} has attention layers of several configs: expected one stack, so apply to that part")
+    config = found[0].config
+    types = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if types:
+        raise ValueError(f"{kind} has layer_types {sorted(types)}: expected full attention in all layers")
+    for module in found:
+        window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
+        if window is not None:
+            raise ValueError(f"{kind} has a sliding window of {window} tokens: expected full attention in all layers")
+        if getattr(config, "attn_logit_softcapping", None) or getattr(module, "attn_logit_softcapping", None):
+            raise ValueError(f"{kind} soft-caps its scores: expected a softmax of plain scores")
+        if getattr(module, "sinks", None) is not None:
+            raise ValueError(f"{kind} has attention sinks: expected a softmax over keys alone")
+
+
+def _check_layers(layers: Sequence[int], count: int) -> set[int]:
+    try:
+        given = list(layers)
+    except TypeError:
+        raise TypeError(f"layers={layers!r} has type {type(layers).__name__}: expected ints or None") from None
+    for number in given:
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"layers={given} holds {number!r} of type {type(number).__name__}: expected ints")
+    if not given or len(set(given)) < len(given) or min(given) < 0 or max(given) >= count:
+        raise ValueError(f"layers={given}: expected at least one of the layers 0 to {count - 1}, each once")
+    return set(given)
+
+
+def _refuse_weights(model: Any, _: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """A hook before forward: some models would give no attention weights without a word."""
+    asked = options.get("output_attentions")
+    if model.config.output_attentions if asked is None else asked:
+        raise ValueError("output_attentions=True in a dilated model: attention weights are never made; expected False")
+
+
+def _set_implementation(model: PreTrainedModel, config: PretrainedConfig, name: str, before: str) -> None:
+    model.set_attn_implementation(name)
+    if config._attn_implementation != name:
+        model.set_attn_implementation(before)
+        raise ValueError(
+            f"{type(model).__name__} did not take the attention implementation {name!r}: expected a model that does"
+        )
+
+
+def _prepare_cache(
+    self: Any, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *rest: Any, **options: Any
+) -> Any:
+    """``generate`` asks for its cache here: a bounded one, where nothing else is asked for and nothing is rolled back."""
+    if (
+        model_kwargs.get("past_key_values") is None
+        and generation_config.use_cache is not False
+        and generation_config.cache_implementation is None
+        and generation_mode != GenerationMode.ASSISTED_GENERATION
+        and not getattr(generation_config, "is_assistant", False)
+    ):
+        model_kwargs["past_key_values"] = BoundedCache(self)
+        return None
+    return type(self)._prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, *rest, **options
+    )
+
+
+# Methods of a dilated model that are its own.
+_METHODS: dict[str, Callable[..., Any]] = {
+    "save_pretrained": saving.save_pretrained,
+    "_prepare_cache_for_generation": _prepare_cache,
+}

@@ -1,0 +1,167 @@
+"""What Hugging Face's models say about padding and packed documents, without an N x N mask.
+
+A model makes one mask for all its layers. Ours is a row of numbers, (B, S) int64: 0 where a key is padding, else the number of
+the document that the token belongs to, from 1. None is one document without padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers.masking_utils import AttentionMaskInterface
+
+from longnet.sharding import untraced
+
+# What transformers composes the masks of: causal or not, and packed documents. Others hide what dilated attention sees.
+_KNOWN = (
+    "causal_mask_function",
+    "bidirectional_mask_function",
+    "and_masks.<locals>.and_mask",
+    "packed_sequence_mask_function.<locals>.inner_mask",
+    "remap_positions_for_packed_sequence.<locals>.inner_mask",
+)
+_PACKED = _KNOWN[3]
+
+# What position ids said when they were last looked at: looking asks the device, and every layer gets the same tensor.
+_seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# Where the documents of a mask begin.
+_bounds: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def register(name: str) -> None:
+    """Make ``name`` a mask implementation of transformers."""
+    AttentionMaskInterface.register(name, document_mask)
+
+
+def document_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **_: Any,
+) -> Tensor | None:
+    """The mask in our form, for transformers' ``AttentionMaskInterface``.
+
+    Raises:
+        ValueError: a mask that dilated attention cannot honour: sliding windows, chunks, blocks, a function of the user's, or
+            a static cache.
+    """
+    names = list(_names(mask_function)) if mask_function is not None else []
+    unknown = [name for name in names if name not in _KNOWN]
+    if unknown:
+        raise ValueError(
+            f"the model asks for a mask made of {unknown}: dilated attention honours padding, packed documents and the causal "
+            "mask; expected a model without sliding windows, chunks or masks of its own"
+        )
+    if isinstance(q_offset, Tensor) or kv_offset != 0 or q_offset + q_length != kv_length:
+        raise ValueError(
+            f"a cache that holds {kv_length} keys for {q_length} queries at {q_offset}: dilated attention reads caches that "
+            "hold what was read and no more; expected longnet.hf.BoundedCache(model) or a DynamicCache"
+        )
+    padding = None
+    if attention_mask is not None:
+        if attention_mask.dim() != 2 or attention_mask.shape[1] < kv_length:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}: expected (B, S) with S = {kv_length} keys"
+            )
+        padding = attention_mask[:, -kv_length:].bool()
+        if _all(padding):
+            padding = None
+    if _PACKED not in names:
+        return None if padding is None else padding.long()
+    assert mask_function is not None
+    rows = torch.arange(batch_size, device=device)[:, None]
+    token = torch.arange(1, q_length, device=device)[None]
+    return _numbered(~mask_function(rows, torch.zeros_like(rows), token, token - 1), padding)
+
+
+def documents(mask: Tensor | None, position_ids: Any, length: int, *, has_past: bool) -> Tensor | None:
+    """The mask in our form, (B, S), with the documents that the restarts of ``position_ids`` (B or 1, N) begin.
+
+    transformers looks for them only where there is neither a cache nor an attention mask, and its models make a cache whenever
+    nobody says ``use_cache=False``.
+
+    Raises:
+        ValueError: documents that begin among tokens which go on with a cache.
+    """
+    if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or length < 2:
+        return mask
+    if not has_past:
+        return _with_restarts(mask, position_ids)
+    tail = None if mask is None else mask[:, -length:]
+    if _with_restarts(tail, position_ids) is not tail:
+        raise ValueError(
+            "position_ids start again among tokens that are read into a cache: a cache holds one document a row; expected "
+            "packed documents in a forward of their own (use_cache=False), or one document after the other"
+        )
+    return mask
+
+
+@untraced
+def _with_restarts(mask: Tensor | None, position_ids: Tensor) -> Tensor | None:
+    # Weak keys must not be held by what they stand for.
+    weak, held = (position_ids, None) if mask is None else (mask, position_ids)
+    # Tensors of inference mode count no versions.
+    version = None if position_ids.is_inference() else position_ids._version
+    before = _seen.get(weak)
+    if before is not None and before[0] is held and before[1] == version:
+        return mask if before[2] is None else before[2]
+    restarts = position_ids.diff(dim=1) != 1
+    result = mask
+    if mask is not None:
+        # Positions jump where padding ends too.
+        real, changes = mask > 0, mask.diff(dim=1) != 0
+        restarts = restarts & real[:, 1:] & real[:, :-1]
+        if restarts.any():
+            result = _numbered(restarts | (changes & real[:, 1:] & real[:, :-1]), real)
+    elif restarts.any():
+        result = _numbered(restarts, None)
+    if version is not None:
+        _seen[weak] = (held, version, None if result is mask else result)
+    return result
+
+
+@untraced
+def packed_bounds(mask: Tensor) -> tuple[int, ...] | None:
+    """Where the documents of all rows begin when rows stand one after the other, (B * N) last; None if no row has two.
+
+    Padding counts as positions of the document before it, or of a row's first.
+    """
+    before = _bounds.get(mask)
+    if before is None:
+        number = mask.cummax(1).values.clamp(min=1)
+        bounds = None
+        if int(number.max()) > 1:
+            changes = torch.nn.functional.pad(number.diff(dim=1) != 0, (1, 0), value=True)
+            bounds = (*changes.flatten().nonzero().flatten().tolist(), mask.numel())
+        before = _bounds[mask] = (bounds,)
+    return before[0]
+
+
+def _numbered(restarts: Tensor, padding: Tensor | None) -> Tensor:
+    """Documents numbered from 1 where each of tokens 1, 2, ... begins one or not, (B, N - 1) bool; padding gets 0."""
+    number = torch.nn.functional.pad(restarts.long().cumsum(1), (1, 0)) + 1
+    return number if padding is None else number * padding
+
+
+@untraced
+def _all(real: Tensor) -> bool:
+    return bool(real.all())
+
+
+def _names(function: Callable[..., Any]) -> Iterator[str]:
+    """The names of a mask function and of those that it is composed of."""
+    yield getattr(function, "__qualname__", repr(function))
+    for cell in getattr(function, "__closure__", None) or ():
+        held = cell.cell_contents
+        for part in held if isinstance(held, tuple) else (held,):
+            if callable(part) and not isinstance(part, Tensor):
+                yield from _names(part)

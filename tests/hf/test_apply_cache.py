@@ -1,0 +1,141 @@
+"""Dilated decoders of Hugging Face generate from a bounded cache, exactly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from apply_models import DECODERS, inputs, logits, make
+from transformers import DynamicCache
+
+from longnet.hf import BoundedCache, apply
+
+SEGMENTS, RATES = (8, 24), (1, 3)
+
+
+def dilated(name: str, **options: Any) -> Any:
+    return apply(make(name).double(), SEGMENTS, RATES, **options)
+
+
+@pytest.mark.parametrize("kind", ["bounded", "dynamic"])
+@pytest.mark.parametrize("layers", [None, [1]])
+@pytest.mark.parametrize("name", DECODERS)
+def test_chunks_give_the_logits_of_one_forward(name: str, layers: Any, kind: str) -> None:
+    model, ids = dilated(name, layers=layers), inputs(name)["input_ids"]
+    expected = logits(model, {"input_ids": ids}, use_cache=False)
+    cache = BoundedCache(model) if kind == "bounded" else DynamicCache(config=model.config)
+    chunks = ids.split([13, 1, 1, 20, 15], 1)
+    got = torch.cat([logits(model, {"input_ids": chunk}, past_key_values=cache) for chunk in chunks], 1)
+    assert (got - expected).abs().max() < 1e-9
+    assert cache.get_seq_length() == 50
+
+
+def test_left_padding_goes_through_both_caches() -> None:
+    model, ids = dilated("llama"), inputs("llama")["input_ids"]
+    real = torch.ones_like(ids)
+    real[1, :13] = 0
+    expected = logits(model, {"input_ids": ids, "attention_mask": real}, use_cache=False)
+    for cache in (BoundedCache(model), DynamicCache(config=model.config)):
+        got, stop = [], 0
+        for chunk in ids.split([13, 1, 1, 20, 15], 1):
+            stop += chunk.shape[1]
+            given = {"input_ids": chunk, "attention_mask": real[:, :stop]}
+            got.append(logits(model, given, past_key_values=cache))
+        assert (torch.cat(got, 1) - expected)[real.bool()].abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3},
+        {"do_sample": True},
+        {"prompt_lookup_num_tokens": 3},
+        {"num_return_sequences": 2, "num_beams": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_generate_gives_what_it_gives_without_a_cache(name: str, options: dict[str, Any]) -> None:
+    model = dilated(name)
+    # Lookup takes one row.
+    ids = inputs(name, batch=1 if "prompt_lookup_num_tokens" in options else 2)["input_ids"]
+    settings = {"max_new_tokens": 30, "attention_mask": torch.ones_like(ids), **options}
+    torch.manual_seed(0)
+    got = model.generate(ids, **settings)
+    torch.manual_seed(0)
+    plain = {key: value for key, value in settings.items() if key != "prompt_lookup_num_tokens"}
+    assert torch.equal(got, model.generate(ids, use_cache=False, **plain))
+
+
+def test_generate_takes_a_left_padded_batch() -> None:
+    model, ids = dilated("llama"), inputs("llama")["input_ids"]
+    real = torch.ones_like(ids)
+    real[1, :13] = 0
+    settings = {"max_new_tokens": 30, "attention_mask": real, "do_sample": False}
+    assert torch.equal(model.generate(ids, **settings), model.generate(ids, use_cache=False, **settings))
+
+
+def test_the_cache_does_not_grow_and_goes_on() -> None:
+    model, ids = dilated("llama"), inputs("llama")["input_ids"]
+    five, more, all_ = ({"max_new_tokens": n, "min_new_tokens": n, "do_sample": False} for n in (5, 60, 65))
+    out = model.generate(ids, return_dict_in_generate=True, **five)
+    cache = out.past_key_values
+    assert isinstance(cache, BoundedCache)
+    size = cache.nbytes
+    assert size > 0
+    longer = model.generate(out.sequences, past_key_values=cache, **more)
+    assert cache.nbytes == size and cache.get_seq_length() == 50 + 5 + 60 - 1
+    assert torch.equal(longer, model.generate(ids, use_cache=False, **all_))
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert torch.equal(model.generate(ids, past_key_values=cache, **five), out.sequences)
+
+
+def test_generate_works_under_autocast() -> None:
+    model, ids = apply(make("llama"), SEGMENTS, RATES), inputs("llama")["input_ids"]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model.generate(ids, max_new_tokens=9, do_sample=False, return_dict_in_generate=True)
+        expected = logits(model, {"input_ids": ids}, use_cache=False)[:, -1]
+        got = logits(model, {"input_ids": ids}, past_key_values=BoundedCache(model))[:, -1]
+    assert out.past_key_values.layers[0].cache.dtype == torch.bfloat16
+    assert (got - expected).abs().max() < 0.05
+
+
+def test_a_cache_of_its_own_is_taken() -> None:
+    model, ids = dilated("llama"), inputs("llama")["input_ids"]
+    out = model.generate(
+        ids, max_new_tokens=3, past_key_values=DynamicCache(config=model.config), return_dict_in_generate=True
+    )
+    assert isinstance(out.past_key_values, DynamicCache)
+
+
+def test_what_a_cache_cannot_hold_is_refused() -> None:
+    model, ids = dilated("llama"), inputs("llama")["input_ids"]
+    with pytest.raises(ValueError, match=r"expected longnet.hf.BoundedCache\(model\) or a DynamicCache"):
+        model.generate(ids, max_new_tokens=3, cache_implementation="static")
+    with pytest.raises(ValueError, match="is not dilated"):
+        BoundedCache(make("llama"))
+    with pytest.raises(ValueError, match="attends to later tokens"):
+        BoundedCache(apply(make("bert"), 8, 1))
+    with pytest.raises(ValueError, match="requires a gradient and a cache holds no graph"):
+        model(input_ids=ids, past_key_values=BoundedCache(model))
+    positions = torch.cat([torch.arange(20), torch.arange(30)])[None]
+    with pytest.raises(ValueError, match="a cache holds one document a row"):
+        logits(model, {"input_ids": ids}, position_ids=positions, past_key_values=BoundedCache(model))
+    dynamic = DynamicCache(config=model.config)
+    logits(model, {"input_ids": ids}, past_key_values=dynamic)
+    with pytest.raises(ValueError, match="a cache holds one document a row"):
+        logits(model, {"input_ids": ids}, position_ids=positions, past_key_values=dynamic)
+    real = torch.ones_like(ids)
+    real[0, -3:] = 0
+    with pytest.raises(ValueError, match="a stream takes padding before a row's first real token only"):
+        logits(model, {"input_ids": ids, "attention_mask": real}, past_key_values=BoundedCache(model))
+
+
+def test_a_bounded_cache_in_another_model_is_noticed() -> None:
+    cache, other, ids = BoundedCache(dilated("llama")), make("llama").double(), inputs("llama")["input_ids"]
+    logits(other, {"input_ids": ids}, past_key_values=cache)
+    with pytest.raises(ValueError, match="tokens that no attention has read"):
+        logits(other, {"input_ids": ids[:, :1]}, past_key_values=cache)

@@ -1,0 +1,198 @@
+"""Dilated models of Hugging Face compute what the definition says: forward, padding, documents, gradients."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from apply_models import DECODERS, MODELS, inputs, logits, make
+from oracle import dense_attention
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+
+from longnet.hf import apply
+
+# The name that both versions of transformers know.
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+
+SEGMENTS, RATES = (8, 24), (1, 3)
+# Models and the side on which the second row is padded; pictures have no padding.
+CASES = [(name, side) for name in MODELS for side in (None, "left", "right") if name != "vit" or side is None]
+
+
+def set_to_oracle(
+    model: PreTrainedModel, layers: Iterator[int] | None = None, head_offsets: str = "interleaved"
+) -> None:
+    """Attend by the definition: dense, in float64. Layers that are not among ``layers`` attend fully."""
+    dilated = None if layers is None else set(layers)
+    order: dict[nn.Module, int] = {}
+
+    def attend(
+        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **_: Any
+    ) -> tuple[Tensor, None]:
+        number = order.setdefault(module, len(order))
+        length = q.shape[2]
+        pattern = (SEGMENTS, RATES) if dilated is None or number in dilated else ((length,), (1,))
+        out, _lse = dense_attention(
+            *(q, k, v),
+            *pattern,
+            is_causal=bool(module.is_causal),
+            scale=scaling,
+            key_padding_mask=None if mask is None else ~mask,
+            head_offsets=head_offsets,
+        )
+        return out.transpose(1, 2), None
+
+    AttentionInterface.register("oracle_of_tests", attend)
+    AttentionMaskInterface.register("oracle_of_tests", flash_attention_mask)
+    model.set_attn_implementation("oracle_of_tests")
+
+
+def padding(side: str | None, batch: int = 2, length: int = 50) -> Tensor:
+    """(B, N), 1 where a token is; the second row has 13 tokens of padding."""
+    real = torch.ones(batch, length, dtype=torch.long)
+    if side == "left":
+        real[1, :13] = 0
+    elif side == "right":
+        real[1, -13:] = 0
+    return real
+
+
+@pytest.mark.parametrize(("name", "side"), CASES)
+def test_a_long_segment_of_rate_one_changes_nothing(name: str, side: str | None) -> None:
+    model, given = make(name), inputs(name)
+    if side is not None:
+        given["attention_mask"] = padding(side)
+    real = slice(None) if name == "vit" else padding(side).bool()
+    expected = logits(model, given)[real]
+    assert (logits(apply(model, 64, 1), given)[real] - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "layers", "head_offsets"),
+    [
+        *((*case, layers, "interleaved") for case in CASES for layers in (None, [0, 2])),
+        ("llama", "left", None, "blocked"),
+        ("bert", "right", [1], "blocked"),
+    ],
+)
+def test_logits_are_those_of_the_definition(name: str, side: str | None, layers: Any, head_offsets: Any) -> None:
+    given = {key: x if key == "input_ids" else x.double() for key, x in inputs(name).items()}
+    if side is not None:
+        given["attention_mask"] = padding(side)
+    oracle = make(name).double()
+    set_to_oracle(oracle, layers, head_offsets)
+    expected = logits(oracle, given)
+    dilated = apply(make(name).double(), SEGMENTS, RATES, layers=layers, head_offsets=head_offsets)
+    real = slice(None) if name == "vit" else padding(side).bool()
+    assert (logits(dilated, given)[real] - expected[real]).abs().max() < 1e-9
+    # And that is another function than before.
+    assert (logits(make(name).double(), given)[real] - expected[real]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("original", ["sdpa", "eager"])
+@pytest.mark.parametrize("layers", [None, [1]])
+@pytest.mark.parametrize("name", DECODERS)
+def test_packed_documents_are_as_if_alone(name: str, layers: Any, original: str) -> None:
+    model = make(name).double()
+    model.set_attn_implementation(original)
+    apply(model, SEGMENTS, RATES, layers=layers)
+    ids, lengths = inputs(name)["input_ids"], [[7, 1, 42], [50]]
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    expected = torch.stack(
+        [
+            torch.cat([logits(model, {"input_ids": part[None]})[0] for part in row.split(its)])
+            for row, its in zip(ids, lengths, strict=True)
+        ]
+    )
+    for options in ({"use_cache": False}, {}, {"attention_mask": torch.ones_like(ids)}):
+        got = logits(model, {"input_ids": ids}, position_ids=positions, **options)
+        # transformers' eager attention has its softmax in float32.
+        assert (got - expected).abs().max() < (1e-5 if original == "eager" and layers else 1e-9)
+
+
+def test_packed_documents_beside_padding() -> None:
+    model = apply(make("llama").double(), SEGMENTS, RATES)
+    ids = inputs("llama", batch=1)["input_ids"]
+    positions = torch.cat([torch.arange(n) for n in (20, 20, 10)])[None]
+    real = padding("right")[1:]
+    expected = torch.cat([logits(model, {"input_ids": part}) for part in ids[:, :37].split((20, 17), 1)], 1)
+    got = logits(model, {"input_ids": ids, "attention_mask": real}, position_ids=positions)
+    assert (got[:, :37] - expected).abs().max() < 1e-9
+
+
+def test_positions_that_start_at_padding_are_one_document() -> None:
+    """``generate`` gives a left-padded row's first real token the position 0."""
+    model = apply(make("llama").double(), SEGMENTS, RATES)
+    real = padding("left")
+    given = {**inputs("llama"), "attention_mask": real}
+    positions = (real.cumsum(1) - 1).masked_fill(real == 0, 1)
+    set_to_oracle(oracle := make("llama").double())
+    got, expected = (logits(each, given, position_ids=positions) for each in (model, oracle))
+    assert (got - expected)[real.bool()].abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_gradients_are_those_of_the_definition(name: str, checkpointing: bool) -> None:
+    given = {**inputs(name), "attention_mask": padding("right")}
+    labels = given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)
+
+    def gradients(model: PreTrainedModel) -> list[Tensor]:
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(**given, labels=labels, use_cache=False).loss.backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+    set_to_oracle(oracle := make(name).double())
+    expected = gradients(oracle)
+    got = gradients(apply(make(name).double(), SEGMENTS, RATES))
+    assert len(got) == len(expected) > 10
+    for mine, its in zip(got, expected, strict=True):
+        assert (mine - its).norm() <= 1e-9 * max(1.0, its.norm())
+
+
+def test_a_step_of_training_on_packed_rows_learns() -> None:
+    model = apply(make("llama"), SEGMENTS, RATES).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    ids = inputs("llama", batch=1)["input_ids"]
+    positions = torch.cat([torch.arange(20), torch.arange(30)])[None]
+    losses = []
+    for _ in range(8):
+        loss = model(input_ids=ids, position_ids=positions, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
+
+
+LONG = """
+import resource, sys, torch, transformers
+import longnet.hf
+config = transformers.LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+    num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=100_000)
+model = longnet.hf.apply(transformers.LlamaForCausalLM(config), (512, 2048), (1, 2)).eval()
+ids = torch.randint(3, 40, (1, 100_000))
+mask, positions = torch.ones_like(ids), torch.arange(100_000)[None]
+mask[:, -500:] = 0
+with torch.no_grad():
+    model(input_ids=ids[:, :64], logits_to_keep=1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for given in ({}, {"attention_mask": mask}, {"position_ids": positions % 30_000}):
+        assert model(input_ids=ids, logits_to_keep=1, **given).logits.isfinite().all()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_no_mask_of_all_pairs_is_ever_built() -> None:
+    """100,000 tokens: one bit a pair would be 1.2 GiB, one byte 9.3 GiB."""
+    done = subprocess.run([sys.executable, "-c", LONG], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) < 600

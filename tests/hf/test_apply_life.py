@@ -1,0 +1,251 @@
+"""Dilation of Hugging Face models: saved, loaded, undone, and refused with the model left as it was."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from apply_models import MODELS, gpt2, inputs, llama, logits, make, mistral
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from longnet.hf import apply, load, restore
+
+SEGMENTS, RATES = (8, 24), (1, 3)
+
+
+def state(model: PreTrainedModel) -> tuple[Any, ...]:
+    modules = [(type(module), sorted(module.__dict__)) for module in model.modules()]
+    implementations = [module.config._attn_implementation for module in model.modules() if hasattr(module, "config")]
+    return model.config.to_dict(), sorted(model.config.__dict__), modules, implementations
+
+
+@pytest.mark.parametrize("original", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", MODELS)
+def test_restore_undoes_all_of_it(name: str, original: str) -> None:
+    model, given = make(name), inputs(name)
+    model.set_attn_implementation(original)
+    before, expected = state(model), logits(model, given)
+    assert apply(model, SEGMENTS, RATES, layers=[0, 1]) is model
+    assert not torch.equal(logits(model, given), expected)
+    assert restore(model) is model
+    assert state(model) == before
+    assert torch.equal(logits(model, given), expected)
+    with pytest.raises(ValueError, match="is not dilated"):
+        restore(model)
+
+
+@pytest.mark.parametrize("layers", [None, [1]])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_saved_model_comes_back_dilated_or_not_at_all(name: str, layers: Any, tmp_path: Path) -> None:
+    model, given = apply(make(name), SEGMENTS, RATES, layers=layers, head_offsets="blocked"), inputs(name)
+    expected = logits(model, given)
+    # What saving sets in a config, it sets in any.
+    model.save_pretrained(tmp_path / "first")
+    before = state(model)
+    model.save_pretrained(tmp_path)
+    assert state(model) == before
+    # Not even a class that asks for no model type reads it, and the error says what does.
+    for read in (type(model).from_pretrained, AutoConfig.from_pretrained, type(model.config).from_pretrained):
+        with pytest.raises(Exception, match=r"load this folder with longnet\.hf\.load"):
+            read(tmp_path)
+    # ``Trainer`` reads it as this when it resumes.
+    PretrainedConfig.from_json_file(tmp_path / "config.json")
+    again = load(tmp_path).eval()
+    assert type(again) is type(model)
+    assert torch.equal(logits(again, given), expected)
+    # And once more: what was loaded is saved alike.
+    again.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "config.json").read_text()
+    its, own = state(restore(again))[0], state(restore(model))[0]
+    assert its | {"_name_or_path": ""} == own
+
+
+def test_load_takes_a_class_and_options(tmp_path: Path) -> None:
+    apply(make("qwen3"), SEGMENTS, RATES).save_pretrained(tmp_path)
+    loaded = load(tmp_path, AutoModelForCausalLM, dtype=torch.float64)
+    assert isinstance(loaded, transformers.Qwen3ForCausalLM) and loaded.dtype == torch.float64
+    assert loaded.config.layer_types == ["full_attention"] * 3
+
+
+def test_load_refuses_other_folders(tmp_path: Path) -> None:
+    make("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no 'longnet' entry"):
+        load(tmp_path)
+
+
+def test_pushing_while_saving_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="push_to_hub=True"):
+        apply(make("llama"), SEGMENTS, RATES).save_pretrained(tmp_path / "new", push_to_hub=True)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_restored_model_saves_as_before(tmp_path: Path) -> None:
+    model = restore(apply(make("llama"), SEGMENTS, RATES))
+    model.save_pretrained(tmp_path)
+    assert "longnet" not in json.loads((tmp_path / "config.json").read_text())
+    given = inputs("llama")
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path).eval(), given), logits(model, given))
+
+
+def test_a_copy_is_a_model_of_its_own(tmp_path: Path) -> None:
+    model, given = apply(make("llama"), SEGMENTS, RATES), inputs("llama")
+    expected = logits(model, given)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(2)
+    other.save_pretrained(tmp_path)
+    assert torch.equal(logits(load(tmp_path).eval(), given), logits(other, given))
+    restore(other)
+    assert torch.equal(logits(model, given), expected)
+
+
+def test_another_model_of_the_same_config_does_not_attend_otherwise_unnoticed() -> None:
+    model = make("llama")
+    apply(model, SEGMENTS, RATES)
+    other = type(model)(model.config).eval()
+    with pytest.raises(ValueError, match="without a pattern"):
+        logits(other, inputs("llama"))
+
+
+def t5() -> PreTrainedModel:
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    )
+
+
+def bart() -> PreTrainedModel:
+    sizes: dict[str, Any] = {
+        f"{part}_{what}": 2 for part in ("encoder", "decoder") for what in ("layers", "attention_heads", "ffn_dim")
+    }
+    return transformers.BartModel(transformers.BartConfig(vocab_size=40, d_model=16, **sizes))
+
+
+def clip() -> PreTrainedModel:
+    part: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
+    return transformers.CLIPModel(
+        transformers.CLIPConfig(
+            text_config={**part, "vocab_size": 40}, vision_config={**part, "image_size": 8, "patch_size": 4}
+        )
+    )
+
+
+def gemma2() -> PreTrainedModel:
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "head_dim": 8,
+    }
+    config = transformers.Gemma2Config(
+        vocab_size=40, num_key_value_heads=1, layer_types=["full_attention"] * 2, pad_token_id=0, **sizes
+    )
+    return transformers.Gemma2Model(config)
+
+
+def gpt_oss() -> PreTrainedModel:
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "head_dim": 8,
+    }
+    config = transformers.GptOssConfig(
+        **sizes, vocab_size=40, num_key_value_heads=1, num_local_experts=2, layer_types=["full_attention"],
+        num_experts_per_tok=1, pad_token_id=0, sliding_window=None,
+    )  # fmt: skip
+    return transformers.GptOssModel(config)
+
+
+def mamba() -> PreTrainedModel:
+    return transformers.MambaModel(
+        transformers.MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, state_size=4)
+    )
+
+
+ONE = {"segment_lengths": 8, "dilation_rates": 1}
+
+
+@pytest.mark.parametrize(
+    ("make_model", "options", "error", "message"),
+    [
+        (mamba, ONE, ValueError, "MambaModel does not use transformers' AttentionInterface"),
+        (t5, ONE, ValueError, "T5ForConditionalGeneration (does not use|has cross-attention)"),
+        (bart, ONE, ValueError, "BartModel has cross-attention"),
+        (lambda: gpt2(add_cross_attention=True), ONE, ValueError, "has cross-attention"),
+        (clip, ONE, ValueError, "CLIPModel has attention layers of several configs"),
+        (lambda: mistral(sliding_window=16), ONE, ValueError, "has a sliding window of 16 tokens"),
+        (gemma2, ONE, ValueError, "soft-caps its scores"),
+        (gpt_oss, ONE, ValueError, "has attention sinks"),
+        (llama, {**ONE, "layers": [0, 3]}, ValueError, r"layers=\[0, 3\]: expected at least one of the layers 0 to 2"),
+        (llama, {**ONE, "layers": []}, ValueError, r"layers=\[\]"),
+        (llama, {**ONE, "layers": [-1]}, ValueError, r"layers=\[-1\]"),
+        (llama, {**ONE, "layers": [1, 1]}, ValueError, "each once"),
+        (llama, {**ONE, "layers": [1.0]}, TypeError, "holds 1.0 of type float"),
+        (llama, {**ONE, "layers": 1}, TypeError, "layers=1 has type int"),
+        (llama, {**ONE, "backend": "fast"}, ValueError, "backend='fast' is unknown"),
+        (llama, {**ONE, "head_offsets": "mixed"}, ValueError, "head_offsets='mixed'"),
+        (llama, {"segment_lengths": (8, 16), "dilation_rates": 1}, ValueError, "differ in length"),
+        (llama, {"segment_lengths": 4, "dilation_rates": 8}, ValueError, "more than its segment length"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(
+    make_model: Any, options: Any, error: type[Exception], message: str
+) -> None:
+    model = make_model()
+    before = state(model)
+    with pytest.raises(error, match=message):
+        apply(model, **options)
+    assert state(model) == before
+
+
+def test_no_model_is_refused() -> None:
+    with pytest.raises(TypeError, match="model has type Linear"):
+        apply(torch.nn.Linear(2, 2), 8, 1)  # type: ignore[type-var]
+    model = apply(make("llama"), 8, 1)
+    before = state(model)
+    with pytest.raises(ValueError, match="is dilated already"):
+        apply(model, 8, 1)
+    assert state(model) == before
+
+
+@pytest.mark.parametrize(
+    ("make_model", "options", "message"),
+    [
+        (llama, {"attention_mask": torch.ones(2, 1, 50, 50, dtype=torch.bool)}, "a mask of scores"),
+        (llama, {"attention_mask": torch.zeros(2, 1, 50, 50)}, "a mask of scores"),
+        (llama, {"output_attentions": True}, "attention weights are never made"),
+        (gpt2, {"output_attentions": True}, "attention weights are never made"),
+    ],
+)
+def test_calls_that_cannot_be_honoured_are_refused(make_model: Any, options: dict[str, Any], message: str) -> None:
+    model, given = apply(make_model().eval(), SEGMENTS, RATES), inputs("llama")
+    before, expected = state(model), logits(model, given)
+    with pytest.raises(ValueError, match=message):
+        logits(model, given, **options)
+    assert state(model) == before
+    assert torch.equal(logits(model, given), expected)
+
+
+@pytest.mark.parametrize("model", [lambda: llama(attention_dropout=0.1), lambda: gpt2(attn_pdrop=0.1)])
+def test_attention_dropout_in_training_is_refused(model: Any) -> None:
+    dilated, given = apply(model(), SEGMENTS, RATES).train(), inputs("llama")
+    with pytest.raises(ValueError, match=r"attention dropout of 0\.1 in training"):
+        dilated(**given)
+    logits(dilated.eval(), given)
+
+
+def test_a_pattern_that_leaves_positions_out_says_so() -> None:
+    with pytest.warns(UserWarning, match="to no head"):
+        apply(make("llama"), 32, 8)
