@@ -7,14 +7,15 @@ INSTALLED := .venv/.installed
 
 DEMO := --preset tiny --context 8192 --minutes 8 --lr 3e-3 --clip 0.3 --schedule linear --warmup 40
 
-.PHONY: help demo test lint type pytest bench figures format clean
+.PHONY: help demo test lint type docs pytest bench figures format clean
 
 help:
 	@echo "make demo     train a small LongNet on Python's own source code and write runs/demo/report.html"
-	@echo "make test     everything that must pass: lint, types and the tests"
+	@echo "make test     everything that must pass: lint, types, the documentation and the tests"
 	@echo "make lint     ruff: rules and formatting          make format   let ruff mend what it can"
 	@echo "make type     mypy                                make pytest   the tests alone, the import ladder among them"
 	@echo "make bench    measure speed and memory            make figures  draw the pictures of the README"
+	@echo "make docs     the documentation site: open build/docs/index.html in a browser"
 	@echo "make clean    delete caches and build outputs (never .venv or runs)"
 
 # torch comes first and by itself: pinned by the constraints, it satisfies the package's own requirement afterwards.
@@ -39,6 +40,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory type
+	@$(MAKE) --no-print-directory docs
 	@$(MAKE) --no-print-directory pytest
 
 lint: $(INSTALLED)
@@ -51,6 +53,9 @@ format: $(INSTALLED)
 
 type: $(INSTALLED)
 	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
 
 pytest: $(INSTALLED)
 	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadgroup

@@ -7,16 +7,28 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from longnet.figures import _COLORS, _cell_pairs, plot_cost, plot_pattern, plot_receptive_field
+from longnet import DilatedCache
+from longnet.figures import (
+    curves,
+    plot_cache,
+    plot_cost,
+    plot_pattern,
+    plot_receptive_field,
+    plot_selection,
+    plot_shards,
+    plot_traffic,
+)
+from longnet.figures.patterns import _cell_pairs
+from longnet.figures.style import COLORS
 from longnet.geometry.pattern import Pattern
 
 PATTERN = Pattern.parse([16, 32, 64], [1, 2, 4])
 
 
-def pixels(path: Path, color: str) -> int:
+def pixels(path: Path, color: str, legend: int = 80) -> int:
     """How many pixels of the PNG have this colour, above the legend at its lower edge."""
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    image = imread(path)[:-80, :, :3]
+    image = imread(path)[:-legend, :, :3]
     assert min(image.shape[:2]) > 300
     return int((np.abs(image - np.array(to_rgb(color))).max(axis=-1) < 0.01).sum())
 
@@ -36,7 +48,7 @@ def test_every_colour_has_the_area_of_its_branchs_pairs(tmp_path: Path, is_causa
             if reading:
                 cells[max(reading)] += 1
     path = plot_pattern(PATTERN, 1, 64, tmp_path / "pattern.png", is_causal=is_causal)
-    drawn = [pixels(path, color) for color in _COLORS[:3]]
+    drawn = [pixels(path, color) for color in COLORS[:3]]
     assert [count / sum(drawn) for count in drawn] == pytest.approx([c / sum(cells) for c in cells], rel=0.03)
 
 
@@ -44,13 +56,13 @@ def test_every_colour_has_the_area_of_its_branchs_pairs(tmp_path: Path, is_causa
 def test_any_length_is_drawn(tmp_path: Path, length: int) -> None:
     path = plot_pattern(PATTERN, 4, length, tmp_path / "pattern.png")
     assert path == tmp_path / "pattern.png"
-    assert sum(pixels(path, color) for color in _COLORS[:3]) > 1000
+    assert sum(pixels(path, color) for color in COLORS[:3]) > 1000
 
 
 def test_causal_leaves_out_half_of_the_picture(tmp_path: Path) -> None:
     both = plot_pattern(Pattern.parse(64, 1), 1, 64, tmp_path / "both.png", is_causal=False)
     causal = plot_pattern(Pattern.parse(64, 1), 1, 64, tmp_path / "causal.png")
-    assert pixels(causal, _COLORS[0]) / pixels(both, _COLORS[0]) == pytest.approx(65 / 128, rel=0.02)
+    assert pixels(causal, COLORS[0]) / pixels(both, COLORS[0]) == pytest.approx(65 / 128, rel=0.02)
 
 
 def test_a_million_tokens_and_many_branches_and_heads_are_drawn(tmp_path: Path) -> None:
@@ -95,3 +107,70 @@ def test_bad_numbers_are_named(tmp_path: Path) -> None:
         plot_pattern(PATTERN, 4, 0, tmp_path / "pattern.png")
     with pytest.raises(ValueError, match="heads=0"):
         plot_pattern(PATTERN, 0, 64, tmp_path / "pattern.png")
+
+
+def test_every_selected_position_has_its_cell(tmp_path: Path) -> None:
+    path = plot_selection(PATTERN, 4, 64, tmp_path / "selection.png")
+    drawn = [pixels(path, color, legend=40) for color in COLORS[:3]]
+    # A head keeps all, half and a quarter of the positions.
+    assert [count / drawn[0] for count in drawn] == pytest.approx([1, 1 / 2, 1 / 4], rel=0.06)
+    with pytest.raises(ValueError, match="length=129 is too long"):
+        plot_selection(PATTERN, 4, 129, tmp_path / "selection.png")
+
+
+def drawn_curves(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
+    """What the curves of the next picture are made of."""
+    found: dict[str, list[float]] = {}
+    plot = curves._plot
+
+    def spy(x, values, *rest, **options):
+        found.update({name: list(curve) for name, curve in values.items()})
+        return plot(x, values, *rest, **options)
+
+    monkeypatch.setattr(curves, "_plot", spy)
+    return found
+
+
+@pytest.mark.parametrize("kv_heads", [None, 2])
+def test_the_cache_is_drawn_as_large_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kv_heads: int | None
+) -> None:
+    found = drawn_curves(monkeypatch)
+    path = plot_cache(PATTERN, 4, 8, [1, 100, 2**20], tmp_path / "cache.png", kv_heads=kv_heads, bytes_per_element=4)
+    cache = DilatedCache((16, 32, 64), (1, 2, 4), batch_size=1, heads=4, kv_heads=kv_heads, head_dim=8)
+    assert found["dilated"] == [cache.keys.nbytes + cache.values.nbytes] * 3
+    assert found["dense"] == [2 * (kv_heads or 4) * tokens * 8 * 4 for tokens in (1, 100, 2**20)]
+    assert pixels(path, "#12485a") > 500
+    with pytest.raises(ValueError, match="heads=4 is not divisible by kv_heads=3"):
+        plot_cache(PATTERN, 4, 8, [1, 2], tmp_path / "cache.png", kv_heads=3)
+
+
+def test_traffic_is_drawn_and_needs_two_numbers_of_ranks(tmp_path: Path) -> None:
+    sent = {"ours": [1e6, 2e6], "another": [1e6, 4e9], "a third": [1e7, 1e13]}
+    path = plot_traffic([2, 64], sent, tmp_path / "traffic.png", "a sequence")
+    assert pixels(path, "#12485a") > 500
+    assert pixels(path, "#d1603d") > 100
+    with pytest.raises(ValueError, match=r"ranks=\(2,\)"):
+        plot_traffic([2], sent, tmp_path / "traffic.png", "a sequence")
+
+
+@pytest.mark.parametrize(("is_causal", "share"), [(True, 0.5), (False, 1.0)])
+def test_what_ranks_send_is_drawn(tmp_path: Path, is_causal: bool, share: float) -> None:
+    pattern = Pattern.parse(64, 1)
+    path = plot_shards(pattern, 2, 8, [16] * 4, tmp_path / "shards.png", is_causal=is_causal)
+    # One branch over all ranks: every pair of ranks that sends does so equally much, in the darkest colour.
+    both = plot_shards(pattern, 2, 8, [16] * 4, tmp_path / "both.png", is_causal=False)
+    left = [imread(picture)[60:-80, : imread(picture).shape[1] // 2, :3] for picture in (path, both)]
+    dark = [int((np.abs(part - np.array(to_rgb("#12485a"))).max(axis=-1) < 0.02).sum()) for part in left]
+    assert dark[0] / dark[1] == pytest.approx(share, rel=0.05)
+
+
+@pytest.mark.parametrize("ranks", [1, 65])
+def test_too_few_and_too_many_ranks_are_refused(tmp_path: Path, ranks: int) -> None:
+    with pytest.raises(ValueError, match=f"shard_lengths holds {ranks} lengths"):
+        plot_shards(PATTERN, 4, 8, [16] * ranks, tmp_path / "shards.png")
+
+
+def test_nothing_that_travels_is_drawn_too(tmp_path: Path) -> None:
+    path = plot_shards(Pattern.parse(16, 1), 4, 8, [16] * 4, tmp_path / "shards.png")
+    assert pixels(path, "#f1f0ec") > 1000

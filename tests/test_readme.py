@@ -17,32 +17,45 @@ import typer
 from longnet.cli.main import app
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "DESIGN.md", "CHANGELOG.md")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TEXTS = {
+    page: (ROOT / page).read_text(encoding="utf-8")
+    for page in (
+        *("README.md", "CONTRIBUTING.md", "DESIGN.md", "CHANGELOG.md"),
+        *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")),
+    )
+}
 
 
-def blocks(language: str, text: str = README) -> list[str]:
+def blocks(language: str, text: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def shell_lines(first_word: str) -> Iterator[list[str]]:
-    """The words of every line of a shell block that starts with ``first_word``, without its comment."""
-    for block in blocks("sh"):
-        for line in block.splitlines():
+def shell_lines(first_word: str, text: str) -> Iterator[list[str]]:
+    """The words from ``first_word`` on of every command that begins with it, alone, behind a pipe or behind torchrun's -m.
+
+    Without comments; a line that ends with a backslash goes on.
+    """
+    for block in blocks("sh", text):
+        for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
-            if words[:1] == [first_word]:
-                yield words
+            for number, word in enumerate(words):
+                if word == first_word and (number == 0 or words[number - 1] in ("|", "-m")):
+                    yield words[number:]
+                    break
 
 
 PYTHON = [
-    (f"{page.name}, Python block {number}", block)
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-    for number, block in enumerate(blocks("python", page.read_text(encoding="utf-8")), start=1)
+    (f"{page}, Python block {number}", block)
+    for page, text in TEXTS.items()
+    for number, block in enumerate(blocks("python", text), start=1)
 ]
-COMMANDS = list(shell_lines("longnet"))
+COMMANDS = list(shell_lines("longnet", README))
+# Each once: pages repeat what the README shows.
+ALL_COMMANDS = sorted({tuple(words) for text in TEXTS.values() for words in shell_lines("longnet", text)})
 # Any: what typer builds its commands from differs between its versions.
 SUBCOMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-MAKE_TARGETS = {words[1] for words in shell_lines("make")}
+MAKE_TARGETS = {words[1] for text in TEXTS.values() for words in shell_lines("make", text)}
 
 
 @pytest.mark.parametrize(("where", "code"), PYTHON, ids=[where for where, _ in PYTHON])
@@ -61,13 +74,14 @@ def test_the_python_runs(where: str, code: str, tmp_path: Path, monkeypatch: pyt
             torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_the_command_takes_these_options(words: list[str]) -> None:
+@pytest.mark.parametrize("words", ALL_COMMANDS, ids=" ".join)
+def test_the_command_takes_these_options(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
     command = SUBCOMMANDS[words[1]]
     options = {name for parameter in command.params for name in parameter.opts}
     assert {word for word in words if word.startswith("--")} <= options
     # Parses the values too; nothing is run.
-    with command.make_context(words[1], words[2:]):
+    with command.make_context(words[1], list(words[2:])):
         pass
 
 
@@ -86,16 +100,19 @@ def test_continuous_integration_runs_the_test_command() -> None:
     assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").endswith("\nmake test\n")
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", TEXTS)
 def test_links_lead_to_files(page: str) -> None:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)]+)\)", text)]
-    assert [target for target in targets if "://" not in target and target and not (ROOT / target).is_file()] == []
+    folder = (ROOT / page).parent
+    targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)]+)\)", TEXTS[page])]
+    assert [target for target in targets if "://" not in target and target and not (folder / target).is_file()] == []
 
 
 def test_the_blocks_are_seen() -> None:
-    assert len(PYTHON) >= 4
+    assert len([where for where, _ in PYTHON if where.startswith("README.md")]) >= 4
+    assert len([where for where, _ in PYTHON if where.startswith("docs/")]) >= 30
     assert len(COMMANDS) >= 4
+    assert len(ALL_COMMANDS) > len(COMMANDS)
+    assert ("longnet", "train", "--cp", "4", "--context", "1048576", "--out", "runs/long") in ALL_COMMANDS
 
 
 def test_the_table_of_what_travels_is_what_the_script_prints(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,117 @@
+"""What each backend can do, as the table of docs/backends.md: ``python scripts/backend_table.py``.
+
+Devices, types, head dimensions and the bias are asked of the backends themselves, memory is read from committed
+benchmark results; ``tests/backends/test_backend_table.py`` runs what the other columns say.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from longnet.backends import BACKENDS, Backend, hopper
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LARGEST = 1024
+COLUMNS = (
+    "backend",
+    "devices",
+    "dtypes",
+    "D",
+    "relative bias",
+    "padding",
+    "lse",
+    "same bits twice",
+    "memory, forward / with backward",
+)
+# Held by tests for every backend, on the CPU; on GPUs by tests/gpu. The portable backend uses torch's matrix products there.
+SAME = {
+    "cpu_flash": "yes",
+    "triton": "yes, no atomics",
+    "portable": "yes on a CPU; elsewhere as torch's matrix products are",
+}
+MEASURED = {"cpu_flash": ("cpu-2026-11-23.json", 131_072), "triton": ("gpu-2026-11-25.json", 1_048_576)}
+
+
+def devices(backend: Backend) -> str:
+    with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "0"}):
+        found = [device for device in DEVICES if takes(backend, device)]
+    with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
+        interpreted = takes(backend, "cpu") and "cpu" not in found
+    said = "every one" if len(found) == len(DEVICES) else ", ".join(found)
+    return said + ("; cpu in Triton's interpreter, by name" if interpreted else "")
+
+
+def takes(backend: Backend, device: str, dtype: torch.dtype = torch.float32, dim: int = 64, bias: bool = False) -> bool:
+    return backend.why_not(device, dtype, dim, bias) is None
+
+
+def row(backend: Backend) -> list[str]:
+    home = next(device for device in DEVICES if takes(backend, device))
+    dims = [dim for dim in range(1, LARGEST + 1) if takes(backend, home, dim=dim)]
+    return [
+        f"`{backend.name}`",
+        devices(backend),
+        names(tuple(dtype for dtype in DTYPES if takes(backend, home, dtype))),
+        "any" if len(dims) == LARGEST else f"{dims[0]} to {dims[-1]}",
+        "yes" if takes(backend, home, bias=True) else "no",
+        "yes",
+        "yes, differentiable",
+        SAME[backend.name],
+        memory(backend.name),
+    ]
+
+
+def hopper_row() -> list[str]:
+    """Of the kernels that the Triton backend prefers on such GPUs, nest by nest."""
+    dims = ", ".join(map(str, hopper.HEAD_DIMS))
+    return [
+        "`triton` on Hopper GPUs prefers",
+        "cuda, capability 9",
+        names(hopper.DTYPES),
+        dims,
+        "no",
+        "no",
+        *["as above"] * 3,
+    ]
+
+
+def names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def memory(name: str) -> str:
+    """Peak beyond q, k and v, in sizes of the output, the output and the gradient given for it counted."""
+    if name not in MEASURED:
+        return "linear in N; not measured"
+    file, length = MEASURED[name]
+    entries = json.loads((RESULTS / file).read_text(encoding="utf-8"))["memory"]
+    found = []
+    for kind in ("forward", "forward_backward"):
+        entry = next(
+            e for e in entries if e["pass"] == kind and e["case"]["length"] == length and e["case"]["is_causal"]
+        )
+        peak = entry["peak_bytes"]
+        peak = sorted(peak)[len(peak) // 2] if isinstance(peak, list) else peak
+        found.append((peak + entry.get("grad_out_bytes", 0)) / entry["output_bytes"])
+    return f"{found[0]:.2f} / {found[1]:.2f} outputs at N={length:,}"
+
+
+def table() -> list[str]:
+    """Lines of Markdown."""
+    rows = []
+    for backend in BACKENDS:
+        rows.append(row(backend))
+        if backend.name == "triton":
+            rows.append(hopper_row())
+    return [f"| {' | '.join(cells)} |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *rows)]
+
+
+if __name__ == "__main__":
+    print(*table(), sep="\n")

@@ -1,0 +1,207 @@
+"""Which key each query reads, and which positions each head selects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import FigureBase
+from matplotlib.patches import Patch, Rectangle
+
+from longnet.figures.style import EMPTY, FAINT, INK, branch_colors, legend, new_figure, quiet, save, ticks
+from longnet.geometry.cost import positive_int
+from longnet.geometry.pattern import Branch, Pattern
+
+EXACT_TOKENS = 128
+_WINDOW = 48
+_CELLS = 256
+_PANELS = 16
+
+
+def plot_pattern(pattern: Pattern, heads: int, length: int, path: str | Path, *, is_causal: bool = True) -> Path:
+    """Draw which key each query reads, per head, coloured by branch. Heads with the same offsets share a panel.
+
+    Up to 128 tokens every (query, key) pair is a cell; one that several branches read has the longest segment's colour.
+    Beyond, an overview of the sequence at reduced resolution (each cell coloured by the branch with the most pairs in
+    it) stands beside an exact window of 48 tokens per head, around the end of the first shortest segment, where the
+    branches part. The titles say so.
+
+    Args:
+        pattern: the branches.
+        heads: query heads H.
+        length: tokens N.
+        path: the picture's file; its suffix says the format (``.png``).
+        is_causal: leave out the keys after the query.
+
+    Returns:
+        ``path`` as a Path.
+    """
+    positive_int("length", length)
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for head in range(positive_int("heads", heads)):
+        groups.setdefault(tuple(pattern.offset(branch, head, heads) for branch in pattern.branches), []).append(head)
+    shown = list(groups.values())[:_PANELS]
+    branches = sorted(pattern.branches, key=lambda branch: (branch.segment_length, branch.dilation_rate))
+    colors = branch_colors(len(branches))
+    kind = "causal" if is_causal else "bidirectional"
+    title = f"Dilated attention, {length:,} tokens, {heads} heads, {kind}"
+    if len(shown) < len(groups):
+        title += f" (the first {len(shown)} of {len(groups)} distinct heads)"
+
+    count = len(shown)
+    if length <= EXACT_TOKENS:
+        columns, rows, window = min(count, 4), -(-count // min(count, 4)), range(length)
+        side = 3.4 if count <= 2 else 2.4
+        figure = new_figure(max(5.5, columns * side), rows * (side + 0.1) + 1.0, title)
+        right: FigureBase = figure
+    else:
+        rows = 1 if count == 1 else max(2, int(count**0.5))
+        columns, height = -(-count // rows), 5.4
+        panels = max(3.5, columns * (height / rows + 0.1))
+        figure = new_figure(height + 0.4 + panels, height + 1.2, title)
+        grid = figure.add_gridspec(1, 2, width_ratios=[height + 0.4, panels])
+        left, right = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
+        window = _corner(branches, length)
+        _draw_overview(left, pattern, branches, colors, heads, length, window, is_causal)
+        about = f"per head, tokens {window.start:,} to {window.stop - 1:,} (the square):\n"
+        about += "a cell is a pair, the longest segment on top"
+        right.suptitle(about, x=0.02, ha="left", fontsize=9, color=FAINT)
+    for index, members in enumerate(shown):
+        axes = right.add_subplot(rows, columns, 1 + index)
+        _draw_window(axes, pattern, branches, colors, members, heads, window, is_causal)
+        below, first = index + columns >= count, index % columns == 0
+        axes.tick_params(labelbottom=below, labelleft=first)
+        axes.set(xlabel="key position" if below else "", ylabel="query position" if first else "")
+    names = [f"segment {branch.segment_length:,}, rate {branch.dilation_rate:,}" for branch in branches]
+    legend(figure, [Patch(color=color, label=name) for color, name in zip(colors, names, strict=True)])
+    return save(figure, path)
+
+
+def plot_selection(pattern: Pattern, heads: int, length: int, path: str | Path) -> Path:
+    """Draw which positions each head selects in every branch, one row a head, with the ends of segments.
+
+    Args:
+        pattern, heads, path: as in :func:`plot_pattern`.
+        length: tokens N, at most 128.
+
+    Returns:
+        ``path`` as a Path.
+
+    Raises:
+        ValueError: more than 128 tokens.
+    """
+    if positive_int("length", length) > EXACT_TOKENS:
+        raise ValueError(f"length={length} is too long to draw token by token: expected at most {EXACT_TOKENS}")
+    positive_int("heads", heads)
+    colors = branch_colors(len(pattern.branches))
+    count = len(pattern.branches)
+    figure = new_figure(
+        9.5, 0.9 + count * (0.55 + 0.17 * heads), f"Which of {length:,} tokens each of {heads} heads selects"
+    )
+    for index, axes in enumerate(figure.subplots(count, 1, squeeze=False, sharex=True)[:, 0]):
+        branch = pattern.branches[index]
+        taken = [[pattern.selects(branch, head, heads, p) for p in range(length)] for head in range(heads)]
+        axes.pcolormesh(
+            np.arange(length + 1), np.arange(heads + 1), np.array(taken), cmap=ListedColormap([EMPTY, colors[index]]),
+            vmin=0, vmax=1, edgecolors="white", linewidth=0.6,
+        )  # fmt: skip
+        for end in range(branch.segment_length, length, branch.segment_length):
+            axes.axvline(end, color=INK, linewidth=1.6)
+        axes.set_ylim(heads, 0)
+        axes.set_yticks(np.arange(heads) + 0.5, [str(head) for head in range(heads)])
+        axes.set(ylabel="head", xlabel="position (a line ends a segment)" if index == count - 1 else "")
+        name = f"segment {branch.segment_length:,}, rate {branch.dilation_rate:,}"
+        axes.set_title(name, loc="left", fontsize=9, color=FAINT)
+        quiet(axes)
+    return save(figure, path)
+
+
+def _draw_window(
+    axes: Axes, pattern: Pattern, branches: list[Branch], colors: list[str], members: list[int], heads: int,
+    window: range, is_causal: bool,
+) -> None:  # fmt: skip
+    """One head's exact pairs among the window's tokens. Longer segments lie on top: they are the sparser ones."""
+    positions = np.arange(window.start, window.stop)
+    cells = np.zeros((len(positions), len(positions)), dtype=np.int64)
+    for index, branch in enumerate(branches, 1):
+        local = positions % branch.segment_length
+        taken = local % branch.dilation_rate == pattern.offset(branch, members[0], heads)
+        segment = positions // branch.segment_length
+        cells[taken[:, None] & taken & (segment[:, None] == segment)] = index
+    if is_causal:
+        cells[positions[:, None] < positions] = -1
+    edges = (window.start - 0.5, window.stop - 0.5, window.stop - 0.5, window.start - 0.5)
+    axes.imshow(
+        cells, cmap=ListedColormap(["white", EMPTY, *colors]), vmin=-1, vmax=len(branches), interpolation="nearest",
+        extent=edges,
+    )  # fmt: skip
+    name = f"head {members[0]}" if len(members) == 1 else "heads " + ", ".join(map(str, members[:4]))
+    axes.set_title(name + (", ..." if len(members) > 4 else ""), loc="left", fontsize=9, color=INK)
+    # Panels of a window are narrow; its middle is where a segment ends.
+    ticks(axes, window[:: max(1, len(window) // (2 if window.start else 4))])
+    quiet(axes)
+
+
+def _corner(branches: list[Branch], length: int) -> range:
+    """A window around the end of the first shortest segment, where the branches part."""
+    start = min(max(0, branches[0].segment_length - _WINDOW // 2), length - _WINDOW)
+    return range(start, start + _WINDOW)
+
+
+def _draw_overview(
+    place: FigureBase, pattern: Pattern, branches: list[Branch], colors: list[str], heads: int, length: int,
+    window: range, is_causal: bool,
+) -> None:  # fmt: skip
+    axes = place.add_subplot(anchor="NE")
+    cells = min(_CELLS, length)
+    edges = np.linspace(0, length, cells + 1).astype(np.int64)
+    pairs = np.zeros((len(branches), cells, cells))
+    for index, branch in enumerate(branches):
+        for head in range(heads):
+            pairs[index] += _cell_pairs(branch, pattern.offset(branch, head, heads), edges)
+    best = np.where(pairs.any(axis=0), pairs.argmax(axis=0) + 1, 0)
+    if is_causal:
+        best[np.triu_indices(cells, 1)] = -1
+    axes.imshow(
+        best, cmap=ListedColormap(["white", EMPTY, *colors]), vmin=-1, vmax=len(branches), interpolation="nearest",
+        extent=(0, length, length, 0),
+    )  # fmt: skip
+    per_cell = f"{'about ' if length % cells else ''}{round(length / cells):,}"
+    about = f"whole sequence at reduced resolution: a cell is {per_cell} x {per_cell.split()[-1]} tokens,\n"
+    about += "coloured by the branch with the most pairs in it, over all heads"
+    place.suptitle(about, x=0.02, ha="left", fontsize=9, color=FAINT)
+    axes.set(xlabel="key position (tokens)", ylabel="query position (tokens)")
+    ticks(axes, [length * quarter // 4 for quarter in range(5)])
+    # The window itself would be a dot in a long sequence.
+    side = max(len(window), length / 40)
+    corner = min(max(0, (window.start + window.stop - side) / 2), length - side)
+    axes.add_patch(Rectangle((corner, corner), side, side, fill=False, color=INK, linewidth=1.2))
+    quiet(axes)
+
+
+def _cell_pairs(branch: Branch, offset: int, edges: np.ndarray) -> np.ndarray:
+    """Pairs of one head in every cell (query bin, key bin), both directions.
+
+    Two different bins share at most one segment, so their pairs are an outer product: what the earlier bin holds of its
+    last segment times what the later bin holds of its first.
+    """
+    starts, ends = edges[:-1], edges[1:]
+    first, last = starts // branch.segment_length, (ends - 1) // branch.segment_length
+    head_part = _selected(branch, offset, starts, np.minimum(ends, (first + 1) * branch.segment_length))
+    tail_part = _selected(branch, offset, np.maximum(starts, last * branch.segment_length), ends)
+    pairs = np.where(first[:, None] == last, np.outer(head_part, tail_part).astype(float), 0.0)
+    pairs = np.tril(pairs, -1)
+    whole = float(branch.rows(branch.segment_length, offset)) ** 2
+    inside = np.maximum(0, last - first - 1) * whole + head_part.astype(float) ** 2
+    inside += np.where(last > first, tail_part.astype(float) ** 2, 0.0)
+    return pairs + pairs.T + np.diag(inside)
+
+
+def _selected(branch: Branch, offset: int, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Selected positions in [start, end), which lies in one segment."""
+    base = starts // branch.segment_length * branch.segment_length + offset
+    before, through = (np.maximum(0, -(-(edge - base) // branch.dilation_rate)) for edge in (starts, ends))
+    counts: np.ndarray = through - before
+    return counts

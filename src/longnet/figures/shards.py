@@ -1,0 +1,84 @@
+"""What travels between the shards of one sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap, LogNorm
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, MultipleLocator, NullLocator
+
+from longnet.figures.style import EMPTY, FAINT, new_figure, quiet, save, short
+from longnet.geometry.cost import positive_int
+from longnet.geometry.pattern import Pattern
+from longnet.geometry.shards import Shards, rows_sent
+
+MOST_RANKS = 64
+
+
+def plot_shards(
+    pattern: Pattern,
+    heads: int,
+    head_dim: int,
+    shard_lengths: Sequence[int],
+    path: str | Path,
+    *,
+    is_causal: bool = True,
+    bytes_per_element: int = 2,
+) -> Path:
+    """Draw the bytes that every rank sends to every other in a forward pass of one layer, beside what passes through each.
+
+    Args:
+        pattern, heads, path, is_causal: as in :func:`plot_pattern`.
+        head_dim: D.
+        shard_lengths: tokens of every rank's shard, in rank order; at most 64 ranks.
+        bytes_per_element: 2 for bfloat16.
+
+    Returns:
+        ``path`` as a Path.
+
+    Raises:
+        ValueError: fewer than two ranks or more than 64.
+    """
+    ranks = len(shard_lengths)
+    if not 2 <= ranks <= MOST_RANKS:
+        raise ValueError(f"shard_lengths holds {ranks} lengths: expected 2 to {MOST_RANKS}, one per rank")
+    shards = Shards(tuple(shard_lengths))
+    row = 2 * positive_int("head_dim", head_dim) * positive_int("bytes_per_element", bytes_per_element)
+    sent = np.zeros((ranks, ranks))
+    for rank in range(ranks):
+        for receiver, rows in rows_sent(pattern, heads, heads, shards, rank, is_causal).items():
+            sent[rank, receiver] = rows * row
+    title = f"What travels between {ranks} shards, per layer, forward ({heads} heads of {head_dim} channels)"
+    figure = new_figure(9.5, 4.9, title)
+    matrix, bars = figure.subplots(1, 2, width_ratios=[1.5, 1])
+    shade = LinearSegmentedColormap.from_list("sent", ["#cfe3e0", "#2a9d8f", "#12485a"])
+    most = sent.max() or 1.0
+    least = sent[sent > 0].min() if sent.any() else 1.0
+    norm = LogNorm(min(least, most / 2), most)
+    image = matrix.imshow(np.ma.masked_equal(sent, 0), cmap=shade, norm=norm, interpolation="nearest")
+    # Masked cells are see-through.
+    matrix.set(xlabel="to rank", ylabel="from rank", facecolor=EMPTY)
+    matrix.set_title("pale grey: nothing", loc="left", fontsize=9, color=FAINT)
+    scale = figure.colorbar(image, ax=matrix, shrink=0.85, ticks=LogLocator(2))
+    scale.ax.yaxis.set_minor_locator(NullLocator())
+    scale.outline.set_visible(False)
+    scale.ax.tick_params(length=0, labelsize=8, colors=FAINT, which="both")
+    scale.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value) + "B"))
+    bars.barh(range(ranks), sent.sum(1), color="#12485a", height=0.72)
+    bars.set(ylim=(ranks - 0.5, -0.5), xlabel="sent by a rank in all", ylabel="rank")
+    # Round in binary units, as the numbers are shown.
+    bars.xaxis.set_major_locator(MultipleLocator(2.0 ** np.ceil(np.log2(max(sent.sum(1).max(), 1) / 5))))
+    bars.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value) + "B"))
+    total = sum(shard_lengths)
+    bars.set_title(
+        f"{total:,} tokens, {'causal' if is_causal else 'bidirectional'}", loc="left", fontsize=9, color=FAINT
+    )
+    for axes in (matrix, bars):
+        axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+        quiet(axes)
+    matrix.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    bars.grid(axis="x", color="#e4e3df", linewidth=0.7)
+    bars.set_axisbelow(True)
+    return save(figure, path)
