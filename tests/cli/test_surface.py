@@ -26,6 +26,19 @@ OPTIONS = {
         *("--segments", "--rates", "--length", "--heads", "--head-dim", "--kv-heads", "--layers", "--bidirectional"),
         *("--head-offsets", "--suggest-budget", "--out", "--json"),
     ],
+    "slide_encode": [
+        *(
+            "--checkpoint",
+            "--out",
+            "--arch",
+            "--tile-size",
+            "--max-wsi-size",
+            "--global-pool",
+            "--all-layers",
+            "--heatmap",
+        ),
+        *("--dtype", "--device"),
+    ],
 }
 
 
@@ -35,16 +48,16 @@ def test_the_commands() -> None:
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_options_of(name: str, call: Longnet) -> None:
-    result = call(name, "--help")
+    result = call(name.replace("_", "-"), "--help")
     assert result.returncode == 0
-    found = re.findall(r"^  (--[a-z-]+)", result.stdout, flags=re.MULTILINE)
+    found = re.findall(r"^  (?:-[a-z], )?(--[a-z-]+)", result.stdout, flags=re.MULTILINE)
     assert found == [*OPTIONS[name], "--help"]
 
 
 def test_help_without_a_command_names_them(call: Longnet) -> None:
     result = call()
     for name in OPTIONS:
-        assert re.search(rf"^\s+{name}\s", result.stdout + result.stderr, flags=re.MULTILINE)
+        assert re.search(rf"^\s+{name.replace('_', '-')}\s", result.stdout + result.stderr, flags=re.MULTILINE)
 
 
 def test_an_unknown_option_is_refused(call: Longnet) -> None:

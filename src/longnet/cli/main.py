@@ -8,12 +8,13 @@ import typer
 
 from longnet.cli.generate import generate
 from longnet.cli.inspect import inspect
+from longnet.cli.slide_encode import slide_encode
 from longnet.cli.stream import stream
 from longnet.cli.train import train
 
 app = typer.Typer(
     name="longnet",
-    help="Dilated attention and LongNet: train, generate, stream, inspect a pattern.",
+    help="Dilated attention and LongNet: train, generate, stream, inspect a pattern, encode slides.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -23,6 +24,7 @@ app.command()(train)
 app.command()(generate)
 app.command()(stream)
 app.command()(inspect)
+app.command()(slide_encode)
 
 
 def run() -> None:

@@ -1,0 +1,214 @@
+"""Prov-GigaPath's slide encoder (12 layers, 768 channels): time and memory, on a GPU beside the original, on a CPU by itself.
+
+    python -m benchmarks.gigapath --out gigapath.json                       # a CPU, where there is no GPU
+    python -m benchmarks.gigapath --out gigapath.json --gigapath PATH       # one GPU, beside a checkout of prov-gigapath
+
+Weights are random and the same on both sides; results are compared before anything is timed. The file is written after every
+part, and a part that fails leaves its error there and the others alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import environment
+from benchmarks.gigapath_peer import load_upstream
+from benchmarks.memory import reset_peak, resident
+from longnet.gigapath import SlideEncoder
+
+ARCH = "gigapath_slide_enc12l768d"
+TILES = (10_000, 45_680)
+# Ours over theirs. Theirs was measured as 38 / 103 ms and 8.0 GiB, 160 / 457 ms and 35.3 GiB.
+LIMITS = {"forward": 1 / 3, "step": 1 / 3, "step_bytes": 1 / 3}
+# Between two results of 12 layers that are both rounded to float16 at every step.
+ALLOWED = 2e-2
+CPU_SECONDS, CPU_BYTES = 60.0, 4e9
+ROUNDS = {"forward": 9, "step": 7}
+
+Part = Callable[[], Any]
+
+
+def make(device: torch.device, layers: int = 12) -> SlideEncoder:
+    torch.manual_seed(0)
+    return SlideEncoder(768, layers, device=device).eval()
+
+
+def slide(tiles: int, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Random tile embeddings on as many different cells, in the order in which a slide is cut."""
+    generator = torch.Generator(device).manual_seed(1)
+    x = torch.empty(1, tiles, 1536, device=device, dtype=dtype).normal_(generator=generator)
+    cell = torch.randperm(1_000_000, generator=generator, device=device)[:tiles].sort().values
+    return x, torch.stack((cell // 1000, cell % 1000), dim=-1)[None].float() * 256
+
+
+def half(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.float16 if device.type == "cuda" else torch.bfloat16)
+
+
+def forward(model: nn.Module, x: Tensor, coords: Tensor) -> Tensor:
+    with torch.no_grad(), half(x.device):
+        out: Tensor = model(x, coords)[0]
+    return out
+
+
+def step(model: nn.Module, x: Tensor, coords: Tensor) -> None:
+    """Forward and backward in training mode, dropout as in the original's defaults; no optimizer."""
+    model.zero_grad(set_to_none=True)
+    with half(x.device):
+        out = model(x, coords)[0]
+    (out.float().square().mean() * 1024.0).backward()
+
+
+def measure(function: Callable[[], object], rounds: int) -> dict[str, Any]:
+    """Milliseconds on the device's clock after two calls that count for nothing, and the most memory in use."""
+    for _ in range(2):
+        function()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(rounds):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop))
+    return {"milliseconds": times, "median": median(times), "bytes": torch.cuda.max_memory_allocated()}
+
+
+def on_gpu(tiles: int, gigapath: Path | None, torchscale: Path | None) -> dict[str, Any]:
+    device = torch.device("cuda")
+    models: dict[str, nn.Module] = {"longnet": make(device)}
+    found: dict[str, Any] = {"tiles": tiles, "dtype": "float16 autocast", "limits": LIMITS}
+    x, coords = slide(tiles, device)
+    if gigapath is None:
+        found["why_not"] = "no checkout given: --gigapath PATH"
+    else:
+        ours = models["longnet"]
+        assert isinstance(ours, SlideEncoder)
+        models["gigapath"], found["remarks"] = load_upstream(gigapath, torchscale, ours, device)
+        results = [forward(model, x, coords).double() for model in models.values()]
+        found["error"] = float((results[0] - results[1]).norm() / results[1].norm())
+        if not found["error"] <= ALLOWED:
+            raise RuntimeError(f"results differ by {found['error']:.2g}, allowed {ALLOWED}")
+    for name, model in models.items():
+        # Alone on the device, so that the peak is its own.
+        for other in models.values():
+            other.to(device if other is model else "cpu")
+        release()
+        found[name] = {"forward": measure(partial(forward, model.eval(), x, coords), ROUNDS["forward"])}
+        found[name]["step"] = measure(partial(step, model.train(), x, coords), ROUNDS["step"])
+        model.zero_grad(set_to_none=True)
+    if "gigapath" in models:
+        one, other = found["longnet"], found["gigapath"]
+        found["ratios"] = {
+            "forward": one["forward"]["median"] / other["forward"]["median"],
+            "step": one["step"]["median"] / other["step"]["median"],
+            "step_bytes": one["step"]["bytes"] / other["step"]["bytes"],
+        }
+        found["reached"] = {name: found["ratios"][name] <= limit for name, limit in LIMITS.items()}
+    return found
+
+
+def largest_slide(side: int = 1000) -> dict[str, Any]:
+    """A whole grid of tiles, forward."""
+    device = torch.device("cuda")
+    model = make(device)
+    x, coords = slide(side * side, device, torch.float16)
+    out = forward(model, x, coords)
+    if not bool(out.isfinite().all()):
+        raise RuntimeError("the largest slide's embedding is not finite")
+    return {
+        "tiles": side * side,
+        "dtype": "float16 autocast",
+        "forward": measure(partial(forward, model, x, coords), 2),
+    }
+
+
+def on_cpu(kind: str, tiles: int = TILES[0]) -> dict[str, Any]:
+    device = torch.device("cpu")
+    model = make(device)
+    x, coords = slide(tiles, device)
+    reset_peak()
+    with torch.no_grad(), half(device) if kind == "bfloat16" else nullcontext():
+        start = time.perf_counter()
+        out = model(x, coords)[0]
+        seconds = time.perf_counter() - start
+    if not bool(out.isfinite().all()):
+        raise RuntimeError(f"the embedding in {kind} is not finite")
+    peak = resident("VmHWM")
+    return {
+        "tiles": tiles, "dtype": f"{kind}{' autocast' if kind == 'bfloat16' else ''}", "seconds": seconds,
+        "resident_peak_bytes": peak, "limits": {"seconds": CPU_SECONDS, "resident_peak_bytes": CPU_BYTES},
+        "reached": seconds < CPU_SECONDS and peak < CPU_BYTES,
+    }  # fmt: skip
+
+
+def release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def run(out: Path, parts: dict[str, Part]) -> dict[str, Any]:
+    on_cuda = torch.cuda.is_available()
+    result: dict[str, Any] = {
+        "kind": "gigapath", "arch": ARCH, "commit": environment.commit(os.environ.get("LONGNET_COMMIT")),
+        "versions": environment.versions() | (environment.gpu_versions() if on_cuda else {}),
+        "device": torch.cuda.get_device_name() if on_cuda else environment.device(), "parts": {}, "errors": {},
+    }  # fmt: skip
+    for name, part in parts.items():
+        release()
+        start = time.perf_counter()
+        try:
+            result["parts"][name] = part()
+        except Exception as error:
+            traceback.print_exc()
+            result["errors"][name] = f"{type(error).__name__}: {error}"
+        print(
+            f"{name}: {time.perf_counter() - start:.0f} s; {json.dumps(summary(result['parts'].get(name)))}", flush=True
+        )
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def summary(found: Any) -> Any:
+    """The numbers without the single rounds."""
+    if isinstance(found, dict):
+        return {name: summary(value) for name, value in found.items() if name != "milliseconds"}
+    return found
+
+
+def parts(gigapath: Path | None, torchscale: Path | None) -> dict[str, Part]:
+    if not torch.cuda.is_available():
+        return {f"cpu {kind}": partial(on_cpu, kind) for kind in ("float32", "bfloat16")}
+    found: dict[str, Part] = {f"{tiles} tiles": partial(on_gpu, tiles, gigapath, torchscale) for tiles in TILES}
+    return {**found, "largest slide": largest_slide}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gigapath", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="where the result is written as JSON")
+    parser.add_argument("--gigapath", type=Path, help="a checkout of prov-gigapath to compare with")
+    parser.add_argument("--torchscale", type=Path, help="torchscale to use instead of the one in prov-gigapath")
+    options = parser.parse_args()
+    result = run(options.out, parts(options.gigapath, options.torchscale))
+    raise SystemExit(1 if result["errors"] else 0)
+
+
+if __name__ == "__main__":
+    main()

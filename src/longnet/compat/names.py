@@ -1,0 +1,78 @@
+"""torchscale's parameter names and ours, one map used both ways, and a check that lists what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+# Modules of one layer: ours, theirs.
+_LAYER = {
+    "attention_norm": "self_attn_layer_norm",
+    "attention.q_proj": "self_attn.q_proj",
+    "attention.k_proj": "self_attn.k_proj",
+    "attention.v_proj": "self_attn.v_proj",
+    "attention.out_proj": "self_attn.out_proj",
+    "attention.sub_norm": "self_attn.inner_attn_ln",
+    "feed_forward_norm": "final_layer_norm",
+    "feed_forward.fc1": "ffn.fc1",
+    "feed_forward.sub_norm": "ffn.ffn_layernorm",
+    "feed_forward.fc2": "ffn.fc2",
+}
+
+
+def module_names(layers: int, prefix: str = "", ours: str = "", **more: str) -> dict[str, str]:
+    """Our modules' names to torchscale's, for a stack of ``layers`` blocks.
+
+    Args:
+        prefix, ours: of torchscale's ``layers`` and of our ``blocks``, ``"encoder."`` say.
+        more: modules (or parameters) outside of the stack, ours to theirs.
+    """
+    found = dict(more)
+    for layer in range(layers):
+        found |= {f"{ours}blocks.{layer}.{one}": f"{prefix}layers.{layer}.{other}" for one, other in _LAYER.items()}
+    return found
+
+
+def to_theirs(model: nn.Module, names: Mapping[str, str]) -> dict[str, Tensor]:
+    """The model's state dict in torchscale's names; what ``names`` leaves out is left out. Tensors are shared, not copied."""
+    found = {}
+    for name, tensor in model.state_dict().items():
+        theirs = _their_name(name, names)
+        if theirs is not None:
+            found[theirs] = tensor
+    return found
+
+
+def load_theirs(model: nn.Module, weights: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+    """Copy a state dict in torchscale's names into the model.
+
+    Raises:
+        TypeError: a value that is no tensor.
+        ValueError: keys that are missing, unexpected or of another shape; all of them are listed.
+    """
+    expected = to_theirs(model, names)
+    for name, tensor in weights.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"weights[{name!r}] has type {type(tensor).__name__}: expected a tensor")
+    missing = [name for name in expected if name not in weights]
+    unexpected = [name for name in weights if name not in expected]
+    misshapen = [
+        f"{name} {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    lists = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    if said := "; ".join(f"{kind}: {', '.join(found)}" for kind, found in lists.items() if found):
+        raise ValueError(f"weights do not fit the model; {said}")
+    with torch.no_grad():
+        for name, tensor in expected.items():
+            tensor.copy_(weights[name])
+
+
+def _their_name(name: str, names: Mapping[str, str]) -> str | None:
+    if name in names:
+        return names[name]
+    module, _, parameter = name.rpartition(".")
+    return f"{names[module]}.{parameter}" if module in names else None

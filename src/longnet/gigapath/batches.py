@@ -1,0 +1,54 @@
+"""Slides in a batch: checking them, and taking apart those of different sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+def check_slides(x: Tensor, coords: Tensor, padding_mask: Tensor | None, embed: nn.Linear) -> None:
+    """Refuse what ``SlideEncoder.forward`` cannot take."""
+    for name, tensor in (("x", x), ("coords", coords), ("padding_mask", padding_mask)):
+        if name == "padding_mask" and tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} has type {type(tensor).__name__}: expected a tensor")
+        if tensor.device != embed.weight.device:
+            raise ValueError(
+                f"{name} is on {tensor.device} and the encoder on {embed.weight.device}: expected one device"
+            )
+    if x.dim() != 3 or x.shape[-1] != embed.in_features:
+        raise ValueError(f"x has shape {tuple(x.shape)}: expected (B, L, {embed.in_features}) tile embeddings")
+    if not x.is_floating_point():
+        raise TypeError(f"x has dtype {x.dtype}: expected a floating dtype")
+    if x.dtype != embed.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(
+            f"x has dtype {x.dtype} and the encoder {embed.weight.dtype}: expected the same, or autocast around the call"
+        )
+    if tuple(coords.shape) != (*x.shape[:2], 2):
+        raise ValueError(f"coords has shape {tuple(coords.shape)}: expected (B, L, 2) = {(*x.shape[:2], 2)}")
+    if coords.dtype == torch.bool or coords.is_complex():
+        raise TypeError(f"coords has dtype {coords.dtype}: expected pixels as real numbers")
+    if padding_mask is None:
+        return
+    if padding_mask.dtype != torch.bool:
+        raise TypeError(
+            f"padding_mask has dtype {padding_mask.dtype}: expected torch.bool, True where a tile is absent"
+        )
+    if padding_mask.shape != x.shape[:2]:
+        raise ValueError(f"padding_mask has shape {tuple(padding_mask.shape)}: expected (B, L) = {tuple(x.shape[:2])}")
+
+
+def batched_slides(padding_mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Slides of one number of tiles together: (their rows (b, 1), the places of their tiles (b, n)).
+
+    Segments and padding follow the number of tiles, so slides of different numbers share no call.
+    """
+    counts = (~padding_mask).sum(1)
+    for count in counts.unique().tolist():
+        rows = (counts == count).nonzero()
+        # A stable sort leaves present tiles in their order, before the absent ones.
+        order = padding_mask[rows.squeeze(1)].to(torch.uint8).argsort(dim=1, stable=True)
+        yield rows, order[:, :count]

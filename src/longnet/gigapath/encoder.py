@@ -1,0 +1,265 @@
+"""``SlideEncoder``: Prov-GigaPath's slide encoder (a LongNet over the tiles of a slide) on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from longnet.compat.attention import torchscale_pattern_attention
+from longnet.compat.names import load_theirs, module_names, to_theirs
+from longnet.gigapath.architectures import ARCHITECTURES, DILATION_RATES, HEADS, TILE_CHANNELS, segment_lengths
+from longnet.gigapath.batches import batched_slides, check_slides
+from longnet.gigapath.checkpoint import read_weights
+from longnet.gigapath.layer import RECOMPUTE, Recompute, class_token_weights, run_last_layer, run_layer
+from longnet.gigapath.positions import cells, position_embedding
+from longnet.models import LongNetConfig
+from longnet.models.layers import Block
+from longnet.norm import LayerNorm
+
+
+class SlideEncoder(nn.Module):
+    """Tile embeddings and their places to one embedding a slide, as ``gigapath.slide_encoder.LongNetViT`` computes it.
+
+    Args:
+        dim, layers, heads: of the encoder; C channels, divisible by 4 and by ``heads``.
+        in_dim: channels of a tile embedding.
+        max_wsi_size: side of the largest slide, in pixels; decides the segment lengths, see
+            :func:`longnet.gigapath.architectures.segment_lengths`.
+        tile_size: side of a tile, in pixels. slide_ngrids: cells of a side of the grid of positions.
+        global_pool: read the mean over the tiles instead of the class token.
+        torchscale_compat: compute attention as torchscale does, padding and all (see ``longnet.compat``): what checkpoints were
+            trained with. False computes this library's exact definition; heads keep their (blocked) offsets.
+        dropout, drop_path: probabilities in training; the latter grows from 0 at the first layer to this at the last.
+        recompute: what training computes again instead of keeping it, see :mod:`longnet.gigapath.layer`. ``"block"`` is
+            gradient checkpointing. May be set later.
+        backend: as in :func:`longnet.dilated_attention`.
+        device, dtype: of the parameters.
+
+    Raises:
+        TypeError, ValueError: a bad value, named.
+    """
+
+    def __init__(
+        self,
+        dim: int = 768,
+        layers: int = 12,
+        heads: int = HEADS,
+        *,
+        in_dim: int = TILE_CHANNELS,
+        max_wsi_size: int = 262144,
+        tile_size: int = 256,
+        slide_ngrids: int = 1000,
+        global_pool: bool = False,
+        torchscale_compat: bool = True,
+        dropout: float = 0.25,
+        drop_path: float = 0.1,
+        recompute: Recompute = "ffn",
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        counts = {"in_dim": in_dim, "max_wsi_size": max_wsi_size, "tile_size": tile_size, "slide_ngrids": slide_ngrids}
+        for name, value in counts.items():
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}={value!r} has type {type(value).__name__}: expected an int")
+            if value < 1:
+                raise ValueError(f"{name}={value}: expected at least 1")
+        if not 0.0 <= drop_path < 1.0:
+            raise ValueError(f"drop_path={drop_path}: expected a probability in [0, 1)")
+        if recompute not in RECOMPUTE:
+            raise ValueError(f"recompute={recompute!r} is unknown: expected one of {RECOMPUTE}")
+        self.config = LongNetConfig(
+            vocab_size=1,
+            dim=dim,
+            heads=heads,
+            layers=layers,
+            segment_lengths=segment_lengths(max_wsi_size, tile_size),
+            dilation_rates=DILATION_RATES,
+            head_offsets="blocked",
+            causal=False,
+            use_xpos=False,
+            dropout=dropout,
+            backend=backend,
+        )
+        if dim % 4:
+            raise ValueError(f"dim={dim} is not divisible by 4: positions are a sine and a cosine of two coordinates")
+        self.tile_size, self.slide_ngrids, self.global_pool = tile_size, slide_ngrids, global_pool
+        self.recompute: Recompute = recompute
+        self.drop_paths = tuple(drop_path * layer / max(1, layers - 1) for layer in range(layers))
+        self.patch_embed = nn.Linear(in_dim, dim, device=device, dtype=dtype)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim, device=device, dtype=dtype))
+        self.dropout = nn.Dropout(dropout)
+        self.blocks: nn.ModuleList = nn.ModuleList(
+            Block(self.config, layer, device=device, dtype=dtype) for layer in range(layers)
+        )
+        self.encoder_norm = LayerNorm(dim, eps=1e-5, device=device, dtype=dtype)
+        self.norm = LayerNorm(dim, eps=1e-6, device=device, dtype=dtype)
+        if torchscale_compat:
+            for block in self.blocks:
+                block.attention.function = torchscale_pattern_attention  # type: ignore[union-attr]
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform weights and zero biases, the class token normal with deviation 0.02."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path_or_state_dict: str | Path | Mapping[str, object],
+        arch: str = "gigapath_slide_enc12l768d",
+        *,
+        max_wsi_size: int = 262144,
+        tile_size: int = 256,
+        slide_ngrids: int = 1000,
+        global_pool: bool = False,
+        torchscale_compat: bool = True,
+        dropout: float = 0.25,
+        drop_path: float = 0.1,
+        recompute: Recompute = "ffn",
+        device: torch.device | str | None = None,
+    ) -> SlideEncoder:
+        """An encoder with a checkpoint's weights, in evaluation mode.
+
+        Args:
+            path_or_state_dict: a ``.pth`` whose ``["model"]`` holds the tensors (read with ``weights_only=True``), a
+                ``.safetensors``, or the tensors by their upstream names.
+            arch: one of ``ARCHITECTURES``.
+
+        Raises:
+            ValueError: an unknown architecture, or keys that are missing, unexpected or of another shape, all listed.
+            OSError: a file that cannot be read.
+        """
+        if arch not in ARCHITECTURES:
+            raise ValueError(f"arch={arch!r} is unknown: expected one of {tuple(ARCHITECTURES)}")
+        layers, dim = ARCHITECTURES[arch]
+        weights = read_weights(path_or_state_dict)
+        model = cls(
+            dim,
+            layers,
+            max_wsi_size=max_wsi_size,
+            tile_size=tile_size,
+            slide_ngrids=slide_ngrids,
+            global_pool=global_pool,
+            torchscale_compat=torchscale_compat,
+            dropout=dropout,
+            drop_path=drop_path,
+            recompute=recompute,
+            device=device,
+        )
+        model.load_upstream(weights)
+        return model.eval()
+
+    def load_upstream(self, weights: Mapping[str, Tensor]) -> None:
+        """Take weights by their upstream names; errors as in :meth:`from_checkpoint`."""
+        load_theirs(self, weights, self._names())
+
+    def upstream_state_dict(self) -> dict[str, Tensor]:
+        """The weights by their upstream names, what :meth:`load_upstream` takes."""
+        return to_theirs(self, self._names())
+
+    def _names(self) -> dict[str, str]:
+        own = {"patch_embed": "patch_embed.proj", "encoder_norm": "encoder.layer_norm"}
+        return module_names(len(self.blocks), "encoder.", cls_token="cls_token", norm="norm", **own)
+
+    def forward(
+        self, x: Tensor, coords: Tensor, all_layer_embed: bool = False, padding_mask: Tensor | None = None
+    ) -> list[Tensor]:
+        """Encode slides.
+
+        Args:
+            x: (B, L, in_dim) tile embeddings, the parameters' dtype (any floating dtype under autocast).
+            coords: (B, L, 2) pixels, x then y, any real dtype.
+            all_layer_embed: read out the embedding and every layer, with ``norm`` alone.
+            padding_mask: (B, L) bool, True where a tile is absent: a slide's result is that of the slide by itself, and what
+                x and coords hold there does not matter.
+
+        Returns:
+            ``[(B, C)]``: ``norm(encoder_norm(...))`` of the class token, or of the tiles' mean with ``global_pool``; with
+            ``all_layer_embed`` layers + 1 of them.
+
+        Raises:
+            TypeError, ValueError: wrong types, shapes or devices; coordinates outside the grid; ``global_pool`` of no tile.
+        """
+        check_slides(x, coords, padding_mask, self.patch_embed)
+        if padding_mask is None:
+            return self._encode(x, coords, all_layer_embed)
+        empty = x.new_empty(0, self.config.dim)
+        outcomes = [[empty] for _ in range(len(self.blocks) + 1 if all_layer_embed else 1)]
+        order: list[Tensor] = []
+        for rows, place in batched_slides(padding_mask):
+            order.append(rows)
+            for found, one in zip(
+                outcomes, self._encode(x[rows, place], coords[rows, place], all_layer_embed), strict=True
+            ):
+                found.append(one)
+        if not order:
+            return [found[0] for found in outcomes]
+        back = torch.cat(order, dim=0).flatten().argsort()
+        return [torch.cat(found[1:])[back] for found in outcomes]
+
+    @torch.no_grad()
+    def attention_weights(self, x: Tensor, coords: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """How much the class token attends to each tile: (layers, B, heads, L), float32 (float64 for a float64 model).
+
+        Exact: the weight of the tile in the class token's softmax over all branches. What is missing to 1 is the class
+        token's attention to itself. Absent tiles have 0. Arguments and errors as in :meth:`forward`.
+        """
+        check_slides(x, coords, padding_mask, self.patch_embed)
+        if padding_mask is None:
+            return self._weights(x, coords)
+        kind = torch.promote_types(self.cls_token.dtype, torch.float32)
+        weights = x.new_zeros(len(self.blocks), x.shape[0], self.config.heads, x.shape[1], dtype=kind)
+        for rows, place in batched_slides(padding_mask):
+            found = self._weights(x[rows, place], coords[rows, place])
+            for number, row in enumerate(rows.flatten().tolist()):
+                weights[:, row].index_copy_(2, place[number], found[:, number])
+        return weights
+
+    def _encode(self, x: Tensor, coords: Tensor, all_layer_embed: bool) -> list[Tensor]:
+        x = self._embed(x, coords)
+        states = [self._read(x)] if all_layer_embed else []
+        for block, drop_path in zip(self.blocks, self.drop_paths, strict=True):
+            assert isinstance(block, Block)
+            if block is self.blocks[-1] and not self.global_pool:
+                x = run_last_layer(block, x, drop_path)
+            else:
+                x = run_layer(block, x, self.recompute, drop_path)
+            if all_layer_embed:
+                states.append(self._read(x))
+        return states or [self._read(x, self.encoder_norm)]
+
+    def _weights(self, x: Tensor, coords: Tensor) -> Tensor:
+        x = self._embed(x, coords)
+        found = []
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            found.append(class_token_weights(block, x)[0][:, :, 1:])
+            x = run_layer(block, x, "none", 0.0)
+        return torch.stack(found)
+
+    def _embed(self, x: Tensor, coords: Tensor) -> Tensor:
+        """The class token and the tiles, (B, 1 + L, C), in the residual stream's dtype."""
+        dtype = self.cls_token.dtype
+        cell = cells(coords, self.tile_size, self.slide_ngrids)
+        x = self.patch_embed(x) + position_embedding(cell, self.slide_ngrids, self.config.dim, dtype)
+        return self.dropout(torch.cat((self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x), dim=1))
+
+    def _read(self, x: Tensor, first: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+        if not self.global_pool:
+            return self.norm(first(x[:, 0]))
+        if x.shape[1] == 1:
+            raise ValueError(
+                "global_pool=True of a slide without tiles: their mean does not exist, expected at least one"
+            )
+        return self.norm(first(x[:, 1:]).mean(dim=1))

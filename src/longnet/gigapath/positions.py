@@ -1,0 +1,44 @@
+"""Where a tile lies on its slide: two-dimensional sine-cosine positions, computed from the tile's cell on the fly."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+def cells(coords: Tensor, tile_size: int, grid: int) -> Tensor:
+    """Pixels (..., 2), x then y, of any real dtype, to cells (..., 2) int64 of a grid x grid raster.
+
+    Raises:
+        ValueError: a tile outside the grid; the message names the first.
+    """
+    cell = torch.div(coords, tile_size, rounding_mode="floor")
+    inside = ((cell >= 0) & (cell < grid)).all(-1)
+    if not bool(inside.all()):
+        place = tuple(int(i) for i in (~inside).nonzero()[0])
+        raise ValueError(
+            f"coords{list(place)} = {coords[place].tolist()} is outside of the grid: expected x and y from 0 to below "
+            f"{grid * tile_size} pixels ({grid} cells of {tile_size})"
+        )
+    return cell.long()
+
+
+def position_embedding(cell: Tensor, grid: int, dim: int, dtype: torch.dtype) -> Tensor:
+    """Cells (..., 2) to (..., dim): the first half of the channels is from y, the second from x.
+
+    A half is ``sin(p * omega)`` then ``cos(p * omega)``, ``omega_i = 10000 ** (-i / (dim / 4))``; the angle is float64.
+    """
+    table = _table(grid, dim // 2, dtype, cell.device)
+    return torch.cat((table[cell[..., 1]], table[cell[..., 0]]), dim=-1)
+
+
+@lru_cache(maxsize=4)
+def _table(grid: int, channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(grid, channels) of one axis."""
+    with torch.inference_mode(False), torch.no_grad():
+        half = channels // 2
+        omega = 10_000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+        angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega
+        return torch.cat((angle.sin(), angle.cos()), dim=1).to(device, dtype)

@@ -1,0 +1,41 @@
+"""Which tiles the class token attends to, exactly."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from longnet.backends.operators import no_autocast
+from longnet.geometry import Pattern
+
+
+def first_token_weights(query: Tensor, key: Tensor, pattern: Pattern) -> Tensor:
+    """The weight of every key in the result of the first token, (B, H, N) float32 (float64 for float64); a row sums to 1.
+
+    A key that m branches share counts m times. torchscale's padding never reaches the first token: its heads' offset in a
+    branch that selects it is 0, the one remainder that has a key in every slot.
+
+    Args:
+        query: (B, H, 1, D), of position 0. key: (B, H, N, D).
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    # Autocast would round scores.
+    with no_autocast(query):
+        query, key = query.to(dtype) * query.shape[-1] ** -0.5, key.to(dtype)
+        scores = (key @ query.transpose(-1, -2)).squeeze(-1)
+        return (scores + _log_times(pattern, *key.shape[1:3], key.device, dtype)).softmax(-1)
+
+
+# Of one length at a time, for all layers.
+@lru_cache(maxsize=2)
+def _log_times(pattern: Pattern, heads: int, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Log of how many branches let the first token see a key, (H, N)."""
+    with torch.inference_mode(False), torch.no_grad():
+        times = torch.zeros(heads, length, device=device, dtype=dtype)
+        for branch in pattern.branches:
+            for head in range(heads):
+                if pattern.offset(branch, head, heads) == 0:
+                    times[head, : branch.segment_length : branch.dilation_rate] += 1
+        return times.log_()
