@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from patterns import relative_error
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 
 from longnet import LongNetConfig, LongNetEncoder, LongNetLM
@@ -158,3 +160,50 @@ def test_dropout_differs_from_rank_to_rank(ranks):
     torch.manual_seed(0)
     assert found[0] == torch.rand(()).item(), "the first one's numbers are those of a run on one device"
     assert len(set(found)) == 8
+
+
+def steps_of(model, optimizer, mesh, first, last):
+    found = []
+    for rows in batches(last, 1)[first:]:
+        tokens, targets = rows[:, :-1], rows[:, 1:]
+        if mesh is not None:
+            tokens, targets = shard_sequence(tokens, mesh), shard_sequence(targets, mesh)
+        loss = model.loss(tokens, targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+def checkpointed(group, rank, size, folder, first, last):
+    """Steps ``first`` to ``last`` on ``size`` ranks, from the distributed checkpoint in ``folder`` and into it."""
+    mesh, model = None, make()
+    if size > 1:
+        mesh = torch.distributed.device_mesh.DeviceMesh.from_group(group, "cpu", mesh_dim_names=("cp",))
+        parallelize(model, mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    alone = {"no_dist": True} if size == 1 else {"process_group": group}
+    if first:
+        weights, moments = get_state_dict(model, optimizer)
+        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder, **alone)
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    found = steps_of(model, optimizer, mesh, first, last)
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder, **alone)
+    return found
+
+
+def test_a_distributed_checkpoint_goes_on_with_any_number_of_ranks(ranks, tmp_path):
+    """torch.distributed.checkpoint, which writes every rank's part by itself: four ranks, then two, then one."""
+    folder = str(tmp_path / "checkpoint")
+    first = ranks(4, checkpointed, 4, folder, 0, 3)
+    assert (tmp_path / "checkpoint" / ".metadata").is_file()
+    assert len(list((tmp_path / "checkpoint").glob("*.distcp"))) == 4
+    second = ranks(2, checkpointed, 2, folder, 3, 6)
+    third = ranks(1, checkpointed, 1, folder, 6, 9)
+    model = make()
+    want = steps_of(model, torch.optim.AdamW(model.parameters(), lr=1e-3), None, 0, 9)
+    for results, part in ((first, want[:3]), (second, want[3:6]), (third, want[6:])):
+        for got in results:
+            assert got == pytest.approx(part, rel=1e-9)
