@@ -27,9 +27,9 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("distributed", "compress", "compat"),
     ("gigapath",),
     ("figures",),
-    ("hf", "slides"),
+    ("slides",),
     ("training",),
-    ("reading",),
+    ("reading", "hf"),
     ("cli",),
 )
 RUNG = {unit: rung for rung, units in enumerate(LADDER) for unit in units}

@@ -58,6 +58,8 @@ SUBCOMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: igno
 MAKE_TARGETS = {words[1] for text in TEXTS.values() for words in shell_lines("make", text)}
 
 
+# PEFT asks models for what transformers has renamed.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize(("where", "code"), PYTHON, ids=[where for where, _ in PYTHON])
 def test_the_python_runs(where: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each block by itself, after the ``import torch`` of the first, and as torchrun would start one process."""

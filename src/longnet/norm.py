@@ -162,8 +162,8 @@ class BatchNorm(nn.Module):
         """Weight and running variance to one, bias and running mean to zero."""
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
-        self.running_mean.zero_()
-        self.running_var.fill_(1.0)
+        nn.init.zeros_(self.running_mean)
+        nn.init.ones_(self.running_var)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}, momentum={self.momentum}"

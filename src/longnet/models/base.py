@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -64,29 +64,43 @@ class LongNetBase(nn.Module):
         return self.embedding(tokens) * self.embedding_scale
 
     def run_blocks(
-        self, x: Tensor, key_padding_mask: Tensor | None = None, cache: LongNetCache | None = None
+        self,
+        x: Tensor,
+        key_padding_mask: Tensor | None = None,
+        cache: LongNetCache | None = None,
+        *,
+        cu_seqlens: Sequence[int] | None = None,
+        states: list[Tensor] | None = None,
     ) -> Tensor:
-        """All blocks and the final norm, (B, N, dim) -> (B, N, dim)."""
-        if cache is not None:
-            for block, layer in zip(self.blocks, cache, strict=True):
-                x = block(x, key_padding_mask, layer)
-            return self.norm(x, key_padding_mask)
-        for block in self.blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._checkpointed(block, x, key_padding_mask)
+        """All blocks and the final norm, (B, N, dim) -> (B, N, dim).
+
+        Args:
+            cu_seqlens: the documents packed into one row, B = 1, see :func:`longnet.dilated_attention`.
+            states: gets the input of every block.
+        """
+        recomputed = cache is None and self.gradient_checkpointing and torch.is_grad_enabled()
+        layers = [None] * len(self.blocks) if cache is None else cache
+        for block, layer in zip(self.blocks, layers, strict=True):
+            if states is not None:
+                states.append(x)
+            if recomputed:
+                x = self._checkpointed(block, x, key_padding_mask, cu_seqlens)
             else:
-                x = block(x, key_padding_mask)
+                x = block(x, key_padding_mask, layer, cu_seqlens)
         return self.norm(x, key_padding_mask)
 
-    def _checkpointed(self, block: nn.Module, x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    def _checkpointed(
+        self, block: nn.Module, x: Tensor, key_padding_mask: Tensor | None, cu_seqlens: Sequence[int] | None
+    ) -> Tensor:
+        inputs = (x, key_padding_mask, None, cu_seqlens)
         # Compiled graphs recompute values, never the writes to running statistics; and they take no such contexts.
         if self.config.norm != "batch" or torch.compiler.is_compiling():
-            return checkpoint(block, x, key_padding_mask, use_reentrant=False)
+            return checkpoint(block, *inputs, use_reentrant=False)
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
             return nullcontext(), _frozen_statistics(block)
 
-        return checkpoint(block, x, key_padding_mask, use_reentrant=False, context_fn=contexts)
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
 
     def check_tokens(self, tokens: Tensor, name: str = "tokens") -> None:
         """Refuse what is not a (B, N) int64 tensor of ids in the vocabulary on the model's device.

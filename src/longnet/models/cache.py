@@ -11,6 +11,26 @@ from longnet.models.config import LongNetConfig
 from longnet.streaming import DilatedCache
 
 
+def make_cache(
+    config: LongNetConfig,
+    weight: Tensor,
+    batch_size: int,
+    *,
+    max_length: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> LongNetCache:
+    """An empty cache for a model of ``config`` whose parameters are like ``weight``; see ``LongNetLM.new_cache``."""
+    kind = weight.device.type
+    if dtype is None:
+        cast = weight.dtype != torch.float64 and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if cast else weight.dtype
+    if max_length is not None:
+        # A segment that is not left before the end may as well end there.
+        pairs = zip(config.segment_lengths, config.dilation_rates, strict=True)
+        config = config.replace(segment_lengths=tuple(max(rate, min(width, max_length)) for width, rate in pairs))
+    return LongNetCache(config, batch_size, dtype=dtype, device=weight.device)
+
+
 class LongNetCache:
     """The keys and values that later tokens can still reach, layer by layer.
 

@@ -7,6 +7,7 @@ Sub-LayerNorm puts a second norm inside each sublayer, before its output project
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -59,8 +60,9 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward with their norms and residual sums, x (B, N, dim) -> (B, N, dim).
 
-    Forward takes ``key_padding_mask`` (B, N) bool, True where the token is padding, for the attention and every norm, and
-    the ``cache`` of what came before x, if anything did. ``layer`` is the block's place in the stack: which heads it has.
+    Forward takes ``key_padding_mask`` (B, N) bool, True where the token is padding, for the attention and every norm,
+    the ``cache`` of what came before x, if anything did, and ``cu_seqlens`` of documents packed into one row. ``layer`` is the
+    block's place in the stack: which heads it has.
     """
 
     def __init__(
@@ -97,8 +99,15 @@ class Block(nn.Module):
         # The attention's own dropout stays 0: one dropout per residual branch, here.
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None, cache: DilatedCache | None = None) -> Tensor:
-        attended = self.attention(self.attention_norm(x, key_padding_mask), key_padding_mask, cache=cache)
+    def forward(
+        self,
+        x: Tensor,
+        key_padding_mask: Tensor | None = None,
+        cache: DilatedCache | None = None,
+        cu_seqlens: Sequence[int] | None = None,
+    ) -> Tensor:
+        normed = self.attention_norm(x, key_padding_mask)
+        attended = self.attention(normed, key_padding_mask, cu_seqlens=cu_seqlens, cache=cache)
         x = x + self.dropout(attended)
         fed = self.feed_forward(self.feed_forward_norm(x, key_padding_mask), key_padding_mask)
         return x + self.dropout(fed)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longnet.models.base import LongNetBase
-from longnet.models.cache import LongNetCache
+from longnet.models.cache import LongNetCache, make_cache
 from longnet.models.config import LongNetConfig
 from longnet.models.generation import generate
 from longnet.models.loss import chunked_cross_entropy
@@ -109,16 +109,7 @@ class LongNetLM(LongNetBase):
         Raises:
             ValueError: a config that has no cached form, see :class:`LongNetCache`.
         """
-        weight, config = self.embedding.weight, self.config
-        kind = weight.device.type
-        if dtype is None:
-            cast = weight.dtype != torch.float64 and torch.is_autocast_enabled(kind)
-            dtype = torch.get_autocast_dtype(kind) if cast else weight.dtype
-        if max_length is not None:
-            # A segment that is not left before the end may as well end there.
-            pairs = zip(config.segment_lengths, config.dilation_rates, strict=True)
-            config = config.replace(segment_lengths=tuple(max(rate, min(width, max_length)) for width, rate in pairs))
-        return LongNetCache(config, batch_size, dtype=dtype, device=weight.device)
+        return make_cache(self.config, self.embedding.weight, batch_size, max_length=max_length, dtype=dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Output head: hidden states (..., dim) to logits (..., vocab_size)."""

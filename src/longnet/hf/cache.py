@@ -1,0 +1,182 @@
+"""``generate``'s cache of a LongNet: bounded, of fixed size, and exact when tokens are taken back."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from longnet.models.base import LongNetBase
+from longnet.models.cache import LongNetCache as PlainCache
+from longnet.models.cache import make_cache
+
+# Tokens between two states that are kept to go back to: what can be taken back at least.
+_STRIDE = 512
+
+
+@dataclass
+class _Read:
+    """Embeddings (B, T, dim) that were read from ``position`` on, and their padding."""
+
+    position: int
+    x: Tensor
+    padding: Tensor | None
+
+    def until(self, end: int) -> _Read:
+        length = end - self.position
+        padding = None if self.padding is None else self.padding[:, :length]
+        return _Read(self.position, self.x[:, :length], padding)
+
+
+class LongNetCache(Cache):
+    """What a LongNet remembers of the tokens it has read, as ``past_key_values``: at most w / r keys a head in a branch (w, r).
+
+    It is made on the first read, for the batch that is read. Logits with it are those of one forward over everything read.
+
+    Args:
+        max_length: how many tokens will be read at most: the cache is smaller where segments are longer. None reads forever.
+        rewindable: whether :meth:`crop` can go back over the end of a segment, as assisted generation and prompt lookup need
+            it. Keys that were written over cannot come back, so states some hundred tokens apart are kept, with the
+            embeddings read since, which are then read again.
+    """
+
+    def __init__(self, max_length: int | None = None, *, rewindable: bool = False) -> None:
+        super().__init__(layers=[])
+        self.max_length, self.rewindable = max_length, rewindable
+        self._plain: PlainCache | None = None
+        # Weak: a deep copy of a cache is a cheap way to go on from one prompt twice, and must not copy the model.
+        self._stack: weakref.ref[LongNetBase] | None = None
+        self._states: list[PlainCache] = []
+        self._since: list[_Read] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values; the same after any number of tokens, from the first on."""
+        return 0 if self._plain is None else self._plain.nbytes
+
+    def read(self, stack: LongNetBase, x: Tensor, padding: Tensor | None, states: list[Tensor] | None = None) -> Tensor:
+        """Hidden states of the next tokens, embedded as x (B, T, dim); ``states`` as in ``LongNetBase.run_blocks``.
+
+        Raises:
+            ValueError: another model or batch than before, more than ``max_length`` tokens, no token, or padding after a
+                row's first real token.
+        """
+        if x.shape[1] == 0:
+            raise ValueError(f"inputs of shape {tuple(x.shape)} with a cache: expected at least one token to read")
+        if self.max_length is not None and self.get_seq_length() + x.shape[1] > self.max_length:
+            raise ValueError(
+                f"{x.shape[1]} tokens after {self.get_seq_length()}: expected no more than max_length={self.max_length}"
+            )
+        if self._plain is None:
+            self._plain = make_cache(stack.config, stack.embedding.weight, x.shape[0], max_length=self.max_length)
+            self._stack = weakref.ref(stack)
+        elif self._stack is None or self._stack() is not stack:
+            raise ValueError("past_key_values was read by another model: expected a LongNetCache of this one")
+        if self.rewindable:
+            self._remember(_Read(self._plain.position, x.detach(), padding))
+        with torch.no_grad():
+            return stack.run_blocks(x, padding, self._plain, states=states)
+
+    def _remember(self, read: _Read) -> None:
+        assert self._plain is not None
+        if not self._states or read.position - self._states[-1].position >= _STRIDE:
+            self._states = [*self._states[-1:], self._plain.clone()]
+            self._since = [other for other in self._since if other.position >= self._states[0].position]
+        self._since.append(read)
+
+    def activate_past_recording(self) -> None:
+        """What transformers calls before it takes tokens back: ``rewindable`` from here on."""
+        self.rewindable = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens; their number is given as a negative one, as transformers does.
+
+        Raises:
+            ValueError: a number above 0, more tokens than there are, over the end of a segment without ``rewindable``, or
+                further back than is remembered.
+        """
+        position = self.get_seq_length()
+        keep = position + tokens_to_remove
+        if not 0 <= keep <= position:
+            raise ValueError(
+                f"tokens_to_remove={tokens_to_remove}: expected {-position} to 0, less than nothing is kept"
+            )
+        if self._plain is None or keep == position:
+            return
+        if all(keep // width == position // width for width in self._plain.layers[0].pattern.segment_lengths):
+            # No segment has ended since: rows after the position are written before they are read.
+            self._plain.moved(keep - position)
+        else:
+            self._read_again(keep)
+        self._since = [read.until(keep) for read in self._since if read.position < keep]
+
+    def _read_again(self, keep: int) -> None:
+        if not self.rewindable:
+            raise ValueError(
+                f"crop to {keep} of {self.get_seq_length()} tokens: a segment has ended since and was written over; expected "
+                "LongNetCache(rewindable=True)"
+            )
+        known = [state for state in self._states if state.position <= keep]
+        stack = None if self._stack is None else self._stack()
+        if not known or stack is None:
+            oldest = self._states[0].position if self._states else self.get_seq_length()
+            raise ValueError(f"crop to {keep} tokens: expected at least {oldest}, the oldest state kept")
+        self._states, self._plain = known, known[-1].clone()
+        for read in self._since:
+            if known[-1].position <= read.position < keep:
+                part = read.until(keep)
+                with torch.no_grad():
+                    stack.run_blocks(part.x, part.padding, self._plain)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens read so far, padding included."""
+        return 0 if self._plain is None else self._plain.position
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """``max_length``, or -1 for no limit."""
+        return -1 if self.max_length is None else self.max_length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row b goes on from what row ``beam_idx[b]`` has read."""
+        if self._plain is None:
+            return
+        for plain in (self._plain, *self._states):
+            plain.reorder(beam_idx)
+        self._since = [
+            _Read(read.position, read.x[beam_idx], None if read.padding is None else read.padding[beam_idx])
+            for read in self._since
+        ]
+
+    def reset(self) -> None:
+        """Forget everything: the next token is the first, of any batch."""
+        self._plain, self._stack, self._states, self._since = None, None, [], []
+
+    def update(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        raise ValueError("a LongNetCache was given to another model: expected a LongNet of longnet.hf")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise ValueError(
+            f"repeats={repeats}: a LongNetCache keeps its batch; expected inputs repeated before they are read"
+        )
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        raise ValueError(f"{len(indices)} rows selected: a LongNetCache keeps its batch; expected reorder_cache")
+
+    @property
+    def batch_size(self) -> int:
+        """Rows that are read side by side, -1 before the first read."""
+        return -1 if self._plain is None else self._plain.layers[0].batch_size
+
+    @property
+    def is_initialized(self) -> bool:
+        return self._plain is not None
+
+    def __repr__(self) -> str:
+        return f"LongNetCache(position={self.get_seq_length()}, nbytes={self.nbytes})"

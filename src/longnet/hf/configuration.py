@@ -1,0 +1,106 @@
+"""``LongNetConfig`` of Hugging Face: the same model under the names that its users know."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from longnet.models import LongNetConfig as PlainConfig
+
+# Ours and theirs; what is called alike in both stands in _ALIKE.
+_NAMES = {
+    "dim": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "ffn_dim": "intermediate_size",
+    "causal": "is_causal",
+    "tie_embeddings": "tie_word_embeddings",
+}
+_ALIKE = (
+    *("vocab_size", "segment_lengths", "dilation_rates", "norm", "qk_norm", "bias", "dropout", "use_xpos"),
+    *("use_rel_pos_bias", "head_offsets", "xpos_scale_base", "head_numbers", "feed_forward_chunk", "backend"),
+)
+
+
+class LongNetConfig(PreTrainedConfig):
+    """Shape and options of a LongNet, see :class:`longnet.LongNetConfig` for what they mean and which values fit.
+
+    ``hidden_size``, ``num_hidden_layers``, ``num_attention_heads``, ``num_key_value_heads`` and ``intermediate_size`` are its
+    ``dim``, ``layers``, ``heads``, ``kv_heads`` and ``ffn_dim``, ``is_causal`` its ``causal`` and ``tie_word_embeddings`` its
+    ``tie_embeddings``; all others are called alike. The vocabulary is that of :class:`LongNetByteTokenizer` unless given.
+
+    Raises:
+        TypeError, ValueError: as the plain config does, when it is made.
+    """
+
+    model_type = "longnet"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    vocab_size: int = 259
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    intermediate_size: int | None = None
+    segment_lengths: Any = (2048, 4096, 8192, 16384, 32768)
+    dilation_rates: Any = (1, 2, 4, 6, 12)
+    is_causal: bool = True
+    norm: str = "layer"
+    qk_norm: bool = False
+    bias: bool = True
+    dropout: float = 0.0
+    use_xpos: bool = True
+    use_rel_pos_bias: bool = False
+    head_offsets: str = "interleaved"
+    xpos_scale_base: float | None = None
+    head_numbers: Any = None
+    feed_forward_chunk: int | None = None
+    backend: str = "auto"
+    use_cache: bool = True
+    pad_token_id: int | None = 256
+    bos_token_id: int | None = 257
+    eos_token_id: Any = 258
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # Where a folder says what code reads it: that was this.
+        kwargs.pop("auto_map", None)
+        super().__post_init__(**kwargs)
+        plain = self.to_longnet()
+        # As JSON gives them back, so that a config equals the one it was saved as.
+        self.segment_lengths, self.dilation_rates = list(plain.segment_lengths), list(plain.dilation_rates)
+        self.num_key_value_heads = plain.heads if plain.kv_heads is None else plain.kv_heads
+        self.intermediate_size = plain.feed_forward_dim
+        self.head_numbers = plain.to_dict()["head_numbers"]
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: an installed library is not copied into folders, see :func:`longnet.hf.save_remote_code`."""
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.hidden_size // self.num_attention_heads
+
+    def to_longnet(self) -> PlainConfig:
+        """The plain library's config; raises for values that do not fit together."""
+        given = {name: getattr(self, theirs) for name, theirs in _NAMES.items()}
+        try:
+            return PlainConfig(**given, **{name: getattr(self, name) for name in _ALIKE})
+        except (TypeError, ValueError) as error:
+            # Name fields as they are called here.
+            said = re.sub(r"\b(\w+)(?==)", lambda found: _NAMES.get(found[1], found[1]), str(error))
+            raise type(error)(said) from None
+
+    @classmethod
+    def from_longnet(cls, config: PlainConfig, **more: Any) -> LongNetConfig:
+        """The config of a plain model. ``more`` are fields that the plain library has not: token ids, labels."""
+        plain = config.to_dict()
+        given = {theirs: plain[name] for name, theirs in _NAMES.items()} | {name: plain[name] for name in _ALIKE}
+        if config.vocab_size <= 256:
+            # Bytes alone: there are no ids for other tokens.
+            given |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+        return cls(**{**given, **more})

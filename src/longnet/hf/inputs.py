@@ -1,0 +1,43 @@
+"""What a LongNet of Hugging Face is told about padding and packed documents."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longnet.hf.masks import documents, packed_bounds
+
+
+def padding_of(attention_mask: Tensor | None, batch: int, length: int, past: int) -> Tensor | None:
+    """Which of the next N tokens are padding, (B, N) bool; None for none.
+
+    Raises:
+        TypeError: a mask that is no tensor. ValueError: one of another shape, or one that says more than padding.
+    """
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask has type {type(attention_mask).__name__}: expected a (B, S) tensor")
+    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] != past + length:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}: expected (B, S) = {(batch, past + length)}, 0 where a "
+            "token is padding; masks of scores (4-D) cannot be honoured"
+        )
+    mask = attention_mask[:, past:]
+    traced = torch.compiler.is_compiling()
+    if mask.is_floating_point() and not traced and not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError("attention_mask holds floats other than 0 and 1: expected 1 for a token and 0 for padding")
+    padded = mask == 0
+    # Without a mask kernels have less to do; a graph cannot look.
+    return padded if traced or bool(padded.any()) else None
+
+
+def documents_of(
+    padding: Tensor | None, position_ids: Tensor | None, length: int, *, has_past: bool
+) -> tuple[int, ...] | None:
+    """Where the documents begin that ``position_ids`` (B or 1, N) separate, of all rows one after the other; None for no more
+    than one a row."""
+    if position_ids is None:
+        return None
+    mask = documents(None if padding is None else (~padding).long(), position_ids, length, has_past=has_past)
+    return None if mask is None else packed_bounds(mask)

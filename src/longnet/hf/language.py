@@ -1,0 +1,200 @@
+"""LongNets with a head over the vocabulary: the next token, or masked ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
+from transformers.utils.generic import can_return_tuple
+
+from longnet.compress import quantization
+from longnet.hf.cache import LongNetCache
+from longnet.hf.configuration import LongNetConfig
+from longnet.hf.modeling import LongNetModel, LongNetPreTrainedModel
+from longnet.models import LongNetLM
+
+
+class _WithHead(LongNetPreTrainedModel):
+    """A model and a linear head over the vocabulary, by default the embedding table."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.stack.embedding.weight"}  # noqa: RUF012
+
+    def __init__(self, config: LongNetConfig) -> None:
+        super().__init__(config)
+        self.model = LongNetModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is self.lm_head:
+            nn.init.normal_(module.weight, std=self.config.hidden_size**-0.5)
+        super()._init_weights(module)
+
+
+class LongNetForCausalLM(_WithHead, GenerationMixin):
+    """A LongNet that predicts the next token, :class:`longnet.LongNetLM` for Hugging Face.
+
+    Raises:
+        ValueError: ``config.is_causal`` is False.
+    """
+
+    def __init__(self, config: LongNetConfig) -> None:
+        if not config.is_causal:
+            raise ValueError("config.is_causal=False: expected a decoder, or LongNetForMaskedLM")
+        super().__init__(config)
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: LongNetCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, N, vocab_size); arguments as in :meth:`LongNetModel.forward`.
+
+        Args:
+            labels: (B, N) int64, the tokens themselves (shifted here), -100 where none is to be predicted.
+            logits_to_keep: of the last so many positions only, or of those in a tensor; 0 for all.
+        """
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
+        )
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """What ``generate`` calls for its cache: a bounded one instead of transformers' own."""
+        given, kind = model_kwargs.get("past_key_values"), generation_config.cache_implementation
+        if given is not None and kind is not None:
+            raise ValueError(f"cache_implementation={kind!r} and past_key_values given: expected one of them")
+        if given is not None:
+            given._is_user_defined = True
+            return
+        if not generation_config.use_cache:
+            return
+        if kind not in (None, "dynamic", "static"):
+            raise ValueError(
+                f"cache_implementation={kind!r}: a LongNet's cache is bounded and stays on its device; expected None or "
+                "'dynamic' for a longnet.hf.LongNetCache, 'static' for one of this length alone"
+            )
+        if self.config.use_rel_pos_bias:
+            # As LongNetLM.generate does: there is no cached form yet.
+            generation_config.use_cache = False
+            return
+        cache = LongNetCache(max_cache_length if kind == "static" else None)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
+
+    def to_longnet(self) -> LongNetLM:
+        """The plain model with the same parameters, shared and not copied: what changes in one changes in the other."""
+        stack = self.model.stack
+        with torch.device("meta"):
+            plain = LongNetLM(stack.config)
+        plain.embedding, plain.blocks, plain.norm = stack.embedding, stack.blocks, stack.norm
+        if plain.head is not None:
+            plain.head = self.lm_head
+        return plain.train(self.training)
+
+    @classmethod
+    def from_longnet(cls, model: LongNetLM, **more: Any) -> LongNetForCausalLM:
+        """A model of this class with the same parameters as a plain one, shared and not copied.
+
+        Args:
+            more: fields of the config that the plain one has not: token ids, say. Without, a vocabulary of bytes has none.
+
+        Raises:
+            TypeError: no LongNetLM. ValueError: quantised weights (quantise this class's model with transformers), or a model
+                that computes what torchscale does.
+        """
+        if not isinstance(model, LongNetLM):
+            raise TypeError(f"model has type {type(model).__name__}: expected a longnet.LongNetLM")
+        if quantization(model) is not None:
+            raise ValueError(f"model is quantised ({quantization(model)}): expected plain weights")
+        if model.embedding_scale != model.config.dim**0.5:
+            raise ValueError("model computes what torchscale does: expected one of the plain definition")
+        with torch.device("meta"):
+            made = cls(LongNetConfig.from_longnet(model.config, **more))
+        stack = made.model.stack
+        stack.embedding, stack.blocks, stack.norm = model.embedding, model.blocks, model.norm
+        made.lm_head.weight = model.embedding.weight if model.head is None else model.head.weight
+        return made.train(model.training)
+
+    @classmethod
+    def from_run(cls, folder: str | Path, **more: Any) -> LongNetForCausalLM:
+        """The trained model of a ``longnet train`` folder, in evaluation mode; ``more`` and errors as in :meth:`from_longnet`.
+
+        Needs what training needs, ``pip install 'longnet-torch[train]'``.
+
+        Raises:
+            ValueError: no run there, no model in it yet, or a damaged one.
+        """
+        from longnet.training.folder import load_model
+
+        return cls.from_longnet(load_model(folder), **more)
+
+    def to_run(self, folder: str | Path) -> None:
+        """Write a folder that ``longnet generate``, ``longnet stream`` and :meth:`from_run` read; errors if one is there."""
+        from longnet.training.folder import save_model
+
+        save_model(self.to_longnet(), folder)
+
+
+class LongNetForMaskedLM(_WithHead):
+    """A bidirectional LongNet that predicts masked tokens.
+
+    Raises:
+        ValueError: ``config.is_causal`` is True.
+    """
+
+    def __init__(self, config: LongNetConfig) -> None:
+        if config.is_causal:
+            raise ValueError("config.is_causal=True: expected an encoder, is_causal=False, or LongNetForCausalLM")
+        super().__init__(config)
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MaskedLMOutput:
+        """Logits (B, N, vocab_size). ``labels`` (B, N) int64 are -100 where no token was masked."""
+        out = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
+        logits = self.lm_head(out.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)

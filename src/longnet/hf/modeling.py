@@ -1,0 +1,146 @@
+"""LongNet as Hugging Face's models: thin adapters around the plain stack of blocks, which computes everything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from longnet.hf.cache import LongNetCache
+from longnet.hf.configuration import LongNetConfig
+from longnet.hf.inputs import documents_of, padding_of
+from longnet.models.base import LongNetBase
+
+
+class LongNetPreTrainedModel(PreTrainedModel):
+    """What all LongNets of Hugging Face share: the config, MAGNETO's initialisation, recomputation of blocks."""
+
+    config_class = LongNetConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    # Attention is LongNet's own: there is nothing to choose.
+    _supports_sdpa = False
+    _supports_attention_backend = False
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # For code that is not its own transformers skips modules without parameters of their own, the stack among them.
+        super()._initialize_weights(module, False)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # transformers guards torch.nn.init meanwhile: weights that were loaded stay as they are.
+        if isinstance(module, LongNetBase):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear) and module is getattr(self, "score", None):
+            nn.init.normal_(module.weight, std=self.config.hidden_size**-0.5)
+
+
+class LongNetModel(LongNetPreTrainedModel):
+    """The stack without a head: token ids (B, N) to normalised hidden states (B, N, hidden_size).
+
+    A decoder if ``config.is_causal``, else an encoder. Weights are those of :class:`longnet.LongNetLM`, under ``stack``.
+    """
+
+    def __init__(self, config: LongNetConfig) -> None:
+        super().__init__(config)
+        self.stack = LongNetBase(config.to_longnet())
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.stack.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        assert isinstance(value, nn.Embedding)
+        self.stack.embedding = value
+        self.stack.config = self.stack.config.replace(vocab_size=value.num_embeddings)
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: LongNetCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of the last block, normalised.
+
+        Args:
+            input_ids: (B, N) int64.
+            attention_mask: (B, N), with a cache (B, S) for all S tokens read so far, 0 where a token is padding. Padding
+                counts as positions: what a row computes is what it computes with it, on either side. With a cache it
+                comes before a row's first real token only.
+            position_ids: (B, N) say where documents begin that are packed into a row: where they do not go up by one between
+                real tokens. Documents do not see each other, and segments restart. Otherwise positions are places in the row.
+            past_key_values: a :class:`LongNetCache`; the inputs are then the next N tokens, and no graph is kept.
+            inputs_embeds: (B, N, hidden_size) rows of the embedding table in place of ``input_ids``.
+            use_cache: make a cache and return it as ``past_key_values``. None means no: only ``generate`` follows the config.
+            output_hidden_states: also return the inputs of all blocks and the result, ``num_hidden_layers + 1`` in all.
+
+        Raises:
+            TypeError, ValueError: an input of the wrong type or shape; what cannot be honoured: a mask of scores (4-D),
+                ``output_attentions``, a cache in training or of another model.
+        """
+        if kwargs.get("output_attentions") or (
+            kwargs.get("output_attentions") is None and self.config.output_attentions
+        ):
+            raise ValueError("output_attentions=True: attention weights are never made; expected False")
+        x = self._embedded(input_ids, inputs_embeds)
+        batch, length = x.shape[:2]
+        cache = self._cache(past_key_values, use_cache)
+        past = 0 if cache is None else cache.get_seq_length()
+        padding = padding_of(attention_mask, batch, length, past)
+        bounds = documents_of(padding, position_ids, length, has_past=cache is not None)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        states: list[Tensor] | None = [] if output_hidden_states else None
+        if cache is not None:
+            hidden = cache.read(self.stack, x, padding, states)
+        elif bounds is not None:
+            # Documents of all rows, one after the other in one row.
+            flat = None if padding is None else padding.reshape(1, -1)
+            hidden = self.stack.run_blocks(x.reshape(1, batch * length, -1), flat, cu_seqlens=bounds, states=states)
+            hidden = hidden.view(batch, length, -1)
+            states = None if states is None else [state.view(batch, length, -1) for state in states]
+        else:
+            hidden = self.stack.run_blocks(x, padding, states=states)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=cache,
+            hidden_states=None if states is None else (*states, hidden),
+        )
+
+    def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            given = "neither" if input_ids is None else "both"
+            raise ValueError(f"{given} of input_ids and inputs_embeds given: expected exactly one")
+        if input_ids is not None:
+            self.stack.check_tokens(input_ids, "input_ids")
+            # Through the module: hooks of others (PEFT's among them) see the table's rows.
+            inputs_embeds = self.stack.embedding(input_ids)
+        assert inputs_embeds is not None
+        if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != self.config.hidden_size:
+            raise ValueError(
+                f"inputs_embeds has shape {tuple(inputs_embeds.shape)}: expected (B, N, {self.config.hidden_size})"
+            )
+        return inputs_embeds * self.stack.embedding_scale
+
+    def _cache(self, given: LongNetCache | None, use_cache: bool | None) -> LongNetCache | None:
+        if given is None and not use_cache:
+            return None
+        if self.training and torch.is_grad_enabled():
+            raise ValueError(
+                "a cache (past_key_values, use_cache=True) in training: a cache holds no graph; expected use_cache=False, "
+                "model.eval() or torch.no_grad()"
+            )
+        if given is not None and not isinstance(given, LongNetCache):
+            raise TypeError(f"past_key_values has type {type(given).__name__}: expected a longnet.hf.LongNetCache")
+        return LongNetCache() if given is None else given

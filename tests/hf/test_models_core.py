@@ -1,0 +1,313 @@
+"""LongNets of longnet.hf against the plain library: masks, packed documents, caches, bad input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from longnet_models import config, first, make, tokens
+from torch import Tensor
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    DynamicCache,
+)
+
+import longnet
+from longnet.hf import (
+    LongNetCache,
+    LongNetConfig,
+    LongNetForCausalLM,
+    LongNetForMaskedLM,
+    LongNetForSequenceClassification,
+    LongNetModel,
+)
+
+CLOSE: dict[str, float] = {"rtol": 1e-9, "atol": 1e-9}
+
+
+def decoder(**changes: Any) -> Any:
+    return make(**changes).double()
+
+
+def test_auto_classes() -> None:
+    for auto, name in (
+        (AutoModel, LongNetModel),
+        (AutoModelForCausalLM, LongNetForCausalLM),
+        (AutoModelForSequenceClassification, LongNetForSequenceClassification),
+    ):
+        assert type(auto.from_config(config())) is name
+    assert type(AutoModelForMaskedLM.from_config(config(is_causal=False))) is LongNetForMaskedLM
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"qk_norm": True, "norm": "rms"}, {"use_xpos": False, "use_rel_pos_bias": True}]
+)
+def test_logits_and_gradients_are_the_plain_models(changes: dict[str, Any]) -> None:
+    model, ids = decoder(**changes), tokens(2, 50)
+    plain = longnet.LongNetLM(model.config.to_longnet()).double()
+    plain.load_state_dict({k.removeprefix("model.stack."): v for k, v in model.state_dict().items() if "stack" in k})
+    logits = model(ids).logits
+    torch.testing.assert_close(logits, plain(ids), **CLOSE)
+    model(ids, labels=ids).loss.backward()
+    targets = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], 1)
+    plain.loss(ids, targets).backward()
+    ours = model.model.stack.blocks[0].attention.k_proj.weight.grad
+    # transformers' loss is taken in float32.
+    torch.testing.assert_close(ours, plain.blocks[0].attention.k_proj.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both", "row of its own"])
+@pytest.mark.parametrize("kind", [torch.int64, torch.bool, torch.float32])
+@pytest.mark.parametrize("name", ["LongNetForCausalLM", "LongNetForMaskedLM"])
+def test_padding_is_the_plain_librarys(side: str, kind: torch.dtype, name: str) -> None:
+    model, ids = make(name).double(), tokens(3, 40)
+    place = torch.arange(40)
+    real = {
+        "left": (place >= 5).expand(3, -1),
+        "right": (place < 33).expand(3, -1),
+        "both": ((place >= 3) & (place < 30)).expand(3, -1),
+        "row of its own": place >= torch.tensor([[0], [7], [20]]),
+    }[side]
+    plain = longnet.LongNetLM if name == "LongNetForCausalLM" else longnet.LongNetEncoder
+    reference = plain(model.config.to_longnet()).double().eval()
+    reference.load_state_dict(
+        {k.removeprefix("model.stack."): v for k, v in model.state_dict().items() if "stack" in k}
+    )
+    hidden = reference.hidden(ids, ~real) if name == "LongNetForCausalLM" else reference(ids, ~real)
+    given = first(model.base_model, input_ids=ids, attention_mask=real.to(kind))
+    torch.testing.assert_close(given[real], hidden.detach()[real], **CLOSE)
+    other = torch.where(real, ids, 3)
+    assert torch.equal(first(model.base_model, input_ids=other, attention_mask=real.to(kind))[real], given[real])
+
+
+def test_a_mask_of_ones_is_no_mask() -> None:
+    model, ids = decoder(), tokens()
+    assert torch.equal(first(model, input_ids=ids, attention_mask=torch.ones_like(ids)), first(model, input_ids=ids))
+
+
+@pytest.mark.parametrize("name", ["LongNetForCausalLM", "LongNetForMaskedLM"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_packed_documents_do_not_see_each_other(name: str, padded: bool) -> None:
+    """Position ids that start again begin documents; each gives what it gives alone."""
+    model, ids = make(name).double(), tokens(2, 40)
+    lengths = [[9, 21, 10], [40]]
+    places = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, 36:] = 0
+    given = first(model, input_ids=ids, position_ids=places, attention_mask=mask)
+    for row, lengths_of_row in enumerate(lengths):
+        start = 0
+        for length in lengths_of_row:
+            part = slice(start, min(start + length, 36 if padded and row == 0 else 40))
+            alone = first(model, input_ids=ids[row : row + 1, part])
+            torch.testing.assert_close(given[row : row + 1, part], alone, **CLOSE)
+            start += length
+    states = model(ids, position_ids=places, output_hidden_states=True).hidden_states
+    assert [state.shape for state in states] == [(2, 40, 32)] * 3
+
+
+def test_packed_documents_train() -> None:
+    model, ids = decoder(), tokens(1, 40)
+    places = torch.cat([torch.arange(25), torch.arange(15)])[None]
+    model.train()(ids, position_ids=places, labels=ids).loss.backward()
+    expected = model.model.stack.blocks[0].attention.v_proj.weight.grad.clone()
+    model.zero_grad()
+    (model.model.stack).gradient_checkpointing = True
+    model(ids, position_ids=places, labels=ids).loss.backward()
+    torch.testing.assert_close(model.model.stack.blocks[0].attention.v_proj.weight.grad, expected, **CLOSE)
+
+
+def test_positions_that_only_go_up_change_nothing() -> None:
+    model, ids = decoder(), tokens(2, 30)
+    mask = (torch.arange(30) >= torch.tensor([[0], [4]])).long()
+    # What generate makes of a left-padded batch.
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    expected = first(model, input_ids=ids, attention_mask=mask)
+    assert torch.equal(first(model, input_ids=ids, attention_mask=mask, position_ids=places), expected)
+    assert torch.equal(
+        first(model, input_ids=ids, position_ids=torch.arange(30)[None] + 7), first(model, input_ids=ids)
+    )
+
+
+@pytest.mark.parametrize("cut", [[40], [1] * 40, [8, 32], [13, 1, 1, 25]])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_cache_changes_no_logits(cut: list[int], padded: bool) -> None:
+    model, ids = decoder(), tokens(2, 40)
+    mask = (torch.arange(40) >= torch.tensor([[0], [5 if padded else 0]])).long()
+    expected = first(model, input_ids=ids, attention_mask=mask)
+    cache, start, given = LongNetCache(), 0, []
+    for length in cut:
+        end = start + length
+        out = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+        assert out.past_key_values is cache
+        given.append(out.logits)
+        start = end
+    torch.testing.assert_close(torch.cat(given, 1)[mask == 1], expected[mask == 1], **CLOSE)
+    assert cache.get_seq_length() == 40 and cache.batch_size == 2
+
+
+def test_use_cache_returns_one_to_go_on_from() -> None:
+    model, ids = decoder(), tokens(2, 30)
+    begun = model(ids[:, :20], use_cache=True)
+    rest = model(ids[:, 20:], past_key_values=begun.past_key_values).logits
+    torch.testing.assert_close(rest, first(model, input_ids=ids)[:, 20:], **CLOSE)
+    # Without being asked forward keeps none: it would keep no graph either.
+    assert model(ids).past_key_values is None and model(ids).logits.requires_grad
+
+
+def read(model: Any, ids: Tensor, cache: LongNetCache) -> Tensor:
+    return model(ids, past_key_values=cache).logits
+
+
+@pytest.mark.parametrize("wrong", [1, 3, 7, 12, 30])
+@pytest.mark.parametrize("before", [5, 16, 21, 40])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_what_is_taken_back_was_never_read(wrong: int, before: int, at_once: bool) -> None:
+    model, ids, other = decoder(), tokens(2, before + 15), tokens(2, wrong, seed=9)
+    cache = LongNetCache(rewindable=True)
+    pieces = [torch.cat([ids[:, :before], other], 1)] if at_once else [ids[:, :before], *other.split(1, 1)]
+    for piece in pieces:
+        read(model, piece, cache)
+    cache.crop(-wrong)
+    assert cache.get_seq_length() == before
+    given = read(model, ids[:, before : before + 7], cache)
+    expected = first(model, input_ids=ids)
+    torch.testing.assert_close(given, expected[:, before : before + 7], **CLOSE)
+    # Once more, further back than the last read.
+    cache.crop(-9)
+    torch.testing.assert_close(read(model, ids[:, before - 2 :], cache), expected[:, before - 2 :], **CLOSE)
+
+
+def test_states_to_go_back_to_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longnet.hf.cache._STRIDE", 6)
+    model, ids = decoder(), tokens(1, 60)
+    cache = LongNetCache(rewindable=True)
+    for piece in ids.split(1, 1):
+        read(model, piece, cache)
+    assert len(cache._states) == 2 and sum(part.x.shape[1] for part in cache._since) <= 12
+    cache.crop(-6)
+    torch.testing.assert_close(read(model, ids[:, 54:], cache), first(model, input_ids=ids)[:, 54:], **CLOSE)
+    with pytest.raises(ValueError, match="crop to 3 tokens: expected at least"):
+        cache.crop(-57)
+
+
+def test_a_plain_cache_goes_back_inside_a_segment_only() -> None:
+    model, ids = decoder(), tokens(1, 22)
+    cache = LongNetCache()
+    read(model, ids, cache)
+    cache.crop(-4)
+    torch.testing.assert_close(read(model, ids[:, 18:], cache), first(model, input_ids=ids)[:, 18:], **CLOSE)
+    with pytest.raises(ValueError, match="rewindable=True"):
+        cache.crop(-7)
+    with pytest.raises(ValueError, match="tokens_to_remove=5"):
+        cache.crop(5)
+    with pytest.raises(ValueError, match="tokens_to_remove=-23"):
+        cache.crop(-23)
+    assert cache.get_seq_length() == 22
+
+
+def test_rows_are_reordered_with_what_may_be_taken_back() -> None:
+    model, ids = decoder(), tokens(3, 30)
+    cache = LongNetCache(rewindable=True)
+    read(model, ids[:, :26], cache)
+    order = torch.tensor([2, 0, 0])
+    cache.reorder_cache(order)
+    cache.crop(-6)
+    torch.testing.assert_close(read(model, ids[order, 20:], cache), first(model, input_ids=ids[order])[:, 20:], **CLOSE)
+
+
+def test_a_cache_of_a_known_length_is_smaller_and_ends_there() -> None:
+    model, ids = decoder(segment_lengths=(8, 512)), tokens(1, 20)
+    long, short = LongNetCache(), LongNetCache(max_length=20)
+    torch.testing.assert_close(read(model, ids, short), read(model, ids, long), **CLOSE)
+    assert short.nbytes < long.nbytes / 4 and short.get_max_length() == 20 and long.get_max_length() == -1
+    with pytest.raises(ValueError, match="1 tokens after 20: expected no more than max_length=20"):
+        read(model, ids[:, :1], short)
+    short.reset()
+    assert short.get_seq_length() == 0 and not short.is_initialized
+    read(model, tokens(2, 20), short)
+
+
+def test_caches_that_do_not_fit_are_refused() -> None:
+    model, ids = decoder(), tokens(1, 5)
+    cache = LongNetCache()
+    read(model, ids, cache)
+    with pytest.raises(ValueError, match="another model"):
+        read(decoder(), ids, cache)
+    with pytest.raises(ValueError, match="batch|shape"):
+        read(model, tokens(2, 5), cache)
+    with pytest.raises(TypeError, match="past_key_values has type DynamicCache: expected a longnet.hf.LongNetCache"):
+        read(model, ids, DynamicCache())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="in training"):
+        model.train()(ids, use_cache=True)
+    with pytest.raises(ValueError, match="causal"):
+        make("LongNetForMaskedLM").base_model(ids, use_cache=True)
+    with pytest.raises(ValueError, match="use_rel_pos_bias"):
+        make(use_rel_pos_bias=True, use_xpos=False)(ids, use_cache=True)
+    model.eval()
+    with pytest.raises(ValueError, match="first real token"):
+        model(ids, attention_mask=torch.tensor([[1, 1, 1, 1, 0]]), use_cache=True)
+    with pytest.raises(ValueError, match="start again"):
+        model(ids, position_ids=torch.tensor([[0, 1, 0, 1, 2]]), use_cache=True)
+    with pytest.raises(ValueError, match="at least one token"):
+        model(ids[:, :0], past_key_values=cache)
+    with pytest.raises(ValueError, match="given to another model"):
+        cache.update(torch.zeros(1), torch.zeros(1), 0)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_classes_of_padded_rows(causal: bool) -> None:
+    """The last real token of a decoder, the mean of an encoder's real tokens; padding on either side."""
+    model = make("LongNetForSequenceClassification", is_causal=causal).double()
+    ids = tokens(2, 32)
+    # A period of padding on the left leaves every token its place in its segments.
+    padded = torch.cat([torch.zeros(2, 32, dtype=torch.int64), ids, torch.zeros(2, 3, dtype=torch.int64)], 1)
+    mask = torch.zeros_like(padded)
+    mask[:, 32:64] = 1
+    given = first(model, input_ids=padded, attention_mask=mask)
+    torch.testing.assert_close(given, first(model, input_ids=ids), **CLOSE)
+    hidden = model.model(ids).last_hidden_state
+    pooled = hidden[:, -1] if causal else hidden.mean(1)
+    torch.testing.assert_close(given, model.score(pooled).detach(), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"segment_lengths": (8, 32), "dilation_rates": (1,)}, "segment_lengths"),
+        ({"dilation_rates": (1, 64)}, "dilation_rate|rate"),
+        ({"hidden_size": 30}, "hidden_size=30"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 is not divisible by num_key_value_heads=3"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0: expected at least 1"),
+        ({"is_causal": 1}, "is_causal=1 has type int"),
+        ({"norm": "none"}, "norm='none'"),
+        ({"head_offsets": "odd"}, "head_offsets='odd'"),
+    ],
+)
+def test_bad_configs_are_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=said):
+        config(**changes)
+
+
+def test_models_say_which_config_they_need() -> None:
+    with pytest.raises(ValueError, match="is_causal=False: expected a decoder"):
+        LongNetForCausalLM(config(is_causal=False))
+    with pytest.raises(ValueError, match="is_causal=True: expected an encoder"):
+        LongNetForMaskedLM(config())
+    with pytest.raises(ValueError, match="norm='batch'"):
+        LongNetConfig(norm="batch")
+
+
+def test_bad_tokens_are_refused() -> None:
+    model = make()
+    with pytest.raises(TypeError, match="input_ids has dtype torch.int32"):
+        model(tokens().int())
+    with pytest.raises(ValueError, match="input_ids holds the ids"):
+        model(tokens() + 40)
+    with pytest.raises(ValueError, match="inputs_embeds has shape"):
+        model(inputs_embeds=torch.randn(1, 4, 31))
