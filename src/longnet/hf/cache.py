@@ -100,7 +100,8 @@ class LongNetCache(Cache):
                 further back than is remembered.
         """
         position = self.get_seq_length()
-        keep = position + tokens_to_remove
+        # transformers 5.17 counts on the device.
+        keep = position + int(tokens_to_remove)
         if not 0 <= keep <= position:
             raise ValueError(
                 f"tokens_to_remove={tokens_to_remove}: expected {-position} to 0, less than nothing is kept"
@@ -112,6 +113,8 @@ class LongNetCache(Cache):
             self._plain.moved(keep - position)
         else:
             self._read_again(keep)
+        # Later states have read what never was.
+        self._states = [state for state in self._states if state.position <= keep]
         self._since = [read.until(keep) for read in self._since if read.position < keep]
 
     def _read_again(self, keep: int) -> None:
@@ -125,7 +128,7 @@ class LongNetCache(Cache):
         if not known or stack is None:
             oldest = self._states[0].position if self._states else self.get_seq_length()
             raise ValueError(f"crop to {keep} tokens: expected at least {oldest}, the oldest state kept")
-        self._states, self._plain = known, known[-1].clone()
+        self._plain = known[-1].clone()
         for read in self._since:
             if known[-1].position <= read.position < keep:
                 part = read.until(keep)
