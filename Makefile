@@ -7,7 +7,7 @@ INSTALLED := .venv/.installed
 
 DEMO := --preset tiny --context 8192 --minutes 8 --lr 3e-3 --clip 0.3 --schedule linear --warmup 40
 
-.PHONY: help demo test lint type docs pytest bench figures format clean
+.PHONY: help demo test lint type docs older pytest bench figures format clean
 
 help:
 	@echo "make demo     train a small LongNet on Python's own source code and write runs/demo/report.html"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint     ruff: rules and formatting          make format   let ruff mend what it can"
 	@echo "make type     mypy                                make pytest   the tests alone, the import ladder among them"
 	@echo "make bench    measure speed and memory            make figures  draw the pictures of the README"
+	@echo "make older    tests of longnet.hf with the oldest transformers that is supported"
 	@echo "make docs     the documentation site: open build/docs/index.html in a browser"
 	@echo "make clean    delete caches and build outputs (never .venv or runs)"
 
@@ -41,6 +42,7 @@ test: $(INSTALLED)
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory type
 	@$(MAKE) --no-print-directory docs
+	@$(MAKE) --no-print-directory older
 	@$(MAKE) --no-print-directory pytest
 
 lint: $(INSTALLED)
@@ -56,6 +58,16 @@ type: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
+
+# The oldest transformers that is supported, with what it needs and the newest one has no more, beside the rest of .venv.
+OLDER := .venv/transformers-5.17
+$(OLDER)/.installed: $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --upgrade --target $(OLDER) \
+		transformers==5.17.0 huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9 h11==0.16.0 anyio==4.16.0 sniffio==1.3.1
+	@touch $@
+
+older: $(OLDER)/.installed
+	PYTHONPATH=$(OLDER) $(BIN)/pytest -q -n auto --maxprocesses 8 --dist loadgroup tests/hf
 
 pytest: $(INSTALLED)
 	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadgroup

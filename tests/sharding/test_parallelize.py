@@ -69,16 +69,9 @@ def test_gradients_are_those_of_one_device(ranks, dp, cp, lengths, ignored):
             assert relative_error(grads[name], weight.grad) < 1e-10, name
 
 
-def losses(group, rank, size):
-    """50 steps of a model in float32 on one sequence a step."""
-    model = make(torch.float32)
-    mesh = None
-    if size > 1:
-        mesh = torch.distributed.device_mesh.DeviceMesh.from_group(group, "cpu", mesh_dim_names=("cp",))
-        parallelize(model, mesh)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+def steps_of(model, optimizer, mesh, first, last):
     found = []
-    for rows in batches(50, 1):
+    for rows in batches(last, 1)[first:]:
         tokens, targets = rows[:, :-1], rows[:, 1:]
         if mesh is not None:
             tokens, targets = shard_sequence(tokens, mesh), shard_sequence(targets, mesh)
@@ -88,6 +81,16 @@ def losses(group, rank, size):
         optimizer.zero_grad()
         found.append(loss.item())
     return found
+
+
+def losses(group, rank, size):
+    """50 steps of a model in float32 on one sequence a step."""
+    model = make(torch.float32)
+    mesh = None
+    if size > 1:
+        mesh = torch.distributed.device_mesh.DeviceMesh.from_group(group, "cpu", mesh_dim_names=("cp",))
+        parallelize(model, mesh)
+    return steps_of(model, torch.optim.AdamW(model.parameters(), lr=1e-3), mesh, 0, 50)
 
 
 @pytest.mark.parametrize("size", [3, 4])
@@ -160,20 +163,6 @@ def test_dropout_differs_from_rank_to_rank(ranks):
     torch.manual_seed(0)
     assert found[0] == torch.rand(()).item(), "the first one's numbers are those of a run on one device"
     assert len(set(found)) == 8
-
-
-def steps_of(model, optimizer, mesh, first, last):
-    found = []
-    for rows in batches(last, 1)[first:]:
-        tokens, targets = rows[:, :-1], rows[:, 1:]
-        if mesh is not None:
-            tokens, targets = shard_sequence(tokens, mesh), shard_sequence(targets, mesh)
-        loss = model.loss(tokens, targets)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(loss.item())
-    return found
 
 
 def checkpointed(group, rank, size, folder, first, last):

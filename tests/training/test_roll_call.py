@@ -26,6 +26,17 @@ with joined(1, "cpu") as (ranks, device):
         time.sleep(9)  # longer than the roll call: the other has left by then, and is not lost
         print("rank 0 ended well")
 """
+BUSY = """
+import os, signal, time
+from longnet.training.ranks import joined
+with joined(1, "cpu") as (ranks, device):
+    ranks.wait()
+    if os.environ["RANK"] == "0":
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(9)  # both, and one of them was not asked to stop
+    ranks.wait()
+    print("ended well")
+"""
 
 
 def run(tmp_path, script, processes):
@@ -49,3 +60,9 @@ def test_a_process_that_left_is_not_lost(tmp_path):
     found = run(tmp_path, ENDS, 2)
     assert found.returncode == 0, found.stderr
     assert "rank 0 ended well" in found.stdout and "gone" not in found.stderr
+
+
+def test_a_process_that_was_not_asked_to_stop_is_not_lost(tmp_path):
+    found = run(tmp_path, BUSY, 2)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count("ended well") == 2 and "gone" not in found.stderr

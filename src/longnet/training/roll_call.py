@@ -1,7 +1,8 @@
 """When a process of a run is lost: the others find out who, say so once, and end.
 
 A collective over the host fails in all that are left. One over NCCL does not: it waits on the GPU, and with it the main thread,
-while torchrun asks to stop with SIGTERM and half a minute later kills. So a thread of its own listens for that signal.
+while torchrun asks to stop with SIGTERM and half a minute later kills. So a thread of its own listens for that signal, and
+answers the roll calls of others whatever the main thread does: who was not asked to stop, or is busy, is there all the same.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from typing import Self
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-# So long those that are left look for one another.
-_SECONDS = 5.0
+# So long a roll call waits for answers, and so often every process looks for a roll call.
+_SECONDS, _LOOK = 5.0, 0.5
 
 
 class LostProcess(RuntimeError):
@@ -44,7 +45,8 @@ class RollCall:
         # A signal that is ignored rings no bell, so it gets a handler that does nothing: this process ends by itself.
         self._handler = signal.signal(signal.SIGTERM, lambda number, frame: None)
         self._descriptor = signal.set_wakeup_fd(self._bell.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, daemon=True, name="longnet-roll-call").start()
+        self._listener = threading.Thread(target=self._listen, daemon=True, name="longnet-roll-call")
+        self._listener.start()
         return self
 
     def __exit__(
@@ -58,20 +60,24 @@ class RollCall:
             self._store.set(f"longnet/left/{self._rank}", "yes")
         signal.set_wakeup_fd(self._descriptor)
         signal.signal(signal.SIGTERM, self._handler)
+        self._listener.join()
         self._bell.close()
+        self._ear.close()
 
     def lost(self) -> LostProcess | SystemExit | None:
         """What to raise if a process is gone, once the others were looked for: words on one process, a silent end on the rest."""
         with self._lock:
-            self._store.set(f"longnet/here/{self._rank}", "yes")
+            if self.is_lost:
+                return SystemExit(1)
+            call = self._store.add("longnet/calls", 1)
             time.sleep(_SECONDS)
-            said = [rank for rank in range(self._world) if self._store.check([f"longnet/here/{rank}"])]
+            there = [rank for rank in range(self._world) if self._store.check([f"longnet/here/{call}/{rank}"])]
             left = [rank for rank in range(self._world) if self._store.check([f"longnet/left/{rank}"])]
-            gone = sorted({*range(self._world)} - {*said, *left})
-            if not gone or self.is_lost:
-                return SystemExit(1) if self.is_lost else None
+            gone = sorted({*range(self._world)} - {*there, *left, self._rank})
+            if not gone:
+                return None
             self.is_lost = True
-        if self._rank != min(said):
+        if self._rank != min(self._rank, *there):
             return SystemExit(1)
         names = ", ".join(map(str, gone))
         return LostProcess(
@@ -80,12 +86,21 @@ class RollCall:
         )
 
     def _listen(self) -> None:
-        try:
-            while heard := self._ear.recv(64):
-                if signal.SIGTERM in heard:
-                    self._answer()
-        finally:
-            self._ear.close()
+        """Until it is over: answer roll calls, and on SIGTERM hold one."""
+        answered = 0
+        self._ear.settimeout(_LOOK)
+        while not self._over:
+            calls = self._store.add("longnet/calls", 0)
+            for call in range(answered + 1, calls + 1):
+                self._store.set(f"longnet/here/{call}/{self._rank}", "yes")
+            answered = calls
+            try:
+                heard = self._ear.recv(64)
+            except TimeoutError:
+                continue
+            if signal.SIGTERM in heard:
+                # A thread of its own, since this one has others' calls to answer.
+                threading.Thread(target=self._answer, daemon=True, name="longnet-sigterm").start()
 
     def _answer(self) -> None:
         # The main thread may be about to find out by itself.
