@@ -46,6 +46,13 @@ def test_every_variant_is_measured(run: Path, tmp_path: Path, capsys: pytest.Cap
     assert abs(found["int8 weights"]["bits_per_byte"] - dense["bits_per_byte"]) < 0.1
 
 
+def test_the_page_shows_the_committed_result() -> None:
+    root = Path(__file__).parents[2]
+    result = json.loads((root / "benchmarks" / "results" / "compress-cpu-2026-11-25.json").read_text())
+    assert not result["commit"]["dirty"]
+    assert f"\n\n{compress.table(result)}\n\n" in (root / "docs" / "compress.md").read_text(encoding="utf-8")
+
+
 def test_other_text_is_refused_unless_it_is_named(run: Path) -> None:
     text = run.parent / "text.txt"
     content = text.read_text()

@@ -67,6 +67,21 @@ def test_pictures_are_pictures_and_the_page_embeds_them(run: tuple[Path, Evaluat
     assert not re.search(r'(src|href)="(?!data:)', page)
 
 
+def test_the_page_of_a_model_without_all_heads_says_that_all_are_drawn(run: tuple[Path, Evaluation]) -> None:
+    from longnet.models import LongNetConfig
+
+    root = run[0]
+    model = LongNetConfig.preset("nano", layers=1, head_numbers=((0, 2, 3),))
+    settings = TrainSettings(
+        out=str(root / "pruned"), data=str(root / "text.txt"), model=model, context=64, steps=1, batch=1, device="cpu", threads=1
+    )  # fmt: skip
+    train(settings)
+    write_report(root / "pruned")
+    said = "pruned from some layers"
+    assert said in (root / "pruned" / "report.html").read_text(encoding="utf-8")
+    assert said not in (root / "run" / "report.html").read_text(encoding="utf-8")
+
+
 def test_the_page_holds_the_numbers_the_sentence_and_the_settings(run: tuple[Path, Evaluation]) -> None:
     folder, evaluation = run[0] / "run", run[1]
     page = (folder / "report.html").read_text(encoding="utf-8")

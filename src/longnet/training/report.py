@@ -235,6 +235,8 @@ def _compose(
     page.picture(pictures["loss"], "Bits per byte over the run")
     page.heading("Attention pattern, per head")
     page.picture(pictures["pattern"], "Which keys each head reads")
+    if settings.model.head_numbers is not None:
+        page.text("All heads are drawn, those too that have been pruned from some layers.", "soft")
     page.heading("A sample")
     page.text("Held-out bytes in grey, then the model (temperature 0.8, top-p 0.95).", "soft")
     page.sample(prompt, continuation)

@@ -1,0 +1,90 @@
+"""The public names of ``longnet.hf`` and their signatures, exactly: a change here is a change for users."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+hf = pytest.importorskip("longnet.hf", reason="transformers is not installed")
+
+NAMES = [
+    *("BoundedCache", "LongNetByteTokenizer", "LongNetCache", "LongNetConfig", "LongNetForCausalLM"),
+    *("LongNetForMaskedLM", "LongNetForSequenceClassification", "LongNetModel"),
+    *("apply", "load", "restore", "save_remote_code"),
+]
+
+SIGNATURES = {
+    "apply": "(model, segment_lengths, dilation_rates, *, layers=None, head_offsets='interleaved', backend='auto')",
+    "restore": "(model)",
+    "load": "(folder, model_class=None, **options)",
+    "save_remote_code": "(folder)",
+    "BoundedCache": "(model)",
+    "LongNetCache": "(max_length=None, *, rewindable=False)",
+    "LongNetForCausalLM.from_longnet": "(model, **more)",
+    "LongNetForCausalLM.from_run": "(folder, **more)",
+    "LongNetForCausalLM.to_run": "(self, folder)",
+    "LongNetForCausalLM.to_longnet": "(self)",
+}
+
+# The config's own fields and their defaults, without those that it has from transformers.
+FIELDS = {
+    "vocab_size": 259,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": None,
+    "intermediate_size": None,
+    "segment_lengths": (2048, 4096, 8192, 16384, 32768),
+    "dilation_rates": (1, 2, 4, 6, 12),
+    "is_causal": True,
+    "norm": "layer",
+    "qk_norm": False,
+    "bias": True,
+    "dropout": 0.0,
+    "use_xpos": True,
+    "use_rel_pos_bias": False,
+    "head_offsets": "interleaved",
+    "xpos_scale_base": None,
+    "head_numbers": None,
+    "feed_forward_chunk": None,
+    "backend": "auto",
+    "use_cache": True,
+    "pad_token_id": 256,
+    "bos_token_id": 257,
+    "eos_token_id": 258,
+    "tie_word_embeddings": True,
+}
+
+
+def test_the_public_names() -> None:
+    assert hf.__all__ == NAMES
+    assert [name for name in NAMES if not hasattr(hf, name)] == []
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_the_signature_of(name: str) -> None:
+    found: Callable[..., Any] = hf
+    for part in name.split("."):
+        found = getattr(found, part)
+    signature = inspect.signature(found)
+    bare = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
+    assert str(signature.replace(parameters=bare, return_annotation=signature.empty)) == SIGNATURES[name]
+
+
+def test_the_fields_of_the_config() -> None:
+    parameters = inspect.signature(hf.LongNetConfig).parameters
+    assert {name: parameters[name].default for name in FIELDS} == FIELDS
+    assert list(vars(hf.LongNetConfig)["__annotations__"]) == list(FIELDS)
+
+
+def test_the_names_a_checkpoint_holds() -> None:
+    config = hf.LongNetConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, segment_lengths=4, dilation_rates=1
+    )
+    assert config.model_type == "longnet"
+    model = hf.LongNetForCausalLM(config)
+    plain = [f"model.stack.{name}" for name in model.to_longnet().state_dict()]
+    assert list(model.state_dict()) == [*plain, "lm_head.weight"]
