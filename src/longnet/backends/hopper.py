@@ -6,7 +6,8 @@ They serve the Triton backend where they fit (:func:`why_not`), and compute what
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,11 +17,13 @@ from torch import Tensor
 
 from longnet.backends.launches import kernel_arguments
 from longnet.backends.schedule import Schedule, kept_order
-from longnet.backends.tma import VIEWS, descriptors, folds, launch, view_of
+from longnet.backends.tma import VIEWS, descriptors, folds, is_matrix, launch
 from longnet.geometry.nests import Nest
 
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 128)
+# Others are filled up with zeros to the next of these; below, the portable kernels multiply fewer of them.
+_LEAST_HEAD_DIM = 33
 
 # Rows that a program owns: two warpgroups of 64.
 _OWNED = 128
@@ -36,6 +39,9 @@ _CUTS = {
 }
 # The registers of a thread at launch, of which the copying warp gives most to those that compute.
 _REGISTERS = 168
+
+# Rows of a copy that a program writes.
+_FILLED_ROWS = 64
 
 # Rates of a nest divide it: no kernel sweeps over fewer rows at a time.
 UNIT = 64
@@ -56,17 +62,16 @@ def _has_gluon() -> bool:
     return importlib.util.find_spec("triton.experimental.gluon") is not None
 
 
-def why_not(tensors: tuple[Tensor, ...], padding: Tensor | None, bias: Tensor | None) -> str | None:
-    """Why these kernels cannot run on (query, key, value[, gradient of out]), or None when they can."""
-    query = tensors[0]
+def why_not(query: Tensor, padding: Tensor | None, bias: Tensor | None) -> str | None:
+    """Why these kernels cannot run on such tensors, or None when they can."""
     if not query.is_cuda or _capability(query.device)[0] != 9:
         return "they need a GPU of compute capability 9 (Hopper)"
     if not _has_gluon():
         return "this triton has no Gluon"
     if query.dtype not in DTYPES:
         return f"they take {' and '.join(map(str, DTYPES))}, not {query.dtype}"
-    if query.shape[-1] not in HEAD_DIMS:
-        return f"they take head dimensions {HEAD_DIMS}, not {query.shape[-1]}"
+    if not _LEAST_HEAD_DIM <= query.shape[-1] <= HEAD_DIMS[-1]:
+        return f"they take head dimensions {_LEAST_HEAD_DIM} to {HEAD_DIMS[-1]}, not {query.shape[-1]}"
     if padding is not None:
         return "they take no padding mask"
     if bias is not None:
@@ -74,22 +79,34 @@ def why_not(tensors: tuple[Tensor, ...], padding: Tensor | None, bias: Tensor | 
     return None
 
 
-def why_not_nest(tensors: tuple[Tensor, ...], nest: Nest) -> str | None:
-    """Why they cannot compute this nest of tensors that they can run on, or None when they can."""
-    length = tensors[0].shape[2]
+def split_nests(nests: Sequence[Nest], length: int) -> tuple[tuple[Nest, ...], dict[Nest, str]]:
+    """(nests that these kernels compute, why not the others)."""
+    ours: list[Nest] = []
+    reasons: dict[Nest, str] = {}
+    for nest in nests:
+        reason = _why_not_nest(nest, length, _unit(ours))
+        if reason is None:
+            ours.append(nest)
+        else:
+            reasons[nest] = reason
+    return tuple(ours), reasons
+
+
+def _why_not_nest(nest: Nest, length: int, unit: int) -> str | None:
     if len(nest.branches) > VIEWS:
         return f"they take nests of up to {VIEWS} branches, not {len(nest.branches)}"
     coarsest = nest.dilation_rates[-1]
     width = min(nest.segment_lengths[0], length)
     if width < _OWNED // 2 * coarsest:
         return f"segments of {width} tokens at rate {coarsest} are too short for blocks of {_OWNED} rows"
-    for x in tensors:
-        view = view_of(x)
-        if view is None or x.data_ptr() % 16 or view.token * x.element_size() % 16:
-            return f"strides {tuple(x.stride())} fit no matrix of tokens"
-        if view.tokens % coarsest or view.batch % coarsest or view.head % coarsest:
-            return f"the length {length} is no multiple of the rate {coarsest}"
+    if length % coarsest and math.lcm(unit, coarsest) > length // 8:
+        return f"the length {length} is no multiple of the rate {coarsest}, and filling it up would take too much"
     return None
+
+
+def _unit(nests: Sequence[Nest]) -> int:
+    """What the tokens of a tensor have to be a multiple of."""
+    return math.lcm(*(nest.dilation_rates[-1] for nest in nests))
 
 
 @lru_cache(maxsize=1024)
@@ -101,7 +118,11 @@ def _shape(nest: Nest, length: int) -> tuple[int, tuple[tuple[int, ...], ...]]:
 
 @dataclass(frozen=True)
 class Work:
-    """A call's tensors and settings. ``query`` (B, H, N, D); ``key`` and ``value`` (B, Hk, N, D); ``scale`` positive."""
+    """A call's tensors and settings. ``query`` (B, H, N, D); ``key`` and ``value`` (B, Hk, N, D); ``scale`` positive.
+
+    The tensors are read through copies with zeros at the end of their channels and tokens where the kernels cannot read them
+    as they are. What is written has the tensors' own shapes.
+    """
 
     query: Tensor
     key: Tensor
@@ -111,41 +132,50 @@ class Work:
     is_causal: bool
     head_offsets: str
 
+    def _readable(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        dim = next(dim for dim in HEAD_DIMS if dim >= self.query.shape[-1])
+        unit = _unit(self.nests)
+        return tuple(x if is_matrix(x, dim, unit) else fill_up(x, dim, unit) for x in tensors)
+
     def _launches(
-        self, kernel: str, owned: tuple[Tensor, ...], swept: tuple[Tensor, ...]
-    ) -> Iterator[tuple[int, Tensor, dict[int, list[Any]], tuple[Any, ...], dict[str, Any]]]:
-        """(programs, their items, descriptors by tensor, shared arguments, options) of every launch."""
-        batch, heads, length, dim = self.query.shape
-        rows, stages, rounds = _CUTS[kernel, dim]
+        self, kernel: str, inputs: tuple[Tensor, ...], owned: slice
+    ) -> Iterator[tuple[int, tuple[Any, ...], tuple[Any, ...], dict[str, Any]]]:
+        """(programs, their items and the inputs' descriptors, shared arguments, options) of every launch.
+
+        A program owns rows of the inputs in ``owned``, and sweeps over those of the others.
+        """
+        batch, heads, length, channels = self.query.shape
+        dim = inputs[0].shape[-1]
+        swept, stages, rounds = _CUTS[kernel, dim]
+        rows = [swept] * len(inputs)
+        rows[owned] = [_OWNED] * len(rows[owned])
         for number, nest in enumerate(self.nests):
             tiles, shape = _shape(nest, length)
             rates = nest.dilation_rates
             several = len(rates) > 1
             schedule = Schedule(
-                nest, shape, length, heads * batch, _multiprocessors(self.query.device), rounds, _OWNED, rows,
+                nest, shape, length, heads * batch, _multiprocessors(self.query.device), rounds, _OWNED, swept,
                 self.is_causal, kernel == "key_value", self.query.device,
             )  # fmt: skip
             segments = -(-length // nest.segment_lengths[0])
-            views = {id(x): descriptors(x, rates, _OWNED) for x in owned}
-            views |= {id(x): descriptors(x, rates, rows) for x in swept}
+            views = [view for x, count in zip(inputs, rows, strict=True) for view in descriptors(x, rates, count)]
             options = {
-                "TILES": tiles, "SHAPE": shape, "D": dim, "M": _OWNED, "N": rows, "WEIGHTED": several,
-                "PERIOD": rates[-1] if several else 1, "BLOCKED": self.head_offsets == "blocked",
+                "TILES": tiles, "SHAPE": shape, "D": dim, "CHANNELS": channels, "M": _OWNED, "N": swept,
+                "WEIGHTED": several, "PERIOD": rates[-1] if several else 1, "BLOCKED": self.head_offsets == "blocked",
                 "CAUSAL": self.is_causal, "MERGE": number > 0, "STAGES": stages, "num_warps": 4, "maxnreg": _REGISTERS,
             }  # fmt: skip
             for part in kept_order(schedule).split(schedule.per_launch):
                 arguments = (len(part), length, heads, heads // self.key.shape[1], self.scale, segments)
-                yield min(len(part), schedule.programs), part, views, arguments, options
+                yield min(len(part), schedule.programs), (part, *views), arguments, options
 
     def forward(self, out: Tensor, lse: Tensor) -> None:
         """Write out like the query and lse (B, H, N) float32."""
         from longnet.backends.kernels.hopper_forward import hopper_forward_kernel
 
-        inputs = (self.query, self.key, self.value)
-        for programs, order, views, arguments, options in self._launches("forward", inputs[:1], inputs[1:]):
-            tensors = (out, lse, order, *(view for x in inputs for view in views[id(x)]))
-            strides = (*folds(inputs), out.stride()[:3], lse.stride())
-            launch(hopper_forward_kernel, programs, (*tensors, *strides, *arguments), options)
+        inputs = self._readable(self.query, self.key, self.value)
+        strides = (*folds(inputs), out.stride()[:3], lse.stride())
+        for programs, views, arguments, options in self._launches("forward", inputs, slice(0, 1)):
+            launch(hopper_forward_kernel, programs, (out, lse, *views, *strides, *arguments), options)
 
     def backward(
         self, grad_out: Tensor, lse: Tensor, delta: Tensor, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor
@@ -153,12 +183,24 @@ class Work:
         """Write the gradients; those of keys and values by query head, (B, H, N, D). ``delta`` is like ``lse``."""
         from longnet.backends.kernels.hopper_backward import hopper_key_value_kernel, hopper_query_kernel
 
-        queries, keys = (self.query, grad_out), (self.key, self.value)
-        for kernel, function, owned, swept, grads in (
-            ("key_value", hopper_key_value_kernel, keys, queries, (grad_k, grad_v)),
-            ("query", hopper_query_kernel, queries, keys, (grad_q,)),
+        inputs = self._readable(self.query, grad_out, self.key, self.value)
+        for kernel, function, owned, grads in (
+            ("key_value", hopper_key_value_kernel, slice(2, 4), (grad_k, grad_v)),
+            ("query", hopper_query_kernel, slice(0, 2), (grad_q,)),
         ):
-            for programs, order, views, arguments, options in self._launches(kernel, owned, swept):
-                tensors = (lse, delta, *grads, order, *(view for x in (*queries, *keys) for view in views[id(x)]))
-                strides = (*folds((*queries, *keys)), lse.stride(), *(grad.stride()[:3] for grad in grads))
-                launch(function, programs, (*tensors, *strides, *arguments), options)
+            strides = (*folds(inputs), lse.stride(), *(grad.stride()[:3] for grad in grads))
+            for programs, views, arguments, options in self._launches(kernel, inputs, owned):
+                launch(function, programs, (lse, delta, *grads, *views, *strides, *arguments), options)
+
+
+def fill_up(x: Tensor, dim: int, unit: int) -> Tensor:
+    """x (B, H, N, D), its channels side by side, with zeros after N and D: (B, H, N up to a multiple of ``unit``, dim)."""
+    from longnet.backends.kernels.fill_up import fill_up_kernel
+
+    batch, heads, length, channels = x.shape
+    filled = -(-length // unit) * unit
+    room = x.new_empty(batch, heads, filled, dim)
+    tiles = -(-filled // _FILLED_ROWS)
+    arguments = (x, room, x.stride()[:3], length, filled, heads, tiles)
+    launch(fill_up_kernel, tiles * heads * batch, arguments, {"CHANNELS": channels, "D": dim, "ROWS": _FILLED_ROWS})
+    return room

@@ -117,7 +117,6 @@ class _Call:
         padding: Tensor | None,
         bias: Tensor | None,
         spec: Spec,
-        grad_out: Tensor | None = None,
     ) -> None:
         self.q, self.scale = _unit_stride(_signed(query, spec.scale)), abs(spec.scale) or 1.0
         self.k, self.v = _unit_stride(key), _unit_stride(value)
@@ -135,7 +134,7 @@ class _Call:
             "PADDED": padding is not None,
             "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
         }
-        self.for_hopper, self.left = self._split(*(() if grad_out is None else (grad_out,)))
+        self.for_hopper, self.left = self._split()
 
     def tensors(self) -> tuple[Tensor, ...]:
         return self.q, self.k, self.v
@@ -167,21 +166,19 @@ class _Call:
         """Of the padding mask (B, N), and of the bias (H, 2L - 1) with its centre, the place of distance 0."""
         return self.mask.stride()[:2], (self.table.stride(0), self.table.shape[-1] // 2)
 
-    def _split(self, *others: Tensor) -> tuple[tuple[Nest, ...], tuple[Nest, ...]]:
+    def _split(self) -> tuple[tuple[Nest, ...], tuple[Nest, ...]]:
         """The nests for the Hopper kernels, and those left to the portable ones; the log says why."""
         cuts = [blocks_for(name, self.dim, self.q.dtype) for name in ("forward", "query", "key_value")]
         unit = min(hopper.UNIT, *(cut.swept for both in cuts for cut in both))
         nests = make_nests(self.spec.pattern, self.heads, unit, LEAST_ROWS)
-        tensors = (self.q, self.k, self.v, *others)
-        reason = hopper.why_not(tensors, self.padding, self.bias) if USE_HOPPER else "switched off"
+        reason = hopper.why_not(self.q, self.padding, self.bias) if USE_HOPPER else "switched off"
         if reason is not None:
             _log.debug("triton: Hopper kernels passed over: %s", reason)
             return (), nests
-        reasons = {nest: hopper.why_not_nest(tensors, nest) for nest in nests}
+        ours, reasons = hopper.split_nests(nests, self.length)
         for nest, reason in reasons.items():
-            if reason is not None:
-                _log.debug("triton: Hopper kernels passed over for %s: %s", nest.branches, reason)
-        return tuple(n for n in nests if reasons[n] is None), tuple(n for n in nests if reasons[n] is not None)
+            _log.debug("triton: Hopper kernels passed over for %s: %s", nest.branches, reason)
+        return ours, tuple(reasons)
 
     @property
     def covered(self) -> bool:
@@ -274,7 +271,7 @@ def backward(
     if query.numel() == 0:
         return grad_q, grad_k.zero_(), grad_v.zero_(), grad_bias
     grad_out, out, lse = _unit_stride(grad_out), _unit_stride(out), lse.contiguous()
-    call = _Call(query, key, value, padding, bias, spec, grad_out)
+    call = _Call(query, key, value, padding, bias, spec)
     # Query heads that share a key head have room of their own and are added up afterwards.
     by_head = (grad_k, grad_v) if call.group == 1 else (torch.empty_like(query), torch.empty_like(query))
     rooms = [_room(grad) for grad in (grad_q, *by_head)]

@@ -153,6 +153,7 @@ def _query_block(
 def _consume_keys(
     shared, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, ORDER, items, length, heads, segments, scale,
     WHICH: gl.constexpr, TILES: gl.constexpr, SHAPE: gl.constexpr, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
+    CHANNELS: gl.constexpr,
     WEIGHTED: gl.constexpr, PERIOD: gl.constexpr, CAUSAL: gl.constexpr, BLOCKED: gl.constexpr, MERGE: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -228,9 +229,12 @@ def _consume_keys(
 
             m_out = own_first + gl.arange(0, HALF, layout=gl.SliceLayout(1, outs))
             at_out = (origin + m_out * step).to(gl.int64)[:, None] * grad_q_at[2]
-            at_out += gl.arange(0, D, layout=gl.SliceLayout(0, outs))[None, :]
+            d = gl.arange(0, D, layout=gl.SliceLayout(0, outs))[None, :]
+            at_out += d
             at_out += gl.cast(batch, gl.int64) * grad_q_at[0] + gl.cast(head, gl.int64) * grad_q_at[1]
             ok = (m_out < rows)[:, None]
+            if CHANNELS < D:
+                ok = ok & (d < CHANNELS)
             result = acc * scale
             if MERGE:
                 result += gl.load(GRAD_Q + at_out, mask=ok, other=0.0).to(gl.float32)
@@ -286,6 +290,7 @@ def _key_block(
 def _consume_queries(
     shared, statistics, LSE, DELTA, GRAD_K, GRAD_V, lse_at, grad_k_at, grad_v_at, ORDER, items, length, heads, segments, scale,
     WHICH: gl.constexpr, TILES: gl.constexpr, SHAPE: gl.constexpr, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
+    CHANNELS: gl.constexpr,
     WEIGHTED: gl.constexpr, PERIOD: gl.constexpr, CAUSAL: gl.constexpr, BLOCKED: gl.constexpr, MERGE: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -387,6 +392,8 @@ def _consume_queries(
                 + gl.cast(head, gl.int64) * grad_v_at[1]
             )
             ok = (m_out < rows)[:, None]
+            if CHANNELS < D:
+                ok = ok & (d < CHANNELS)
             result_k = acc_k * scale
             result_v = acc_v
             if MERGE:
@@ -402,7 +409,7 @@ def hopper_query_kernel(
     q0, q1, q2, q3, q4, g0, g1, g2, g3, g4, k0, k1, k2, k3, k4, v0, v1, v2, v3, v4,
     q_fold, g_fold, k_fold, v_fold, lse_at, grad_q_at,
     items, length, heads, group, scale, segments,
-    TILES: gl.constexpr, SHAPE: gl.constexpr, D: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
+    TILES: gl.constexpr, SHAPE: gl.constexpr, D: gl.constexpr, CHANNELS: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
     WEIGHTED: gl.constexpr, PERIOD: gl.constexpr, BLOCKED: gl.constexpr, CAUSAL: gl.constexpr, MERGE: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -423,14 +430,14 @@ def hopper_query_kernel(
                 _consume_keys,
                 (
                     shared, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, ORDER, items, length, heads, segments, scale,
-                    0, TILES, SHAPE, M, N, D, WEIGHTED, PERIOD, CAUSAL, BLOCKED, MERGE, STAGES,
+                    0, TILES, SHAPE, M, N, D, CHANNELS, WEIGHTED, PERIOD, CAUSAL, BLOCKED, MERGE, STAGES,
                 ),
             ),
             (
                 _consume_keys,
                 (
                     shared, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, ORDER, items, length, heads, segments, scale,
-                    1, TILES, SHAPE, M, N, D, WEIGHTED, PERIOD, CAUSAL, BLOCKED, MERGE, STAGES,
+                    1, TILES, SHAPE, M, N, D, CHANNELS, WEIGHTED, PERIOD, CAUSAL, BLOCKED, MERGE, STAGES,
                 ),
             ),
             (
@@ -452,7 +459,7 @@ def hopper_key_value_kernel(
     q0, q1, q2, q3, q4, g0, g1, g2, g3, g4, k0, k1, k2, k3, k4, v0, v1, v2, v3, v4,
     q_fold, g_fold, k_fold, v_fold, lse_at, grad_k_at, grad_v_at,
     items, length, heads, group, scale, segments,
-    TILES: gl.constexpr, SHAPE: gl.constexpr, D: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
+    TILES: gl.constexpr, SHAPE: gl.constexpr, D: gl.constexpr, CHANNELS: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
     WEIGHTED: gl.constexpr, PERIOD: gl.constexpr, BLOCKED: gl.constexpr, CAUSAL: gl.constexpr, MERGE: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -477,7 +484,7 @@ def hopper_key_value_kernel(
                 (
                     shared, first_statistics, LSE, DELTA, GRAD_K, GRAD_V, lse_at, grad_k_at, grad_v_at,
                     ORDER, items, length, heads, segments, scale,
-                    0, TILES, SHAPE, M, N, D, WEIGHTED, PERIOD, CAUSAL, BLOCKED, MERGE, STAGES,
+                    0, TILES, SHAPE, M, N, D, CHANNELS, WEIGHTED, PERIOD, CAUSAL, BLOCKED, MERGE, STAGES,
                 ),
             ),
             (
@@ -485,7 +492,7 @@ def hopper_key_value_kernel(
                 (
                     shared, second_statistics, LSE, DELTA, GRAD_K, GRAD_V, lse_at, grad_k_at, grad_v_at,
                     ORDER, items, length, heads, segments, scale,
-                    1, TILES, SHAPE, M, N, D, WEIGHTED, PERIOD, CAUSAL, BLOCKED, MERGE, STAGES,
+                    1, TILES, SHAPE, M, N, D, CHANNELS, WEIGHTED, PERIOD, CAUSAL, BLOCKED, MERGE, STAGES,
                 ),
             ),
             (

@@ -153,6 +153,7 @@ def _produce(
 def _consume(
     shared, OUT, LSE, out_at, lse_at, ORDER, items, length, heads, segments, scale2,
     WHICH: gl.constexpr, TILES: gl.constexpr, SHAPE: gl.constexpr, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
+    CHANNELS: gl.constexpr,
     WEIGHTED: gl.constexpr, PERIOD: gl.constexpr, CAUSAL: gl.constexpr, BLOCKED: gl.constexpr, MERGE: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -259,9 +260,12 @@ def _consume(
             out = acc * gl.convert_layout(weight, out_rows)[:, None]
             m_out = first_row + WHICH * HALF + gl.arange(0, HALF, layout=out_rows)
             at = (origin + m_out * step).to(gl.int64)[:, None] * out_at[2]
-            at += gl.arange(0, D, layout=gl.SliceLayout(0, outs))[None, :]
+            d = gl.arange(0, D, layout=gl.SliceLayout(0, outs))[None, :]
+            at += d
             at += gl.cast(batch, gl.int64) * out_at[0] + gl.cast(head, gl.int64) * out_at[1]
             ok = (m_out < rows)[:, None]
+            if CHANNELS < D:
+                ok = ok & (d < CHANNELS)
             if MERGE:
                 out += keep[:, None] * gl.load(OUT + at, mask=ok, other=0.0).to(gl.float32)
             gl.store(OUT + at, out.to(OUT.dtype.element_ty), mask=ok)
@@ -274,7 +278,7 @@ def hopper_forward_kernel(
     q0, q1, q2, q3, q4, k0, k1, k2, k3, k4, v0, v1, v2, v3, v4,
     q_fold, k_fold, v_fold, out_at, lse_at,
     items, length, heads, group, scale, segments,
-    TILES: gl.constexpr, SHAPE: gl.constexpr, D: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
+    TILES: gl.constexpr, SHAPE: gl.constexpr, D: gl.constexpr, CHANNELS: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
     WEIGHTED: gl.constexpr, PERIOD: gl.constexpr, BLOCKED: gl.constexpr, CAUSAL: gl.constexpr, MERGE: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -294,14 +298,14 @@ def hopper_forward_kernel(
                 _consume,
                 (
                     shared, OUT, LSE, out_at, lse_at, ORDER, items, length, heads, segments, scale2,
-                    0, TILES, SHAPE, M, N, D, WEIGHTED, PERIOD, CAUSAL, BLOCKED, MERGE, STAGES,
+                    0, TILES, SHAPE, M, N, D, CHANNELS, WEIGHTED, PERIOD, CAUSAL, BLOCKED, MERGE, STAGES,
                 ),
             ),
             (
                 _consume,
                 (
                     shared, OUT, LSE, out_at, lse_at, ORDER, items, length, heads, segments, scale2,
-                    1, TILES, SHAPE, M, N, D, WEIGHTED, PERIOD, CAUSAL, BLOCKED, MERGE, STAGES,
+                    1, TILES, SHAPE, M, N, D, CHANNELS, WEIGHTED, PERIOD, CAUSAL, BLOCKED, MERGE, STAGES,
                 ),
             ),
             (
