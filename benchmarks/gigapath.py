@@ -3,8 +3,10 @@
     python -m benchmarks.gigapath --out gigapath.json                       # a CPU, where there is no GPU
     python -m benchmarks.gigapath --out gigapath.json --gigapath PATH       # one GPU, beside a checkout of prov-gigapath
 
-Weights are random and the same on both sides; results are compared before anything is timed. The file is written after every
-part, and a part that fails leaves its error there and the others alone.
+Weights are random and the same on both sides; results are compared before anything is timed. On a GPU the encoder is measured
+as it comes and compiled (``compiled=True, recompute="elementwise"``, which is held against the limits); compiling comes before
+timing, its seconds are noted. The file is written after every part, and a part that fails leaves its error there and the others
+alone.
 """
 
 from __future__ import annotations
@@ -92,36 +94,60 @@ def measure(function: Callable[[], object], rounds: int) -> dict[str, Any]:
 
 def on_gpu(tiles: int, gigapath: Path | None, torchscale: Path | None) -> dict[str, Any]:
     device = torch.device("cuda")
-    models: dict[str, nn.Module] = {"longnet": make(device)}
-    found: dict[str, Any] = {"tiles": tiles, "dtype": "float16 autocast", "limits": LIMITS}
+    ours = make(device)
+    models: dict[str, nn.Module] = {"longnet": ours, "longnet compiled": ours}
+    found: dict[str, Any] = {
+        "tiles": tiles,
+        "dtype": "float16 autocast",
+        "limits": LIMITS,
+        "judged": "longnet compiled",
+    }
     x, coords = slide(tiles, device)
     if gigapath is None:
         found["why_not"] = "no checkout given: --gigapath PATH"
     else:
-        ours = models["longnet"]
-        assert isinstance(ours, SlideEncoder)
         models["gigapath"], found["remarks"] = load_upstream(gigapath, torchscale, ours, device)
-        results = [forward(model, x, coords).double() for model in models.values()]
-        found["error"] = float((results[0] - results[1]).norm() / results[1].norm())
-        if not found["error"] <= ALLOWED:
-            raise RuntimeError(f"results differ by {found['error']:.2g}, allowed {ALLOWED}")
+    results = {}
+    for name, model in models.items():
+        choose(ours, name)
+        start = time.perf_counter()
+        results[name] = forward(model.eval(), x, coords).double()
+        step(model.train(), x, coords)
+        torch.cuda.synchronize()
+        found[name] = {"first_seconds": time.perf_counter() - start}
+        model.zero_grad(set_to_none=True)
+    last = list(results.values())[-1]
+    found["errors"] = {name: float((out - last).norm() / last.norm()) for name, out in results.items()}
+    if not max(found["errors"].values()) <= ALLOWED:
+        raise RuntimeError(f"results differ by {found['errors']}, allowed {ALLOWED}")
     for name, model in models.items():
         # Alone on the device, so that the peak is its own.
         for other in models.values():
-            other.to(device if other is model else "cpu")
+            other.to("cpu")
+        model.to(device)
         release()
-        found[name] = {"forward": measure(partial(forward, model.eval(), x, coords), ROUNDS["forward"])}
+        choose(ours, name)
+        found[name]["forward"] = measure(partial(forward, model.eval(), x, coords), ROUNDS["forward"])
         found[name]["step"] = measure(partial(step, model.train(), x, coords), ROUNDS["step"])
         model.zero_grad(set_to_none=True)
     if "gigapath" in models:
-        one, other = found["longnet"], found["gigapath"]
-        found["ratios"] = {
-            "forward": one["forward"]["median"] / other["forward"]["median"],
-            "step": one["step"]["median"] / other["step"]["median"],
-            "step_bytes": one["step"]["bytes"] / other["step"]["bytes"],
-        }
-        found["reached"] = {name: found["ratios"][name] <= limit for name, limit in LIMITS.items()}
+        found["ratios"] = {name: ratios(found[name], found["gigapath"]) for name in models if name != "gigapath"}
+        found["reached"] = {name: found["ratios"][found["judged"]][name] <= limit for name, limit in LIMITS.items()}
     return found
+
+
+def choose(model: SlideEncoder, name: str) -> None:
+    """As the encoder comes, or compiled."""
+    model.compiled = name == "longnet compiled"
+    model.recompute = "elementwise" if model.compiled else "ffn"
+
+
+def ratios(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+    return {
+        "forward": one["forward"]["median"] / other["forward"]["median"],
+        "step": one["step"]["median"] / other["step"]["median"],
+        "step_bytes": one["step"]["bytes"] / other["step"]["bytes"],
+    }
 
 
 def largest_slide(side: int = 1000) -> dict[str, Any]:

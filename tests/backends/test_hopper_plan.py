@@ -71,13 +71,18 @@ def test_a_tensor_that_starts_off_a_boundary_is_no_matrix() -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("count", [1, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("length", "channels", "unit"), [(9, 48, 16), (130, 64, 4), (64, 33, 1), (63, 128, 64)])
-def test_filling_up_is_padding_with_zeros(length, channels, unit, dtype) -> None:
+def test_filling_up_is_padding_with_zeros(length, channels, unit, dtype, count) -> None:
     dim = 64 if channels <= 64 else 128
-    room = torch.full((2, length + 3, 5, channels + 7), float("nan"), dtype=dtype)
-    x = room[:, 2 : length + 2, 1:4, 5 : channels + 5].transpose(1, 2).copy_(torch.randn(2, 3, length, channels))
-    filled = hopper.fill_up(x, dim, unit)
-    assert torch.equal(filled, pad(x, (0, dim - channels, 0, -length % unit)))
-    assert is_matrix(filled, dim, unit)
-    assert view_of(filled).tokens % unit == 0
+    tensors = []
+    for number in range(count):
+        # Strides of their own, and nothing that may be read around them.
+        room = torch.full((2, length + 3, 4 + number, channels + 7), float("nan"), dtype=dtype)
+        view = room[:, 2 : length + 2, number : 3 + number, 5 : channels + 5].transpose(1, 2)
+        tensors.append(view.copy_(torch.randn(2, 3, length, channels)))
+    for x, filled in zip(tensors, hopper.fill_up(tensors, dim, unit), strict=True):
+        assert torch.equal(filled, pad(x, (0, dim - channels, 0, -length % unit)))
+        assert is_matrix(filled, dim, unit)
+        assert view_of(filled).tokens % unit == 0

@@ -135,7 +135,15 @@ class Work:
     def _readable(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         dim = next(dim for dim in HEAD_DIMS if dim >= self.query.shape[-1])
         unit = _unit(self.nests)
-        return tuple(x if is_matrix(x, dim, unit) else fill_up(x, dim, unit) for x in tensors)
+        found = list(tensors)
+        by_shape: dict[torch.Size, list[int]] = {}
+        for number, x in enumerate(tensors):
+            if not is_matrix(x, dim, unit):
+                by_shape.setdefault(x.shape, []).append(number)
+        for numbers in by_shape.values():
+            for number, x in zip(numbers, fill_up([tensors[number] for number in numbers], dim, unit), strict=True):
+                found[number] = x
+        return tuple(found)
 
     def _launches(
         self, kernel: str, inputs: tuple[Tensor, ...], owned: slice
@@ -193,14 +201,21 @@ class Work:
                 launch(function, programs, (lse, delta, *grads, *views, *strides, *arguments), options)
 
 
-def fill_up(x: Tensor, dim: int, unit: int) -> Tensor:
-    """x (B, H, N, D), its channels side by side, with zeros after N and D: (B, H, N up to a multiple of ``unit``, dim)."""
+def fill_up(tensors: Sequence[Tensor], dim: int, unit: int) -> tuple[Tensor, ...]:
+    """Up to four tensors (B, H, N, D) of one shape, channels side by side, with zeros after N and D.
+
+    Returns:
+        (B, H, N up to a multiple of ``unit``, dim), contiguous.
+    """
     from longnet.backends.kernels.fill_up import fill_up_kernel
 
-    batch, heads, length, channels = x.shape
+    batch, heads, length, channels = tensors[0].shape
     filled = -(-length // unit) * unit
-    room = x.new_empty(batch, heads, filled, dim)
+    room = tensors[0].new_empty(len(tensors), batch, heads, filled, dim)
     tiles = -(-filled // _FILLED_ROWS)
-    arguments = (x, room, x.stride()[:3], length, filled, heads, tiles)
-    launch(fill_up_kernel, tiles * heads * batch, arguments, {"CHANNELS": channels, "D": dim, "ROWS": _FILLED_ROWS})
-    return room
+    programs = tiles * heads * batch
+    four = [*tensors, *[tensors[-1]] * (4 - len(tensors))]
+    arguments = (*four, room, *(x.stride()[:3] for x in four), length, filled, heads, tiles, programs)
+    options = {"CHANNELS": channels, "D": dim, "ROWS": _FILLED_ROWS}
+    launch(fill_up_kernel, programs * len(tensors), arguments, options)
+    return room.unbind()

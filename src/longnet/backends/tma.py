@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Every tensor comes as one view per branch of a nest, padded to so many.
+# Kernels take so many views of every tensor, one per branch of a nest; the others are None.
 VIEWS = 5
 
 
@@ -75,7 +75,7 @@ def _is_matrix(shape: tuple[int, ...], stride: tuple[int, ...], dim: int, unit: 
 
 @lru_cache(maxsize=1024)
 def _templates(view: View, dtype: torch.dtype, dim: int, rates: tuple[int, ...], rows: int) -> tuple[Any, ...]:
-    """Descriptors of any tensor with this view, one per branch, for copies of so many rows."""
+    """Descriptors of any tensor with this view, one per branch, for copies of so many rows, and None up to ``VIEWS``."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -86,15 +86,19 @@ def _templates(view: View, dtype: torch.dtype, dim: int, rates: tuple[int, ...],
         TensorDescriptor(base, [view.tokens // rate, rate * view.token], [rate * view.token, 1], block, layout)
         for rate in rates
     ]
-    return (*found, *found[-1:] * (VIEWS - len(found)))
+    return (*found, *[None] * (VIEWS - len(found)))
 
 
 def descriptors(x: Tensor, rates: tuple[int, ...], rows: int) -> list[Any]:
     """One view of the tensor per rate, for copies of so many rows. Its strides have been found to allow them."""
     view = view_of(x)
     assert view is not None
-    found = []
+    found: list[Any] = []
     for template in _templates(view, x.dtype, x.shape[-1], rates, rows):
+        if template is None:
+            # Every descriptor of a launch is encoded anew.
+            found.append(None)
+            continue
         # Made by hand: the constructor checks all of it again, which takes longer than a short sequence's attention.
         descriptor = object.__new__(type(template))
         descriptor.__dict__.update(template.__dict__, base=x)

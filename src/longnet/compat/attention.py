@@ -20,7 +20,8 @@ from torch import Tensor
 
 from longnet import mixing
 from longnet.backends import Backend, Spec, select_backend
-from longnet.backends.operators import lse_dtype
+from longnet.backends.operators import define, lse_dtype, no_autocast, no_second_derivative, pattern_settings
+from longnet.backends.select import backend_named
 from longnet.functional import check_call
 from longnet.geometry import Branch, Pattern
 from longnet.geometry.phantoms import padded_length, phantom_runs, split_shifted
@@ -94,22 +95,22 @@ def torchscale_pattern_attention(
         query, key, value, key_padding_mask, None, pattern, is_causal, scale, return_lse
     )
     chosen = select_backend(backend, query.device.type, query.dtype, query.shape[-1], False)
-    spec = Spec(pattern, is_causal, scale)
+    settings = (chosen.name, is_causal, scale, *pattern_settings(pattern))
     if key_padding_mask is None:
-        out, lse = _Attention.apply(query, key, value, spec, chosen)
+        out, lse = _call(query, key, value, *settings)
     else:
-        out, lse = _each_alone(query, key, value, key_padding_mask, spec, chosen)
+        out, lse = _each_alone(query, key, value, key_padding_mask, settings)
     return (out, lse) if return_lse else out
 
 
 def _each_alone(
-    query: Tensor, key: Tensor, value: Tensor, absent: Tensor, spec: Spec, backend: Backend
+    query: Tensor, key: Tensor, value: Tensor, absent: Tensor, settings: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor]:
     outs, lses = [], []
     for row in range(query.shape[0]):
         present = (~absent[row]).nonzero().squeeze(1)
         alone = (x[row : row + 1].index_select(2, present) for x in (query, key, value))
-        out, lse = _Attention.apply(*alone, spec, backend)
+        out, lse = _call(*alone, *settings)
         outs.append(torch.zeros_like(query[row : row + 1]).index_copy(2, present, out))
         nothing = lse.new_full((1, *query.shape[1:3]), -torch.inf)
         lses.append(nothing.index_copy(2, present, lse))
@@ -118,56 +119,125 @@ def _each_alone(
     return torch.cat(outs), torch.cat(lses)
 
 
-class _Attention(torch.autograd.Function):
-    """(query, key, value) to (out, lse). Keeps these five for the backward pass and nothing else."""
+def _forward(query: Tensor, key: Tensor, value: Tensor, spec: Spec, backend: Backend) -> tuple[Tensor, Tensor]:
+    in_place, shifted = split_shifted(spec.pattern, query.shape[2])
+    if in_place is not None:
+        out, lse = backend.run(query, key, value, None, None, replace(spec, pattern=in_place))
+        phantoms = None if spec.is_causal else _log_phantoms(in_place, *query.shape[1:3], query.device, lse.dtype)
+        if phantoms is not None:
+            # exp(lse - merged) in one step. The arithmetic is that of the lse, the result stays in out's own dtype.
+            out.mul_(torch.sub(lse, phantoms).sigmoid_().nan_to_num_(0.0).unsqueeze(-1))
+            lse = torch.logaddexp(lse, phantoms)
+    else:
+        out = torch.zeros_like(query)
+        lse = query.new_full(query.shape[:-1], -torch.inf, dtype=lse_dtype(query.dtype))
+    for branch in shifted:
+        q, k, v = (_pad_segments(x, branch) for x in (query, key, value))
+        branch_out, branch_lse = backend.run(q, k, v, None, None, _padded_spec(spec, branch))
+        mixing.merge_(out, lse, branch_out[:, :, : query.shape[2]], branch_lse[:, :, : query.shape[2]])
+    return out, lse
 
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, spec: Spec, backend: Backend
-    ) -> tuple[Tensor, Tensor]:
-        in_place, shifted = split_shifted(spec.pattern, query.shape[2])
-        if in_place is not None:
-            out, lse = backend.run(query, key, value, None, None, replace(spec, pattern=in_place))
-            phantoms = None if spec.is_causal else _log_phantoms(in_place, *query.shape[1:3], query.device, lse.dtype)
-            if phantoms is not None:
-                # exp(lse - merged) in one step. The arithmetic is that of the lse, the result stays in out's own dtype.
-                out.mul_(torch.sub(lse, phantoms).sigmoid_().nan_to_num_(0.0).unsqueeze(-1))
-                lse = torch.logaddexp(lse, phantoms)
-        else:
-            out = torch.zeros_like(query)
-            lse = query.new_full(query.shape[:-1], -torch.inf, dtype=lse_dtype(query.dtype))
-        for branch in shifted:
-            q, k, v = (_pad_segments(x, branch) for x in (query, key, value))
-            branch_out, branch_lse = backend.run(q, k, v, None, None, _padded_spec(spec, branch))
-            mixing.merge_(out, lse, branch_out[:, :, : query.shape[2]], branch_lse[:, :, : query.shape[2]])
-        ctx.save_for_backward(query, key, value, out, lse)
-        ctx.spec, ctx.backend = spec, backend
-        ctx.set_materialize_grads(False)
-        return out, lse
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
-        spec, backend, length = ctx.spec, ctx.backend, query.shape[2]
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
-        in_place, shifted = split_shifted(spec.pattern, length)
-        grads = None
-        if in_place is not None:
-            saved = (grad_out, grad_lse, query, key, value, None, None, out, lse)
-            *grads, _ = backend.run_backward(*saved, replace(spec, pattern=in_place))
-        for branch in shifted:
-            inputs = [_pad_segments(x, branch) for x in (query, key, value)]
-            # Rows past the end are computed and not seen.
-            more = inputs[0].shape[2] - length
-            rows = (F.pad(grad_out, (0, 0, 0, more)), None if grad_lse is None else F.pad(grad_lse, (0, more)))
-            mixed = (F.pad(out, (0, 0, 0, more)), F.pad(lse, (0, more), value=_FAR))
-            *found, _ = backend.run_backward(*rows, *inputs, None, None, *mixed, _padded_spec(spec, branch))
-            found = [_cut_segments(x, branch, length) for x in found]
-            grads = found if grads is None else [x + y for x, y in zip(grads, found, strict=True)]
-        assert grads is not None
-        return (*grads, None, None)
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    spec: Spec,
+    backend: Backend,
+) -> tuple[Tensor, Tensor, Tensor]:
+    length = query.shape[2]
+    in_place, shifted = split_shifted(spec.pattern, length)
+    grads = None
+    if in_place is not None:
+        saved = (grad_out, grad_lse, query, key, value, None, None, out, lse)
+        *grads, _ = backend.run_backward(*saved, replace(spec, pattern=in_place))
+    for branch in shifted:
+        inputs = [_pad_segments(x, branch) for x in (query, key, value)]
+        # Rows past the end are computed and not seen.
+        more = inputs[0].shape[2] - length
+        rows = (F.pad(grad_out, (0, 0, 0, more)), None if grad_lse is None else F.pad(grad_lse, (0, more)))
+        mixed = (F.pad(out, (0, 0, 0, more)), F.pad(lse, (0, more), value=_FAR))
+        *found, _ = backend.run_backward(*rows, *inputs, None, None, *mixed, _padded_spec(spec, branch))
+        found = [_cut_segments(x, branch, length) for x in found]
+        grads = found if grads is None else [x + y for x, y in zip(grads, found, strict=True)]
+    assert grads is not None
+    return grads[0], grads[1], grads[2]
+
+
+def _forward_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    backend: str,
+    is_causal: bool,
+    scale: float,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    head_offsets: str,
+    head_numbers: Sequence[int] | None = None,
+    total_heads: int = 0,
+) -> tuple[Tensor, Tensor]:
+    pattern = Pattern.parse(segment_lengths, dilation_rates, head_offsets, head_numbers, total_heads)
+    with no_autocast(query):
+        return _forward(query, key, value, Spec(pattern, is_causal, scale), backend_named(backend))
+
+
+def _backward_op(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    backend: str,
+    is_causal: bool,
+    scale: float,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    head_offsets: str,
+    head_numbers: Sequence[int] | None = None,
+    total_heads: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    pattern = Pattern.parse(segment_lengths, dilation_rates, head_offsets, head_numbers, total_heads)
+    spec = Spec(pattern, is_causal, scale)
+    with no_autocast(query):
+        return _backward(grad_out, grad_lse, query, key, value, out, lse, spec, backend_named(backend))
+
+
+def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=lse_dtype(query.dtype))
+
+
+def _fake_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, *ctx.settings = inputs
+    # These five and nothing else are kept for the backward pass.
+    ctx.save_for_backward(query, key, value, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    query, key, value, out, lse = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    grads = _call_backward(grad_out, grad_lse, query, key, value, out, lse, *ctx.settings)
+    return (*grads, *[None] * len(ctx.settings))
+
+
+_call = define("torchscale", _forward_op, _fake_forward)
+_call_backward = define("torchscale_backward", _backward_op, _fake_backward)
+torch.library.register_autograd("longnet::torchscale", _autograd_backward, setup_context=_setup_context)
+torch.library.register_autograd("longnet::torchscale_backward", no_second_derivative("torchscale_backward"))
 
 
 def _padded_spec(spec: Spec, branch: Branch) -> Spec:

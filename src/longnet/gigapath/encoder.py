@@ -13,7 +13,14 @@ from longnet.compat.names import load_theirs, module_names, to_theirs
 from longnet.gigapath.architectures import ARCHITECTURES, DILATION_RATES, HEADS, TILE_CHANNELS, segment_lengths
 from longnet.gigapath.batches import batched_slides, check_slides
 from longnet.gigapath.checkpoint import read_weights
-from longnet.gigapath.layer import RECOMPUTE, Recompute, class_token_weights, run_last_layer, run_layer
+from longnet.gigapath.layer import (
+    RECOMPUTE,
+    Recompute,
+    class_token_weights,
+    compiled_layers,
+    run_last_layer,
+    run_layers,
+)
 from longnet.gigapath.positions import cells, position_embedding
 from longnet.models import LongNetConfig
 from longnet.models.layers import Block
@@ -35,6 +42,8 @@ class SlideEncoder(nn.Module):
         dropout, drop_path: probabilities in training; the latter grows from 0 at the first layer to this at the last.
         recompute: what training computes again instead of keeping it, see :mod:`longnet.gigapath.layer`. ``"block"`` is
             gradient checkpointing. May be set later.
+        compiled: run what layers do to each token through ``torch.compile``: faster on a GPU, after a wait at the first
+            slide. One compilation serves slides of any size. Dropout then draws other numbers. May be set later.
         backend: as in :func:`longnet.dilated_attention`.
         device, dtype: of the parameters.
 
@@ -57,6 +66,7 @@ class SlideEncoder(nn.Module):
         dropout: float = 0.25,
         drop_path: float = 0.1,
         recompute: Recompute = "ffn",
+        compiled: bool = False,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -89,6 +99,7 @@ class SlideEncoder(nn.Module):
             raise ValueError(f"dim={dim} is not divisible by 4: positions are a sine and a cosine of two coordinates")
         self.tile_size, self.slide_ngrids, self.global_pool = tile_size, slide_ngrids, global_pool
         self.recompute: Recompute = recompute
+        self.compiled = compiled
         self.drop_paths = tuple(drop_path * layer / max(1, layers - 1) for layer in range(layers))
         self.patch_embed = nn.Linear(in_dim, dim, device=device, dtype=dtype)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim, device=device, dtype=dtype))
@@ -127,6 +138,7 @@ class SlideEncoder(nn.Module):
         dropout: float = 0.25,
         drop_path: float = 0.1,
         recompute: Recompute = "ffn",
+        compiled: bool = False,
         device: torch.device | str | None = None,
     ) -> SlideEncoder:
         """An encoder with a checkpoint's weights, in evaluation mode.
@@ -155,6 +167,7 @@ class SlideEncoder(nn.Module):
             dropout=dropout,
             drop_path=drop_path,
             recompute=recompute,
+            compiled=compiled,
             device=device,
         )
         model.load_upstream(weights)
@@ -227,25 +240,40 @@ class SlideEncoder(nn.Module):
         return weights
 
     def _encode(self, x: Tensor, coords: Tensor, all_layer_embed: bool) -> list[Tensor]:
+        if self.global_pool and not x.shape[1]:
+            raise ValueError(
+                "global_pool=True of a slide without tiles: their mean does not exist, expected at least one"
+            )
+        pool = _mean_of_tiles if self.global_pool else _class_token
         x = self._embed(x, coords)
-        states = [self._read(x)] if all_layer_embed else []
-        for block, drop_path in zip(self.blocks, self.drop_paths, strict=True):
+        states = [pool(x)]
+        whole = len(self.blocks) - (not self.global_pool)
+        if whole:
+            x, pooled = self._run(x, slice(whole), pool if all_layer_embed else None)
+            states += pooled
+        if not self.global_pool:
+            block = self.blocks[-1]
             assert isinstance(block, Block)
-            if block is self.blocks[-1] and not self.global_pool:
-                x = run_last_layer(block, x, drop_path)
-            else:
-                x = run_layer(block, x, self.recompute, drop_path)
-            if all_layer_embed:
-                states.append(self._read(x))
-        return states or [self._read(x, self.encoder_norm)]
+            x = run_last_layer(block, x, self.drop_paths[-1])
+            states.append(pool(x))
+        if all_layer_embed:
+            return [self.norm(state) for state in states]
+        return [self.norm(pool(self.encoder_norm(x)))]
+
+    def _run(self, x: Tensor, layers: slice, pool: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, list[Tensor]]:
+        """x through layers, and what ``pool`` makes of each one's result."""
+        run = compiled_layers() if self.compiled else run_layers
+        blocks = [block for block in self.blocks[layers] if isinstance(block, Block)]
+        return run(blocks, x, self.drop_paths[layers], self.recompute, pool)
 
     def _weights(self, x: Tensor, coords: Tensor) -> Tensor:
         x = self._embed(x, coords)
         found = []
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             found.append(class_token_weights(block, x)[0][:, :, 1:])
-            x = run_layer(block, x, "none", 0.0)
+            if number + 1 < len(self.blocks):
+                x, _ = run_layers([block], x, (0.0,), "none")
         return torch.stack(found)
 
     def _embed(self, x: Tensor, coords: Tensor) -> Tensor:
@@ -255,11 +283,10 @@ class SlideEncoder(nn.Module):
         x = self.patch_embed(x) + position_embedding(cell, self.slide_ngrids, self.config.dim, dtype)
         return self.dropout(torch.cat((self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x), dim=1))
 
-    def _read(self, x: Tensor, first: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
-        if not self.global_pool:
-            return self.norm(first(x[:, 0]))
-        if x.shape[1] == 1:
-            raise ValueError(
-                "global_pool=True of a slide without tiles: their mean does not exist, expected at least one"
-            )
-        return self.norm(first(x[:, 1:]).mean(dim=1))
+
+def _class_token(x: Tensor) -> Tensor:
+    return x[:, 0]
+
+
+def _mean_of_tiles(x: Tensor) -> Tensor:
+    return x[:, 1:].mean(dim=1)

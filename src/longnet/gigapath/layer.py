@@ -1,63 +1,79 @@
-"""One layer of the slide encoder, in two halves: attention, and what happens to each token by itself.
+"""The layers of the slide encoder: attention, and what happens to each token by itself before it and after it.
 
 Training memory. Of a layer of C channels, fp16 autocast keeps for the backward pass, in bytes per token and channel: x 4 (the
-residual stream is float32), its norm 2, q, k, v 6, the attention's result 2; 14 in all, and 4 bytes per token and head. The
-second half (inner norm, output projection, feed-forward) is computed again, in chunks of tokens, from x and the attention's
-result. Kept, it would add 6 for the inner norm, 4 for x, 4 * (2 + 2 + 4 + 2) for the feed-forward, and dropout's masks.
+residual stream is float32), its norm 2, q, k, v 6, the attention's result 2; 14 in all, and 4 bytes per token and head. What
+comes after attention (inner norm, output projection, feed-forward) is computed again, in chunks of tokens, from x and the
+attention's result. To keep what its matrix products give adds 2 for the output projection and 4 * 2 for ``fc1``; to keep
+everything 6 for the inner norm, 4 for x, 4 * (2 + 2 + 4 + 2) for the feed-forward, and dropout's masks.
 """
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from longnet.gigapath.readout import first_token_weights
 from longnet.models.layers import Block
 
-Recompute = Literal["ffn", "block", "none"]
+Recompute = Literal["ffn", "block", "elementwise", "none"]
 RECOMPUTE: tuple[str, ...] = get_args(Recompute)
 
-# Tokens of the second half at a time: enough to fill any device, few enough for its widest activations not to count.
+# Tokens at a time after attention: enough to fill any device, few enough for its widest activations not to count.
 _CHUNK = 16_384
 
+Scales = tuple[Tensor | None, ...]
+Pool = Callable[[Tensor], Tensor]
 
-def run_layer(block: Block, x: Tensor, recompute: Recompute, drop_path: float) -> Tensor:
-    """x (B, N, C) through a layer.
+
+def run_layers(
+    blocks: Sequence[Block], x: Tensor, drop_paths: Sequence[float], recompute: Recompute, pool: Pool | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """x (B, N, C) through layers, and what ``pool`` makes of each one's result.
 
     Args:
-        recompute: what the backward pass computes again: ``"ffn"`` the second half, ``"block"`` all, ``"none"`` nothing.
-        drop_path: probability of leaving out a residual branch of a sample, in training.
+        drop_paths: probability of leaving out a residual branch of a sample in training, by layer.
+        recompute: what the backward pass computes again: ``"ffn"`` all after attention, ``"block"`` all, ``"elementwise"``
+            what is no matrix product, ``"none"`` nothing.
     """
-    scales = tuple(_drop_path(x, drop_path if block.training else 0.0) for _ in range(2))
-    if recompute == "block" and torch.is_grad_enabled():
-        return checkpoint(_whole, block, x, scales, use_reentrant=False)
-    attended = attend(block, x)
-    parts = zip(x.split(_CHUNK, dim=1), attended.split(_CHUNK, dim=1), strict=True)
-    if recompute == "ffn" and torch.is_grad_enabled():
-        random = block.training and block.dropout.p > 0
-        outs = [
-            checkpoint(_rest, block, *part, scales, use_reentrant=False, preserve_rng_state=random) for part in parts
-        ]
-    else:
-        outs = [_rest(block, *part, scales) for part in parts]
-    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+    pooled = []
+    for block, drop_path in zip(blocks, drop_paths, strict=True):
+        scales = _scales(block, x, drop_path)
+        if recompute == "block" and torch.is_grad_enabled():
+            x = checkpoint(_layer, block, x, scales, "none", use_reentrant=False)
+        else:
+            x = _layer(block, x, scales, recompute)
+        if pool is not None:
+            pooled.append(pool(x))
+    return x, pooled
+
+
+@lru_cache(maxsize=1)
+def compiled_layers() -> Callable[..., tuple[Tensor, list[Tensor]]]:
+    """:func:`run_layers` through ``torch.compile``: norms, casts, GELU, dropout and sums are a few kernels instead of dozens.
+
+    One compilation serves slides of any size.
+    """
+    compiled: Callable[..., tuple[Tensor, list[Tensor]]] = torch.compile(run_layers, dynamic=True)
+    return compiled
 
 
 def run_last_layer(block: Block, x: Tensor, drop_path: float) -> Tensor:
     """x (B, N, C) through the last layer, of whose result only the class token is read: (B, 1, C)."""
-    scales = tuple(_drop_path(x, drop_path if block.training else 0.0) for _ in range(2))
+    scales = _scales(block, x, drop_path)
     weights, y = class_token_weights(block, x)
     value = block.attention.v_proj(y).unflatten(-1, (block.attention.heads, -1)).transpose(1, 2)
     attended = (weights.to(value.dtype).unsqueeze(2) @ value).transpose(1, 2).flatten(-2)
-    return _rest(block, x[:, :1], attended, scales)
+    return _after(block, x[:, :1], attended, scales)
 
 
 def class_token_weights(block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
     """(what the class token attends to, (B, heads, N), see :mod:`longnet.gigapath.readout`; what the projections read)."""
-    attention, y = block.attention, normalised(block, x)
+    attention, y = block.attention, _normalised(block, x)
     query, key = (
         rows.unflatten(-1, (attention.heads, attention.head_dim)).transpose(1, 2)
         for rows in (attention.q_proj(y[:, :1]), attention.k_proj(y))
@@ -65,7 +81,7 @@ def class_token_weights(block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
     return first_token_weights(query, key, attention.pattern), y
 
 
-def normalised(block: Block, x: Tensor) -> Tensor:
+def _normalised(block: Block, x: Tensor) -> Tensor:
     """What the projections read; under autocast cast once, instead of by each of them."""
     y: Tensor = block.attention_norm(x)
     kind = x.device.type
@@ -74,25 +90,29 @@ def normalised(block: Block, x: Tensor) -> Tensor:
     return y.to(torch.get_autocast_dtype(kind))
 
 
-def attend(block: Block, x: Tensor) -> Tensor:
-    """The first half: x (B, N, C) to the heads' results, (B, N, C)."""
-    attention, y = block.attention, normalised(block, x)
+def _layer(block: Block, x: Tensor, scales: Scales, recompute: Recompute) -> Tensor:
+    attention, y = block.attention, _normalised(block, x)
     q, k, v = (
         projection(y).unflatten(-1, (attention.heads, attention.head_dim)).transpose(1, 2)
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
     out = attention.function(q, k, v, attention.pattern, is_causal=False, backend=attention.backend)
     assert isinstance(out, Tensor)
-    return out.transpose(1, 2).flatten(-2)
-
-
-def _whole(block: Block, x: Tensor, scales: tuple[Tensor | None, ...]) -> Tensor:
-    attended = attend(block, x)
+    attended = out.transpose(1, 2).flatten(-2)
+    after = _after
+    if recompute in ("ffn", "elementwise") and torch.is_grad_enabled():
+        options: dict[str, Any] = {} if recompute == "ffn" else {"context_fn": _keep_products}
+        random = block.training and block.dropout.p > 0
+        after = partial(checkpoint, _after, use_reentrant=False, preserve_rng_state=random, **options)
+    if torch.compiler.is_compiling():
+        # The number of chunks would be part of what is compiled.
+        return after(block, x, attended, scales)
     parts = zip(x.split(_CHUNK, dim=1), attended.split(_CHUNK, dim=1), strict=True)
-    return torch.cat([_rest(block, *part, scales) for part in parts], dim=1)
+    outs = [after(block, *part, scales) for part in parts]
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
 
-def _rest(block: Block, x: Tensor, attended: Tensor, scales: tuple[Tensor | None, ...]) -> Tensor:
+def _after(block: Block, x: Tensor, attended: Tensor, scales: Scales) -> Tensor:
     attention = block.attention
     assert attention.sub_norm is not None
     branch = block.dropout(attention.out_proj(attention.sub_norm(attended)))
@@ -101,9 +121,20 @@ def _rest(block: Block, x: Tensor, attended: Tensor, scales: tuple[Tensor | None
     return x + (branch if scales[1] is None else branch * scales[1])
 
 
-def _drop_path(x: Tensor, probability: float) -> Tensor | None:
-    """0 or 1 / (1 - p) for every sample, (B, 1, 1); None where nothing is dropped."""
-    if probability == 0.0:
-        return None
-    kept = torch.rand(x.shape[0], 1, 1, device=x.device) >= probability
-    return kept.to(x.dtype) / (1.0 - probability)
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
+
+
+def _policy(_: Any, op: Any, *args: Any, **options: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_keep_products = partial(create_selective_checkpoint_contexts, _policy)
+
+
+def _scales(block: Block, x: Tensor, drop_path: float) -> Scales:
+    """For each of the two branches 0 or 1 / (1 - p) for every sample, (B, 1, 1); None where nothing is dropped."""
+    if drop_path == 0.0 or not block.training:
+        return None, None
+    kept = torch.rand(2, x.shape[0], 1, 1, device=x.device) >= drop_path
+    first, second = (kept.to(x.dtype) / (1.0 - drop_path)).unbind()
+    return first, second

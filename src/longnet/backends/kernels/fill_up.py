@@ -8,13 +8,28 @@ import triton.language as tl
 
 @triton.jit
 def fill_up_kernel(
-    X, ROOM, x_at, length, filled, heads, tiles, CHANNELS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr
+    A, B, C, E, ROOM, a_at, b_at, c_at, e_at, length, filled, heads, tiles, programs,
+    CHANNELS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """``ROWS`` tokens of a head of X (B, H, length, CHANNELS) into ROOM (B, H, filled, D), contiguous."""
-    program = tl.program_id(0)
+    """``ROWS`` tokens of a head of one of four tensors (B, H, length, CHANNELS), into ROOM (4, B, H, filled, D), contiguous.
+
+    Every tensor has so many ``programs``, those of the first come first.
+    """
+    number = tl.program_id(0) // programs
+    program = tl.program_id(0) % programs
     rows = (program % tiles * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     place = (program // tiles).to(tl.int64)
     channels = tl.arange(0, D)[None, :]
-    source = X + place // heads * x_at[0] + place % heads * x_at[1] + rows * x_at[2] + channels
+    # Strides may differ in width and be constants, and have to be of one type.
+    none = (number * 0).to(tl.int64)
+    source, by_batch, by_head, by_token = A, none + a_at[0], none + a_at[1], none + a_at[2]
+    if number == 1:
+        source, by_batch, by_head, by_token = B, none + b_at[0], none + b_at[1], none + b_at[2]
+    if number == 2:
+        source, by_batch, by_head, by_token = C, none + c_at[0], none + c_at[1], none + c_at[2]
+    if number == 3:
+        source, by_batch, by_head, by_token = E, none + e_at[0], none + e_at[1], none + e_at[2]
+    source += place // heads * by_batch + place % heads * by_head + rows * by_token + channels
     x = tl.load(source, mask=(rows < length) & (channels < CHANNELS), other=0.0)
-    tl.store(ROOM + (place * filled + rows) * D + channels, x, mask=rows < filled)
+    at = (number * (programs // tiles) + place) * filled + rows
+    tl.store(ROOM + at * D + channels, x, mask=rows < filled)

@@ -23,6 +23,9 @@ SHIFT_OF = gl.constexpr({1: 0, 2: 1, 4: 2, 8: 3, 16: 4, 32: 5, 64: 6})
 # Rows of a warpgroup.
 HALF = gl.constexpr(64)
 
+# Triton 3.6 has the one name, 3.9 the other.
+_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+
 
 @gluon.jit
 def take_item(
@@ -169,7 +172,7 @@ def fetch(desc, fold, batch, head, position, step, barrier, target, j, RATES: gl
     for i in gl.static_range(len(RATES)):
         # Two branches of one rate have one view.
         match = (step == RATES[i]) & (not found)
-        tma.async_copy_global_to_shared(desc[i], [row + j, column], barrier, target, pred=match)
+        _copy(desc[i], [row + j, column], barrier, target, pred=match)
         found = found | match
 
 

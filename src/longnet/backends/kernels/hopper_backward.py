@@ -253,10 +253,12 @@ def _statistics(lse_rows, delta_rows, weights, inside):
 @gluon.jit
 def _key_block(
     k, v, zero, shared, acc_k, acc_v, statistics, low, high, scale2, done,
-    N: gl.constexpr, CUT: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr, OPERAND: gl.constexpr,
+    N: gl.constexpr, CUT: gl.constexpr, PENDING: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr, OPERAND: gl.constexpr,
 ):  # fmt: skip
-    """One block of queries, added to ``acc_k`` and ``acc_v``.
+    """One block of queries, added to ``acc_k`` and ``acc_v``, which are on their way when it returns.
 
+    The products of the block before, ``pending`` if there was one in this range, run until this one's scores follow them:
+    matrix units then have work while a block's exponentials are computed, and no gap from one block to the next.
     Queries from column ``low`` of a key's row up to column ``high`` see the key, where ``CUT``.
     """
     own_a_smem, own_b_smem, q_smem, g_smem, own_full, own_empty, q_full, q_empty, g_full, g_empty = shared
@@ -265,6 +267,9 @@ def _key_block(
     column: gl.constexpr = gl.SliceLayout(0, SCORES)
     mbarrier.wait(q_full.index(stage), phase)
     next_s = warpgroup_mma(k, q_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    if PENDING:
+        acc_k, acc_v = warpgroup_mma_wait(1, deps=(acc_k, acc_v))
+        _release(shared, done - 1, STAGES)
     mbarrier.wait(g_full.index(stage), phase)
     next_p = warpgroup_mma(v, g_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
     shift = statistics.index(done % 2 * 2).load(column)
@@ -273,17 +278,47 @@ def _key_block(
     if CUT:
         n = gl.arange(0, N, layout=column)
         p = gl.where((n[None, :] >= low[:, None]) & (n <= high)[None, :], p, 0.0)
-    next_v = warpgroup_mma(gl.convert_layout(p.to(q_smem.dtype), OPERAND), g_smem.index(stage), acc_v, is_async=True)
+    acc_v = warpgroup_mma(gl.convert_layout(p.to(q_smem.dtype), OPERAND), g_smem.index(stage), acc_v, is_async=True)
     delta = statistics.index(done % 2 * 2 + 1).load(column)
     grad_p = warpgroup_mma_wait(1, deps=(next_p,))
     grad_s = p * (grad_p - delta[None, :])
-    next_k = warpgroup_mma(
+    acc_k = warpgroup_mma(
         gl.convert_layout(grad_s.to(q_smem.dtype), OPERAND), q_smem.index(stage), acc_k, is_async=True
     )
-    acc_k, acc_v = warpgroup_mma_wait(0, deps=(next_k, next_v))
+    return acc_k, acc_v
+
+
+@gluon.jit
+def _key_blocks(
+    k, v, zero, shared, acc_k, acc_v, statistics, lse_rows, delta_rows, back, weights, n, j, seen, count, scale2, done,
+    COUNT: gl.constexpr, N: gl.constexpr, CUT: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr,
+    OPERAND: gl.constexpr,
+):  # fmt: skip
+    """``COUNT`` blocks from row ``j`` down, whose products run into one another.
+
+    Under each the statistics of the next are read, few by each thread; they reach the others through shared memory.
+    """
+    for i in gl.static_range(COUNT):
+        shift, delta = _statistics(lse_rows - (i + 1) * back, delta_rows - (i + 1) * back, weights, n < j - i * N)
+        acc_k, acc_v = _key_block(
+            k, v, zero, shared, acc_k, acc_v, statistics, seen - (j - i * N), count - 1 - (j - i * N), scale2, done + i,
+            N, CUT, i > 0, STAGES, SCORES, OPERAND,
+        )  # fmt: skip
+        if i == COUNT - 1:
+            acc_k, acc_v = warpgroup_mma_wait(0, deps=(acc_k, acc_v))
+            _release(shared, done + i, STAGES)
+        statistics.index((done + i + 1) % 2 * 2).store(shift)
+        statistics.index((done + i + 1) % 2 * 2 + 1).store(delta)
+    return acc_k, acc_v
+
+
+@gluon.jit
+def _release(shared, done, STAGES: gl.constexpr):
+    """Give back the stage of a block whose products have ended."""
+    own_a_smem, own_b_smem, q_smem, g_smem, own_full, own_empty, q_full, q_empty, g_full, g_empty = shared
+    stage = done % STAGES
     mbarrier.arrive(q_empty.index(stage))
     mbarrier.arrive(g_empty.index(stage))
-    return acc_k, acc_v
 
 
 @gluon.jit
@@ -301,8 +336,7 @@ def _consume_queries(
     operand: gl.constexpr = gl.DotOperandLayout(0, outs, 2)
     zero = gl.zeros([HALF, N], gl.float32, layout=scores)
     linear: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    k = k_smem.slice(WHICH * HALF, HALF)
-    v = v_smem.slice(WHICH * HALF, HALF)
+    left: gl.constexpr = gl.DotOperandLayout(0, scores, 2)
     scale2 = scale * LOG2E
     done = 0
     turn = 0
@@ -321,7 +355,11 @@ def _consume_queries(
             acc_v = gl.zeros([HALF, D], gl.float32, layout=outs)
             mbarrier.wait(own_full.index(0), turn & 1)
             turn += 1
+            k, v = k_smem.slice(WHICH * HALF, HALF), v_smem.slice(WHICH * HALF, HALF)
+            if D == 64:
+                k, v = k.load(left), v.load(left)
             ranges = level if CAUSAL else 2 * level - 1
+            ranges = ranges * ((2 * items - slot - 1) // items)
             for index in range(0, ranges):
                 branch, first_query, query_step, count = swept_range(
                     index, start, size, length, head, heads, SHAPE, CAUSAL, True, BLOCKED
@@ -354,23 +392,40 @@ def _consume_queries(
                 shift, delta = _statistics(LSE + at, DELTA + at, weights, (row >= 0) & (row < count))
                 statistics.index(done % 2 * 2).store(shift)
                 statistics.index(done % 2 * 2 + 1).store(delta)
-                for i in range(0, blocks - own_low):
+                j = (blocks - 1) * N
+                whole = gl.maximum(blocks - clear - ragged, 0)
+                for _ in range(0, ragged):
+                    acc_k, acc_v = _key_blocks(
+                        k, v, zero, shared, acc_k, acc_v, statistics, LSE + at, DELTA + at, N * lse_step, weights, n, j, seen,
+                        count, scale2, done, 1, N, True, STAGES, scores, operand,
+                    )  # fmt: skip
                     at -= N * lse_step
-                    j = (blocks - 1 - i) * N
-                    shift, delta = _statistics(LSE + at, DELTA + at, weights, n < j)
-                    if (i < ragged) | (i >= blocks - clear):
-                        acc_k, acc_v = _key_block(
-                            k, v, zero, shared, acc_k, acc_v, statistics, seen - j, count - 1 - j, scale2, done,
-                            N, True, STAGES, scores, operand,
-                        )  # fmt: skip
-                    else:
-                        acc_k, acc_v = _key_block(
-                            k, v, zero, shared, acc_k, acc_v, statistics, seen, count, scale2, done,
-                            N, False, STAGES, scores, operand,
-                        )  # fmt: skip
+                    j -= N
                     done += 1
-                    statistics.index(done % 2 * 2).store(shift)
-                    statistics.index(done % 2 * 2 + 1).store(delta)
+                for _ in range(0, whole % 2):
+                    acc_k, acc_v = _key_blocks(
+                        k, v, zero, shared, acc_k, acc_v, statistics, LSE + at, DELTA + at, N * lse_step, weights, n, j, seen,
+                        count, scale2, done, 1, N, False, STAGES, scores, operand,
+                    )  # fmt: skip
+                    at -= N * lse_step
+                    j -= N
+                    done += 1
+                for _ in range(0, whole // 2):
+                    acc_k, acc_v = _key_blocks(
+                        k, v, zero, shared, acc_k, acc_v, statistics, LSE + at, DELTA + at, N * lse_step, weights, n, j, seen,
+                        count, scale2, done, 2, N, False, STAGES, scores, operand,
+                    )  # fmt: skip
+                    at -= 2 * N * lse_step
+                    j -= 2 * N
+                    done += 2
+                for _ in range(0, blocks - own_low - ragged - whole):
+                    acc_k, acc_v = _key_blocks(
+                        k, v, zero, shared, acc_k, acc_v, statistics, LSE + at, DELTA + at, N * lse_step, weights, n, j, seen,
+                        count, scale2, done, 1, N, True, STAGES, scores, operand,
+                    )  # fmt: skip
+                    at -= N * lse_step
+                    j -= N
+                    done += 1
                 for _ in range(all_low, own_low):
                     _skip(shared, done, STAGES)
                     done += 1
