@@ -184,6 +184,31 @@ def on_cpu(kind: str, tiles: int = TILES[0]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+MODES = {"longnet": "as it comes", "longnet compiled": "compiled"}
+
+
+def table(result: dict[str, Any]) -> str:
+    """What was measured on a GPU, as a Markdown table: the encoder as it comes and compiled, beside the original."""
+    head = "| tiles | what | the encoder | here | original | ratio | limit | verdict |\n| --- " + "| --- " * 7 + "|"
+    rows = []
+    for found in result["parts"].values():
+        if "ratios" not in found:
+            forward = found["forward"]
+            cells = (f"{found['tiles']:,}", "forward ms", "as it comes", f"{forward['median']:,.0f}", "-", "-", "-")
+            rows.append((*cells, f"{forward['bytes'] / 2**30:.1f} GiB"))
+            continue
+        for what, unit, scale in (("forward", "ms", 1.0), ("step", "ms", 1.0), ("step_bytes", "GiB", 2**30)):
+            for name, mode in MODES.items():
+                part, _, field = what.partition("_")
+                one, other = (found[x][part][field or "median"] / scale for x in (name, "gigapath"))
+                ratio, limit = found["ratios"][name][what], found["limits"][what]
+                title = {"forward": "forward", "step": "training step", "step_bytes": "training memory"}[what]
+                verdict = ("reached" if ratio <= limit else "missed") if name == found["judged"] else ""
+                cells = (f"{found['tiles']:,}", f"{title} {unit}", mode, f"{one:.1f}", f"{other:.1f}", f"{ratio:.3f}")
+                rows.append((*cells, f"{limit:.3f}", verdict))
+    return "\n".join((head, *(f"| {' | '.join(row)} |" for row in rows)))
+
+
 def release() -> None:
     gc.collect()
     if torch.cuda.is_available():
@@ -233,6 +258,8 @@ def main() -> None:
     parser.add_argument("--torchscale", type=Path, help="torchscale to use instead of the one in prov-gigapath")
     options = parser.parse_args()
     result = run(options.out, parts(options.gigapath, options.torchscale))
+    if any("ratios" in part for part in result["parts"].values()):
+        print(table(result))
     raise SystemExit(1 if result["errors"] else 0)
 
 

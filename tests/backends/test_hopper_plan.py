@@ -22,8 +22,8 @@ interpreted = pytest.mark.skipif(
 def split(lengths, rates, length, heads=4, head_offsets="interleaved"):
     nests = make_nests(Pattern.parse(lengths, rates, head_offsets), heads, hopper.UNIT, 64)
     ours, reasons = hopper.split_nests(nests, length)
-    assert {*ours, *reasons} == set(nests)
-    return [nest.dilation_rates for nest in ours], list(reasons.values())
+    assert {*ours, *(nest for nest, _ in reasons)} == set(nests)
+    return [nest.dilation_rates for nest in ours], [reason for _, reason in reasons]
 
 
 def test_any_length_is_taken_when_filling_it_up_takes_little() -> None:
@@ -86,3 +86,133 @@ def test_filling_up_is_padding_with_zeros(length, channels, unit, dtype, count) 
         assert torch.equal(filled, pad(x, (0, dim - channels, 0, -length % unit)))
         assert is_matrix(filled, dim, unit)
         assert view_of(filled).tokens % unit == 0
+
+
+class Recorder:
+    """In place of a kernel: what it was called with, by the names of the kernel's parameters."""
+
+    def __init__(self, kernel) -> None:
+        self.arg_names, self.calls, self.quick = kernel.arg_names, [], []
+
+    def __getitem__(self, grid):
+        def first(*arguments, **options):
+            self.calls.append((grid, dict(zip(self.arg_names, arguments, strict=False)) | options))
+            return Compiled(self)
+
+        return first
+
+
+class Compiled:
+    def __init__(self, recorder) -> None:
+        self.recorder = recorder
+
+    def __getitem__(self, grid):
+        def again(*arguments):
+            self.recorder.quick.append((grid, dict(zip(self.recorder.arg_names, arguments, strict=True))))
+
+        return again
+
+
+class Kernels(dict):
+    """Recorders by name, and the schedules whose order was asked for."""
+
+    def __init__(self, recorders) -> None:
+        super().__init__(recorders)
+        self.schedules = set()
+
+    def order(self, schedule):
+        self.schedules.add(schedule)
+        return torch.arange(schedule.items, dtype=torch.int32)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The three kernels as recorders, on a device of four multiprocessors whose items come in their own order."""
+    pytest.importorskip("triton.experimental.gluon")
+    recorders = {}
+    for name in ("forward", "key_value", "query"):
+        kernel, owned = hopper._kernel(name)
+        recorders[name] = Recorder(kernel), owned
+    found = Kernels((name, recorder) for name, (recorder, _) in recorders.items())
+    monkeypatch.setattr(hopper, "_kernel", recorders.__getitem__)
+    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 4)
+    monkeypatch.setattr(hopper, "kept_order", found.order)
+    monkeypatch.setattr(hopper, "fill_up", lambda tensors, dim, unit: [
+        pad(x, (0, dim - x.shape[-1], 0, -x.shape[2] % unit)) for x in tensors
+    ])  # fmt: skip
+    hopper._launches.cache_clear()
+    yield found
+    hopper._launches.cache_clear()
+
+
+def call_both(length, dim, kv_heads=4, pattern=((256, 1024), (1, 2)), is_causal=True):
+    heads, batch = 4, 2
+    work = hopper.Work(make_nests(Pattern.parse(*pattern), heads, hopper.UNIT, 64), 0.5, is_causal, "interleaved")
+    query, grad = (torch.randn(batch, length, heads, dim).half().transpose(1, 2) for _ in range(2))
+    key, value = (torch.randn(batch, length, kv_heads, dim).half().transpose(1, 2) for _ in range(2))
+    out, grad_q, grad_k, grad_v = (torch.empty_like(query) for _ in range(4))
+    lse, delta = (torch.empty(batch, heads, length) for _ in range(2))
+    tensors = {"OUT": out, "LSE": lse, "DELTA": delta, "GRAD_Q": grad_q, "GRAD_K": grad_k, "GRAD_V": grad_v}
+    inputs = {"q": query, "k": key, "v": value, "g": grad}
+    work.forward(query, key, value, out, lse)
+    work.backward(query, key, value, grad, lse, delta, grad_q, grad_k, grad_v)
+    return work, tensors, inputs
+
+
+@pytest.mark.parametrize(("length", "dim", "kv_heads"), [(2048, 64, 4), (2047, 48, 2), (2047, 128, 1)])
+@pytest.mark.parametrize("pattern", [((256, 1024), (1, 2)), ((300, 1024), (1, 3))])
+def test_kernels_get_the_tensors_and_numbers_of_the_call(kernels, length, dim, kv_heads, pattern) -> None:
+    work, tensors, inputs = call_both(length, dim, kv_heads, pattern)
+    for name, recorder in kernels.items():
+        _, owned = hopper._kernel(name)
+        assert not recorder.quick
+        assert {call["MERGE"] for _, call in recorder.calls} == set(range(len(work.nests)))
+        done = 0
+        for (programs, *_), call in recorder.calls:
+            nest = work.nests[call["MERGE"]]
+            rates = nest.dilation_rates
+            assert [call[one] for one in ("length", "heads", "group", "scale")] == [length, 4, 4 // kv_heads, 0.5]
+            assert (call["D"], call["CHANNELS"], call["CAUSAL"]) == (64 if dim <= 64 else 128, dim, True)
+            assert call["SHAPE"][:2] == (nest.segment_lengths, rates)
+            assert call["items"] == len(call["ORDER"]) >= programs and programs <= 4
+            done += call["items"]
+            for one in ("OUT", "LSE", "DELTA", "GRAD_Q", "GRAD_K", "GRAD_V"):
+                if one in call:
+                    assert call[one] is tensors[one]
+                    assert call.get(f"{one.lower()}_at", tensors[one].stride()[:3]) == tensors[one].stride()[:3]
+            letters = [one[0] for one in recorder.arg_names if one.endswith("_fold")]
+            for place, letter in enumerate(letters):
+                x = inputs[letter]
+                views = [call[f"{letter}{i}"] for i in range(5)]
+                assert views[len(rates) :] == [None] * (5 - len(rates))
+                for rate, view in zip(rates, views, strict=False):
+                    assert list(view.block_shape) == [call["M"] if place in owned else call["N"], call["D"]]
+                    # A row of the matrix holds so many tokens, of which every one can be found by its fold.
+                    matrix = view.base.as_strided(view.shape, view.strides)
+                    for batch, head, token in ((0, 0, 0), (1, x.shape[1] - 1, length - 1), (1, 0, 7)):
+                        by_batch, by_head, by_column, by_token = call[f"{letter}_fold"]
+                        flat = batch * by_batch + head * by_head + token
+                        column = flat % rate * by_token + head * by_column
+                        found = matrix[flat // rate, column : column + dim]
+                        assert torch.equal(found, x[batch, head, token])
+        assert done == sum({schedule.nest: schedule.items for schedule in kernels.schedules}.values())
+
+
+def test_later_calls_get_the_same_without_tritons_dispatch(kernels) -> None:
+    call_both(2047, 48)
+    first = {name: list(recorder.calls) for name, recorder in kernels.items()}
+    _, tensors, _ = call_both(2047, 48)
+    for name, recorder in kernels.items():
+        assert recorder.calls == first[name]
+        for (grid, call), (earlier_grid, earlier) in zip(recorder.quick, first[name], strict=True):
+            assert grid == earlier_grid and call.keys() == earlier.keys() - {"num_warps", "maxnreg"}
+            for one, value in call.items():
+                if one in tensors:
+                    assert value is tensors[one]
+                elif isinstance(value, (int, float, str, tuple)):
+                    assert value == earlier[one]
+                elif value is not None:
+                    assert type(value) is type(earlier[one])
+    # Other settings are another kernel.
+    call_both(2047, 48, is_causal=False)
+    assert all(len(recorder.calls) > len(first[name]) for name, recorder in kernels.items())

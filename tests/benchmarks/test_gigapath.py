@@ -50,3 +50,12 @@ def test_a_step_leaves_gradients_of_this_step_alone() -> None:
     gigapath.step(model, x, coords)
     assert first and all(torch.equal(one, p.grad) for one, p in zip(first, model.parameters(), strict=True))
     assert gigapath.forward(model.eval(), x, coords).shape == (1, 32)
+
+
+def test_the_page_shows_the_committed_result() -> None:
+    root = Path(__file__).parents[2]
+    result = json.loads((root / "benchmarks" / "results" / "gigapath-gpu-2026-11-25.json").read_text())
+    assert not result["commit"]["dirty"] and not result["errors"]
+    page = (root / "docs" / "gigapath.md").read_text(encoding="utf-8")
+    assert f"\n\n{gigapath.table(result)}\n\n" in page and result["commit"]["sha"][:7] in page
+    assert {part["judged"] for part in result["parts"].values() if "ratios" in part} == {"longnet compiled"}

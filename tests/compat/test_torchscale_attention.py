@@ -132,3 +132,53 @@ def test_bad_input() -> None:
         torchscale_attention(x, x, x, 4, 1, key_padding_mask=torch.zeros(1, 8))
     with pytest.raises(ValueError, match="backend='no' is unknown"):
         torchscale_attention(x, x, x, 4, 1, backend="no")
+
+
+@pytest.mark.parametrize("pattern", [((16, 27), (1, 2)), ((9,), (4,))])
+@pytest.mark.parametrize("backend", ["cpu_flash", "portable"])
+def test_opcheck(pattern: tuple[tuple[int, ...], tuple[int, ...]], backend: str) -> None:
+    *inputs, grad = draw(40, dtype=torch.float32)
+    settings = (backend, False, 0.3, *pattern, "blocked")
+    operators = torch.ops.longnet
+    torch.library.opcheck(operators.torchscale.default, (*[x.requires_grad_() for x in inputs], *settings))
+    inputs = [x.detach() for x in inputs]
+    out, lse = operators.torchscale(*inputs, *settings)
+    for grad_lse in (None, torch.randn_like(lse)):
+        arguments = (grad, grad_lse, *inputs, out, lse, *settings)
+        torch.library.opcheck(
+            operators.torchscale_backward.default,
+            arguments,
+            test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+        )
+
+
+def test_it_compiles_and_exports_for_all_lengths() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torchscale_attention(q, k, v, (16, 27), (1, 2))
+        assert isinstance(out, Tensor)
+        return out
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (40, 61, 12):
+        ours, theirs = ([x.clone().requires_grad_() for x in draw(tokens)[:3]] for _ in range(2))
+        out, want = compiled(*ours), attend(*theirs)
+        assert error(out, want) < 1e-12
+        grads = zip(torch.autograd.grad(out.sum(), ours), torch.autograd.grad(want.sum(), theirs), strict=True)
+        assert all(error(one, other) < 1e-12 for one, other in grads)
+
+    class Attend(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attend(q, k, v)
+
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    exported = torch.export.export(Attend(), tuple(draw(40)[:3]), dynamic_shapes=[{2: tokens}] * 3)
+    inputs = draw(333)[:3]
+    assert error(exported.module()(*inputs), attend(*inputs)) < 1e-12
+
+
+def test_a_second_derivative_is_refused() -> None:
+    q, k, v = (x.requires_grad_() for x in draw(20)[:3])
+    out = torchscale_attention(q, k, v, (16,), (1,))
+    (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.sum().backward()

@@ -47,7 +47,7 @@ def test_outputs_are_upstreams(tiles: int, global_pool: bool) -> None:
     assert error(single(x.float(), coords)[0], reference(single, x.float(), coords, False, global_pool)[0]) < 1e-5
 
 
-@pytest.mark.parametrize("recompute", ["ffn", "block", "none"])
+@pytest.mark.parametrize("recompute", ["ffn", "block", "elementwise", "none"])
 def test_gradients_are_those_of_upstreams_outputs(recompute: str) -> None:
     model = encoder(recompute=recompute)
     x, coords = slides(1300)
@@ -148,7 +148,7 @@ def test_weights_of_a_batch_lie_where_its_tiles_do() -> None:
     torch.testing.assert_close(got[:, 1], model.attention_weights(x[1:], coords[1:])[:, 0])
 
 
-@pytest.mark.parametrize("recompute", ["ffn", "block"])
+@pytest.mark.parametrize("recompute", ["ffn", "block", "elementwise"])
 def test_what_is_computed_again_has_the_same_dropout(recompute: str) -> None:
     x, coords = slides(80, batch=3)
     grads = []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longnet.backends.launches import kernel_arguments
 from longnet.backends.schedule import Schedule, kept_order
-from longnet.backends.tma import VIEWS, descriptors, folds, is_matrix, launch
+from longnet.backends.tma import VIEWS, Launch, View, descriptors, is_matrix, launch, view_of
 from longnet.geometry.nests import Nest
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -79,17 +79,18 @@ def why_not(query: Tensor, padding: Tensor | None, bias: Tensor | None) -> str |
     return None
 
 
-def split_nests(nests: Sequence[Nest], length: int) -> tuple[tuple[Nest, ...], dict[Nest, str]]:
-    """(nests that these kernels compute, why not the others)."""
+@lru_cache(maxsize=1024)
+def split_nests(nests: tuple[Nest, ...], length: int) -> tuple[tuple[Nest, ...], tuple[tuple[Nest, str], ...]]:
+    """(nests that these kernels compute, the others and why not)."""
     ours: list[Nest] = []
-    reasons: dict[Nest, str] = {}
+    others: list[tuple[Nest, str]] = []
     for nest in nests:
         reason = _why_not_nest(nest, length, _unit(ours))
         if reason is None:
             ours.append(nest)
         else:
-            reasons[nest] = reason
-    return tuple(ours), reasons
+            others.append((nest, reason))
+    return tuple(ours), tuple(others)
 
 
 def _why_not_nest(nest: Nest, length: int, unit: int) -> str | None:
@@ -118,22 +119,40 @@ def _shape(nest: Nest, length: int) -> tuple[int, tuple[tuple[int, ...], ...]]:
 
 @dataclass(frozen=True)
 class Work:
-    """A call's tensors and settings. ``query`` (B, H, N, D); ``key`` and ``value`` (B, Hk, N, D); ``scale`` positive.
+    """What a call computes, apart from its tensors. ``scale`` is positive.
 
-    The tensors are read through copies with zeros at the end of their channels and tokens where the kernels cannot read them
-    as they are. What is written has the tensors' own shapes.
+    Queries and gradients of out are (B, H, N, D), keys and values (B, Hk, N, D). They are read through copies with zeros at the
+    end of their channels and tokens where the kernels cannot read them as they are. What is written has its own shape.
     """
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    scale: float
     nests: tuple[Nest, ...]
+    scale: float
     is_causal: bool
     head_offsets: str
 
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Write out like the query and lse (B, H, N) float32."""
+        self._launch("forward", query.shape, self._readable(query, key, value), (out, lse), ())
+
+    def backward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        grad_out: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        grad_q: Tensor,
+        grad_k: Tensor,
+        grad_v: Tensor,
+    ) -> None:
+        """Write the gradients; those of keys and values by query head, (B, H, N, D). ``delta`` is like ``lse``."""
+        inputs = self._readable(query, grad_out, key, value)
+        for kernel, grads in (("key_value", (grad_k, grad_v)), ("query", (grad_q,))):
+            self._launch(kernel, query.shape, inputs, grads, (lse, delta))
+
     def _readable(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        dim = next(dim for dim in HEAD_DIMS if dim >= self.query.shape[-1])
+        dim = next(dim for dim in HEAD_DIMS if dim >= tensors[0].shape[-1])
         unit = _unit(self.nests)
         found = list(tensors)
         by_shape: dict[torch.Size, list[int]] = {}
@@ -145,60 +164,88 @@ class Work:
                 found[number] = x
         return tuple(found)
 
-    def _launches(
-        self, kernel: str, inputs: tuple[Tensor, ...], owned: slice
-    ) -> Iterator[tuple[int, tuple[Any, ...], tuple[Any, ...], dict[str, Any]]]:
-        """(programs, their items and the inputs' descriptors, shared arguments, options) of every launch.
-
-        A program owns rows of the inputs in ``owned``, and sweeps over those of the others.
-        """
-        batch, heads, length, channels = self.query.shape
-        dim = inputs[0].shape[-1]
-        swept, stages, rounds = _CUTS[kernel, dim]
-        rows = [swept] * len(inputs)
-        rows[owned] = [_OWNED] * len(rows[owned])
-        for number, nest in enumerate(self.nests):
-            tiles, shape = _shape(nest, length)
-            rates = nest.dilation_rates
-            several = len(rates) > 1
-            schedule = Schedule(
-                nest, shape, length, heads * batch, _multiprocessors(self.query.device), rounds, _OWNED, swept,
-                self.is_causal, kernel == "key_value", self.query.device,
-            )  # fmt: skip
-            segments = -(-length // nest.segment_lengths[0])
-            views = [view for x, count in zip(inputs, rows, strict=True) for view in descriptors(x, rates, count)]
-            options = {
-                "TILES": tiles, "SHAPE": shape, "D": dim, "CHANNELS": channels, "M": _OWNED, "N": swept,
-                "WEIGHTED": several, "PERIOD": rates[-1] if several else 1, "BLOCKED": self.head_offsets == "blocked",
-                "CAUSAL": self.is_causal, "MERGE": number > 0, "STAGES": stages, "num_warps": 4, "maxnreg": _REGISTERS,
-            }  # fmt: skip
-            for part in kept_order(schedule).split(schedule.per_launch):
-                arguments = (len(part), length, heads, heads // self.key.shape[1], self.scale, segments)
-                yield min(len(part), schedule.programs), (part, *views), arguments, options
-
-    def forward(self, out: Tensor, lse: Tensor) -> None:
-        """Write out like the query and lse (B, H, N) float32."""
-        from longnet.backends.kernels.hopper_forward import hopper_forward_kernel
-
-        inputs = self._readable(self.query, self.key, self.value)
-        strides = (*folds(inputs), out.stride()[:3], lse.stride())
-        for programs, views, arguments, options in self._launches("forward", inputs, slice(0, 1)):
-            launch(hopper_forward_kernel, programs, (out, lse, *views, *strides, *arguments), options)
-
-    def backward(
-        self, grad_out: Tensor, lse: Tensor, delta: Tensor, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor
+    def _launch(
+        self,
+        kernel: str,
+        shape: torch.Size,
+        inputs: tuple[Tensor, ...],
+        written: tuple[Tensor, ...],
+        statistics: tuple[Tensor, ...],
     ) -> None:
-        """Write the gradients; those of keys and values by query head, (B, H, N, D). ``delta`` is like ``lse``."""
-        from longnet.backends.kernels.hopper_backward import hopper_key_value_kernel, hopper_query_kernel
-
-        inputs = self._readable(self.query, grad_out, self.key, self.value)
-        for kernel, function, owned, grads in (
-            ("key_value", hopper_key_value_kernel, slice(2, 4), (grad_k, grad_v)),
-            ("query", hopper_query_kernel, slice(0, 2), (grad_q,)),
+        key_heads, dim = inputs[-1].shape[1], inputs[0].shape[-1]
+        # Of the statistics one stride is enough, they are alike.
+        strides = tuple(x.stride()[:3] for x in (*statistics[:1], *written))
+        views = tuple(view_of(x) for x in inputs)
+        query = inputs[0]
+        for launch_, schedule, part in _launches(
+            self, kernel, tuple(shape), key_heads, dim, views, strides, query.dtype, query.device
         ):
-            strides = (*folds(inputs), lse.stride(), *(grad.stride()[:3] for grad in grads))
-            for programs, views, arguments, options in self._launches(kernel, inputs, owned):
-                launch(function, programs, (lse, delta, *grads, *views, *strides, *arguments), options)
+            order = kept_order(schedule)
+            launch_.run((*statistics, *written, order if part is None else order[part]), inputs)
+
+
+# For so many different shapes of tensors, kernels and patterns.
+@lru_cache(maxsize=512)
+def _launches(
+    work: Work,
+    kernel: str,
+    shape: tuple[int, int, int, int],
+    key_heads: int,
+    dim: int,
+    views: tuple[View, ...],
+    strides: tuple[tuple[int, ...], ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[tuple[Launch, Schedule, slice | None], ...]:
+    """(a launch, the order of all items, the launch's part of it) one after the other.
+
+    Args:
+        shape: of the query, as it was given. key_heads: of keys and values.
+        dim: channels of the inputs. views: of the inputs.
+        strides: of lse if it is read, and of what is written.
+    """
+    batch, heads, length, channels = shape
+    swept, stages, rounds = _CUTS[kernel, dim]
+    function, owned = _kernel(kernel)
+    rows = [_OWNED if number in owned else swept for number in range(len(views))]
+    found: list[tuple[Launch, Schedule, slice | None]] = []
+    for number, nest in enumerate(work.nests):
+        tiles, nest_shape = _shape(nest, length)
+        rates = nest.dilation_rates
+        several = len(rates) > 1
+        schedule = Schedule(
+            nest, nest_shape, length, heads * batch, _multiprocessors(device), rounds, _OWNED, swept,
+            work.is_causal, kernel == "key_value", device,
+        )  # fmt: skip
+        templates = tuple(descriptors(view, dtype, dim, rates, count) for view, count in zip(views, rows, strict=True))
+        options = {
+            "TILES": tiles, "SHAPE": nest_shape, "D": dim, "CHANNELS": channels, "M": _OWNED, "N": swept,
+            "WEIGHTED": several, "PERIOD": rates[-1] if several else 1, "BLOCKED": work.head_offsets == "blocked",
+            "CAUSAL": work.is_causal, "MERGE": number > 0, "STAGES": stages, "num_warps": 4, "maxnreg": _REGISTERS,
+        }  # fmt: skip
+        segments = -(-length // nest.segment_lengths[0])
+        each = schedule.per_launch
+        for first in range(0, schedule.items, each):
+            items = min(each, schedule.items - first)
+            rest = (
+                *(view.arguments for view in views), *strides,
+                items, length, heads, heads // key_heads, work.scale, segments,
+            )  # fmt: skip
+            launch_ = Launch(function, min(items, schedule.programs), templates, rest, options)
+            part = None if items == schedule.items else slice(first, first + items)
+            found.append((launch_, schedule, part))
+    return tuple(found)
+
+
+def _kernel(name: str) -> tuple[Any, tuple[int, ...]]:
+    """(a kernel by name, which of its inputs are those whose rows its programs own)."""
+    from longnet.backends.kernels import hopper_backward, hopper_forward
+
+    return {
+        "forward": (hopper_forward.hopper_forward_kernel, (0,)),
+        "key_value": (hopper_backward.hopper_key_value_kernel, (2, 3)),
+        "query": (hopper_backward.hopper_query_kernel, (0, 1)),
+    }[name]
 
 
 def fill_up(tensors: Sequence[Tensor], dim: int, unit: int) -> tuple[Tensor, ...]:

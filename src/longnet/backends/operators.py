@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ def register_operators(
         head_numbers: Sequence[int] | None = None,
         total_heads: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        pattern = Pattern.parse(segment_lengths, dilation_rates, head_offsets, head_numbers, total_heads)
+        pattern = parsed(segment_lengths, dilation_rates, head_offsets, head_numbers, total_heads)
         spec = Spec(pattern, is_causal, scale)
         with no_autocast(query):
             return forward(query, key, value, padding, bias, spec)
@@ -135,7 +136,7 @@ def register_operators(
         head_numbers: Sequence[int] | None = None,
         total_heads: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        pattern = Pattern.parse(segment_lengths, dilation_rates, head_offsets, head_numbers, total_heads)
+        pattern = parsed(segment_lengths, dilation_rates, head_offsets, head_numbers, total_heads)
         spec = Spec(pattern, is_causal, scale)
         with no_autocast(query):
             return backward(grad_out, grad_lse, query, key, value, padding, bias, out, lse, spec)
@@ -174,6 +175,21 @@ def _settings(spec: Spec) -> tuple[Any, ...]:
     """A spec as an operator takes it."""
     lengths, rates, head_offsets, *numbers = pattern_settings(spec.pattern)
     return lengths, rates, head_offsets, spec.is_causal, spec.scale, *numbers
+
+
+def parsed(
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    head_offsets: str,
+    head_numbers: Sequence[int] | None,
+    total_heads: int,
+) -> Pattern:
+    """The pattern that an operator was called with, from :func:`pattern_settings`."""
+    numbers = None if head_numbers is None else tuple(head_numbers)
+    return _parsed(tuple(segment_lengths), tuple(dilation_rates), head_offsets, numbers, total_heads)
+
+
+_parsed = lru_cache(maxsize=256)(Pattern.parse)
 
 
 def pattern_settings(pattern: Pattern) -> tuple[Any, ...]:

@@ -10,7 +10,8 @@ do not depend on it.
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -42,6 +43,14 @@ class Schedule:
     is_causal: bool
     sweeps_later: bool
     device: torch.device
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, one.name) for one in fields(self)))
+
+    def __hash__(self) -> int:
+        # Looked up at every launch.
+        return self._hash
 
     @property
     def items(self) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longnet.backends import cpu_flash, portable, triton_flash
-from longnet.backends.operators import BackwardFn, Spec
+from longnet.backends.operators import BackwardFn, ForwardFn, Spec
 
 _log = logging.getLogger("longnet")
 
@@ -20,22 +20,34 @@ class Backend:
     """A way to compute a whole pattern: ``run`` gives (out, lse), ``why_not`` says what it cannot take.
 
     ``run_backward`` gives gradients for any out and lse, those of a larger whole too (see :mod:`longnet.mixing`), and takes
-    the tensors that ``register_operators`` names. ``automatic`` limits the device types on which ``"auto"`` considers it.
+    the tensors that ``register_operators`` names. ``forward`` and ``backward`` are the same on real tensors, for use inside
+    an operator. ``automatic`` limits the device types on which ``"auto"`` considers it.
     """
 
     name: str
     why_not: Callable[[str, torch.dtype, int, bool], str | None]
     run: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Spec], tuple[Tensor, Tensor]]
     run_backward: BackwardFn
+    forward: ForwardFn
+    backward: BackwardFn
     automatic: tuple[str, ...] | None = None
 
 
 # In order of preference; the last takes everything the library computes.
 BACKENDS: tuple[Backend, ...] = (
-    Backend("cpu_flash", cpu_flash.why_not, cpu_flash.run, cpu_flash.run_backward),
+    Backend(
+        "cpu_flash", cpu_flash.why_not, cpu_flash.run, cpu_flash.run_backward, cpu_flash.forward, cpu_flash.backward
+    ),
     # Its interpreter on the CPU is for tests: it has to be asked for by name.
-    Backend("triton", triton_flash.why_not, triton_flash.run, triton_flash.run_backward, automatic=("cuda",)),
-    Backend("portable", portable.why_not, portable.run, portable.run_backward),
+    Backend(
+        "triton",
+        triton_flash.why_not,
+        triton_flash.run,
+        triton_flash.run_backward,
+        *triton_flash.functions,
+        automatic=("cuda",),
+    ),
+    Backend("portable", portable.why_not, portable.run, portable.run_backward, portable.forward, portable.backward),
 )
 
 

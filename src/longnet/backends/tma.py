@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -73,9 +72,8 @@ def _is_matrix(shape: tuple[int, ...], stride: tuple[int, ...], dim: int, unit: 
     )
 
 
-@lru_cache(maxsize=1024)
-def _templates(view: View, dtype: torch.dtype, dim: int, rates: tuple[int, ...], rows: int) -> tuple[Any, ...]:
-    """Descriptors of any tensor with this view, one per branch, for copies of so many rows, and None up to ``VIEWS``."""
+def descriptors(view: View, dtype: torch.dtype, dim: int, rates: tuple[int, ...], rows: int) -> tuple[Any, ...]:
+    """Of tensors with this view, one per rate, for copies of so many rows; None up to ``VIEWS``. See :class:`Launch`."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -86,31 +84,56 @@ def _templates(view: View, dtype: torch.dtype, dim: int, rates: tuple[int, ...],
         TensorDescriptor(base, [view.tokens // rate, rate * view.token], [rate * view.token, 1], block, layout)
         for rate in rates
     ]
+    # Every descriptor of a launch is encoded anew, so there are no more than are needed.
     return (*found, *[None] * (VIEWS - len(found)))
 
 
-def descriptors(x: Tensor, rates: tuple[int, ...], rows: int) -> list[Any]:
-    """One view of the tensor per rate, for copies of so many rows. Its strides have been found to allow them."""
-    view = view_of(x)
-    assert view is not None
-    found: list[Any] = []
-    for template in _templates(view, x.dtype, x.shape[-1], rates, rows):
-        if template is None:
-            # Every descriptor of a launch is encoded anew.
-            found.append(None)
-            continue
-        # Made by hand: the constructor checks all of it again, which takes longer than a short sequence's attention.
-        descriptor = object.__new__(type(template))
-        descriptor.__dict__.update(template.__dict__, base=x)
-        found.append(descriptor)
-    return found
+def bound(template: Any, x: Tensor) -> Any:
+    """A descriptor like ``template`` of the tensor ``x``."""
+    if template is None:
+        return None
+    # Made by hand: the constructor checks all of it again, which takes longer than a short sequence's attention.
+    descriptor = object.__new__(type(template))
+    descriptor.__dict__.update(template.__dict__, base=x)
+    return descriptor
 
 
-def folds(tensors: tuple[Tensor, ...]) -> Iterator[tuple[int, ...]]:
-    for x in tensors:
-        view = view_of(x)
-        assert view is not None
-        yield view.arguments
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """A launch of a kernel for tensors of known shapes, strides and types: all but the tensors themselves.
+
+    Args:
+        templates: of the inputs' descriptors, input after input.
+        rest: the kernel's arguments after the descriptors, up to its constants.
+        options: its constants, and how it is compiled.
+    """
+
+    kernel: Any
+    programs: int
+    templates: tuple[tuple[Any, ...], ...]
+    rest: tuple[Any, ...]
+    options: dict[str, Any]
+    # By the alignment of the pointers, which Triton specialises on.
+    _compiled: dict[tuple[int, ...], Any] = field(default_factory=dict)
+
+    @cached_property
+    def _constants(self) -> tuple[Any, ...]:
+        return tuple(self.options[name] for name in self.kernel.arg_names if name in self.options)
+
+    def run(self, pointers: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> None:
+        """Run it on the current device; from the second time on without Triton's dispatch, which would look at every argument.
+
+        Args:
+            pointers: the kernel's first arguments. inputs: the tensors of the descriptors, which come next.
+        """
+        views = [bound(one, x) for x, of_input in zip(inputs, self.templates, strict=True) for one in of_input]
+        aligned = tuple(x.data_ptr() % 16 for x in pointers)
+        compiled = self._compiled.get(aligned)
+        if compiled is None:
+            made = self.kernel[self.programs, 1, 1](*pointers, *views, *self.rest, **self.options)
+            self._compiled[aligned] = made
+        else:
+            compiled[self.programs, 1, 1](*pointers, *views, *self.rest, *self._constants)
 
 
 # Compiled kernels, by everything that Triton specialises on.
@@ -119,7 +142,7 @@ _MOST_COMPILED = 4096
 
 
 def _seen(argument: Any) -> Any:
-    """What Triton may specialise on. A descriptor's type follows from the results' type and the constants."""
+    """What Triton may specialise on."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.device, argument.data_ptr() % 16
     return argument if isinstance(argument, int | tuple) else None

@@ -136,7 +136,7 @@ class _Call:
         }
         self.for_hopper, self.left = self._split()
 
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.q, self.k, self.v
 
     def launches(self, kernel: str) -> Iterator[tuple[tuple[int], tuple[Any, ...], dict[str, Any]]]:
@@ -175,10 +175,10 @@ class _Call:
         if reason is not None:
             _log.debug("triton: Hopper kernels passed over: %s", reason)
             return (), nests
-        ours, reasons = hopper.split_nests(nests, self.length)
-        for nest, reason in reasons.items():
+        ours, others = hopper.split_nests(nests, self.length)
+        for nest, reason in others:
             _log.debug("triton: Hopper kernels passed over for %s: %s", nest.branches, reason)
-        return ours, tuple(reasons)
+        return ours, tuple(nest for nest, _ in others)
 
     @property
     def covered(self) -> bool:
@@ -191,7 +191,7 @@ class _Call:
         if not self.for_hopper:
             return None
         offsets = self.spec.pattern.head_offsets
-        return hopper.Work(self.q, self.k, self.v, self.scale, self.for_hopper, self.spec.is_causal, offsets)
+        return hopper.Work(self.for_hopper, self.scale, self.spec.is_causal, offsets)
 
 
 def _bias_gradient(call: _Call, tensors: tuple[Tensor, ...], strides: tuple[Any, ...]) -> Tensor:
@@ -240,7 +240,7 @@ def forward(
         lse.fill_(-torch.inf)
     with _device(query):
         if work := call.work:
-            work.forward(room, lse)
+            work.forward(*call.tensors(), room, lse)
         for grid, arguments, options in call.launches("forward"):
             forward_kernel[grid](
                 *call.tensors(), room, lse, call.mask, call.table,
@@ -288,7 +288,7 @@ def backward(
         shared = (*call.tensors(), grad_out, lse, delta, call.mask, call.table)
         strides = (*call.strides(*call.tensors(), grad_out, lse), *call.extra_strides())
         if work := call.work:
-            work.backward(grad_out, lse, delta, *rooms)
+            work.backward(*call.tensors(), grad_out, lse, delta, *rooms)
         for grid, arguments, options in call.launches("key_value"):
             key_value_kernel[grid](*shared, *rooms[1:], *strides, *call.strides(*rooms[1:]), *arguments, **options)
         for grid, arguments, options in call.launches("query"):
@@ -301,4 +301,5 @@ def backward(
     return _signed(grad_q, spec.scale), grad_k, grad_v, grad_bias
 
 
-run, run_backward = register_operators("triton", *among_all_heads(forward, backward))
+functions = among_all_heads(forward, backward)
+run, run_backward = register_operators("triton", *functions)

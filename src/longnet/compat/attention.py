@@ -20,7 +20,7 @@ from torch import Tensor
 
 from longnet import mixing
 from longnet.backends import Backend, Spec, select_backend
-from longnet.backends.operators import define, lse_dtype, no_autocast, no_second_derivative, pattern_settings
+from longnet.backends.operators import define, lse_dtype, no_autocast, no_second_derivative, parsed, pattern_settings
 from longnet.backends.select import backend_named
 from longnet.functional import check_call
 from longnet.geometry import Branch, Pattern
@@ -122,18 +122,22 @@ def _each_alone(
 def _forward(query: Tensor, key: Tensor, value: Tensor, spec: Spec, backend: Backend) -> tuple[Tensor, Tensor]:
     in_place, shifted = split_shifted(spec.pattern, query.shape[2])
     if in_place is not None:
-        out, lse = backend.run(query, key, value, None, None, replace(spec, pattern=in_place))
+        out, lse = backend.forward(query, key, value, None, None, replace(spec, pattern=in_place))
         phantoms = None if spec.is_causal else _log_phantoms(in_place, *query.shape[1:3], query.device, lse.dtype)
         if phantoms is not None:
             # exp(lse - merged) in one step. The arithmetic is that of the lse, the result stays in out's own dtype.
-            out.mul_(torch.sub(lse, phantoms).sigmoid_().nan_to_num_(0.0).unsqueeze(-1))
+            share = torch.sub(lse, phantoms).sigmoid_()
+            if all(branch.dilation_rate > 1 for branch in in_place.branches):
+                # Rows that no branch selects may have no phantoms either.
+                share.nan_to_num_(0.0)
+            out.mul_(share.unsqueeze(-1))
             lse = torch.logaddexp(lse, phantoms)
     else:
         out = torch.zeros_like(query)
         lse = query.new_full(query.shape[:-1], -torch.inf, dtype=lse_dtype(query.dtype))
     for branch in shifted:
         q, k, v = (_pad_segments(x, branch) for x in (query, key, value))
-        branch_out, branch_lse = backend.run(q, k, v, None, None, _padded_spec(spec, branch))
+        branch_out, branch_lse = backend.forward(q, k, v, None, None, _padded_spec(spec, branch))
         mixing.merge_(out, lse, branch_out[:, :, : query.shape[2]], branch_lse[:, :, : query.shape[2]])
     return out, lse
 
@@ -151,20 +155,20 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     length = query.shape[2]
     in_place, shifted = split_shifted(spec.pattern, length)
-    grads = None
     if in_place is not None:
         saved = (grad_out, grad_lse, query, key, value, None, None, out, lse)
-        *grads, _ = backend.run_backward(*saved, replace(spec, pattern=in_place))
+        *grads, _ = backend.backward(*saved, replace(spec, pattern=in_place))
+    else:
+        grads = [torch.zeros_like(x) for x in (query, key, value)]
     for branch in shifted:
         inputs = [_pad_segments(x, branch) for x in (query, key, value)]
         # Rows past the end are computed and not seen.
         more = inputs[0].shape[2] - length
         rows = (F.pad(grad_out, (0, 0, 0, more)), None if grad_lse is None else F.pad(grad_lse, (0, more)))
         mixed = (F.pad(out, (0, 0, 0, more)), F.pad(lse, (0, more), value=_FAR))
-        *found, _ = backend.run_backward(*rows, *inputs, None, None, *mixed, _padded_spec(spec, branch))
-        found = [_cut_segments(x, branch, length) for x in found]
-        grads = found if grads is None else [x + y for x, y in zip(grads, found, strict=True)]
-    assert grads is not None
+        *found, _ = backend.backward(*rows, *inputs, None, None, *mixed, _padded_spec(spec, branch))
+        for grad, x in zip(grads, found, strict=True):
+            grad += _cut_segments(x, branch, length)
     return grads[0], grads[1], grads[2]
 
 
@@ -181,7 +185,7 @@ def _forward_op(
     head_numbers: Sequence[int] | None = None,
     total_heads: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    pattern = Pattern.parse(segment_lengths, dilation_rates, head_offsets, head_numbers, total_heads)
+    pattern = parsed(segment_lengths, dilation_rates, head_offsets, head_numbers, total_heads)
     with no_autocast(query):
         return _forward(query, key, value, Spec(pattern, is_causal, scale), backend_named(backend))
 
@@ -203,7 +207,7 @@ def _backward_op(
     head_numbers: Sequence[int] | None = None,
     total_heads: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    pattern = Pattern.parse(segment_lengths, dilation_rates, head_offsets, head_numbers, total_heads)
+    pattern = parsed(segment_lengths, dilation_rates, head_offsets, head_numbers, total_heads)
     spec = Spec(pattern, is_causal, scale)
     with no_autocast(query):
         return _backward(grad_out, grad_lse, query, key, value, out, lse, spec, backend_named(backend))

@@ -29,6 +29,7 @@ def padded_length(branch: Branch) -> int:
     return -(-branch.segment_length // branch.dilation_rate) * branch.dilation_rate
 
 
+@lru_cache(maxsize=256)
 def split_shifted(pattern: Pattern, length: int) -> tuple[Pattern | None, tuple[Branch, ...]]:
     """(the branches whose outputs stay in place, None if there are none; the others).
 

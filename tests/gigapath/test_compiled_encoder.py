@@ -1,0 +1,101 @@
+"""The encoder with its layers compiled: the same results, from one graph for slides of all sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from slides import encoder, slides
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from longnet.gigapath import encoder as encoders
+from longnet.gigapath import layer
+
+# Torch's own tracing looks at tensors of its own.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+RECOMPUTE = ("ffn", "block", "elementwise", "none")
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBackend]:
+    """Counts graphs. Without torch's code generator, which takes most of the time of compiling; one test has it."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer.run_layers, dynamic=True, fullgraph=True, backend=counter)
+    monkeypatch.setattr(encoders, "compiled_layers", lambda: compiled)
+    yield counter
+    torch._dynamo.reset()
+
+
+def gradients(model: torch.nn.Module, x: Tensor, coords: Tensor) -> list[Tensor]:
+    (out,) = model(x, coords)
+    towards = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    return [out.detach(), *torch.autograd.grad((out * towards).sum(), list(model.parameters()))]
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_results_and_gradients_are_the_same(recompute: str, counted: CompileCounterWithBackend) -> None:
+    model = encoder(3, recompute=recompute, dropout=0.0, drop_path=0.0).train()
+    compiled = []
+    for tiles in (1300, 70, 2200):
+        x, coords = slides(tiles)
+        model.compiled = False
+        expected = gradients(model, x, coords)
+        model.compiled = True
+        for got, want in zip(gradients(model, x, coords), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+        compiled.append(counted.frame_count)
+    assert compiled[0] > 0 and compiled == compiled[:1] * 3
+
+
+@pytest.mark.parametrize("global_pool", [False, True])
+def test_everything_that_forward_does(global_pool: bool, counted: CompileCounterWithBackend) -> None:
+    model = encoder(3, global_pool=global_pool)
+    x, coords = slides(60, batch=3)
+    absent = torch.zeros(3, 60, dtype=torch.bool)
+    absent[0, 10:30] = True
+    absent[2, 50:] = True
+    with torch.no_grad():
+        for options in ({}, {"all_layer_embed": True}, {"padding_mask": absent}):
+            model.compiled = False
+            expected = model(x, coords, **options)
+            model.compiled = True
+            for got, want in zip(model(x, coords, **options), expected, strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    assert counted.frame_count >= 1
+
+
+def test_dropout_is_drawn_anew_in_training_alone(counted: CompileCounterWithBackend) -> None:
+    model = encoder(3, dropout=0.3, drop_path=0.5, recompute="elementwise", compiled=True)
+    x, coords = slides(40, batch=2)
+    with torch.no_grad():
+        assert torch.equal(model(x, coords)[0], model(x, coords)[0])
+    model.train()
+    first, second = (gradients(model, x, coords) for _ in range(2))
+    assert not torch.equal(first[0], second[0])
+
+
+def test_a_model_of_one_layer_has_nothing_to_compile(counted: CompileCounterWithBackend) -> None:
+    model = encoder(1, compiled=True)
+    x, coords = slides(40)
+    got = model(x, coords)[0]
+    model.compiled = False
+    assert torch.equal(got, model(x, coords)[0])
+    assert counted.frame_count == 0
+
+
+def test_with_torchs_code_generator_under_autocast() -> None:
+    torch._dynamo.reset()
+    model = encoder(2, torch.float32, recompute="elementwise", dropout=0.0, drop_path=0.0).train()
+    found = {}
+    for compiled in (False, True):
+        model.compiled = compiled
+        x, coords = slides(90, dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            found[compiled] = gradients(model, x, coords)
+    # Both round to bfloat16, but not at the same places.
+    for select in (slice(1), slice(1, None)):
+        got, want = (torch.cat([x.flatten() for x in found[compiled][select]]) for compiled in (True, False))
+        assert float((got - want).norm()) <= 0.03 * float(want.norm())
