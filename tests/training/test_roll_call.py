@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 
 WAITS = """
 import os, signal, sys, threading
@@ -48,12 +47,11 @@ def run(tmp_path, script, processes):
 
 
 def test_processes_that_wait_say_who_is_lost_and_end(tmp_path):
-    begun = time.monotonic()
     found = run(tmp_path, WAITS, 3)
     assert found.returncode != 0
     assert found.stderr.count("longnet: error") == 1 and "process 1 of 3 is gone" in found.stderr, found.stderr
-    # torchrun kills what is left after thirty seconds: they ended before that.
-    assert "-9" in found.stderr and time.monotonic() - begun < 29, found.stderr
+    # torchrun kills what is left after thirty seconds, and says so: they ended before that.
+    assert "-9" in found.stderr and "forcefully exiting" not in found.stderr, found.stderr
 
 
 def test_a_process_that_left_is_not_lost(tmp_path):
