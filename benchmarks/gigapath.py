@@ -190,12 +190,16 @@ MODES = {"longnet": "as it comes", "longnet compiled": "compiled"}
 def table(result: dict[str, Any]) -> str:
     """What was measured on a GPU, as a Markdown table: the encoder as it comes and compiled, beside the original."""
     head = "| tiles | what | the encoder | here | original | ratio | limit | verdict |\n| --- " + "| --- " * 7 + "|"
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for found in result["parts"].values():
         if "ratios" not in found:
             forward = found["forward"]
-            cells = (f"{found['tiles']:,}", "forward ms", "as it comes", f"{forward['median']:,.0f}", "-", "-", "-")
-            rows.append((*cells, f"{forward['bytes'] / 2**30:.1f} GiB"))
+            rows.append(
+                (
+                    f"{found['tiles']:,}", "forward ms", "as it comes", f"{forward['median']:,.0f}", "-", "-", "-",
+                    f"{forward['bytes'] / 2**30:.1f} GiB",
+                )
+            )  # fmt: skip
             continue
         for what, unit, scale in (("forward", "ms", 1.0), ("step", "ms", 1.0), ("step_bytes", "GiB", 2**30)):
             for name, mode in MODES.items():

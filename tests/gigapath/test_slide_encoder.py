@@ -9,7 +9,11 @@ from slides import GRID, encoder, slides
 from torch import Tensor
 
 from longnet.functional import dilated_attention
+from longnet.geometry import Pattern
 from longnet.gigapath import SlideEncoder
+from longnet.gigapath.layer import run_layers
+from longnet.gigapath.readout import first_token_weights, read_by_first_token
+from longnet.models.layers import Block
 
 
 def reference(model: SlideEncoder, x: Tensor, coords: Tensor, all_layers: bool, global_pool: bool) -> list[Tensor]:
@@ -146,6 +150,27 @@ def test_weights_of_a_batch_lie_where_its_tiles_do() -> None:
     assert not got[:, 0, :, 10:30].any()
     torch.testing.assert_close(got[:, 0][:, :, ~absent[0]], alone[:, 0])
     torch.testing.assert_close(got[:, 1], model.attention_weights(x[1:], coords[1:])[:, 0])
+
+
+def test_the_positions_that_the_first_token_reads() -> None:
+    pattern = Pattern.parse((32, 50, 200), (1, 3, 8), "blocked")
+    for length in (1, 20, 33, 130, 300):
+        read = read_by_first_token(pattern, 4, length, torch.device("cpu"))
+        query, key = torch.randn(1, 4, 1, 8), torch.randn(1, 4, length, 8)
+        weights = first_token_weights(query, key, pattern, length)
+        assert read.tolist() == [p for p in range(length) if bool((weights[0, :, p] > 0).any())]
+        some = first_token_weights(query, key[:, :, read], pattern, length, read)
+        torch.testing.assert_close(some, weights[:, :, read])
+
+
+def test_a_layer_of_which_some_tokens_are_wanted() -> None:
+    model = encoder(2)
+    blocks = [block for block in model.blocks if isinstance(block, Block)]
+    x, read = torch.randn(2, 50, 32, dtype=torch.float64), torch.tensor([0, 3, 4, 40])
+    expected, pooled = run_layers(blocks, x, (0.0, 0.0), "none", lambda x: x[:, 0])
+    got, again = run_layers(blocks, x, (0.0, 0.0), "none", lambda x: x[:, 0], read)
+    torch.testing.assert_close(got, expected[:, read])
+    torch.testing.assert_close(again, pooled)
 
 
 @pytest.mark.parametrize("recompute", ["ffn", "block", "elementwise"])

@@ -22,6 +22,7 @@ from longnet.gigapath.layer import (
     run_layers,
 )
 from longnet.gigapath.positions import cells, position_embedding
+from longnet.gigapath.readout import read_by_first_token
 from longnet.models import LongNetConfig
 from longnet.models.layers import Block
 from longnet.norm import LayerNorm
@@ -247,31 +248,38 @@ class SlideEncoder(nn.Module):
         pool = _mean_of_tiles if self.global_pool else _class_token
         x = self._embed(x, coords)
         states = [pool(x)]
-        whole = len(self.blocks) - (not self.global_pool)
-        if whole:
-            x, pooled = self._run(x, slice(whole), pool if all_layer_embed else None)
+        if self.global_pool:
+            x, pooled = self._run(x, slice(None), pool if all_layer_embed else None)
             states += pooled
-        if not self.global_pool:
-            block = self.blocks[-1]
+        else:
+            block, length = self.blocks[-1], x.shape[1]
             assert isinstance(block, Block)
-            x = run_last_layer(block, x, self.drop_paths[-1])
+            # Nobody reads other tokens of the layer before the last. Compiled, all sizes are to be one graph.
+            some = read_by_first_token(block.attention.pattern, self.config.heads, length, x.device)
+            read = some if len(self.blocks) > 1 and (self.compiled or len(some) < length) else None
+            if len(self.blocks) > 1:
+                x, pooled = self._run(x, slice(-1), pool if all_layer_embed else None, read)
+                states += pooled
+            x = run_last_layer(block, x, length, read, self.drop_paths[-1])
             states.append(pool(x))
         if all_layer_embed:
             return [self.norm(state) for state in states]
         return [self.norm(pool(self.encoder_norm(x)))]
 
-    def _run(self, x: Tensor, layers: slice, pool: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, list[Tensor]]:
-        """x through layers, and what ``pool`` makes of each one's result."""
+    def _run(
+        self, x: Tensor, layers: slice, pool: Callable[[Tensor], Tensor] | None, read: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """x through layers, at last the tokens that are ``read``, and what ``pool`` makes of each one's result."""
         run = compiled_layers() if self.compiled else run_layers
         blocks = [block for block in self.blocks[layers] if isinstance(block, Block)]
-        return run(blocks, x, self.drop_paths[layers], self.recompute, pool)
+        return run(blocks, x, self.drop_paths[layers], self.recompute, pool, read)
 
     def _weights(self, x: Tensor, coords: Tensor) -> Tensor:
         x = self._embed(x, coords)
         found = []
         for number, block in enumerate(self.blocks):
             assert isinstance(block, Block)
-            found.append(class_token_weights(block, x)[0][:, :, 1:])
+            found.append(class_token_weights(block, x, x.shape[1])[0][:, :, 1:])
             if number + 1 < len(self.blocks):
                 x, _ = run_layers([block], x, (0.0,), "none")
         return torch.stack(found)

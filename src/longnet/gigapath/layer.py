@@ -31,22 +31,29 @@ Pool = Callable[[Tensor], Tensor]
 
 
 def run_layers(
-    blocks: Sequence[Block], x: Tensor, drop_paths: Sequence[float], recompute: Recompute, pool: Pool | None = None
+    blocks: Sequence[Block],
+    x: Tensor,
+    drop_paths: Sequence[float],
+    recompute: Recompute,
+    pool: Pool | None = None,
+    read: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """x (B, N, C) through layers, and what ``pool`` makes of each one's result.
 
     Args:
+        read: the positions of the result that are wanted, the first among them; None for all. The result has no others.
         drop_paths: probability of leaving out a residual branch of a sample in training, by layer.
         recompute: what the backward pass computes again: ``"ffn"`` all after attention, ``"block"`` all, ``"elementwise"``
             what is no matrix product, ``"none"`` nothing.
     """
     pooled = []
-    for block, drop_path in zip(blocks, drop_paths, strict=True):
+    for number, (block, drop_path) in enumerate(zip(blocks, drop_paths, strict=True), 1):
         scales = _scales(block, x, drop_path)
+        wanted = read if number == len(blocks) else None
         if recompute == "block" and torch.is_grad_enabled():
-            x = checkpoint(_layer, block, x, scales, "none", use_reentrant=False)
+            x = checkpoint(_layer, block, x, scales, "none", wanted, use_reentrant=False)
         else:
-            x = _layer(block, x, scales, recompute)
+            x = _layer(block, x, scales, recompute, wanted)
         if pool is not None:
             pooled.append(pool(x))
     return x, pooled
@@ -62,23 +69,31 @@ def compiled_layers() -> Callable[..., tuple[Tensor, list[Tensor]]]:
     return compiled
 
 
-def run_last_layer(block: Block, x: Tensor, drop_path: float) -> Tensor:
-    """x (B, N, C) through the last layer, of whose result only the class token is read: (B, 1, C)."""
+def run_last_layer(block: Block, x: Tensor, length: int, read: Tensor | None, drop_path: float) -> Tensor:
+    """x (B, N, C) through the last layer, of whose result only the class token is read: (B, 1, C).
+
+    Args:
+        length, read: see :func:`class_token_weights`.
+    """
     scales = _scales(block, x, drop_path)
-    weights, y = class_token_weights(block, x)
+    weights, y = class_token_weights(block, x, length, read)
     value = block.attention.v_proj(y).unflatten(-1, (block.attention.heads, -1)).transpose(1, 2)
     attended = (weights.to(value.dtype).unsqueeze(2) @ value).transpose(1, 2).flatten(-2)
     return _after(block, x[:, :1], attended, scales)
 
 
-def class_token_weights(block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(what the class token attends to, (B, heads, N), see :mod:`longnet.gigapath.readout`; what the projections read)."""
+def class_token_weights(block: Block, x: Tensor, length: int, read: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(what the class token attends to, (B, heads, N), see :mod:`longnet.gigapath.readout`; what the projections read).
+
+    Args:
+        length: tokens of the slide. read: which of them x has, None for all.
+    """
     attention, y = block.attention, _normalised(block, x)
     query, key = (
         rows.unflatten(-1, (attention.heads, attention.head_dim)).transpose(1, 2)
         for rows in (attention.q_proj(y[:, :1]), attention.k_proj(y))
     )
-    return first_token_weights(query, key, attention.pattern), y
+    return first_token_weights(query, key, attention.pattern, length, read), y
 
 
 def _normalised(block: Block, x: Tensor) -> Tensor:
@@ -90,7 +105,7 @@ def _normalised(block: Block, x: Tensor) -> Tensor:
     return y.to(torch.get_autocast_dtype(kind))
 
 
-def _layer(block: Block, x: Tensor, scales: Scales, recompute: Recompute) -> Tensor:
+def _layer(block: Block, x: Tensor, scales: Scales, recompute: Recompute, read: Tensor | None) -> Tensor:
     attention, y = block.attention, _normalised(block, x)
     q, k, v = (
         projection(y).unflatten(-1, (attention.heads, attention.head_dim)).transpose(1, 2)
@@ -99,6 +114,8 @@ def _layer(block: Block, x: Tensor, scales: Scales, recompute: Recompute) -> Ten
     out = attention.function(q, k, v, attention.pattern, is_causal=False, backend=attention.backend)
     assert isinstance(out, Tensor)
     attended = out.transpose(1, 2).flatten(-2)
+    if read is not None:
+        x, attended = x.index_select(1, read), attended.index_select(1, read)
     after = _after
     if recompute in ("ffn", "elementwise") and torch.is_grad_enabled():
         options: dict[str, Any] = {} if recompute == "ffn" else {"context_fn": _keep_products}

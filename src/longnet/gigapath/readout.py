@@ -11,7 +11,9 @@ from longnet.backends.operators import no_autocast
 from longnet.geometry import Pattern
 
 
-def first_token_weights(query: Tensor, key: Tensor, pattern: Pattern) -> Tensor:
+def first_token_weights(
+    query: Tensor, key: Tensor, pattern: Pattern, length: int, read: Tensor | None = None
+) -> Tensor:
     """The weight of every key in the result of the first token, (B, H, N) float32 (float64 for float64); a row sums to 1.
 
     A key that m branches share counts m times. torchscale's padding never reaches the first token: its heads' offset in a
@@ -19,13 +21,27 @@ def first_token_weights(query: Tensor, key: Tensor, pattern: Pattern) -> Tensor:
 
     Args:
         query: (B, H, 1, D), of position 0. key: (B, H, N, D).
+        length: N. read: the positions that keys are of, where they are only those of :func:`read_by_first_token`.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     # Autocast would round scores.
     with no_autocast(query):
         query, key = query.to(dtype) * query.shape[-1] ** -0.5, key.to(dtype)
         scores = (key @ query.transpose(-1, -2)).squeeze(-1)
-        return (scores + _log_times(pattern, *key.shape[1:3], key.device, dtype)).softmax(-1)
+        times = _log_times(pattern, key.shape[1], length, key.device, dtype)
+        return (scores + (times if read is None else times[:, read])).softmax(-1)
+
+
+# Of one length at a time.
+@lru_cache(maxsize=2)
+def read_by_first_token(pattern: Pattern, heads: int, length: int, device: torch.device) -> Tensor:
+    """The positions whose keys the first token sees in some head, rising, itself among them: no other is ever read."""
+    read = torch.zeros(length, dtype=torch.bool)
+    for branch in pattern.branches:
+        if any(pattern.offset(branch, head, heads) == 0 for head in range(heads)):
+            read[: branch.segment_length : branch.dilation_rate] = True
+    with torch.inference_mode(False):
+        return read.nonzero().squeeze(1).to(device)
 
 
 # Of one length at a time, for all layers.

@@ -257,8 +257,8 @@ def _key_block(
 ):  # fmt: skip
     """One block of queries, added to ``acc_k`` and ``acc_v``, which are on their way when it returns.
 
-    The products of the block before, ``pending`` if there was one in this range, run until this one's scores follow them:
-    matrix units then have work while a block's exponentials are computed, and no gap from one block to the next.
+    The products of the block before, where they are ``PENDING``, run until this one's scores follow them, so that matrix
+    units have no gap from one block to the next.
     Queries from column ``low`` of a key's row up to column ``high`` see the key, where ``CUT``.
     """
     own_a_smem, own_b_smem, q_smem, g_smem, own_full, own_empty, q_full, q_empty, g_full, g_empty = shared
@@ -359,6 +359,8 @@ def _consume_queries(
             if D == 64:
                 k, v = k.load(left), v.load(left)
             ranges = level if CAUSAL else 2 * level - 1
+            # Times 1. Of a single range the compiler knows that there is no loop, arranges what follows differently, and has
+            # no registers left for products under way (ptxas says C7511 and waits for each): 7 % slower.
             ranges = ranges * ((2 * items - slot - 1) // items)
             for index in range(0, ranges):
                 branch, first_query, query_step, count = swept_range(
