@@ -88,16 +88,6 @@ def descriptors(view: View, dtype: torch.dtype, dim: int, rates: tuple[int, ...]
     return (*found, *[None] * (VIEWS - len(found)))
 
 
-def bound(template: Any, x: Tensor) -> Any:
-    """A descriptor like ``template`` of the tensor ``x``."""
-    if template is None:
-        return None
-    # Made by hand: the constructor checks all of it again, which takes longer than a short sequence's attention.
-    descriptor = object.__new__(type(template))
-    descriptor.__dict__.update(template.__dict__, base=x)
-    return descriptor
-
-
 @dataclass(frozen=True, eq=False)
 class Launch:
     """A launch of a kernel for tensors of known shapes, strides and types: all but the tensors themselves.
@@ -120,13 +110,23 @@ class Launch:
     def _constants(self) -> tuple[Any, ...]:
         return tuple(self.options[name] for name in self.kernel.arg_names if name in self.options)
 
+    @cached_property
+    def _slots(self) -> tuple[tuple[int, int, Any], ...]:
+        """(place among the descriptors, input, template) of those that there are."""
+        places = enumerate((number, one) for number, of_input in enumerate(self.templates) for one in of_input)
+        return tuple((place, number, one) for place, (number, one) in places if one is not None)
+
     def run(self, pointers: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> None:
         """Run it on the current device; from the second time on without Triton's dispatch, which would look at every argument.
 
         Args:
             pointers: the kernel's first arguments. inputs: the tensors of the descriptors, which come next.
         """
-        views = [bound(one, x) for x, of_input in zip(inputs, self.templates, strict=True) for one in of_input]
+        views = [None] * (VIEWS * len(inputs))
+        for place, number, template in self._slots:
+            # Made by hand: the constructor checks all of it again, which takes longer than a short sequence's attention.
+            views[place] = descriptor = object.__new__(type(template))
+            descriptor.__dict__.update(template.__dict__, base=inputs[number])
         aligned = tuple(x.data_ptr() % 16 for x in pointers)
         compiled = self._compiled.get(aligned)
         if compiled is None:
