@@ -6,6 +6,7 @@ The folder gets ``losses.json`` (of rank 0's rows) and the model. Imported, ``tr
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -76,6 +77,10 @@ def main(mode: str, folder: Path) -> None:
         run.train()
         assert isinstance(run.model_wrapped, DistributedDataParallel) and run.args.world_size == 2
         rank, found, weights = run.args.process_index, losses(run), run.model.state_dict()
+        # DDP holds the group. Were it the last to do so, gloo's threads would be joined under Python's lock, which one of
+        # them may be waiting for: the process would hang, once in ten runs on a busy machine.
+        del run
+        gc.collect()
     else:
         dist.init_process_group("gloo")
         rank, ranks = dist.get_rank(), dist.get_world_size()
