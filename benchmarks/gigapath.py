@@ -260,8 +260,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="where the result is written as JSON")
     parser.add_argument("--gigapath", type=Path, help="a checkout of prov-gigapath to compare with")
     parser.add_argument("--torchscale", type=Path, help="torchscale to use instead of the one in prov-gigapath")
+    parser.add_argument("--part", action="append", help="only this part, as its line of output begins; may be repeated")
     options = parser.parse_args()
-    result = run(options.out, parts(options.gigapath, options.torchscale))
+    found = parts(options.gigapath, options.torchscale)
+    if unknown := set(options.part or ()) - set(found):
+        parser.error(f"--part {', '.join(sorted(unknown))}: expected one of {', '.join(found)}")
+    result = run(options.out, {name: part for name, part in found.items() if name in (options.part or found)})
     if any("ratios" in part for part in result["parts"].values()):
         print(table(result))
     raise SystemExit(1 if result["errors"] else 0)

@@ -52,6 +52,25 @@ def test_a_step_leaves_gradients_of_this_step_alone() -> None:
     assert gigapath.forward(model.eval(), x, coords).shape == (1, 32)
 
 
+def test_parts_can_be_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gigapath, "make", lambda device: SlideEncoder(32, 1, device=device).eval())
+    monkeypatch.setattr(gigapath.on_cpu, "__defaults__", (50,))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    arguments = ["gigapath", "--out", str(tmp_path / "x.json"), "--part"]
+    monkeypatch.setattr("sys.argv", [*arguments, "cpu float32"])
+    with pytest.raises(SystemExit) as stopped:
+        gigapath.main()
+    assert stopped.value.code == 0
+    assert set(json.loads((tmp_path / "x.json").read_text())["parts"]) == {"cpu float32"}
+    monkeypatch.setattr("sys.argv", [*arguments, "gpu"])
+    with pytest.raises(SystemExit) as stopped:
+        gigapath.main()
+    assert stopped.value.code == 2
+    assert "--part gpu: expected one of cpu float32, cpu bfloat16" in capsys.readouterr().err
+
+
 def test_the_page_shows_the_committed_result() -> None:
     root = Path(__file__).parents[2]
     result = json.loads((root / "benchmarks" / "results" / "gigapath-gpu-2026-11-25.json").read_text())
