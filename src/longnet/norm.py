@@ -74,7 +74,9 @@ class PartialNorm(nn.Module):
     So a norm over all heads says of those that are left what it said when the others' outputs were zero.
 
     Args:
-        kind: ``"layer"`` or ``"rms"``. dim: channels that are there. width: channels that statistics are taken over.
+        kind: ``"layer"`` or ``"rms"``.
+        dim: channels that are there.
+        width: channels that statistics are taken over.
         eps: added to the variance (to the mean square for ``"rms"``).
 
     Raises:

@@ -200,8 +200,10 @@ def _launches(
     """(a launch, the order of all items, the launch's part of it) one after the other.
 
     Args:
-        shape: of the query, as it was given. key_heads: of keys and values.
-        dim: channels of the inputs. views: of the inputs.
+        shape: of the query, as it was given.
+        key_heads: of keys and values.
+        dim: channels of the inputs.
+        views: of the inputs.
         strides: of lse if it is read, and of what is written.
     """
     batch, heads, length, channels = shape

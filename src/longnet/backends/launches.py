@@ -30,7 +30,8 @@ class Launch:
     Args:
         merge: earlier launches have written these rows already, so results are mixed in.
         weighted: rows that several branches select.
-        segments: of the finest branch. tiles: blocks of rows in one of them.
+        segments: of the finest branch.
+        tiles: blocks of rows in one of them.
         arguments: see :func:`kernel_arguments`.
     """
 

@@ -120,7 +120,8 @@ class Launch:
         """Run it on the current device; from the second time on without Triton's dispatch, which would look at every argument.
 
         Args:
-            pointers: the kernel's first arguments. inputs: the tensors of the descriptors, which come next.
+            pointers: the kernel's first arguments.
+            inputs: the tensors of the descriptors, which come next.
         """
         views = [None] * (VIEWS * len(inputs))
         for place, number, template in self._slots:

@@ -84,7 +84,9 @@ class LongViT(nn.Module):
     """torchscale's LongViT: images (B, channels, S, S) to patch states (B, patches, dim), without a last norm.
 
     Args:
-        encoder: takes embeddings. patch_size: side of a patch, in pixels. patches: of an image, a square number.
+        encoder: takes embeddings.
+        patch_size: side of a patch, in pixels.
+        patches: of an image, a square number.
         channels: of an image.
     """
 

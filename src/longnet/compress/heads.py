@@ -81,7 +81,8 @@ def least_important(model: LongNetBase, scores: Tensor, fraction: float) -> dict
     least one. ``fraction`` is of the heads that there are, rounded down.
 
     Args:
-        scores: (layers, H), of :func:`head_importance` say. fraction: in (0, 1).
+        scores: (layers, H), of :func:`head_importance` say.
+        fraction: in (0, 1).
 
     Raises:
         ValueError: scores of another shape, a fraction out of range or so large that a layer would lose all its heads.

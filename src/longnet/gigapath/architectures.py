@@ -24,7 +24,8 @@ def segment_lengths(max_wsi_size: int, tile_size: int) -> tuple[int, ...]:
     """Five lengths in tiles, from 1,024 to all tiles of the largest slide rounded down to a power of two, a geometric series.
 
     Args:
-        max_wsi_size: side of the largest slide, in pixels. tile_size: side of a tile, in pixels.
+        max_wsi_size: side of the largest slide, in pixels.
+        tile_size: side of a tile, in pixels.
 
     Raises:
         ValueError: a slide smaller than a tile.

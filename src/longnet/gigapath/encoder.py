@@ -36,7 +36,8 @@ class SlideEncoder(nn.Module):
         in_dim: channels of a tile embedding.
         max_wsi_size: side of the largest slide, in pixels; decides the segment lengths, see
             :func:`longnet.gigapath.architectures.segment_lengths`.
-        tile_size: side of a tile, in pixels. slide_ngrids: cells of a side of the grid of positions.
+        tile_size: side of a tile, in pixels.
+        slide_ngrids: cells of a side of the grid of positions.
         global_pool: read the mean over the tiles instead of the class token.
         torchscale_compat: compute attention as torchscale does, padding and all (see ``longnet.compat``): what checkpoints were
             trained with. False computes this library's exact definition; heads keep their (blocked) offsets.

@@ -86,7 +86,8 @@ def class_token_weights(block: Block, x: Tensor, length: int, read: Tensor | Non
     """(what the class token attends to, (B, heads, N), see :mod:`longnet.gigapath.readout`; what the projections read).
 
     Args:
-        length: tokens of the slide. read: which of them x has, None for all.
+        length: tokens of the slide.
+        read: which of them x has, None for all.
     """
     attention, y = block.attention, _normalised(block, x)
     query, key = (

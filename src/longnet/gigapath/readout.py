@@ -20,8 +20,10 @@ def first_token_weights(
     branch that selects it is 0, the one remainder that has a key in every slot.
 
     Args:
-        query: (B, H, 1, D), of position 0. key: (B, H, N, D).
-        length: N. read: the positions that keys are of, where they are only those of :func:`read_by_first_token`.
+        query: (B, H, 1, D), of position 0.
+        key: (B, H, N, D).
+        length: N.
+        read: the positions that keys are of, where they are only those of :func:`read_by_first_token`.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     # Autocast would round scores.

@@ -72,7 +72,8 @@ def apply(
 
     Args:
         model: of one stack of self-attention layers, in eval or training mode. Before PEFT wraps it.
-        segment_lengths: w in tokens, an int or one per branch. dilation_rates: r, an int or one per branch.
+        segment_lengths: w in tokens, an int or one per branch.
+        dilation_rates: r, an int or one per branch.
         layers: numbers of the attention layers to dilate, from 0; others stay as they are. None for all.
         head_offsets, backend: as in :func:`longnet.dilated_attention`.
 
@@ -144,7 +145,8 @@ def load(folder: str | os.PathLike[str], model_class: type[Any] | None = None, *
     """A model that was saved dilated, dilated again. Plain ``from_pretrained`` refuses such a folder.
 
     Args:
-        folder: what ``from_pretrained`` takes. model_class: of the model, by default that which was saved; Auto classes too.
+        folder: what ``from_pretrained`` takes.
+        model_class: of the model, by default that which was saved; Auto classes too.
         options: of ``from_pretrained``.
 
     Raises:

@@ -38,8 +38,10 @@ class LongNetCache:
     it is made: reading goes on forever in constant memory. ``model.new_cache(batch_size)`` makes one.
 
     Args:
-        config: of the model. batch_size: rows that are read side by side.
-        dtype: of keys and values, the model's. device: the model's.
+        config: of the model.
+        batch_size: rows that are read side by side.
+        dtype: of keys and values, the model's.
+        device: the model's.
 
     Raises:
         ValueError: a bidirectional config, or one with a relative position bias, which has no cached form yet.

@@ -35,7 +35,9 @@ class RelativeBias(nn.Module):
     """A learned bias by head and distance bucket, added to the attention scores.
 
     Args:
-        heads: H query heads. num_buckets: rows of the table, even, at least 4. max_distance: tokens, past which all
+        heads: H query heads.
+        num_buckets: rows of the table, even, at least 4.
+        max_distance: tokens, past which all
             distances share the last bucket, above ``num_buckets / 2``.
 
     Raises:

@@ -16,7 +16,8 @@ class Feeder:
 
     Args:
         source: standing where reading starts.
-        chunk: bytes a chunk. device: where the chunks go.
+        chunk: bytes a chunk.
+        device: where the chunks go.
     """
 
     def __init__(self, source: ByteSource, chunk: int, device: torch.device) -> None:

@@ -93,7 +93,9 @@ def check_resume(state: Checkpoint, settings: StreamSettings, digest: str, devic
     """Raise unless going on gives the result of the stream that was started; return what is worth a note.
 
     Args:
-        state: what was saved. settings: what it is resumed with. digest: of the model.
+        state: what was saved.
+        settings: what it is resumed with.
+        digest: of the model.
         device: that it goes on with, in words.
 
     Raises:

@@ -28,8 +28,12 @@ class StreamRecord:
     Made before anything is read, as the source's fingerprint at the start is part of the first state.
 
     Args:
-        settings: resolved. folder: of the stream. source, reader: at the position where reading starts.
-        device: that reads. digest: of the model. reporter: hears the progress.
+        settings: resolved.
+        folder: of the stream.
+        source, reader: at the position where reading starts.
+        device: that reads.
+        digest: of the model.
+        reporter: hears the progress.
     """
 
     def __init__(

@@ -31,7 +31,9 @@ class Peers:
     """The ranks of one sequence, in order.
 
     Args:
-        group: over which rows travel. rank: of this process in it. size: how many there are.
+        group: over which rows travel.
+        rank: of this process in it.
+        size: how many there are.
     """
 
     group: dist.ProcessGroup

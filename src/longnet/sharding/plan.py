@@ -19,13 +19,15 @@ class RowGroup:
     """Lanes that hold equally many rows, so that one call takes them all.
 
     Args:
-        heads: (lanes, 1) query heads. tokens: (lanes, a) the shard's tokens that are queries.
+        heads: (lanes, 1) query heads.
+        tokens: (lanes, a) the shard's tokens that are queries.
         share: neighbouring lanes that read the same keys (grouped-query attention).
         key_heads: (lanes / share, 1) and key_tokens: (lanes / share, b), the shard's own keys; None where ``received`` holds
             them. No key is in it twice.
         received: (lanes / share, b) rows of what has been received, or None.
         is_causal: of the rows among themselves.
-        distance: tokens from the first query to the first key. step: tokens from row to row.
+        distance: tokens from the first query to the first key.
+        step: tokens from row to row.
     """
 
     heads: Tensor

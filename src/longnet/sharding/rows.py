@@ -20,7 +20,8 @@ class RowCall:
     """``lanes`` independent attentions of ``a`` queries to ``b`` keys each, in the dtype of the statistics.
 
     Args:
-        query: (B, lanes, a, D). key, value: (B, lanes, b, D).
+        query: (B, lanes, a, D).
+        key, value: (B, lanes, b, D).
         scale: of the scores.
         is_causal: query ``i`` sees the keys up to ``i``; then a = b.
         padded: (B, lanes, b) bool, True where a key is to be ignored, or None.
@@ -73,7 +74,8 @@ class RowCall:
         """Gradients of query, key, value and bias, by the rule of :mod:`longnet.mixing`.
 
         Args:
-            grad_out: (B, lanes, a, D). lse: (B, lanes, a) of the joint softmax, 0 for a row without keys.
+            grad_out: (B, lanes, a, D).
+            lse: (B, lanes, a) of the joint softmax, 0 for a row without keys.
             delta: (B, lanes, a), ``sum(grad_out * out)`` of the joint softmax less the gradient of its lse.
         """
         value = self._values()

@@ -26,7 +26,8 @@ def heatmap(
 
     Args:
         path: where the PNG is written.
-        weights: (L,) real, finite. coords: (L, 2) pixels, x (to the right) then y (downwards).
+        weights: (L,) real, finite.
+        coords: (L, 2) pixels, x (to the right) then y (downwards).
         tile_size: side of a tile, in pixels. Tiles of one cell show their sum.
 
     Raises:

@@ -75,7 +75,8 @@ def attend_chunk(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache,
     """Attention of the next T >= 1 tokens, whose keys and values are then in the cache; they are not counted yet.
 
     Args:
-        query: (B, H, T, D). key, value: (B, Hk, T, D).
+        query: (B, H, T, D).
+        key, value: (B, Hk, T, D).
 
     Returns:
         (B, H, T, D) in the query's dtype.

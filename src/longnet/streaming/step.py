@@ -80,7 +80,8 @@ def step(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, scale: 
     """Attention of the next token, which is then in the cache; ``cache.position_tensor`` counts it, ``cache.position`` not.
 
     Args:
-        query: (B, H, 1, D). key, value: (B, Hk, 1, D).
+        query: (B, H, 1, D).
+        key, value: (B, Hk, 1, D).
 
     Returns:
         (B, H, 1, D) in the query's dtype.
