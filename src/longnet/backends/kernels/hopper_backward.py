@@ -321,6 +321,11 @@ def _release(shared, done, STAGES: gl.constexpr):
     mbarrier.arrive(g_empty.index(stage))
 
 
+# Of the parts of a range: how many blocks at a time, and whether some row may not see all of them.
+BLOCKS_OF_PART = gl.constexpr((1, 1, 2, 1))
+CUT_OF_PART = gl.constexpr((True, False, False, True))
+
+
 @gluon.jit
 def _consume_queries(
     shared, statistics, LSE, DELTA, GRAD_K, GRAD_V, lse_at, grad_k_at, grad_v_at, ORDER, items, length, heads, segments, scale,
@@ -360,7 +365,7 @@ def _consume_queries(
                 k, v = k.load(left), v.load(left)
             ranges = level if CAUSAL else 2 * level - 1
             # Times 1. Of a single range the compiler knows that there is no loop, arranges what follows differently, and has
-            # no registers left for products under way (ptxas says C7511 and waits for each): 7 % slower.
+            # no registers left for products under way (ptxas says C7511 and waits for each).
             ranges = ranges * ((2 * items - slot - 1) // items)
             for index in range(0, ranges):
                 branch, first_query, query_step, count = swept_range(
@@ -396,38 +401,18 @@ def _consume_queries(
                 statistics.index(done % 2 * 2 + 1).store(delta)
                 j = (blocks - 1) * N
                 whole = gl.maximum(blocks - clear - ragged, 0)
-                for _ in range(0, ragged):
-                    acc_k, acc_v = _key_blocks(
-                        k, v, zero, shared, acc_k, acc_v, statistics, LSE + at, DELTA + at, N * lse_step, weights, n, j, seen,
-                        count, scale2, done, 1, N, True, STAGES, scores, operand,
-                    )  # fmt: skip
-                    at -= N * lse_step
-                    j -= N
-                    done += 1
-                for _ in range(0, whole % 2):
-                    acc_k, acc_v = _key_blocks(
-                        k, v, zero, shared, acc_k, acc_v, statistics, LSE + at, DELTA + at, N * lse_step, weights, n, j, seen,
-                        count, scale2, done, 1, N, False, STAGES, scores, operand,
-                    )  # fmt: skip
-                    at -= N * lse_step
-                    j -= N
-                    done += 1
-                for _ in range(0, whole // 2):
-                    acc_k, acc_v = _key_blocks(
-                        k, v, zero, shared, acc_k, acc_v, statistics, LSE + at, DELTA + at, N * lse_step, weights, n, j, seen,
-                        count, scale2, done, 2, N, False, STAGES, scores, operand,
-                    )  # fmt: skip
-                    at -= 2 * N * lse_step
-                    j -= 2 * N
-                    done += 2
-                for _ in range(0, blocks - own_low - ragged - whole):
-                    acc_k, acc_v = _key_blocks(
-                        k, v, zero, shared, acc_k, acc_v, statistics, LSE + at, DELTA + at, N * lse_step, weights, n, j, seen,
-                        count, scale2, done, 1, N, True, STAGES, scores, operand,
-                    )  # fmt: skip
-                    at -= N * lse_step
-                    j -= N
-                    done += 1
+                # A ragged block, an odd one, pairs, and those that the diagonal cuts.
+                trips = (ragged, whole % 2, whole // 2, blocks - own_low - ragged - whole)
+                for part in gl.static_range(4):
+                    for _ in range(0, trips[part]):
+                        acc_k, acc_v = _key_blocks(
+                            k, v, zero, shared, acc_k, acc_v, statistics, LSE + at, DELTA + at, N * lse_step, weights, n, j,
+                            seen, count, scale2, done,
+                            BLOCKS_OF_PART[part], N, CUT_OF_PART[part], STAGES, scores, operand,
+                        )  # fmt: skip
+                        at -= BLOCKS_OF_PART[part] * N * lse_step
+                        j -= BLOCKS_OF_PART[part] * N
+                        done += BLOCKS_OF_PART[part]
                 for _ in range(all_low, own_low):
                     _skip(shared, done, STAGES)
                     done += 1
