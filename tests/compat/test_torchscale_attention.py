@@ -138,17 +138,17 @@ def test_bad_input() -> None:
 @pytest.mark.parametrize("backend", ["cpu_flash", "portable"])
 def test_opcheck(pattern: tuple[tuple[int, ...], tuple[int, ...]], backend: str) -> None:
     *inputs, grad = draw(40, dtype=torch.float32)
-    settings = (backend, False, 0.3, *pattern, "blocked")
-    operators = torch.ops.longnet
-    torch.library.opcheck(operators.torchscale.default, (*[x.requires_grad_() for x in inputs], *settings))
+    settings = (*pattern, "blocked", False, 0.3)
+    forward, backward = (
+        getattr(torch.ops.longnet, f"torchscale_{backend}{part}").default for part in ("", "_backward")
+    )
+    torch.library.opcheck(forward, (*[x.requires_grad_() for x in inputs], None, None, *settings))
     inputs = [x.detach() for x in inputs]
-    out, lse = operators.torchscale(*inputs, *settings)
+    out, lse = forward(*inputs, None, None, *settings)
     for grad_lse in (None, torch.randn_like(lse)):
-        arguments = (grad, grad_lse, *inputs, out, lse, *settings)
+        arguments = (grad, grad_lse, *inputs, None, None, out, lse, *settings)
         torch.library.opcheck(
-            operators.torchscale_backward.default,
-            arguments,
-            test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+            backward, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
         )
 
 

@@ -177,11 +177,11 @@ class Work:
         strides = tuple(x.stride()[:3] for x in (*statistics[:1], *written))
         views = tuple(view_of(x) for x in inputs)
         query = inputs[0]
-        for launch_, schedule, part in _launches(
+        for one, schedule, part in _launches(
             self, kernel, tuple(shape), key_heads, dim, views, strides, query.dtype, query.device
         ):
             order = kept_order(schedule)
-            launch_.run((*statistics, *written, order if part is None else order[part]), inputs)
+            one.run((*statistics, *written, order if part is None else order[part]), inputs)
 
 
 # For so many different shapes of tensors, kernels and patterns.
@@ -233,9 +233,8 @@ def _launches(
                 *(view.arguments for view in views), *strides,
                 items, length, heads, heads // key_heads, work.scale, segments,
             )  # fmt: skip
-            launch_ = Launch(function, min(items, schedule.programs), templates, rest, options)
-            part = None if items == schedule.items else slice(first, first + items)
-            found.append((launch_, schedule, part))
+            one = Launch(function, min(items, schedule.programs), templates, rest, options)
+            found.append((one, schedule, None if items == schedule.items else slice(first, first + items)))
     return tuple(found)
 
 

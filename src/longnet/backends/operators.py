@@ -110,7 +110,7 @@ def register_operators(
         head_numbers: Sequence[int] | None = None,
         total_heads: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        pattern = parsed(segment_lengths, dilation_rates, head_offsets, head_numbers, total_heads)
+        pattern = _parsed(segment_lengths, dilation_rates, head_offsets, head_numbers, total_heads)
         spec = Spec(pattern, is_causal, scale)
         with no_autocast(query):
             return forward(query, key, value, padding, bias, spec)
@@ -136,7 +136,7 @@ def register_operators(
         head_numbers: Sequence[int] | None = None,
         total_heads: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        pattern = parsed(segment_lengths, dilation_rates, head_offsets, head_numbers, total_heads)
+        pattern = _parsed(segment_lengths, dilation_rates, head_offsets, head_numbers, total_heads)
         spec = Spec(pattern, is_causal, scale)
         with no_autocast(query):
             return backward(grad_out, grad_lse, query, key, value, padding, bias, out, lse, spec)
@@ -177,7 +177,7 @@ def _settings(spec: Spec) -> tuple[Any, ...]:
     return lengths, rates, head_offsets, spec.is_causal, spec.scale, *numbers
 
 
-def parsed(
+def _parsed(
     segment_lengths: Sequence[int],
     dilation_rates: Sequence[int],
     head_offsets: str,
@@ -186,10 +186,10 @@ def parsed(
 ) -> Pattern:
     """The pattern that an operator was called with, from :func:`pattern_settings`."""
     numbers = None if head_numbers is None else tuple(head_numbers)
-    return _parsed(tuple(segment_lengths), tuple(dilation_rates), head_offsets, numbers, total_heads)
+    return _parse(tuple(segment_lengths), tuple(dilation_rates), head_offsets, numbers, total_heads)
 
 
-_parsed = lru_cache(maxsize=256)(Pattern.parse)
+_parse = lru_cache(maxsize=256)(Pattern.parse)
 
 
 def pattern_settings(pattern: Pattern) -> tuple[Any, ...]:

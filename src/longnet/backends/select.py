@@ -51,11 +51,6 @@ BACKENDS: tuple[Backend, ...] = (
 )
 
 
-def backend_named(name: str) -> Backend:
-    """A backend by a name that :func:`select_backend` has chosen."""
-    return next(backend for backend in BACKENDS if backend.name == name)
-
-
 def select_backend(name: str, device_type: str, dtype: torch.dtype, head_dim: int, has_bias: bool) -> Backend:
     """The backend called ``name``, or for ``"auto"`` the first that can run such inputs.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longnet import mixing
-from longnet.backends import Backend, Spec, select_backend
-from longnet.backends.operators import define, lse_dtype, no_autocast, no_second_derivative, parsed, pattern_settings
-from longnet.backends.select import backend_named
+from longnet.backends import BACKENDS, Backend, Spec, select_backend
+from longnet.backends.operators import lse_dtype, register_operators
 from longnet.functional import check_call
 from longnet.geometry import Branch, Pattern
 from longnet.geometry.phantoms import padded_length, phantom_runs, split_shifted
@@ -95,22 +94,22 @@ def torchscale_pattern_attention(
         query, key, value, key_padding_mask, None, pattern, is_causal, scale, return_lse
     )
     chosen = select_backend(backend, query.device.type, query.dtype, query.shape[-1], False)
-    settings = (chosen.name, is_causal, scale, *pattern_settings(pattern))
+    spec = Spec(pattern, is_causal, scale)
     if key_padding_mask is None:
-        out, lse = _call(query, key, value, *settings)
+        out, lse = _RUN[chosen.name](query, key, value, None, None, spec)
     else:
-        out, lse = _each_alone(query, key, value, key_padding_mask, settings)
+        out, lse = _each_alone(query, key, value, key_padding_mask, spec, chosen)
     return (out, lse) if return_lse else out
 
 
 def _each_alone(
-    query: Tensor, key: Tensor, value: Tensor, absent: Tensor, settings: tuple[Any, ...]
+    query: Tensor, key: Tensor, value: Tensor, absent: Tensor, spec: Spec, backend: Backend
 ) -> tuple[Tensor, Tensor]:
     outs, lses = [], []
     for row in range(query.shape[0]):
         present = (~absent[row]).nonzero().squeeze(1)
         alone = (x[row : row + 1].index_select(2, present) for x in (query, key, value))
-        out, lse = _call(*alone, *settings)
+        out, lse = _RUN[backend.name](*alone, None, None, spec)
         outs.append(torch.zeros_like(query[row : row + 1]).index_copy(2, present, out))
         nothing = lse.new_full((1, *query.shape[1:3]), -torch.inf)
         lses.append(nothing.index_copy(2, present, lse))
@@ -119,7 +118,9 @@ def _each_alone(
     return torch.cat(outs), torch.cat(lses)
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, spec: Spec, backend: Backend) -> tuple[Tensor, Tensor]:
+def _forward(
+    backend: Backend, query: Tensor, key: Tensor, value: Tensor, padding: None, bias: None, spec: Spec
+) -> tuple[Tensor, Tensor]:
     in_place, shifted = split_shifted(spec.pattern, query.shape[2])
     if in_place is not None:
         out, lse = backend.forward(query, key, value, None, None, replace(spec, pattern=in_place))
@@ -143,16 +144,18 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, spec: Spec, backend: Bac
 
 
 def _backward(
+    backend: Backend,
     grad_out: Tensor,
     grad_lse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    padding: None,
+    bias: None,
     out: Tensor,
     lse: Tensor,
     spec: Spec,
-    backend: Backend,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     length = query.shape[2]
     in_place, shifted = split_shifted(spec.pattern, length)
     if in_place is not None:
@@ -169,79 +172,14 @@ def _backward(
         *found, _ = backend.backward(*rows, *inputs, None, None, *mixed, _padded_spec(spec, branch))
         for grad, x in zip(grads, found, strict=True):
             grad += _cut_segments(x, branch, length)
-    return grads[0], grads[1], grads[2]
+    return grads[0], grads[1], grads[2], query.new_empty(0)
 
 
-def _forward_op(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    backend: str,
-    is_causal: bool,
-    scale: float,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
-    head_offsets: str,
-    head_numbers: Sequence[int] | None = None,
-    total_heads: int = 0,
-) -> tuple[Tensor, Tensor]:
-    pattern = parsed(segment_lengths, dilation_rates, head_offsets, head_numbers, total_heads)
-    with no_autocast(query):
-        return _forward(query, key, value, Spec(pattern, is_causal, scale), backend_named(backend))
-
-
-def _backward_op(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    backend: str,
-    is_causal: bool,
-    scale: float,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
-    head_offsets: str,
-    head_numbers: Sequence[int] | None = None,
-    total_heads: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    pattern = parsed(segment_lengths, dilation_rates, head_offsets, head_numbers, total_heads)
-    spec = Spec(pattern, is_causal, scale)
-    with no_autocast(query):
-        return _backward(grad_out, grad_lse, query, key, value, out, lse, spec, backend_named(backend))
-
-
-def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=lse_dtype(query.dtype))
-
-
-def _fake_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, *ctx.settings = inputs
-    # These five and nothing else are kept for the backward pass.
-    ctx.save_for_backward(query, key, value, *output)
-    ctx.set_materialize_grads(False)
-
-
-def _autograd_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    query, key, value, out, lse = ctx.saved_tensors
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    grads = _call_backward(grad_out, grad_lse, query, key, value, out, lse, *ctx.settings)
-    return (*grads, *[None] * len(ctx.settings))
-
-
-_call = define("torchscale", _forward_op, _fake_forward)
-_call_backward = define("torchscale_backward", _backward_op, _fake_backward)
-torch.library.register_autograd("longnet::torchscale", _autograd_backward, setup_context=_setup_context)
-torch.library.register_autograd("longnet::torchscale_backward", no_second_derivative("torchscale_backward"))
+# One pair of operators for every backend.
+_RUN = {
+    one.name: register_operators(f"torchscale_{one.name}", partial(_forward, one), partial(_backward, one))[0]
+    for one in BACKENDS
+}
 
 
 def _padded_spec(spec: Spec, branch: Branch) -> Spec:

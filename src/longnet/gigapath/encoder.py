@@ -248,7 +248,7 @@ class SlideEncoder(nn.Module):
             )
         pool = _mean_of_tiles if self.global_pool else _class_token
         x = self._embed(x, coords)
-        states = [pool(x)]
+        states = [pool(x)] if all_layer_embed else []
         if self.global_pool:
             x, pooled = self._run(x, slice(None), pool if all_layer_embed else None)
             states += pooled
@@ -262,7 +262,8 @@ class SlideEncoder(nn.Module):
                 x, pooled = self._run(x, slice(-1), pool if all_layer_embed else None, read)
                 states += pooled
             x = run_last_layer(block, x, length, read, self.drop_paths[-1])
-            states.append(pool(x))
+            if all_layer_embed:
+                states.append(pool(x))
         if all_layer_embed:
             return [self.norm(state) for state in states]
         return [self.norm(pool(self.encoder_norm(x)))]
