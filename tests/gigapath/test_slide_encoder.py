@@ -163,6 +163,11 @@ def test_the_positions_that_the_first_token_reads() -> None:
         torch.testing.assert_close(some, weights[:, :, read])
 
 
+def test_of_a_large_slide_a_quarter_is_read() -> None:
+    pattern = Pattern.parse((1024, 5792, 32768, 185363, 1048576), (1, 2, 4, 8, 16), "blocked")
+    assert len(read_by_first_token(pattern, 16, 45_681, torch.device("cpu"))) == 11_767
+
+
 def test_a_layer_of_which_some_tokens_are_wanted() -> None:
     model = encoder(2)
     blocks = [block for block in model.blocks if isinstance(block, Block)]

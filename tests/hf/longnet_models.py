@@ -24,6 +24,15 @@ _SIZE: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# Of a quick run of transformers' Trainer that leaves nothing behind.
+QUICK: dict[str, Any] = {
+    "logging_steps": 1,
+    "report_to": [],
+    "save_strategy": "no",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
 MODELS = ("LongNetModel", "LongNetForCausalLM", "LongNetForSequenceClassification", "LongNetForMaskedLM")
 HEADS = MODELS[1:]
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from longnet_models import first, make, tokens
+from longnet_models import QUICK, first, make, tokens
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -54,16 +54,11 @@ class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 def trainer(model: Any, folder: Path, **options: Any) -> Trainer:
     given: dict[str, Any] = {
+        **QUICK,
         "output_dir": str(folder),
         "max_steps": 4,
         "per_device_train_batch_size": 2,
         "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "report_to": [],
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
         **options,
     }
     collator = DataCollatorForLanguageModeling(LongNetByteTokenizer(), mlm=False)
@@ -171,16 +166,12 @@ def test_supervised_fine_tuning(packing: bool, tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     options: dict[str, Any] = {
+        **QUICK,
         "output_dir": str(tmp_path),
         "max_steps": 3,
         "per_device_train_batch_size": 2,
         "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "report_to": [],
-        "save_strategy": "no",
-        "use_cpu": True,
         "bf16": False,
-        "disable_tqdm": True,
         "max_length": 64,
         "packing": packing,
     }

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from longnet_models import make, tokens
+from longnet_models import QUICK, make, tokens
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -37,16 +37,11 @@ class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 def trainer(folder: Path, batch: int, **options: Any) -> Trainer:
     given: dict[str, Any] = {
+        **QUICK,
         "output_dir": str(folder),
         "max_steps": STEPS,
         "per_device_train_batch_size": batch,
         "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "report_to": [],
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
         "seed": 5,
         **options,
     }

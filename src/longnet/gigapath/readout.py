@@ -9,6 +9,7 @@ from torch import Tensor
 
 from longnet.backends.operators import no_autocast
 from longnet.geometry import Pattern
+from longnet.geometry.first_token import first_keys
 
 
 def first_token_weights(
@@ -39,9 +40,8 @@ def first_token_weights(
 def read_by_first_token(pattern: Pattern, heads: int, length: int, device: torch.device) -> Tensor:
     """The positions whose keys the first token sees in some head, rising, itself among them: no other is ever read."""
     read = torch.zeros(length, dtype=torch.bool)
-    for branch in pattern.branches:
-        if any(pattern.offset(branch, head, heads) == 0 for head in range(heads)):
-            read[: branch.segment_length : branch.dilation_rate] = True
+    for keys in first_keys(pattern, heads, length):
+        read[: keys.end : keys.step] = True
     with torch.inference_mode(False):
         return read.nonzero().squeeze(1).to(device)
 
@@ -52,8 +52,6 @@ def _log_times(pattern: Pattern, heads: int, length: int, device: torch.device, 
     """Log of how many branches let the first token see a key, (H, N)."""
     with torch.inference_mode(False), torch.no_grad():
         times = torch.zeros(heads, length, device=device, dtype=dtype)
-        for branch in pattern.branches:
-            for head in range(heads):
-                if pattern.offset(branch, head, heads) == 0:
-                    times[head, : branch.segment_length : branch.dilation_rate] += 1
+        for keys in first_keys(pattern, heads, length):
+            times[list(keys.heads), : keys.end : keys.step] += 1
         return times.log_()
