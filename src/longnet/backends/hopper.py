@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longnet.backends.launches import kernel_arguments
 from longnet.backends.schedule import Schedule, kept_order
-from longnet.backends.tma import VIEWS, Launch, View, descriptors, is_matrix, launch, view_of
+from longnet.backends.tma import VIEWS, Launch, View, descriptors, is_matrix, view_of
 from longnet.geometry.nests import Nest
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -255,15 +255,32 @@ def fill_up(tensors: Sequence[Tensor], dim: int, unit: int) -> tuple[Tensor, ...
     Returns:
         (B, H, N up to a multiple of ``unit``, dim), contiguous.
     """
+    four = (*tensors, *[tensors[-1]] * (4 - len(tensors)))
+    first = tensors[0]
+    strides = tuple(x.stride()[:3] for x in four)
+    one, shape = _filling(tuple(first.shape), len(tensors), strides, dim, unit, first.dtype, first.device)
+    room = first.new_empty(shape)
+    one.run((*four, room), ())
+    return room.unbind()
+
+
+@lru_cache(maxsize=512)
+def _filling(
+    shape: tuple[int, int, int, int],
+    count: int,
+    strides: tuple[tuple[int, ...], ...],
+    dim: int,
+    unit: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Launch, tuple[int, ...]]:
+    """(the launch that fills up ``count`` tensors, the shape of the room). Types and devices have launches of their own."""
     from longnet.backends.kernels.fill_up import fill_up_kernel
 
-    batch, heads, length, channels = tensors[0].shape
+    batch, heads, length, channels = shape
     filled = -(-length // unit) * unit
-    room = tensors[0].new_empty(len(tensors), batch, heads, filled, dim)
     tiles = -(-filled // _FILLED_ROWS)
     programs = tiles * heads * batch
-    four = [*tensors, *[tensors[-1]] * (4 - len(tensors))]
-    arguments = (*four, room, *(x.stride()[:3] for x in four), length, filled, heads, tiles, programs)
+    rest = (*strides, length, filled, heads, tiles, programs)
     options = {"CHANNELS": channels, "D": dim, "ROWS": _FILLED_ROWS}
-    launch(fill_up_kernel, programs * len(tensors), arguments, options)
-    return room.unbind()
+    return Launch(fill_up_kernel, programs * count, (), rest, options), (count, batch, heads, filled, dim)

@@ -135,31 +135,3 @@ class Launch:
             self._compiled[aligned] = made
         else:
             compiled[self.programs, 1, 1](*pointers, *views, *self.rest, *self._constants)
-
-
-# Compiled kernels, by everything that Triton specialises on.
-_COMPILED: dict[tuple[Any, ...], Any] = {}
-_MOST_COMPILED = 4096
-
-
-def _seen(argument: Any) -> Any:
-    """What Triton may specialise on."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.device, argument.data_ptr() % 16
-    return argument if isinstance(argument, int | tuple) else None
-
-
-def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """Run a kernel; from the second time on without Triton's dispatch, which would go through every argument again.
-
-    ``arguments`` are the kernel's first parameters, its constants are among ``options``. The current device is theirs.
-    """
-    key = (id(kernel), *map(_seen, arguments), *options.values())
-    compiled = _COMPILED.get(key)
-    if compiled is None:
-        if len(_COMPILED) >= _MOST_COMPILED:
-            _COMPILED.clear()
-        _COMPILED[key] = kernel[programs, 1, 1](*arguments, **options)
-    else:
-        constants = (options[name] for name in kernel.arg_names[len(arguments) :])
-        compiled[programs, 1, 1](*arguments, *constants)
