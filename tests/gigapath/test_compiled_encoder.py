@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from longnet.gigapath import encoder as encoders
 from longnet.gigapath import layer
+from longnet.gigapath.readout import read_by_first_token
 
 # Torch's own tracing looks at tensors of its own.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -20,7 +21,7 @@ RECOMPUTE = ("ffn", "block", "elementwise", "none")
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBackend]:
-    """Counts graphs. Without torch's code generator, which takes most of the time of compiling; one test has it."""
+    """Counts graphs. Without torch's code generator, which takes most of the time of compiling; two tests have it."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer.run_layers, dynamic=True, fullgraph=True, backend=counter)
@@ -75,6 +76,28 @@ def test_dropout_is_drawn_anew_in_training_alone(counted: CompileCounterWithBack
     model.train()
     first, second = (gradients(model, x, coords) for _ in range(2))
     assert not torch.equal(first[0], second[0])
+
+
+def test_masks_drop_as_often_as_dropout_and_keep_the_mean() -> None:
+    torch.manual_seed(0)
+    model = encoder(1, dropout=0.3).train()
+    block, x = model.blocks[0], torch.full((2, 500, 64), 3.0)
+    for kept in layer._masks(block, x):
+        out = layer._dropout(block, x, kept)
+        assert out.max() == pytest.approx(3.0 / 0.7)
+        assert abs(float((out == 0).float().mean()) - 0.3) < 0.01
+        torch.testing.assert_close(out == 0, ~kept)
+
+
+def test_dropout_of_some_tokens_compiles_with_torchs_code_generator() -> None:
+    torch._dynamo.reset()
+    model = encoder(3, torch.float32, recompute="elementwise", dropout=0.3, drop_path=0.5, compiled=True).train()
+    x, coords = slides(3000, dtype=torch.float32)
+    read = read_by_first_token(model.blocks[0].attention.pattern, model.config.heads, 3001, x.device)
+    assert len(read) < 3001
+    first, second = (gradients(model, x, coords) for _ in range(2))
+    assert not torch.equal(first[0], second[0])
+    assert all(bool(g.isfinite().all()) for g in first)
 
 
 def test_a_model_of_one_layer_has_nothing_to_compile(counted: CompileCounterWithBackend) -> None:

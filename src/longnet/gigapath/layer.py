@@ -27,6 +27,7 @@ RECOMPUTE: tuple[str, ...] = get_args(Recompute)
 _CHUNK = 16_384
 
 Scales = tuple[Tensor | None, ...]
+Masks = tuple[Tensor | None, Tensor | None]
 Pool = Callable[[Tensor], Tensor]
 
 
@@ -117,26 +118,43 @@ def _layer(block: Block, x: Tensor, scales: Scales, recompute: Recompute, read: 
     attended = out.transpose(1, 2).flatten(-2)
     if read is not None:
         x, attended = x.index_select(1, read), attended.index_select(1, read)
-    after = _after
+    after, compiling = _after, torch.compiler.is_compiling()
+    random = block.training and block.dropout.p > 0
+    # torch 2.11 loses sizes of what is drawn at random inside of what is computed again.
+    kept = _masks(block, x) if compiling and random else (None, None)
     if recompute in ("ffn", "elementwise") and torch.is_grad_enabled():
         options: dict[str, Any] = {} if recompute == "ffn" else {"context_fn": _keep_products}
-        random = block.training and block.dropout.p > 0
-        after = partial(checkpoint, _after, use_reentrant=False, preserve_rng_state=random, **options)
-    if torch.compiler.is_compiling():
+        state = random and not compiling
+        after = partial(checkpoint, _after, use_reentrant=False, preserve_rng_state=state, **options)
+    if compiling:
         # The number of chunks would be part of what is compiled.
-        return after(block, x, attended, scales)
+        return after(block, x, attended, scales, kept)
     parts = zip(x.split(_CHUNK, dim=1), attended.split(_CHUNK, dim=1), strict=True)
     outs = [after(block, *part, scales) for part in parts]
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
 
-def _after(block: Block, x: Tensor, attended: Tensor, scales: Scales) -> Tensor:
+def _after(block: Block, x: Tensor, attended: Tensor, scales: Scales, kept: Masks = (None, None)) -> Tensor:
     attention = block.attention
     assert attention.sub_norm is not None
-    branch = block.dropout(attention.out_proj(attention.sub_norm(attended)))
+    branch = _dropout(block, attention.out_proj(attention.sub_norm(attended)), kept[0])
     x = x + (branch if scales[0] is None else branch * scales[0])
-    branch = block.dropout(block.feed_forward(block.feed_forward_norm(x)))
+    branch = _dropout(block, block.feed_forward(block.feed_forward_norm(x)), kept[1])
     return x + (branch if scales[1] is None else branch * scales[1])
+
+
+def _masks(block: Block, x: Tensor) -> Masks:
+    """What dropout keeps of each of the two branches, like x."""
+    first, second = (torch.rand_like(x, dtype=torch.float32) >= block.dropout.p for _ in range(2))
+    return first, second
+
+
+def _dropout(block: Block, branch: Tensor, kept: Tensor | None) -> Tensor:
+    """The block's dropout, of a mask that is there already or else drawn here."""
+    if kept is None:
+        dropped: Tensor = block.dropout(branch)
+        return dropped
+    return branch * kept * (1.0 / (1.0 - block.dropout.p)) if block.dropout.p < 1.0 else branch * 0.0
 
 
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
