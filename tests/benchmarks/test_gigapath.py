@@ -73,7 +73,7 @@ def test_parts_can_be_chosen(
 
 def test_the_page_shows_the_committed_result() -> None:
     root = Path(__file__).parents[2]
-    result = json.loads((root / "benchmarks" / "results" / "gigapath-gpu-2026-11-25.json").read_text())
+    result = json.loads((root / "benchmarks" / "results" / "gigapath-gpu-2026-11-26.json").read_text())
     assert not result["commit"]["dirty"] and not result["errors"]
     page = (root / "docs" / "gigapath.md").read_text(encoding="utf-8")
     assert f"\n\n{gigapath.table(result)}\n\n" in page and result["commit"]["sha"][:7] in page
