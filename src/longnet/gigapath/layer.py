@@ -4,7 +4,8 @@ Training memory. Of a layer of C channels, fp16 autocast keeps for the backward 
 residual stream is float32), its norm 2, q, k, v 6, the attention's result 2; 14 in all, and 4 bytes per token and head. What
 comes after attention (inner norm, output projection, feed-forward) is computed again, in chunks of tokens, from x and the
 attention's result. To keep what its matrix products give adds 2 for the output projection and 4 * 2 for ``fc1``; to keep
-everything 6 for the inner norm, 4 for x, 4 * (2 + 2 + 4 + 2) for the feed-forward, and dropout's masks.
+everything 6 for the inner norm, 4 for x, 4 * (2 + 2 + 4 + 2) for the feed-forward, and dropout's masks, 2; compiled layers keep
+the masks always.
 """
 
 from __future__ import annotations
