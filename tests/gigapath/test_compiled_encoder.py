@@ -78,20 +78,23 @@ def test_dropout_is_drawn_anew_in_training_alone(counted: CompileCounterWithBack
     assert not torch.equal(first[0], second[0])
 
 
-def test_masks_drop_as_often_as_dropout_and_keep_the_mean() -> None:
+def test_masks_drop_as_often_as_dropout_and_keep_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     torch.manual_seed(0)
-    model = encoder(1, dropout=0.3).train()
-    block, x = model.blocks[0], torch.full((2, 500, 64), 3.0)
-    for kept in layer._masks(block, x):
+    block, x = encoder(1, dropout=0.3).train().blocks[0], torch.full((2, 500, 64), 3.0)
+    for kept in layer._masks(block, x, 500):
+        assert kept is not None
         out = layer._dropout(block, x, kept)
         assert out.max() == pytest.approx(3.0 / 0.7)
         assert abs(float((out == 0).float().mean()) - 0.3) < 0.01
         torch.testing.assert_close(out == 0, ~kept)
+    assert layer._masks(block.eval(), x, 500) == (None, None)
 
 
-def test_dropout_of_some_tokens_compiles_with_torchs_code_generator() -> None:
+@pytest.mark.parametrize("recompute", ["block", "elementwise"])
+def test_dropout_of_some_tokens_compiles_with_torchs_code_generator(recompute: str) -> None:
     torch._dynamo.reset()
-    model = encoder(3, torch.float32, recompute="elementwise", dropout=0.3, drop_path=0.5, compiled=True).train()
+    model = encoder(3, torch.float32, recompute=recompute, dropout=0.3, drop_path=0.5, compiled=True).train()
     x, coords = slides(3000, dtype=torch.float32)
     read = read_by_first_token(model.blocks[0].attention.pattern, model.config.heads, 3001, x.device)
     assert len(read) < 3001

@@ -52,10 +52,11 @@ def run_layers(
     for number, (block, drop_path) in enumerate(zip(blocks, drop_paths, strict=True), 1):
         scales = _scales(block, x, drop_path)
         wanted = read if number == len(blocks) else None
+        kept = _masks(block, x, x.shape[1] if wanted is None else len(wanted))
         if recompute == "block" and torch.is_grad_enabled():
-            x = checkpoint(_layer, block, x, scales, "none", wanted, use_reentrant=False)
+            x = checkpoint(_layer, block, x, scales, kept, "none", wanted, use_reentrant=False)
         else:
-            x = _layer(block, x, scales, recompute, wanted)
+            x = _layer(block, x, scales, kept, recompute, wanted)
         if pool is not None:
             pooled.append(pool(x))
     return x, pooled
@@ -108,7 +109,7 @@ def _normalised(block: Block, x: Tensor) -> Tensor:
     return y.to(torch.get_autocast_dtype(kind))
 
 
-def _layer(block: Block, x: Tensor, scales: Scales, recompute: Recompute, read: Tensor | None) -> Tensor:
+def _layer(block: Block, x: Tensor, scales: Scales, kept: Masks, recompute: Recompute, read: Tensor | None) -> Tensor:
     attention, y = block.attention, _normalised(block, x)
     q, k, v = (
         projection(y).unflatten(-1, (attention.heads, attention.head_dim)).transpose(1, 2)
@@ -119,15 +120,12 @@ def _layer(block: Block, x: Tensor, scales: Scales, recompute: Recompute, read: 
     attended = out.transpose(1, 2).flatten(-2)
     if read is not None:
         x, attended = x.index_select(1, read), attended.index_select(1, read)
-    after, compiling = _after, torch.compiler.is_compiling()
-    random = block.training and block.dropout.p > 0
-    # torch 2.11 loses sizes of what is drawn at random inside of what is computed again.
-    kept = _masks(block, x) if compiling and random else (None, None)
+    after = _after
     if recompute in ("ffn", "elementwise") and torch.is_grad_enabled():
         options: dict[str, Any] = {} if recompute == "ffn" else {"context_fn": _keep_products}
-        state = random and not compiling
-        after = partial(checkpoint, _after, use_reentrant=False, preserve_rng_state=state, **options)
-    if compiling:
+        random = block.training and block.dropout.p > 0 and kept[0] is None
+        after = partial(checkpoint, _after, use_reentrant=False, preserve_rng_state=random, **options)
+    if torch.compiler.is_compiling():
         # The number of chunks would be part of what is compiled.
         return after(block, x, attended, scales, kept)
     parts = zip(x.split(_CHUNK, dim=1), attended.split(_CHUNK, dim=1), strict=True)
@@ -144,9 +142,14 @@ def _after(block: Block, x: Tensor, attended: Tensor, scales: Scales, kept: Mask
     return x + (branch if scales[1] is None else branch * scales[1])
 
 
-def _masks(block: Block, x: Tensor) -> Masks:
-    """What dropout keeps of each of the two branches, like x."""
-    first, second = (torch.rand_like(x, dtype=torch.float32) >= block.dropout.p for _ in range(2))
+def _masks(block: Block, x: Tensor, tokens: int) -> Masks:
+    """What dropout keeps of so many tokens of each of the two branches; None where it is drawn when it is needed.
+
+    torch 2.11 cannot compile what is drawn inside of what is computed again: it loses sizes.
+    """
+    if not (torch.compiler.is_compiling() and block.training and block.dropout.p > 0):
+        return None, None
+    first, second = (torch.rand(x.shape[0], tokens, x.shape[2], device=x.device) >= block.dropout.p for _ in range(2))
     return first, second
 
 
