@@ -78,7 +78,7 @@ def step(model: nn.Module, x: Tensor, coords: Tensor) -> None:
 
 def measure(function: Callable[[], object], rounds: int) -> dict[str, Any]:
     """Milliseconds on the device's clock after calls that count for nothing, and the most memory in use."""
-    # For half a second after compiling, Python launches kernels half as fast.
+    # Host and device settle after compiling.
     began, calls = time.perf_counter(), 0
     while calls < 2 or time.perf_counter() - began < WARM_SECONDS:
         function()
