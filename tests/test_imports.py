@@ -18,6 +18,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("geometry",),
     ("mixing", "position", "norm"),
     ("backends",),
+    ("fused",),
     ("sharding",),
     ("packing",),
     ("functional",),
@@ -48,9 +49,14 @@ THIRD_PARTY = {
 
 # The only modules that import triton. Kernels run on its tensors, never on torch's.
 KERNELS = ("longnet", "backends", "kernels")
-EVERY_KERNEL = (KERNELS, ("longnet", "streaming", "kernels"))
-MEETS_TRITON = {("backends", "kernels"): {"triton"}, ("backends", "tma"): {"torch", "triton"},
-                ("streaming", "kernels"): {"triton"}, ("streaming", "fused"): {"torch", "triton"}}  # fmt: skip
+EVERY_KERNEL = (KERNELS, ("longnet", "streaming", "kernels"), ("longnet", "fused", "kernels"))
+MEETS_TRITON = {
+    ("backends", "kernels"): {"triton"},
+    ("backends", "tma"): {"torch", "triton"},
+    ("fused", "kernels"): {"triton"},
+    ("streaming", "kernels"): {"triton"},
+    ("streaming", "fused"): {"torch", "triton"},
+}
 
 # `import longnet` must do without all of these.
 OPTIONAL = ("triton", "transformers", "torchao", "h5py", "matplotlib", "numpy", "safetensors", "typer", "rich")

@@ -22,6 +22,7 @@ from longnet import mixing
 from longnet.backends import BACKENDS, Backend, Spec, select_backend
 from longnet.backends.operators import lse_dtype, register_operators
 from longnet.functional import check_call
+from longnet.fused import fade_
 from longnet.geometry import Branch, Pattern
 from longnet.geometry.phantoms import padded_length, phantom_runs, split_shifted
 
@@ -126,13 +127,7 @@ def _forward(
         out, lse = backend.forward(query, key, value, None, None, replace(spec, pattern=in_place))
         phantoms = None if spec.is_causal else _log_phantoms(in_place, *query.shape[1:3], query.device, lse.dtype)
         if phantoms is not None:
-            # exp(lse - merged) in one step. The arithmetic is that of the lse, the result stays in out's own dtype.
-            share = torch.sub(lse, phantoms).sigmoid_()
-            if all(branch.dilation_rate > 1 for branch in in_place.branches):
-                # Rows that no branch selects may have no phantoms either.
-                share.nan_to_num_(0.0)
-            out.mul_(share.unsqueeze(-1))
-            lse = torch.logaddexp(lse, phantoms)
+            lse = fade_(out, lse, phantoms)
     else:
         out = torch.zeros_like(query)
         lse = query.new_full(query.shape[:-1], -torch.inf, dtype=lse_dtype(query.dtype))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
 
 from longnet.backends.kernels.rows import head_offset
 
@@ -174,6 +174,32 @@ def fetch(desc, fold, batch, head, position, step, barrier, target, j, RATES: gl
         match = (step == RATES[i]) & (not found)
         _copy(desc[i], [row + j, column], barrier, target, pred=match)
         found = found | match
+
+
+@gluon.constexpr_function
+def split_channels(CHANNELS, D):
+    """Whether the last quarter of the channels is padding, so that products over channels can do without it."""
+    return D // 2 < CHANNELS <= D // 4 * 3
+
+
+@gluon.jit
+def own_parts(tile, CHANNELS: gl.constexpr, D: gl.constexpr):
+    """A tile (rows, D) in shared memory as :func:`scores_of` takes it, all of it or half and a quarter of the channels."""
+    if split_channels(CHANNELS, D):
+        return tile.slice(0, D // 2, dim=1), tile.slice(D // 2, D // 4, dim=1)
+    else:
+        return (tile,)
+
+
+@gluon.jit
+def scores_of(own, tile, zero, CHANNELS: gl.constexpr, D: gl.constexpr):
+    """Start ``own @ tile^T``: one product, or two where :func:`split_channels`, which are waited for together."""
+    if split_channels(CHANNELS, D):
+        low, high = own_parts(tile, CHANNELS, D)
+        acc = warpgroup_mma(own[0], low.permute((1, 0)), zero, use_acc=False, is_async=True)
+        return warpgroup_mma(own[1], high.permute((1, 0)), acc, is_async=True)
+    else:
+        return warpgroup_mma(own[0], tile.permute((1, 0)), zero, use_acc=False, is_async=True)
 
 
 @gluon.jit

@@ -23,6 +23,9 @@ from longnet.backends.kernels.hopper import (
     fetch,
     load_item,
     make_barriers,
+    own_parts,
+    scores_of,
+    split_channels,
     swept_range,
     take_item,
 )
@@ -119,18 +122,20 @@ def _skip(shared, done, STAGES: gl.constexpr):
 @gluon.jit
 def _query_block(
     q, grad, zero, shared, acc, lse2, delta, weights, last, scale2, done,
-    N: gl.constexpr, CUT: gl.constexpr, WEIGHTED: gl.constexpr, STAGES: gl.constexpr,
-    SCORES: gl.constexpr, OPERAND: gl.constexpr,
+    N: gl.constexpr, D: gl.constexpr, CHANNELS: gl.constexpr, CUT: gl.constexpr, WEIGHTED: gl.constexpr,
+    STAGES: gl.constexpr, SCORES: gl.constexpr, OPERAND: gl.constexpr,
 ):  # fmt: skip
     """One block of keys, added to ``acc``."""
     own_a_smem, own_b_smem, k_smem, v_smem, own_full, own_empty, k_full, k_empty, v_full, v_empty = shared
     stage = done % STAGES
     phase = (done // STAGES) & 1
+    # Of one matrix of scores.
+    PRODUCTS: gl.constexpr = 2 if split_channels(CHANNELS, D) else 1
     mbarrier.wait(k_full.index(stage), phase)
-    next_s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    next_s = scores_of(q, k_smem.index(stage), zero, CHANNELS, D)
     mbarrier.wait(v_full.index(stage), phase)
-    next_p = warpgroup_mma(grad, v_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(1, deps=(next_s,))
+    next_p = scores_of(grad, v_smem.index(stage), zero, CHANNELS, D)
+    s = warpgroup_mma_wait(PRODUCTS, deps=(next_s,))
     if WEIGHTED:
         parts = gl.reshape(s, [s.shape[0], N // weights.shape[0], weights.shape[0]])
         p = gl.exp2(parts * scale2 + column_shift(parts, weights, lse2))
@@ -163,8 +168,8 @@ def _consume_keys(
     row_layout: gl.constexpr = gl.SliceLayout(1, scores)
     operand: gl.constexpr = gl.DotOperandLayout(0, outs, 2)
     zero = gl.zeros([HALF, N], gl.float32, layout=scores)
-    q = q_smem.slice(WHICH * HALF, HALF)
-    grad = grad_smem.slice(WHICH * HALF, HALF)
+    q = own_parts(q_smem.slice(WHICH * HALF, HALF), CHANNELS, D)
+    grad = own_parts(grad_smem.slice(WHICH * HALF, HALF), CHANNELS, D)
     scale2 = scale * LOG2E
     done = 0
     turn = 0
@@ -216,13 +221,13 @@ def _consume_keys(
                 for i in range(0, top + 1 - clear):
                     acc = _query_block(
                         q, grad, zero, shared, acc, lse2, delta, weights, last - (top - i) * N, scale2, done,
-                        N, True, WEIGHTED, STAGES, scores, operand,
+                        N, D, CHANNELS, True, WEIGHTED, STAGES, scores, operand,
                     )  # fmt: skip
                     done += 1
                 for _ in range(0, clear):
                     acc = _query_block(
                         q, grad, zero, shared, acc, lse2, delta, weights, last, scale2, done,
-                        N, False, WEIGHTED, STAGES, scores, operand,
+                        N, D, CHANNELS, False, WEIGHTED, STAGES, scores, operand,
                     )  # fmt: skip
                     done += 1
             mbarrier.arrive(own_empty.index(0))
@@ -253,7 +258,8 @@ def _statistics(lse_rows, delta_rows, weights, inside):
 @gluon.jit
 def _key_block(
     k, v, zero, shared, acc_k, acc_v, statistics, low, high, scale2, done,
-    N: gl.constexpr, CUT: gl.constexpr, PENDING: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr, OPERAND: gl.constexpr,
+    N: gl.constexpr, D: gl.constexpr, CHANNELS: gl.constexpr, CUT: gl.constexpr, PENDING: gl.constexpr,
+    STAGES: gl.constexpr, SCORES: gl.constexpr, OPERAND: gl.constexpr,
 ):  # fmt: skip
     """One block of queries, added to ``acc_k`` and ``acc_v``, which are on their way when it returns.
 
@@ -265,15 +271,17 @@ def _key_block(
     stage = done % STAGES
     phase = (done // STAGES) & 1
     column: gl.constexpr = gl.SliceLayout(0, SCORES)
+    # Of one matrix of scores.
+    PRODUCTS: gl.constexpr = 2 if split_channels(CHANNELS, D) else 1
     mbarrier.wait(q_full.index(stage), phase)
-    next_s = warpgroup_mma(k, q_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    next_s = scores_of(k, q_smem.index(stage), zero, CHANNELS, D)
     if PENDING:
-        acc_k, acc_v = warpgroup_mma_wait(1, deps=(acc_k, acc_v))
+        acc_k, acc_v = warpgroup_mma_wait(PRODUCTS, deps=(acc_k, acc_v))
         _release(shared, done - 1, STAGES)
     mbarrier.wait(g_full.index(stage), phase)
-    next_p = warpgroup_mma(v, g_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    next_p = scores_of(v, g_smem.index(stage), zero, CHANNELS, D)
     shift = statistics.index(done % 2 * 2).load(column)
-    s = warpgroup_mma_wait(1, deps=(next_s,))
+    s = warpgroup_mma_wait(PRODUCTS, deps=(next_s,))
     p = gl.exp2(s * scale2 + shift[None, :])
     if CUT:
         n = gl.arange(0, N, layout=column)
@@ -291,8 +299,8 @@ def _key_block(
 @gluon.jit
 def _key_blocks(
     k, v, zero, shared, acc_k, acc_v, statistics, lse_rows, delta_rows, back, weights, n, j, seen, count, scale2, done,
-    COUNT: gl.constexpr, N: gl.constexpr, CUT: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr,
-    OPERAND: gl.constexpr,
+    COUNT: gl.constexpr, N: gl.constexpr, D: gl.constexpr, CHANNELS: gl.constexpr, CUT: gl.constexpr,
+    STAGES: gl.constexpr, SCORES: gl.constexpr, OPERAND: gl.constexpr,
 ):  # fmt: skip
     """``COUNT`` blocks from row ``j`` down, whose products run into one another.
 
@@ -302,7 +310,7 @@ def _key_blocks(
         shift, delta = _statistics(lse_rows - (i + 1) * back, delta_rows - (i + 1) * back, weights, n < j - i * N)
         acc_k, acc_v = _key_block(
             k, v, zero, shared, acc_k, acc_v, statistics, seen - (j - i * N), count - 1 - (j - i * N), scale2, done + i,
-            N, CUT, i > 0, STAGES, SCORES, OPERAND,
+            N, D, CHANNELS, CUT, i > 0, STAGES, SCORES, OPERAND,
         )  # fmt: skip
         if i == COUNT - 1:
             acc_k, acc_v = warpgroup_mma_wait(0, deps=(acc_k, acc_v))
@@ -319,6 +327,15 @@ def _release(shared, done, STAGES: gl.constexpr):
     stage = done % STAGES
     mbarrier.arrive(q_empty.index(stage))
     mbarrier.arrive(g_empty.index(stage))
+
+
+@gluon.jit
+def _loaded(parts, LAYOUT: gl.constexpr):
+    """An owned operand's parts in registers."""
+    if len(parts) == 2:
+        return parts[0].load(LAYOUT), parts[1].load(LAYOUT)
+    else:
+        return (parts[0].load(LAYOUT),)
 
 
 # Of the parts of a range: how many blocks at a time, and whether some row may not see all of them.
@@ -360,9 +377,10 @@ def _consume_queries(
             acc_v = gl.zeros([HALF, D], gl.float32, layout=outs)
             mbarrier.wait(own_full.index(0), turn & 1)
             turn += 1
-            k, v = k_smem.slice(WHICH * HALF, HALF), v_smem.slice(WHICH * HALF, HALF)
+            k = own_parts(k_smem.slice(WHICH * HALF, HALF), CHANNELS, D)
+            v = own_parts(v_smem.slice(WHICH * HALF, HALF), CHANNELS, D)
             if D == 64:
-                k, v = k.load(left), v.load(left)
+                k, v = _loaded(k, left), _loaded(v, left)
             ranges = level if CAUSAL else 2 * level - 1
             # Times 1. Of a single range the compiler knows that there is no loop, arranges what follows differently, and has
             # no registers left for products under way (ptxas says C7511 and waits for each).
@@ -408,7 +426,7 @@ def _consume_queries(
                         acc_k, acc_v = _key_blocks(
                             k, v, zero, shared, acc_k, acc_v, statistics, LSE + at, DELTA + at, N * lse_step, weights, n, j,
                             seen, count, scale2, done,
-                            BLOCKS_OF_PART[part], N, CUT_OF_PART[part], STAGES, scores, operand,
+                            BLOCKS_OF_PART[part], N, D, CHANNELS, CUT_OF_PART[part], STAGES, scores, operand,
                         )  # fmt: skip
                         at -= BLOCKS_OF_PART[part] * N * lse_step
                         j -= BLOCKS_OF_PART[part] * N

@@ -20,6 +20,8 @@ from longnet.backends.kernels.hopper import (
     fetch,
     load_item,
     make_barriers,
+    own_parts,
+    scores_of,
     swept_range,
     take_item,
 )
@@ -59,15 +61,15 @@ def _softmax(
 @gluon.jit
 def _advance(
     q, zero, shared, acc, p_half, highest, total, weights, last, scale2, done,
-    N: gl.constexpr, CUT: gl.constexpr, WEIGHTED: gl.constexpr, STAGES: gl.constexpr,
-    SCORES: gl.constexpr, OUTS: gl.constexpr, OPERAND: gl.constexpr,
+    N: gl.constexpr, D: gl.constexpr, CHANNELS: gl.constexpr, CUT: gl.constexpr, WEIGHTED: gl.constexpr,
+    STAGES: gl.constexpr, SCORES: gl.constexpr, OUTS: gl.constexpr, OPERAND: gl.constexpr,
 ):  # fmt: skip
     """One block of keys; the product of the block before with its values runs under this one's exponentials."""
     q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = shared
     stage = done % STAGES
     before = (done - 1) % STAGES
     mbarrier.wait(k_full.index(stage), (done // STAGES) & 1)
-    next_s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    next_s = scores_of(q, k_smem.index(stage), zero, CHANNELS, D)
     mbarrier.wait(v_full.index(before), ((done - 1) // STAGES) & 1)
     next_acc = warpgroup_mma(p_half, v_smem.index(before), acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=(next_s,))
@@ -164,7 +166,7 @@ def _consume(
     out_rows: gl.constexpr = gl.SliceLayout(1, outs)
     operand: gl.constexpr = gl.DotOperandLayout(0, outs, 2)
     zero = gl.zeros([HALF, N], gl.float32, layout=scores)
-    q = q_smem.slice(WHICH * HALF, HALF)
+    q = own_parts(q_smem.slice(WHICH * HALF, HALF), CHANNELS, D)
     done = 0
     turn = 0
     upcoming = load_item(ORDER, gl.program_id(0), items)
@@ -212,9 +214,7 @@ def _consume(
                         done += 1
                     # The first block by itself: nothing runs under its exponentials yet.
                     mbarrier.wait(k_full.index(done % STAGES), (done // STAGES) & 1)
-                    first = warpgroup_mma(
-                        q, k_smem.index(done % STAGES).permute((1, 0)), zero, use_acc=False, is_async=True
-                    )
+                    first = scores_of(q, k_smem.index(done % STAGES), zero, CHANNELS, D)
                     scored = warpgroup_mma_wait(0, deps=(first,))
                     mbarrier.arrive(k_empty.index(done % STAGES))
                     done += 1
@@ -227,13 +227,13 @@ def _consume(
                 for i in range(0, top + 1 - clear):
                     acc, p_half, highest, total = _advance(
                         q, zero, shared, acc, p_half, highest, total, weights, last - (top - i) * N, scale2, done,
-                        N, True, WEIGHTED, STAGES, scores, outs, operand,
+                        N, D, CHANNELS, True, WEIGHTED, STAGES, scores, outs, operand,
                     )  # fmt: skip
                     done += 1
                 for _ in range(0, clear):
                     acc, p_half, highest, total = _advance(
                         q, zero, shared, acc, p_half, highest, total, weights, last, scale2, done,
-                        N, False, WEIGHTED, STAGES, scores, outs, operand,
+                        N, D, CHANNELS, False, WEIGHTED, STAGES, scores, outs, operand,
                     )  # fmt: skip
                     done += 1
             mbarrier.arrive(q_empty.index(0))
