@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.stand_ins import lent, torchscale_flash
 from longnet.gigapath import SlideEncoder
-from longnet.gigapath.positions import position_embedding
+from longnet.gigapath.positions import axis_table, position_embedding
 
 
 def drop_path(x: Tensor, drop_prob: float = 0.0, training: bool = False) -> Tensor:
@@ -72,9 +72,10 @@ def load_upstream(
     model.load_state_dict(like.upstream_state_dict())
     grid = like.slide_ngrids
     cell = torch.cartesian_prod(torch.arange(grid, device=device), torch.arange(grid, device=device))
+    table = axis_table(grid, like.config.dim // 2, torch.float32, device)
     model.pos_embed[0, 0] = 0
     for part, place in zip(cell.split(1 << 17), model.pos_embed[0, 1:].split(1 << 17), strict=True):
-        place.copy_(position_embedding(part, grid, like.config.dim, torch.float32))
+        place.copy_(position_embedding(part, table))
     remarks = [f"torch's own operations stand in for {', '.join(missing)}"] if missing else []
     return model, [*remarks, "its table of positions is filled on the device"]
 

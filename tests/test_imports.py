@@ -87,7 +87,8 @@ BUILT_ON = {
     "hopper": {"kernels", "launches", "schedule", "tma"},
     "kernels": {"kernels"},
     "launches": set(),
-    "schedule": set(),
+    "kept": set(),
+    "schedule": {"kept"},
     "tma": set(),
 }
 
@@ -97,7 +98,7 @@ def may_know_backends(module: str, target: tuple[str, ...]) -> bool:
     if module in ("select", "__init__"):
         return True
     return target[0] in BUILT_ON.get(module, set()) or (
-        target == ("operators",) and module not in ("kernels", "launches", "schedule", "tma")
+        target == ("operators",) and module not in ("kernels", "kept", "launches", "schedule", "tma")
     )
 
 

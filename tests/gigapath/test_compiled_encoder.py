@@ -1,4 +1,4 @@
-"""The encoder with its layers compiled: the same results, from one graph for slides of all sizes."""
+"""The encoder compiled: the same results, from one graph for slides of all sizes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from slides import encoder, slides
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from longnet.gigapath import encoder as encoders
-from longnet.gigapath import layer
+from longnet.gigapath import layer, passes
 from longnet.gigapath.readout import read_by_first_token
 
 # Torch's own tracing looks at tensors of its own.
@@ -24,8 +23,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBacke
     """Counts graphs. Without torch's code generator, which takes most of the time of compiling; two tests have it."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(layer.run_layers, dynamic=True, fullgraph=True, backend=counter)
-    monkeypatch.setattr(encoders, "compiled_layers", lambda: compiled)
+    compiled = torch.compile(passes.encode, dynamic=True, fullgraph=True, backend=counter)
+    monkeypatch.setattr(passes, "compiled_pass", lambda graphs: compiled)
     yield counter
     torch._dynamo.reset()
 
@@ -103,13 +102,14 @@ def test_dropout_of_some_tokens_compiles_with_torchs_code_generator(recompute: s
     assert all(bool(g.isfinite().all()) for g in first)
 
 
-def test_a_model_of_one_layer_has_nothing_to_compile(counted: CompileCounterWithBackend) -> None:
-    model = encoder(1, compiled=True)
+def test_a_model_of_one_layer(counted: CompileCounterWithBackend) -> None:
+    model = encoder(1, dropout=0.0).train()
     x, coords = slides(40)
-    got = model(x, coords)[0]
-    model.compiled = False
-    assert torch.equal(got, model(x, coords)[0])
-    assert counted.frame_count == 0
+    expected = gradients(model, x, coords)
+    model.compiled = True
+    for got, want in zip(gradients(model, x, coords), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    assert counted.frame_count >= 1
 
 
 def test_with_torchs_code_generator_under_autocast() -> None:

@@ -12,7 +12,8 @@ from longnet.functional import dilated_attention
 from longnet.geometry import Pattern
 from longnet.gigapath import SlideEncoder
 from longnet.gigapath.layer import run_layers
-from longnet.gigapath.readout import first_token_weights, read_by_first_token
+from longnet.gigapath.passes import embed
+from longnet.gigapath.readout import first_token_weights, log_times, read_by_first_token
 from longnet.models.layers import Block
 
 
@@ -117,7 +118,7 @@ def test_what_the_class_token_attends_to(tiles: int) -> None:
     got = model.attention_weights(x, coords)
     assert got.shape == (2, 1, 16, tiles)
     # The weights are what the result changes by with the values.
-    state = model._embed(x, coords).detach()
+    state = embed(model, model._slide(x, coords, whole=True)).detach()
     for layer, block in enumerate(model.blocks):
         attention, y = block.attention, block.attention_norm(state)
         q, k = (p(y).unflatten(-1, (16, 2)).transpose(1, 2).detach() for p in (attention.q_proj, attention.k_proj))
@@ -157,9 +158,10 @@ def test_the_positions_that_the_first_token_reads() -> None:
     for length in (1, 20, 33, 130, 300):
         read = read_by_first_token(pattern, 4, length, torch.device("cpu"))
         query, key = torch.randn(1, 4, 1, 8), torch.randn(1, 4, length, 8)
-        weights = first_token_weights(query, key, pattern, length)
+        shape = (pattern, 4, length, torch.device("cpu"), torch.float32)
+        weights = first_token_weights(query, key, log_times(*shape))
         assert read.tolist() == [p for p in range(length) if bool((weights[0, :, p] > 0).any())]
-        some = first_token_weights(query, key[:, :, read], pattern, length, read)
+        some = first_token_weights(query, key[:, :, read], log_times(*shape, True))
         torch.testing.assert_close(some, weights[:, :, read])
 
 
@@ -234,7 +236,7 @@ def test_autocast_keeps_the_residual_stream_in_float32() -> None:
     want = model(x, coords)[0]
     with torch.autocast("cpu", torch.bfloat16):
         got = model(x, coords)[0]
-        assert model._embed(x, coords).dtype == torch.float32
+        assert embed(model, model._slide(x, coords, whole=True)).dtype == torch.float32
     assert error(got, want) < 3e-2
 
 

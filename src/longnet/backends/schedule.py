@@ -9,13 +9,13 @@ do not depend on it.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from longnet.backends.kept import Kept
 from longnet.geometry.nests import Nest
 
 
@@ -119,38 +119,9 @@ def share_out(costs: Tensor, programs: int) -> Tensor:
     return dealt.sort(1).values.flatten(1)[:, :items]
 
 
-@dataclass
-class _Order:
-    """A schedule's order, and when it will be there: another stream may ask for it before that."""
-
-    items: Tensor
-    ready: torch.cuda.Event | None
-
-
-_ORDERS: OrderedDict[Schedule, _Order] = OrderedDict()
-_MOST_ORDERS = 64
-# A captured graph reads them at every replay and holds no reference: these are never given up.
-_CAPTURED: dict[Schedule, Tensor] = {}
+_ORDERS = Kept(64)
 
 
 def kept_order(schedule: Schedule) -> Tensor:
     """The schedule's order, made when it is first asked for; for work on the current stream of a CUDA device."""
-    found = _ORDERS.get(schedule)
-    if torch.cuda.is_current_stream_capturing():
-        if found is None or found.ready is not None:
-            # The graph makes it itself, at every replay.
-            return schedule.order()
-        return _CAPTURED.setdefault(schedule, found.items)
-    if found is None:
-        found = _ORDERS[schedule] = _Order(schedule.order(), torch.cuda.Event())
-        found.ready.record()  # type: ignore[union-attr]
-        if len(_ORDERS) > _MOST_ORDERS:
-            _ORDERS.popitem(last=False)
-    elif found.ready is not None:
-        if found.ready.query():
-            found.ready = None
-        else:
-            torch.cuda.current_stream().wait_event(found.ready)
-    # Given up, its memory must not be used again before this stream has read it.
-    found.items.record_stream(torch.cuda.current_stream())
-    return found.items
+    return _ORDERS.get(schedule, schedule.device, schedule.order)

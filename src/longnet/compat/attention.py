@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from longnet import mixing
 from longnet.backends import BACKENDS, Backend, Spec, select_backend
+from longnet.backends.kept import Kept
 from longnet.backends.operators import lse_dtype, register_operators
 from longnet.functional import check_call
 from longnet.fused import fade_
@@ -125,7 +126,8 @@ def _forward(
     in_place, shifted = split_shifted(spec.pattern, query.shape[2])
     if in_place is not None:
         out, lse = backend.forward(query, key, value, None, None, replace(spec, pattern=in_place))
-        phantoms = None if spec.is_causal else _log_phantoms(in_place, *query.shape[1:3], query.device, lse.dtype)
+        shape = (query.shape[1], query.shape[2], query.device, lse.dtype)
+        phantoms = None if spec.is_causal else _log_phantoms(in_place, *shape)
         if phantoms is not None:
             lse = fade_(out, lse, phantoms)
     else:
@@ -196,14 +198,20 @@ def _cut_segments(x: Tensor, branch: Branch, length: int) -> Tensor:
 
 
 # One length is in use at a time, by all layers of a model; a table of a million tokens takes 64 MB.
-@lru_cache(maxsize=2)
+_PHANTOMS = Kept(2)
+
+
 def _log_phantoms(pattern: Pattern, heads: int, length: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
     """Log of the number of phantoms in each denominator, (H, N), or None where there are none at all."""
     runs = phantom_runs(pattern, heads, length)
     if not runs:
         return None
-    with torch.inference_mode(False), torch.no_grad():
-        count = torch.zeros(heads, length, device=device, dtype=dtype)
-        for run in runs:
-            count[run.first_head : run.last_head, run.start :: run.step] += run.count
-        return count.log_()
+
+    def make() -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            count = torch.zeros(heads, length, device=device, dtype=dtype)
+            for run in runs:
+                count[run.first_head : run.last_head, run.start :: run.step] += run.count
+            return count.log_()
+
+    return _PHANTOMS.get((pattern, heads, length, device, dtype), device, make)

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from longnet.attention import DilatedAttention
 from longnet.compat.attention import torchscale_pattern_attention
 from longnet.compat.names import load_theirs, module_names, to_theirs
 from longnet.gigapath.architectures import ARCHITECTURES, DILATION_RATES, HEADS, TILE_CHANNELS, segment_lengths
 from longnet.gigapath.batches import batched_slides, check_slides
 from longnet.gigapath.checkpoint import read_weights
-from longnet.gigapath.layer import (
-    RECOMPUTE,
-    Recompute,
-    class_token_weights,
-    compiled_layers,
-    run_last_layer,
-    run_layers,
-)
-from longnet.gigapath.positions import cells, position_embedding
-from longnet.gigapath.readout import read_by_first_token
+from longnet.gigapath.layer import RECOMPUTE, Recompute, class_token_weights, run_layers
+from longnet.gigapath.passes import Slide, choose_pass, embed
+from longnet.gigapath.positions import axis_table, cells
+from longnet.gigapath.readout import log_times, read_by_first_token
 from longnet.models import LongNetConfig
 from longnet.models.layers import Block
 from longnet.norm import LayerNorm
@@ -44,8 +39,10 @@ class SlideEncoder(nn.Module):
         dropout, drop_path: probabilities in training; the latter grows from 0 at the first layer to this at the last.
         recompute: what training computes again instead of keeping it, see :mod:`longnet.gigapath.layer`. ``"block"`` is
             gradient checkpointing. May be set later.
-        compiled: run what layers do to each token through ``torch.compile``: faster on a GPU, after a wait at the first
-            slide. One compilation serves slides of any size. Dropout then draws other numbers. May be set later.
+        compiled: run the encoder through ``torch.compile``: faster on a GPU, after a wait at the first slide. One compilation
+            serves slides of any size. Dropout then draws other numbers. May be set later.
+        cuda_graphs: where it is compiled, record what a slide of up to 20,000 tiles launches on a GPU, and replay it for slides
+            of the same size: for sizes that come again. Each takes two slow passes and keeps its memory. May be set later.
         backend: as in :func:`longnet.dilated_attention`.
         device, dtype: of the parameters.
 
@@ -69,6 +66,7 @@ class SlideEncoder(nn.Module):
         drop_path: float = 0.1,
         recompute: Recompute = "ffn",
         compiled: bool = False,
+        cuda_graphs: bool = False,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -101,7 +99,7 @@ class SlideEncoder(nn.Module):
             raise ValueError(f"dim={dim} is not divisible by 4: positions are a sine and a cosine of two coordinates")
         self.tile_size, self.slide_ngrids, self.global_pool = tile_size, slide_ngrids, global_pool
         self.recompute: Recompute = recompute
-        self.compiled = compiled
+        self.compiled, self.cuda_graphs = compiled, cuda_graphs
         self.drop_paths = tuple(drop_path * layer / max(1, layers - 1) for layer in range(layers))
         self.patch_embed = nn.Linear(in_dim, dim, device=device, dtype=dtype)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim, device=device, dtype=dtype))
@@ -141,6 +139,7 @@ class SlideEncoder(nn.Module):
         drop_path: float = 0.1,
         recompute: Recompute = "ffn",
         compiled: bool = False,
+        cuda_graphs: bool = False,
         device: torch.device | str | None = None,
     ) -> SlideEncoder:
         """An encoder with a checkpoint's weights, in evaluation mode.
@@ -170,6 +169,7 @@ class SlideEncoder(nn.Module):
             drop_path=drop_path,
             recompute=recompute,
             compiled=compiled,
+            cuda_graphs=cuda_graphs,
             device=device,
         )
         model.load_upstream(weights)
@@ -246,57 +246,31 @@ class SlideEncoder(nn.Module):
             raise ValueError(
                 "global_pool=True of a slide without tiles: their mean does not exist, expected at least one"
             )
-        pool = _mean_of_tiles if self.global_pool else _class_token
-        x = self._embed(x, coords)
-        states = [pool(x)] if all_layer_embed else []
-        if self.global_pool:
-            x, pooled = self._run(x, slice(None), pool if all_layer_embed else None)
-            states += pooled
-        else:
-            block, length = self.blocks[-1], x.shape[1]
-            assert isinstance(block, Block)
-            # Nobody reads other tokens of the layer before the last. Compiled, all sizes are to be one graph.
-            some = read_by_first_token(block.attention.pattern, self.config.heads, length, x.device)
-            read = some if len(self.blocks) > 1 and (self.compiled or len(some) < length) else None
-            if len(self.blocks) > 1:
-                x, pooled = self._run(x, slice(-1), pool if all_layer_embed else None, read)
-                states += pooled
-            x = run_last_layer(block, x, length, read, self.drop_paths[-1])
-            if all_layer_embed:
-                states.append(pool(x))
-        if all_layer_embed:
-            return [self.norm(state) for state in states]
-        return [self.norm(pool(self.encoder_norm(x)))]
-
-    def _run(
-        self, x: Tensor, layers: slice, pool: Callable[[Tensor], Tensor] | None, read: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """x through layers, at last the tokens that are ``read``, and what ``pool`` makes of each one's result."""
-        run = compiled_layers() if self.compiled else run_layers
-        blocks = [block for block in self.blocks[layers] if isinstance(block, Block)]
-        return run(blocks, x, self.drop_paths[layers], self.recompute, pool, read)
+        run = choose_pass(self.compiled, self.cuda_graphs, x)
+        return run(self, self._slide(x, coords, whole=False), all_layer_embed)
 
     def _weights(self, x: Tensor, coords: Tensor) -> Tensor:
-        x = self._embed(x, coords)
-        found = []
+        slide = self._slide(x, coords, whole=True)
+        assert slide.times is not None
+        x, found = embed(self, slide), []
         for number, block in enumerate(self.blocks):
             assert isinstance(block, Block)
-            found.append(class_token_weights(block, x, x.shape[1])[0][:, :, 1:])
+            found.append(class_token_weights(block, x, slide.times)[0][:, :, 1:])
             if number + 1 < len(self.blocks):
                 x, _ = run_layers([block], x, (0.0,), "none")
         return torch.stack(found)
 
-    def _embed(self, x: Tensor, coords: Tensor) -> Tensor:
-        """The class token and the tiles, (B, 1 + L, C), in the residual stream's dtype."""
-        dtype = self.cls_token.dtype
+    def _slide(self, x: Tensor, coords: Tensor, whole: bool) -> Slide:
+        """What the layers are given; ``whole`` for all that the class token attends to in any layer."""
         cell = cells(coords, self.tile_size, self.slide_ngrids)
-        x = self.patch_embed(x) + position_embedding(cell, self.slide_ngrids, self.config.dim, dtype)
-        return self.dropout(torch.cat((self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x), dim=1))
-
-
-def _class_token(x: Tensor) -> Tensor:
-    return x[:, 0]
-
-
-def _mean_of_tiles(x: Tensor) -> Tensor:
-    return x[:, 1:].mean(dim=1)
+        table = axis_table(self.slide_ngrids, self.config.dim // 2, self.cls_token.dtype, x.device)
+        if self.global_pool and not whole:
+            return Slide(x, cell, table, None, None)
+        attention, length = self.blocks[0].attention, 1 + x.shape[1]
+        assert isinstance(attention, DilatedAttention)
+        shape = (attention.pattern, self.config.heads, length, x.device)
+        some = read_by_first_token(*shape)
+        # Compiled, all sizes are to be one graph.
+        partly = not whole and len(self.blocks) > 1 and (self.compiled or len(some) < length)
+        kind = torch.promote_types(self.cls_token.dtype, torch.float32)
+        return Slide(x, cell, table, some if partly else None, log_times(*shape, kind, partly))

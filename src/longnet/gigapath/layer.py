@@ -11,7 +11,7 @@ the masks always.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -62,42 +62,31 @@ def run_layers(
     return x, pooled
 
 
-@lru_cache(maxsize=1)
-def compiled_layers() -> Callable[..., tuple[Tensor, list[Tensor]]]:
-    """:func:`run_layers` through ``torch.compile``: norms, casts, GELU, dropout and sums are a few kernels instead of dozens.
-
-    One compilation serves slides of any size.
-    """
-    compiled: Callable[..., tuple[Tensor, list[Tensor]]] = torch.compile(run_layers, dynamic=True)
-    return compiled
-
-
-def run_last_layer(block: Block, x: Tensor, length: int, read: Tensor | None, drop_path: float) -> Tensor:
+def run_last_layer(block: Block, x: Tensor, times: Tensor, drop_path: float) -> Tensor:
     """x (B, N, C) through the last layer, of whose result only the class token is read: (B, 1, C).
 
     Args:
-        length, read: see :func:`class_token_weights`.
+        times: see :func:`class_token_weights`.
     """
     scales = _scales(block, x, drop_path)
-    weights, y = class_token_weights(block, x, length, read)
+    weights, y = class_token_weights(block, x, times)
     value = block.attention.v_proj(y).unflatten(-1, (block.attention.heads, -1)).transpose(1, 2)
     attended = (weights.to(value.dtype).unsqueeze(2) @ value).transpose(1, 2).flatten(-2)
     return _after(block, x[:, :1], attended, scales)
 
 
-def class_token_weights(block: Block, x: Tensor, length: int, read: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def class_token_weights(block: Block, x: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
     """(what the class token attends to, (B, heads, N), see :mod:`longnet.gigapath.readout`; what the projections read).
 
     Args:
-        length: tokens of the slide.
-        read: which of them x has, None for all.
+        times: :func:`longnet.gigapath.readout.log_times` of the tokens that x has.
     """
     attention, y = block.attention, _normalised(block, x)
     query, key = (
         rows.unflatten(-1, (attention.heads, attention.head_dim)).transpose(1, 2)
         for rows in (attention.q_proj(y[:, :1]), attention.k_proj(y))
     )
-    return first_token_weights(query, key, attention.pattern, length, read), y
+    return first_token_weights(query, key, times), y
 
 
 def _normalised(block: Block, x: Tensor) -> Tensor:

@@ -25,18 +25,21 @@ def cells(coords: Tensor, tile_size: int, grid: int) -> Tensor:
     return cell.long()
 
 
-def position_embedding(cell: Tensor, grid: int, dim: int, dtype: torch.dtype) -> Tensor:
-    """Cells (..., 2) to (..., dim): the first half of the channels is from y, the second from x.
+def position_embedding(cell: Tensor, table: Tensor) -> Tensor:
+    """Cells (..., 2) to (..., C): the first half of the channels is from y, the second from x.
 
-    A half is ``sin(p * omega)`` then ``cos(p * omega)``, ``omega_i = 10000 ** (-i / (dim / 4))``; the angle is float64.
+    Args:
+        table: (grid, C / 2), see :func:`axis_table`.
     """
-    table = _table(grid, dim // 2, dtype, cell.device)
     return torch.cat((table[cell[..., 1]], table[cell[..., 0]]), dim=-1)
 
 
 @lru_cache(maxsize=4)
-def _table(grid: int, channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(grid, channels) of one axis."""
+def axis_table(grid: int, channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(grid, channels) of one axis: ``sin(p * omega)`` then ``cos(p * omega)``, ``omega_i = 10000 ** (-i / (channels / 2))``.
+
+    The angle is float64.
+    """
     with torch.inference_mode(False), torch.no_grad():
         half = channels // 2
         omega = 10_000.0 ** (-torch.arange(half, dtype=torch.float64) / half)

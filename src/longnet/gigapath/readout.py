@@ -12,9 +12,7 @@ from longnet.geometry import Pattern
 from longnet.geometry.first_token import first_keys
 
 
-def first_token_weights(
-    query: Tensor, key: Tensor, pattern: Pattern, length: int, read: Tensor | None = None
-) -> Tensor:
+def first_token_weights(query: Tensor, key: Tensor, times: Tensor) -> Tensor:
     """The weight of every key in the result of the first token, (B, H, N) float32 (float64 for float64); a row sums to 1.
 
     A key that m branches share counts m times. torchscale's padding never reaches the first token: its heads' offset in a
@@ -22,17 +20,15 @@ def first_token_weights(
 
     Args:
         query: (B, H, 1, D), of position 0.
-        key: (B, H, N, D).
-        length: N.
-        read: the positions that keys are of, where they are only those of :func:`read_by_first_token`.
+        key: (B, H, N, D), of all positions, or of those of :func:`read_by_first_token`.
+        times: their :func:`log_times`.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     # Autocast would round scores.
     with no_autocast(query):
         query, key = query.to(dtype) * query.shape[-1] ** -0.5, key.to(dtype)
         scores = (key @ query.transpose(-1, -2)).squeeze(-1)
-        times = _log_times(pattern, key.shape[1], length, key.device, dtype)
-        return (scores + (times if read is None else times[:, read])).softmax(-1)
+        return (scores + times).softmax(-1)
 
 
 # Of one length at a time.
@@ -48,10 +44,17 @@ def read_by_first_token(pattern: Pattern, heads: int, length: int, device: torch
 
 # Of one length at a time, for all layers.
 @lru_cache(maxsize=2)
-def _log_times(pattern: Pattern, heads: int, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Log of how many branches let the first token see a key, (H, N)."""
+def log_times(
+    pattern: Pattern, heads: int, length: int, device: torch.device, dtype: torch.dtype, some: bool = False
+) -> Tensor:
+    """Log of how many branches let the first token see a key, (H, N).
+
+    Args:
+        some: of the keys of :func:`read_by_first_token` alone.
+    """
     with torch.inference_mode(False), torch.no_grad():
         times = torch.zeros(heads, length, device=device, dtype=dtype)
         for keys in first_keys(pattern, heads, length):
             times[list(keys.heads), : keys.end : keys.step] += 1
-        return times.log_()
+        times = times.log_()
+        return times[:, read_by_first_token(pattern, heads, length, device)] if some else times

@@ -1,0 +1,82 @@
+"""Tensors that depend on shapes alone: made when they are first asked for, and kept for later calls.
+
+On a GPU three things can go wrong with such a tensor. Another stream may ask for it before it is there, so an event says when it
+will be. While torch warms up for a CUDA graph, what this thread allocates lies in the graph's own memory, which is used again
+later; so it is made in another thread. A captured graph reads it at every replay and holds no reference, so it is never given up.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class _Made:
+    """A tensor, and when it will be there: None once that is known to be past."""
+
+    tensor: Tensor
+    ready: torch.cuda.Event | None
+
+
+class Kept:
+    """The last so many tensors that were asked for, and all that captured graphs read."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._made: OrderedDict[Hashable, _Made] = OrderedDict()
+        self._captured: dict[Hashable, _Made] = {}
+
+    def get(self, key: Hashable, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+        """The tensor of a key, for work on the current stream of its device; made by ``make`` if need be.
+
+        Args:
+            key: all that the tensor depends on, the device too.
+        """
+        on_cuda = device.type == "cuda"
+        capturing = on_cuda and torch.cuda.is_current_stream_capturing()
+        found = self._made.get(key) or self._captured.get(key)
+        if found is None:
+            if capturing:
+                # The graph makes it itself, at every replay.
+                return make()
+            found = self._made[key] = _elsewhere(make, device) if on_cuda else _Made(make(), None)
+            if len(self._made) > self._most:
+                self._made.popitem(last=False)
+        elif key in self._made:
+            self._made.move_to_end(key)
+        if not on_cuda:
+            return found.tensor
+        if capturing:
+            self._captured[key] = found
+            if found.ready is not None:
+                torch.cuda.current_stream().wait_event(found.ready)
+            return found.tensor
+        if found.ready is not None:
+            if found.ready.query():
+                found.ready = None
+            else:
+                torch.cuda.current_stream().wait_event(found.ready)
+        # Given up, its memory must not be used again before this stream has read it.
+        found.tensor.record_stream(torch.cuda.current_stream())
+        return found.tensor
+
+
+def _elsewhere(make: Callable[[], Tensor], device: torch.device) -> _Made:
+    """Made on the current stream, in memory that belongs to no graph."""
+    stream = torch.cuda.current_stream(device)
+
+    def inside() -> _Made:
+        with torch.cuda.stream(stream):
+            # A graph that is captured later may wait for it.
+            found = _Made(make(), torch.cuda.Event(external=True))
+            found.ready.record()  # type: ignore[union-attr]
+        return found
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(inside).result()

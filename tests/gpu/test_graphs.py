@@ -1,0 +1,139 @@
+"""The slide encoder replayed from CUDA graphs: the same results and gradients, and kept tensors outside of a graph's memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from longnet.backends.kept import Kept
+from longnet.gigapath import SlideEncoder
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
+DEVICE = "cuda"
+SIZES = (1100, 70, 2300, 640)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def slide(tiles: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator(DEVICE).manual_seed(tiles)
+    x = torch.randn(2, tiles, 48, generator=generator, device=DEVICE)
+    return x, torch.randint(0, 250_000, (2, tiles, 2), generator=generator, device=DEVICE)
+
+
+def encoder(**options) -> SlideEncoder:
+    torch.manual_seed(0)
+    return SlideEncoder(
+        256,
+        3,
+        4,
+        in_dim=48,
+        dropout=0.0,
+        drop_path=0.0,
+        recompute="elementwise",
+        compiled=True,
+        device=DEVICE,
+        **options,
+    )
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    return float((one.double() - other.double()).norm() / other.double().norm())
+
+
+def test_slides_of_many_sizes_again_and_again():
+    model = encoder(cuda_graphs=True).eval()
+    expected, found = {}, []
+    with torch.no_grad(), torch.autocast(DEVICE, torch.float16):
+        model.compiled = False
+        for size in SIZES:
+            expected[size] = model(*slide(size), all_layer_embed=True)
+        model.compiled = True
+        for _ in range(4):
+            found += [(size, model(*slide(size), all_layer_embed=True)) for size in SIZES]
+    # After all of them: no replay writes into the results of another.
+    for size, states in found:
+        for got, want in zip(states, expected[size], strict=True):
+            assert apart(got, want) < 5e-3
+
+
+def gradients(model: SlideEncoder, size: int) -> None:
+    with torch.autocast(DEVICE, torch.float16):
+        (out,) = model(*slide(size))
+    towards = torch.linspace(-1, 1, out.numel(), device=DEVICE).view_as(out)
+    (out * towards).sum().backward()
+
+
+def test_training_adds_up_gradients_and_sees_new_weights():
+    models = {graphs: encoder(cuda_graphs=graphs).train() for graphs in (False, True)}
+    assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models.values()), strict=True))
+    optimizers = {graphs: torch.optim.SGD(model.parameters(), lr=1e-3) for graphs, model in models.items()}
+    for turn in range(5):
+        for model in models.values():
+            for size in SIZES[: 1 + turn % 3]:
+                # Gradients of several slides add up before a step.
+                gradients(model, size)
+                gradients(model, size)
+        for (name, got), want in zip(models[True].named_parameters(), models[False].parameters(), strict=True):
+            assert got.grad is not None and want.grad is not None
+            assert (got.grad - want.grad).norm() <= 2e-2 * want.grad.norm() + 1e-3, (turn, name)
+        for optimizer in optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=bool(turn % 2))
+    assert all(apart(a, b) < 1e-4 for a, b in zip(*(m.parameters() for m in models.values()), strict=True))
+
+
+def test_two_slides_before_one_backward_pass():
+    models = {graphs: encoder(cuda_graphs=graphs).train() for graphs in (False, True)}
+    for _ in range(4):
+        grads = {}
+        for graphs, model in models.items():
+            model.zero_grad()
+            with torch.autocast(DEVICE, torch.float16):
+                first, second = (model(*slide(size))[0] for size in SIZES[:2])
+            (first * second).sum().backward()
+            grads[graphs] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        assert apart(grads[True], grads[False]) < 2e-2
+
+
+def test_dropout_of_every_replay_is_its_own():
+    model = encoder(cuda_graphs=True).train()
+    for block in model.blocks:
+        block.dropout.p = 0.3
+    with torch.autocast(DEVICE, torch.float16):
+        found = [model(*slide(1100))[0].detach() for _ in range(6) if model.zero_grad() is None]
+    assert len({tuple(out.flatten().tolist()) for out in found}) == 6
+
+
+def test_what_is_kept_lies_outside_of_a_graphs_memory():
+    kept, pool = Kept(2), torch.cuda.MemPool()
+    make = lambda: torch.arange(1 << 20, device=DEVICE)  # noqa: E731
+    with torch.cuda.use_mem_pool(pool):
+        inside, found = make(), kept.get("one", torch.device(DEVICE, 0), make)
+    segments = [(s["address"], s["address"] + s["total_size"]) for s in pool.snapshot()]
+    in_pool = lambda x: any(a <= x.data_ptr() < b for a, b in segments)  # noqa: E731
+    assert in_pool(inside) and not in_pool(found)
+    assert kept.get("one", torch.device(DEVICE, 0), make) is found
+
+
+def test_what_a_graph_reads_is_never_given_up():
+    kept, device = Kept(1), torch.device(DEVICE, 0)
+    make = {key: lambda key=key: torch.full((1 << 20,), float(key), device=DEVICE) for key in range(4)}
+    kept.get(0, device, make[0])
+    out, graph = torch.zeros(1 << 20, device=DEVICE), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out.copy_(kept.get(0, device, make[0]))
+    for key in range(1, 4):
+        kept.get(key, device, make[key])
+    torch.empty(1 << 22, device=DEVICE).fill_(-1.0)
+    graph.replay()
+    assert bool((out == 0.0).all())
