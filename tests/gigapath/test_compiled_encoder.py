@@ -23,8 +23,11 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBacke
     """Counts graphs. Without torch's code generator, which takes most of the time of compiling; two tests have it."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(passes.encode, dynamic=True, fullgraph=True, backend=counter)
-    monkeypatch.setattr(passes, "compiled_pass", lambda graphs: compiled)
+    compiled = {
+        one: torch.compile(one, dynamic=True, fullgraph=True, backend=counter)
+        for one in (passes.embed, passes.read_out)
+    }
+    monkeypatch.setattr(passes, "compiled", lambda function, graphs=False: compiled[function])
     yield counter
     torch._dynamo.reset()
 

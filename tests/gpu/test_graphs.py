@@ -11,6 +11,7 @@ from longnet.gigapath import SlideEncoder
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # torch's advice to users of float32 products
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
 ]
 DEVICE = "cuda"

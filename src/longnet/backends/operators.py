@@ -40,7 +40,9 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
 def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """An operator's inputs have been cast already; inside, float32 means float32."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    # torch 2.11 cannot trace the question, and compiles for no device without autocast.
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+    return torch.autocast(kind, enabled=False) if available else nullcontext()
 
 
 _library = torch.library.Library("longnet", "FRAGMENT")

@@ -15,7 +15,7 @@ from longnet.gigapath.architectures import ARCHITECTURES, DILATION_RATES, HEADS,
 from longnet.gigapath.batches import batched_slides, check_slides
 from longnet.gigapath.checkpoint import read_weights
 from longnet.gigapath.layer import RECOMPUTE, Recompute, class_token_weights, run_layers
-from longnet.gigapath.passes import Slide, choose_pass, embed
+from longnet.gigapath.passes import Slide, embed, encode
 from longnet.gigapath.positions import axis_table, cells
 from longnet.gigapath.readout import log_times, read_by_first_token
 from longnet.models import LongNetConfig
@@ -246,8 +246,7 @@ class SlideEncoder(nn.Module):
             raise ValueError(
                 "global_pool=True of a slide without tiles: their mean does not exist, expected at least one"
             )
-        run = choose_pass(self.compiled, self.cuda_graphs, x)
-        return run(self, self._slide(x, coords, whole=False), all_layer_embed)
+        return encode(self, self._slide(x, coords, whole=False), all_layer_embed)
 
     def _weights(self, x: Tensor, coords: Tensor) -> Tensor:
         slide = self._slide(x, coords, whole=True)

@@ -1,10 +1,10 @@
-"""A slide through the encoder, from embeddings to what is read out: one function of tensors, so that it can be compiled whole."""
+"""A slide through the encoder, from embeddings to what is read out: two functions of tensors, which can be compiled."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,31 +38,14 @@ class Slide(NamedTuple):
     times: Tensor | None
 
 
-Pass = Callable[["SlideEncoder", Slide, bool], list[Tensor]]
-
-
 def encode(model: SlideEncoder, slide: Slide, all_layer_embed: bool) -> list[Tensor]:
     """What :meth:`SlideEncoder.forward` gives for slides of one number of tiles."""
-    pool = _mean_of_tiles if model.global_pool else _class_token
-    x = embed(model, slide)
-    states = [pool(x)] if all_layer_embed else []
-    blocks = [block for block in model.blocks if isinstance(block, Block)]
-    pools = pool if all_layer_embed else None
-    if slide.times is None:
-        x, pooled = run_layers(blocks, x, model.drop_paths, model.recompute, pools)
-        states += pooled
-    else:
-        if len(blocks) > 1:
-            # Nobody reads other tokens of the layer before the last.
-            before, drop_paths = blocks[:-1], model.drop_paths[:-1]
-            x, pooled = run_layers(before, x, drop_paths, model.recompute, pools, slide.read)
-            states += pooled
-        x = run_last_layer(blocks[-1], x, slide.times, model.drop_paths[-1])
-        if all_layer_embed:
-            states.append(pool(x))
-    if all_layer_embed:
-        return [model.norm(state) for state in states]
-    return [model.norm(pool(model.encoder_norm(x)))]
+    graphs = model.cuda_graphs and slide.tiles.is_cuda and slide.tiles.shape[1] <= MOST_GRAPHED_TILES
+    x = compiled(embed)(model, slide) if model.compiled else embed(model, slide)
+    run = compiled(read_out, graphs) if model.compiled else read_out
+    found = run(model, x, slide.read, slide.times, all_layer_embed)
+    # The next replay of a graph writes its results to the same place.
+    return [one.clone() for one in found] if model.compiled and graphs else found
 
 
 def embed(model: SlideEncoder, slide: Slide) -> Tensor:
@@ -73,31 +56,41 @@ def embed(model: SlideEncoder, slide: Slide) -> Tensor:
     return embedded
 
 
-def choose_pass(compiled: bool, graphs: bool, tiles: Tensor) -> Pass:
-    """:func:`encode` as it is to be run for such tiles (B, L, in_dim)."""
-    if not compiled:
-        return encode
-    if graphs and tiles.is_cuda and tiles.shape[1] <= MOST_GRAPHED_TILES:
-        return _replayed
-    return compiled_pass(False)
+def read_out(
+    model: SlideEncoder, x: Tensor, read: Tensor | None, times: Tensor | None, all_layer_embed: bool
+) -> list[Tensor]:
+    """x (B, N, C), see :func:`embed`, through all layers and norms; the others as in :class:`Slide`."""
+    pool = _mean_of_tiles if model.global_pool else _class_token
+    states = [pool(x)] if all_layer_embed else []
+    blocks = [block for block in model.blocks if isinstance(block, Block)]
+    # Of a single token nobody reads others of the layer before.
+    whole = len(blocks) if times is None else len(blocks) - 1
+    if whole:
+        pools = pool if all_layer_embed else None
+        x, pooled = run_layers(blocks[:whole], x, model.drop_paths[:whole], model.recompute, pools, read)
+        states += pooled
+    if times is not None:
+        x = run_last_layer(blocks[-1], x, times, model.drop_paths[-1])
+        if all_layer_embed:
+            states.append(pool(x))
+    if all_layer_embed:
+        return [model.norm(state) for state in states]
+    return [model.norm(pool(model.encoder_norm(x)))]
 
 
-@lru_cache(maxsize=2)
-def compiled_pass(graphs: bool) -> Pass:
-    """:func:`encode` through ``torch.compile``: norms, casts, dropout and sums are a few kernels instead of dozens.
+@lru_cache(maxsize=3)
+def compiled(function: Callable[..., Any], graphs: bool = False) -> Callable[..., Any]:
+    """:func:`embed` or :func:`read_out` through ``torch.compile``: norms, casts, dropout and sums are few kernels, not dozens.
 
-    One compilation serves slides of any size.
+    One compilation serves slides of any size. They are compiled apart: the GPU begins with the one while the other's arguments
+    are looked at.
 
     Args:
         graphs: record what a slide of each size launches, forward and backward, and replay it.
     """
-    compiled: Pass = torch.compile(encode, dynamic=True, options={"triton.cudagraphs": True} if graphs else None)
-    return compiled
-
-
-def _replayed(model: SlideEncoder, slide: Slide, all_layer_embed: bool) -> list[Tensor]:
-    # The next replay writes its results to the same place.
-    return [found.clone() for found in compiled_pass(True)(model, slide, all_layer_embed)]
+    # torch 2.11 gets the room for norms' gradients wrong where the number of rows is an expression; it gains nothing here.
+    options = {"triton.cudagraphs": graphs, "triton.mix_order_reduction": False}
+    return torch.compile(function, dynamic=True, options=options)
 
 
 def _class_token(x: Tensor) -> Tensor:
