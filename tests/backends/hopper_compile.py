@@ -34,6 +34,8 @@ def compiled(kernel: str, case: str) -> object:
         "WEIGHTED": several, "PERIOD": branches[-1][1] if several else 1, "BLOCKED": True, "CAUSAL": is_causal,
         "MERGE": True, "STAGES": stages,
     }  # fmt: skip
+    if kernel == "key_value":
+        constants["LIMITED"] = not is_causal
     letters = [name[0] for name in function.arg_names if name.endswith("_fold")]
     signature: dict[str, object] = {}
     for name in function.arg_names:
@@ -53,7 +55,7 @@ def compiled(kernel: str, case: str) -> object:
         elif name.endswith("_at"):
             signature[name] = ("i32",) * 3
         else:
-            signature[name] = {"ORDER": "*i32", "scale": "fp32"}.get(name, "i32")
+            signature[name] = {"ORDER": "*i32", "LIMITS": "*i32", "scale": "fp32"}.get(name, "i32")
     signature |= dict.fromkeys(constants, "constexpr")
     source = GluonASTSource(function, {name: signature[name] for name in function.arg_names}, constants, {})
     options = {"num_warps": 4, "maxnreg": hopper._REGISTERS}

@@ -11,6 +11,8 @@ from longnet.backends.launches import kernel_arguments
 from longnet.backends.schedule import Schedule, share_out
 from longnet.geometry import Pattern
 from longnet.geometry.nests import make_nests
+from longnet.geometry.pattern import head_offset
+from longnet.geometry.wanted import read_by_first
 
 CPU = torch.device("cpu")
 
@@ -46,7 +48,7 @@ def schedule(
 )
 def test_launches_are_even_and_not_too_long(length, heads, programs, rounds):
     one = schedule(Pattern.parse((256, 512), (1, 2)), heads, length, programs=programs, rounds=rounds)
-    assert one.items == len(one.costs()) * heads
+    assert one.items == len(one.costs())
     assert one.per_launch % programs == 0
     assert one.per_launch // programs <= rounds
     launches = -(-one.items // (rounds * programs))
@@ -67,7 +69,7 @@ def test_a_long_order_holds_every_item_once():
 @pytest.mark.parametrize(("is_causal", "sweeps_later"), [(True, False), (True, True), (False, False)])
 def test_work_is_level(is_causal, sweeps_later, heads):
     pattern = Pattern.parse((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 8, 16))
-    costs = schedule(pattern, heads, 131072, is_causal=is_causal, sweeps_later=sweeps_later).costs().repeat(heads)
+    costs = schedule(pattern, heads, 131072, is_causal=is_causal, sweeps_later=sweeps_later).costs()
     in_turn = torch.stack([costs[p::132].sum() for p in range(132)]).float()
     order = share_out(costs[None], 132)[0].long()
     shared = torch.stack([costs[order[p::132]].sum() for p in range(132)]).float()
@@ -80,8 +82,8 @@ def test_work_is_level(is_causal, sweeps_later, heads):
 def test_costs_are_the_blocks_met(is_causal, sweeps_later, length):
     pattern = Pattern.parse((1024, 4096, 16384), (1, 2, 8))
     one = schedule(pattern, 8, length, swept=64, is_causal=is_causal, sweeps_later=sweeps_later)
-    nest, tiles = one.nest, len(one.costs()) // -(-length // 1024)
-    costs = one.costs().view(-1, tiles)
+    nest, tiles = one.nest, len(one.head_costs()) // -(-length // 1024)
+    costs = one.head_costs().view(-1, tiles)
     for segment in (0, 1, 5, 17, len(costs) - 1):
         start = segment * 1024
         tile = 0
@@ -118,3 +120,33 @@ def met(nest, level, start, first, last, length, is_causal, sweeps_later):
             sides = ([after] if sweeps_later else [before]) if is_causal else [before, after]
         blocks += sum(-(-len(side) // 64) for side in sides)
     return blocks
+
+
+@given(
+    length=st.integers(600, 3000),
+    heads=st.integers(1, 8),
+    head_offsets=st.sampled_from(["blocked", "interleaved"]),
+    branches=st.sampled_from([((512, 1), (1024, 4)), ((600, 2),), ((700, 8),), ((5000, 8),)]),
+)
+def test_items_that_are_left_out_have_no_wanted_row(length, heads, head_offsets, branches):
+    lengths, rates = zip(*branches, strict=True)
+    (nest,) = make_nests(Pattern.parse(lengths, rates, head_offsets), heads, 64, 64)
+    wanted = read_by_first(Pattern.parse((200, 600, 5000), (1, 4, 8), head_offsets))
+    owned = 32
+    tiles, shape = kernel_arguments(nest, nest.classes, min(lengths[0], length), owned)
+    one = Schedule(nest, shape, length, heads, 5, 128, owned, 32, False, False, CPU, wanted, heads, head_offsets)
+    kept = {item for item in one.order().tolist() if item >= 0}
+    rows = {n for w, r in wanted.runs for n in range(0, min(w, length), r)}
+    segments = -(-length // lengths[0])
+    for item in range(one.items):
+        tile, segment, head = item % tiles, item // tiles % segments, item // tiles // segments
+        number = max(i for i, first in enumerate(shape[5]) if tile >= first)
+        c, t = divmod(tile - shape[5][number], shape[6][number])
+        step, inner = shape[4][number], shape[3][number]
+        start = segment * lengths[0]
+        begin = start + (head_offset(head_offsets, head, heads, step) + (1 + c) * inner) % step + t * owned * step
+        end = min(start + lengths[0], length)
+        mine = set(range(begin, min(end, begin + owned * step), step))
+        assert item in kept or not mine & rows, item
+        if begin >= max(w for w, _ in wanted.runs):
+            assert item not in kept

@@ -9,6 +9,7 @@ import torch
 
 from longnet.backends import hopper, portable, triton_flash
 from longnet.backends.operators import Spec
+from longnet.compat.attention import torchscale_pattern_attention
 from longnet.geometry import Pattern
 from longnet.geometry.nests import make_nests
 
@@ -179,3 +180,28 @@ def test_what_does_not_fit_is_logged_and_computed_all_the_same(change, reason, c
     assert reason in caplog.text
     want, _ = portable.forward(*(x.double() for x in (query, key, value)), None, None, spec)
     assert relative(out, want) < 4e-3
+
+
+@pytest.mark.parametrize("length", [3000, 10_001, 45_681])
+@pytest.mark.parametrize("dim", [48, 128])
+def test_rows_that_nobody_reads_are_left_out(length, dim):
+    pattern = Pattern.parse((1024, 5792, 32768, 185363, 1048576), (1, 2, 4, 8, 16), "blocked")
+    query, key, value, grad = draw(16, 16, length, dim, torch.float16, False)
+    read = torch.zeros(length, dtype=torch.bool, device="cuda")
+    for branch in pattern.branches:
+        read[: branch.segment_length : branch.dilation_rate] = True
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    results = []
+    for some in (False, True):
+        # What was given back holds numbers that spread.
+        poison = [torch.full_like(query, torch.nan) for _ in range(8)] + [
+            torch.full((1 << 24,), torch.nan, device="cuda")
+        ]
+        del poison
+        out, lse = torchscale_pattern_attention(*inputs, pattern, return_lse=True, read_by_first=some)
+        grads = torch.autograd.grad(out, inputs, grad * read[:, None])
+        results.append((out[:, :, read], lse[:, :, read], *grads))
+        if some:
+            assert not out[:, :, ~read].any()
+    for want, got in zip(*results, strict=True):
+        assert relative(got, want.double()) < 1e-3

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from longnet.backends.launches import kernel_arguments
-from longnet.backends.schedule import Schedule, kept_order
+from longnet.backends.schedule import Schedule, kept_limits, kept_order
 from longnet.backends.tma import VIEWS, Launch, View, descriptors, is_matrix, view_of
 from longnet.geometry.nests import Nest
+from longnet.geometry.pattern import HeadOffsets
+from longnet.geometry.wanted import WantedRows
 
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 128)
@@ -123,12 +125,14 @@ class Work:
 
     Queries and gradients of out are (B, H, N, D), keys and values (B, Hk, N, D). They are read through copies with zeros at the
     end of their channels and tokens where the kernels cannot read them as they are. What is written has its own shape.
+    Of the query's rows only those that are ``wanted`` need be right, None for all; others may not be written at all.
     """
 
     nests: tuple[Nest, ...]
     scale: float
     is_causal: bool
-    head_offsets: str
+    head_offsets: HeadOffsets
+    wanted: WantedRows | None = None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor) -> None:
         """Write out like the query and lse (B, H, N) float32."""
@@ -181,7 +185,8 @@ class Work:
             self, kernel, tuple(shape), key_heads, dim, views, strides, query.dtype, query.device
         ):
             order = kept_order(schedule)
-            one.run((*statistics, *written, order if part is None else order[part]), inputs)
+            pointers = (*statistics, *written, order if part is None else order[part])
+            one.run((*pointers, kept_limits(schedule)) if kernel == "key_value" else pointers, inputs)
 
 
 # For so many different shapes of tensors, kernels and patterns.
@@ -217,7 +222,7 @@ def _launches(
         several = len(rates) > 1
         schedule = Schedule(
             nest, nest_shape, length, heads * batch, _multiprocessors(device), rounds, _OWNED, swept,
-            work.is_causal, kernel == "key_value", device,
+            work.is_causal, kernel == "key_value", device, work.wanted, heads, work.head_offsets,
         )  # fmt: skip
         templates = tuple(descriptors(view, dtype, dim, rates, count) for view, count in zip(views, rows, strict=True))
         options = {
@@ -225,6 +230,8 @@ def _launches(
             "WEIGHTED": several, "PERIOD": rates[-1] if several else 1, "BLOCKED": work.head_offsets == "blocked",
             "CAUSAL": work.is_causal, "MERGE": number > 0, "STAGES": stages, "num_warps": 4, "maxnreg": _REGISTERS,
         }  # fmt: skip
+        if kernel == "key_value":
+            options["LIMITED"] = work.wanted is not None
         segments = -(-length // nest.segment_lengths[0])
         each = schedule.per_launch
         for first in range(0, schedule.items, each):

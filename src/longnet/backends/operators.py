@@ -25,11 +25,18 @@ BackwardFn = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Spec:
-    """What is computed, apart from the tensors. Source: arXiv 2307.02486, sections 2.2 to 2.4."""
+    """What is computed, apart from the tensors. Source: arXiv 2307.02486, sections 2.2 to 2.4.
+
+    Args:
+        read_by_first: of the results only the rows that the first token attends to in some head are read, see
+            :func:`longnet.geometry.wanted.read_by_first`. The others may be anything finite, and whoever asks has to give
+            them an lse of inf before the backward pass.
+    """
 
     pattern: Pattern
     is_causal: bool
     scale: float
+    read_by_first: bool = False
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -109,11 +116,12 @@ def register_operators(
         head_offsets: str,
         is_causal: bool,
         scale: float,
+        read_by_first: bool = False,
         head_numbers: Sequence[int] | None = None,
         total_heads: int = 0,
     ) -> tuple[Tensor, Tensor]:
         pattern = _parsed(segment_lengths, dilation_rates, head_offsets, head_numbers, total_heads)
-        spec = Spec(pattern, is_causal, scale)
+        spec = Spec(pattern, is_causal, scale, read_by_first)
         with no_autocast(query):
             return forward(query, key, value, padding, bias, spec)
 
@@ -135,11 +143,12 @@ def register_operators(
         head_offsets: str,
         is_causal: bool,
         scale: float,
+        read_by_first: bool = False,
         head_numbers: Sequence[int] | None = None,
         total_heads: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         pattern = _parsed(segment_lengths, dilation_rates, head_offsets, head_numbers, total_heads)
-        spec = Spec(pattern, is_causal, scale)
+        spec = Spec(pattern, is_causal, scale, read_by_first)
         with no_autocast(query):
             return backward(grad_out, grad_lse, query, key, value, padding, bias, out, lse, spec)
 
@@ -176,7 +185,7 @@ def register_operators(
 def _settings(spec: Spec) -> tuple[Any, ...]:
     """A spec as an operator takes it."""
     lengths, rates, head_offsets, *numbers = pattern_settings(spec.pattern)
-    return lengths, rates, head_offsets, spec.is_causal, spec.scale, *numbers
+    return lengths, rates, head_offsets, spec.is_causal, spec.scale, spec.read_by_first, *numbers
 
 
 def _parsed(

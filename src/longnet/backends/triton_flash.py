@@ -23,6 +23,7 @@ from longnet.backends.all_heads import among_all_heads
 from longnet.backends.launches import Blocks, plan_launches, power_of_two
 from longnet.backends.operators import Spec, register_operators, sum_heads
 from longnet.geometry.nests import Nest, make_nests
+from longnet.geometry.wanted import read_by_first
 
 _log = logging.getLogger("longnet")
 
@@ -183,15 +184,16 @@ class _Call:
     @property
     def covered(self) -> bool:
         """Whether what is launched first writes every row; the rest is mixed in."""
-        return (self.for_hopper + self.left)[0].covers_all
+        return (self.for_hopper + self.left)[0].covers_all and not self.spec.read_by_first
 
     @property
     def work(self) -> hopper.Work | None:
         """What the Hopper kernels compute of the call. It is launched first."""
         if not self.for_hopper:
             return None
-        offsets = self.spec.pattern.head_offsets
-        return hopper.Work(self.for_hopper, self.scale, self.spec.is_causal, offsets)
+        pattern, is_causal = self.spec.pattern, self.spec.is_causal
+        wanted = read_by_first(pattern) if self.spec.read_by_first and not is_causal else None
+        return hopper.Work(self.for_hopper, self.scale, is_causal, pattern.head_offsets, wanted)
 
 
 def _bias_gradient(call: _Call, tensors: tuple[Tensor, ...], strides: tuple[Any, ...]) -> Tensor:

@@ -26,6 +26,7 @@ from longnet.functional import check_call
 from longnet.fused import fade_
 from longnet.geometry import Branch, Pattern
 from longnet.geometry.phantoms import padded_length, phantom_runs, split_shifted
+from longnet.geometry.wanted import read_by_first as rows_read_by_first
 
 # The lse of rows that are not there: every probability in them is 0.
 _FAR = 1e6
@@ -83,12 +84,19 @@ def torchscale_pattern_attention(
     return_lse: bool = False,
     backend: str = "auto",
     group: Any = None,
+    read_by_first: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`torchscale_attention` for a parsed pattern; it takes the place of ``longnet.functional.pattern_attention``.
+
+    Args:
+        read_by_first: give the rows alone that the first token attends to in some head, see
+            :func:`longnet.geometry.wanted.read_by_first`; the others are 0, have lse inf and no gradient. Not causal.
 
     Raises:
         ValueError: also for documents, a relative bias or a group: torchscale's attention has no such things.
     """
+    if read_by_first and (is_causal or key_padding_mask is not None):
+        raise ValueError("read_by_first=True with is_causal or a key_padding_mask: expected neither")
     for name, given in (("cu_seqlens", cu_seqlens), ("distance_bias", distance_bias), ("group", group)):
         if given is not None:
             raise ValueError(f"{name} given with torchscale's attention, which has none: expected None")
@@ -96,7 +104,7 @@ def torchscale_pattern_attention(
         query, key, value, key_padding_mask, None, pattern, is_causal, scale, return_lse
     )
     chosen = select_backend(backend, query.device.type, query.dtype, query.shape[-1], False)
-    spec = Spec(pattern, is_causal, scale)
+    spec = Spec(pattern, is_causal, scale, read_by_first)
     if key_padding_mask is None:
         out, lse = _RUN[chosen.name](query, key, value, None, None, spec)
     else:
@@ -125,7 +133,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     in_place, shifted = split_shifted(spec.pattern, query.shape[2])
     if in_place is not None:
-        out, lse = backend.forward(query, key, value, None, None, replace(spec, pattern=in_place))
+        out, lse = backend.forward(query, key, value, None, None, _in_place_spec(spec, in_place, shifted))
         shape = (query.shape[1], query.shape[2], query.device, lse.dtype)
         phantoms = None if spec.is_causal else _log_phantoms(in_place, *shape)
         if phantoms is not None:
@@ -137,6 +145,11 @@ def _forward(
         q, k, v = (_pad_segments(x, branch) for x in (query, key, value))
         branch_out, branch_lse = backend.forward(q, k, v, None, None, _padded_spec(spec, branch))
         mixing.merge_(out, lse, branch_out[:, :, : query.shape[2]], branch_lse[:, :, : query.shape[2]])
+    if spec.read_by_first:
+        unread = _unread(spec.pattern, query.shape[2], query.device)
+        out.masked_fill_(unread[:, None], 0.0)
+        # Every probability in these rows is 0 in the backward pass.
+        lse.masked_fill_(unread, torch.inf)
     return out, lse
 
 
@@ -157,7 +170,7 @@ def _backward(
     in_place, shifted = split_shifted(spec.pattern, length)
     if in_place is not None:
         saved = (grad_out, grad_lse, query, key, value, None, None, out, lse)
-        *grads, _ = backend.backward(*saved, replace(spec, pattern=in_place))
+        *grads, _ = backend.backward(*saved, _in_place_spec(spec, in_place, shifted))
     else:
         grads = [torch.zeros_like(x) for x in (query, key, value)]
     for branch in shifted:
@@ -179,9 +192,14 @@ _RUN = {
 }
 
 
+def _in_place_spec(spec: Spec, in_place: Pattern, shifted: Sequence[Branch]) -> Spec:
+    # What the first token attends to in shifted branches too, these branches by themselves do not tell.
+    return replace(spec, pattern=in_place, read_by_first=spec.read_by_first and not shifted)
+
+
 def _padded_spec(spec: Spec, branch: Branch) -> Spec:
     padded = Branch(padded_length(branch), branch.dilation_rate)
-    return replace(spec, pattern=replace(spec.pattern, branches=(padded,)))
+    return replace(spec, pattern=replace(spec.pattern, branches=(padded,)), read_by_first=False)
 
 
 def _pad_segments(x: Tensor, branch: Branch) -> Tensor:
@@ -198,7 +216,7 @@ def _cut_segments(x: Tensor, branch: Branch, length: int) -> Tensor:
 
 
 # One length is in use at a time, by all layers of a model; a table of a million tokens takes 64 MB.
-_PHANTOMS = Kept(2)
+_PHANTOMS, _UNREAD = Kept(2), Kept(2)
 
 
 def _log_phantoms(pattern: Pattern, heads: int, length: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
@@ -215,3 +233,16 @@ def _log_phantoms(pattern: Pattern, heads: int, length: int, device: torch.devic
             return count.log_()
 
     return _PHANTOMS.get((pattern, heads, length, device, dtype), device, make)
+
+
+def _unread(pattern: Pattern, length: int, device: torch.device) -> Tensor:
+    """Which rows nobody reads where :class:`Spec` says ``read_by_first``, (N,) bool."""
+
+    def make() -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            unread = torch.ones(length, dtype=torch.bool)
+            for end, step in rows_read_by_first(pattern).runs:
+                unread[:end:step] = False
+            return unread.to(device)
+
+    return _UNREAD.get((pattern, length, device), device, make)

@@ -154,14 +154,19 @@ class Pattern:
             if heads != len(numbers):
                 raise ValueError(f"heads={heads}: expected the {len(numbers)} of head_numbers={numbers}")
             head, heads = numbers[head], self.head_numbers.total
-        if self.head_offsets == "interleaved":
-            return head % branch.dilation_rate
-        return head // -(-heads // branch.dilation_rate)
+        return head_offset(self.head_offsets, head, heads, branch.dilation_rate)
 
     def selects(self, branch: Branch, head: int, heads: int, position: int) -> bool:
         """Whether ``head`` takes part at the absolute ``position`` in ``branch``."""
         local = position % branch.segment_length
         return local % branch.dilation_rate == self.offset(branch, head, heads)
+
+
+def head_offset(head_offsets: HeadOffsets, head: int, heads: int, rate: int) -> int:
+    """The first row of a segment that ``head`` (of ``heads``) selects at a dilation rate."""
+    if head_offsets == "interleaved":
+        return head % rate
+    return head // -(-heads // rate)
 
 
 def _integers(name: str, values: int | Sequence[int]) -> tuple[int, ...]:

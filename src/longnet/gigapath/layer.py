@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from longnet.compat.attention import torchscale_pattern_attention
 from longnet.gigapath.readout import first_token_weights
 from longnet.models.layers import Block
 
@@ -43,7 +44,8 @@ def run_layers(
     """x (B, N, C) through layers, and what ``pool`` makes of each one's result.
 
     Args:
-        read: the positions of the result that are wanted, the first among them; None for all. The result has no others.
+        read: the positions that the first token attends to in the layer that follows, see
+            :func:`longnet.gigapath.readout.read_by_first_token`, where the result is to have no others; None for all.
         drop_paths: probability of leaving out a residual branch of a sample in training, by layer.
         recompute: what the backward pass computes again: ``"ffn"`` all after attention, ``"block"`` all, ``"elementwise"``
             what is no matrix product, ``"none"`` nothing.
@@ -104,7 +106,8 @@ def _layer(block: Block, x: Tensor, scales: Scales, kept: Masks, recompute: Reco
         projection(y).unflatten(-1, (attention.heads, attention.head_dim)).transpose(1, 2)
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    out = attention.function(q, k, v, attention.pattern, is_causal=False, backend=attention.backend)
+    some = {"read_by_first": True} if read is not None and attention.function is torchscale_pattern_attention else {}
+    out = attention.function(q, k, v, attention.pattern, is_causal=False, backend=attention.backend, **some)
     assert isinstance(out, Tensor)
     attended = out.transpose(1, 2).flatten(-2)
     if read is not None:

@@ -89,7 +89,7 @@ def compiled(function: Callable[..., Any], graphs: bool = False) -> Callable[...
         graphs: record what a slide of each size launches, forward and backward, and replay it.
     """
     # torch 2.11 gets the room for norms' gradients wrong where the number of rows is an expression; it gains nothing here.
-    options = {"triton.cudagraphs": graphs, "triton.mix_order_reduction": False}
+    options: dict[str, Any] = {"triton.cudagraphs": graphs, "triton.mix_order_reduction": False}
     return torch.compile(function, dynamic=True, options=options)
 
 

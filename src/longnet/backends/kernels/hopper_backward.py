@@ -21,6 +21,7 @@ from longnet.backends.kernels.hopper import (
     block_weights,
     column_shift,
     fetch,
+    limited,
     load_item,
     make_barriers,
     own_parts,
@@ -33,9 +34,9 @@ from longnet.backends.kernels.hopper import (
 
 @gluon.jit
 def _produce(
-    descs, shared, folds, ORDER, items, length, heads, group, segments,
+    descs, shared, folds, ORDER, LIMITS, items, length, heads, group, segments,
     TILES: gl.constexpr, SHAPE: gl.constexpr, M: gl.constexpr, N: gl.constexpr, CAUSAL: gl.constexpr,
-    BLOCKED: gl.constexpr, STAGES: gl.constexpr, KEYS: gl.constexpr,
+    BLOCKED: gl.constexpr, STAGES: gl.constexpr, KEYS: gl.constexpr, LIMITED: gl.constexpr,
 ):  # fmt: skip
     """Copies of both kernels: two owned tensors once an item, two swept ones block by block. ``KEYS`` are owned or swept."""
     own_a, own_b, swept_a, swept_b = descs
@@ -65,6 +66,7 @@ def _produce(
                 branch, first, swept_step, count = swept_range(
                     index, start, size, length, head, heads, SHAPE, CAUSAL, KEYS, BLOCKED
                 )
+                count = limited(count, LIMITS, branch, first, swept_step, head, SHAPE, LIMITED)
                 low = 0
                 if CAUSAL:
                     if index == 0:
@@ -345,11 +347,12 @@ CUT_OF_PART = gl.constexpr((True, False, False, True))
 
 @gluon.jit
 def _consume_queries(
-    shared, statistics, LSE, DELTA, GRAD_K, GRAD_V, lse_at, grad_k_at, grad_v_at, ORDER, items, length, heads, segments, scale,
+    shared, statistics, LSE, DELTA, GRAD_K, GRAD_V, lse_at, grad_k_at, grad_v_at, ORDER, LIMITS, items, length, heads, segments,
+    scale,
     WHICH: gl.constexpr, TILES: gl.constexpr, SHAPE: gl.constexpr, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
     CHANNELS: gl.constexpr,
     WEIGHTED: gl.constexpr, PERIOD: gl.constexpr, CAUSAL: gl.constexpr, BLOCKED: gl.constexpr, MERGE: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, LIMITED: gl.constexpr,
 ):  # fmt: skip
     k_smem, v_smem, q_smem, g_smem, own_full, own_empty, q_full, q_empty, g_full, g_empty = shared
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
@@ -389,6 +392,7 @@ def _consume_queries(
                 branch, first_query, query_step, count = swept_range(
                     index, start, size, length, head, heads, SHAPE, CAUSAL, True, BLOCKED
                 )
+                count = limited(count, LIMITS, branch, first_query, query_step, head, SHAPE, LIMITED)
                 blocks = gl.cdiv(count, N)
                 seen = gl.full([HALF], 0, gl.int32, layout=row_layout)
                 # Blocks [clear, blocks) are seen whole but for a ragged last one, [own_low, clear) are cut by the diagonal.
@@ -503,8 +507,8 @@ def hopper_query_kernel(
             (
                 _produce,
                 (
-                    descs, shared, (q_fold, g_fold, k_fold, v_fold), ORDER, items, length, heads, group, segments,
-                    TILES, SHAPE, M, N, CAUSAL, BLOCKED, STAGES, False,
+                    descs, shared, (q_fold, g_fold, k_fold, v_fold), ORDER, ORDER, items, length, heads, group, segments,
+                    TILES, SHAPE, M, N, CAUSAL, BLOCKED, STAGES, False, False,
                 ),
             ),
         ],
@@ -515,15 +519,18 @@ def hopper_query_kernel(
 
 @gluon.jit
 def hopper_key_value_kernel(
-    LSE, DELTA, GRAD_K, GRAD_V, ORDER,
+    LSE, DELTA, GRAD_K, GRAD_V, ORDER, LIMITS,
     q0, q1, q2, q3, q4, g0, g1, g2, g3, g4, k0, k1, k2, k3, k4, v0, v1, v2, v3, v4,
     q_fold, g_fold, k_fold, v_fold, lse_at, grad_k_at, grad_v_at,
     items, length, heads, group, scale, segments,
     TILES: gl.constexpr, SHAPE: gl.constexpr, D: gl.constexpr, CHANNELS: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
     WEIGHTED: gl.constexpr, PERIOD: gl.constexpr, BLOCKED: gl.constexpr, CAUSAL: gl.constexpr, MERGE: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, LIMITED: gl.constexpr,
 ):  # fmt: skip
-    """Gradients of the keys and values of one nest by query head, added to what earlier nests left if ``MERGE``."""
+    """Gradients of the keys and values of one nest by query head, added to what earlier nests left if ``MERGE``.
+
+    Where ``LIMITED``, from the queries before LIMITS (heads, branches) alone.
+    """
     k_smem = gl.allocate_shared_memory(k0.dtype, [M, D], k0.layout)
     v_smem = gl.allocate_shared_memory(v0.dtype, [M, D], v0.layout)
     q_smem = gl.allocate_shared_memory(q0.dtype, [STAGES, N, D], q0.layout)
@@ -543,23 +550,23 @@ def hopper_key_value_kernel(
                 _consume_queries,
                 (
                     shared, first_statistics, LSE, DELTA, GRAD_K, GRAD_V, lse_at, grad_k_at, grad_v_at,
-                    ORDER, items, length, heads, segments, scale,
-                    0, TILES, SHAPE, M, N, D, CHANNELS, WEIGHTED, PERIOD, CAUSAL, BLOCKED, MERGE, STAGES,
+                    ORDER, LIMITS, items, length, heads, segments, scale,
+                    0, TILES, SHAPE, M, N, D, CHANNELS, WEIGHTED, PERIOD, CAUSAL, BLOCKED, MERGE, STAGES, LIMITED,
                 ),
             ),
             (
                 _consume_queries,
                 (
                     shared, second_statistics, LSE, DELTA, GRAD_K, GRAD_V, lse_at, grad_k_at, grad_v_at,
-                    ORDER, items, length, heads, segments, scale,
-                    1, TILES, SHAPE, M, N, D, CHANNELS, WEIGHTED, PERIOD, CAUSAL, BLOCKED, MERGE, STAGES,
+                    ORDER, LIMITS, items, length, heads, segments, scale,
+                    1, TILES, SHAPE, M, N, D, CHANNELS, WEIGHTED, PERIOD, CAUSAL, BLOCKED, MERGE, STAGES, LIMITED,
                 ),
             ),
             (
                 _produce,
                 (
-                    descs, shared, (k_fold, v_fold, q_fold, g_fold), ORDER, items, length, heads, group, segments,
-                    TILES, SHAPE, M, N, CAUSAL, BLOCKED, STAGES, True,
+                    descs, shared, (k_fold, v_fold, q_fold, g_fold), ORDER, LIMITS, items, length, heads, group, segments,
+                    TILES, SHAPE, M, N, CAUSAL, BLOCKED, STAGES, True, LIMITED,
                 ),
             ),
         ],
