@@ -118,7 +118,7 @@ def test_what_the_class_token_attends_to(tiles: int) -> None:
     got = model.attention_weights(x, coords)
     assert got.shape == (2, 1, 16, tiles)
     # The weights are what the result changes by with the values.
-    state = embed(model, model._slide(x, coords, whole=True)).detach()
+    state = embed(model, model._slide(x, coords, whole=True))[0].detach()
     for layer, block in enumerate(model.blocks):
         attention, y = block.attention, block.attention_norm(state)
         q, k = (p(y).unflatten(-1, (16, 2)).transpose(1, 2).detach() for p in (attention.q_proj, attention.k_proj))
@@ -238,7 +238,7 @@ def test_autocast_keeps_the_residual_stream_in_float32() -> None:
     want = model(x, coords)[0]
     with torch.autocast("cpu", torch.bfloat16):
         got = model(x, coords)[0]
-        assert embed(model, model._slide(x, coords, whole=True)).dtype == torch.float32
+        assert embed(model, model._slide(x, coords, whole=True))[0].dtype == torch.float32
     assert error(got, want) < 3e-2
 
 

@@ -138,3 +138,16 @@ def test_what_a_graph_reads_is_never_given_up():
     torch.empty(1 << 22, device=DEVICE).fill_(-1.0)
     graph.replay()
     assert bool((out == 0.0).all())
+
+
+def test_a_tile_outside_of_the_grid_is_refused_and_forgotten():
+    model = encoder(cuda_graphs=True).eval()
+    x, coords = slide(300)
+    with torch.no_grad(), torch.autocast(DEVICE, torch.float16):
+        expected = model(x, coords)[0]
+        for value in (-1, 256_000):
+            wrong = coords.clone()
+            wrong[1, 7, 0] = value
+            with pytest.raises(ValueError, match=r"coords\[1, 7\]"):
+                model(x, wrong)
+        assert apart(model(x, coords)[0], expected) < 5e-3

@@ -142,3 +142,17 @@ def fade_kernel(
     stored = inside[:, None] & (channels < CHANNELS)[None, :]
     out = tl.load(at, mask=stored, other=0.0).to(tl.float32)
     tl.store(at, (out * share[:, None]).to(OUT.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def keep_kernel(SEED, OUT, groups, threshold, WIDTH: tl.constexpr):
+    """Eight bytes of 0 or 1 in each of the ``groups`` of OUT, int64: 1 where sixteen random bits are at least the threshold."""
+    at = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    words = tl.randint4x(tl.load(SEED), at)
+    kept = tl.zeros([WIDTH], tl.int64)
+    for number in tl.static_range(4):
+        word = words[number].to(tl.uint32, bitcast=True)
+        low, high = (word & 0xFFFF).to(tl.int32), (word >> 16).to(tl.int32)
+        kept |= (low >= threshold).to(tl.int64) << (16 * number)
+        kept |= (high >= threshold).to(tl.int64) << (16 * number + 8)
+    tl.store(OUT + at, kept, mask=at < groups)

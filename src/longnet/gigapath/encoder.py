@@ -16,7 +16,7 @@ from longnet.gigapath.batches import batched_slides, check_slides
 from longnet.gigapath.checkpoint import read_weights
 from longnet.gigapath.layer import RECOMPUTE, Recompute, class_token_weights, run_layers
 from longnet.gigapath.passes import Slide, embed, encode
-from longnet.gigapath.positions import axis_table, cells
+from longnet.gigapath.positions import Check, axis_table
 from longnet.gigapath.readout import log_times, read_by_first_token
 from longnet.models import LongNetConfig
 from longnet.models.layers import Block
@@ -251,7 +251,9 @@ class SlideEncoder(nn.Module):
     def _weights(self, x: Tensor, coords: Tensor) -> Tensor:
         slide = self._slide(x, coords, whole=True)
         assert slide.times is not None
-        x, found = embed(self, slide), []
+        x, outside = embed(self, slide)
+        Check(outside).finish(coords, self.tile_size, self.slide_ngrids)
+        found = []
         for number, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             found.append(class_token_weights(block, x, slide.times)[0][:, :, 1:])
@@ -261,10 +263,9 @@ class SlideEncoder(nn.Module):
 
     def _slide(self, x: Tensor, coords: Tensor, whole: bool) -> Slide:
         """What the layers are given; ``whole`` for all that the class token attends to in any layer."""
-        cell = cells(coords, self.tile_size, self.slide_ngrids)
         table = axis_table(self.slide_ngrids, self.config.dim // 2, self.cls_token.dtype, x.device)
         if self.global_pool and not whole:
-            return Slide(x, cell, table, None, None)
+            return Slide(x, coords, table, None, None)
         attention, length = self.blocks[0].attention, 1 + x.shape[1]
         assert isinstance(attention, DilatedAttention)
         shape = (attention.pattern, self.config.heads, length, x.device)
@@ -272,4 +273,4 @@ class SlideEncoder(nn.Module):
         # Compiled, all sizes are to be one graph.
         partly = not whole and len(self.blocks) > 1 and (self.compiled or len(some) < length)
         kind = torch.promote_types(self.cls_token.dtype, torch.float32)
-        return Slide(x, cell, table, some if partly else None, log_times(*shape, kind, partly))
+        return Slide(x, coords, table, some if partly else None, log_times(*shape, kind, partly))

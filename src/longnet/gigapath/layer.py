@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from longnet.compat.attention import torchscale_pattern_attention
+from longnet.fused import can_draw, keep_masks
 from longnet.gigapath.readout import first_token_weights
 from longnet.models.layers import Block
 
@@ -141,8 +142,12 @@ def _masks(block: Block, x: Tensor, tokens: int) -> Masks:
     """
     if not (torch.compiler.is_compiling() and block.training and block.dropout.p > 0):
         return None, None
-    first, second = (torch.rand(x.shape[0], tokens, x.shape[2], device=x.device) >= block.dropout.p for _ in range(2))
-    return first, second
+    shape = (2, x.shape[0], tokens, x.shape[2])
+    drawn = can_draw(x.device)
+    kept = (
+        keep_masks(shape, block.dropout.p, x.device) if drawn else torch.rand(shape, device=x.device) >= block.dropout.p
+    )
+    return kept[0], kept[1]
 
 
 def _dropout(block: Block, branch: Tensor, kept: Tensor | None) -> Tensor:

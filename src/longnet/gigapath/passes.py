@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longnet.gigapath.layer import run_last_layer, run_layers
-from longnet.gigapath.positions import position_embedding
+from longnet.gigapath.positions import Check, cells, position_embedding
 from longnet.models.layers import Block
 
 if TYPE_CHECKING:
@@ -25,35 +25,45 @@ class Slide(NamedTuple):
 
     Args:
         tiles: (B, L, in_dim).
-        cell: (B, L, 2), see :func:`longnet.gigapath.positions.cells`.
+        coords: (B, L, 2), in pixels.
         table: see :func:`longnet.gigapath.positions.axis_table`.
         read, times: the tokens that the class token attends to in the last layer, None for all, and their
             :func:`longnet.gigapath.readout.log_times`; None where the mean over the tiles is read.
     """
 
     tiles: Tensor
-    cell: Tensor
+    coords: Tensor
     table: Tensor
     read: Tensor | None
     times: Tensor | None
 
 
 def encode(model: SlideEncoder, slide: Slide, all_layer_embed: bool) -> list[Tensor]:
-    """What :meth:`SlideEncoder.forward` gives for slides of one number of tiles."""
+    """What :meth:`SlideEncoder.forward` gives for slides of one number of tiles.
+
+    Raises:
+        ValueError: a tile outside of the grid.
+    """
     graphs = model.cuda_graphs and slide.tiles.is_cuda and slide.tiles.shape[1] <= MOST_GRAPHED_TILES
-    x = compiled(embed)(model, slide) if model.compiled else embed(model, slide)
+    x, outside = (compiled(embed) if model.compiled else embed)(model, slide)
+    check = Check(outside)
+    if not slide.tiles.is_cuda:
+        check.finish(slide.coords, model.tile_size, model.slide_ngrids)
     run = compiled(read_out, graphs) if model.compiled else read_out
     found = run(model, x, slide.read, slide.times, all_layer_embed)
+    if slide.tiles.is_cuda:
+        check.finish(slide.coords, model.tile_size, model.slide_ngrids)
     # The next replay of a graph writes its results to the same place.
     return [one.clone() for one in found] if model.compiled and graphs else found
 
 
-def embed(model: SlideEncoder, slide: Slide) -> Tensor:
-    """The class token and the tiles, (B, 1 + L, C), in the residual stream's dtype."""
-    x = model.patch_embed(slide.tiles) + position_embedding(slide.cell, slide.table)
+def embed(model: SlideEncoder, slide: Slide) -> tuple[Tensor, Tensor]:
+    """The class token and the tiles, (B, 1 + L, C), in the residual stream's dtype; whether a tile is outside of the grid."""
+    cell, outside = cells(slide.coords, model.tile_size, model.slide_ngrids)
+    x = model.patch_embed(slide.tiles) + position_embedding(cell, slide.table)
     start = model.cls_token.expand(x.shape[0], -1, -1).to(x.dtype)
     embedded: Tensor = model.dropout(torch.cat((start, x), dim=1))
-    return embedded
+    return embedded, outside
 
 
 def read_out(

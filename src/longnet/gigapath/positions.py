@@ -8,21 +8,46 @@ import torch
 from torch import Tensor
 
 
-def cells(coords: Tensor, tile_size: int, grid: int) -> Tensor:
-    """Pixels (..., 2), x then y, of any real dtype, to cells (..., 2) int64 of a grid x grid raster.
+def cells(coords: Tensor, tile_size: int, grid: int) -> tuple[Tensor, Tensor]:
+    """Pixels (..., 2), x then y, of any real dtype, to cells (..., 2) int64 of a grid x grid raster; whether one is outside.
 
-    Raises:
-        ValueError: a tile outside the grid; the message names the first.
+    A tile outside gets a cell at the edge: :class:`Check` refuses it.
     """
     cell = torch.div(coords, tile_size, rounding_mode="floor")
-    inside = ((cell >= 0) & (cell < grid)).all(-1)
-    if not bool(inside.all()):
+    outside = ~((cell >= 0) & (cell < grid)).all()
+    return cell.long().clamp(0, grid - 1), outside
+
+
+class Check:
+    """Refuses tiles outside of the grid. A GPU is asked at once and answers later: waiting for it would leave it idle.
+
+    Args:
+        outside: from :func:`cells`.
+    """
+
+    def __init__(self, outside: Tensor) -> None:
+        self._ready = torch.cuda.Event() if outside.is_cuda else None
+        self._outside = outside.to("cpu", non_blocking=True)
+        if self._ready is not None:
+            self._ready.record()
+
+    def finish(self, coords: Tensor, tile_size: int, grid: int) -> None:
+        """Wait for the answer.
+
+        Raises:
+            ValueError: a tile outside of the grid; the message names the first.
+        """
+        if self._ready is not None:
+            self._ready.synchronize()
+        if not bool(self._outside):
+            return
+        cell = torch.div(coords, tile_size, rounding_mode="floor")
+        inside = ((cell >= 0) & (cell < grid)).all(-1)
         place = tuple(int(i) for i in (~inside).nonzero()[0])
         raise ValueError(
             f"coords{list(place)} = {coords[place].tolist()} is outside of the grid: expected x and y from 0 to below "
             f"{grid * tile_size} pixels ({grid} cells of {tile_size})"
         )
-    return cell.long()
 
 
 def position_embedding(cell: Tensor, table: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def first_token_weights(query: Tensor, key: Tensor, times: Tensor) -> Tensor:
     # Autocast would round scores.
     with no_autocast(query):
         query, key = query.to(dtype) * query.shape[-1] ** -0.5, key.to(dtype)
-        scores = (key @ query.transpose(-1, -2)).squeeze(-1)
+        scores = (key @ query.transpose(-1, -2))[..., 0]
         return (scores + times).softmax(-1)
 
 
