@@ -27,7 +27,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBacke
         one: torch.compile(one, dynamic=True, fullgraph=True, backend=counter)
         for one in (passes.embed, passes.read_out)
     }
-    monkeypatch.setattr(passes, "compiled", lambda function, graphs=False: compiled[function])
+    monkeypatch.setattr(passes, "compiled", lambda function: compiled[function])
     yield counter
     torch._dynamo.reset()
 

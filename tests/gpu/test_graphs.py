@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from longnet.backends.kept import Kept
-from longnet.gigapath import SlideEncoder
+from longnet.gigapath import SlideEncoder, passes
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore:Online softmax is disabled on the fly", "ignore:Dynamo detected a call"),
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # torch's advice to users of float32 products
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
 ]
@@ -95,15 +96,47 @@ def test_training_adds_up_gradients_and_sees_new_weights():
 
 def test_two_slides_before_one_backward_pass():
     models = {graphs: encoder(cuda_graphs=graphs).train() for graphs in (False, True)}
-    for _ in range(4):
+    for turn in range(4):
         grads = {}
         for graphs, model in models.items():
             model.zero_grad()
             with torch.autocast(DEVICE, torch.float16):
-                first, second = (model(*slide(size))[0] for size in SIZES[:2])
+                # Of two sizes, or of one.
+                first, second = (model(*slide(size))[0] for size in (SIZES[0], SIZES[turn % 2]))
             (first * second).sum().backward()
             grads[graphs] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         assert apart(grads[True], grads[False]) < 2e-2
+
+
+def test_a_pass_without_a_backward_pass_does_not_wait_for_ever():
+    model = encoder(cuda_graphs=True).train()
+    with torch.autocast(DEVICE, torch.float16):
+        model(*slide(640))
+        out = model(*slide(640))[0]
+    (captured,) = passes.REPLAYS._by_model[model].values()
+    assert captured.waiting
+    loss = out.float().sum()
+    loss.backward(retain_graph=True)
+    assert not captured.waiting
+    with pytest.raises(RuntimeError, match="ran twice"):
+        loss.backward()
+    del out, loss
+    with torch.autocast(DEVICE, torch.float16):
+        model(*slide(640))
+    assert not captured.waiting
+
+
+def test_moved_weights_are_seen():
+    model = encoder(cuda_graphs=True).eval()
+    with torch.no_grad(), torch.autocast(DEVICE, torch.float16):
+        first = model(*slide(640))[0]
+        model.to("cpu")
+        held = [torch.full((1 << 20,), torch.nan, device=DEVICE) for _ in range(32)]
+        model.to(DEVICE)
+        assert apart(model(*slide(640))[0], first) < 5e-3
+        model.encoder_norm.bias.add_(1.0)
+        assert apart(model(*slide(640))[0], first) > 1e-2
+        del held
 
 
 def test_dropout_of_every_replay_is_its_own():

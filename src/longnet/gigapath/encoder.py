@@ -41,8 +41,9 @@ class SlideEncoder(nn.Module):
             gradient checkpointing. May be set later.
         compiled: run the encoder through ``torch.compile``: faster on a GPU, after a wait at the first slide. One compilation
             serves slides of any size. Dropout then draws other numbers. May be set later.
-        cuda_graphs: where it is compiled, record what a slide of up to 20,000 tiles launches on a GPU, and replay it for slides
-            of the same size: for sizes that come again. Each takes two slow passes and keeps its memory. May be set later.
+        cuda_graphs: where it is compiled, capture what a slide of up to 20,000 tiles launches on a GPU, and replay it for slides
+            of the same size: for sizes that come again. Each is passed four times at first, and the last eight keep the
+            memory of a pass. May be set later.
         backend: as in :func:`longnet.dilated_attention`.
         device, dtype: of the parameters.
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
+import weakref
+from collections.abc import Callable, Hashable
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from longnet.gigapath.captured import Replays
 from longnet.gigapath.layer import run_last_layer, run_layers
 from longnet.gigapath.positions import Check, cells, position_embedding
 from longnet.models.layers import Block
@@ -44,17 +46,36 @@ def encode(model: SlideEncoder, slide: Slide, all_layer_embed: bool) -> list[Ten
     Raises:
         ValueError: a tile outside of the grid.
     """
-    graphs = model.cuda_graphs and slide.tiles.is_cuda and slide.tiles.shape[1] <= MOST_GRAPHED_TILES
+    on_gpu = slide.tiles.is_cuda
     x, outside = (compiled(embed) if model.compiled else embed)(model, slide)
     check = Check(outside)
-    if not slide.tiles.is_cuda:
+    if not on_gpu:
         check.finish(slide.coords, model.tile_size, model.slide_ngrids)
-    run = compiled(read_out, graphs) if model.compiled else read_out
-    found = run(model, x, slide.read, slide.times, all_layer_embed)
-    if slide.tiles.is_cuda:
+    run = compiled(read_out) if model.compiled else read_out
+    function = partial(_call, run, weakref.ref(model), slide.read, slide.times, all_layer_embed)
+    if model.compiled and model.cuda_graphs and on_gpu and slide.tiles.shape[1] <= MOST_GRAPHED_TILES:
+        found = REPLAYS.run(model, (all_layer_embed, _settings(model)), function, x)
+    else:
+        found = function(x)
+    if on_gpu:
         check.finish(slide.coords, model.tile_size, model.slide_ngrids)
-    # The next replay of a graph writes its results to the same place.
-    return [one.clone() for one in found] if model.compiled and graphs else found
+    return found
+
+
+REPLAYS = Replays()
+
+
+def _call(
+    run: Any, model: Callable[[], SlideEncoder | None], read: Any, times: Any, all_layer_embed: bool, x: Tensor
+) -> Any:
+    """:func:`read_out`, without keeping the model alive."""
+    return run(model(), x, read, times, all_layer_embed)
+
+
+def _settings(model: SlideEncoder) -> Hashable:
+    """What :func:`read_out` depends on besides tensors."""
+    blocks = [(block.training, block.dropout.p) for block in model.blocks if isinstance(block, Block)]
+    return model.training, model.recompute, model.drop_paths, model.global_pool, tuple(blocks)
 
 
 def embed(model: SlideEncoder, slide: Slide) -> tuple[Tensor, Tensor]:
@@ -88,18 +109,15 @@ def read_out(
     return [model.norm(pool(model.encoder_norm(x)))]
 
 
-@lru_cache(maxsize=3)
-def compiled(function: Callable[..., Any], graphs: bool = False) -> Callable[..., Any]:
+@lru_cache(maxsize=2)
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """:func:`embed` or :func:`read_out` through ``torch.compile``: norms, casts, dropout and sums are few kernels, not dozens.
 
     One compilation serves slides of any size. They are compiled apart: the GPU begins with the one while the other's arguments
     are looked at.
-
-    Args:
-        graphs: record what a slide of each size launches, forward and backward, and replay it.
     """
     # torch 2.11 gets the room for norms' gradients wrong where the number of rows is an expression; it gains nothing here.
-    options: dict[str, Any] = {"triton.cudagraphs": graphs, "triton.mix_order_reduction": False}
+    options: dict[str, Any] = {"triton.mix_order_reduction": False}
     return torch.compile(function, dynamic=True, options=options)
 
 

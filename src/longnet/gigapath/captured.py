@@ -1,0 +1,166 @@
+"""What slides of one size launch on a GPU, captured as CUDA graphs and replayed: a short slide otherwise waits for Python.
+
+Torch's own graphs of compiled functions (``mode="reduce-overhead"``) hand out gradients that lie in a graph's memory, where the
+next replay overwrites them: gradients of several slides do not add up. Here whatever leaves a graph is copied.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Sizes of slides that a model keeps graphs of, the last ones that came.
+_MOST = 8
+# Calls before a capture: what is made or compiled once is made then.
+_WARM_CALLS = 3
+
+Run = Callable[[Tensor], list[Tensor]]
+
+
+class Replays:
+    """The captured passes of models, which it does not keep alive."""
+
+    def __init__(self) -> None:
+        self._by_model: weakref.WeakKeyDictionary[torch.nn.Module, OrderedDict[Hashable, Captured]]
+        self._by_model = weakref.WeakKeyDictionary()
+
+    def run(self, model: torch.nn.Module, settings: Hashable, function: Run, x: Tensor) -> list[Tensor]:
+        """``function(x)`` by a graph, captured when it is first asked for.
+
+        Args:
+            settings: all that the function depends on besides x and the model's parameters.
+        """
+        parameters = list(model.parameters())
+        kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        mode = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), kind)
+        where = tuple((one.data_ptr(), one.requires_grad) for one in parameters)
+        key = (settings, mode, x.shape, x.dtype, x.device, x.requires_grad, where)
+        known = self._by_model.setdefault(model, OrderedDict())
+        found = known.get(key)
+        if found is None:
+            with torch.cuda.device(x.device):
+                found = known[key] = Captured(function, x, parameters)
+            if len(known) > _MOST:
+                known.popitem(last=False)
+        known.move_to_end(key)
+        # The graph's memory still holds what the backward pass of the slide before needs.
+        return function(x) if found.waiting else found(x, parameters)
+
+    def forget(self, model: torch.nn.Module) -> None:
+        """Give back the memory of a model's graphs."""
+        self._by_model.pop(model, None)
+
+
+class _Turn:
+    """A forward pass whose backward pass has not been."""
+
+
+class Captured:
+    """``function(x)`` for x of one shape, and its gradients where some are wanted."""
+
+    def __init__(self, function: Run, x: Tensor, parameters: Sequence[Tensor]) -> None:
+        # It holds tensors that the graph reads.
+        self._function = function
+        self._x = x.detach().clone().requires_grad_(x.requires_grad and torch.is_grad_enabled())
+        inputs = (self._x, *parameters)
+        self._wanted = [one for one in inputs if one.requires_grad] if torch.is_grad_enabled() else []
+        self._turn: weakref.ref[_Turn] | None = None
+        current, side = torch.cuda.current_stream(x.device), torch.cuda.Stream(x.device)
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_CALLS):
+                outs = function(self._x)
+                if self._wanted:
+                    self._gradients(outs, [torch.zeros_like(out) for out in outs])
+                del outs
+        current.wait_stream(side)
+        self._forward = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._forward):
+            outs = function(self._x)
+        self._outs = [out.detach() for out in outs]
+        if not self._wanted:
+            return
+        self._upstream = [torch.zeros_like(out) for out in self._outs]
+        self._backward = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._backward, pool=self._forward.pool()):
+            grads = self._gradients(outs, self._upstream)
+        self._grads = [grad.detach() for grad in grads if grad is not None]
+        given = iter(range(len(self._grads)))
+        places = iter([None if grad is None else next(given) for grad in grads])
+        # By input: which gradient is its own, None where it has none.
+        self._places = [next(places) if one.requires_grad else None for one in inputs]
+
+    def _gradients(self, outs: Sequence[Tensor], upstream: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        # As in a backward pass after the forward pass's autocast.
+        with torch.autocast("cuda", enabled=False):
+            return torch.autograd.grad(outs, self._wanted, upstream, allow_unused=True)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a backward pass may still come."""
+        return self._turn is not None and self._turn() is not None
+
+    def __call__(self, x: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+        if not self._wanted:
+            return self.replay(x)
+        return list(_Replay.apply(self, x, *parameters))
+
+    def replay(self, x: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            self._x.copy_(x)
+            self._forward.replay()
+            return [out.clone() for out in self._outs]
+
+    def begin(self) -> _Turn:
+        turn = _Turn()
+        self._turn = weakref.ref(turn)
+        return turn
+
+    def replay_backward(self, upstream: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """Gradients by input, in memory of their own."""
+        for place, grad in zip(self._upstream, upstream, strict=True):
+            place.copy_(grad)
+        self._backward.replay()
+        self._turn = None
+        grads = _copies(self._grads)
+        return tuple(None if place is None else grads[place] for place in self._places)
+
+
+class _Replay(torch.autograd.Function):
+    """A captured pass as one step of autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, captured: Captured, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.captured, ctx.turn = captured, captured.begin()
+        return tuple(captured.replay(x))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.turn is None:
+            raise RuntimeError(
+                "a slide's captured backward pass ran twice: its memory is used again within the first; expected one backward "
+                "pass for each forward pass, or cuda_graphs=False"
+            )
+        ctx.turn = None
+        return (None, *ctx.captured.replay_backward(upstream))
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies, those of one dtype made by one launch into one block of memory."""
+    found: list[Tensor] = list(tensors)
+    for dtype in {one.dtype for one in tensors}:
+        places = [place for place, one in enumerate(tensors) if one.dtype == dtype]
+        same = [tensors[place] for place in places]
+        block = same[0].new_empty(sum(one.numel() for one in same))
+        parts = [part.view(one.shape) for part, one in zip(block.split([x.numel() for x in same]), same, strict=True)]
+        torch._foreach_copy_(parts, same)
+        for place, part in zip(places, parts, strict=True):
+            found[place] = part
+    return found
