@@ -23,7 +23,7 @@ def test_as_often_as_asked(probability):
     # Four standard deviations of so many draws, over all and over every eighth.
     for some in (kept.flatten(), *(kept.flatten()[k::8] for k in range(8))):
         allowed = 4 * (probability * (1 - probability) / some.numel()) ** 0.5
-        assert abs(float((~some).float().mean()) - probability) <= allowed
+        assert abs(float((~some).float().mean()) - probability) <= allowed + 1e-6
 
 
 def test_neighbours_and_draws_know_nothing_of_each_other():

@@ -1,4 +1,4 @@
-"""The bookkeeping of captured passes without a GPU: a graph that replays nothing gives what was captured. With one: ``tests/gpu``."""
+"""The bookkeeping of captured passes without a GPU: a graph that replays nothing gives what it was captured with."""
 
 from __future__ import annotations
 
@@ -110,6 +110,32 @@ def test_what_a_graph_depends_on_has_graphs_of_its_own() -> None:
     assert count() == 8
     replays.forget(model)
     assert model not in replays._by_model
+
+
+def test_parameters_are_as_before_after_a_capture() -> None:
+    model, replays = Model(), Replays()
+    model.again = model.used
+    before = dict(model.named_parameters(remove_duplicate=False))
+    seen: list[list[nn.Parameter]] = []
+
+    def function(x: Tensor) -> list[Tensor]:
+        seen.append(list(model.parameters()))
+        return run(model, x)
+
+    replays.run(model, None, function, torch.randn(2, 4))
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert all(after[name] is one for name, one in before.items()) and after.keys() == before.keys()
+    for some in seen:
+        for other, own in zip(some, model.parameters(), strict=True):
+            assert other is not own and other.data_ptr() == own.data_ptr() and other.requires_grad == own.requires_grad
+
+    def fails(x: Tensor) -> list[Tensor]:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        replays.run(model, "other", fails, torch.randn(2, 4))
+    assert all(after[name] is one for name, one in model.named_parameters(remove_duplicate=False))
+    assert len(replays._by_model[model]) == 1
 
 
 def test_a_model_is_not_kept_alive() -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 # Sizes of slides that a model keeps graphs of, the last ones that came.
@@ -27,10 +28,10 @@ class Replays:
     """The captured passes of models, which it does not keep alive."""
 
     def __init__(self) -> None:
-        self._by_model: weakref.WeakKeyDictionary[torch.nn.Module, OrderedDict[Hashable, Captured]]
+        self._by_model: weakref.WeakKeyDictionary[nn.Module, OrderedDict[Hashable, Captured]]
         self._by_model = weakref.WeakKeyDictionary()
 
-    def run(self, model: torch.nn.Module, settings: Hashable, function: Run, x: Tensor) -> list[Tensor]:
+    def run(self, model: nn.Module, settings: Hashable, function: Run, x: Tensor) -> list[Tensor]:
         """``function(x)`` by a graph, captured when it is first asked for.
 
         Args:
@@ -44,15 +45,15 @@ class Replays:
         known = self._by_model.setdefault(model, OrderedDict())
         found = known.get(key)
         if found is None:
-            with torch.cuda.device(x.device):
-                found = known[key] = Captured(function, x, parameters)
+            with torch.cuda.device(x.device), _stand_ins(model):
+                found = known[key] = Captured(function, x, list(model.parameters()))
             if len(known) > _MOST:
                 known.popitem(last=False)
         known.move_to_end(key)
         # The graph's memory still holds what the backward pass of the slide before needs.
         return function(x) if found.waiting else found(x, parameters)
 
-    def forget(self, model: torch.nn.Module) -> None:
+    def forget(self, model: nn.Module) -> None:
         """Give back the memory of a model's graphs."""
         self._by_model.pop(model, None)
 
@@ -65,41 +66,38 @@ class Captured:
     """``function(x)`` for x of one shape, and its gradients where some are wanted."""
 
     def __init__(self, function: Run, x: Tensor, parameters: Sequence[Tensor]) -> None:
+        """Run and capture it; the parameters have no part in any other pass, see :func:`_stand_ins`."""
         # It holds tensors that the graph reads.
         self._function = function
         self._x = x.detach().clone().requires_grad_(x.requires_grad and torch.is_grad_enabled())
         inputs = (self._x, *parameters)
-        self._wanted = [one for one in inputs if one.requires_grad] if torch.is_grad_enabled() else []
+        wanted = [one for one in inputs if one.requires_grad] if torch.is_grad_enabled() else []
+        self._differentiates = bool(wanted)
         self._turn: weakref.ref[_Turn] | None = None
         current, side = torch.cuda.current_stream(x.device), torch.cuda.Stream(x.device)
         side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(_WARM_CALLS):
                 outs = function(self._x)
-                if self._wanted:
-                    self._gradients(outs, [torch.zeros_like(out) for out in outs])
+                if wanted:
+                    _gradients(outs, wanted, [torch.zeros_like(out) for out in outs])
                 del outs
         current.wait_stream(side)
         self._forward = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._forward):
             outs = function(self._x)
         self._outs = [out.detach() for out in outs]
-        if not self._wanted:
+        if not wanted:
             return
         self._upstream = [torch.zeros_like(out) for out in self._outs]
         self._backward = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._backward, pool=self._forward.pool()):
-            grads = self._gradients(outs, self._upstream)
+            grads = _gradients(outs, wanted, self._upstream)
         self._grads = [grad.detach() for grad in grads if grad is not None]
         given = iter(range(len(self._grads)))
         places = iter([None if grad is None else next(given) for grad in grads])
         # By input: which gradient is its own, None where it has none.
         self._places = [next(places) if one.requires_grad else None for one in inputs]
-
-    def _gradients(self, outs: Sequence[Tensor], upstream: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-        # As in a backward pass after the forward pass's autocast.
-        with torch.autocast("cuda", enabled=False):
-            return torch.autograd.grad(outs, self._wanted, upstream, allow_unused=True)
 
     @property
     def waiting(self) -> bool:
@@ -107,7 +105,7 @@ class Captured:
         return self._turn is not None and self._turn() is not None
 
     def __call__(self, x: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-        if not self._wanted:
+        if not self._differentiates:
             return self.replay(x)
         return list(_Replay.apply(self, x, *parameters))
 
@@ -150,6 +148,38 @@ class _Replay(torch.autograd.Function):
             )
         ctx.turn = None
         return (None, *ctx.captured.replay_backward(upstream))
+
+
+def _gradients(
+    outs: Sequence[Tensor], inputs: Sequence[Tensor], upstream: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    # As in a backward pass after the forward pass's autocast.
+    with torch.autocast("cuda", enabled=False):
+        return torch.autograd.grad(outs, inputs, upstream, allow_unused=True)
+
+
+@contextmanager
+def _stand_ins(model: nn.Module) -> Iterator[None]:
+    """The model with parameters of the same memory that no pass has seen.
+
+    Where a parameter's gradient is added up, on which stream, is decided by the first pass that is not over yet. A backward pass
+    that is captured must not meet such a place of another stream: the capture would break.
+    """
+    others: dict[nn.Parameter, nn.Parameter] = {}
+    swapped: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for module in model.modules():
+        for name, own in module._parameters.items():
+            if own is not None:
+                swapped.append((module, name, own))
+                if own not in others:
+                    others[own] = nn.Parameter(own.detach(), requires_grad=own.requires_grad)
+    try:
+        for module, name, own in swapped:
+            module._parameters[name] = others[own]
+        yield
+    finally:
+        for module, name, own in swapped:
+            module._parameters[name] = own
 
 
 def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
