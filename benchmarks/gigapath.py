@@ -219,8 +219,10 @@ def table(result: dict[str, Any]) -> str:
         for what, unit, scale in (("forward", "ms", 1.0), ("step", "ms", 1.0), ("step_bytes", "GiB", 2**30)):
             for name, mode in MODES.items():
                 part, _, field = what.partition("_")
-                own, theirs = (MEMORY[name], "bytes") if field else ("median", "median")
-                one, other = found[name][part][own] / scale, found["gigapath"][part][theirs] / scale
+                one, other = (found[x][part][field or "median"] / scale for x in (name, "gigapath"))
+                # Results from before there were graphs have the memory of tensors alone.
+                if field:
+                    one = found[name][part].get(MEMORY[name], found[name][part]["bytes"]) / scale
                 ratio, limit = found["ratios"][name][what], found["limits"][what]
                 title = {"forward": "forward", "step": "training step", "step_bytes": "training memory"}[what]
                 verdict = ("reached" if ratio <= limit else "missed") if name == found["judged"] else ""
