@@ -135,14 +135,16 @@ def on_gpu(tiles: int, gigapath: Path | None, torchscale: Path | None) -> dict[s
         for other in models.values():
             other.to("cpu")
         model.to(device)
-        release()
         choose(ours, name)
-        found[name]["forward"] = measure(partial(forward, model.eval(), x, coords), ROUNDS["forward"])
-        release()
-        found[name]["step"] = measure(partial(step, model.train(), x, coords), ROUNDS["step"])
+        calls = {"forward": partial(forward, model, x, coords), "step": partial(step, model, x, coords)}
+        for what, call in calls.items():
+            # What graphs held before is not this one's.
+            passes.REPLAYS.forget(ours)
+            release()
+            model.train(what == "step")
+            found[name][what] = measure(call, ROUNDS[what])
         model.zero_grad(set_to_none=True)
-        # What graphs hold is not the next one's.
-        passes.REPLAYS.forget(model)
+    passes.REPLAYS.forget(ours)
     if "gigapath" in models:
         found["ratios"] = {name: ratios(found[name], found["gigapath"], MEMORY[name]) for name in MEMORY}
         found["reached"] = {name: found["ratios"][found["judged"]][name] <= limit for name, limit in LIMITS.items()}
