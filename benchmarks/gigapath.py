@@ -136,7 +136,10 @@ def on_gpu(tiles: int, gigapath: Path | None, torchscale: Path | None) -> dict[s
             other.to("cpu")
         model.to(device)
         choose(ours, name)
-        calls = {"forward": partial(forward, model, x, coords), "step": partial(step, model, x, coords)}
+        calls: dict[str, Callable[[], object]] = {
+            "forward": partial(forward, model, x, coords),
+            "step": partial(step, model, x, coords),
+        }
         for what, call in calls.items():
             # What graphs held before is not this one's.
             passes.REPLAYS.forget(ours)
