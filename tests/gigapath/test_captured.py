@@ -69,6 +69,16 @@ def test_results_and_gradients_are_copies_and_go_to_their_inputs() -> None:
     assert all(one.grad is None for one in (*model.unused.parameters(), *model.frozen.parameters()))
 
 
+def test_a_result_without_a_gradient() -> None:
+    model, replays, x = Model(), Replays(), torch.randn(2, 4)
+    function = lambda x: [x * 3, model.used(x), model.frozen(x)]  # noqa: E731
+    for _ in range(2):
+        first, second, third = replays.run(model, None, function, x)
+        assert not first.requires_grad and second.requires_grad and not third.requires_grad
+        assert torch.equal(first, x * 3) and torch.equal(third, model.frozen(x))
+        second.sum().backward()
+
+
 def test_a_size_that_waits_for_its_backward_pass_is_not_replayed() -> None:
     model, replays, x = Model(), Replays(), torch.randn(2, 4)
     first = call(replays, model, x)[0]

@@ -116,9 +116,9 @@ def register_operators(
         head_offsets: str,
         is_causal: bool,
         scale: float,
-        read_by_first: bool = False,
         head_numbers: Sequence[int] | None = None,
         total_heads: int = 0,
+        read_by_first: bool = False,
     ) -> tuple[Tensor, Tensor]:
         pattern = _parsed(segment_lengths, dilation_rates, head_offsets, head_numbers, total_heads)
         spec = Spec(pattern, is_causal, scale, read_by_first)
@@ -143,9 +143,9 @@ def register_operators(
         head_offsets: str,
         is_causal: bool,
         scale: float,
-        read_by_first: bool = False,
         head_numbers: Sequence[int] | None = None,
         total_heads: int = 0,
+        read_by_first: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         pattern = _parsed(segment_lengths, dilation_rates, head_offsets, head_numbers, total_heads)
         spec = Spec(pattern, is_causal, scale, read_by_first)
@@ -185,7 +185,7 @@ def register_operators(
 def _settings(spec: Spec) -> tuple[Any, ...]:
     """A spec as an operator takes it."""
     lengths, rates, head_offsets, *numbers = pattern_settings(spec.pattern)
-    return lengths, rates, head_offsets, spec.is_causal, spec.scale, spec.read_by_first, *numbers
+    return lengths, rates, head_offsets, spec.is_causal, spec.scale, *numbers, spec.read_by_first
 
 
 def _parsed(

@@ -87,6 +87,8 @@ class Captured:
         with torch.cuda.graph(self._forward):
             outs = function(self._x)
         self._outs = [out.detach() for out in outs]
+        # Results that depend on nothing whose gradient is wanted.
+        self._without = [place for place, out in enumerate(outs) if not out.requires_grad]
         if not wanted:
             return
         self._upstream = [torch.zeros_like(out) for out in self._outs]
@@ -115,6 +117,10 @@ class Captured:
             self._forward.replay()
             return [out.clone() for out in self._outs]
 
+    def constant(self, outs: Sequence[Tensor]) -> list[Tensor]:
+        """Those of the results that have no gradient."""
+        return [outs[place] for place in self._without]
+
     def begin(self) -> _Turn:
         turn = _Turn()
         self._turn = weakref.ref(turn)
@@ -136,7 +142,9 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, captured: Captured, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.captured, ctx.turn = captured, captured.begin()
-        return tuple(captured.replay(x))
+        outs = captured.replay(x)
+        ctx.mark_non_differentiable(*captured.constant(outs))
+        return tuple(outs)
 
     @staticmethod
     @once_differentiable
@@ -153,9 +161,10 @@ class _Replay(torch.autograd.Function):
 def _gradients(
     outs: Sequence[Tensor], inputs: Sequence[Tensor], upstream: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
+    pairs = [(out, grad) for out, grad in zip(outs, upstream, strict=True) if out.requires_grad]
     # As in a backward pass after the forward pass's autocast.
     with torch.autocast("cuda", enabled=False):
-        return torch.autograd.grad(outs, inputs, upstream, allow_unused=True)
+        return torch.autograd.grad([out for out, _ in pairs], inputs, [grad for _, grad in pairs], allow_unused=True)
 
 
 @contextmanager
