@@ -274,6 +274,7 @@ def test_bad_input() -> None:
         ({"drop_path": 1.0}, "drop_path=1.0"),
         ({"max_wsi_size": 100}, "max_wsi_size=100"),
         ({"slide_ngrids": 0}, "slide_ngrids=0"),
+        ({"cuda_graphs": True}, "cuda_graphs=True with compiled=False"),
         ({"dim": 48, "heads": 5}, "not divisible"),
     ]:
         with pytest.raises(ValueError, match=match):

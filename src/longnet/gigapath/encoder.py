@@ -41,7 +41,7 @@ class SlideEncoder(nn.Module):
             gradient checkpointing. May be set later.
         compiled: run the encoder through ``torch.compile``: faster on a GPU, after a wait at the first slide. One compilation
             serves slides of any size. Dropout then draws other numbers. May be set later.
-        cuda_graphs: where it is compiled, capture what a slide of up to 20,000 tiles launches on a GPU, and replay it for slides
+        cuda_graphs: with ``compiled``, capture what a slide of up to 20,000 tiles launches on a GPU, and replay it for slides
             of the same size: for sizes that come again. Each is passed four times at first, and the last eight keep the
             memory of a pass. May be set later.
         backend: as in :func:`longnet.dilated_attention`.
@@ -81,6 +81,10 @@ class SlideEncoder(nn.Module):
                 raise ValueError(f"{name}={value}: expected at least 1")
         if not 0.0 <= drop_path < 1.0:
             raise ValueError(f"drop_path={drop_path}: expected a probability in [0, 1)")
+        if cuda_graphs and not compiled:
+            raise ValueError(
+                "cuda_graphs=True with compiled=False: only compiled passes are captured, expected compiled=True"
+            )
         if recompute not in RECOMPUTE:
             raise ValueError(f"recompute={recompute!r} is unknown: expected one of {RECOMPUTE}")
         self.config = LongNetConfig(
