@@ -38,20 +38,28 @@ class Kept:
         Args:
             key: all that the tensor depends on, the device too.
         """
-        on_cuda = device.type == "cuda"
-        capturing = on_cuda and torch.cuda.is_current_stream_capturing()
+        if device.type != "cuda":
+            return self._find(key, lambda: _Made(make(), None)).tensor
+        # Streams below are those of the tensor's device.
+        with torch.cuda.device(device):
+            return self._get_on_cuda(key, make)
+
+    def _find(self, key: Hashable, make: Callable[[], _Made]) -> _Made:
         found = self._made.get(key) or self._captured.get(key)
         if found is None:
-            if capturing:
-                # The graph makes it itself, at every replay.
-                return make()
-            found = self._made[key] = _elsewhere(make, device) if on_cuda else _Made(make(), None)
+            found = self._made[key] = make()
             if len(self._made) > self._most:
                 self._made.popitem(last=False)
         elif key in self._made:
             self._made.move_to_end(key)
-        if not on_cuda:
-            return found.tensor
+        return found
+
+    def _get_on_cuda(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        capturing = torch.cuda.is_current_stream_capturing()
+        if capturing and key not in self._made and key not in self._captured:
+            # The graph makes it itself, at every replay.
+            return make()
+        found = self._find(key, lambda: _elsewhere(make))
         if capturing:
             self._captured[key] = found
             if found.ready is not None:
@@ -67,9 +75,9 @@ class Kept:
         return found.tensor
 
 
-def _elsewhere(make: Callable[[], Tensor], device: torch.device) -> _Made:
+def _elsewhere(make: Callable[[], Tensor]) -> _Made:
     """Made on the current stream, in memory that belongs to no graph."""
-    stream = torch.cuda.current_stream(device)
+    stream = torch.cuda.current_stream()
 
     def inside() -> _Made:
         with torch.cuda.stream(stream):

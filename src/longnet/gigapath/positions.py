@@ -13,9 +13,14 @@ def cells(coords: Tensor, tile_size: int, grid: int) -> tuple[Tensor, Tensor]:
 
     A tile outside gets a cell at the edge: :class:`Check` refuses it.
     """
+    cell, inside = _raster(coords, tile_size, grid)
+    return cell.long().clamp(0, grid - 1), ~inside.all()
+
+
+def _raster(coords: Tensor, tile_size: int, grid: int) -> tuple[Tensor, Tensor]:
+    """(coordinates in cells, whether each tile is inside of the grid)."""
     cell = torch.div(coords, tile_size, rounding_mode="floor")
-    outside = ~((cell >= 0) & (cell < grid)).all()
-    return cell.long().clamp(0, grid - 1), outside
+    return cell, ((cell >= 0) & (cell < grid)).all(-1)
 
 
 class Check:
@@ -29,7 +34,7 @@ class Check:
         self._ready = torch.cuda.Event() if outside.is_cuda else None
         self._outside = outside.to("cpu", non_blocking=True)
         if self._ready is not None:
-            self._ready.record()
+            self._ready.record(torch.cuda.current_stream(outside.device))
 
     def finish(self, coords: Tensor, tile_size: int, grid: int) -> None:
         """Wait for the answer.
@@ -41,8 +46,7 @@ class Check:
             self._ready.synchronize()
         if not bool(self._outside):
             return
-        cell = torch.div(coords, tile_size, rounding_mode="floor")
-        inside = ((cell >= 0) & (cell < grid)).all(-1)
+        _, inside = _raster(coords, tile_size, grid)
         place = tuple(int(i) for i in (~inside).nonzero()[0])
         raise ValueError(
             f"coords{list(place)} = {coords[place].tolist()} is outside of the grid: expected x and y from 0 to below "
