@@ -131,7 +131,7 @@ def met(nest, level, start, first, last, length, is_causal, sweeps_later):
 def test_items_that_are_left_out_have_no_wanted_row(length, heads, head_offsets, branches):
     lengths, rates = zip(*branches, strict=True)
     (nest,) = make_nests(Pattern.parse(lengths, rates, head_offsets), heads, 64, 64)
-    wanted = read_by_first(Pattern.parse((200, 600, 5000), (1, 4, 8), head_offsets))
+    wanted = read_by_first(Pattern.parse((200, 600, 5000), (1, 4, 8), head_offsets), heads, length)
     owned = 32
     tiles, shape = kernel_arguments(nest, nest.classes, min(lengths[0], length), owned)
     one = Schedule(nest, shape, length, heads, 5, 128, owned, 32, False, False, CPU, wanted, heads, head_offsets)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import lcm
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,16 +22,20 @@ BRANCHES = st.sampled_from(
 
 
 def read(pattern: Pattern, length: int) -> set[int]:
-    return {n for w, r in read_by_first(pattern).runs for n in range(0, min(w, length), r)}
+    """By the definition: what the first token sees in a branch that some head's offset lets select it; head 0's always does."""
+    return {n for b in pattern.branches for n in range(0, min(b.segment_length, length), b.dilation_rate)}
 
 
 @given(branches=BRANCHES, first=st.integers(0, 300), step=st.integers(1, 24), length=st.integers(1, 400))
-def test_no_row_past_a_limit_is_wanted_and_some_just_before_may_be(branches, first, step, length):
-    pattern = Pattern(tuple(Pattern.parse(w, r).branches[0] for w, r in branches), "blocked")
-    limit = read_by_first(pattern).limit(first, step)
-    assert not {n for n in range(first, length, step) if n >= limit} & read(pattern, length)
-    if limit == 0:
-        assert not set(range(first, length, step)) & read(pattern, length)
+def test_no_row_past_a_limit_is_wanted_and_one_shortly_before_it_is(branches, first, step, length):
+    pattern = Pattern.parse(*zip(*branches, strict=True), "blocked")
+    limit = read_by_first(pattern, 4, length).limit(first, step)
+    wanted = set(range(first, length, step)) & read(pattern, length)
+    assert all(n < limit for n in wanted)
+    # Of two progressions the common rows lie a common multiple apart.
+    apart = max(lcm(step, rate) for _, rate in branches)
+    assert wanted or limit - apart <= first
+    assert not wanted or max(wanted) >= limit - apart
 
 
 @given(
@@ -43,7 +49,7 @@ def test_what_branches_select_past_their_limits_is_not_wanted(branches, length, 
     pattern = Pattern.parse(lengths, rates, head_offsets)
     wanted = read(pattern, length)
     for nest in make_nests(pattern, heads, 64, 1):
-        limits = swept_limits(nest, read_by_first(pattern), head_offsets, heads, length)
+        limits = swept_limits(nest, read_by_first(pattern, heads, length), head_offsets, heads, length)
         for head, row in enumerate(limits):
             for branch, limit in zip(nest.branches, row, strict=True):
                 assert 0 <= limit <= length

@@ -192,7 +192,8 @@ class _Call:
         if not self.for_hopper:
             return None
         pattern, is_causal = self.spec.pattern, self.spec.is_causal
-        wanted = read_by_first(pattern) if self.spec.read_by_first and not is_causal else None
+        some = self.spec.read_by_first and not is_causal
+        wanted = read_by_first(pattern, self.heads, self.length) if some else None
         return hopper.Work(self.for_hopper, self.scale, is_causal, pattern.head_offsets, wanted)
 
 

@@ -146,7 +146,7 @@ def _forward(
         branch_out, branch_lse = backend.forward(q, k, v, None, None, _padded_spec(spec, branch))
         mixing.merge_(out, lse, branch_out[:, :, : query.shape[2]], branch_lse[:, :, : query.shape[2]])
     if spec.read_by_first:
-        unread = _unread(spec.pattern, query.shape[2], query.device)
+        unread = _unread(spec.pattern, query.shape[1], query.shape[2], query.device)
         out.masked_fill_(unread[:, None], 0.0)
         # Every probability in these rows is 0 in the backward pass.
         lse.masked_fill_(unread, torch.inf)
@@ -235,14 +235,14 @@ def _log_phantoms(pattern: Pattern, heads: int, length: int, device: torch.devic
     return _PHANTOMS.get((pattern, heads, length, device, dtype), device, make)
 
 
-def _unread(pattern: Pattern, length: int, device: torch.device) -> Tensor:
+def _unread(pattern: Pattern, heads: int, length: int, device: torch.device) -> Tensor:
     """Which rows nobody reads where :class:`Spec` says ``read_by_first``, (N,) bool."""
 
     def make() -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
             unread = torch.ones(length, dtype=torch.bool)
-            for end, step in rows_read_by_first(pattern).runs:
+            for end, step in rows_read_by_first(pattern, heads, length).runs:
                 unread[:end:step] = False
             return unread.to(device)
 
-    return _UNREAD.get((pattern, length, device), device, make)
+    return _UNREAD.get((pattern, heads, length, device), device, make)

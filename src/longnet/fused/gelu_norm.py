@@ -1,8 +1,7 @@
 """``layer_norm(gelu(x))``: the widest activation of a layer read once and written once, forward and backward.
 
-What torch.compile makes of it reads a row several times and evaluates the error function each time: on one H200 three to four
-times as long as the memory traffic takes. Here a row stays in registers, and only x and two numbers a row are kept for
-the backward pass.
+What torch.compile makes of it reads a row several times and evaluates the error function each time. Here a row stays in
+registers, and only x and two numbers a row are kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _MOST_PARTS = 4
 _WIDTHS = (256, 512, 1024, 2048, 4096)
 _LARGEST_ROW = 8192
 
-# Measured on one H200: programs of a multiprocessor, each of so many warps.
+# The fastest of a few on one H200: programs of a multiprocessor, each of so many warps.
 _PROGRAMS, _WARPS = 8, 4
 _PROGRAMS_BACKWARD, _WARPS_BACKWARD = 2, 8
 

@@ -1,7 +1,7 @@
 """Masks of dropout, eight numbers of a random generator at a time.
 
 What torch.compile makes of ``torch.rand`` evaluates Philox, a counter-based generator of four words (Salmon et al., 2011), once
-for every number and keeps one word of it: on one H200 that takes about as long as the rest of the kernel that it is fused with.
+for every number and keeps one word of it.
 """
 
 from __future__ import annotations

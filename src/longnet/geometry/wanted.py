@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd
 
+from longnet.geometry.first_token import first_keys
 from longnet.geometry.nests import Nest
 from longnet.geometry.pattern import HeadOffsets, Pattern, head_offset
 
@@ -22,9 +23,9 @@ class WantedRows:
         return max((end for end, rate in self.runs if first % gcd(step, rate) == 0), default=0)
 
 
-def read_by_first(pattern: Pattern) -> WantedRows:
-    """The rows that the first token attends to in some head; head 0 has the offset 0 in every branch."""
-    return WantedRows(tuple((branch.segment_length, branch.dilation_rate) for branch in pattern.branches))
+def read_by_first(pattern: Pattern, heads: int, length: int) -> WantedRows:
+    """The rows that the first token attends to in some head."""
+    return WantedRows(tuple((keys.end, keys.step) for keys in first_keys(pattern, heads, length)))
 
 
 @lru_cache(maxsize=1024)

@@ -10,6 +10,7 @@ from torch import Tensor
 from longnet.backends.operators import no_autocast
 from longnet.geometry import Pattern
 from longnet.geometry.first_token import first_keys
+from longnet.geometry.wanted import read_by_first
 
 
 def first_token_weights(query: Tensor, key: Tensor, times: Tensor) -> Tensor:
@@ -36,8 +37,8 @@ def first_token_weights(query: Tensor, key: Tensor, times: Tensor) -> Tensor:
 def read_by_first_token(pattern: Pattern, heads: int, length: int, device: torch.device) -> Tensor:
     """The positions whose keys the first token sees in some head, rising, itself among them: no other is ever read."""
     read = torch.zeros(length, dtype=torch.bool)
-    for keys in first_keys(pattern, heads, length):
-        read[: keys.end : keys.step] = True
+    for end, step in read_by_first(pattern, heads, length).runs:
+        read[:end:step] = True
     with torch.inference_mode(False):
         return read.nonzero().squeeze(1).to(device)
 
