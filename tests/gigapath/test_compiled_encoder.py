@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 
 import pytest
@@ -10,11 +11,16 @@ from slides import encoder, slides
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from longnet.gigapath import layer, passes
+from longnet.fused import joined
+from longnet.gigapath import SlideEncoder, layer, passes
 from longnet.gigapath.readout import read_by_first_token
+from longnet.models import normed
 
 # Torch's own tracing looks at tensors of its own.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning"),
+]
 RECOMPUTE = ("ffn", "block", "elementwise", "none")
 
 
@@ -128,3 +134,38 @@ def test_with_torchs_code_generator_under_autocast() -> None:
     for select in (slice(1), slice(1, None)):
         got, want = (torch.cat([x.flatten() for x in found[compiled][select]]) for compiled in (True, False))
         assert float((got - want).norm()) <= 0.03 * float(want.norm())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.parametrize("recompute", ["ffn", "elementwise"])
+def test_norms_and_projections_in_one_step(
+    recompute: str, counted: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, with kernels in Triton's interpreter: eager and compiled what modules give, but for rounding."""
+    torch.manual_seed(0)
+    model = SlideEncoder(256, 3, in_dim=24, recompute=recompute, dropout=0.0, drop_path=0.0).train()
+    x, coords = slides(7, dtype=torch.float32)
+
+    def gradients_of(compiled: bool) -> list[Tensor]:
+        model.compiled = compiled
+        with torch.autocast("cpu", torch.bfloat16):
+            found = gradients(model, x, coords)
+        return [one.double() for one in found]
+
+    expected = gradients_of(False)
+    monkeypatch.setattr(normed, "fits", lambda device, dtype, channels: dtype == torch.bfloat16)
+    launches: list[int] = []
+    backward = joined.norm_backward
+    monkeypatch.setattr(joined, "norm_backward", lambda *args: (launches.append(len(args[0])), backward(*args))[1])
+    found = gradients_of(False)
+    # Of two layers the inputs' norm, that of attention's result, that before the feed-forward and that inside of it; the last
+    # layer's first norm is read by one token alone.
+    assert sorted(launches) == [1] * 9 + [3] * 2
+    monkeypatch.setattr(joined, "norm_backward", backward)
+    compiled = gradients_of(True)
+    assert counted.frame_count > 0
+    names = ["out", *[name for name, _ in model.named_parameters()]]
+    for name, want, *both in zip(names, expected, found, compiled, strict=True):
+        for got in both:
+            # A key's bias moves all scores of a query alike: its gradient is rounding alone.
+            assert "k_proj.bias" in name or (got - want).norm() <= 3e-2 * want.norm(), name

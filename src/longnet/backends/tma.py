@@ -12,6 +12,9 @@ from torch import Tensor
 # Kernels take so many views of every tensor, one per branch of a nest; the others are None.
 VIEWS = 5
 
+# What a kernel is given of tensors: one, several as one argument, or none.
+Pointer = Tensor | tuple[Tensor, ...] | None
+
 
 @dataclass(frozen=True)
 class View:
@@ -104,7 +107,7 @@ class Launch:
     rest: tuple[Any, ...]
     options: dict[str, Any]
     # By the alignment of the pointers, which Triton specialises on.
-    _compiled: dict[tuple[int, ...], Any] = field(default_factory=dict)
+    _compiled: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     @cached_property
     def _constants(self) -> tuple[Any, ...]:
@@ -116,7 +119,7 @@ class Launch:
         places = enumerate((number, one) for number, of_input in enumerate(self.templates) for one in of_input)
         return tuple((place, number, one) for place, (number, one) in places if one is not None)
 
-    def run(self, pointers: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> None:
+    def run(self, pointers: tuple[Pointer, ...], inputs: tuple[Tensor, ...]) -> None:
         """Run it on the current device; from the second time on without Triton's dispatch, which would look at every argument.
 
         Args:
@@ -128,10 +131,16 @@ class Launch:
             # Made by hand: the constructor checks all of it again, which takes longer than a short sequence's attention.
             views[place] = descriptor = object.__new__(type(template))
             descriptor.__dict__.update(template.__dict__, base=inputs[number])
-        aligned = tuple(x.data_ptr() % 16 for x in pointers)
+        aligned = tuple(_alignment(x) for x in pointers)
         compiled = self._compiled.get(aligned)
         if compiled is None:
             made = self.kernel[self.programs, 1, 1](*pointers, *views, *self.rest, **self.options)
             self._compiled[aligned] = made
         else:
             compiled[self.programs, 1, 1](*pointers, *views, *self.rest, *self._constants)
+
+
+def _alignment(pointer: Pointer) -> Any:
+    if pointer is None or isinstance(pointer, Tensor):
+        return pointer if pointer is None else pointer.data_ptr() % 16
+    return tuple(x.data_ptr() % 16 for x in pointer)

@@ -1,8 +1,8 @@
 """Kernels of :mod:`longnet.fused`.
 
-Of GELU and layer norm a launch is persistent: every program has weights, and in the backward pass sums of their gradients, in
-registers, and takes one row after the other, of which the next is on its way. A row of C channels is ``PARTS`` of ``WIDTH``, a
-power of two, so that no lane is idle at C = 3,072.
+Of layer norm, with GELU or without, a launch is persistent: every program has weights, and in the backward pass sums of their
+gradients, in registers, and takes one row after the other, of which the next is on its way. A row of C channels is ``PARTS``
+of ``WIDTH``, a power of two, so that no lane is idle at C = 768 or 3,072.
 """
 
 from __future__ import annotations
@@ -39,8 +39,22 @@ def _row(POINTER, row, PARTS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def gelu_norm_kernel(X, WEIGHT, BIAS, OUT, STATISTICS, rows, eps, PARTS: tl.constexpr, WIDTH: tl.constexpr):
-    """OUT = layer norm of GELU of X, (rows, PARTS * WIDTH) each; mean and 1 / deviation into STATISTICS (rows, 2)."""
+def _each(POINTERS, row, PARTS: tl.constexpr, WIDTH: tl.constexpr):
+    """The parts of a row of each of several tensors, one tensor after the other."""
+    found = ()
+    for which in tl.static_range(len(POINTERS)):
+        found = found + _row(POINTERS[which], row, PARTS, WIDTH)
+    return found
+
+
+@triton.jit
+def _add(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def gelu_norm_kernel(X, WEIGHT, BIAS, OUT, rows, eps, PARTS: tl.constexpr, WIDTH: tl.constexpr):
+    """OUT = layer norm of GELU of X, (rows, PARTS * WIDTH) each."""
     weight, bias = _row(WEIGHT, 0, PARTS, WIDTH), _row(BIAS, 0, PARTS, WIDTH)
     upcoming = _row(X, tl.program_id(0), PARTS, WIDTH)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
@@ -63,55 +77,103 @@ def gelu_norm_kernel(X, WEIGHT, BIAS, OUT, STATISTICS, rows, eps, PARTS: tl.cons
         for part in tl.static_range(PARTS):
             y = (hidden[part] - mean) * scale * weight[part].to(tl.float32) + bias[part].to(tl.float32)
             tl.store(at + part * WIDTH, y.to(OUT.dtype.element_ty))
-        tl.store(STATISTICS + tl.cast(row, tl.int64) * 2, mean)
-        tl.store(STATISTICS + tl.cast(row, tl.int64) * 2 + 1, scale)
 
 
 @triton.jit
-def gelu_norm_backward_kernel(
-    GRAD, X, WEIGHT, STATISTICS, GRAD_X, SUMS, rows, PARTS: tl.constexpr, WIDTH: tl.constexpr
-):
-    """GRAD_X from GRAD, X and STATISTICS, (rows, PARTS * WIDTH); this program's rows' part of the gradients of weight and
-    bias into SUMS (2, programs, PARTS * WIDTH).
+def norm_backward_kernel(
+    GRADS, X, WEIGHT, BIAS, BESIDE, GRAD_X, NORMED, SUMS, rows, eps,
+    GELU: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """GRAD_X of the layer norm of X, or of its GELU, (rows, PARTS * WIDTH), from the sum of GRADS; NORMED is the norm again.
+
+    BESIDE is None or what else there is of the gradient of X. This program's rows' part of the gradients of weight and bias goes
+    into SUMS (2, programs, PARTS * WIDTH).
     """
-    weight = _row(WEIGHT, 0, PARTS, WIDTH)
+    C: tl.constexpr = PARTS * WIDTH
     weight_sum, bias_sum = (), ()
     for _ in tl.static_range(PARTS):
         weight_sum = weight_sum + (tl.zeros([WIDTH], tl.float32),)
         bias_sum = bias_sum + (tl.zeros([WIDTH], tl.float32),)
-    next_x, next_grad = _row(X, tl.program_id(0), PARTS, WIDTH), _row(GRAD, tl.program_id(0), PARTS, WIDTH)
+    next_x, next_grads = _row(X, tl.program_id(0), PARTS, WIDTH), _each(GRADS, tl.program_id(0), PARTS, WIDTH)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        x_row, grad_row = next_x, next_grad
+        x_row, grad_rows = next_x, next_grads
+        if BESIDE is not None:
+            beside = _row(BESIDE, row, PARTS, WIDTH)
         # Past the end any.
         following = tl.minimum(row + tl.num_programs(0), rows - 1)
-        next_x, next_grad = _row(X, following, PARTS, WIDTH), _row(GRAD, following, PARTS, WIDTH)
-        mean = tl.load(STATISTICS + tl.cast(row, tl.int64) * 2)
-        scale = tl.load(STATISTICS + tl.cast(row, tl.int64) * 2 + 1)
-        normed, slopes, grads = (), (), ()
-        total, against = tl.zeros([WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32)
-        weight_new, bias_new = (), ()
+        next_x, next_grads = _row(X, following, PARTS, WIDTH), _each(GRADS, following, PARTS, WIDTH)
+        # From the nearest cache: registers are for what comes from memory.
+        weight, bias = _row(WEIGHT, 0, PARTS, WIDTH), _row(BIAS, 0, PARTS, WIDTH)
+        hidden, slopes = (), ()
+        total = tl.zeros([WIDTH], tl.float32)
         for part in tl.static_range(PARTS):
-            x, grad = x_row[part].to(tl.float32), grad_row[part].to(tl.float32)
-            share, bell = _normal(x)
-            y = (x * share - mean) * scale
+            x = x_row[part].to(tl.float32)
+            if GELU:
+                share, bell = _normal(x)
+                slopes = slopes + (share + x * bell * 0.3989422804014327,)
+                x = x * share
+            hidden = hidden + (x,)
+            total += x
+        mean = tl.sum(total, 0) / C
+        total = tl.zeros([WIDTH], tl.float32)
+        for part in tl.static_range(PARTS):
+            total += (hidden[part] - mean) * (hidden[part] - mean)
+        scale = tl.rsqrt(tl.sum(total, 0) / C + eps)
+        at = tl.cast(row, tl.int64) * C + tl.arange(0, WIDTH)
+        normed, grads, weight_new, bias_new = (), (), (), ()
+        total, against = tl.zeros([WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32)
+        for part in tl.static_range(PARTS):
+            grad = grad_rows[part].to(tl.float32)
+            for other in tl.static_range(1, len(GRADS)):
+                grad += grad_rows[other * PARTS + part].to(tl.float32)
+            y = (hidden[part] - mean) * scale
             weight_new = weight_new + (weight_sum[part] + grad * y,)
             bias_new = bias_new + (bias_sum[part] + grad,)
+            again = y * weight[part].to(tl.float32) + bias[part].to(tl.float32)
+            tl.store(NORMED + at + part * WIDTH, again.to(NORMED.dtype.element_ty))
             grad = grad * weight[part].to(tl.float32)
             total += grad
             against += grad * y
             normed = normed + (y,)
             grads = grads + (grad,)
-            slopes = slopes + (share + x * bell * 0.3989422804014327,)
         weight_sum, bias_sum = weight_new, bias_new
-        middle, along = tl.sum(total, 0) / (PARTS * WIDTH), tl.sum(against, 0) / (PARTS * WIDTH)
-        at = GRAD_X + tl.cast(row, tl.int64) * (PARTS * WIDTH) + tl.arange(0, WIDTH)
+        middle, along = tl.reduce((total, against), 0, _add)
         for part in tl.static_range(PARTS):
-            grad = (grads[part] - middle - normed[part] * along) * scale * slopes[part]
-            tl.store(at + part * WIDTH, grad.to(GRAD_X.dtype.element_ty))
-    at = SUMS + tl.program_id(0) * (PARTS * WIDTH) + tl.arange(0, WIDTH)
+            grad = (grads[part] - middle / C - normed[part] * (along / C)) * scale
+            if GELU:
+                grad = grad * slopes[part]
+            if BESIDE is not None:
+                grad += beside[part].to(tl.float32)
+            tl.store(GRAD_X + at + part * WIDTH, grad.to(GRAD_X.dtype.element_ty))
+    at = SUMS + tl.program_id(0) * C + tl.arange(0, WIDTH)
     for part in tl.static_range(PARTS):
         tl.store(at + part * WIDTH, weight_sum[part])
-        tl.store(at + tl.num_programs(0) * (PARTS * WIDTH) + part * WIDTH, bias_sum[part])
+        tl.store(at + tl.num_programs(0) * C + part * WIDTH, bias_sum[part])
+
+
+@triton.jit
+def column_sums_kernel(TENSORS, SUMS, rows, PARTS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """The sum of this program's rows of one of TENSORS (rows, PARTS * WIDTH), into SUMS (tensors, programs, PARTS * WIDTH)."""
+    C: tl.constexpr = PARTS * WIDTH
+    programs = tl.num_programs(0) // len(TENSORS)
+    program = tl.program_id(0) % programs
+    for which in tl.static_range(len(TENSORS)):
+        if tl.program_id(0) // programs == which:
+            columns = TENSORS[which] + tl.arange(0, WIDTH)[None, :]
+            sums = ()
+            for _ in tl.static_range(PARTS):
+                sums = sums + (tl.zeros([ROWS, WIDTH], tl.float32),)
+            for start in range(program * ROWS, rows, programs * ROWS):
+                row = start + tl.arange(0, ROWS)
+                at = columns + row.to(tl.int64)[:, None] * C
+                new = ()
+                for part in tl.static_range(PARTS):
+                    found = tl.load(at + part * WIDTH, mask=(row < rows)[:, None], other=0.0)
+                    new = new + (sums[part] + found.to(tl.float32),)
+                sums = new
+            out = SUMS + tl.program_id(0) * C + tl.arange(0, WIDTH)
+            for part in tl.static_range(PARTS):
+                tl.store(out + part * WIDTH, tl.sum(sums[part], 0))
 
 
 @triton.jit

@@ -22,6 +22,7 @@ from longnet.compat.attention import torchscale_pattern_attention
 from longnet.fused import can_draw, keep_masks
 from longnet.gigapath.readout import first_token_weights
 from longnet.models.layers import Block
+from longnet.models.normed import normalise, project_normed, project_residual
 
 Recompute = Literal["ffn", "block", "elementwise", "none"]
 RECOMPUTE: tuple[str, ...] = get_args(Recompute)
@@ -84,7 +85,7 @@ def class_token_weights(block: Block, x: Tensor, times: Tensor) -> tuple[Tensor,
     Args:
         times: :func:`longnet.gigapath.readout.log_times` of the tokens that x has.
     """
-    attention, y = block.attention, _normalised(block, x)
+    attention, y = block.attention, normalise(block.attention_norm, x)
     query, key = (
         rows.unflatten(-1, (attention.heads, attention.head_dim)).transpose(1, 2)
         for rows in (attention.q_proj(y[:, :1]), attention.k_proj(y))
@@ -92,21 +93,11 @@ def class_token_weights(block: Block, x: Tensor, times: Tensor) -> tuple[Tensor,
     return first_token_weights(query, key, times), y
 
 
-def _normalised(block: Block, x: Tensor) -> Tensor:
-    """What the projections read; under autocast cast once, instead of by each of them."""
-    y: Tensor = block.attention_norm(x)
-    kind = x.device.type
-    if y.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return y
-    return y.to(torch.get_autocast_dtype(kind))
-
-
 def _layer(block: Block, x: Tensor, scales: Scales, kept: Masks, recompute: Recompute, read: Tensor | None) -> Tensor:
-    attention, y = block.attention, _normalised(block, x)
-    q, k, v = (
-        projection(y).unflatten(-1, (attention.heads, attention.head_dim)).transpose(1, 2)
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
+    attention = block.attention
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    x, projected = project_residual(block.attention_norm, projections, x)
+    q, k, v = (rows.unflatten(-1, (attention.heads, attention.head_dim)).transpose(1, 2) for rows in projected)
     some = {"read_by_first": True} if read is not None and attention.function is torchscale_pattern_attention else {}
     out = attention.function(q, k, v, attention.pattern, is_causal=False, backend=attention.backend, **some)
     assert isinstance(out, Tensor)
@@ -129,9 +120,10 @@ def _layer(block: Block, x: Tensor, scales: Scales, kept: Masks, recompute: Reco
 def _after(block: Block, x: Tensor, attended: Tensor, scales: Scales, kept: Masks = (None, None)) -> Tensor:
     attention = block.attention
     assert attention.sub_norm is not None
-    branch = _dropout(block, attention.out_proj(attention.sub_norm(attended)), kept[0])
+    branch = _dropout(block, project_normed(attention.sub_norm, [attention.out_proj], attended)[0], kept[0])
     x = x + (branch if scales[0] is None else branch * scales[0])
-    branch = _dropout(block, block.feed_forward(block.feed_forward_norm(x)), kept[1])
+    x, (hidden,) = project_residual(block.feed_forward_norm, [block.feed_forward.fc1], x)
+    branch = _dropout(block, block.feed_forward.finish(hidden), kept[1])
     return x + (branch if scales[1] is None else branch * scales[1])
 
 

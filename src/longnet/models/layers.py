@@ -10,14 +10,13 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longnet.attention import DilatedAttention
-from longnet.fused import fits, gelu_norm
 from longnet.models.config import LongNetConfig
-from longnet.norm import LayerNorm, make_norm
+from longnet.models.normed import project_normed
+from longnet.norm import make_norm
 from longnet.streaming import DilatedCache
 
 
@@ -52,12 +51,11 @@ class FeedForward(nn.Module):
         return torch.cat([self._inside(part) for part in parts], dim=1)
 
     def _inside(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        hidden, norm = self.fc1(x), self.sub_norm  # (B, N, feed_forward_dim)
-        if isinstance(norm, LayerNorm) and fits(hidden, norm.weight):
-            return self.fc2(gelu_norm(hidden, norm.weight, norm.bias, norm.eps))
-        # Torch's kernels evaluate a bfloat16 or float16 GELU in float32 and round once, which is what casting around
-        # it would give, without keeping a float32 copy of the widest activation for the backward pass.
-        return self.fc2(norm(F.gelu(hidden), key_padding_mask))
+        return self.finish(self.fc1(x), key_padding_mask)
+
+    def finish(self, hidden: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """What comes after ``fc1``: (B, N, feed_forward_dim) -> (B, N, dim)."""
+        return project_normed(self.sub_norm, [self.fc2], hidden, key_padding_mask, gelu=True)[0]
 
 
 class Block(nn.Module):

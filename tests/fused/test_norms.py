@@ -1,0 +1,235 @@
+"""Norms and the projections that read them, against float64: in Triton's interpreter, or on a GPU where there is one."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from longnet.fused import Norm, fits, normed_linear, residual_normed_linear
+from longnet.fused.norms import column_sums, gelu_norm
+from longnet.models import LongNetConfig, normed
+from longnet.models.layers import Block, FeedForward
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Of a result that is rounded a few times, by dtype.
+ROUNDING = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def linears_of(channels: int, widths: Sequence[int], biased: bool, seed: int) -> list[tuple[Tensor, Tensor | None]]:
+    return [
+        (draw(d, channels, seed=seed + k).float() / channels**0.5, draw(d, seed=seed + k).float() if biased else None)
+        for k, d in enumerate(widths)
+    ]
+
+
+Leaves = list[Tensor]
+
+
+def leaves_of(x: Tensor, norm: Norm, linears: Sequence[tuple[Tensor, Tensor | None]]) -> Leaves:
+    parts = [part for linear in linears for part in linear if part is not None]
+    return [one.to(DEVICE).requires_grad_() for one in (x, norm.weight, norm.bias, *parts)]
+
+
+def rebuilt(leaves: Leaves, norm: Norm, biased: bool) -> tuple[Norm, list[tuple[Tensor, Tensor | None]]]:
+    """The leaves as arguments again."""
+    rest = iter(leaves[3:])
+    linears = [(weight, next(rest) if biased else None) for weight in rest]
+    return norm._replace(weight=leaves[1], bias=leaves[2]), linears
+
+
+def plain(x: Tensor, norm: Norm, linears: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    """The definition."""
+    y = F.layer_norm(F.gelu(x) if norm.gelu else x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+    return [F.linear(y, *linear) for linear in linears]
+
+
+@settings(max_examples=20)
+@given(
+    channels=st.sampled_from([256, 512, 768, 1024, 1536]),
+    shape=st.sampled_from([(1,), (3,), (2, 5), (1, 1, 4)]),
+    # Of a width that has no kernel for sums of columns, and of several widths at once.
+    widths=st.sampled_from([(256,), (40,), (256, 256, 256), (40, 512)]),
+    dtype=st.sampled_from(list(ROUNDING)),
+    kind=st.sampled_from(["gelu", "half", "wide", "residual"]),
+    weights=st.sampled_from([torch.float32, torch.bfloat16]),
+    biased=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_results_and_gradients(channels, shape, widths, dtype, kind, weights, biased, seed):
+    x = (draw(*shape, channels, seed=seed) * 3.0).to(dtype if kind in ("gelu", "half") else torch.float32)
+    weight, bias = draw(channels, seed=seed + 1).to(weights), draw(channels, seed=seed + 2).to(weights)
+    norm = Norm(weight, bias, 1e-5, kind == "gelu")
+    linears = linears_of(channels, widths, biased, seed + 3)
+    leaves = leaves_of(x, norm, linears)
+    arguments = rebuilt(leaves, norm, biased)
+    upstream = [draw(*shape, width, seed=seed + 50 + k) for k, width in enumerate(widths)]
+    beside = draw(*shape, channels, seed=seed + 99)
+    if kind == "residual":
+        same, outs = residual_normed_linear(leaves[0], *arguments, dtype)
+        assert torch.equal(same, leaves[0])
+        total = (same * beside.to(same)).sum()
+    else:
+        outs = normed_linear(leaves[0], *arguments, dtype)
+        total = torch.zeros((), device=DEVICE)
+    assert all(out.dtype == dtype for out in outs)
+    with torch.no_grad():
+        alone = normed_linear(leaves[0], *arguments, dtype)
+    assert all(torch.equal(out, other) for out, other in zip(outs, alone, strict=True))
+    total = total + sum((out.float() * grad.to(out).float()).sum() for out, grad in zip(outs, upstream, strict=True))
+    found = [*outs, *torch.autograd.grad(total, leaves)]
+    exact = [one.detach().double().cpu().requires_grad_() for one in leaves]
+    expected = plain(exact[0], *rebuilt(exact, norm, biased))
+    wanted = sum((out * grad.to(dtype).double()).sum() for out, grad in zip(expected, upstream, strict=True))
+    if kind == "residual":
+        wanted = wanted + (exact[0] * beside.float().double()).sum()
+    truth = [*expected, *torch.autograd.grad(wanted, exact)]
+    for number, (got, want) in enumerate(zip(found, truth, strict=True)):
+        allowed = ROUNDING[torch.bfloat16] if got.dtype == torch.bfloat16 else ROUNDING[dtype]
+        assert (got.double().cpu() - want).norm() <= allowed * want.norm(), number
+
+
+def test_far_from_zero_and_at_it():
+    # Tails of the normal distribution, zeros of both signs, and the largest float16.
+    x = torch.tensor([0.0, -0.0, 1e-7, -1e-7, 0.5, -0.5, 6.0, -6.0, 300.0, -300.0, 65504.0, -65504.0] * 64)[None]
+    for half in (x.half(), x[:, :256].half() / 1000):
+        channels = half.shape[-1]
+        norm = Norm(torch.ones(channels), torch.zeros(channels), 1e-5, gelu=True)
+        leaves = leaves_of(half, norm, [(torch.eye(channels), None)])
+        (out,) = normed_linear(leaves[0], *rebuilt(leaves, norm, False), torch.half)
+        upstream = draw(1, channels).half()
+        grads = torch.autograd.grad(out, leaves[:3], upstream.to(DEVICE))
+        exact = [one.detach().double().cpu().requires_grad_() for one in leaves]
+        (expected,) = plain(exact[0], *rebuilt(exact, norm, False))
+        wanted = torch.autograd.grad(expected, exact[:3], upstream.double())
+        for got, want in zip((out, *grads), (expected, *wanted), strict=True):
+            assert got.isfinite().all() and (got.double().cpu() - want).norm() <= 5e-4 * want.norm()
+
+
+def test_a_row_far_from_zero_keeps_its_variance():
+    # The sum of squares minus the square of the mean would lose it.
+    x = (100.0 + 0.1 * draw(4, 256)).float().to(DEVICE).requires_grad_()
+    norm = Norm(torch.ones(256, device=DEVICE), torch.zeros(256, device=DEVICE), 1e-5)
+    upstream = draw(4, 256, seed=1).half()
+    (out,) = normed_linear(x, norm, [(torch.eye(256, device=DEVICE), None)], torch.half)
+    (grad,) = torch.autograd.grad(out, x, upstream.to(DEVICE))
+    exact = x.detach().double().cpu().requires_grad_()
+    same = Norm(torch.ones(256).double(), torch.zeros(256).double(), 1e-5)
+    (expected,) = plain(exact, same, [(torch.eye(256).double(), None)])
+    (wanted,) = torch.autograd.grad(expected, exact, upstream.double())
+    assert (grad.double().cpu() - wanted).norm() <= 2e-3 * wanted.norm()
+
+
+def test_sums_of_columns():
+    for shapes in ([(7, 256)], [(300, 256), (300, 256), (300, 256)], [(2, 33, 512), (1, 40)], [(0, 256)], []):
+        tensors = [draw(*shape, seed=k).half().to(DEVICE) for k, shape in enumerate(shapes)]
+        found = column_sums(tensors)
+        assert len(found) == len(tensors)
+        for one, got in zip(tensors, found, strict=True):
+            want = one.double().flatten(0, -2).sum(0)
+            assert got.dtype == torch.float32 and (got - want).norm() <= 1e-5 * want.norm() + 1e-12
+
+
+def test_strides_no_rows_and_frozen_weights():
+    x, weight, bias = draw(4, 256, 3).half().to(DEVICE), draw(256).float().to(DEVICE), draw(256).float().to(DEVICE)
+    across = x.transpose(1, 2)
+    assert torch.equal(gelu_norm(across, weight, bias, 1e-5), gelu_norm(across.contiguous(), weight, bias, 1e-5))
+    norm, linears = Norm(weight, bias, 1e-5, gelu=True), [(draw(256, 256).float().to(DEVICE), bias)]
+    one, other = across.detach().requires_grad_(), across.detach().contiguous().requires_grad_()
+    for leaf in (one, other):
+        normed_linear(leaf, norm, linears, torch.half)[0].float().square().sum().backward()
+    assert one.grad is not None and other.grad is not None and torch.equal(one.grad, other.grad)
+    none = x.new_empty(0, 256).requires_grad_()
+    (out,) = normed_linear(none, norm, linears, torch.half)
+    assert out.shape == (0, 256) and torch.autograd.grad(out.sum(), none)[0].shape == (0, 256)
+
+
+def test_no_second_derivative():
+    x = draw(2, 256).half().to(DEVICE).requires_grad_()
+    norm = Norm(torch.ones(256, device=DEVICE), torch.zeros(256, device=DEVICE), 1e-5, gelu=True)
+    (out,) = normed_linear(x, norm, [(torch.eye(256, device=DEVICE), None)], torch.half)
+    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_what_fits():
+    if DEVICE == "cpu":
+        assert not fits(torch.device("cpu"), torch.half, 3072)
+        return
+    of = partial(fits, torch.device("cuda"))
+    assert all(of(torch.half, c) for c in (256, 768, 3072, 4096, 6144, 8192))
+    assert not any(of(torch.half, c) for c in (64, 400, 5120, 16384))
+    assert not of(torch.float32, 3072)
+
+
+class Adapter(nn.Linear):
+    """A projection of another class, as adapters are."""
+
+
+def hooked(module: nn.Linear) -> nn.Linear:
+    module.register_forward_hook(lambda *_: None)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("change", "joined"),
+    [
+        (lambda block: None, True),
+        (lambda block: setattr(block.feed_forward, "fc2", Adapter(1024, 256)), False),
+        (lambda block: hooked(block.feed_forward.fc2), False),
+        (lambda block: block.feed_forward.sub_norm.register_forward_pre_hook(lambda *_: None), False),
+        (lambda block: block.double(), False),
+    ],
+)
+def test_modules_that_do_more_are_called(
+    change: Callable[[Block], object], joined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With kernels for every device; what they give is what modules give."""
+    config = LongNetConfig(vocab_size=1, dim=256, heads=4, layers=1, segment_lengths=64, dilation_rates=1)
+    torch.manual_seed(0)
+    block = Block(config)
+    change(block)
+    block.to(DEVICE)
+    module, calls = block.feed_forward, []
+    monkeypatch.setattr(module.fc2, "forward", lambda y, own=module.fc2.forward: (calls.append(1), own(y))[1])
+    x = draw(1, 9, 256).to(next(module.parameters()))
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=x.dtype == torch.float32):
+        expected = module(x)
+        assert len(calls) == (0 if joined and DEVICE == "cuda" else 1)
+        calls.clear()
+        monkeypatch.setattr(normed, "fits", lambda device, dtype, channels: dtype == torch.bfloat16)
+        found = module(x)
+    assert len(calls) == (0 if joined else 1)
+    assert (found.double() - expected.double()).norm() <= 1e-2 * expected.double().norm()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_feed_forward_takes_it(compiled):
+    torch.manual_seed(0)
+    config = LongNetConfig(vocab_size=1, dim=256, heads=4, layers=1, segment_lengths=64, dilation_rates=1)
+    module = FeedForward(config, device=DEVICE)
+    x = draw(2, 50, 256).float().to(DEVICE).requires_grad_()
+    call = torch.compile(module) if compiled else module
+    with torch.autocast("cuda", torch.float16):
+        out = call(x)
+    grads = torch.autograd.grad(out.float().square().sum(), [x, *module.parameters()])
+    exact = module.double()
+    wide = x.detach().double().requires_grad_()
+    expected = exact(wide)
+    wanted = torch.autograd.grad(expected.square().sum(), [wide, *exact.parameters()])
+    for got, want in zip((out, *grads), (expected, *wanted), strict=True):
+        assert (got.double() - want).norm() <= 5e-3 * want.norm()
