@@ -17,10 +17,7 @@ from longnet.gigapath.readout import read_by_first_token
 from longnet.models import normed
 
 # Torch's own tracing looks at tensors of its own.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-    pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 RECOMPUTE = ("ffn", "block", "elementwise", "none")
 
 

@@ -67,7 +67,6 @@ def test_half_precision_is_within_twice_torchs_own_error(dtype):
 
 
 # torch's, when a process's first matrix product runs in the thread of a backward pass.
-@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
 @pytest.mark.parametrize(
     "options",
     [
