@@ -77,4 +77,7 @@ def test_the_page_shows_the_committed_result() -> None:
     assert not result["commit"]["dirty"] and not result["errors"]
     page = (root / "docs" / "gigapath.md").read_text(encoding="utf-8")
     assert f"\n\n{gigapath.table(result)}\n\n" in page and result["commit"]["sha"][:7] in page
+    assert all(
+        part["reached"] == dict.fromkeys(gigapath.LIMITS, True) for part in result["parts"].values() if "ratios" in part
+    )
     assert {part["judged"] for part in result["parts"].values() if "ratios" in part} == {"longnet compiled"}

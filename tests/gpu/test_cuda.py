@@ -66,7 +66,6 @@ def test_half_precision_is_within_twice_torchs_own_error(dtype):
     assert relative_error(out.cpu(), expected) <= 2 * allowed
 
 
-# torch's, when a process's first matrix product runs in the thread of a backward pass.
 @pytest.mark.parametrize(
     "options",
     [

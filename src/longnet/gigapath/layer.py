@@ -5,7 +5,7 @@ residual stream is float32), its norm 2, q, k, v 6, the attention's result 2; 14
 comes after attention (inner norm, output projection, feed-forward) is computed again, in chunks of tokens, from x and the
 attention's result. To keep what its matrix products give adds 2 for the output projection and 4 * 2 for ``fc1``; to keep
 everything 6 for the inner norm, 4 for x, 4 * (2 + 2 + 4 + 2) for the feed-forward, and dropout's masks, 2; compiled layers keep
-the masks always.
+the masks always. On a GPU no norm's result is kept, see :mod:`longnet.models.normed`: 12 in all.
 """
 
 from __future__ import annotations
