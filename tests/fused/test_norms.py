@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from longnet.fused import Norm, fits, normed_linear, residual_normed_linear
+from longnet.fused import Norm, fits, joined, normed_linear, residual_normed_linear
 from longnet.fused.norms import column_sums, gelu_norm
 from longnet.models import LongNetConfig, normed
 from longnet.models.layers import Block, FeedForward
@@ -156,6 +156,19 @@ def test_strides_no_rows_and_frozen_weights():
     assert out.shape == (0, 256) and torch.autograd.grad(out.sum(), none)[0].shape == (0, 256)
 
 
+def test_what_nobody_wants_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = draw(3, 256).half().to(DEVICE).requires_grad_()
+    norm = Norm(torch.ones(256, device=DEVICE), torch.zeros(256, device=DEVICE), 1e-5)
+    frozen, weight, bias = (draw(*shape).float().to(DEVICE) for shape in ((256, 256), (256, 256), (256,)))
+    weight.requires_grad_()
+    sums: list[int] = []
+    monkeypatch.setattr(joined, "column_sums", lambda tensors: (sums.append(len(tensors)), column_sums(tensors))[1])
+    outs = normed_linear(x, norm, [(frozen, bias), (weight, bias)], torch.half)
+    torch.stack(outs).float().sum().backward()
+    assert sums == [0] and frozen.grad is None and bias.grad is None
+    assert weight.grad is not None and x.grad is not None
+
+
 def test_no_second_derivative():
     x = draw(2, 256).half().to(DEVICE).requires_grad_()
     norm = Norm(torch.ones(256, device=DEVICE), torch.zeros(256, device=DEVICE), 1e-5, gelu=True)
@@ -175,8 +188,15 @@ def test_what_fits():
     assert not of(torch.float32, 3072)
 
 
-class Adapter(nn.Linear):
-    """A projection of another class, as adapters are."""
+class Adapter(nn.Module):
+    """A projection of another class, as adapters are, with its parameters elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Linear(1024, 256)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.inside(y)
 
 
 def hooked(module: nn.Linear) -> nn.Linear:
@@ -188,7 +208,7 @@ def hooked(module: nn.Linear) -> nn.Linear:
     ("change", "joined"),
     [
         (lambda block: None, True),
-        (lambda block: setattr(block.feed_forward, "fc2", Adapter(1024, 256)), False),
+        (lambda block: setattr(block.feed_forward, "fc2", Adapter()), False),
         (lambda block: hooked(block.feed_forward.fc2), False),
         (lambda block: block.feed_forward.sub_norm.register_forward_pre_hook(lambda *_: None), False),
         (lambda block: block.double(), False),

@@ -108,9 +108,14 @@ class _NormedLinear(torch.autograd.Function):
         beside, grads = (grads[0], grads[1:]) if ctx.residual else (None, grads)
         upstream = [grad @ one for grad, one in zip(grads, weights, strict=True)]
         grad_x, normed, sums = norm_backward(upstream, x, weight, bias, beside, *ctx.norm)
-        rows, given = normed.flatten(0, -2), [grad.flatten(0, -2) for grad in grads]
-        kinds, bias_kinds = ctx.types[: len(weights)], ctx.types[len(weights) :]
-        of_weights = [(grad.t() @ rows).to(kind) for grad, kind in zip(given, kinds, strict=True)]
-        of_biases = iter(column_sums([grad for grad, kind in zip(given, bias_kinds, strict=True) if kind is not None]))
-        found = [None if kind is None else next(of_biases).to(kind) for kind in bias_kinds]
-        return grad_x, sums[0].to(weight.dtype), sums[1].to(bias.dtype), None, None, None, None, *of_weights, *found
+        kinds = ctx.types
+        # Of what is compiled, that which nobody wants is left out afterwards.
+        if not torch.compiler.is_compiling():
+            wanted = ctx.needs_input_grad[-len(kinds) :]
+            kinds = [kind if needed else None for kind, needed in zip(kinds, wanted, strict=True)]
+        given, rows = [grad.flatten(0, -2) for grad in grads], normed.flatten(0, -2)
+        pairs = list(zip(given, kinds[: len(given)], kinds[len(given) :], strict=True))
+        of_weights = [None if kind is None else (grad.t() @ rows).to(kind) for grad, kind, _ in pairs]
+        totals = iter(column_sums([grad for grad, _, kind in pairs if kind is not None]))
+        of_biases = [None if kind is None else next(totals).to(kind) for _, _, kind in pairs]
+        return grad_x, sums[0].to(weight.dtype), sums[1].to(bias.dtype), None, None, None, None, *of_weights, *of_biases

@@ -47,10 +47,11 @@ def project_residual(
 
 def _joined_dtype(norm: nn.Module, linears: Sequence[Any], x: Tensor, gelu: bool) -> torch.dtype | None:
     """The dtype of what is projected if it can be one step; None if not."""
-    dtype: torch.dtype = _autocast_dtype(x) or linears[0].weight.dtype
-    if not fits(x.device, dtype, x.shape[-1]) or not (x.dtype == dtype or (x.dtype == torch.float32 and not gelu)):
+    if not (_is_plain(norm, LayerNorm) and all(_is_plain(one, nn.Linear) for one in linears)):
         return None
-    return dtype if _is_plain(norm, LayerNorm) and all(_is_plain(one, nn.Linear) for one in linears) else None
+    dtype: torch.dtype = _autocast_dtype(x) or linears[0].weight.dtype
+    readable = x.dtype == dtype or (x.dtype == torch.float32 and not gelu)
+    return dtype if readable and fits(x.device, dtype, x.shape[-1]) else None
 
 
 def _norm(norm: Any, gelu: bool) -> Norm:
