@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from longnet.fused import Norm, fits, joined, normed_linear, residual_normed_linear
-from longnet.fused.norms import column_sums, gelu_norm
+from longnet.fused.norms import column_sums, gelu_norm, norm_backward
 from longnet.models import LongNetConfig, normed
 from longnet.models.layers import Block, FeedForward
 
@@ -99,6 +99,37 @@ def test_results_and_gradients(channels, shape, widths, dtype, kind, weights, bi
     for number, (got, want) in enumerate(zip(found, truth, strict=True)):
         allowed = ROUNDING[torch.bfloat16] if got.dtype == torch.bfloat16 else ROUNDING[dtype]
         assert (got.double().cpu() - want).norm() <= allowed * want.norm(), number
+
+
+@pytest.mark.parametrize("channels", [256, 768, 1536])
+@pytest.mark.parametrize(
+    ("gelu", "count", "wide"), [(True, 1, False), (False, 1, False), (False, 1, True), (False, 3, True)]
+)
+def test_one_backward_pass_by_itself(gelu: bool, count: int, wide: bool, channels: int) -> None:
+    """What is float32 is right to float32, what is float16 is rounded once, and nothing is left unwritten."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(8, device=DEVICE).isnan().all(), "uninitialised memory is not poisoned"
+        x = (3.0 * draw(2, 5, channels)).to(torch.float32 if wide else torch.float16)
+        weight, bias = draw(channels, seed=1).float(), draw(channels, seed=2).float()
+        grads = [draw(2, 5, channels, seed=10 + k).half() for k in range(count)]
+        beside = draw(2, 5, channels, seed=3).float() if wide else None
+        there = [None if one is None else one.to(DEVICE) for one in (x, weight, bias, beside)]
+        grad_x, again, sums = norm_backward([one.to(DEVICE) for one in grads], *there, 1e-5, gelu)
+        forward = gelu_norm(*there[:3], 1e-5) if gelu else None
+    finally:
+        torch.use_deterministic_algorithms(False)
+    exact = [one.double().requires_grad_() for one in (x, weight, bias)]
+    (normed_x,) = plain(exact[0], Norm(*exact[1:], 1e-5, gelu), [(torch.eye(channels).double(), None)])
+    wanted = list(torch.autograd.grad(normed_x, exact, sum(one.double() for one in grads)))
+    if beside is not None:
+        wanted[0] = wanted[0] + beside.double()
+    pairs = [(grad_x, wanted[0]), (again, normed_x), (sums[0], wanted[1]), (sums[1], wanted[2])]
+    if forward is not None:
+        pairs.append((forward, normed_x))
+    for got, want in pairs:
+        allowed = 1e-6 if got.dtype == torch.float32 else 5e-4
+        assert (got.double().cpu() - want).norm() <= allowed * want.norm()
 
 
 def test_far_from_zero_and_at_it():

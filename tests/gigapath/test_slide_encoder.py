@@ -6,7 +6,7 @@ import pytest
 import torch
 import upstream
 from slides import GRID, encoder, slides
-from torch import Tensor
+from torch import Tensor, nn
 
 from longnet.functional import dilated_attention
 from longnet.geometry import Pattern
@@ -281,3 +281,15 @@ def test_bad_input() -> None:
             SlideEncoder(**{"dim": 32, "layers": 1, **options})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="tile_size=2.0"):
         SlideEncoder(32, 1, tile_size=2.0)  # type: ignore[arg-type]
+
+
+def test_a_feed_forward_that_is_replaced_or_hooked_is_called() -> None:
+    model, (x, coords) = encoder(3), slides(40)
+    expected = model(x, coords)[0]
+    calls: list[int] = []
+    model.blocks[0].feed_forward.register_forward_hook(lambda *_: calls.append(0))
+    model.blocks[1].feed_forward = nn.Sequential(model.blocks[1].feed_forward, nn.Identity())
+    model.blocks[1].feed_forward[1].register_forward_hook(lambda *_: calls.append(1))
+    model.blocks[2].feed_forward.chunk = 16
+    assert error(model(x, coords)[0], expected) < 1e-12
+    assert calls == [0, 1]

@@ -1,7 +1,7 @@
 """A layer norm and the projections that read it, as one step of autograd: the norm's result is not kept.
 
 A projection's gradient of its weight needs what it read. The kernel of the norm's backward pass has that in registers, and
-writes it again. Gradients of biases are sums of columns, for which what torch.compile makes takes three times as long.
+writes it again. Gradients of biases are sums of columns, of which torch.compile makes slow kernels.
 """
 
 from __future__ import annotations

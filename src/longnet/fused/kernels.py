@@ -18,7 +18,7 @@ def _normal(x):
     """(the normal distribution's cumulative function, ``exp(-x^2 / 2)``) of x, the first to 7.5e-8.
 
     Abramowitz and Stegun, Handbook of Mathematical Functions (1964), 7.1.26: both share one exponential, where the library's
-    error function takes a branch and about three times as many instructions.
+    error function takes a branch and many more instructions.
     """
     bell = tl.exp2(x * x * (-0.5 * LOG2E))
     t = 1.0 / (1.0 + 0.23164189 * tl.abs(x))

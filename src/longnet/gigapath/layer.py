@@ -5,7 +5,7 @@ residual stream is float32), its norm 2, q, k, v 6, the attention's result 2; 14
 comes after attention (inner norm, output projection, feed-forward) is computed again, in chunks of tokens, from x and the
 attention's result. To keep what its matrix products give adds 2 for the output projection and 4 * 2 for ``fc1``; to keep
 everything 6 for the inner norm, 4 for x, 4 * (2 + 2 + 4 + 2) for the feed-forward, and dropout's masks, 2; compiled layers keep
-the masks always. On a GPU no norm's result is kept, see :mod:`longnet.models.normed`: 12 in all.
+the masks always. On a GPU these norms' results are not kept, see :mod:`longnet.models.normed`: 12 in all.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from longnet.compat.attention import torchscale_pattern_attention
 from longnet.fused import can_draw, keep_masks
 from longnet.gigapath.readout import first_token_weights
-from longnet.models.layers import Block
+from longnet.models.layers import Block, feed_residual
 from longnet.models.normed import normalise, project_normed, project_residual
 
 Recompute = Literal["ffn", "block", "elementwise", "none"]
@@ -122,8 +122,8 @@ def _after(block: Block, x: Tensor, attended: Tensor, scales: Scales, kept: Mask
     assert attention.sub_norm is not None
     branch = _dropout(block, project_normed(attention.sub_norm, [attention.out_proj], attended)[0], kept[0])
     x = x + (branch if scales[0] is None else branch * scales[0])
-    x, (hidden,) = project_residual(block.feed_forward_norm, [block.feed_forward.fc1], x)
-    branch = _dropout(block, block.feed_forward.finish(hidden), kept[1])
+    x, fed = feed_residual(block.feed_forward, block.feed_forward_norm, x)
+    branch = _dropout(block, fed, kept[1])
     return x + (branch if scales[1] is None else branch * scales[1])
 
 

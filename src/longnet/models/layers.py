@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longnet.attention import DilatedAttention
 from longnet.models.config import LongNetConfig
-from longnet.models.normed import project_normed
+from longnet.models.normed import is_as_its_class, project_normed, project_residual
 from longnet.norm import make_norm
 from longnet.streaming import DilatedCache
 
@@ -56,6 +57,14 @@ class FeedForward(nn.Module):
     def finish(self, hidden: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         """What comes after ``fc1``: (B, N, feed_forward_dim) -> (B, N, dim)."""
         return project_normed(self.sub_norm, [self.fc2], hidden, key_padding_mask, gelu=True)[0]
+
+
+def feed_residual(feed_forward: Any, norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(x, ``feed_forward(norm(x))``), where x is read again, as in a residual sum."""
+    if not is_as_its_class(feed_forward, FeedForward) or feed_forward.chunk is not None:
+        return x, feed_forward(norm(x))
+    x, (hidden,) = project_residual(norm, [feed_forward.fc1], x)
+    return x, feed_forward.finish(hidden)
 
 
 class Block(nn.Module):

@@ -75,7 +75,12 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 
-def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling the module does what its class does, with parameters that are nothing but tensors."""
+def is_as_its_class(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling the module does what that class does and no more."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return type(module) is kind and not hooks and all(type(one) is nn.Parameter for one in module.parameters())
+    return type(module) is kind and not hooks
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether it is as its class, with parameters that are nothing but tensors."""
+    return is_as_its_class(module, kind) and all(type(one) is nn.Parameter for one in module.parameters())
