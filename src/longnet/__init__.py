@@ -1,10 +1,24 @@
 """Dilated attention (LongNet, arXiv 2307.02486), exact and linear in length."""
 
-from longnet import geometry
-from longnet.attention import DilatedAttention
-from longnet.functional import dilated_attention
-from longnet.models import LongNetConfig, LongNetEncoder, LongNetLM
-from longnet.streaming import DilatedCache, stream_attention
+import sys
+from pathlib import PurePath
+from typing import TYPE_CHECKING
+
+
+def _starts_the_command() -> bool:
+    """Whether this is ``python -m longnet`` or the ``longnet`` command.
+
+    They set up torch's threads, and answer ``--help``, before torch is imported.
+    """
+    return bool(sys.argv) and (sys.argv[0] == "-m" or PurePath(sys.argv[0]).stem == "longnet")
+
+
+if TYPE_CHECKING or not _starts_the_command():
+    from longnet import geometry
+    from longnet.attention import DilatedAttention
+    from longnet.functional import dilated_attention
+    from longnet.models import LongNetConfig, LongNetEncoder, LongNetLM
+    from longnet.streaming import DilatedCache, stream_attention
 
 __version__ = "0.1.0"
 

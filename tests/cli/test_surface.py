@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Callable
 
 import pytest
 
+import longnet
+from longnet import LongNetConfig
 from longnet.cli.main import app
 
 Longnet = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -58,6 +61,23 @@ def test_help_without_a_command_names_them(call: Longnet) -> None:
     result = call()
     for name in OPTIONS:
         assert re.search(rf"^\s+{name.replace('_', '-')}\s", result.stdout + result.stderr, flags=re.MULTILINE)
+
+
+def test_help_fits_a_terminal_of_80_columns(call: Longnet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.get_terminal_size", lambda *_: os.terminal_size((80, 24)))
+    commands = call("--help").stdout.partition("Commands:\n")[2].splitlines()
+    assert len(commands) == len(OPTIONS)
+    assert all(len(line) <= 80 and line.endswith(".") and not line.endswith("..") for line in commands)
+
+
+def test_help_names_every_preset(call: Longnet) -> None:
+    text = " ".join(call("train", "--help").stdout.split())
+    presets = LongNetConfig.presets()
+    assert f"Model preset: {', '.join(presets[:-1])} or {presets[-1]}." in text
+
+
+def test_the_version_is_printed(call: Longnet) -> None:
+    assert call("--version").stdout == f"longnet {longnet.__version__}\n"
 
 
 def test_an_unknown_option_is_refused(call: Longnet) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
+from longnet import __version__
 from longnet.cli.generate import generate
 from longnet.cli.inspect import inspect
 from longnet.cli.slide_encode import slide_encode
@@ -14,17 +16,32 @@ from longnet.cli.train import train
 
 app = typer.Typer(
     name="longnet",
-    help="Dilated attention and LongNet: train, generate, stream, inspect a pattern, encode slides.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command()(train)
-app.command()(generate)
-app.command()(stream)
-app.command()(inspect)
-app.command()(slide_encode)
+# Short enough for one line of a terminal of 80 columns.
+app.command(short_help="Train a model on any files; write a run folder with a report.")(train)
+app.command(short_help="Continue a prompt with a trained model.")(generate)
+app.command(short_help="Read any amount of bytes; report bits per byte.")(stream)
+app.command(short_help="Show what a pattern costs, covers and sees; draw it.")(inspect)
+app.command(short_help="Encode pathology slides with Prov-GigaPath's weights.")(slide_encode)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"longnet {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Dilated attention and LongNet: train, generate, stream, inspect a pattern, encode slides."""
 
 
 def run() -> None:

@@ -25,7 +25,9 @@ def train(
         Path | None,
         typer.Option(help="File or folder of text or any bytes.", show_default="Python's standard library source"),
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="Model preset.", show_default=DEFAULT_PRESET)] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Model preset: base, small, tiny or nano.", show_default=DEFAULT_PRESET)
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(help='JSON or TOML file of LongNetConfig fields, and "preset" to start from one.'),
