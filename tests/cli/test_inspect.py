@@ -9,6 +9,7 @@ from typer.testing import CliRunner, Result
 
 from longnet.cli.inspect import inspect
 from longnet.geometry.cost import cost
+from longnet.geometry.coverage import receptive_field
 from longnet.geometry.pattern import Pattern
 
 app = typer.Typer()
@@ -29,7 +30,8 @@ def test_the_tables_and_the_picture(tmp_path: Path) -> None:
         assert words in result.output
     assert "Every one of the 12 heads takes part at every position." in result.output
     assert "25.00%" in result.output
-    assert "Every branch starts a segment at 12,288" in result.output
+    assert result.output.index("Every branch starts a segment at each multiple of 4,096: no token") < 200
+    assert "16,384 tokens: --segments 2048,4096,8192,16384 --rates 1,2,4,8, 23.45%" in result.output
     assert str(tmp_path / "pattern.png") in result.output.replace("\n", "")
     assert (tmp_path / "pattern.png").read_bytes().startswith(b"\x89PNG")
 
@@ -53,6 +55,16 @@ def test_json_holds_the_exact_numbers(tmp_path: Path) -> None:
     assert found["coverage"]["heads"] == [1.0] * 12
     assert [layer["tokens"] for layer in found["receptive_field"]["layers"]] == [3072, 4096]
     assert (found["causal"], found["head_offsets"]) == (False, "interleaved")
+    assert found["receptive_field"]["limited_to"] == 4096
+    better = Pattern.parse(**found["suggestion"])
+    assert receptive_field(better, 12, 16384, 2, False)[-1].tokens == 16384
+
+
+def test_a_pattern_that_spans_the_sequence_gets_no_suggestion(tmp_path: Path) -> None:
+    arguments = ("--segments", "2048,4096,16384", "--rates", "1,2,8", "--length", "16384")
+    assert "Every branch starts a segment" not in run(tmp_path, *arguments).output
+    found = json.loads(run(tmp_path, *arguments, "--json").stdout)
+    assert found["suggestion"] is None and found["receptive_field"]["limited_to"] is None
 
 
 def test_a_suggested_pattern_can_be_pasted_back(tmp_path: Path) -> None:

@@ -52,16 +52,24 @@ def inspect(
     except ValueError as error:
         keys = str(error)
 
+    spanning = _spanning(pattern, heads, length)
     if as_json:
-        found = _as_dict(pattern, heads, length, causal, spent, keys, covered, seen, followed)
+        found = _as_dict(pattern, heads, length, causal, spent, keys, covered, seen, followed, spanning)
         typer.echo(json.dumps(found | {"figure": str(figure)}, indent=2))
         return
     console = Console()
-    listed = [",".join(map(str, values)) for values in (pattern.segment_lengths, pattern.dilation_rates)]
     title = "Suggested pattern" if suggest_budget else "Pattern"
-    console.print(f"\n[bold]{title}[/]  --segments {listed[0]} --rates {listed[1]}", soft_wrap=True)
+    console.print(f"\n[bold]{title}[/]  {_options(pattern)}", soft_wrap=True)
     direction = "causal" if causal else "bidirectional"
     console.print(f"{length:,} tokens, {heads} heads, {direction}, {head_offsets} offsets\n")
+    if spanning is not None:
+        share = cost(spanning, heads, length, head_dim, is_causal=causal, kv_heads=kv_heads).ratio
+        console.print(
+            f"Every branch starts a segment at each multiple of {pattern.period:,}: no token depends on tokens before that, "
+            f"however many layers there are. A pattern that spans all {length:,} tokens: {_options(spanning)}, "
+            f"{float(share):.2%} of dense attention's work (this one: {float(spent.ratio):.2%}).\n",
+            style="bold red", markup=False, soft_wrap=True,
+        )  # fmt: skip
     console.print(_cost_table(spent, keys, heads, length))
     if isinstance(keys, str):
         console.print(f"Fewest and most keys are not shown: {keys}\n", style="yellow", markup=False)
@@ -71,15 +79,29 @@ def inspect(
     console.print(
         f"The {scope} it depends on after so many layers, itself included; heads mix between layers.", style="dim"
     )
-    start = (followed - 1) // pattern.period * pattern.period
-    if start:
-        console.print(f"Every branch starts a segment at {start:,}, so no layer reaches across it.", style="dim")
     if followed < length:
         console.print(
             f"Followed for the first {followed:,} tokens only, the most this command follows.", style="yellow"
         )
     console.print("\nPicture of the pattern: ", end="")
     console.print(str(figure), style="bold", markup=False, soft_wrap=True)
+
+
+def _options(pattern: Pattern) -> str:
+    segments, rates = (",".join(map(str, values)) for values in (pattern.segment_lengths, pattern.dilation_rates))
+    return f"--segments {segments} --rates {rates}"
+
+
+def _spanning(pattern: Pattern, heads: int, length: int) -> Pattern | None:
+    """A pattern that spans the sequence, from the least power-of-two multiple of this one's keys; None if this one does."""
+    if pattern.period >= length:
+        return None
+    budget = sum(branch.segment_length // branch.dilation_rate for branch in pattern.branches)
+    while True:
+        try:
+            return suggest_pattern(length, budget, heads=heads, head_offsets=pattern.head_offsets)
+        except ValueError:
+            budget *= 2
 
 
 def _fail(message: str) -> NoReturn:
@@ -176,7 +198,7 @@ def _reach_table(seen: tuple[LayerReach, ...], length: int) -> Table:
 
 def _as_dict(
     pattern: Pattern, heads: int, length: int, causal: bool, spent: Cost, keys: KeysPerQuery | str, covered: Coverage,
-    seen: tuple[LayerReach, ...], followed: int,
+    seen: tuple[LayerReach, ...], followed: int, spanning: Pattern | None,
 ) -> dict[str, Any]:  # fmt: skip
     extremes = {"min": keys.min, "max": keys.max} if isinstance(keys, KeysPerQuery) else {"not_known": keys}
     nobody = covered.uncovered
@@ -196,7 +218,11 @@ def _as_dict(
         "receptive_field": {
             "position": followed - 1,
             "layers": [vars(layer) | {"fraction": float(layer.fraction)} for layer in seen],
+            "limited_to": None if spanning is None else pattern.period,
         },
+        "suggestion": None
+        if spanning is None
+        else {"segment_lengths": spanning.segment_lengths, "dilation_rates": spanning.dilation_rates},
     }
 
 
