@@ -83,12 +83,17 @@ def test_the_head_when_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_generates_and_streams(scheme: str) -> None:
     model = prune_heads(make(), {0: [2]})
-    quantize(model, scheme)
+    batch = tokens()
     with torch.inference_mode():
-        batch, cache = tokens(), model.new_cache(2)
-        expected = model(batch)
+        exact = model(batch)
+        quantize(model, scheme)
+        whole, cache = model(batch), model.new_cache(2)
         parts = [model(batch[:, first:last], cache=cache) for first, last in ((0, 20), (20, 21), (21, 70))]
-    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-2, atol=0.05 if scheme == "int8dyn" else 1e-4)
+    streamed = torch.cat(parts, 1)
+    # In a chunk an activation can round the other way, by the order of a sum: single logits differ then, the norm does not.
+    assert (streamed - exact).norm() < 1.2 * (whole - exact).norm() < 0.12 * exact.norm()
+    if scheme != "int8dyn":
+        torch.testing.assert_close(streamed, whole, rtol=1e-2, atol=1e-4)
     assert model.generate(batch[:, :30], 4, temperature=0).shape == (2, 34)
 
 
