@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
+from forked import serving
 from hypothesis import settings
 
 # The same examples every time; `pytest --hypothesis-profile=explore` looks for new ones.
@@ -19,3 +22,21 @@ if not torch.cuda.is_available():
 # Workers of pytest-xdist share the machine: a pool of threads as large as it is in each of them only makes them wait.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
+
+
+@pytest.fixture(scope="session")
+def forked() -> Iterator[list[str]]:
+    """The start of a command line, before ``-m MODULE`` or a script: see :mod:`forked`."""
+    with serving("torch", "longnet", "longnet.cli.main", "longnet.training", "longnet.reading") as start:
+        yield start
+
+
+# Fixtures that take long to make, and the tests that share one: all of them run in one worker of pytest-xdist.
+_GROUPS = {"ranks": "ranks", "forked": "commands", "quick_gpu_run": "gpu benchmark", "quick": "benchmark"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for fixture, group in _GROUPS.items():
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.xdist_group(group))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
 import traceback
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import parent_process
+from queue import Empty
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ def _serve(rank: int, store: str, inbox: Any, outbox: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=MOST)
     groups = {size: dist.new_group(list(range(size))) for size in range(1, MOST + 1)}
-    while (job := inbox.get()) is not None:
+    while (job := _next(inbox)) is not None:
         size, function, arguments = job
         try:
             outbox.put((rank, True, function(groups[size], rank, *arguments)))
@@ -29,11 +30,24 @@ def _serve(rank: int, store: str, inbox: Any, outbox: Any) -> None:
     dist.destroy_process_group()
 
 
+def _next(inbox: Any) -> Any:
+    """The next job; None at the end, also where the tests were killed."""
+    while True:
+        try:
+            return inbox.get(timeout=5)
+        except Empty:
+            parent = parent_process()
+            if parent is None or not parent.is_alive():
+                return None
+
+
 class Ranks:
     """Eight processes; the first K of them are a group of K."""
 
     def __init__(self, store: str) -> None:
-        context = mp.get_context("spawn")
+        # Forked from a process that has imported torch, and has run nothing: importing it takes each process two seconds.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "longnet"])
         self._outbox = context.Queue()
         self._inboxes = [context.Queue() for _ in range(MOST)]
         self._processes = [
@@ -42,7 +56,6 @@ class Ranks:
         ]
         for process in self._processes:
             process.start()
-        atexit.register(self.close)
 
     def outcomes(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[tuple[bool, Any]]:
         """What ``function(group, rank, *arguments)`` gave on every rank: (True, its result) or (False, its error in words)."""
@@ -69,6 +82,11 @@ class Ranks:
             process.kill()
 
 
-@cache
-def started(store: str) -> Ranks:
-    return Ranks(store)
+@contextmanager
+def started(store: str) -> Iterator[Ranks]:
+    """Eight ranks until the end of the block."""
+    ranks = Ranks(store)
+    try:
+        yield ranks
+    finally:
+        ranks.close()

@@ -18,12 +18,12 @@ StartLongnet = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture(scope="session")
-def start_longnet() -> StartLongnet:
+def start_longnet(forked: list[str]) -> StartLongnet:
     """Start ``longnet`` with the arguments given."""
 
     def start(*arguments: object) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "longnet", *map(str, arguments)],
+            [*forked, "-m", "longnet", *map(str, arguments)],
             env=ENVIRONMENT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -16,7 +16,7 @@ from longnet.training.metrics import read_metrics
 
 Longnet = Callable[..., "subprocess.CompletedProcess[str]"]
 StopRun = Callable[..., "tuple[int, str]"]
-STEPS = 400
+STEPS = 200
 
 
 def _losses(out: Path) -> list[tuple[Any, ...]]:
@@ -50,9 +50,9 @@ def test_killed_twice_and_resumed_it_has_the_losses_of_a_run_that_was_not(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     arguments = [*train_arguments, "--steps", STEPS]
     assert longnet("train", *arguments, "--out", whole).returncode == 0
-    code, _ = stop_run(arguments, parts, 60, signal.SIGKILL)
+    code, _ = stop_run(arguments, parts, 30, signal.SIGKILL)
     assert code == -signal.SIGKILL
-    code, _ = stop_run([*arguments, "--resume"], parts, 150, signal.SIGKILL)
+    code, _ = stop_run([*arguments, "--resume"], parts, 80, signal.SIGKILL)
     assert code == -signal.SIGKILL
     assert len(_losses(parts)) < STEPS
     result = longnet("train", "--out", parts, "--resume")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 
 WAITS = """
 import os, signal, sys, threading
@@ -38,29 +37,30 @@ with joined(1, "cpu") as (ranks, device):
 """
 
 
-def run(tmp_path, script, processes):
+def run(tmp_path, script, processes, python):
     path = tmp_path / "script.py"
     path.write_text(script)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), str(path)]
+    launch = [*python, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--no-python"]
+    command = [*launch, *python, str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_processes_that_wait_say_who_is_lost_and_end(tmp_path):
-    found = run(tmp_path, WAITS, 3)
+def test_processes_that_wait_say_who_is_lost_and_end(tmp_path, forked):
+    found = run(tmp_path, WAITS, 3, forked)
     assert found.returncode != 0
     assert found.stderr.count("longnet: error") == 1 and "process 1 of 3 is gone" in found.stderr, found.stderr
     # torchrun kills what is left after thirty seconds, and says so: they ended before that.
     assert "-9" in found.stderr and "forcefully exiting" not in found.stderr, found.stderr
 
 
-def test_a_process_that_left_is_not_lost(tmp_path):
-    found = run(tmp_path, ENDS, 2)
+def test_a_process_that_left_is_not_lost(tmp_path, forked):
+    found = run(tmp_path, ENDS, 2, forked)
     assert found.returncode == 0, found.stderr
     assert "rank 0 ended well" in found.stdout and "gone" not in found.stderr
 
 
-def test_a_process_that_was_not_asked_to_stop_is_not_lost(tmp_path):
-    found = run(tmp_path, BUSY, 2)
+def test_a_process_that_was_not_asked_to_stop_is_not_lost(tmp_path, forked):
+    found = run(tmp_path, BUSY, 2, forked)
     assert found.returncode == 0, found.stderr
     assert found.stdout.count("ended well") == 2 and "gone" not in found.stderr

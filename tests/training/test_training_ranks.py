@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 STEPS = 14
 PATIENCE = 120
@@ -41,10 +40,11 @@ def metrics(out):
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-def start(*arguments):
-    return subprocess.Popen(
-        [*TORCHRUN, *arguments], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+def start(*arguments, python=(sys.executable,)):
+    """torchrun, and what it starts, by ``python``."""
+    place = arguments.index("-m")
+    launch = [*python, "-m", "torch.distributed.run", *arguments[:place], "--no-python", *python, *arguments[place:]]
+    return subprocess.Popen(launch, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process):
@@ -61,10 +61,10 @@ def workers(process):
 
 
 @pytest.fixture(scope="module")
-def alone(data, tmp_path_factory):
+def alone(data, tmp_path_factory, forked):
     """The metrics of one process."""
     out = tmp_path_factory.mktemp("alone") / "run"
-    subprocess.run([sys.executable, *command(data, out)], env=ENVIRONMENT, check=True, capture_output=True)
+    subprocess.run([*forked, *command(data, out)], env=ENVIRONMENT, check=True, capture_output=True)
     return metrics(out)
 
 
@@ -75,6 +75,7 @@ def same_losses(found, want):
 
 
 def test_a_process_is_killed_and_fewer_go_on_as_two_hosts(data, tmp_path, alone):
+    """By ordinary processes, as a user starts them."""
     out = tmp_path / "run"
     process = start("--nproc-per-node", "3", *command(data, out, "--cp", "3", "--steps", "100000"))
     begun = time.monotonic()
@@ -108,9 +109,9 @@ def test_a_process_is_killed_and_fewer_go_on_as_two_hosts(data, tmp_path, alone)
     same_losses(metrics(out), alone)
 
 
-def test_windows_side_by_side(data, tmp_path, alone):
+def test_windows_side_by_side(data, tmp_path, alone, forked):
     """Without --cp every process takes windows of its own from the batch."""
-    process = start("--nproc-per-node", "2", *command(data, tmp_path / "run"))
+    process = start("--nproc-per-node", "2", *command(data, tmp_path / "run"), python=forked)
     said = finish(process)
     assert process.returncode == 0, said
     assert "2 x 1, windows side by side x shards of each" in said
@@ -122,14 +123,14 @@ def test_windows_side_by_side(data, tmp_path, alone):
     ("more", "said"),
     [(("--cp", "3"), "cp=3 with 2 process(es): expected a divisor"), (("--batch", "3"), "batch=3 over 2 groups")],
 )
-def test_what_does_not_fit_is_said(data, tmp_path, more, said):
-    process = start("--nproc-per-node", "2", *command(data, tmp_path / "run", *more))
+def test_what_does_not_fit_is_said(data, tmp_path, more, said, forked):
+    process = start("--nproc-per-node", "2", *command(data, tmp_path / "run", *more), python=forked)
     assert said in finish(process) and process.returncode != 0
     assert not (tmp_path / "run").exists()
 
 
-def test_cp_without_torchrun_says_how(data, tmp_path):
+def test_cp_without_torchrun_says_how(data, tmp_path, forked):
     found = subprocess.run(
-        [sys.executable, *command(data, tmp_path / "run", "--cp", "2")], env=ENVIRONMENT, capture_output=True, text=True
+        [*forked, *command(data, tmp_path / "run", "--cp", "2")], env=ENVIRONMENT, capture_output=True, text=True
     )
     assert found.returncode == 2 and "start with torchrun --nproc-per-node" in found.stderr
