@@ -45,7 +45,7 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     ),
     (
         SlideEncoder.from_checkpoint,
-        "(path_or_state_dict, arch='gigapath_slide_enc12l768d', *, max_wsi_size=262144, tile_size=256, slide_ngrids=1000, "
+        "(path_or_state_dict, arch='gigapath_slide_enc12l768d', *, max_wsi_size=None, tile_size=256, slide_ngrids=1000, "
         "global_pool=False, torchscale_compat=True, dropout=0.25, drop_path=0.1, recompute='ffn', "
         "compiled=False, cuda_graphs=False, device=None)",
     ),

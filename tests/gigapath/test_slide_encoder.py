@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import upstream
-from slides import GRID, encoder, slides
+from slides import GRID, TILE, encoder, slides
 from torch import Tensor, nn
 
 from longnet.functional import dilated_attention
 from longnet.geometry import Pattern
-from longnet.gigapath import SlideEncoder
+from longnet.gigapath import ClassificationHead, SlideEncoder
 from longnet.gigapath.layer import run_layers
 from longnet.gigapath.passes import embed
 from longnet.gigapath.readout import first_token_weights, log_times, read_by_first_token
@@ -240,6 +241,68 @@ def test_autocast_keeps_the_residual_stream_in_float32() -> None:
         got = model(x, coords)[0]
         assert embed(model, model._slide(x, coords, whole=True))[0].dtype == torch.float32
     assert error(got, want) < 3e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e5m2])
+def test_coordinates_in_half_precision_are_refused(dtype: torch.dtype) -> None:
+    model = encoder(1, torch.float32)
+    x, coords = slides(10, dtype=torch.float32)
+    exact = {torch.bfloat16: "256", torch.float16: "2,048", torch.float8_e5m2: "8"}[dtype]
+    match = f"coords has dtype {dtype}, which rounds pixels beyond {exact}: expected integers, float32 or float64"
+    for run in (model, model.attention_weights, ClassificationHead(model, 2)):
+        with pytest.raises(TypeError, match=match):
+            run(x, coords.to(dtype))
+        with pytest.raises(TypeError, match=match):
+            run(x, coords.to(dtype), padding_mask=torch.zeros(1, 10, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_model_places_tiles_by_exact_pixels(dtype: torch.dtype) -> None:
+    x, coords = slides(200, dtype=torch.float32)
+    coords = coords.floor()
+    # Where in its cell a tile lies is no matter, so a pixel that is rounded into another cell would show.
+    corners = coords.long() // TILE * TILE
+    model, single = encoder(1, dtype), encoder(1, torch.float32)
+    want = model(x.to(dtype), corners)[0]
+    for places in (coords, coords.double(), coords.int(), coords.to(torch.uint16)):
+        assert torch.equal(model(x.to(dtype), places)[0], want)
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(single(x, coords)[0], single(x, corners)[0])
+
+
+def test_integers_that_cannot_hold_the_tile_size() -> None:
+    model = encoder(1)
+    x, coords = slides(20)
+    coords = coords.remainder(128).floor()
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.uint32, torch.uint64):
+        assert torch.equal(model(x, coords.to(dtype))[0], model(x, coords)[0])
+        mask = torch.arange(20)[None] > 15
+        assert torch.equal(model(x, coords.to(dtype), padding_mask=mask)[0], model(x, coords, padding_mask=mask)[0])
+
+
+def test_the_tile_size_is_no_part_of_the_segment_lengths() -> None:
+    published = (1024, 5792, 32768, 185363, 1048576)
+    assert SlideEncoder(16, 1, tile_size=512).config.segment_lengths == published
+    # As in the original, where the side of the largest slide is named.
+    assert SlideEncoder(16, 1, tile_size=512, max_wsi_size=524288).config.segment_lengths == published
+    other = (1024, 4096, 16384, 65536, 262144)
+    assert SlideEncoder(16, 1, tile_size=512, max_wsi_size=262144).config.segment_lengths == other
+    assert SlideEncoder(16, 1, max_wsi_size=131072).config.segment_lengths == other
+
+
+def test_a_tile_size_that_is_set_later_moves_tiles_alone() -> None:
+    model = encoder(1, torch.float32)
+    x, coords = slides(200, dtype=torch.float32)
+    coords = coords.floor()
+    want, attended = model(x, coords)[0], model.attention_weights(x, coords)
+    lengths = model.config.segment_lengths
+    # NumPy's integer is what an HDF5 attribute holds.
+    for tile_size in (512, np.int64(512)):
+        model.tile_size = tile_size  # type: ignore[assignment]
+        for places in (2 * coords, 2 * coords.long()):
+            assert torch.equal(model(x, places)[0], want)
+            assert torch.equal(model.attention_weights(x, places), attended)
+    assert model.config.segment_lengths == lengths
 
 
 def test_bad_input() -> None:

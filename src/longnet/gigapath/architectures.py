@@ -20,16 +20,22 @@ ARCHITECTURES: Mapping[str, tuple[int, int]] = MappingProxyType(
 """(layers, dim) by name."""
 
 
-def segment_lengths(max_wsi_size: int, tile_size: int) -> tuple[int, ...]:
+# Tiles along a side of the largest slide that checkpoints were trained for: 262,144 pixels in tiles of 256.
+_TILES_A_SIDE = 1024
+
+
+def segment_lengths(max_wsi_size: int | None, tile_size: int) -> tuple[int, ...]:
     """Five lengths in tiles, from 1,024 to all tiles of the largest slide rounded down to a power of two, a geometric series.
 
     Args:
-        max_wsi_size: side of the largest slide, in pixels.
+        max_wsi_size: side of the largest slide, in pixels; None: 1,024 tiles.
         tile_size: side of a tile, in pixels.
 
     Raises:
         ValueError: a slide smaller than a tile.
     """
+    if max_wsi_size is None:
+        max_wsi_size = _TILES_A_SIDE * tile_size
     if tile_size < 1 or max_wsi_size < tile_size:
         raise ValueError(
             f"max_wsi_size={max_wsi_size} and tile_size={tile_size}: expected a slide of at least a tile, in pixels"

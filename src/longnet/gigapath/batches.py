@@ -29,8 +29,7 @@ def check_slides(x: Tensor, coords: Tensor, padding_mask: Tensor | None, embed: 
         )
     if tuple(coords.shape) != (*x.shape[:2], 2):
         raise ValueError(f"coords has shape {tuple(coords.shape)}: expected (B, L, 2) = {(*x.shape[:2], 2)}")
-    if coords.dtype == torch.bool or coords.is_complex():
-        raise TypeError(f"coords has dtype {coords.dtype}: expected pixels as real numbers")
+    check_coords(coords)
     if padding_mask is None:
         return
     if padding_mask.dtype != torch.bool:
@@ -39,6 +38,18 @@ def check_slides(x: Tensor, coords: Tensor, padding_mask: Tensor | None, embed: 
         )
     if padding_mask.shape != x.shape[:2]:
         raise ValueError(f"padding_mask has shape {tuple(padding_mask.shape)}: expected (B, L) = {tuple(x.shape[:2])}")
+
+
+def check_coords(coords: Tensor) -> None:
+    """Refuse dtypes that cannot hold pixels: half precision moves tiles into other cells."""
+    if coords.dtype == torch.bool or coords.is_complex():
+        raise TypeError(f"coords has dtype {coords.dtype}: expected pixels as real numbers")
+    if coords.is_floating_point() and coords.dtype not in (torch.float32, torch.float64):
+        exact = int(2 / torch.finfo(coords.dtype).eps)
+        raise TypeError(
+            f"coords has dtype {coords.dtype}, which rounds pixels beyond {exact:,}: expected integers, float32 or float64, "
+            "whatever the dtype of the embeddings is"
+        )
 
 
 def batched_slides(padding_mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

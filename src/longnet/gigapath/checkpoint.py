@@ -33,12 +33,12 @@ def load_tensors(path: Path) -> Any:
         ValueError: a file that is neither. OSError: a file that cannot be read.
     """
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception as error:
         # What they raise for bytes that are something else is of any type.

@@ -29,9 +29,10 @@ class SlideEncoder(nn.Module):
     Args:
         dim, layers, heads: of the encoder; C channels, divisible by 4 and by ``heads``.
         in_dim: channels of a tile embedding.
-        max_wsi_size: side of the largest slide, in pixels; decides the segment lengths, see
-            :func:`longnet.gigapath.architectures.segment_lengths`.
-        tile_size: side of a tile, in pixels.
+        max_wsi_size: side of the largest slide, in pixels. With ``tile_size`` it decides the segment lengths, see
+            :func:`longnet.gigapath.architectures.segment_lengths`. None: 1,024 tiles, as in the published checkpoints, whatever
+            ``tile_size`` is.
+        tile_size: side of a tile, in pixels of the coordinates. May be set later: positions follow it, segment lengths stay.
         slide_ngrids: cells of a side of the grid of positions.
         global_pool: read the mean over the tiles instead of the class token.
         torchscale_compat: compute attention as torchscale does, padding and all (see ``longnet.compat``): what checkpoints were
@@ -58,7 +59,7 @@ class SlideEncoder(nn.Module):
         heads: int = HEADS,
         *,
         in_dim: int = TILE_CHANNELS,
-        max_wsi_size: int = 262144,
+        max_wsi_size: int | None = None,
         tile_size: int = 256,
         slide_ngrids: int = 1000,
         global_pool: bool = False,
@@ -73,7 +74,9 @@ class SlideEncoder(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        counts = {"in_dim": in_dim, "max_wsi_size": max_wsi_size, "tile_size": tile_size, "slide_ngrids": slide_ngrids}
+        counts = {"in_dim": in_dim, "tile_size": tile_size, "slide_ngrids": slide_ngrids}
+        if max_wsi_size is not None:
+            counts["max_wsi_size"] = max_wsi_size
         for name, value in counts.items():
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name}={value!r} has type {type(value).__name__}: expected an int")
@@ -135,7 +138,7 @@ class SlideEncoder(nn.Module):
         path_or_state_dict: str | Path | Mapping[str, object],
         arch: str = "gigapath_slide_enc12l768d",
         *,
-        max_wsi_size: int = 262144,
+        max_wsi_size: int | None = None,
         tile_size: int = 256,
         slide_ngrids: int = 1000,
         global_pool: bool = False,
@@ -199,7 +202,7 @@ class SlideEncoder(nn.Module):
 
         Args:
             x: (B, L, in_dim) tile embeddings, the parameters' dtype (any floating dtype under autocast).
-            coords: (B, L, 2) pixels, x then y, any real dtype.
+            coords: (B, L, 2) pixels, x then y: integers, float32 or float64, also in a model of half precision.
             all_layer_embed: read out the embedding and every layer, with ``norm`` alone.
             padding_mask: (B, L) bool, True where a tile is absent: a slide's result is that of the slide by itself, and what
                 x and coords hold there does not matter.

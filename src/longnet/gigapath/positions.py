@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def cells(coords: Tensor, tile_size: int, grid: int) -> tuple[Tensor, Tensor]:
-    """Pixels (..., 2), x then y, of any real dtype, to cells (..., 2) int64 of a grid x grid raster; whether one is outside.
+    """Pixels (..., 2), x then y, of the dtypes of ``check_coords``, to cells (..., 2) int64 of a grid x grid raster; whether one is outside.
 
     A tile outside gets a cell at the edge: :class:`Check` refuses it.
     """
@@ -19,8 +19,16 @@ def cells(coords: Tensor, tile_size: int, grid: int) -> tuple[Tensor, Tensor]:
 
 def _raster(coords: Tensor, tile_size: int, grid: int) -> tuple[Tensor, Tensor]:
     """(coordinates in cells, whether each tile is inside of the grid)."""
-    cell = torch.div(coords, tile_size, rounding_mode="floor")
+    cell = in_tiles(coords, tile_size)
     return cell, ((cell >= 0) & (cell < grid)).all(-1)
+
+
+def in_tiles(coords: Tensor, tile_size: int) -> Tensor:
+    """Pixels to whole tiles, rounded down."""
+    if not coords.is_floating_point():
+        # A short integer type may not hold the tile size.
+        coords = coords.long()
+    return torch.div(coords, tile_size, rounding_mode="floor")
 
 
 class Check:
