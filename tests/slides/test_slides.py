@@ -12,7 +12,7 @@ import torch
 from matplotlib.image import imread
 from safetensors.torch import save_file
 
-from longnet.slides import heatmap, read_slide
+from longnet.slides import SLIDE_FORMATS, heatmap, read_slide
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -29,7 +29,7 @@ def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
                 file[name] = array
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".npz", ".safetensors", ".h5"])
+@pytest.mark.parametrize("suffix", SLIDE_FORMATS)
 @pytest.mark.parametrize("names", [("tile_embeds", "coords"), ("features", "coordinates"), ("embeddings", "coords")])
 def test_every_format_and_name(tmp_path: Path, suffix: str, names: tuple[str, str]) -> None:
     x, coords = torch.randn(1, 5, 3).half(), torch.randint(1000, (5, 2))
@@ -37,9 +37,12 @@ def test_every_format_and_name(tmp_path: Path, suffix: str, names: tuple[str, st
     write(path, {names[0]: x, names[1]: coords})
     slide = read_slide(str(path))
     assert torch.equal(slide.embeddings, x[0].float()) and torch.equal(slide.coords, coords.float())
+    assert slide.tile_size is None
+    renamed = path.rename(tmp_path / f"slide{suffix.upper()}")
+    assert torch.equal(read_slide(renamed).coords, slide.coords)
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".npz", ".safetensors", ".h5"])
+@pytest.mark.parametrize("suffix", SLIDE_FORMATS)
 def test_files_that_are_none(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"slide{suffix}"
     path.write_bytes(b"something else")
@@ -55,7 +58,100 @@ def test_files_that_are_none(tmp_path: Path, suffix: str) -> None:
     with pytest.raises(ValueError, match="expected exactly one of .'tile_embeds'"):
         read_slide(path)
     write(path, {"features": torch.randn(5, 3) > 0, "coords": torch.randn(5, 2)})
-    with pytest.raises(ValueError, match="expected real numbers"):
+    with pytest.raises(ValueError, match="expected an array of real numbers"):
+        read_slide(path)
+    # The message shows the names that are there.
+    write(path, {"feats": torch.randn(5, 3), "coords": torch.randn(5, 2)})
+    with pytest.raises(ValueError, match=r"holds \['coords', 'feats'\]: expected exactly one of .'tile_embeds'"):
+        read_slide(path)
+    write(path, {"features": torch.randn(5, 3), "coords": torch.randn(5, 2).half()})
+    with pytest.raises(ValueError, match="slide.*coords has dtype torch.float16, which rounds pixels beyond 2,048"):
+        read_slide(path)
+
+
+@pytest.mark.parametrize(
+    "coords",
+    [
+        np.zeros(5, dtype=[("x", "i8"), ("y", "i8")]),
+        np.full((5, 2), b"256"),
+        np.full((5, 2), "256", dtype=h5py.string_dtype()),
+        np.zeros((5, 2), complex),
+        np.zeros((5, 2), np.float16),
+        np.float32(1.0),
+        h5py.Empty("f4"),
+    ],
+    ids=["structured", "bytes", "strings", "complex", "half", "scalar", "empty"],
+)
+def test_coordinates_that_are_no_pixels(tmp_path: Path, coords: Any) -> None:
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["features"] = np.ones((5, 3), np.float32)
+        file["coords"] = coords
+    with pytest.raises(ValueError, match=r"x\.h5.*coords.* expected"):
+        read_slide(tmp_path / "x.h5")
+
+
+def test_another_machines_byte_order(tmp_path: Path) -> None:
+    x, coords = np.arange(15, dtype=">f4").reshape(5, 3), np.arange(10, dtype=">i8").reshape(5, 2)
+    np.savez(tmp_path / "x.npz", features=x, coords=coords)
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["features"], file["coords"] = x, coords
+    for name in ("x.npz", "x.h5"):
+        slide = read_slide(tmp_path / name)
+        assert slide.embeddings.tolist() == x.tolist() and slide.coords.tolist() == coords.tolist()
+
+
+@pytest.mark.parametrize("name", ["coords", "coordinates"])
+@pytest.mark.parametrize("value", [512, np.int64(512), np.float32(512), np.array([512])])
+def test_the_tile_size_that_trident_writes(tmp_path: Path, name: str, value: Any) -> None:
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["features"] = np.ones((5, 3), np.float32)
+        file[name] = np.arange(10).reshape(5, 2)
+        file[name].attrs["patch_size_level0"] = value
+    tile_size = read_slide(tmp_path / "x.h5").tile_size
+    assert tile_size == 512 and type(tile_size) is int
+
+
+@pytest.mark.parametrize("value", [0, -512, 0.5, np.nan, np.inf, "512", [256, 512], True, h5py.Empty("i8")])
+def test_a_tile_size_that_is_none(tmp_path: Path, value: Any) -> None:
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["features"] = np.ones((5, 3), np.float32)
+        file["coords"] = np.arange(10).reshape(5, 2)
+        file["coords"].attrs["patch_size_level0"] = value
+    with pytest.raises(
+        ValueError, match=r"x\.h5: the attribute patch_size_level0 of coords is .*whole number of pixels"
+    ):
+        read_slide(tmp_path / "x.h5")
+
+
+@pytest.mark.parametrize("name", ["features", "coords"])
+@pytest.mark.parametrize("way", ["storage", "link", "soft", "through", "virtual", "inner", "broken", "group"])
+def test_numbers_of_other_files_are_refused(tmp_path: Path, name: str, way: str) -> None:
+    shape = {"features": (4, 3), "coords": (4, 2)}
+    secret = tmp_path / "secret.h5"
+    with h5py.File(secret, "w") as file:
+        file[name] = np.ones(shape[name], np.float32)
+    path = tmp_path / "x.h5"
+    layout = h5py.VirtualLayout(shape[name], "f4")
+    with h5py.File(path, "w") as file:
+        for other in set(shape) - {name}:
+            file[other] = np.ones(shape[other], np.float32)
+        if way in ("storage", "inner"):
+            at = name if way == "storage" else "hidden"
+            file.create_dataset(at, shape[name], "f4", external=[(str(secret), 0, 48)])
+        if way == "link":
+            file[name] = h5py.ExternalLink(secret, name)
+        elif way in ("soft", "through"):
+            file["out"] = h5py.ExternalLink(secret, name if way == "soft" else "/")
+            file[name] = h5py.SoftLink("/out" if way == "soft" else f"/out/{name}")
+        elif way in ("virtual", "inner"):
+            source = (secret, name) if way == "virtual" else (".", "hidden")
+            layout[:] = h5py.VirtualSource(*source, shape[name])
+            file.create_virtual_dataset(name, layout)
+        elif way == "broken":
+            file[name] = h5py.SoftLink("/nowhere")
+        elif way == "group":
+            file.create_group(name)
+    with pytest.raises(ValueError, match=rf"x\.h5 cannot be read as \.h5: {name} (is|has) .*: expected"):
         read_slide(path)
 
 
@@ -88,6 +184,16 @@ def test_a_heat_map_has_a_cell_for_every_tile(tmp_path: Path) -> None:
     assert light[int(height * 0.12), int(width * 0.1)] == pytest.approx(3.0, abs=0.01)
 
 
+def test_a_title_is_no_formula(tmp_path: Path) -> None:
+    coords = torch.tensor([[0, 0], [200, 10]], dtype=torch.uint8)
+    pictures = []
+    for number, title in enumerate([r"a$\frac$", "a$x$", "ax", "a\udcff"]):
+        path = tmp_path / f"{number}.png"
+        heatmap(path, torch.ones(2), coords, title=title, label=title)
+        pictures.append(path.read_bytes())
+    assert len(set(pictures)) == 4
+
+
 def test_bad_heat_maps(tmp_path: Path) -> None:
     path, coords = tmp_path / "x.png", torch.zeros(3, 2)
     for weights, where, tile, match in [
@@ -98,4 +204,6 @@ def test_bad_heat_maps(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ValueError, match=match):
             heatmap(path, weights, where, tile_size=tile)
+    with pytest.raises(TypeError, match="coords has dtype torch.bfloat16"):
+        heatmap(path, torch.zeros(3), coords.bfloat16())
     assert not path.exists()

@@ -2,88 +2,143 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from longnet.gigapath.batches import check_coords
 from longnet.gigapath.checkpoint import load_tensors
 
-SLIDE_FORMATS = (".pt", ".npz", ".safetensors", ".h5")
+SLIDE_FORMATS = (".pt", ".npz", ".safetensors", ".h5", ".hdf5")
 
 # What GigaPath, CLAM and TRIDENT call them, and plain words.
 _EMBEDDINGS = ("tile_embeds", "features", "embeddings")
 _COORDS = ("coords", "coordinates")
+# TRIDENT's attribute of coords: the side of a tile in pixels of the coordinates, 512 for a tile of 256 pixels of a 40x slide.
+_TILE_SIZE = "patch_size_level0"
+
+# Arrays by name, None for those of other names, and the tile size as the file has it.
+_Contents = tuple[Mapping[str, Any], Any]
 
 
 @dataclass(frozen=True)
 class Slide:
-    """``embeddings`` (L, C) float32, ``coords`` (L, 2) float32: pixels, x then y."""
+    """``embeddings`` (L, C) float32, ``coords`` (L, 2) float32: pixels, x then y.
+
+    ``tile_size`` is the side of a tile in pixels of the coordinates, None where the file does not say it.
+    """
 
     embeddings: Tensor
     coords: Tensor
+    tile_size: int | None = None
 
 
 def read_slide(path: str | Path) -> Slide:
-    """Read a ``.pt`` (with ``weights_only=True``), ``.npz`` (without pickles), ``.safetensors`` or ``.h5``.
+    """Read a ``.pt`` (with ``weights_only=True``), ``.npz`` (without pickles), ``.safetensors``, ``.h5`` or ``.hdf5``.
 
     It holds embeddings, called tile_embeds, features or embeddings, (L, C) or (1, L, C), and coords or coordinates, (L, 2) or
-    (1, L, 2), of any real dtype.
+    (1, L, 2), of any real dtype; coordinates not in half precision. An HDF5 file may say the tile size as TRIDENT does, in the
+    attribute patch_size_level0 of the coordinates. Its arrays must lie in the file itself, not behind a link.
 
     Raises:
-        ValueError: another format, a file that is not what its name says, or tensors that are missing or of other shapes.
-        OSError: a file that cannot be read.
+        ValueError: another format, a file that is not what its name says, or arrays that are missing or of other shapes or
+            dtypes. OSError: a file that is not there.
     """
     path = Path(path)
-    if path.suffix not in SLIDE_FORMATS:
+    suffix = path.suffix.lower()
+    if suffix not in SLIDE_FORMATS:
         raise ValueError(f"{path} has the suffix {path.suffix!r}: expected one of {SLIDE_FORMATS}")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file")
     try:
-        found = _READERS[path.suffix](path)
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read as {path.suffix}: {error}") from None
+        found, tile_size = _READERS[suffix](path)
+    except (MemoryError, ImportError):
+        raise
+    except Exception as error:
+        # What readers raise for bytes that are something else is of any type.
+        raise ValueError(f"{path} cannot be read as {suffix}: {error}") from None
     embeddings, coords = _pick(path, found, _EMBEDDINGS), _pick(path, found, _COORDS)
+    try:
+        check_coords(coords)
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}") from None
     if embeddings.dim() != 2 or tuple(coords.shape) != (embeddings.shape[0], 2):
         raise ValueError(
             f"{path} has embeddings {tuple(embeddings.shape)} and coords {tuple(coords.shape)}: expected (L, C) and (L, 2)"
         )
-    return Slide(embeddings, coords)
+    return Slide(embeddings.float(), coords.float(), None if tile_size is None else _whole(path, tile_size))
 
 
 def _pick(path: Path, found: Mapping[str, Any], names: tuple[str, ...]) -> Tensor:
     given = [name for name in names if name in found]
     if len(given) != 1:
         raise ValueError(f"{path} holds {sorted(found)}: expected exactly one of {names}")
-    tensor = torch.as_tensor(found[given[0]])
-    if tensor.is_complex() or tensor.dtype == torch.bool:
-        raise ValueError(f"{path}: {given[0]} has dtype {tensor.dtype}: expected real numbers")
-    return (tensor[0] if tensor.dim() == 3 and tensor.shape[0] == 1 else tensor).float()
+    value = found[given[0]]
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iuf":
+        # torch takes the machine's byte order alone.
+        value = torch.as_tensor(value.astype(value.dtype.newbyteorder("="), copy=False))
+    if not isinstance(value, Tensor) or value.is_complex() or value.dtype == torch.bool:
+        kind = getattr(value, "dtype", type(value).__name__)
+        raise ValueError(f"{path}: {given[0]} has dtype {kind}: expected an array of real numbers")
+    return value[0] if value.dim() == 3 and value.shape[0] == 1 else value
 
 
-def _read_tensors(path: Path) -> Mapping[str, Any]:
+def _whole(path: Path, value: Any) -> int:
+    size = np.asarray(value)
+    if size.size != 1 or size.dtype.kind not in "iuf" or not np.isfinite(size) or size < 1 or size != np.floor(size):
+        raise ValueError(
+            f"{path}: the attribute {_TILE_SIZE} of coords is {value!r}: expected a whole number of pixels"
+        )
+    return int(size.item())
+
+
+def _read_tensors(path: Path) -> _Contents:
     found = load_tensors(path)
     if not isinstance(found, Mapping):
         raise ValueError(f"it holds a {type(found).__name__}, expected tensors by name")
-    return {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    return {str(name): value for name, value in found.items()}, None
 
 
-def _read_npz(path: Path) -> Mapping[str, Any]:
-    import numpy as np
-
+def _read_npz(path: Path) -> _Contents:
     with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files if name in (*_EMBEDDINGS, *_COORDS)}
+        return {name: file[name] if name in (*_EMBEDDINGS, *_COORDS) else None for name in file.files}, None
 
 
-def _read_h5(path: Path) -> Mapping[str, Any]:
+def _read_h5(path: Path) -> _Contents:
     import h5py  # type: ignore[import-untyped]
 
+    found: dict[str, Any] = {}
+    tile_size = None
     with h5py.File(path, "r") as file:
-        return {name: file[name][()] for name in file if name in (*_EMBEDDINGS, *_COORDS)}
+        for name in file:
+            found[name] = None
+            if name not in (*_EMBEDDINGS, *_COORDS):
+                continue
+            # A link, external storage and a virtual dataset can each bring in any other file of the machine.
+            link = file.get(name, getlink=True)
+            if not isinstance(link, h5py.HardLink):
+                raise ValueError(f"{name} is a {type(link).__name__}: expected a dataset of the file itself")
+            dataset = file[name]
+            if not isinstance(dataset, h5py.Dataset):
+                raise ValueError(f"{name} is a {type(dataset).__name__}: expected a dataset")
+            if dataset.external or dataset.is_virtual:
+                kind = "is a virtual dataset" if dataset.is_virtual else "has external storage"
+                raise ValueError(f"{name} {kind}: expected its numbers in the file itself")
+            found[name] = np.asarray(dataset[()])
+            if name in _COORDS:
+                tile_size = dataset.attrs.get(_TILE_SIZE)
+    return found, tile_size
 
 
-_READERS = {".pt": _read_tensors, ".npz": _read_npz, ".safetensors": _read_tensors, ".h5": _read_h5}
+_READERS = {
+    ".pt": _read_tensors,
+    ".npz": _read_npz,
+    ".safetensors": _read_tensors,
+    ".h5": _read_h5,
+    ".hdf5": _read_h5,
+}
