@@ -12,7 +12,7 @@ import pytest
 import longnet.compat
 import longnet.gigapath
 import longnet.slides
-from longnet.gigapath import SlideEncoder
+from longnet.gigapath import ClassificationHead, SlideEncoder
 
 NAMES: list[tuple[ModuleType, list[str]]] = [
     (
@@ -51,6 +51,8 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     ),
     (SlideEncoder.forward, "(self, x, coords, all_layer_embed=False, padding_mask=None)"),
     (SlideEncoder.attention_weights, "(self, x, coords, padding_mask=None)"),
+    (ClassificationHead.__init__, "(self, encoder, outputs, *, layers=(-1,), freeze=False, setting=None)"),
+    (ClassificationHead.loss, "(self, logits, target)"),
     (longnet.slides.heatmap, "(path, weights, coords, *, tile_size=256, title='', label='attention')"),
 ]
 

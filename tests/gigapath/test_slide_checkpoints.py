@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from slides import encoder, slides
+from torch import nn
 
 from longnet.gigapath import ARCHITECTURES, ClassificationHead, RegressionHead, SlideEncoder, SurvivalHead
 
@@ -127,6 +129,83 @@ def test_the_survival_loss_is_the_likelihood() -> None:
     got = head.loss(logits, torch.tensor([2, 0, 3]), torch.tensor([True, True, False]))
     torch.testing.assert_close(got.double(), -torch.stack(want).log().mean(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(head.survival(logits)[2, 3].double(), want[2], rtol=1e-5, atol=1e-6)
+
+
+def test_the_loss_of_several_labels_is_a_sigmoid_each() -> None:
+    head = ClassificationHead(encoder(1), 5, setting="multi_label")
+    x, coords = slides(20, batch=2)
+    logits = head(x, coords)
+    target = torch.tensor([[1, 0, 1, 0, 0], [0, 0, 0, 0, 0]])
+    p = logits.detach().sigmoid()
+    want = -torch.where(target == 1, p.log(), (1 - p).log()).mean()
+    for kind in (torch.int64, torch.bool, torch.float32, torch.float64):
+        torch.testing.assert_close(head.loss(logits, target.to(kind)), want, rtol=1e-12, atol=0)
+    head.loss(logits, target).backward()
+    assert head.linear.bias.grad is not None
+    torch.testing.assert_close(head.linear.bias.grad, ((p - target) / 10).sum(0))
+
+
+@pytest.mark.parametrize("setting", [None, "binary", "multi_label"])
+def test_one_output_learns(setting: Any) -> None:
+    head = ClassificationHead(encoder(1), 1, setting=setting)
+    logits = torch.tensor([[0.3], [-1.2], [2.0]], dtype=torch.float64, requires_grad=True)
+    p = logits.detach()[:, 0].sigmoid()
+    target = torch.tensor([1, 0, 0])
+    want = -(p[0].log() + (1 - p[1]).log() + (1 - p[2]).log()) / 3
+    for one in (target, target[:, None], target.bool(), target.float()):
+        loss = head.loss(logits, one)
+        torch.testing.assert_close(loss, want, rtol=1e-12, atol=0)
+        (grad,) = torch.autograd.grad(loss, logits)
+        torch.testing.assert_close(grad[:, 0], (p - target) / 3)
+
+
+@pytest.mark.parametrize(("outputs", "setting"), [(2, None), (2, "binary"), (2, "multi_class"), (4, None)])
+def test_the_loss_of_classes_is_one_softmax(outputs: int, setting: Any) -> None:
+    head = ClassificationHead(encoder(1), outputs, setting=setting)
+    logits = torch.randn(3, outputs, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    target = torch.tensor([1, 0, outputs - 1])
+    want = -logits.log_softmax(1)[torch.arange(3), target].mean()
+    for one in (target, target.int(), nn.functional.one_hot(target, outputs).double()):
+        torch.testing.assert_close(head.loss(logits, one), want, rtol=1e-12, atol=0)
+    soft = torch.rand(3, outputs, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).softmax(1)
+    want = -(logits.log_softmax(1) * soft).sum(1).mean()
+    torch.testing.assert_close(head.loss(logits, soft), want, rtol=1e-12, atol=0)
+    # Rounded to 8 bits a row still sums to 1.
+    torch.testing.assert_close(head.loss(logits, soft.bfloat16()), want, rtol=1e-2, atol=0)
+
+
+def test_targets_that_could_mean_something_else_are_refused() -> None:
+    model = encoder(1)
+    classes = ClassificationHead(model, 5)
+    labels = ClassificationHead(model, 5, setting="multi_label")
+    binary = ClassificationHead(model, 1)
+    logits, several = torch.randn(2, 5), torch.tensor([[1.0, 0, 1, 0, 0], [0, 1, 0, 0, 0]])
+    for head, given, target, match in [
+        (classes, logits, several, r"rows of target sum to \[2.0\] .* setting='multi_label'"),
+        (classes, logits, 0 * several, r"rows of target sum to \[0.0, 0.0\]"),
+        (classes, logits, several.long(), "dtype torch.int64 .* setting='multi_label'"),
+        (classes, logits, several.bool(), "dtype torch.bool .* setting='multi_label'"),
+        (classes, logits, 2 * several - 1, "expected values from 0 to 1"),
+        (classes, logits, several[:, :4], r"target has shape \(2, 4\)"),
+        (classes, logits, torch.tensor([[1], [2]]), r"target has shape \(2, 1\)"),
+        (classes, logits, torch.tensor([1.0, 2.0]), "expected classes as integers"),
+        (classes, logits, torch.tensor([1, 5]), "expected classes from 0 to 4"),
+        (classes, logits, torch.tensor([-1, 2]), "expected classes from 0 to 4"),
+        (labels, logits, torch.tensor([1, 2]), r"target has shape \(2,\): expected \(B, outputs\) = \(2, 5\)"),
+        (labels, logits, 2 * several, "expected values from 0 to 1"),
+        (labels, logits, several * torch.nan, "expected values from 0 to 1"),
+        (binary, logits[:, :1], torch.tensor([0, 2]), "expected values from 0 to 1"),
+        (binary, logits[:, :1], several[:, :2], r"target has shape \(2, 2\)"),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=match):
+            head.loss(given, target)
+    for outputs, setting, match in [
+        (1, "multi_class", "always 0, expected setting='binary'"),
+        (3, "binary", "setting='binary' with outputs=3"),
+        (2, "multi-label", "setting='multi-label' is unknown"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            ClassificationHead(model, outputs, setting=setting)  # type: ignore[arg-type]
 
 
 def test_bad_heads() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def cells(coords: Tensor, tile_size: int, grid: int) -> tuple[Tensor, Tensor]:
-    """Pixels (..., 2), x then y, of the dtypes of ``check_coords``, to cells (..., 2) int64 of a grid x grid raster; whether one is outside.
+    """Pixels (..., 2), x then y, to cells (..., 2) int64 of a grid x grid raster; whether one is outside.
 
     A tile outside gets a cell at the edge: :class:`Check` refuses it.
     """
