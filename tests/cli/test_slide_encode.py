@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import longnet.slides
+from longnet.cli import entry
+from longnet.cli.slide_encode import slide_encode
 from longnet.gigapath import SlideEncoder
+from longnet.training.progress import LineReporter
 
 Longnet = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -93,6 +103,191 @@ def test_a_slide_that_fails_leaves_the_others(weights: Path, tmp_path: Path, cal
     assert sorted(path.name for path in folder.glob("*.slide.*")) == ["good.slide.safetensors"]
 
 
+def trident(path: Path, tile_size: object, scale: int, tiles: int = 40) -> Path:
+    """A slide as TRIDENT writes it; the tissue depends on the number of tiles alone."""
+    held = load_file(slide(path.with_suffix(".safetensors"), tiles))
+    path.with_suffix(".safetensors").unlink()
+    with h5py.File(path, "w") as file:
+        file["features"] = held["features"].numpy()
+        file["coords"] = held["coords"].numpy() * scale
+        if tile_size is not None:
+            file["coords"].attrs["patch_size_level0"] = tile_size
+    return path
+
+
+def test_the_tile_size_is_that_of_each_slide(
+    weights: Path, tmp_path: Path, call: Longnet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, int] = {}
+
+    def draw(path: Path, *_: torch.Tensor, tile_size: int, title: str) -> None:
+        drawn[title] = tile_size
+        path.write_bytes(b"")
+
+    monkeypatch.setattr(longnet.slides, "heatmap", draw)
+    folder = tmp_path / "slides"
+    trident(folder / "x20.h5", 256, 1)
+    trident(folder / "x40.h5", np.int64(512), 2)
+    trident(folder / "x80.h5", 1024, 4)
+    trident(folder / "unsaid.hdf5", None, 1)
+    arguments = ("slide-encode", folder, "--checkpoint", weights, "--device", "cpu", "--heatmap")
+    result = call(*arguments)
+    assert result.returncode == 0, result.stderr
+    names = ("x20", "x40", "x80", "unsaid")
+    found = {name: folder / f"{name}.slide.safetensors" for name in names}
+    held = load_file(slide(tmp_path / "s.safetensors", 40))
+    with torch.no_grad():
+        want = SlideEncoder.from_checkpoint(weights)(held["features"][None], held["coords"][None])[0][0]
+    for path in found.values():
+        torch.testing.assert_close(load_file(path)["embedding"], want)
+    for name, size in zip(names, ("256", "512", "1024", "256"), strict=True):
+        with safe_open(found[name], "pt") as file:
+            assert file.metadata()["tile_size_used"] == size
+        assert drawn[name] == int(size)
+    assert "x40.h5: tiles of 512 pixels (patch_size_level0 of the slide)" in result.stderr
+    assert "unsaid.hdf5: tiles of 256 pixels (the default: the slide does not say)" in result.stderr
+    # The option wins, and makes another result.
+    result = call(*arguments, "--tile-size", 256)
+    assert "are done already" not in result.stderr
+    assert "x40.h5: tiles of 256 pixels (--tile-size; the slide says 512)" in result.stderr
+    torch.testing.assert_close(load_file(found["x20"])["embedding"], want)
+    assert (load_file(found["x40"])["embedding"] - want).abs().max() > 1e-3
+    assert "4 of 4 slides are done already" in call(*arguments, "--tile-size", 256).stderr
+
+
+def test_the_segment_lengths_are_not_the_tile_size(weights: Path, tmp_path: Path, call: Longnet) -> None:
+    # More tiles than the shortest segment.
+    generator = torch.Generator().manual_seed(0)
+    x, cell = torch.randn(1100, 1536, generator=generator), torch.arange(1100)
+    held = {"features": x, "coords": torch.stack((cell // 40, cell % 40), 1) * 512}
+    save_file(held, tmp_path / "s.safetensors")
+    arguments = ("slide-encode", tmp_path / "s.safetensors", "--checkpoint", weights, "--device", "cpu")
+    model = SlideEncoder.from_checkpoint(weights)
+    other = SlideEncoder.from_checkpoint(weights, tile_size=512, max_wsi_size=16384)
+    results = []
+    for options, how in [((), model), (("--max-wsi-size", 16384), other)]:
+        how.tile_size = 512
+        result = call(*arguments, "--tile-size", 512, *options)
+        assert result.returncode == 0, result.stderr
+        results.append(load_file(tmp_path / "s.slide.safetensors")["embedding"])
+        with torch.no_grad():
+            torch.testing.assert_close(results[-1], how(held["features"][None], held["coords"][None])[0][0])
+    assert not torch.allclose(*results)
+
+
+def test_no_slide_ends_a_folder(weights: Path, tmp_path: Path, call: Longnet, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "slides"
+    slide(folder / "z.safetensors", 10)
+    slide(folder / "first.safetensors", 9)
+    failures: dict[int, BaseException] = {
+        2: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB"),
+        3: MemoryError(),
+        4: RuntimeError("CUDA error: misaligned address"),
+        5: AssertionError("a defect"),
+    }
+    for tiles in failures:
+        slide(folder / f"m{tiles}.safetensors", tiles)
+    with h5py.File(folder / "structured.h5", "w") as file:
+        file["features"], file["coords"] = np.ones((2, 1536)), np.zeros(2, dtype=[("x", "i4"), ("y", "i4")])
+    with h5py.File(folder / "text.H5", "w") as file:
+        file["features"], file["coords"] = np.ones((2, 1536)), np.full((2, 2), b"256")
+    with h5py.File(folder / "feats.h5", "w") as file:
+        file["feats"], file["coords"] = np.ones((2, 1536)), np.zeros((2, 2))
+    with h5py.File(folder / "broken.hdf5", "w") as file:
+        file["features"], file["coords"] = h5py.SoftLink("/nowhere"), np.zeros((2, 2))
+    (folder / "dangling.pt").symlink_to(tmp_path / "nowhere.pt")
+    os.mkfifo(folder / "pipe.npz")
+    forward = SlideEncoder.forward
+
+    def fails(self: SlideEncoder, x: torch.Tensor, *rest: object, **options: object) -> list[torch.Tensor]:
+        if x.shape[1] in failures:
+            raise failures[x.shape[1]]
+        return forward(self, x, *rest, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(SlideEncoder, "forward", fails)
+    lines: list[tuple[float | None, str]] = []
+    monkeypatch.setattr(LineReporter, "advance", lambda self, done, detail="": lines.append((done, detail)))
+    arguments = ("slide-encode", folder, "--checkpoint", weights, "--device", "cpu")
+    result = call(*arguments)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    for name, reason in [
+        ("m2.safetensors", "OutOfMemoryError: CUDA out of memory. Tried to allocate 3 GiB"),
+        ("m3.safetensors", "MemoryError"),
+        ("m4.safetensors", "RuntimeError: CUDA error: misaligned address"),
+        ("m5.safetensors", "AssertionError: a defect"),
+        ("structured.h5", "coords has dtype .* expected an array of real numbers"),
+        ("text.H5", "coords has dtype .* expected an array of real numbers"),
+        ("feats.h5", r"holds \['coords', 'feats'\]: expected exactly one of .'tile_embeds'"),
+        ("broken.hdf5", "features is a SoftLink"),
+        ("dangling.pt", "No such file"),
+        ("pipe.npz", "is no file"),
+    ]:
+        assert re.search(rf"^.*{re.escape(name)}.*{reason}", result.stderr, flags=re.MULTILINE), (name, result.stderr)
+    assert "10 of 12 slides could not be encoded: " in result.stderr
+    assert sorted(path.name for path in folder.glob("*.slide.safetensors") if path.is_file()) == [
+        "first.slide.safetensors",
+        "z.slide.safetensors",
+    ]
+    # What failed is no progress, and the end is the end.
+    shares = [done for done, _ in lines if done is not None]
+    assert shares == sorted(shares) and shares[0] == 0.0 and shares[-1] == 1.0
+    assert lines[-1][1].startswith("z.safetensors, 2 of 11 encoded, 9 failed")
+    again = call(*arguments)
+    assert again.returncode == 2 and "2 of 12 slides are done already" in again.stderr
+    # Ctrl-C is no slide's failure.
+    failures[3] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        slide_encode(folder, weights, device="cpu")
+
+
+def test_without_h5py_the_command_says_what_to_install(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = trident(tmp_path / "s.h5", 256, 1)
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    monkeypatch.setattr(sys, "argv", ["longnet", "slide-encode", str(source), "--checkpoint", str(weights)])
+    with pytest.raises(SystemExit):
+        entry.main()
+    assert "needs h5py, which is not installed: pip install 'longnet-torch[slides]'" in capsys.readouterr().err
+
+
+def test_what_is_no_slide_is_named(weights: Path, tmp_path: Path, call: Longnet) -> None:
+    folder = tmp_path / "slides"
+    slide(folder / "s.safetensors", 10)
+    slide(folder / "t.slide.v2.safetensors", 10)
+    (folder / "sub").mkdir()
+    (folder / "sub.h5").mkdir()
+    for name in ("notes.csv", ".hidden", "old.slide.safetensors", "s.slide.png"):
+        (folder / name).write_bytes(b"")
+    arguments = ("slide-encode", folder, "--checkpoint", weights, "--device", "cpu")
+    for _ in range(2):
+        result = call(*arguments)
+        assert result.returncode == 0, result.stderr
+        assert "Not encoded, a folder, which has to be named by itself: sub, sub.h5\n" in result.stderr
+        assert "Not encoded, not one of .pt, .npz, .safetensors, .h5, .hdf5: .hidden, notes.csv\n" in result.stderr
+        assert "Not encoded, a result by its name: old.slide.safetensors\n" in result.stderr
+    assert (folder / "t.slide.v2.slide.safetensors").is_file()
+    (tmp_path / "outer" / "sub").mkdir(parents=True)
+    result = call("slide-encode", tmp_path / "outer", "--checkpoint", weights)
+    assert "holds no slide" in result.stderr and "a folder, which has to be named by itself: sub" in result.stderr
+
+
+def test_a_title_of_any_name(weights: Path, tmp_path: Path, call: Longnet) -> None:
+    source = slide(tmp_path / r"a$\frac$.safetensors", 10)
+    result = call("slide-encode", source, "--checkpoint", weights, "--device", "cpu", "--heatmap")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / r"a$\frac$.slide.png").is_file()
+
+
+def test_a_refused_command_leaves_no_folder(weights: Path, tmp_path: Path, call: Longnet) -> None:
+    source, out = slide(tmp_path / "slides" / "s.safetensors", 10), tmp_path / "new"
+    for where in (source.parent, source):
+        target = out if where.is_dir() else out / "x.safetensors"
+        assert call("slide-encode", where, "-o", target, "--checkpoint", tmp_path / "no.pth").returncode == 2
+        assert call("slide-encode", where, "-o", target, "--checkpoint", weights, "--arch", "huge").returncode == 2
+    assert not out.exists()
+
+
 def test_bad_arguments(weights: Path, tmp_path: Path, call: Longnet) -> None:
     source = slide(tmp_path / "slides" / "s.safetensors", 10)
     (tmp_path / "empty").mkdir()
@@ -107,6 +302,9 @@ def test_bad_arguments(weights: Path, tmp_path: Path, call: Longnet) -> None:
         ((source, "--dtype", "int8"), "--dtype int8 is unknown"),
         ((source, "--arch", "huge"), "arch='huge' is unknown"),
         ((source, "--device", "abacus"), "abacus"),
+        ((source, "--tile-size", 0), "--tile-size 0: expected at least 1 pixel"),
+        ((source, "--max-wsi-size", 100), "max_wsi_size=100"),
+        ((source.parent, "-o", source), "is a file: expected a folder"),
     ]:
         result = call("slide-encode", *arguments, "--checkpoint", weights)
         assert result.returncode == 2 and said in result.stderr, (arguments, result.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import traceback
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,11 +17,14 @@ if TYPE_CHECKING:
     from longnet.gigapath import SlideEncoder
 
 _DTYPES = ("float32", "float16", "bfloat16")
+_TILE_SIZE = 256
+_RESULTS = (".slide.safetensors", ".slide.png")
 
 
 def slide_encode(
     slides: Annotated[
-        Path, typer.Argument(help="Tile embeddings of a slide (.pt, .npz, .safetensors, .h5), or a folder of them.")
+        Path,
+        typer.Argument(help="Tile embeddings of a slide (.pt, .npz, .safetensors, .h5, .hdf5), or a folder of them."),
     ],
     checkpoint: Annotated[Path, typer.Option(help="Slide encoder's weights, .pth or .safetensors.")],
     out: Annotated[
@@ -33,8 +37,20 @@ def slide_encode(
         ),
     ] = None,
     arch: Annotated[str, typer.Option(help="Architecture of the weights.")] = "gigapath_slide_enc12l768d",
-    tile_size: Annotated[int, typer.Option(help="Side of a tile, in pixels of the coordinates.")] = 256,
-    max_wsi_size: Annotated[int, typer.Option(help="Side of the largest slide, in pixels.")] = 262144,
+    tile_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Side of a tile, in pixels of the coordinates.",
+            show_default=f"patch_size_level0 of the slide's coords, else {_TILE_SIZE}",
+        ),
+    ] = None,
+    max_wsi_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Side of the largest slide, in pixels: with --tile-size it decides the segment lengths.",
+            show_default="1,024 tiles, as in the published weights",
+        ),
+    ] = None,
     global_pool: Annotated[bool, typer.Option("--global-pool", help="Mean of the tiles, not the class token.")] = False,
     all_layers: Annotated[bool, typer.Option("--all-layers", help="Read every layer out, not only the last.")] = False,
     heatmap: Annotated[bool, typer.Option("--heatmap", help="Also what the class token attends to, as PNG.")] = False,
@@ -48,9 +64,11 @@ def slide_encode(
 
     A file holds embedding (dim), or layers (layers + 1, dim) with --all-layers; with --heatmap also attention (tiles), the
     mean over layers and heads, and coords. Files that are there already, from the same weights, settings and slide, are not
-    made again: after a stop or a crash the same command goes on.
+    made again: after a stop or a crash the same command goes on. A slide that fails is named with its reason, the others are
+    encoded, and the exit status is 2.
     """
     from longnet.gigapath import SlideEncoder
+    from longnet.gigapath.architectures import segment_lengths
     from longnet.slides import is_made_from
     from longnet.training.progress import make_reporter
     from longnet.training.settings import resolve_device
@@ -59,30 +77,63 @@ def slide_encode(
     kind = dtype or ("float16" if where.type == "cuda" else "float32")
     if kind not in _DTYPES:
         raise ValueError(f"--dtype {kind} is unknown: expected one of {', '.join(_DTYPES)}")
-    todo = _pairs(slides, out)
+    if tile_size is not None and tile_size < 1:
+        raise ValueError(f"--tile-size {tile_size}: expected at least 1 pixel")
+    lengths = segment_lengths(max_wsi_size, tile_size or _TILE_SIZE)
+    todo, passed_over = _pairs(slides, out)
     settings = {
         "checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest(), "arch": arch, "tile_size": str(tile_size),
-        "max_wsi_size": str(max_wsi_size), "global_pool": str(global_pool), "all_layers": str(all_layers), "dtype": kind,
+        "segment_lengths": str(lengths), "global_pool": str(global_pool), "all_layers": str(all_layers), "dtype": kind,
         "heatmap": str(heatmap),
     }  # fmt: skip
     reporter = make_reporter(sys.stderr)
-    left = [(source, target) for source, target in todo if not is_made_from(target, settings | _mark(source))]
-    if len(left) < len(todo):
-        reporter.say(f"{len(todo) - len(left)} of {len(todo)} slides are done already")
+    for reason, names in passed_over.items():
+        reporter.say(f"Not encoded, {reason}: {', '.join(names)}")
     failed: list[str] = []
+
+    def fail(source: Path, error: Exception) -> None:
+        failed.append(source.name)
+        reporter.say(_why(source, error))
+
+    left = []
+    for source, target in todo:
+        try:
+            if not is_made_from(target, settings | _mark(source)):
+                left.append((source, target))
+        except OSError as error:
+            fail(source, error)
+    if done := len(todo) - len(left) - len(failed):
+        reporter.say(f"{done} of {len(todo)} slides are done already")
     if left:
         model = SlideEncoder.from_checkpoint(
-            checkpoint, arch, max_wsi_size=max_wsi_size, tile_size=tile_size, global_pool=global_pool, device=where
+            checkpoint,
+            arch,
+            max_wsi_size=max_wsi_size,
+            tile_size=tile_size or _TILE_SIZE,
+            global_pool=global_pool,
+            device=where,
         )
+        left[0][1].parent.mkdir(parents=True, exist_ok=True)
         reporter.begin(f"{len(left)} slides", 0.0)
+        encoded, said, before = 0, "", len(failed)
         with stop_on_signal(reporter.say, "this slide") as stopping:
             for number, (source, target) in enumerate(left, 1):
                 try:
-                    _encode(model, source, target, settings, kind, all_layers, heatmap)
-                except ValueError as error:
-                    failed.append(source.name)
-                    reporter.say(f"{source}: {error}")
-                reporter.advance(number / len(left), f"{source.name}, {number} of {len(left)}")
+                    made_from = settings | _mark(source)
+                    tiles = _encode(model, source, target, made_from, tile_size, kind, all_layers, heatmap)
+                    encoded += 1
+                    if tiles != said:
+                        reporter.say(f"{source.name}: {tiles}")
+                        said = tiles
+                except ModuleNotFoundError:
+                    # Every HDF5 file would fail: the command says what to install.
+                    raise
+                except Exception as error:
+                    # Whatever one file does, out of memory included, the others are encoded.
+                    fail(source, error)
+                wrong = len(failed) - before
+                count = f"{encoded} of {len(left)} encoded" + (f", {wrong} failed" if wrong else "")
+                reporter.advance(encoded / max(1, len(left) - wrong), f"{source.name}, {count}")
                 if stopping.asked() and number < len(left):
                     reporter.say("Stopped. The same command goes on.")
                     raise typer.Exit(INTERRUPTED)
@@ -96,19 +147,21 @@ def _encode(
     model: SlideEncoder,
     source: Path,
     target: Path,
-    settings: dict[str, str],
+    made_from: dict[str, str],
+    tile_size: int | None,
     kind: str,
     all_layers: bool,
     heatmap: bool,
-) -> None:
+) -> str:
+    """Write what is asked for; says what the tile size was and where it is from."""
     import torch
 
     from longnet.slides import heatmap as draw
     from longnet.slides import read_slide, result_bytes
     from longnet.training.files import write_atomically, write_bytes
 
-    made_from = settings | _mark(source)
     slide, device = read_slide(source), model.cls_token.device
+    model.tile_size, tiles = _tile_size(tile_size, slide.tile_size)
     x, coords = slide.embeddings[None].to(device), slide.coords[None].to(device)
     cast = nullcontext() if kind == "float32" else torch.autocast(device.type, getattr(torch, kind))
     with torch.inference_mode(), cast:
@@ -125,25 +178,51 @@ def _encode(
 
         write_atomically(target.with_suffix(".png"), picture)
     # Last: where it is, all of the slide's files are.
-    write_bytes(target, result_bytes(tensors, made_from))
+    write_bytes(target, result_bytes(tensors, made_from | {"tile_size_used": str(model.tile_size)}))
+    return tiles
 
 
-def _pairs(slides: Path, out: Path | None) -> list[tuple[Path, Path]]:
-    """(slide, where its result goes) of every slide."""
+def _tile_size(option: int | None, of_the_slide: int | None) -> tuple[int, str]:
+    """(pixels of a tile, the same in words with where it is from)."""
+    if option is not None:
+        others = "" if of_the_slide in (None, option) else f"; the slide says {of_the_slide}"
+        return option, f"tiles of {option} pixels (--tile-size{others})"
+    if of_the_slide is not None:
+        return of_the_slide, f"tiles of {of_the_slide} pixels (patch_size_level0 of the slide)"
+    return _TILE_SIZE, f"tiles of {_TILE_SIZE} pixels (the default: the slide does not say)"
+
+
+def _why(source: Path, error: Exception) -> str:
+    """The slide and why it failed, in one line."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, ValueError | OSError) or not text:
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    text = text if text.startswith(str(source)) else f"{source}: {text}"
+    return f"{text}\n{traceback.format_exc()}" if sys.flags.dev_mode else text
+
+
+def _pairs(slides: Path, out: Path | None) -> tuple[list[tuple[Path, Path]], dict[str, list[str]]]:
+    """(slide, where its result goes) of every slide; names of what else the folder holds, by the reason to pass it over."""
     from longnet.slides import SLIDE_FORMATS
 
     if slides.is_dir():
-        found = sorted(
-            path for path in slides.iterdir() if path.suffix in SLIDE_FORMATS and ".slide" not in path.suffixes
-        )
-        if not found:
-            raise ValueError(f"{slides} holds no slide: expected files ending in {', '.join(SLIDE_FORMATS)}")
+        entries = sorted(slides.iterdir())
+        found = [path for path in entries if not _no_slide(path)]
         stems = [path.stem for path in found]
+        own = {f"{stem}{ending}" for stem in stems for ending in _RESULTS}
+        passed_over: dict[str, list[str]] = {}
+        for path in entries:
+            if path.name not in own and (reason := _no_slide(path)):
+                passed_over.setdefault(reason, []).append(path.name)
+        if not found:
+            others = "".join(f"; {reason}: {', '.join(names)}" for reason, names in passed_over.items())
+            raise ValueError(f"{slides} holds no slide: expected files ending in {', '.join(SLIDE_FORMATS)}{others}")
         if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
             raise ValueError(f"{slides} holds several files named {', '.join(twice)}: expected one of each slide")
         folder = slides if out is None else out
-        folder.mkdir(parents=True, exist_ok=True)
-        return [(path, folder / f"{path.stem}.slide.safetensors") for path in found]
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"--out {folder} is a file: expected a folder, as {slides} is one")
+        return [(path, folder / f"{path.stem}.slide.safetensors") for path in found], passed_over
     if not slides.is_file():
         raise FileNotFoundError(f"{slides} is neither a file nor a folder")
     target = slides.with_name(f"{slides.stem}.slide.safetensors") if out is None else out
@@ -151,8 +230,18 @@ def _pairs(slides: Path, out: Path | None) -> list[tuple[Path, Path]]:
         raise ValueError(f"--out {target}: expected a name ending in .safetensors")
     if target.absolute() == slides.absolute():
         raise ValueError(f"--out {target} is the slide itself: expected another file")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return [(slides, target)]
+    return [(slides, target)], {}
+
+
+def _no_slide(path: Path) -> str:
+    """Why something in a folder is passed over; empty for a slide."""
+    from longnet.slides import SLIDE_FORMATS
+
+    if path.is_dir():
+        return "a folder, which has to be named by itself"
+    if path.name.endswith(_RESULTS):
+        return "a result by its name"
+    return "" if path.suffix.lower() in SLIDE_FORMATS else f"not one of {', '.join(SLIDE_FORMATS)}"
 
 
 def _mark(source: Path) -> dict[str, str]:
