@@ -46,12 +46,12 @@ def test_every_line_is_printed_with_no_interval() -> None:
 def test_a_terminal_gets_a_bar_with_details_and_text_as_it_is() -> None:
     stream = _Terminal()
     reporter = TerminalReporter(Console(file=stream, force_terminal=True, width=120))
-    reporter.say("[bold]a path[/bold]")
+    reporter.say("[bold]a path[/bold] :x:")
     reporter.begin("Training")
     reporter.advance(0.5, "loss 1.0000")
     reporter.end()
     written = stream.getvalue()
-    assert "[bold]a path[/bold]" in written
+    assert "[bold]a path[/bold] :x:" in written
     assert "50%" in written and "loss 1.0000" in written and "left" in written
 
 

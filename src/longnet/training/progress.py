@@ -94,7 +94,7 @@ class TerminalReporter:
         self._clock = _Clock()
 
     def say(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False)
+        self._console.print(text, highlight=False, markup=False, emoji=False)
 
     def begin(self, title: str, done: float | None = 0.0) -> None:
         self._clock = _Clock(done)
