@@ -79,7 +79,7 @@ def _pick(path: Path, found: Mapping[str, Any], names: tuple[str, ...]) -> Tenso
     if len(given) != 1:
         raise ValueError(f"{path} holds {sorted(found)}: expected exactly one of {names}")
     value = found[given[0]]
-    if isinstance(value, np.ndarray) and value.dtype.kind in "iuf":
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iuf" and value.dtype.itemsize <= 8:
         # torch takes the machine's byte order alone.
         value = torch.as_tensor(value.astype(value.dtype.newbyteorder("="), copy=False))
     if not isinstance(value, Tensor) or value.is_complex() or value.dtype == torch.bool:
