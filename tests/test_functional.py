@@ -261,6 +261,29 @@ def test_scale_is_used():
         assert relative_error(out, dense_attention(q, k, v, (8,), (2,), scale=1.7)[0]) < 1e-12
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("padding", [None, 0.3])
+@pytest.mark.parametrize("scale", [-1.7, -1e-60, 0.0, 1e-60])
+def test_every_finite_scale_is_exact(backend, is_causal, padding, scale):
+    """torch's CPU kernel writes -inf into causal scores before it multiplies them by the scale."""
+    problem = Problem(2, 2, 2, 40, 4, ((6, 1), (20, 3)), is_causal, "interleaved", padding, True, 12)
+    options = problem.options() | {"scale": scale}
+    double = tuple(x.detach().requires_grad_() for x in problem.tensors())
+    out, lse = dense_attention(*double, problem.segment_lengths, problem.dilation_rates, **options)
+    expected = out, lse, *backward(out, lse, double, problem.upstream())
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
+        inputs = tuple(x.detach().to(dtype).requires_grad_() for x in double)
+        out, lse = dilated_attention(
+            *inputs, problem.segment_lengths, problem.dilation_rates, return_lse=True, backend=backend, **options
+        )
+        got = out, lse, *backward(out, lse, inputs, problem.upstream())
+        for one, other in zip(got, expected, strict=True):
+            assert torch.equal(one.isinf(), other.isinf())
+            finite = ~other.isinf()
+            assert relative_error(one[finite], other[finite]) < tolerance
+
+
 def test_runs_are_bit_identical():
     q, k, v = (torch.randn(1, 4, 300, 16, requires_grad=True) for _ in range(3))
     runs = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from longnet.backends import Spec, select_backend
+from longnet.backends.operators import lse_dtype
 from longnet.geometry import HeadOffsets, Pattern, uncovered_positions
 from longnet.packing import boundaries, packed_attention
 from longnet.sharding import give_up, peers_of, sharded_attention
@@ -85,7 +85,7 @@ def dilated_attention(
         segment_lengths: w in tokens, an int or one per branch. Nothing needs to divide anything.
         dilation_rates: r, an int or one per branch, ``1 <= r <= w``.
         is_causal: a query sees keys at positions up to its own.
-        scale: of the scores, default ``D ** -0.5``.
+        scale: of the scores, any finite number; default ``D ** -0.5``.
         key_padding_mask: (B, N) bool, True where the key is to be ignored.
         cu_seqlens: (documents + 1,) int32 or int64, or ints: where the documents packed into one row (B = 1) begin, 0 first, and
             N last. Each is computed as if it were alone: segments and offsets restart with it, and it sees no other. A tensor
@@ -217,14 +217,27 @@ def _check_settings(
     for name, flag in (("is_causal", is_causal), ("return_lse", return_lse)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name}={flag!r} has type {type(flag).__name__}: expected a bool")
-    if scale is not None:
-        if isinstance(scale, bool) or not isinstance(scale, int | float):
-            raise TypeError(f"scale={scale!r} has type {type(scale).__name__}: expected a float or None")
-        if not math.isfinite(scale):
-            raise ValueError(f"scale={scale} is not finite")
+    scale = check_scale(scale, query.shape[-1], query.dtype)
     if distance_bias is not None:
         _check_bias(distance_bias, query, pattern)
-    return float(query.shape[-1] ** -0.5 if scale is None else scale)
+    return scale
+
+
+def check_scale(scale: float | None, head_dim: int, dtype: torch.dtype) -> float:
+    """The scale of the scores, ``head_dim ** -0.5`` for None, as the arithmetic for inputs of ``dtype`` can hold it.
+
+    Raises:
+        TypeError: no number. ValueError: not finite in that arithmetic, float32 or float64.
+    """
+    if scale is None:
+        return float(head_dim**-0.5)
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise TypeError(f"scale={scale!r} has type {type(scale).__name__}: expected a float or None")
+    kind = torch.finfo(lse_dtype(dtype))
+    if not abs(scale) <= kind.max:
+        raise ValueError(f"scale={scale} is not finite in {kind.dtype}: expected at most {kind.max:g} in magnitude")
+    # Kernels would round a smaller one to 0 themselves, after they have looked at its sign.
+    return float(scale) if abs(scale) >= kind.smallest_normal * kind.eps else 0.0
 
 
 @lru_cache(maxsize=256)

@@ -98,6 +98,9 @@ CASES = {
     "the same branch twice, scale 0": (
         Problem(1, 2, 1, 33, 8, ((16, 2), (16, 2)), True, "interleaved", None, True, 8), 0.0,
     ),
+    "not causal, negative scale": (
+        Problem(1, 2, 1, 33, 8, ((16, 1), (32, 2)), False, "interleaved", 0.2, True, 14), -0.4,
+    ),
     "two nests of two branches": (
         Problem(1, 2, 1, 50, 8, ((12, 1), (16, 1), (24, 2), (32, 2)), True, "interleaved", None, True, 9), None,
     ),

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given, settings
+from oracle import dense_attention
 from patterns import relative_error
 from streams import Stream, read, streams
 
@@ -61,6 +62,17 @@ def test_half_precision_statistics_are_float32(dtype, allowed):
     out = read(stream, stream.cache(), attend=by_fused_step)
     assert out.dtype == dtype
     assert relative_error(out, stream.expected()) < allowed
+
+
+@pytest.mark.parametrize("scale", [-0.4, 0.0])
+def test_any_scale(scale):
+    stream = Stream(((4, 1), (16, 2)), 20, kv_heads=2)
+    cache, tensors, outs = stream.cache(), stream.tensors(), []
+    for i in range(stream.length):
+        outs.append(fused.fused_step(*(x[:, :, i : i + 1] for x in tensors), cache, scale))
+        cache.moved(1, on_device=False)
+    expected, _ = dense_attention(*tensors, *stream.pattern, is_causal=True, scale=scale)
+    assert relative_error(torch.cat(outs, 2), expected) < 1e-10
 
 
 @pytest.mark.parametrize("start", [2**31 - 20, 10**12])

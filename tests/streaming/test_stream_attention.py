@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import dense_attention
 from patterns import relative_error
 from streams import Stream, by_step, read, streams
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from longnet import dilated_attention, stream_attention
 from longnet.streaming import rectangle
+from longnet.streaming.step import step
 
 pytestmark = pytest.mark.filterwarnings("ignore:segment_lengths=.*to no head")
 
@@ -154,11 +156,29 @@ def test_padding_may_be_told_for_some_chunks_only():
     assert relative_error(torch.cat(outs, 2), stream.expected()) < 1e-10
 
 
-def test_the_scale_of_the_scores():
+@pytest.mark.parametrize("scale", [0.3, -0.3, 0.0])
+@pytest.mark.parametrize("lead", [None, (0, 5)])
+def test_the_scale_of_the_scores(scale, lead):
+    stream = Stream(((8, 1), (20, 3)), 30, batch=2, kv_heads=3, lead=lead)
+    cache, tensors, mask = stream.cache(), stream.tensors(), stream.mask()
+    outs = []
+    for i in range(0, 30, 6):
+        part = None if mask is None else mask[:, i : i + 6]
+        chunk = (x[:, :, i : i + 6] for x in tensors)
+        outs.append(stream_attention(*chunk, cache, scale=scale, key_padding_mask=part))
+    expected, _ = dense_attention(*tensors, *stream.pattern, is_causal=True, scale=scale, key_padding_mask=mask)
+    assert relative_error(torch.cat(outs, 2), expected) < 1e-10
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_the_scale_of_a_step(scale):
     stream = Stream(((8, 1), (20, 3)), 30, kv_heads=3)
     cache, tensors = stream.cache(), stream.tensors()
-    outs = [stream_attention(*(x[:, :, i : i + 6] for x in tensors), cache, scale=0.3) for i in range(0, 30, 6)]
-    expected = dilated_attention(*tensors, *stream.pattern, is_causal=True, scale=0.3)
+    outs = []
+    for i in range(30):
+        outs.append(step(*(x[:, :, i : i + 1] for x in tensors), cache, scale))
+        cache.moved(1, on_device=False)
+    expected, _ = dense_attention(*tensors, *stream.pattern, is_causal=True, scale=scale)
     assert relative_error(torch.cat(outs, 2), expected) < 1e-10
 
 

@@ -48,6 +48,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (token(key=torch.zeros(2, 2, 5, 4, requires_grad=True)), ValueError, r"key requires a gradient .*no_grad"),
     (token(scale="1"), TypeError, "scale='1' has type str"),
     (token(scale=float("nan")), ValueError, "scale=nan is not finite"),
+    (token(scale=1e60), ValueError, r"scale=1e\+60 is not finite in float32"),
     (token(key_padding_mask=[True]), TypeError, "key_padding_mask has type list"),
     (token(key_padding_mask=torch.zeros(2, 5)), TypeError, "key_padding_mask has dtype torch.float32"),
     (token(key_padding_mask=LATE[:, :4]), ValueError, r"key_padding_mask has shape \(2, 4\): expected \(B, T\)"),

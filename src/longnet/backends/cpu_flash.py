@@ -6,7 +6,8 @@ the kernel takes two; the two largest go into one call and the others are looped
 
 Traps of ``aten._scaled_dot_product_flash_attention_for_cpu`` that this file guards against: a last-dimension stride
 other than 1 gives wrong numbers silently; an empty query kills the process; a row without keys returns lse 0, not
--inf; its backward divides by ``exp(lse)``, which must not be ``exp(-inf)``.
+-inf; its backward divides by ``exp(lse)``, which must not be ``exp(-inf)``; its causal forward writes -inf into the
+scores before it multiplies them by the scale, which must be above 0 (its backward takes any scale).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from longnet.backends.operators import (
     register_operators,
     repeat_heads,
     rows_without_keys,
+    signed,
     sum_heads,
     tile_view,
 )
@@ -162,7 +164,7 @@ def forward(
         masks = None if padding is None else _Padding(padding[block.rows, block.tokens], query.dtype, spec.is_causal)
         mask = None if masks is None else masks.mask
         q, k, v = _dense(block.of(query)), _key_value(key, block, group, mask), _key_value(value, block, group, mask)
-        parts = _forward_block((q, k, v), masks, block.plan, spec)
+        parts = _forward_block((signed(q, spec.scale), k, v), masks, block.plan, spec)
         _mix(block.of(out), block.of(lse), parts)
         # Before the next block makes its own: a second set would be the peak.
         del parts
@@ -175,7 +177,7 @@ _Index = tuple[Any, ...]
 def _forward_block(
     tensors: tuple[Tensor, ...], masks: _Padding | None, plan: Plan, spec: Spec
 ) -> list[tuple[bool, Tile, _Index, tuple[Tensor, Tensor]]]:
-    """The kernel's (out, lse) for every call, from (q, k, v) of a block.
+    """The kernel's (out, lse) for every call, from (q, k, v) of a block; q carries the scale's sign.
 
     A part of a first branch that covers everything may assign, the others mix.
     """
@@ -188,7 +190,7 @@ def _forward_block(
             for index in _calls(tile, views[0].shape[0]):
                 mask = None if masks is None else masks.call(tile, index)
                 part, part_lse = _flash(
-                    *(view[index] for view in views), 0.0, spec.is_causal, attn_mask=mask, scale=spec.scale
+                    *(view[index] for view in views), 0.0, spec.is_causal, attn_mask=mask, scale=abs(spec.scale) or 1.0
                 )
                 if empty is not None:
                     part_lse = part_lse.masked_fill(empty[index], -torch.inf)

@@ -238,6 +238,11 @@ def rows_without_keys(padded: Tensor, is_causal: bool) -> Tensor:
     return padded.all(-1, keepdim=True).expand_as(padded)
 
 
+def signed(x: Tensor, scale: float) -> Tensor:
+    """x times the sign of the scale: a kernel that needs a scale above 0 gets the sign with the query."""
+    return x if scale > 0 else -x if scale < 0 else torch.zeros_like(x)
+
+
 def repeat_heads(x: Tensor, group: int) -> Tensor:
     """(B, Hk, N, D) to (B, Hk * group, N, D): the key/value head that each query head reads."""
     return x if group == 1 else x.repeat_interleave(group, dim=1)

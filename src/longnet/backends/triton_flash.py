@@ -21,7 +21,7 @@ from torch import Tensor
 from longnet.backends import hopper
 from longnet.backends.all_heads import among_all_heads
 from longnet.backends.launches import Blocks, plan_launches, power_of_two
-from longnet.backends.operators import Spec, register_operators, sum_heads
+from longnet.backends.operators import Spec, register_operators, signed, sum_heads
 from longnet.geometry.nests import Nest, make_nests
 from longnet.geometry.wanted import read_by_first
 
@@ -98,11 +98,6 @@ def _room(x: Tensor) -> Tensor:
     return x if _side_by_side(x) else x.new_empty(x.shape)
 
 
-def _signed(x: Tensor, scale: float) -> Tensor:
-    """Kernels take the largest scaled score from the largest score, so a scale's sign goes into the query."""
-    return x if scale > 0 else -x if scale < 0 else torch.zeros_like(x)
-
-
 def _device(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
@@ -119,7 +114,8 @@ class _Call:
         bias: Tensor | None,
         spec: Spec,
     ) -> None:
-        self.q, self.scale = _unit_stride(_signed(query, spec.scale)), abs(spec.scale) or 1.0
+        # Kernels take the largest scaled score from the largest score, so a scale's sign goes into the query.
+        self.q, self.scale = _unit_stride(signed(query, spec.scale)), abs(spec.scale) or 1.0
         self.k, self.v = _unit_stride(key), _unit_stride(value)
         self.padding, self.bias, self.spec = padding, bias, spec
         self.batch, self.heads, self.length, self.dim = query.shape
@@ -301,7 +297,7 @@ def backward(
     for grad, room, group in zip((grad_q, grad_k, grad_v), rooms, (1, call.group, call.group), strict=True):
         if room is not grad:
             grad.copy_(sum_heads(room, group))
-    return _signed(grad_q, spec.scale), grad_k, grad_v, grad_bias
+    return signed(grad_q, spec.scale), grad_k, grad_v, grad_bias
 
 
 functions = among_all_heads(forward, backward)

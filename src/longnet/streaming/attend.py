@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from longnet.functional import check_scale
 from longnet.streaming.cache import DilatedCache
 from longnet.streaming.chunk import attend_chunk
 from longnet.streaming.fused import fits, fused_step
@@ -37,7 +37,7 @@ def stream_attention(
         key: (B, Hk, T, D), with B, H, Hk and D those of the cache.
         value: (B, Hk, T, D).
         cache: of the pattern; written to.
-        scale: of the scores, default ``D ** -0.5``.
+        scale: of the scores, any finite number; default ``D ** -0.5``.
         key_padding_mask: (B, T) bool, True where a token is to be ignored as a key, now and later. Padding counts as
             positions, and stands before a row's first real token only: a stream is padded on the left.
 
@@ -49,12 +49,7 @@ def stream_attention(
             no graph. The cache is then as it was.
     """
     query, key, value = _check_tensors(query, key, value, cache)
-    if scale is not None:
-        if isinstance(scale, bool) or not isinstance(scale, int | float):
-            raise TypeError(f"scale={scale!r} has type {type(scale).__name__}: expected a float or None")
-        if not math.isfinite(scale):
-            raise ValueError(f"scale={scale} is not finite")
-    scale = float(cache.head_dim**-0.5 if scale is None else scale)
+    scale = check_scale(scale, cache.head_dim, cache.dtype)
     with torch.no_grad(), _no_autocast(query):
         if key_padding_mask is None:
             return _read(query, key, value, cache, scale)
