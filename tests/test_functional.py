@@ -291,3 +291,26 @@ def test_runs_are_bit_identical():
         out = dilated_attention(q, k, v, (64, 256), (1, 4), is_causal=True)
         runs.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(1, 2, 1, 1), (1, 1, 3, 1), (2, 1, 1, 2), (1, 2, 3, 2)])
+@pytest.mark.parametrize("stride", [1, 5])
+def test_strides_of_dimensions_of_size_1_mean_nothing(backend, shape, stride):
+    """Such a tensor is contiguous for torch, and may also be taken for channels_last."""
+    generator = torch.Generator().manual_seed(4)
+
+    def draw(*size: int) -> torch.Tensor:
+        x = torch.randn(size, generator=generator, dtype=torch.float64)
+        return x.as_strided(size, [stride if n == 1 else step for n, step in zip(size, x.stride(), strict=True)])
+
+    inputs = tuple(draw(*shape).requires_grad_() for _ in range(3))
+    upstream = draw(*shape), draw(*shape[:3])
+    out, lse = dilated_attention(*inputs, (2, 4), (1, 2), is_causal=True, return_lse=True, backend=backend)
+    expected_out, expected_lse = dense_attention(*inputs, (2, 4), (1, 2), is_causal=True)
+    assert relative_error(out, expected_out) < 1e-10
+    for weights in (upstream, (torch.zeros(shape, dtype=torch.float64), upstream[1])):
+        got = torch.autograd.grad((out, lse), inputs, weights, retain_graph=True)
+        expected = torch.autograd.grad((expected_out, expected_lse), inputs, weights, retain_graph=True)
+        for one, other in zip(got, expected, strict=True):
+            assert relative_error(one, other) < 1e-10

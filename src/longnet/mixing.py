@@ -12,7 +12,6 @@ merged pair and adding up gives the exact joint gradient, and no gradient has to
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -55,9 +54,16 @@ def fold_lse_gradient(
     Eight channels are added, seven of them zero, to keep rows aligned; the caller drops them from the gradients.
 
     Returns:
-        (grad_out, query, key, value, out), each (..., D + 8).
+        (grad_out, query, key, value, out), each (..., D + 8), contiguous.
     """
-    rows = lambda x: F.pad(x, (0, 8))  # noqa: E731
+    dim = query.shape[-1]
+
+    def rows(x: Tensor) -> Tensor:
+        # Contiguous whatever the strides: F.pad would give the layout of channels_last, where x can be taken for one.
+        padded = x.new_zeros(*x.shape[:-1], dim + 8)
+        padded[..., :dim] = x
+        return padded
+
     grad_out, query, key, value, out = rows(grad_out), rows(query), rows(key), rows(value), rows(out)
     grad_out[..., -8] = 1.0
     out[..., -8] = -grad_lse
