@@ -12,6 +12,8 @@ from itertools import pairwise
 from typing import Literal, get_args
 
 HeadOffsets = Literal["interleaved", "blocked"]
+# Tokens, 2**40. Times the stride of a token (up to 2**22 elements) it fits into the 64 bits of torch's own strides.
+LONGEST_SEGMENT = 1 << 40
 HEAD_OFFSETS: tuple[str, ...] = get_args(HeadOffsets)
 
 
@@ -90,7 +92,7 @@ class Pattern:
         """Check what a user gave and build the pattern.
 
         Args:
-            segment_lengths: tokens per segment, one int or one per branch.
+            segment_lengths: tokens per segment, one int or one per branch, at most ``LONGEST_SEGMENT``.
             dilation_rates: the rate of each branch, ``1 <= rate <= segment length``.
             head_offsets: ``"interleaved"`` (head ``j`` has offset ``j mod r``, the paper) or ``"blocked"``
                 (``j // ceil(H / r)``, torchscale's checkpoints).
@@ -98,7 +100,8 @@ class Pattern:
 
         Raises:
             TypeError: a length, rate or number that is not an int.
-            ValueError: lists that differ in length or are empty, a value below 1, a rate above its length,
+            ValueError: lists that differ in length or are empty, a value below 1 or above ``LONGEST_SEGMENT``, a rate above
+                its length,
                 an unknown ``head_offsets``, numbers that do not rise or are out of range.
         """
         lengths = _integers("segment_lengths", segment_lengths)
@@ -114,6 +117,8 @@ class Pattern:
             for value in values:
                 if value < 1:
                     raise ValueError(f"{name}={values} holds {value}: expected integers of at least 1")
+                if value > LONGEST_SEGMENT:
+                    raise ValueError(f"{name}={values} holds {value}: expected integers of at most {LONGEST_SEGMENT}")
         for length, rate in zip(lengths, rates, strict=True):
             if rate > length:
                 raise ValueError(
