@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from patterns import Problem, backward, problems, relative_error
 
 from longnet import dilated_attention
 from longnet.backends import cpu_flash, portable
+from longnet.functional import warn_uncovered
 
 pytestmark = pytest.mark.filterwarnings("ignore:segment_lengths=.*to no head")
 BACKENDS = ("cpu_flash", "portable")
@@ -282,6 +285,27 @@ def test_every_finite_scale_is_exact(backend, is_causal, padding, scale):
             assert torch.equal(one.isinf(), other.isinf())
             finite = ~other.isinf()
             assert relative_error(one[finite], other[finite]) < tolerance
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("lengths", "rates", "said"),
+    [
+        (
+            (2047, 4097, 32769),
+            (6, 7, 11),
+            r"p mod 4097 mod 7 in \{4, 5, 6\} to no head \(9.1% of the first 1,048,576\)",
+        ),
+        ((10**12,), (10**12,), r"p mod 1000000000000 .* to no head \(100.0% of the first 1,048,576\)"),
+        ((10**12, 10**12 - 1), (1, 10**12 - 1), None),
+    ],
+)
+def test_a_warning_that_cannot_count_all_positions_stops_no_call(backend, lengths, rates, said):
+    problem = Problem(1, 4, 1, 30, 4, tuple(zip(lengths, rates, strict=True)), True, "interleaved", None, True, 13)
+    warn_uncovered.cache_clear()
+    with nullcontext() if said is None else pytest.warns(UserWarning, match=said):
+        check(problem, backend, 1e-10)
 
 
 def test_runs_are_bit_identical():

@@ -16,6 +16,9 @@ from longnet.geometry import HeadOffsets, Pattern, uncovered_positions
 from longnet.packing import boundaries, packed_attention
 from longnet.sharding import give_up, peers_of, sharded_attention
 
+# Positions that are counted for a warning where a pattern's selection does not repeat early enough to count them all.
+_COUNTED = 1 << 20
+
 
 @overload
 def dilated_attention(
@@ -243,11 +246,17 @@ def check_scale(scale: float | None, head_dim: int, dtype: torch.dtype) -> float
 @lru_cache(maxsize=256)
 def warn_uncovered(pattern: Pattern, heads: int) -> None:
     """Warn, once per pattern and number of heads, of positions that no head ever reaches."""
-    uncovered = uncovered_positions(pattern, heads)
+    counted = "all"
+    try:
+        uncovered = uncovered_positions(pattern, heads)
+    except ValueError:
+        # The selection repeats too late to be counted. A warning must not stop a valid call: count the first positions.
+        uncovered = uncovered_positions(pattern, heads, _COUNTED)
+        counted = f"the first {_COUNTED:,}"
     if uncovered:
         warnings.warn(
             f"segment_lengths={pattern.segment_lengths} and dilation_rates={pattern.dilation_rates} with {heads} heads "
-            f"leave {uncovered.description} to no head ({float(uncovered.fraction):.1%} of all): they get zero "
+            f"leave {uncovered.description} to no head ({float(uncovered.fraction):.1%} of {counted}): they get zero "
             "attention. Use at least as many heads as the rate, or add a branch of rate 1.",
             UserWarning,
             stacklevel=4,
