@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from longnet.models import LongNetLM
 from longnet.models.base import LongNetBase
 from longnet.models.layers import Block
+from longnet.position import float64_device
 
 Model = TypeVar("Model", bound=LongNetBase)
 
@@ -177,14 +178,17 @@ def _cut_layer(
         if prefix + name in state:
             state[prefix + name] = state[prefix + name].index_select(axis, index)
 
-    out_weight = state[prefix + "out_proj.weight"].double()[:, lost]
+    def exact(x: Tensor) -> Tensor:
+        return x.to(float64_device(device)).double()
+
+    out_weight = exact(state[prefix + "out_proj.weight"][:, lost])
     if config.norm == "layer":
         # What those channels became of zeros: a number a token times the norm's weight, plus its bias.
-        norm = [state[prefix + f"sub_norm.{name}"].double()[lost] for name in ("weight", "bias")]
+        norm = [exact(state[prefix + f"sub_norm.{name}"][lost]) for name in ("weight", "bias")]
         added = torch.stack([out_weight @ one for one in norm])
         before = state.get(prefix + "absent")
-        added = added if before is None else added + before.double()
-        state[prefix + "absent"] = added.to(state[prefix + "out_proj.weight"].dtype)
+        added = added if before is None else added + exact(before)
+        state[prefix + "absent"] = added.to(state[prefix + "out_proj.weight"].dtype).to(device)
     for name in ("q_proj.weight", "q_proj.bias", "sub_norm.weight", "sub_norm.bias"):
         select(name, channels)
     for name in ("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias"):

@@ -25,6 +25,11 @@ _LIMIT = 81.0
 _HALF_LIMIT = 8.0
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """Where float64 numbers for ``device`` are computed: there, or on the CPU if it may have no float64, as Apple's GPUs."""
+    return device if device.type in ("cpu", "cuda") else torch.device("cpu")
+
+
 class XPos:
     """Rotates and scales queries and keys for one pattern.
 
@@ -83,24 +88,31 @@ class XPos:
         be off by a whole turn. ``dtype`` is that of q and k. ``whole`` is the length of the sequence that these positions are
         part of, where the others have tables of their own; None ends it with them. Tables made for ``streaming`` fit those
         of any other part of the same stream: their centre does not depend on the length, which a stream does not know.
-        ``counter`` is ``start`` as a () int64 tensor: what is captured in a CUDA graph reads it anew at every replay.
+        ``counter`` is ``start`` as a () int64 tensor: what is captured in a CUDA graph reads it anew at every replay. A device
+        without float64 gets tables that the CPU has made, from ``start``.
 
         Raises:
             ValueError: scales that would overflow ``dtype`` at this length.
         """
         stop = start + length if whole is None else whole
         centre = self._stream_centre(length, dtype, start) if streaming else self._centre(stop, dtype)
-        if counter is None:
-            position = torch.arange(start, start + length, device=device, dtype=torch.float64)
+        target = torch.get_default_device() if device is None else torch.device(device)
+        made_on = float64_device(target)
+        if counter is None or made_on != target:
+            position = torch.arange(start, start + length, device=made_on, dtype=torch.float64)
         else:
-            position = torch.arange(length, device=device, dtype=torch.float64) + counter
-        pair = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float64) / self.head_dim
+            position = torch.arange(length, device=made_on, dtype=torch.float64) + counter
+        pair = torch.arange(0, self.head_dim, 2, device=made_on, dtype=torch.float64) / self.head_dim
         angle = position[:, None] * _BASE**-pair
         local = (position % self.window if self.endless else position) - centre
         exponent = (local / self.scale_base)[:, None] * torch.log((pair + _GAMMA) / (1 + _GAMMA))
         scale, cos, sin = torch.exp(exponent), torch.cos(angle), torch.sin(angle)
         kind = torch.float64 if dtype == torch.float64 else torch.float32
-        return (cos * scale).to(kind), (sin * scale).to(kind), (cos / scale).to(kind), (sin / scale).to(kind)
+        tables = (cos * scale).to(kind), (sin * scale).to(kind), (cos / scale).to(kind), (sin / scale).to(kind)
+        if made_on == target:
+            return tables
+        cos_q, sin_q, cos_k, sin_k = torch.stack(tables).to(target)
+        return cos_q, sin_q, cos_k, sin_k
 
     def _stream_centre(self, length: int, dtype: torch.dtype, start: int) -> float:
         reach = self._reach(_HALF_LIMIT if dtype == torch.float16 else _LIMIT)

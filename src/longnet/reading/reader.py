@@ -11,6 +11,7 @@ from torch import Tensor
 
 from longnet.models import LongNetLM
 from longnet.models.loss import chunked_cross_entropy
+from longnet.position import float64_device
 
 # Decade k holds the positions 10^k to 10^(k + 1) - 1, decade 0 position 0 too; the last is beyond what int64 counts.
 DECADES = 19
@@ -41,8 +42,7 @@ class StreamReader:
         self.cache = model.new_cache(1)
         self.position = 0
         device = model.embedding.weight.device
-        # MPS has no float64.
-        self._sums = torch.zeros(DECADES, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+        self._sums = torch.zeros(DECADES, dtype=torch.float64, device=float64_device(device))
         self._last: Tensor | None = None
 
     def read(self, tokens: Tensor) -> None:
