@@ -177,10 +177,24 @@ def check_call(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> tup
         settings: key_padding_mask, distance_bias, pattern, is_causal, scale and return_lse of :func:`pattern_attention`.
 
     Raises:
-        TypeError, ValueError: as :func:`dilated_attention`.
+        TypeError, ValueError: as :func:`dilated_attention`. RuntimeError: inside of torch.jit.trace.
     """
+    refuse_tracing()
     query, key, value = _check_tensors(query, key, value)
     return query, key, value, _check_settings(query, *settings)
+
+
+def refuse_tracing() -> None:
+    """A trace would hold the example's length, padding and positions for good.
+
+    Raises:
+        RuntimeError: inside of torch.jit.trace.
+    """
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            "dilated attention cannot be recorded by torch.jit.trace, nor by the ONNX exporter that uses it: expected "
+            "torch.export.export, torch.compile or torch.onnx.export(..., dynamo=True)"
+        )
 
 
 def _give_up(group: Any, error: Exception) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
 
 from longnet.geometry import Pattern, Tile
 
@@ -94,6 +96,52 @@ def no_second_derivative(name: str) -> Callable[..., None]:
     return refuse
 
 
+def transformable(
+    name: str, call: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The operator ``call`` in a form that ``torch.func`` transforms as well: what torch.library differentiates, it cannot.
+
+    Args:
+        setup_context, backward: as ``torch.library.register_autograd`` takes them.
+
+    Raises (when called):
+        RuntimeError: in forward-mode AD, of an input with a tangent. The operator by itself would lose it without a word.
+    """
+
+    def forward(*inputs: Any) -> Any:
+        return call(*inputs)
+
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, ...]:
+        samples = (
+            run(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in zip(inputs, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        )
+        outputs = tuple(map(torch.stack, zip(*samples, strict=True)))
+        return outputs, (0,) * len(outputs)
+
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise RuntimeError(
+            f"dilated attention (longnet::{name}) has no forward-mode derivative (torch.func.jvp, jacfwd, hessian and "
+            "torch.autograd.forward_ad): expected reverse mode, torch.func.vjp or jacrev"
+        )
+
+    functions = {"forward": forward, "setup_context": setup_context, "backward": backward, "vmap": vmap, "jvp": jvp}
+    members = {key: staticmethod(function) for key, function in functions.items()}
+    differentiable = type(name, (torch.autograd.Function,), members)
+
+    def run(*inputs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return call(*inputs)
+        # The operator is faster, and the same, where nothing is differentiated or batched.
+        level = _functorch.peek_interpreter_stack()
+        transformed = level is not None and level.key() != _functorch.TransformType.Functionalize
+        if transformed or forward_ad._current_level >= 0:
+            return differentiable.apply(*inputs)  # type: ignore[attr-defined]
+        return call(*inputs)
+
+    return run
+
+
 def register_operators(
     name: str, forward: ForwardFn, backward: BackwardFn
 ) -> tuple[Callable[..., tuple[Tensor, Tensor]], BackwardFn]:
@@ -162,18 +210,21 @@ def register_operators(
         query, key, value, padding, bias, out, lse = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        *grads, grad_bias = call_backward(grad_out, grad_lse, query, key, value, padding, bias, out, lse, *ctx.settings)
+        *grads, grad_bias = backward_of(grad_out, grad_lse, query, key, value, padding, bias, out, lse, *ctx.settings)
         return (*grads, None, None if bias is None else grad_bias, *[None] * len(ctx.settings))
 
     call_forward = define(name, forward_op, fake_forward)
     call_backward = define(f"{name}_backward", backward_op, fake_backward)
     torch.library.register_autograd(f"longnet::{name}", autograd_backward, setup_context=setup_context)
-    torch.library.register_autograd(f"longnet::{name}_backward", no_second_derivative(f"{name}_backward"))
+    refuse = no_second_derivative(f"{name}_backward")
+    torch.library.register_autograd(f"longnet::{name}_backward", refuse)
+    forward_of = transformable(name, call_forward, setup_context, autograd_backward)
+    backward_of = transformable(f"{name}_backward", call_backward, lambda ctx, inputs, output: None, refuse)
 
     def run(
         query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, bias: Tensor | None, spec: Spec
     ) -> tuple[Tensor, Tensor]:
-        return call_forward(query, key, value, padding, bias, *_settings(spec))
+        return forward_of(query, key, value, padding, bias, *_settings(spec))
 
     def run_backward(*tensors: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         *tensors, spec = tensors  # type: ignore[assignment]

@@ -17,6 +17,7 @@ from longnet.backends.operators import (
     no_autocast,
     no_second_derivative,
     pattern_settings,
+    transformable,
 )
 from longnet.geometry import Pattern
 from longnet.geometry.shards import Shards
@@ -52,7 +53,7 @@ def sharded_attention(
     reach = min(max(pattern.segment_lengths), max(1, shards.total))
     if bias is not None and bias.shape[1] < 2 * reach - 1:
         raise ValueError(f"distance_bias holds {bias.shape[1]} distances: expected at least {2 * reach - 1}")
-    out, lse, _ = _forward(
+    out, lse, _ = _forward_of(
         query, key, value, padding, bias, *pattern_settings(pattern),
         spec.is_causal, spec.scale, backend.name, shards.lengths, peers.rank, peers.group.group_name,
     )  # fmt: skip
@@ -145,11 +146,14 @@ def _autograd_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | Non
     query, key, value, padding, bias, *output = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(output[0])
-    *grads, grad_bias = _backward(grad_out, grad_lse, query, key, value, padding, bias, *output, *ctx.settings)
+    *grads, grad_bias = _backward_of(grad_out, grad_lse, query, key, value, padding, bias, *output, *ctx.settings)
     return (*grads, None, None if bias is None else grad_bias, *[None] * len(ctx.settings))
 
 
+_refuse = no_second_derivative("sharded_backward")
 _forward = define("sharded", _forward_op, _fake_forward)
 _backward = define("sharded_backward", _backward_op, fake_backward)
 torch.library.register_autograd("longnet::sharded", _autograd_backward, setup_context=_setup_context)
-torch.library.register_autograd("longnet::sharded_backward", no_second_derivative("sharded_backward"))
+torch.library.register_autograd("longnet::sharded_backward", _refuse)
+_forward_of = transformable("sharded", _forward, _setup_context, _autograd_backward)
+_backward_of = transformable("sharded_backward", _backward, lambda ctx, inputs, output: None, _refuse)

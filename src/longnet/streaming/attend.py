@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from longnet.functional import check_scale
+from longnet.functional import check_scale, refuse_tracing
 from longnet.streaming.cache import DilatedCache
 from longnet.streaming.chunk import attend_chunk
 from longnet.streaming.fused import fits, fused_step
@@ -46,8 +47,9 @@ def stream_attention(
 
     Raises:
         TypeError: an argument of the wrong type. ValueError: any other bad value, gradients among them: a cache holds
-            no graph. The cache is then as it was.
+            no graph. RuntimeError: inside of torch.jit.trace, torch.func or forward-mode AD. The cache is then as it was.
     """
+    _check_transforms(query, key, value)
     query, key, value = _check_tensors(query, key, value, cache)
     scale = check_scale(scale, cache.head_dim, cache.dtype)
     with torch.no_grad(), _no_autocast(query):
@@ -74,6 +76,21 @@ def _read(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, scale:
         out = attend_chunk(query, key, value, cache, scale)
         cache.moved(length)
     return out
+
+
+def _check_transforms(*tensors: Any) -> None:
+    """A cache is written to: it can hold neither a transform's tensors nor tangents."""
+    refuse_tracing()
+    if torch.compiler.is_compiling():
+        return
+    tangents = forward_ad._current_level >= 0 and any(
+        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    )
+    if tangents or torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "stream_attention writes to its cache, so torch.func and forward-mode AD cannot transform it: expected "
+            "longnet.dilated_attention over the whole sequence"
+        )
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache) -> tuple[Tensor, Tensor, Tensor]:
