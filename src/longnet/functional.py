@@ -87,7 +87,9 @@ def dilated_attention(
         value: (B, Hk, N, D).
         segment_lengths: w in tokens, an int or one per branch. Nothing needs to divide anything.
         dilation_rates: r, an int or one per branch, ``1 <= r <= w``.
-        is_causal: a query sees keys at positions up to its own.
+        is_causal: a query sees keys at positions up to its own. Changing later tokens leaves its row bit-identical, as long as
+            they are finite: a later value that is NaN or infinite reaches earlier rows as 0 * NaN, as in torch's attention.
+            A later key that is not finite reaches their gradients. ``key_padding_mask`` keeps both out.
         scale: of the scores, any finite number; default ``D ** -0.5``.
         key_padding_mask: (B, N) bool, True where the key is to be ignored.
         cu_seqlens: (documents + 1,) int32 or int64, or ints: where the documents packed into one row (B = 1) begin, 0 first, and
