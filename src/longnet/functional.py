@@ -192,7 +192,7 @@ def refuse_tracing() -> None:
     Raises:
         RuntimeError: inside of torch.jit.trace.
     """
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
         raise RuntimeError(
             "dilated attention cannot be recorded by torch.jit.trace, nor by the ONNX exporter that uses it: expected "
             "torch.export.export, torch.compile or torch.onnx.export(..., dynamo=True)"
