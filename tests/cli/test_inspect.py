@@ -73,6 +73,14 @@ def test_a_suggested_pattern_can_be_pasted_back(tmp_path: Path) -> None:
     assert "--segments 2048,4096,8192,16384,32768 --rates 1,2,4,8,16" in result.output
 
 
+def test_a_coverage_that_cannot_be_counted_ends_nothing(tmp_path: Path) -> None:
+    arguments = ("--segments", "2047,4097,32769", "--rates", "6,7,11", "--length", "1000000000", "--heads", "4")
+    result = run(tmp_path, *arguments)
+    assert result.exit_code == 0, result.output
+    assert "Not shown: " in result.output.partition("Coverage")[2]
+    assert "not_known" in json.loads(run(tmp_path, *arguments, "--json").stdout)["coverage"]
+
+
 def test_a_billion_tokens_are_no_trouble(tmp_path: Path) -> None:
     result = run(tmp_path, "--segments", "4096,1000000000", "--rates", "1,8", "--length", "1000000000", "--heads", "8")
     assert result.exit_code == 0, result.output

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -14,6 +15,8 @@ from longnet.geometry.cost import Cost, KeysPerQuery, cost, keys_per_query
 from longnet.geometry.coverage import LONGEST_REACH, Coverage, LayerReach, coverage, receptive_field
 from longnet.geometry.pattern import Pattern
 from longnet.geometry.suggest import suggest_pattern
+
+Found = TypeVar("Found")
 
 
 def inspect(
@@ -37,7 +40,6 @@ def inspect(
     try:
         pattern, length = _pattern(segments, rates, length, heads, head_offsets, suggest_budget)
         spent = cost(pattern, heads, length, head_dim, is_causal=causal, kv_heads=kv_heads)
-        covered = coverage(pattern, heads, length)
         # Nothing is read across a period, so a long sequence of short segments is no long way to follow.
         followed = length if min(length, pattern.period) <= LONGEST_REACH else LONGEST_REACH
         seen = receptive_field(pattern, heads, followed, layers, causal)
@@ -46,11 +48,8 @@ def inspect(
         figure = plot_pattern(pattern, heads, length, out, is_causal=causal)
     except (ValueError, OSError) as error:
         _fail(str(error))
-    keys: KeysPerQuery | str
-    try:
-        keys = keys_per_query(pattern, heads, length, causal)
-    except ValueError as error:
-        keys = str(error)
+    keys = _or_reason(lambda: keys_per_query(pattern, heads, length, causal))
+    covered = _or_reason(lambda: coverage(pattern, heads, length))
 
     spanning = _spanning(pattern, heads, length)
     if as_json:
@@ -85,6 +84,14 @@ def inspect(
         )
     console.print("\nPicture of the pattern: ", end="")
     console.print(str(figure), style="bold", markup=False, soft_wrap=True)
+
+
+def _or_reason(compute: Callable[[], Found]) -> Found | str:
+    """What is computed, or why it cannot be for this pattern."""
+    try:
+        return compute()
+    except ValueError as error:
+        return str(error)
 
 
 def _options(pattern: Pattern) -> str:
@@ -159,8 +166,11 @@ def _cost_table(spent: Cost, keys: KeysPerQuery | str, heads: int, length: int) 
     return table
 
 
-def _print_coverage(console: Console, covered: Coverage, heads: int) -> None:
+def _print_coverage(console: Console, covered: Coverage | str, heads: int) -> None:
     console.print("\n[bold]Coverage[/] [dim](a head gives zeros at positions that no branch of it takes part in)[/]")
+    if isinstance(covered, str):
+        console.print(f"Not shown: {covered}\n", style="yellow", markup=False)
+        return
     if not any(covered.heads):
         console.print(f"Every one of the {heads} heads takes part at every position.\n")
         return
@@ -197,11 +207,10 @@ def _reach_table(seen: tuple[LayerReach, ...], length: int) -> Table:
 
 
 def _as_dict(
-    pattern: Pattern, heads: int, length: int, causal: bool, spent: Cost, keys: KeysPerQuery | str, covered: Coverage,
+    pattern: Pattern, heads: int, length: int, causal: bool, spent: Cost, keys: KeysPerQuery | str, covered: Coverage | str,
     seen: tuple[LayerReach, ...], followed: int, spanning: Pattern | None,
 ) -> dict[str, Any]:  # fmt: skip
     extremes = {"min": keys.min, "max": keys.max} if isinstance(keys, KeysPerQuery) else {"not_known": keys}
-    nobody = covered.uncovered
     return {
         "segment_lengths": pattern.segment_lengths,
         "dilation_rates": pattern.dilation_rates,
@@ -211,10 +220,7 @@ def _as_dict(
         "causal": causal,
         "keys_per_query": {"mean": spent.dilated.pairs / (heads * length), **extremes},
         "cost": {"dilated": vars(spent.dilated), "dense": vars(spent.dense), "ratio": float(spent.ratio)},
-        "coverage": {
-            "heads": [float(share) for share in covered.fractions],
-            "uncovered": {"count": nobody.count, "positions": nobody.positions, "description": nobody.description},
-        },
+        "coverage": {"not_known": covered} if isinstance(covered, str) else _coverage_dict(covered),
         "receptive_field": {
             "position": followed - 1,
             "layers": [vars(layer) | {"fraction": float(layer.fraction)} for layer in seen],
@@ -223,6 +229,14 @@ def _as_dict(
         "suggestion": None
         if spanning is None
         else {"segment_lengths": spanning.segment_lengths, "dilation_rates": spanning.dilation_rates},
+    }
+
+
+def _coverage_dict(covered: Coverage) -> dict[str, Any]:
+    nobody = covered.uncovered
+    return {
+        "heads": [float(share) for share in covered.fractions],
+        "uncovered": {"count": nobody.count, "positions": nobody.positions, "description": nobody.description},
     }
 
 
