@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
@@ -22,6 +23,7 @@ class LongNetForSequenceClassification(LongNetPreTrainedModel):
         self.num_labels = config.num_labels
         self.model = LongNetModel(config)
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.loss_function = _loss
         self.post_init()
 
     @can_return_tuple  # type: ignore[untyped-decorator]
@@ -37,18 +39,48 @@ class LongNetForSequenceClassification(LongNetPreTrainedModel):
         """Logits (B, num_labels). Without ``attention_mask`` all tokens are real.
 
         Args:
-            labels: (B,) int64, or floats (B,) or (B, num_labels), as ``config.problem_type`` wants.
+            labels: (B,) int64, or floats (B,) or (B, num_labels), as ``config.problem_type`` wants. The loss is their mean,
+                or with ``num_items_in_batch`` (labels of all accumulated batches) their sum over that number.
         """
         out = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
         hidden = out.last_hidden_state
-        real = hidden.new_ones(hidden.shape[:2]) if attention_mask is None else (attention_mask != 0).to(hidden.dtype)
-        if self.config.is_causal:
-            last = (real * torch.arange(hidden.shape[1], device=hidden.device)).argmax(1)
-            pooled = hidden[torch.arange(len(hidden), device=hidden.device), last]
-        else:
-            pooled = (hidden * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+        padding = None if attention_mask is None else attention_mask == 0
+        pooled = _last(hidden, padding) if self.config.is_causal else _mean(hidden, padding)
         logits = self.score(pooled)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **kwargs)
         return SequenceClassifierOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states)
+
+
+# Positions and counts are integers and sums float32 at least: bfloat16 holds no odd integer above 256.
+def _last(hidden: Tensor, padding: Tensor | None) -> Tensor:
+    """Hidden states of each row's last real token, (B, C)."""
+    if padding is None:
+        return hidden[:, -1]
+    last = (~padding * torch.arange(hidden.shape[1], device=hidden.device)).argmax(1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+
+def _mean(hidden: Tensor, padding: Tensor | None) -> Tensor:
+    """The mean over each row's real tokens, (B, C)."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    if padding is None:
+        return hidden.mean(1, dtype=wide).to(hidden.dtype)
+    count = (~padding).sum(1, keepdim=True).clamp(min=1)
+    return (hidden.masked_fill(padding[..., None], 0).sum(1, dtype=wide) / count).to(hidden.dtype)
+
+
+def _loss(
+    labels: Tensor, pooled_logits: Tensor, config: LongNetConfig, num_items_in_batch: Any = None, **kwargs: Any
+) -> Tensor:
+    """transformers' loss, in float32 at least. Its own leaves the number of items out of all losses but one."""
+    logits = pooled_logits.to(torch.promote_types(pooled_logits.dtype, torch.float32))
+    if labels.is_floating_point():
+        labels = labels.to(logits.dtype)
+    loss: Tensor = ForSequenceClassificationLoss(
+        labels, logits, config, num_items_in_batch=num_items_in_batch, **kwargs
+    )
+    if num_items_in_batch is None or config.problem_type == "single_label_classification":
+        return loss
+    return loss * labels.numel() / torch.as_tensor(num_items_in_batch, device=loss.device)
