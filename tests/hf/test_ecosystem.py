@@ -10,17 +10,20 @@ import pytest
 import torch
 import transformers
 from longnet_models import QUICK, first, make, tokens
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForLanguageModeling,
+    DataCollatorForTokenClassification,
     DataCollatorWithFlattening,
     Trainer,
     TrainingArguments,
     pipeline,
 )
+from transformers.modelcard import TrainingSummary
 
-from longnet.hf import LongNetByteTokenizer
+from longnet.hf import LongNetByteTokenizer, LongNetForCausalLM, LongNetForMaskedLM
 
 # PEFT, TRL and these tests use the name that transformers 5.17 knows and later ones deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing.* is deprecated:FutureWarning")
@@ -123,6 +126,97 @@ def test_trainer_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     assert losses(again)[-2:] == pytest.approx(losses(whole)[-2:], rel=1e-5)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "checkpoint-4")
     assert torch.equal(first(saved, input_ids=tokens()), first(whole.model.eval(), input_ids=tokens()))
+
+
+def smoothed(logits: Tensor, labels: Tensor, epsilon: float = 0.1) -> float:
+    """Label smoothing by its definition, over targets (B, N) of which -100 are none."""
+    logs, real = logits.double().log_softmax(-1), labels != -100
+    nll = -logs.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
+    return (((1 - epsilon) * nll - epsilon * logs.mean(-1)) * real).sum().item() / int(real.sum())
+
+
+class OwnDecoder(LongNetForCausalLM):
+    """A class whose name no table of transformers holds."""
+
+
+class OwnEncoder(LongNetForMaskedLM):
+    """One more."""
+
+
+@pytest.mark.parametrize("kind", ["plain", "subclass", "lora"])
+def test_smoothed_labels_are_those_of_the_next_token(kind: str, tmp_path: Path) -> None:
+    model = model_of_bytes()
+    if kind == "subclass":
+        model = OwnDecoder(model.config)
+    if kind == "lora":
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]))
+    run = trainer(model.eval(), tmp_path, label_smoothing_factor=0.1)
+    batch = run.data_collator([Rows()[0], Rows()[1]])
+    logits = first(model, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    expected = smoothed(logits[:, :-1], batch["labels"][:, 1:])
+    assert run.compute_loss(model, dict(batch)).item() == pytest.approx(expected, rel=1e-5)
+    assert run.evaluate(Rows(TEXTS[:2]))["eval_loss"] == pytest.approx(expected, rel=1e-5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("LongNetForCausalLM", "text-generation"),
+        ("LongNetForMaskedLM", "fill-mask"),
+        ("LongNetForSequenceClassification", "text-classification"),
+    ],
+)
+def test_trainers_model_card_names_the_task(name: str, task: str, tmp_path: Path) -> None:
+    run = Trainer(make(name), TrainingArguments(str(tmp_path), **QUICK))
+    assert run.label_names == ["labels"]
+    assert TrainingSummary.from_trainer(run, finetuned_from="a model of mine").tasks == task
+
+
+def test_smoothed_labels_of_an_encoder_are_not_shifted(tmp_path: Path) -> None:
+    model, ids = make("LongNetForMaskedLM"), tokens(2, 12)
+    run = Trainer(model, TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, **QUICK))
+    given = run.compute_loss(model, {"input_ids": ids, "labels": ids})
+    assert given.item() == pytest.approx(smoothed(first(model, input_ids=ids), ids), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["LongNetForCausalLM", "LongNetForMaskedLM"])
+def test_a_subclass_has_the_loss_of_its_class(name: str) -> None:
+    model, ids = make(name), tokens(2, 12)
+    own = (OwnDecoder if name == "LongNetForCausalLM" else OwnEncoder)(model.config).eval()
+    own.load_state_dict(model.state_dict())
+    assert own.loss_type == model.loss_type == name.removeprefix("LongNet")
+    assert torch.equal(own(ids, labels=ids).loss, model(ids, labels=ids).loss)
+
+
+@pytest.mark.parametrize("name", ["LongNetForCausalLM", "LongNetForMaskedLM"])
+def test_accumulated_gradients_are_those_of_one_batch(name: str, tmp_path: Path) -> None:
+    """Rows of unlike lengths: every token counts once."""
+    tokenizer = LongNetByteTokenizer(mask_token="<mask>")
+    rows = [{**row, "labels": [-100, *row["input_ids"][1:]]} for row in (tokenizer(text) for text in TEXTS)]
+
+    def trained(size: int, accumulated: int) -> Tensor:
+        options: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "max_steps": 1, **QUICK}
+        model = make(name, **BYTES, tie_word_embeddings=False)
+        run = Trainer(
+            model,
+            TrainingArguments(
+                str(tmp_path),
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=accumulated,
+                **options,
+            ),
+            train_dataset=rows,  # type: ignore[arg-type]
+            # On the right, where padding shifts no segment: a row then gives what it gives alone.
+            data_collator=DataCollatorForTokenClassification(tokenizer),
+        )
+        run.train()
+        return model.lm_head.weight.detach()
+
+    tokenizer.padding_side = "right"
+    whole, parts = trained(4, 1), trained(1, 4)
+    assert (whole - make(name, **BYTES, tie_word_embeddings=False).lm_head.weight).abs().max() > 1e-3
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
 
 
 def test_flattened_batches_are_packed_documents() -> None:

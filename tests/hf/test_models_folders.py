@@ -96,8 +96,10 @@ def test_a_published_folder_loads_without_the_library_imported(order: list[str],
     code = f"""
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 folder = {str(tmp_path / "model")!r}
 {loads}
+assert type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 ids = tokenizer("seven", return_tensors="pt")["input_ids"]
 torch.save(model(ids).logits.detach(), {str(tmp_path / "logits.pt")!r})
 assert model.generate(ids, max_new_tokens=3, min_new_tokens=3).shape == (1, 8)

@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
+from transformers.models.auto import modeling_auto
 
 from longnet.hf.cache import LongNetCache
 from longnet.hf.classification import LongNetForSequenceClassification
@@ -24,6 +25,10 @@ AutoModelForCausalLM.register(LongNetConfig, LongNetForCausalLM)
 AutoModelForMaskedLM.register(LongNetConfig, LongNetForMaskedLM)
 AutoModelForSequenceClassification.register(LongNetConfig, LongNetForSequenceClassification)
 AutoTokenizer.register(LongNetConfig, LongNetByteTokenizer)
+# Registered classes are not in these. Trainer shifts smoothed labels, and names a card's task, by what they hold.
+modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["longnet"] = "LongNetForCausalLM"
+modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES["longnet"] = "LongNetForMaskedLM"
+modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["longnet"] = "LongNetForSequenceClassification"
 
 __all__ = [
     "BoundedCache",

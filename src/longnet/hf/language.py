@@ -46,6 +46,12 @@ class LongNetForCausalLM(_WithHead, GenerationMixin):
         if not config.is_causal:
             raise ValueError("config.is_causal=False: expected a decoder, or LongNetForMaskedLM")
         super().__init__(config)
+        # transformers takes it from the class's name, which a subclass changes.
+        self.loss_type = "ForCausalLM"
+
+    def _get_name(self) -> str:
+        # Trainer shifts smoothed labels for this name alone; subclasses, FSDP2's among them, have another.
+        return LongNetForCausalLM.__name__
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -180,6 +186,7 @@ class LongNetForMaskedLM(_WithHead):
         if config.is_causal:
             raise ValueError("config.is_causal=True: expected an encoder, is_causal=False, or LongNetForCausalLM")
         super().__init__(config)
+        self.loss_type = "ForMaskedLM"
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
