@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -242,6 +245,63 @@ def test_rows_are_reordered_with_what_may_be_taken_back() -> None:
     cache.reorder_cache(order)
     cache.crop(-6)
     torch.testing.assert_close(read(model, ids[order, 20:], cache), first(model, input_ids=ids[order])[:, 20:], **CLOSE)
+
+
+@pytest.mark.parametrize("way", ["pickle", "torch.save"])
+def test_a_saved_cache_goes_on(way: str, tmp_path: Path) -> None:
+    model, ids = decoder(), tokens(2, 40)
+    mask = (torch.arange(40) >= torch.tensor([[0], [5]])).long()
+    cache = LongNetCache(rewindable=True)
+    model(ids[:, :27], attention_mask=mask[:, :27], past_key_values=cache)
+    if way == "pickle":
+        again = pickle.loads(pickle.dumps(cache))
+    else:
+        torch.save(cache, tmp_path / "cache.pt")
+        again = torch.load(tmp_path / "cache.pt", weights_only=False)
+    assert again.get_seq_length() == 27 and again.nbytes == cache.nbytes and again.rewindable
+    with pytest.raises(ValueError, match="crop to 3 of 27 tokens: .* no model has read"):
+        again.crop(-24)
+    given = model(ids[:, 27:], attention_mask=mask, past_key_values=again).logits
+    expected = first(model, input_ids=ids, attention_mask=mask)
+    torch.testing.assert_close(given, expected[:, 27:], **CLOSE)
+    again.crop(-25)
+    given = model(ids[:, 15:], attention_mask=mask, past_key_values=again).logits
+    torch.testing.assert_close(given, expected[:, 15:], **CLOSE)
+    assert cache.get_seq_length() == 27
+
+
+def test_a_saved_cache_continues_in_generate() -> None:
+    model, ids = decoder(), tokens(1, 20)
+    expected = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    cache = LongNetCache()
+    read(model, ids[:, :-1], cache)
+    again = pickle.loads(pickle.dumps(cache))
+    assert torch.equal(
+        model.generate(ids, past_key_values=again, max_new_tokens=6, min_new_tokens=6, do_sample=False), expected
+    )
+
+
+@pytest.mark.parametrize("changes", [{"segment_lengths": (8, 16)}, {"xpos_scale_base": 700.0}])
+def test_a_saved_cache_of_another_pattern_is_refused(changes: dict[str, Any]) -> None:
+    cache = LongNetCache()
+    read(decoder(), tokens(1, 12), cache)
+    again = pickle.loads(pickle.dumps(cache))
+    other = decoder(**changes)
+    with pytest.raises(ValueError, match=f"past_key_values was read by a model of .*{next(iter(changes))}"):
+        read(other, tokens(1, 3), again)
+    # What the model computes is the same: a resized vocabulary, another backend.
+    assert read(decoder(vocab_size=80, backend="portable"), tokens(1, 3), again).shape == (1, 3, 80)
+
+
+def test_a_copied_cache_keeps_its_model() -> None:
+    model, ids = decoder(), tokens(1, 30)
+    cache = LongNetCache(rewindable=True)
+    read(model, ids, cache)
+    again = copy.deepcopy(cache)
+    again.crop(-25)
+    torch.testing.assert_close(read(model, ids[:, 5:], again), first(model, input_ids=ids)[:, 5:], **CLOSE)
+    with pytest.raises(ValueError, match="another model"):
+        read(decoder(), ids, again)
 
 
 def test_a_cache_of_a_known_length_is_smaller_and_ends_there() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,11 @@ from longnet.models.cache import make_cache
 
 # Tokens between two states that are kept to go back to: what can be taken back at least.
 _STRIDE = 512
+# What the models of one cache must agree on, as fields of the plain config.
+_SHARED = (
+    *("dim", "layers", "heads", "kv_heads", "head_numbers", "segment_lengths", "dilation_rates", "head_offsets"),
+    *("use_xpos", "xpos_scale_base"),
+)
 
 
 @dataclass
@@ -36,6 +42,8 @@ class LongNetCache(Cache):
     """What a LongNet remembers of the tokens it has read, as ``past_key_values``: at most w / r keys a head in a branch (w, r).
 
     It is made on the first read, for the batch that is read. Logits with it are those of one forward over everything read.
+    It is pickled, and saved by ``torch.save``, without its model: a model of the same config (weights are not compared)
+    goes on from it.
 
     Args:
         max_length: how many tokens will be read at most: the cache is smaller where segments are longer. None reads forever.
@@ -50,6 +58,7 @@ class LongNetCache(Cache):
         self._plain: PlainCache | None = None
         # Weak: a deep copy of a cache is a cheap way to go on from one prompt twice, and must not copy the model.
         self._stack: weakref.ref[LongNetBase] | None = None
+        self._shared: dict[str, Any] = {}
         self._states: list[PlainCache] = []
         self._since: list[_Read] = []
 
@@ -73,13 +82,32 @@ class LongNetCache(Cache):
             )
         if self._plain is None:
             self._plain = make_cache(stack.config, stack.embedding.weight, x.shape[0], max_length=self.max_length)
-            self._stack = weakref.ref(stack)
-        elif self._stack is None or self._stack() is not stack:
+            self._bind(stack, {})
+        elif self._stack is None:
+            # Unpickled.
+            self._bind(stack, self._shared)
+        elif self._stack() is not stack:
             raise ValueError("past_key_values was read by another model: expected a LongNetCache of this one")
         if self.rewindable:
             self._remember(_Read(self._plain.position, x.detach(), padding))
         with torch.no_grad():
             return stack.run_blocks(x, padding, self._plain, states=states)
+
+    def _bind(self, stack: LongNetBase, before: dict[str, Any]) -> None:
+        shared = {name: getattr(stack.config, name) for name in _SHARED}
+        differ = [name for name in before if shared[name] != before[name]]
+        if differ:
+            said = [", ".join(f"{name}={values[name]}" for name in differ) for values in (before, shared)]
+            raise ValueError(f"past_key_values was read by a model of {said[0]}: expected {said[1]}, as in this model")
+        self._stack, self._shared = weakref.ref(stack), shared
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stack": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LongNetCache:
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def _remember(self, read: _Read) -> None:
         assert self._plain is not None
@@ -123,9 +151,14 @@ class LongNetCache(Cache):
                 f"crop to {keep} of {self.get_seq_length()} tokens: a segment has ended since and was written over; expected "
                 "LongNetCache(rewindable=True)"
             )
-        known = [state for state in self._states if state.position <= keep]
         stack = None if self._stack is None else self._stack()
-        if not known or stack is None:
+        if stack is None:
+            raise ValueError(
+                f"crop to {keep} of {self.get_seq_length()} tokens: a segment has ended since, and no model has read with this "
+                "cache since it was loaded; expected a read first"
+            )
+        known = [state for state in self._states if state.position <= keep]
+        if not known:
             oldest = self._states[0].position if self._states else self.get_seq_length()
             raise ValueError(f"crop to {keep} tokens: expected at least {oldest}, the oldest state kept")
         self._plain = known[-1].clone()
