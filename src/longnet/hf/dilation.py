@@ -24,6 +24,9 @@ from longnet.hf.bounded import BoundedLayer
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 _NO_CODE = (lambda: None).__code__
+# Options of from_pretrained: where a folder is, and what stays the model's though configs have attributes of these names.
+_WHERE = frozenset(("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"))
+_OF_MODEL = frozenset(("dtype", "torch_dtype", "quantization_config", "attn_implementation"))
 
 
 class BoundedCache(Cache):
@@ -147,17 +150,22 @@ def load(folder: str | os.PathLike[str], model_class: type[Any] | None = None, *
     Args:
         folder: what ``from_pretrained`` takes.
         model_class: of the model, by default that which was saved; Auto classes too.
-        options: of ``from_pretrained``.
+        options: of ``from_pretrained``; fields of the config too.
 
     Raises:
-        ValueError: a folder of another kind.
+        ValueError: a folder of another kind, or ``config=``.
     """
-    saved, _ = PretrainedConfig.get_config_dict(folder)
+    if "config" in options:
+        raise ValueError("config given: the folder's own holds the pattern; expected its fields as options")
+    saved, _ = PretrainedConfig.get_config_dict(folder, **{name: options[name] for name in _WHERE & options.keys()})
     saved = saving.unmarked(saved, folder)
     entry = saved.pop(saving.ENTRY)
     config_class = transformers.CONFIG_MAPPING[saved["model_type"]]
+    # from_pretrained gives its options to a config that it reads, and to the model's constructor beside one that it gets.
+    own = {name: options.pop(name) for name in _OF_MODEL & options.keys()}
+    config, options = config_class.from_dict(saved, return_unused_kwargs=True, **options)
     made = (model_class or getattr(transformers, saved["architectures"][0])).from_pretrained(
-        folder, config=config_class.from_dict(saved), **options
+        folder, config=config, **own, **options
     )
     del entry["attention_layers"]
     return apply(made, **entry)

@@ -1,0 +1,52 @@
+"""``longnet.hf.load`` takes what ``from_pretrained`` takes: fields of the config, where the folder is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from apply_models import llama
+from longnet_models import tokens
+from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
+
+from longnet.hf import apply, load
+
+
+def saved(folder: Path) -> Any:
+    torch.manual_seed(0)
+    model = apply(llama().eval(), [8, 32], [1, 2])
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("kind", [AutoModelForSequenceClassification, LlamaForSequenceClassification])
+def test_fields_of_the_config_are_taken(kind: Any, tmp_path: Path) -> None:
+    model = saved(tmp_path)
+    again = load(tmp_path, kind, num_labels=3, problem_type="regression", dtype=torch.bfloat16, output_hidden_states=True)
+    assert (again.num_labels, again.config.problem_type, again.dtype) == (3, "regression", torch.bfloat16)
+    given = again(tokens(1, 50))
+    assert given.logits.shape == (1, 3)
+    # The weights are the saved ones, the attention is dilated.
+    expected = model.model(tokens(1, 50)).last_hidden_state
+    torch.testing.assert_close(given.hidden_states[-1].float(), expected, rtol=0.1, atol=0.1)
+    assert again.config.longnet["segment_lengths"] == [8, 32]
+
+
+def test_the_loaded_dtype_is_the_asked_one_and_by_default_the_saved_one(tmp_path: Path) -> None:
+    saved(tmp_path).to(torch.bfloat16).save_pretrained(tmp_path)
+    assert load(tmp_path).dtype == torch.bfloat16
+    assert load(tmp_path, dtype="float32").dtype == torch.float32
+
+
+def test_a_subfolder_is_found(tmp_path: Path) -> None:
+    model = saved(tmp_path / "inside")
+    again = load(tmp_path, subfolder="inside", attn_implementation="eager")
+    assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+
+
+def test_a_config_of_ones_own_is_refused(tmp_path: Path) -> None:
+    model = saved(tmp_path)
+    with pytest.raises(ValueError, match="config given: the folder's own holds the pattern; expected its fields"):
+        load(tmp_path, config=model.config)
