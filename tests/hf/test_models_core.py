@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from longnet_models import config, first, make, tokens
+from longnet_models import MODELS, config, first, labels, make, tokens
 from torch import Tensor
 from transformers import (
     AutoModel,
@@ -386,10 +386,26 @@ def test_models_say_which_config_they_need() -> None:
         LongNetConfig(norm="batch")
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_int32_tokens_and_labels(name: str) -> None:
+    model, ids = make(name), tokens()
+    goals = {} if name == "LongNetModel" else {"labels": labels(name, ids)}
+    expected = model(ids, **goals)
+    given = model(ids.int(), attention_mask=torch.ones_like(ids).int(), **{k: x.int() for k, x in goals.items()})
+    assert torch.equal(given[0], expected[0]) and torch.equal(given[len(goals)], expected[len(goals)])
+
+
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}, {"use_cache": False}])
+def test_int32_tokens_generate(mode: dict[str, Any]) -> None:
+    model, ids = make(), tokens(1, 12)
+    options: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, **mode}
+    assert torch.equal(model.generate(ids.int(), **options), model.generate(ids, **options))
+
+
 def test_bad_tokens_are_refused() -> None:
     model = make()
-    with pytest.raises(TypeError, match="input_ids has dtype torch.int32"):
-        model(tokens().int())
+    with pytest.raises(TypeError, match="input_ids has dtype torch.int16"):
+        model(tokens().short())
     with pytest.raises(ValueError, match="input_ids holds the ids"):
         model(tokens() + 40)
     with pytest.raises(ValueError, match="inputs_embeds has shape"):

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from longnet.hf.configuration import LongNetConfig
+from longnet.hf.inputs import as_int64
 from longnet.hf.modeling import LongNetModel, LongNetPreTrainedModel
 
 
@@ -39,7 +40,7 @@ class LongNetForSequenceClassification(LongNetPreTrainedModel):
         """Logits (B, num_labels). Without ``attention_mask`` all tokens are real.
 
         Args:
-            labels: (B,) int64, or floats (B,) or (B, num_labels), as ``config.problem_type`` wants. The loss is their mean,
+            labels: (B,) int64 or int32, or floats (B,) or (B, num_labels), as ``config.problem_type`` wants. The loss is their mean,
                 or with ``num_items_in_batch`` (labels of all accumulated batches) their sum over that number.
         """
         out = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
@@ -79,7 +80,7 @@ def _loss(
     if labels.is_floating_point():
         labels = labels.to(logits.dtype)
     loss: Tensor = ForSequenceClassificationLoss(
-        labels, logits, config, num_items_in_batch=num_items_in_batch, **kwargs
+        as_int64(labels), logits, config, num_items_in_batch=num_items_in_batch, **kwargs
     )
     if num_items_in_batch is None or config.problem_type == "single_label_classification":
         return loss

@@ -8,6 +8,11 @@ from torch import Tensor
 from longnet.hf.masks import documents, packed_bounds
 
 
+def as_int64(ids: Tensor | None) -> Tensor | None:
+    """int32 token ids or labels as int64, which losses and ``check_tokens`` ask for; everything else as it is."""
+    return ids.long() if isinstance(ids, Tensor) and ids.dtype == torch.int32 else ids
+
+
 def padding_of(attention_mask: Tensor | None, batch: int, length: int, past: int) -> Tensor | None:
     """Which of the next N tokens are padding, (B, N) bool; None for none.
 

@@ -14,6 +14,7 @@ from transformers.utils.generic import can_return_tuple
 from longnet.compress import quantization
 from longnet.hf.cache import LongNetCache
 from longnet.hf.configuration import LongNetConfig
+from longnet.hf.inputs import as_int64
 from longnet.hf.modeling import LongNetModel, LongNetPreTrainedModel
 from longnet.models import LongNetLM
 
@@ -69,7 +70,7 @@ class LongNetForCausalLM(_WithHead, GenerationMixin):
         """Logits (B, N, vocab_size); arguments as in :meth:`LongNetModel.forward`.
 
         Args:
-            labels: (B, N) int64, the tokens themselves (shifted here), -100 where none is to be predicted.
+            labels: (B, N) int64 or int32, the tokens themselves (shifted here), -100 where none is to be predicted.
             logits_to_keep: of the last so many positions only, or of those in a tensor; 0 for all.
         """
         out = self.model(
@@ -85,7 +86,9 @@ class LongNetForCausalLM(_WithHead, GenerationMixin):
         logits = self.lm_head(out.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits=logits, labels=as_int64(labels), vocab_size=self.config.vocab_size, **kwargs
+            )
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
         )
@@ -198,10 +201,12 @@ class LongNetForMaskedLM(_WithHead):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput:
-        """Logits (B, N, vocab_size). ``labels`` (B, N) int64 are -100 where no token was masked."""
+        """Logits (B, N, vocab_size). ``labels`` (B, N), int64 or int32, are -100 where no token was masked."""
         out = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
         logits = self.lm_head(out.last_hidden_state)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits=logits, labels=as_int64(labels), vocab_size=self.config.vocab_size, **kwargs
+            )
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)

@@ -12,7 +12,7 @@ from transformers.utils.generic import can_return_tuple
 
 from longnet.hf.cache import LongNetCache
 from longnet.hf.configuration import LongNetConfig
-from longnet.hf.inputs import documents_of, padding_of
+from longnet.hf.inputs import as_int64, documents_of, padding_of
 from longnet.models.base import LongNetBase
 
 
@@ -74,7 +74,7 @@ class LongNetModel(LongNetPreTrainedModel):
         """Hidden states of the last block, normalised.
 
         Args:
-            input_ids: (B, N) int64.
+            input_ids: (B, N) int64 or int32.
             attention_mask: (B, N), with a cache (B, S) for all S tokens read so far, 0 where a token is padding. Padding
                 counts as positions: what a row computes is what it computes with it, on either side. With a cache it
                 comes before a row's first real token only.
@@ -122,6 +122,7 @@ class LongNetModel(LongNetPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             given = "neither" if input_ids is None else "both"
             raise ValueError(f"{given} of input_ids and inputs_embeds given: expected exactly one")
+        input_ids = as_int64(input_ids)
         if input_ids is not None:
             self.stack.check_tokens(input_ids, "input_ids")
             # Through the module: hooks of others (PEFT's among them) see the table's rows.
