@@ -24,7 +24,9 @@ def saved(folder: Path) -> Any:
 @pytest.mark.parametrize("kind", [AutoModelForSequenceClassification, LlamaForSequenceClassification])
 def test_fields_of_the_config_are_taken(kind: Any, tmp_path: Path) -> None:
     model = saved(tmp_path)
-    again = load(tmp_path, kind, num_labels=3, problem_type="regression", dtype=torch.bfloat16, output_hidden_states=True)
+    again = load(
+        tmp_path, kind, num_labels=3, problem_type="regression", dtype=torch.bfloat16, output_hidden_states=True
+    )
     assert (again.num_labels, again.config.problem_type, again.dtype) == (3, "regression", torch.bfloat16)
     given = again(tokens(1, 50))
     assert given.logits.shape == (1, 3)

@@ -104,9 +104,9 @@ def test_losses_are_means_over_the_batch(kind: str) -> None:
     logits = out.logits.double()
     expected = {
         "single_label_classification": lambda: -logits.log_softmax(-1)[range(4), labels].mean(),
-        "multi_label_classification": lambda: -(
-            labels * logits.sigmoid().log() + (1 - labels) * (-logits).sigmoid().log()
-        ).mean(),
+        "multi_label_classification": lambda: (
+            -(labels * logits.sigmoid().log() + (1 - labels) * (-logits).sigmoid().log()).mean()
+        ),
         "regression": lambda: (logits - labels).square().mean(),
     }[kind]()
     torch.testing.assert_close(out.loss.double(), expected, rtol=1e-5, atol=1e-6)

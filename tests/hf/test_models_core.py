@@ -114,6 +114,40 @@ def test_packed_documents_do_not_see_each_other(name: str, padded: bool) -> None
     assert [state.shape for state in states] == [(2, 40, 32)] * 3
 
 
+@pytest.mark.parametrize("name", ["LongNetForCausalLM", "LongNetForMaskedLM"])
+def test_boundaries_say_what_position_ids_say(name: str) -> None:
+    model, ids = make(name).double(), tokens(1, 40)
+    places = torch.cat([torch.arange(25), torch.arange(15)])[None]
+    bounds = torch.tensor([0, 25, 40], dtype=torch.int32)
+    expected = first(model, input_ids=ids, position_ids=places)
+    for more in ({}, {"position_ids": places, "cu_seq_lens_k": bounds, "max_length_q": 25, "max_length_k": 25}):
+        assert torch.equal(first(model, input_ids=ids, cu_seq_lens_q=bounds, **more), expected)
+    assert (first(model, input_ids=ids) - expected).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="end at N = 40"):
+        model(ids, cu_seq_lens_q=bounds[:2])
+    with pytest.raises(ValueError, match="cu_seq_lens_q with B = 2: expected documents packed into one row"):
+        model(tokens(2, 40), cu_seq_lens_q=bounds)
+
+
+@pytest.mark.parametrize("name", ["global_attention_mask", "head_mask", "encoder_hidden_states", "seq_idx"])
+def test_inputs_of_other_models_are_refused(name: str) -> None:
+    model, ids = make(), tokens(1, 40)
+    assert torch.equal(first(model, input_ids=ids, **{name: None}), first(model, input_ids=ids))
+    with pytest.raises(ValueError, match=f"{name} given: (a LongNet has no use for it|expected position_ids)"):
+        model(ids, **{name: torch.ones(1, 40)})
+    if name == "seq_idx":
+        model(ids, position_ids=torch.arange(40)[None], seq_idx=torch.zeros(1, 40))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_config_may_ask_for_tuples(name: str) -> None:
+    model, ids = make(name), tokens()
+    expected = first(model, input_ids=ids)
+    model.config.return_dict = False
+    given = model(ids)
+    assert isinstance(given, tuple) and torch.equal(given[0], expected)
+
+
 def test_packed_documents_train() -> None:
     model, ids = decoder(), tokens(1, 40)
     places = torch.cat([torch.arange(25), torch.arange(15)])[None]

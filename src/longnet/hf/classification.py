@@ -43,7 +43,9 @@ class LongNetForSequenceClassification(LongNetPreTrainedModel):
             labels: (B,) int64 or int32, or floats (B,) or (B, num_labels), as ``config.problem_type`` wants. The loss is their mean,
                 or with ``num_items_in_batch`` (labels of all accumulated batches) their sum over that number.
         """
-        out = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
+        out = self.model(
+            input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, return_dict=True, **kwargs
+        )
         hidden = out.last_hidden_state
         padding = None if attention_mask is None else attention_mask == 0
         pooled = _last(hidden, padding) if self.config.is_causal else _mean(hidden, padding)

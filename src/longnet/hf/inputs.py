@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from longnet.hf.masks import documents, packed_bounds
+from longnet.packing import boundaries
+
+_UNKNOWN = ("global_attention_mask", "head_mask", "encoder_hidden_states", "encoder_attention_mask")
 
 
 def as_int64(ids: Tensor | None) -> Tensor | None:
@@ -37,11 +42,38 @@ def padding_of(attention_mask: Tensor | None, batch: int, length: int, past: int
     return padded if traced or bool(padded.any()) else None
 
 
+def refuse_unknown(given: dict[str, Any], position_ids: Tensor | None) -> None:
+    """Raise for inputs of other models that would change what a LongNet computes, if it had a use for them."""
+    for name in _UNKNOWN:
+        if given.get(name) is not None:
+            raise ValueError(f"{name} given: a LongNet has no use for it; expected None")
+    # Collators give it beside what is read here.
+    if given.get("seq_idx") is not None and given.get("cu_seq_lens_q") is None and position_ids is None:
+        raise ValueError("seq_idx given: expected position_ids or cu_seq_lens_q, which say where documents begin too")
+
+
 def documents_of(
-    padding: Tensor | None, position_ids: Tensor | None, length: int, *, has_past: bool
+    padding: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seq_lens: Any,
+    batch: int,
+    length: int,
+    *,
+    has_past: bool,
 ) -> tuple[int, ...] | None:
-    """Where the documents begin that ``position_ids`` (B or 1, N) separate, of all rows one after the other; None for no more
-    than one a row."""
+    """Where the documents begin that ``cu_seq_lens`` or ``position_ids`` (B or 1, N) separate, of all rows one after the other;
+    None for no more than one a row.
+
+    Raises:
+        TypeError, ValueError: boundaries that are none of this row, of several rows, or beside a cache.
+    """
+    if cu_seq_lens is not None:
+        if batch != 1 or has_past:
+            raise ValueError(
+                f"cu_seq_lens_q with B = {batch}{' and a cache' if has_past else ''}: expected documents packed into one row, "
+                "B = 1, and no cache"
+            )
+        return boundaries(cu_seq_lens, length)
     if position_ids is None:
         return None
     mask = documents(None if padding is None else (~padding).long(), position_ids, length, has_past=has_past)

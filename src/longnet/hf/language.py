@@ -80,6 +80,7 @@ class LongNetForCausalLM(_WithHead, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -202,7 +203,9 @@ class LongNetForMaskedLM(_WithHead):
         **kwargs: Any,
     ) -> MaskedLMOutput:
         """Logits (B, N, vocab_size). ``labels`` (B, N), int64 or int32, are -100 where no token was masked."""
-        out = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
+        out = self.model(
+            input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, return_dict=True, **kwargs
+        )
         logits = self.lm_head(out.last_hidden_state)
         loss = None
         if labels is not None:

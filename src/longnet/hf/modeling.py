@@ -12,7 +12,7 @@ from transformers.utils.generic import can_return_tuple
 
 from longnet.hf.cache import LongNetCache
 from longnet.hf.configuration import LongNetConfig
-from longnet.hf.inputs import as_int64, documents_of, padding_of
+from longnet.hf.inputs import as_int64, documents_of, padding_of, refuse_unknown
 from longnet.models.base import LongNetBase
 
 
@@ -84,21 +84,25 @@ class LongNetModel(LongNetPreTrainedModel):
             inputs_embeds: (B, N, hidden_size) rows of the embedding table in place of ``input_ids``.
             use_cache: make a cache and return it as ``past_key_values``. None means no: only ``generate`` follows the config.
             output_hidden_states: also return the inputs of all blocks and the result, ``num_hidden_layers + 1`` in all.
+            kwargs: ``cu_seq_lens_q`` (documents + 1,) says where documents begin, in place of ``position_ids``; B = 1.
 
         Raises:
             TypeError, ValueError: an input of the wrong type or shape; what cannot be honoured: a mask of scores (4-D),
-                ``output_attentions``, a cache in training or of another model.
+                ``output_attentions``, a cache in training or of another model, inputs that LongNets have no use for
+                (``head_mask``, ``global_attention_mask``, ``encoder_hidden_states``, a ``seq_idx`` alone).
         """
         if kwargs.get("output_attentions") or (
             kwargs.get("output_attentions") is None and self.config.output_attentions
         ):
             raise ValueError("output_attentions=True: attention weights are never made; expected False")
+        refuse_unknown(kwargs, position_ids)
         x = self._embedded(input_ids, inputs_embeds)
         batch, length = x.shape[:2]
         cache = self._cache(past_key_values, use_cache)
         past = 0 if cache is None else cache.get_seq_length()
         padding = padding_of(attention_mask, batch, length, past)
-        bounds = documents_of(padding, position_ids, length, has_past=cache is not None)
+        documents = kwargs.get("cu_seq_lens_q")
+        bounds = documents_of(padding, position_ids, documents, batch, length, has_past=cache is not None)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         states: list[Tensor] | None = [] if output_hidden_states else None
