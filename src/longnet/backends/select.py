@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from longnet.backends import cpu_flash, portable, triton_flash
+from longnet.backends.decomposition import exportable
 from longnet.backends.operators import BackwardFn, ForwardFn, Spec
 
 _log = logging.getLogger("longnet")
@@ -36,18 +37,30 @@ class Backend:
 # In order of preference; the last takes everything the library computes.
 BACKENDS: tuple[Backend, ...] = (
     Backend(
-        "cpu_flash", cpu_flash.why_not, cpu_flash.run, cpu_flash.run_backward, cpu_flash.forward, cpu_flash.backward
+        "cpu_flash",
+        cpu_flash.why_not,
+        exportable(cpu_flash.run),
+        cpu_flash.run_backward,
+        cpu_flash.forward,
+        cpu_flash.backward,
     ),
     # Its interpreter on the CPU is for tests: it has to be asked for by name.
     Backend(
         "triton",
         triton_flash.why_not,
-        triton_flash.run,
+        exportable(triton_flash.run),
         triton_flash.run_backward,
         *triton_flash.functions,
         automatic=("cuda",),
     ),
-    Backend("portable", portable.why_not, portable.run, portable.run_backward, portable.forward, portable.backward),
+    Backend(
+        "portable",
+        portable.why_not,
+        exportable(portable.run),
+        portable.run_backward,
+        portable.forward,
+        portable.backward,
+    ),
 )
 
 

@@ -40,8 +40,8 @@ class LongNetForSequenceClassification(LongNetPreTrainedModel):
         """Logits (B, num_labels). Without ``attention_mask`` all tokens are real.
 
         Args:
-            labels: (B,) int64 or int32, or floats (B,) or (B, num_labels), as ``config.problem_type`` wants. The loss is their mean,
-                or with ``num_items_in_batch`` (labels of all accumulated batches) their sum over that number.
+            labels: (B,) int64 or int32, or floats (B,) or (B, num_labels), as ``config.problem_type`` wants. The loss is
+                their mean, or with ``num_items_in_batch`` (labels of all accumulated batches) their sum over that number.
         """
         out = self.model(
             input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, return_dict=True, **kwargs
