@@ -13,7 +13,7 @@ from longnet.packing import boundaries
 _UNKNOWN = ("global_attention_mask", "head_mask", "encoder_hidden_states", "encoder_attention_mask")
 
 
-def as_int64(ids: Tensor | None) -> Tensor | None:
+def as_int64(ids: Any) -> Any:
     """int32 token ids or labels as int64, which losses and ``check_tokens`` ask for; everything else as it is."""
     return ids.long() if isinstance(ids, Tensor) and ids.dtype == torch.int32 else ids
 
