@@ -87,6 +87,25 @@ def test_padding_is_the_plain_librarys(side: str, kind: torch.dtype, name: str) 
     assert torch.equal(first(model.base_model, input_ids=other, attention_mask=real.to(kind))[real], given[real])
 
 
+@pytest.mark.parametrize("name", ["LongNetForCausalLM", "LongNetForSequenceClassification"])
+def test_embeddings_of_padding_reach_no_gradient(name: str) -> None:
+    ids, mask = tokens(2, 40), torch.ones(2, 40, dtype=torch.int64)
+    mask[0, :7] = mask[1, 30:] = 0
+    labels = torch.tensor([1, 0]) if "Sequence" in name else ids.masked_fill(mask == 0, -100)
+    results = []
+    for fill in (0.5, torch.nan):
+        model = make(name)
+        embeds = model.get_input_embeddings()(ids).detach()
+        embeds = embeds.masked_fill(mask[..., None] == 0, fill).requires_grad_()
+        loss = model(inputs_embeds=embeds, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append([loss.detach(), embeds.grad, *grads])
+    for want, got in zip(*results, strict=True):
+        assert torch.equal(got, want) and want.any()
+    assert not results[1][1][mask == 0].any()
+
+
 def test_a_mask_of_ones_is_no_mask() -> None:
     model, ids = decoder(), tokens()
     assert torch.equal(first(model, input_ids=ids, attention_mask=torch.ones_like(ids)), first(model, input_ids=ids))

@@ -138,3 +138,20 @@ def test_bad_inputs_teach() -> None:
         encoder(embeddings=embeddings, key_padding_mask=torch.zeros(3, 74, dtype=torch.bool))
     with pytest.raises(ValueError, match="ids 0 to 300"):
         encoder(torch.tensor([[0, 300]]))
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms", "batch"])
+@pytest.mark.parametrize("fill", [float("nan"), float("inf")])
+def test_embeddings_of_padding_reach_no_gradient(norm: str, fill: float) -> None:
+    """Not through norms or projections either, which multiply rows whose gradient is zero."""
+    results = []
+    for padding in (0.5, fill):
+        encoder = _encoder(norm=norm, use_rel_pos_bias=True)
+        embeddings = encoder.embed(_tokens()).detach().masked_fill(_mask()[..., None], padding).requires_grad_()
+        out = encoder(embeddings=embeddings, key_padding_mask=_mask())
+        out[~_mask()].pow(3).sum().backward()
+        gradients = [p.grad for n, p in encoder.named_parameters() if n != "embedding.weight"]
+        results.append([out.detach()[~_mask()], embeddings.grad, *gradients])
+    for want, got in zip(*results, strict=True):
+        assert torch.equal(got, want) and want.any()
+    assert not results[1][1][_mask()].any()

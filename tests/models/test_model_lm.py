@@ -232,3 +232,20 @@ def test_bad_inputs_teach() -> None:
         LongNetEncoder(LongNetConfig.preset("nano"))
     with pytest.raises(TypeError, match="config='nano'"):
         LongNetLM("nano")  # type: ignore[arg-type]
+
+
+def test_what_padding_embeds_to_reaches_no_gradient() -> None:
+    model = _lm(tie_embeddings=False)
+    tokens, mask = _tokens(2, 40).clamp(min=1), torch.zeros(2, 40, dtype=torch.bool)
+    mask[0, :7] = mask[1, 30:] = True
+    tokens = tokens.masked_fill(mask, 0)
+    results = []
+    for fill in (0.5, torch.nan):
+        with torch.no_grad():
+            model.embedding.weight[0] = fill
+        model.zero_grad()
+        loss = model.loss(tokens, tokens.roll(-1, 1), key_padding_mask=mask)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for want, got in zip(*results, strict=True):
+        assert torch.equal(got, want) and want.any()

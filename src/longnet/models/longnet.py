@@ -233,8 +233,8 @@ class LongNetEncoder(LongNetBase):
         Args:
             tokens: (B, N) int64 ids.
             key_padding_mask: (B, N) bool, True where the token is padding: attention and norms leave it out.
-            embeddings: (B, N, dim) float vectors in place of tokens, taken as they are (not scaled). Exactly one of
-                ``tokens`` and ``embeddings`` is given.
+            embeddings: (B, N, dim) float vectors in place of tokens, taken as they are (not scaled); padded ones may be
+                anything, NaN too. Exactly one of ``tokens`` and ``embeddings`` is given.
 
         Raises:
             TypeError: tokens that are not int64, embeddings not of the model's dtype (any float dtype under
