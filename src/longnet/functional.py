@@ -91,7 +91,8 @@ def dilated_attention(
             they are finite: a later value that is NaN or infinite reaches earlier rows as 0 * NaN, as in torch's attention.
             A later key that is not finite reaches their gradients. ``key_padding_mask`` keeps both out.
         scale: of the scores, any finite number; default ``D ** -0.5``.
-        key_padding_mask: (B, N) bool, True where the key is to be ignored.
+        key_padding_mask: (B, N) bool, True where the key is to be ignored. A padded query that is not finite needs a zero
+            gradient of its row of out (and lse): it then contributes exact zeros to all gradients.
         cu_seqlens: (documents + 1,) int32 or int64, or ints: where the documents packed into one row (B = 1) begin, 0 first, and
             N last. Each is computed as if it were alone: segments and offsets restart with it, and it sees no other. A tensor
             on a device is read once and waited for, ints are not.

@@ -44,6 +44,31 @@ def lse_for_backward(lse: Tensor) -> Tensor:
     return lse.masked_fill(lse == -torch.inf, 0.0)
 
 
+def rows_for_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The merged (query, out, lse) as a flash backward takes them: see :func:`lse_for_backward`, and dead rows get zeros.
+
+    A row is dead if its gradients are zero. It contributes exact zeros then, but 0 * NaN is NaN, and the query of a token
+    that is padding may be anything. So it gets query 0, out 0 and lse inf, which make every probability 0.
+
+    Args:
+        grad_out, query, out: (..., D).
+        grad_lse: (...) or None.
+        lse: (...).
+    """
+    # NaN is not zero here. Several times as fast as any().
+    dead = grad_out.abs().amax(-1) == 0
+    if grad_lse is not None:
+        dead &= grad_lse == 0
+    lse = lse_for_backward(lse)
+    # The usual case. On other devices the question would wait for them.
+    if dead.device.type == "cpu" and not dead.any():
+        return query, out, lse
+    rows = dead.unsqueeze(-1)
+    return query.masked_fill(rows, 0.0), out.masked_fill(rows, 0.0), lse.masked_fill(dead, torch.inf)
+
+
 def fold_lse_gradient(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, grad_lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -155,7 +155,9 @@ def call_both(length, dim, kv_heads=4, pattern=((256, 1024), (1, 2)), is_causal=
     tensors = {"OUT": out, "LSE": lse, "DELTA": delta, "GRAD_Q": grad_q, "GRAD_K": grad_k, "GRAD_V": grad_v}
     inputs = {"q": query, "k": key, "v": value, "g": grad}
     work.forward(query, key, value, out, lse)
-    work.backward(query, key, value, grad, lse, delta, grad_q, grad_k, grad_v)
+    # The first kernel reads queries from the room that the second writes to.
+    read = work.key_value(grad_q.copy_(query), key, value, grad, (lse, delta), (grad_k, grad_v))
+    work.query(query, read, (lse, delta), grad_q)
     return work, tensors, inputs
 
 
@@ -185,6 +187,9 @@ def test_kernels_get_the_tensors_and_numbers_of_the_call(kernels, length, dim, k
                 x = inputs[letter]
                 views = [call[f"{letter}{i}"] for i in range(5)]
                 assert views[len(rates) :] == [None] * (5 - len(rates))
+                if letter == "q":
+                    in_room = name == "key_value" and (length, dim) == (2048, 64) and pattern[1] == (1, 2)
+                    assert (views[0].base is tensors["GRAD_Q"]) == in_room
                 for rate, view in zip(rates, views, strict=False):
                     assert list(view.block_shape) == [call["M"] if place in owned else call["N"], call["D"]]
                     # A row of the matrix holds so many tokens, of which every one can be found by its fold.

@@ -182,3 +182,28 @@ def test_a_second_derivative_is_refused() -> None:
     (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         grad.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*to no head", "ignore:(invalid value|overflow) encountered:RuntimeWarning")
+@pytest.mark.parametrize("backend", ["cpu_flash", "portable"])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("pattern", [PATTERNS[1], PATTERNS[2]])
+def test_queries_of_dead_rows_never_matter(pattern: tuple[Any, Any], is_causal: bool, backend: str) -> None:
+    """Where outputs are shifted too: rows that a query reaches without a gradient get none from it."""
+    *inputs, grad = draw(600)
+    places = torch.zeros(600, dtype=torch.bool)
+    places[[3, 100, 349, 350, 599]] = True
+    query = inputs[0].masked_fill(places[:, None], torch.nan)
+    reached = (
+        torchscale_attention(query, *inputs[1:], *pattern, is_causal=is_causal, backend="portable").isnan().any(-1)
+    )
+    assert reached[..., ~places].any() == any(w % r for w, r in zip(*pattern, strict=True))
+    grad = grad.masked_fill(reached[..., None], 0.0)
+    results = []
+    for q in (inputs[0], query):
+        given = [x.clone().requires_grad_() for x in (q, *inputs[1:])]
+        out = torchscale_attention(*given, *pattern, is_causal=is_causal, backend=backend)
+        results.append(torch.autograd.grad(out, given, grad))
+    for want, got in zip(*results, strict=True):
+        assert torch.equal(got, want) and want.any()
+    assert not results[1][0][:, :, places].any()

@@ -124,6 +124,62 @@ def test_what_lies_behind_the_tensors_does_not_matter(dim):
     check(PATTERNS["mixed"], False, *views)
 
 
+# Shapes and patterns of tests above, whose kernels are compiled already.
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("dim", [48, 64, 128])
+@pytest.mark.parametrize(
+    ("name", "length", "heads", "kv_heads", "dtype", "tokens_first"),
+    [
+        ("paper", 9008, 16, 16, torch.bfloat16, False),
+        ("mixed", 5003, 8, 8, torch.float16, False),
+        ("uncovered", 6000, 8, 8, torch.bfloat16, True),
+        ("blocked", 6000, 8, 2, torch.bfloat16, False),
+    ],
+)
+def test_queries_of_dead_rows_never_matter(name, length, heads, kv_heads, dtype, tokens_first, dim, is_causal):
+    check_dead_rows(PATTERNS[name], is_causal, *draw(heads, kv_heads, length, dim, dtype, tokens_first))
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_queries_of_dead_rows_never_matter_to_kernels_of_both_kinds_in_one_call(is_causal):
+    pattern = Pattern.parse((1024, 8192, 16384), (1, 128, 256))
+    check_dead_rows(pattern, is_causal, *draw(4, 2, 8192, 64, torch.bfloat16, True))
+
+
+def check_dead_rows(pattern, is_causal, query, key, value, grad):
+    """Rows without gradients, whose queries are NaN or infinite: the same bits as with others, and right ones."""
+    spec = Spec(pattern, is_causal, query.shape[-1] ** -0.5)
+    generator = torch.Generator("cuda").manual_seed(1)
+    dead = torch.rand(query.shape[:-1], generator=generator, device="cuda") < 0.2
+    dead[0, :, -query.shape[2] // 5 :] = True
+    grad = grad.masked_fill(dead[..., None], 0.0)
+    fills = torch.tensor([torch.nan, torch.inf, -torch.inf], device="cuda", dtype=query.dtype)
+    fill = fills[torch.randint(3, (*dead.shape, 1), generator=generator, device="cuda")]
+    # As dense as the query, or one tensor for queries, keys and values as a projection gives them.
+    poisoned = torch.where(dead[..., None], fill, query)
+    wide = torch.cat((poisoned, query), -1)[..., : query.shape[-1]]
+    double = [x.double() for x in (query, key, value)]
+    want, want_lse = portable.forward(*double, None, None, spec)
+    upstream = torch.randn(query.shape[:-1], generator=generator, device="cuda")
+    grad_lse = upstream.masked_fill(dead | want_lse.isinf(), 0.0)
+    for given_lse in (None, grad_lse):
+        results = []
+        for q in (query, poisoned, wide):
+            out, lse = triton_flash.forward(q, key, value, None, None, spec)
+            before = q.clone()
+            results.append(triton_flash.backward(grad, given_lse, q, key, value, None, None, out, lse, spec)[:3])
+            torch.testing.assert_close(q, before, rtol=0, atol=0, equal_nan=True)
+        for finite, *others in zip(*results, strict=True):
+            assert finite.isfinite().all()
+            assert all(torch.equal(other, finite) for other in others)
+        assert not results[1][0][dead].any()
+        exact = None if given_lse is None else given_lse.double()
+        want_grads = portable.backward(grad.double(), exact, *double, None, None, want, want_lse, spec)[:3]
+        _, for_grads = allowed(query, key, value, grad, is_causal)
+        for got, expected in zip(results[1], want_grads, strict=True):
+            assert relative(got, expected) <= for_grads
+
+
 def check(pattern, is_causal, query, key, value, grad):
     spec = Spec(pattern, is_causal, query.shape[-1] ** -0.5)
     out, lse = triton_flash.forward(query, key, value, None, None, spec)

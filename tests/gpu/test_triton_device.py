@@ -79,6 +79,36 @@ def test_nothing_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("dim", [48, 64, 128])
+def test_queries_of_padding_never_matter_where_no_gradient_flows(dim: int, is_causal: bool, dtype: torch.dtype) -> None:
+    """With a padding mask, and a relative bias where channels are 64: the same bits, whatever padded queries are."""
+    length = 1500
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    drawn = [torch.randn(2, 4, length, dim, generator=generator, device=DEVICE).to(dtype) for _ in range(4)]
+    mask = torch.arange(length, device=DEVICE) >= torch.tensor([[1100], [1500]], device=DEVICE)
+    mask[1, ::7] = True
+    rows = mask[:, None, :, None]
+    bias = torch.randn(4, 2047, generator=generator, device=DEVICE, requires_grad=True) if dim == 64 else None
+    results = []
+    for fill in (1.0, torch.nan, torch.inf):
+        inputs = [x.detach().requires_grad_() for x in (drawn[0].masked_fill(rows, fill), *drawn[1:3])]
+        out, lse = pattern_attention(
+            *inputs, Pattern.parse(*PATTERN), is_causal=is_causal, key_padding_mask=mask, distance_bias=bias, return_lse=True,
+            backend="triton",
+        )  # fmt: skip
+        upstream = (
+            drawn[3].masked_fill(rows, 0.0),
+            drawn[3][..., 0].masked_fill(mask[:, None] | lse.isinf(), 0.0).float(),
+        )
+        results.append(torch.autograd.grad((out, lse), [*inputs, *([] if bias is None else [bias])], upstream))
+    for finite, *others in zip(*results, strict=True):
+        assert finite.isfinite().all() and finite.any()
+        assert all(torch.equal(other, finite) for other in others)
+    assert not results[1][0].transpose(1, 2)[mask].any()
+
+
 def test_out_of_memory_is_torchs_own_error_and_leaves_the_process_usable():
     q, k, v, upstream = tensors()
     expected = step(*(x.requires_grad_() for x in (q, k, v)), upstream)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:segment_lengths=.*to no head")
 
 @dataclass(frozen=True)
 class Case:
-    """A call over shards; tensors follow from the seed."""
+    """A call over shards; tensors follow from the seed. Padded queries are ``dead``, without a gradient, unless that is None."""
 
     branches: tuple[tuple[int, int], ...]
     shards: tuple[int, ...]
@@ -37,6 +37,7 @@ class Case:
     backend: str = "auto"
     seed: int = 0
     pruned: tuple[int, ...] = ()
+    dead: float | None = None
 
     @property
     def pattern(self) -> Pattern:
@@ -66,6 +67,10 @@ class Case:
             found["mask"] = mask = torch.rand(self.batch, length, generator=generator) < 0.3
             for name in ("key", "value"):
                 found[name].masked_fill_(mask[:, None, :, None], 1e4)  # type: ignore[union-attr]
+            if self.dead is not None:
+                for name, fill in (("query", self.dead), ("grad", 0.0)):
+                    found[name].masked_fill_(mask[:, None, :, None], fill)  # type: ignore[union-attr]
+                found["grad_lse"].masked_fill_(mask[:, None], 0.0)  # type: ignore[union-attr]
         if self.biased:
             reach = max(1, min(length, max(self.pattern.segment_lengths)))
             found["bias"] = normal(heads, 2 * reach - 1)
@@ -147,6 +152,20 @@ def cases(draw):
 @settings(max_examples=150, deadline=None)
 def test_shards_give_what_one_device_gives(ranks, case):
     compare(ranks, case)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("dead", [float("nan"), float("inf")])
+def test_queries_of_dead_rows_never_matter(ranks, dead, is_causal):
+    case = Case(
+        ((16, 1), (48, 3), (200, 4)), (30, 41, 5, 64), kv_heads=2, group=2, is_causal=is_causal, padded=True, biased=True,
+        with_lse=True, dead=dead,
+    )  # fmt: skip
+    got = together(ranks(4, run_shard, case))
+    want = together(ranks(4, run_shard, replace(case, dead=1.0)))
+    for name in ("query", "key", "value", "bias"):
+        assert torch.equal(got[name], want[name]) and want[name].any(), name
+    assert not got["query"].transpose(1, 2)[case.inputs()["mask"]].any()
 
 
 SPANS = {

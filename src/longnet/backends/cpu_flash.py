@@ -239,9 +239,10 @@ def backward(
         mask = None if masks is None else masks.mask
         q, k, v = _dense(block.of(query)), _key_value(key, block, group, mask), _key_value(value, block, group, mask)
         grad_o, o = _dense(block.of(grad_out)), _dense(block.of(out))
-        if grad_lse is not None:
-            grad_o, q, k, v, o = mixing.fold_lse_gradient(grad_o, q, k, v, o, block.of(grad_lse))
-        saved = mixing.lse_for_backward(block.of(lse))
+        grad_l = None if grad_lse is None else block.of(grad_lse)
+        q, o, saved = mixing.rows_for_backward(grad_o, grad_l, q, o, block.of(lse))
+        if grad_l is not None:
+            grad_o, q, k, v, o = mixing.fold_lse_gradient(grad_o, q, k, v, o, grad_l)
         parts = _backward_block((grad_o, q, k, v, o, saved), masks, block.plan, spec)
         for which, shared in enumerate((1, group, group)):
             target = block.of(grads[which]) if which == 0 else block.of_kv(grads[which])

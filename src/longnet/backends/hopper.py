@@ -138,22 +138,35 @@ class Work:
         """Write out like the query and lse (B, H, N) float32."""
         self._launch("forward", query.shape, self._readable(query, key, value), (out, lse), ())
 
-    def backward(
+    def key_value(
         self,
-        query: Tensor,
+        room: Tensor,
         key: Tensor,
         value: Tensor,
         grad_out: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        grad_q: Tensor,
-        grad_k: Tensor,
-        grad_v: Tensor,
+        statistics: tuple[Tensor, Tensor],
+        grads: Sequence[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """Write the gradients of keys and values by query head, two (B, H, N, D).
+
+        Args:
+            room: the queries, dead rows 0.
+            statistics: lse and delta, of ``prepare_kernel``.
+
+        Returns:
+            what :meth:`query` takes.
+        """
+        inputs = self._readable(room, grad_out, key, value)
+        self._launch("key_value", room.shape, inputs, tuple(grads), statistics)
+        return inputs
+
+    def query(
+        self, query: Tensor, inputs: tuple[Tensor, ...], statistics: tuple[Tensor, Tensor], grad_q: Tensor
     ) -> None:
-        """Write the gradients; those of keys and values by query head, (B, H, N, D). ``delta`` is like ``lse``."""
-        inputs = self._readable(query, grad_out, key, value)
-        for kernel, grads in (("key_value", (grad_k, grad_v)), ("query", (grad_q,))):
-            self._launch(kernel, query.shape, inputs, grads, (lse, delta))
+        """Write the gradient of the query, over the room of :meth:`key_value`, where ``inputs`` come from."""
+        if inputs[0] is grad_q:
+            inputs = (*self._readable(query), *inputs[1:])
+        self._launch("query", query.shape, inputs, (grad_q,), statistics)
 
     def _readable(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         dim = next(dim for dim in HEAD_DIMS if dim >= tensors[0].shape[-1])

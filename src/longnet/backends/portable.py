@@ -166,11 +166,11 @@ def backward(
     group = heads // key.shape[1]
     key, value = _value(key, group, padding), _value(value, group, padding)
     totals = [torch.zeros_like(x, dtype=lse.dtype) for x in (query, key, value)]
+    query, out, lse = mixing.rows_for_backward(grad_out, grad_lse, query, out, lse)
     # sum(grad_out * out) of the joint softmax, less what flows in through the lse.
     delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
     if grad_lse is not None:
         delta = delta - grad_lse
-    lse = mixing.lse_for_backward(lse)
     for branch in make_plan(spec.pattern, heads, length).branches:
         for tile in branch.tiles:
             scores = _Scores(tile, query, key, padding, bias, spec)

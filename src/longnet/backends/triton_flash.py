@@ -263,7 +263,7 @@ def backward(
     spec: Spec,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Exact gradients of the joint softmax, by the rule of :mod:`longnet.mixing`."""
-    from longnet.backends.kernels.backward import delta_kernel, key_value_kernel, query_kernel
+    from longnet.backends.kernels.backward import key_value_kernel, prepare_kernel, query_kernel
 
     grad_bias = query.new_empty(0) if bias is None else torch.zeros_like(bias)
     grad_q, grad_k, grad_v = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
@@ -273,25 +273,39 @@ def backward(
     call = _Call(query, key, value, padding, bias, spec)
     # Query heads that share a key head have room of their own and are added up afterwards.
     by_head = (grad_k, grad_v) if call.group == 1 else (torch.empty_like(query), torch.empty_like(query))
+    # Kernels that own keys multiply with whole blocks of queries, where a dead row has to be 0. Their queries lie in the room
+    # of the queries' gradients, which are written last.
     rooms = [_room(grad) for grad in (grad_q, *by_head)]
-    if not call.covered:
-        for room in rooms:
-            room.zero_()
-    delta = torch.empty_like(lse)
+    queries, of_keys = rooms[0], rooms[1:]
+    statistics = row_lse, delta = torch.empty_like(lse), torch.empty_like(lse)
     extra = lse if grad_lse is None else grad_lse
+    rows = min(64, 4096 // power_of_two(call.dim))
+    if not call.covered:
+        for room in of_keys:
+            room.zero_()
     with _device(query):
-        delta_kernel[(-(-call.length // 64) * call.batch * call.heads,)](
-            grad_out, out, extra, delta, *call.strides(grad_out, out, extra), call.length, call.heads,
-            D=call.dim, D_BLOCK=power_of_two(call.dim), M=64, HAS_LSE=grad_lse is not None,
+        prepare_kernel[(-(-call.length // rows) * call.batch * call.heads,)](
+            call.q, grad_out, out, lse, extra, queries, row_lse, delta,
+            *call.strides(call.q, grad_out, out, extra, queries), call.length, call.heads,
+            D=call.dim, D_BLOCK=power_of_two(call.dim), M=rows, HAS_LSE=grad_lse is not None,
         )  # fmt: skip
-        shared = (*call.tensors(), grad_out, lse, delta, call.mask, call.table)
-        strides = (*call.strides(*call.tensors(), grad_out, lse), *call.extra_strides())
+        others = (call.k, call.v, grad_out, row_lse)
+        more = (delta, call.mask, call.table)
         if work := call.work:
-            work.backward(*call.tensors(), grad_out, lse, delta, *rooms)
+            inputs = work.key_value(queries, call.k, call.v, grad_out, statistics, of_keys)
         for grid, arguments, options in call.launches("key_value"):
-            key_value_kernel[grid](*shared, *rooms[1:], *strides, *call.strides(*rooms[1:]), *arguments, **options)
+            key_value_kernel[grid](
+                queries, *others, *more, *of_keys,
+                *call.strides(queries, *others), *call.extra_strides(), *call.strides(*of_keys), *arguments, **options,
+            )  # fmt: skip
+        if not call.covered:
+            queries.zero_()
+        shared = (call.q, *others, *more)
+        strides = (*call.strides(call.q, *others), *call.extra_strides())
+        if work:
+            work.query(call.q, inputs, statistics, queries)
         for grid, arguments, options in call.launches("query"):
-            query_kernel[grid](*shared, rooms[0], *strides, *call.strides(rooms[0]), *arguments, **options)
+            query_kernel[grid](*shared, queries, *strides, *call.strides(queries), *arguments, **options)
         if bias is not None:
             grad_bias.copy_(_bias_gradient(call, shared, strides))
     for grad, room, group in zip((grad_q, grad_k, grad_v), rooms, (1, call.group, call.group), strict=True):

@@ -122,12 +122,16 @@ class Shard:
             """Gradients of the group's keys and values, (B, lanes / share, b, 2 D); those of its queries are kept."""
             index = (slice(None), rows.heads, rows.tokens)
             # Of these rows alone: over a whole shard it would cost as much as an eighth of the attention.
-            given = grad_out[index].to(kind)
-            delta = (given * out[index].to(kind)).sum(-1)
-            if grad_lse is not None:
-                delta -= grad_lse[index]
+            given, given_lse = grad_out[index].to(kind), None if grad_lse is None else grad_lse[index]
             call = self._rows(rows, received)
-            grad_q, grad_k, grad_v, by_distance = call.backward(given, mixing.lse_for_backward(lse[index]), delta)
+            query, mixed, mixed_lse = mixing.rows_for_backward(
+                given, given_lse, call.query, out[index].to(kind), lse[index]
+            )
+            delta = (given * mixed).sum(-1)
+            if given_lse is not None:
+                delta -= given_lse
+            call = replace(call, query=query)
+            grad_q, grad_k, grad_v, by_distance = call.backward(given, mixed_lse, delta)
             query_grads.append((rows, grad_q))
             if by_distance is not None:
                 where = rows.distances(grad_bias.shape[-1] // 2)

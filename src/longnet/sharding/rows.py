@@ -75,7 +75,7 @@ class RowCall:
 
         Args:
             grad_out: (B, lanes, a, D).
-            lse: (B, lanes, a) of the joint softmax, 0 for a row without keys.
+            lse: (B, lanes, a) of the joint softmax, as :func:`longnet.mixing.rows_for_backward` gives it.
             delta: (B, lanes, a), ``sum(grad_out * out)`` of the joint softmax less the gradient of its lse.
         """
         value = self._values()

@@ -14,13 +14,17 @@ from longnet.backends.kernels.rows import head_offset, key_range, locate, outer_
 
 
 @triton.jit
-def delta_kernel(
-    GRAD_OUT, OUT, GRAD_LSE, DELTA,
-    grad_at, out_at, grad_lse_at,
+def prepare_kernel(
+    Q, GRAD_OUT, OUT, LSE, GRAD_LSE, ROOM, ROW_LSE, DELTA,
+    q_at, grad_at, out_at, grad_lse_at, room_at,
     length, heads,
     D: tl.constexpr, D_BLOCK: tl.constexpr, M: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
-    """sum(grad_out * out) - grad_lse, (B, H, N) contiguous float32: what is subtracted from every score gradient."""
+    """What the other kernels take of query rows, dead ones (see ``mixing.rows_for_backward``) as rows without keys.
+
+    ROOM: the queries, dead rows 0. ROW_LSE: lse, dead rows -inf. DELTA: sum(grad_out * out) - grad_lse, what is subtracted
+    from every score gradient. LSE and the latter two are (B, H, N) contiguous float32.
+    """
     blocks = tl.cdiv(length, M)
     pair = tl.cast(tl.program_id(0) // blocks, tl.int64)
     batch, head = pair // heads, pair % heads
@@ -32,11 +36,20 @@ def delta_kernel(
     )
     out = tl.load(OUT + batch * out_at[0] + head * out_at[1] + m[:, None] * out_at[2] + d[None, :], mask=ok, other=0.0)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    alive = tl.max((grad.to(tl.float32) != 0.0).to(tl.int32), 1) != 0
     if HAS_LSE:
-        delta -= tl.load(
+        grad_lse = tl.load(
             GRAD_LSE + batch * grad_lse_at[0] + head * grad_lse_at[1] + m * grad_lse_at[2], mask=m < length, other=0.0
         )
-    tl.store(DELTA + pair * length + m, delta, mask=m < length)
+        delta -= grad_lse
+        alive = alive | (grad_lse != 0.0)
+    at = pair * length + m
+    lse = tl.load(LSE + at, mask=m < length, other=0.0)
+    tl.store(DELTA + at, tl.where(alive, delta, 0.0), mask=m < length)
+    tl.store(ROW_LSE + at, tl.where(alive, lse, float("-inf")), mask=m < length)
+    q = tl.load(Q + batch * q_at[0] + head * q_at[1] + m[:, None] * q_at[2] + d[None, :], mask=ok, other=0.0)
+    room = ROOM + batch * room_at[0] + head * room_at[1] + m[:, None] * room_at[2] + d[None, :]
+    tl.store(room, tl.where(alive[:, None], q, 0.0), mask=ok)
 
 
 @triton.jit
@@ -71,8 +84,9 @@ def query_kernel(
         mask=stored, other=0.0,
     )  # fmt: skip
     lse = tl.load(LSE + batch * lse_at[0] + q_head * lse_at[1] + row_wide * lse_at[2], mask=row_ok, other=float("-inf"))
-    # A row without keys has lse -inf and probabilities 0.
-    lse2 = tl.where(lse == float("-inf"), float("inf"), lse) * LOG2E
+    # A row without keys, or a dead one, has lse -inf and probabilities 0; a dead one's query may be anything.
+    nothing = lse == float("-inf")
+    lse2 = tl.where(nothing, float("inf"), lse) * LOG2E
     delta = tl.load(DELTA + batch * lse_at[0] + q_head * lse_at[1] + row_wide * lse_at[2], mask=row_ok, other=0.0)
     k_head = K + batch * k_at[0] + kv_head * k_at[1] + d[None, :]
     v_head = V + batch * v_at[0] + kv_head * v_at[1] + d[None, :]
@@ -151,7 +165,7 @@ def query_kernel(
             grad_s = p * (grad_p - delta[:, None])
             grad_q = tl.dot(grad_s.to(k.dtype), k, grad_q, input_precision=PRECISION)
 
-    grad_q *= scale
+    grad_q = tl.where(nothing[:, None], 0.0, grad_q * scale)
     at_rows = GRAD_Q + batch * grad_q_at[0] + q_head * grad_q_at[1] + row_wide[:, None] * grad_q_at[2] + d[None, :]
     if MERGE:
         grad_q += tl.load(at_rows, mask=stored, other=0.0).to(tl.float32)

@@ -68,11 +68,12 @@ def bias_kernel(
             )  # fmt: skip
             at = batch * lse_at[0] + q_head * lse_at[1] + row * lse_at[2]
             lse = tl.load(LSE + at, mask=q_ok, other=float("-inf"))
-            # A row without keys has lse -inf and probabilities 0.
-            lse2 = tl.where(lse == float("-inf"), float("inf"), lse) * LOG2E
+            # A row without keys, or a dead one, whose query may be anything, has lse -inf and probabilities 0.
+            some = lse != float("-inf")
+            lse2 = tl.where(some, lse, float("inf")) * LOG2E
             delta = tl.load(DELTA + at, mask=q_ok, other=0.0)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2 + bias
-            p = tl.where(k_ok[None, :], tl.exp2(s - lse2[:, None]), 0.0)
+            p = tl.where(some[:, None] & k_ok[None, :], tl.exp2(s - lse2[:, None]), 0.0)
             total += p * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
     # Row m of a tile has the block's first distance in its column m.
     t = tl.arange(0, M)

@@ -137,7 +137,8 @@ def forward_kernel(
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
             highest = new
 
-    some = total > 0.0
+    # Not "greater": the total of a query that is NaN is NaN, and so is its lse.
+    some = total != 0.0
     out = acc / tl.where(some, total, 1.0)[:, None]
     lse = tl.where(some, highest * LN2 + tl.log(tl.where(some, total, 1.0)), float("-inf"))
     out_rows = OUT + batch * out_at[0] + q_head * out_at[1] + row_wide * out_at[2] + d[None, :]
@@ -148,7 +149,7 @@ def forward_kernel(
         base = tl.where(top == float("-inf"), 0.0, top)
         ours, theirs = tl.exp(lse - base), tl.exp(before - base)
         both = ours + theirs
-        some = both > 0.0
+        some = both != 0.0
         both = tl.where(some, both, 1.0)
         previous = tl.load(out_rows, mask=stored, other=0.0).to(tl.float32)
         out = previous + (ours / both)[:, None] * (out - previous)

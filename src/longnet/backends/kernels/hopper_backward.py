@@ -191,7 +191,7 @@ def _consume_keys(
                 + (origin + m * step).to(gl.int64) * lse_at[2]
             )
             lse = gl.load(LSE + at, mask=m < rows, other=float("-inf"))
-            # A row without keys has lse -inf and probabilities 0.
+            # A row without keys, or a dead one, has lse -inf and probabilities 0; a dead one's query may be anything.
             lse2 = gl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
             delta = gl.load(DELTA + at, mask=m < rows, other=0.0)
             acc = gl.zeros([HALF, D], gl.float32, layout=outs)
@@ -242,7 +242,8 @@ def _consume_keys(
             ok = (m_out < rows)[:, None]
             if CHANNELS < D:
                 ok = ok & (d < CHANNELS)
-            result = acc * scale
+            nothing = gl.convert_layout(lse, gl.SliceLayout(1, outs)) == float("-inf")
+            result = gl.where(nothing[:, None], 0.0, acc * scale)
             if MERGE:
                 result += gl.load(GRAD_Q + at_out, mask=ok, other=0.0).to(gl.float32)
             gl.store(GRAD_Q + at_out, result.to(GRAD_Q.dtype.element_ty), mask=ok)
