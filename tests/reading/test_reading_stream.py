@@ -12,8 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from runs import make_run
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from longnet.reading import StreamResult, format_table
+from longnet.training.checkpoint import digest_tensors
 from longnet.reading.reader import StreamReader, decade_counts, decade_of
 from longnet.training import CheckpointError, load_model
 
@@ -178,6 +181,24 @@ def test_a_damaged_state_is_refused_and_left(damage: Callable[[bytes], bytes], r
     with pytest.raises(CheckpointError, match=r"state\.safetensors"):
         read(resume=True)
     assert state.read_bytes() == broken
+
+
+def test_a_changed_position_is_found(read: Read, tmp_path: Path) -> None:
+    read({"tokens": 300})
+    state = tmp_path / "out" / "state.safetensors"
+    content = state.read_bytes()
+    state.write_bytes(content.replace(rb'\"position\": 300', rb'\"position\": 200'))
+    with pytest.raises(CheckpointError, match="does not match its digest"):
+        read(resume=True)
+    with safe_open(state, "pt") as opened:
+        progress = opened.metadata()["progress"]
+    tensors = load_file(state)
+    metadata = {"format": "longnet-stream-state-1", "progress": progress, "digest": digest_tensors(tensors)}
+    save_file(tensors, state, metadata=metadata)
+    with pytest.raises(CheckpointError, match="its position is 200, and its cache's 300"):
+        read(resume=True)
+    save_file(tensors, state, metadata={**metadata, "progress": progress.replace("200", "300")})
+    assert read({"tokens": 300}, resume=True).position == 300
 
 
 def test_a_failed_write_leaves_the_state_before(read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

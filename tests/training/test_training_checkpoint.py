@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from longnet.training import CheckpointError
@@ -27,6 +29,8 @@ TENSORS = {
     "optimizer.weight.step": torch.tensor(3.0),
     "rng.cpu": torch.arange(8, dtype=torch.uint8),
 }
+# What version 1 wrote for these tensors.
+DIGEST_1 = "c1c0cf183178209a14912b39e9f2b5cc"
 
 
 @pytest.fixture
@@ -57,7 +61,71 @@ def test_a_damaged_tensor_is_found(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(CheckpointError, match="is damaged: its tensors do not match their digest"):
+    with pytest.raises(CheckpointError, match="is damaged: its content does not match its digest"):
+        read_checkpoint(file)
+
+
+def test_a_flipped_bit_anywhere_is_found(file: Path) -> None:
+    content = file.read_bytes()
+    for place in range(len(content)):
+        broken = bytearray(content)
+        broken[place] ^= 1 << place % 8
+        file.write_bytes(broken)
+        with pytest.raises(CheckpointError):
+            read_checkpoint(file)
+
+
+def test_a_changed_step_is_found(file: Path) -> None:
+    content = file.read_bytes()
+    changed = content.replace(rb'\"step\": 3', rb'\"step\": 9')
+    assert changed != content
+    file.write_bytes(changed)
+    with pytest.raises(CheckpointError, match="is damaged: its content does not match its digest"):
+        read_checkpoint(file)
+
+
+def test_a_file_without_its_digest_is_refused(file: Path) -> None:
+    with safe_open(file, "pt") as opened:
+        metadata = dict(opened.metadata())
+    del metadata["digest"]
+    save_file(TENSORS, file, metadata=metadata)
+    with pytest.raises(CheckpointError, match="does not match its digest"):
+        read_checkpoint(file)
+
+
+def test_other_readers_of_safetensors_read_it(file: Path) -> None:
+    found = load_file(file)
+    assert found.keys() == TENSORS.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+    with safe_open(file, "pt") as opened:
+        assert json.loads(opened.metadata()["progress"]) == PROGRESS
+
+
+def test_a_file_of_version_1_is_read_and_its_digest_checked(file: Path) -> None:
+    metadata = {"format": "longnet-training-state-1", "progress": json.dumps(PROGRESS)}
+    save_file(TENSORS, file, metadata={**metadata, "digest": DIGEST_1})
+    assert read_checkpoint(file).progress == PROGRESS
+    for digest in ({"digest": "0" * 32}, {}):
+        save_file(TENSORS, file, metadata={**metadata, **digest})
+        with pytest.raises(CheckpointError, match="does not match its digest"):
+            read_checkpoint(file)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"a": {"dtype": "F32", "shape": [1 << 50], "data_offsets": [0, 1 << 52]}}, "a does not lie where"),
+        ({"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}, "a does not lie where"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, "a does not lie where"),
+        ({"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}, "F99"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, "it holds .* expected"),
+        ([], "not a safetensors file"),
+    ],
+)
+def test_a_header_of_another_content_is_refused(file: Path, header: object, message: str) -> None:
+    said = json.dumps(header).encode()
+    file.write_bytes(len(said).to_bytes(8, "little") + said + bytes(8))
+    with pytest.raises(CheckpointError, match=message):
         read_checkpoint(file)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,10 +55,59 @@ def test_a_foreign_model(run: Path) -> None:
         load_model(run)
 
 
-def test_a_model_of_another_config(run: Path) -> None:
+def _change_config(run: Path, **changes: Any) -> None:
     config = run / "config.json"
-    config.write_text(config.read_text().replace('"layers": 1', '"layers": 2'))
-    with pytest.raises(CheckpointError, match=r"does not fit the model: it lacks blocks\.1"):
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+
+
+def _make_version_1(run: Path) -> None:
+    """What was written before the model's file had a digest and the config in it."""
+    file = run / "model.safetensors"
+    save_file(load_file(file), file, metadata={"format": "longnet-model-1"})
+
+
+@pytest.mark.parametrize("changes", [{"layers": 2}, {"head_offsets": "blocked"}, {"dilation_rates": [1, 4]}])
+def test_a_model_of_another_config(run: Path, changes: dict[str, Any]) -> None:
+    _change_config(run, **changes)
+    name = next(iter(changes))
+    with pytest.raises(CheckpointError, match=rf"config\.json does not fit .*model\.safetensors: {name}=.*, expected "):
+        load_model(run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": 10**9}, "layers=1000000000, expected 1"),
+        ({"vocab_size": 10**12}, "vocab_size=1000000000000, expected 256"),
+        ({"dim": 10**12, "heads": 10**12, "use_xpos": False}, "dim=1000000000000, expected 16"),
+        ({"ffn_dim": 10**12}, "ffn_dim=1000000000000, expected"),
+    ],
+)
+@pytest.mark.parametrize("version", [1, 2])
+def test_sizes_are_compared_before_a_model_is_made(
+    run: Path, changes: dict[str, Any], message: str, version: int
+) -> None:
+    if version == 1:
+        _make_version_1(run)
+    _change_config(run, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        load_model(run)
+
+
+def test_a_model_of_version_1_is_read(run: Path) -> None:
+    before = load_model(run).state_dict()
+    _make_version_1(run)
+    after = load_model(run).state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("place", [300, -1])
+def test_a_flipped_bit_of_a_model_is_found(run: Path, place: int) -> None:
+    file = run / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[place] ^= 2
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is (damaged|truncated)"):
         load_model(run)
 
 

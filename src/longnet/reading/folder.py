@@ -24,7 +24,7 @@ from longnet.training.metrics import MetricsLog, read_metrics
 
 STATE = StateKind(
     "stream state",
-    "longnet-stream-state-1",
+    "longnet-stream-state",
     {"position": int, "seconds": float, "settings": dict, "data": str, "model": str},
 )
 RESULT = "result"

@@ -17,6 +17,7 @@ from longnet.reading.record import StreamRecord
 from longnet.reading.settings import STANDARD_INPUT, StreamSettings
 from longnet.reading.source import ByteSource, FileBytes, PipedBytes
 from longnet.reading.table import StreamResult
+from longnet.training.checkpoint import CheckpointError
 from longnet.training.evaluate import autocast
 from longnet.training.folder import load_model
 from longnet.training.progress import Reporter, SilentReporter
@@ -70,6 +71,10 @@ def stream(
         reader = StreamReader(model)
         if state is not None:
             reader.load_state_dict(state.tensors)
+            if reader.position != state.progress["position"]:
+                raise CheckpointError(
+                    f"{state.path} is damaged: its position is {state.progress['position']}, and its cache's {reader.position}"
+                )
         try:
             with waiting():
                 source.start_at(reader.position, None if state is None else state.progress["data"])

@@ -1,20 +1,22 @@
 """Training state as one safetensors file: weights, optimizer, random state. One rename commits all of it; no pickle.
 
 Tensor names: ``model.<parameter or buffer>``, ``optimizer.<parameter>.<state>``, ``rng.<device>``. The metadata hold the step,
-what else a resumed run needs, and a digest of the tensors.
+what else a resumed run needs, and a digest of the whole file. Any reader of safetensors can read it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -23,27 +25,39 @@ from longnet.training.files import write_atomically
 from longnet.training.ranks import spread_like
 
 
+VERSION = 2
+"""Of the formats below. From version 2 on the digest covers the whole file, in version 1 tensors alone."""
+_DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool, "U8": torch.uint8},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+}
+_DIGEST_BYTES = 16
+
+
 class CheckpointError(ValueError):
     """A file that is no whole checkpoint of this run; the message names the file and the reason."""
 
 
 @dataclass(frozen=True)
 class StateKind:
-    """What a state file is of.
+    """What a file is of.
 
     Attributes:
         name: in words, for messages.
-        format: written into the file and expected of it.
+        format: written into the file, with a version behind it, and expected of it.
         progress: names and types of the values that its progress has.
+        digest_since: the first version of the format with a digest.
     """
 
     name: str
     format: str
     progress: dict[str, type]
+    digest_since: int = 1
 
 
 TRAINING = StateKind(
-    "training state", "longnet-training-state-1", {"step": int, "seconds": float, "settings": dict, "data": str}
+    "training state", "longnet-training-state", {"step": int, "seconds": float, "settings": dict, "data": str}
 )
 
 
@@ -72,21 +86,31 @@ def save_checkpoint(
         OSError: it could not be written; the file at ``path`` is as it was.
     """
     held = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": kind.format, "progress": json.dumps(dict(progress)), "digest": digest_tensors(held)}
-    write_safetensors(path, held, metadata)
+    write_safetensors(path, held, kind, {"progress": json.dumps(dict(progress))})
 
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """``safetensors.torch.save_file``, atomically, with its input and output errors as OSError."""
+def write_safetensors(path: Path, tensors: dict[str, Tensor], kind: StateKind, metadata: Mapping[str, str]) -> None:
+    """Write tensors (on the CPU, contiguous) and metadata with their format and digest, atomically.
+
+    Raises:
+        OSError: the file could not be written; the file at ``path`` is as it was.
+    """
+    empty = "0" * (2 * _DIGEST_BYTES)
+    about = {**metadata, "format": f"{kind.format}-{VERSION}", "digest": empty}
 
     def write(temporary: Path) -> None:
         temporary.touch()
         mode = temporary.stat().st_mode
         try:
-            save_file(tensors, temporary, metadata=metadata)
+            save_file(tensors, temporary, metadata=about)
         except SafetensorError as error:
             raise OSError(f"{path} could not be written: {error}") from error
         temporary.chmod(mode)  # save_file gives it to its owner alone; a run folder follows the user's umask.
+        with open(temporary, "r+b") as file:
+            header = file.read(int.from_bytes(file.read(8), "little"))
+            digest = _digest_file(header, empty, tensors)
+            file.seek(8 + header.index(_digest_entry(empty)))
+            file.write(_digest_entry(digest))
 
     write_atomically(path, write)
 
@@ -97,14 +121,7 @@ def read_checkpoint(path: Path, kind: StateKind = TRAINING) -> Checkpoint:
     Raises:
         CheckpointError: missing, truncated, damaged or of another kind.
     """
-    tensors, metadata = read_safetensors(path)
-    if metadata.get("format") != kind.format:
-        found = metadata.get("format")
-        raise CheckpointError(
-            f"{path} is not a {kind.name} of longnet: its format is {found!r}, expected {kind.format!r}"
-        )
-    if metadata.get("digest") != digest_tensors(tensors):
-        raise CheckpointError(f"{path} is damaged: its tensors do not match their digest")
+    tensors, metadata = read_safetensors(path, kind)
     try:
         progress = json.loads(metadata["progress"])
     except (KeyError, ValueError):
@@ -115,20 +132,94 @@ def read_checkpoint(path: Path, kind: StateKind = TRAINING) -> Checkpoint:
     return Checkpoint(path, tensors, progress)
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors (on the CPU) and the metadata of a safetensors file.
+def read_safetensors(path: Path, kind: StateKind) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors (on the CPU) and the metadata of a file that :func:`write_safetensors` wrote, checked by its digest.
+
+    Files of version 1 are read too. The digest in a state covers its tensors alone; a model has none.
 
     Raises:
-        CheckpointError: missing, truncated, or no safetensors file.
+        CheckpointError: missing, truncated, damaged, or of another kind.
+        OSError: the file cannot be read.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is not there")
+    # Not through a mapping: it would end the process if the file became shorter, and Windows could not replace the file.
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            # A copy, not a view of the mapped file: the next checkpoint replaces that file.
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except SafetensorError as error:
+        header, tensors, metadata = _read_parts(path)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from None
+    stated, versions = metadata.get("format"), range(1, VERSION + 1)
+    version = next((n for n in versions if stated == f"{kind.format}-{n}"), None)
+    if version is None:
+        raise CheckpointError(
+            f"{path} is not a {kind.name} of longnet: its format is {stated!r}, expected '{kind.format}-{VERSION}'"
+        )
+    digest = metadata.get("digest")
+    if digest is not None or version >= kind.digest_since:
+        found = digest_tensors(tensors) if version == 1 else _digest_file(header, digest or "", tensors)
+        if digest != found:
+            raise CheckpointError(f"{path} is damaged: its content does not match its digest")
+    return tensors, metadata
+
+
+def _read_parts(path: Path) -> tuple[bytes, dict[str, Tensor], dict[str, str]]:
+    """The header, the tensors in the order in which they lie in the file, and the metadata.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError, RecursionError: what a file that is something else, or a part of one,
+            leads to.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if length > size - 8:
+            raise ValueError(f"it holds {size:,} bytes, and its header would have {length:,}")
+        header = file.read(length)
+        entries = json.loads(header)
+        metadata = entries.pop("__metadata__", {})
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise TypeError("its metadata are not text")
+        tensors: dict[str, Tensor] = {}
+        end = 0
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            shape, dtype, (first, last) = entry["shape"], _DTYPES[entry["dtype"]], entry["data_offsets"]
+            fits = all(type(n) is int and n >= 0 for n in shape) and last - first == math.prod(shape) * dtype.itemsize
+            if first != end or not fits or last > size - 8 - length:
+                raise ValueError(f"{name} does not lie where its header says")
+            tensors[name] = torch.empty(shape, dtype=dtype)
+            content, done = memoryview(_as_bytes(tensors[name])), 0
+            while done < len(content):
+                if not (count := file.readinto(content[done:])):
+                    raise ValueError("it has become shorter while it was read")
+                done += count
+            end = last
+        if end != size - 8 - length:
+            raise ValueError(f"it holds {size:,} bytes, expected {8 + length + end:,}")
+    return header, tensors, metadata
+
+
+def _digest_file(header: bytes, digest: str, tensors: Mapping[str, Tensor]) -> str:
+    """BLAKE2 (hex) over the file of this header and these tensors, with zeros where its ``digest`` stands.
+
+    Tensors lie in the file one after the other without gaps, in the order of the header's offsets.
+    """
+    zeros = _digest_entry("0" * (2 * _DIGEST_BYTES))
+    hashed = hashlib.blake2b(len(header).to_bytes(8, "little"), digest_size=_DIGEST_BYTES)
+    hashed.update(header.replace(_digest_entry(digest), zeros))
+    entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+    for name in sorted(entries, key=lambda name: entries[name]["data_offsets"]):
+        hashed.update(_as_bytes(tensors[name]))
+    return hashed.hexdigest()
+
+
+def _digest_entry(digest: str) -> bytes:
+    """How the header says it. Nothing else in a header reads like this: quotes within texts are escaped."""
+    return f'"digest":"{digest}"'.encode("utf-8", "surrogatepass")
+
+
+def _as_bytes(tensor: Tensor) -> Any:
+    """The content of a contiguous tensor on the CPU; through uint8, as numpy knows no bfloat16."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def collect_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -181,6 +272,5 @@ def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
-        # Through uint8, as numpy knows no bfloat16; a 0-dim tensor has no bytes view.
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(_as_bytes(tensor))
     return digest.hexdigest()

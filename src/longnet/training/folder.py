@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -13,11 +14,17 @@ from torch import Tensor
 
 from longnet.compress import quantization, quantize
 from longnet.models import LongNetConfig, LongNetLM
-from longnet.training.checkpoint import CheckpointError, collect_weights, read_safetensors, restore_weights
-from longnet.training.checkpoint import write_safetensors as _write_safetensors
+from longnet.training.checkpoint import (
+    CheckpointError,
+    StateKind,
+    collect_weights,
+    read_safetensors,
+    restore_weights,
+    write_safetensors,
+)
 from longnet.training.files import read_json, write_json
 
-MODEL_FORMAT = "longnet-model-1"
+MODEL = StateKind("model", "longnet-model", {}, digest_since=2)
 
 
 class RunFolder:
@@ -60,9 +67,11 @@ class RunFolder:
             raise ValueError(f"{str(self.path)!r} {reason}: expected the --out folder of longnet train")
 
     def write_start(self, settings: dict[str, Any], data: dict[str, Any], device: torch.device) -> None:
-        """Make the folder and write ``config.json`` and, last, ``run.json``."""
+        """Make the folder and write ``run.json`` and ``config.json``.
+
+        ``run.json`` comes first: killed in between, the folder holds a run that can be resumed.
+        """
         self.checkpoint_file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.config_file, settings["model"])
         write_json(
             self.settings_file,
             {
@@ -72,16 +81,22 @@ class RunFolder:
                 "machine": {"device": str(device), "name": _device_name(device), "system": platform.platform()},
             },
         )
+        write_json(self.config_file, settings["model"])
 
     def write_model(self, model: LongNetLM) -> None:
         """Write ``model.safetensors``, atomically."""
-        self.write_weights(collect_weights(model), quantization(model))
+        self.write_weights(collect_weights(model), model.config, quantization(model))
 
-    def write_weights(self, weights: Mapping[str, Tensor], scheme: str | None = None) -> None:
-        """The same for weights that ``collect_weights`` named; ``scheme`` is that of quantised ones."""
+    def write_weights(self, weights: Mapping[str, Tensor], config: LongNetConfig, scheme: str | None = None) -> None:
+        """The same for weights that ``collect_weights`` named; ``scheme`` is that of quantised ones.
+
+        The config goes in too: its digest then covers everything that a model is read from.
+        """
         weights = {name: tensor.to("cpu").contiguous() for name, tensor in weights.items()}
-        metadata = {"format": MODEL_FORMAT} if scheme is None else {"format": MODEL_FORMAT, "quantization": scheme}
-        _write_safetensors(self.model_file, weights, metadata)
+        metadata = {"config": json.dumps(config.to_dict())}
+        write_safetensors(
+            self.model_file, weights, MODEL, metadata if scheme is None else {**metadata, "quantization": scheme}
+        )
 
 
 def save_model(model: LongNetLM, path: str | Path) -> None:
@@ -111,7 +126,7 @@ def load_model(run: str | Path, device: str | torch.device = "cpu") -> LongNetLM
 
     Raises:
         ValueError: no run, or a run that has not saved a model yet.
-        CheckpointError: weights that are truncated, foreign or of another model (a ValueError too).
+        CheckpointError: weights that are truncated, damaged, foreign or of another config (a ValueError too).
         ModuleNotFoundError: quantised weights, and torchao is missing.
     """
     folder = RunFolder(run)
@@ -123,12 +138,8 @@ def load_model(run: str | Path, device: str | torch.device = "cpu") -> LongNetLM
         raise ValueError(
             f"{str(folder.path)!r} holds no model yet: expected model.safetensors, written with a checkpoint"
         )
-    weights, metadata = read_safetensors(folder.model_file)
-    if metadata.get("format") != MODEL_FORMAT:
-        found = metadata.get("format")
-        raise CheckpointError(
-            f"{folder.model_file} is not a model of longnet: its format is {found!r}, expected {MODEL_FORMAT!r}"
-        )
+    weights, metadata = read_safetensors(folder.model_file, MODEL)
+    _check_config(folder, config, weights, metadata)
     with torch.random.fork_rng(devices=[]):  # Its initial weights are overwritten: leave the caller's generator alone.
         model = LongNetLM(config)
         if (scheme := metadata.get("quantization")) is not None:
@@ -136,6 +147,31 @@ def load_model(run: str | Path, device: str | torch.device = "cpu") -> LongNetLM
             quantize(model, scheme, head=model.head is not None and "head.weight" not in weights)
     restore_weights(model, weights, folder.model_file)
     return model.to(device).eval()
+
+
+def _check_config(
+    folder: RunFolder, config: LongNetConfig, weights: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Raise CheckpointError unless ``config.json`` is the config of the weights.
+
+    A model as large as a config says is made only after this: the sizes that a file of version 1 does not tell are those of
+    its tensors.
+    """
+    if "config" in metadata:
+        found = LongNetConfig.from_dict(json.loads(metadata["config"])).to_dict()
+    else:
+        names = ("embedding.weight", "blocks.0.feed_forward.sub_norm.weight")
+        if missing := [name for name in names if name not in weights]:
+            raise CheckpointError(f"{folder.model_file} does not fit the model: it lacks {', '.join(missing)}")
+        vocab_size, dim = weights[names[0]].shape
+        layers = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+        found = {"vocab_size": vocab_size, "dim": dim, "layers": layers, "ffn_dim": len(weights[names[1]])}
+    said = {**config.to_dict(), **({} if "config" in metadata else {"ffn_dim": config.feed_forward_dim})}
+    if changes := [name for name in found if said[name] != found[name]]:
+        raise CheckpointError(
+            f"{folder.config_file} does not fit {folder.model_file}: "
+            f"{', '.join(f'{name}={said[name]!r}, expected {found[name]!r}' for name in changes)}"
+        )
 
 
 def software_versions() -> dict[str, str | None]:

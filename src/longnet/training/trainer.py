@@ -249,7 +249,7 @@ class Trainer:
             progress["scaler"] = self.scaler.state_dict()
         save_checkpoint(self.folder.checkpoint_file, tensors, progress)
         weights = {name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")}
-        self.folder.write_weights(weights)
+        self.folder.write_weights(weights, self.settings.model)
         self.saved_step = self.step
 
 
