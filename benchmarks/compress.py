@@ -138,7 +138,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     context = min(settings.context, data.held_out.size - 1)
     starts = window_starts(data.held_out.size, context, max(1, held_out // context))
-    tokens = torch.from_numpy(data.held_out[None, :context].astype(np.int64))
+    tokens = torch.from_numpy(data.held_out[:context].astype(np.int64)[None])
     records: list[dict[str, Any]] = []
     for name, model in models.items():
         bits = score_windows(model, data.held_out, context, starts, device=torch.device("cpu"))

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from longnet.training.data import cut_windows, draw_windows, is_held_out, read_corpus, standard_library
+from longnet.reading.source import FileBytes
+from longnet.training import data
+from longnet.training.data import (
+    BytesOnDisk,
+    check_lengths,
+    cut_windows,
+    draw_windows,
+    is_held_out,
+    list_files,
+    read_corpus,
+    standard_library,
+)
 
 
 def test_a_folder_is_its_files_in_sorted_order_split_by_file(text_folder: Path) -> None:
@@ -87,6 +101,113 @@ def test_the_default_is_the_standard_library_without_tests() -> None:
     assert (standard_library() / "json" / "decoder.py").read_bytes() in whole
     assert b"class BaseTaskTests" not in whole  # test/test_asyncio/test_tasks.py
     assert str(standard_library()) in lines[0]
+
+
+def _links(root: Path) -> list[str]:
+    """Links and what is no file, below a folder with two files; what is to be said of them."""
+    (root / "real").mkdir(parents=True)
+    (root / "real" / "a.txt").write_text("first")
+    (root / "z.txt").write_text("second")
+    (root.parent / "other" / "deep").mkdir(parents=True)
+    (root.parent / "other" / "deep" / "b.txt").write_text("third")
+    (root / "link").symlink_to(root.parent / "other")
+    (root / "again").symlink_to(root / "real")
+    (root.parent / "other" / "loop").symlink_to(root)
+    (root / "file.txt").symlink_to(root / "z.txt")
+    (root / "broken").symlink_to(root / "gone")
+    (root / "self").symlink_to(root / "self")
+    (root / "device").symlink_to("/dev/null")
+    os.mkfifo(root / "pipe")
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(root / "socket"))
+    return [
+        f"Not read: {root / 'broken'} is a broken link (No such file or directory)",
+        f"Not read: {root / 'device'} is a device",
+        f"Not read: {root / 'pipe'} is a pipe",
+        f"Not read: {root / 'self'} is a broken link (Too many levels of symbolic links)",
+        f"Not read: {root / 'socket'} is a socket",
+        f"Not read: {root / 'again'} is a link to a folder that is read already",
+        f"Not read: {root / 'link' / 'loop'} is a link to a folder that is read already",
+    ]
+
+
+def test_links_are_followed_and_what_is_not_read_is_named(tmp_path: Path) -> None:
+    expected = _links(tmp_path / "data")
+    said: list[str] = []
+    assert list_files(tmp_path / "data", say=said.append) == [
+        *("file.txt", "link/deep/b.txt", "real/a.txt", "z.txt"),
+    ]
+    assert said == expected
+    said.clear()
+    corpus = read_corpus(tmp_path / "data", said.append)
+    assert corpus.train_files + corpus.held_out_files == 4
+    assert said == [f"Reading the folder {tmp_path / 'data'}", *expected]
+
+
+def test_a_stream_follows_links_too(tmp_path: Path) -> None:
+    expected = _links(tmp_path / "data")
+    said: list[str] = []
+    source = FileBytes([str(tmp_path / "data")], said.append)
+    assert (source.files, source.total, said) == (4, 22, expected)
+
+
+def test_a_file_without_permission_is_named(text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = text_folder / "a" / "01.txt"
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != secret)
+    said: list[str] = []
+    assert "a/01.txt" not in list_files(text_folder, say=said.append)
+    assert said == [f"Not read: there is no permission to read {secret}"]
+
+
+def test_a_pipe_is_no_data(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe' is a pipe or a device: expected a file or a folder"):
+        read_corpus(tmp_path / "pipe")
+
+
+def test_a_file_that_becomes_shorter_is_an_error_and_no_signal(tmp_path: Path) -> None:
+    file = tmp_path / "one.bin"
+    file.write_bytes(bytes(range(256)) * 80)
+    corpus = read_corpus(file)
+    before = draw_windows(corpus.train, 100, 8, seed=0, step=1)
+    os.truncate(file, 30)
+    with pytest.raises(ValueError, match=r"one\.bin has become shorter while it was read"):
+        draw_windows(corpus.train, 100, 8, seed=0, step=1)
+    file.write_bytes(bytes(range(256)) * 80)
+    assert torch.equal(draw_windows(corpus.train, 100, 8, seed=0, step=1)[0], before[0])
+
+
+def test_a_part_of_a_file_is_sliced_as_an_array(tmp_path: Path) -> None:
+    file = tmp_path / "one.bin"
+    file.write_bytes(bytes(range(200)))
+    part, array = BytesOnDisk(file, 20, 150), np.arange(20, 150, dtype=np.uint8)
+    for place in (slice(3, 9), slice(None), slice(-5, None), slice(100, 999), slice(9, 3)):
+        assert np.array_equal(part[place], array[place])
+    assert part.size == 130 and part.tobytes() == array.tobytes()
+    assert np.array_equal(np.asarray(part), array) and np.asarray(part).dtype == np.uint8
+    with pytest.raises(ValueError, match="step=2"):
+        part[::2]
+
+
+@pytest.mark.parametrize("memory", [1000, None])
+def test_a_folder_larger_than_the_memory_is_refused(
+    text_folder: Path, monkeypatch: pytest.MonkeyPatch, memory: int | None
+) -> None:
+    def read(path: Path) -> bytes:
+        assert memory is None, "read although its size says enough"
+        raise MemoryError
+
+    monkeypatch.setattr(data, "_memory", lambda: memory)
+    monkeypatch.setattr(Path, "read_bytes", read)
+    with pytest.raises(ValueError, match=r"holds [\d,]+ bytes, more than fits into memory: expected less, or one file"):
+        read_corpus(text_folder)
+
+
+def test_a_held_out_part_of_one_byte_predicts_nothing(text_folder: Path) -> None:
+    corpus = read_corpus(text_folder)
+    check_lengths(corpus, 64)
+    with pytest.raises(ValueError, match=r"has 1 held-out byte\(s\) in 3 file\(s\): expected at least 2"):
+        check_lengths(dataclasses.replace(corpus, held_out=corpus.held_out[:1], held_out_files=3), 64)
 
 
 def test_windows_depend_on_seed_and_step_alone_and_targets_follow_tokens() -> None:

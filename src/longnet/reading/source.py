@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -56,13 +56,17 @@ class FileBytes:
 
     The fingerprint is of relative paths and sizes: data may move, and are not read to be compared.
 
+    Args:
+        paths: files and folders.
+        say: called with a line of text for everything in a folder that is not read, see ``list_files``.
+
     Raises:
         ValueError: a path that is neither a file nor a folder, or nothing to read at all.
         OSError: a folder that cannot be read.
     """
 
-    def __init__(self, paths: Sequence[str]) -> None:
-        self._files = [file for path in paths for file in _find(Path(path))]
+    def __init__(self, paths: Sequence[str], say: Callable[[str], None] | None = None) -> None:
+        self._files = [file for path in paths for file in _find(Path(path), say)]
         self.total: int | None = sum(file.size for file in self._files)
         self.files = len(self._files)
         if not self.total:
@@ -166,11 +170,11 @@ class PipedBytes:
         pass
 
 
-def _find(path: Path) -> list[DataFile]:
+def _find(path: Path, say: Callable[[str], None] | None) -> list[DataFile]:
     if path.is_file():
         return [DataFile(path, path.name, path.stat().st_size)] if path.stat().st_size else []
     if path.is_dir():
-        return [DataFile(path / name, name, (path / name).stat().st_size) for name in list_files(path)]
+        return [DataFile(path / name, name, (path / name).stat().st_size) for name in list_files(path, say=say)]
     if path.exists():
         raise ValueError(
             f"data={str(path)!r} is a pipe or a device: expected a file or a folder, or it piped in and '-'"

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from longnet.training.data import BytesOnDisk
+
 _CHUNK = 1 << 24
 
 
@@ -26,7 +28,9 @@ class Baselines:
     lzma: float
 
 
-def measure_baselines(train: np.ndarray, held_out: np.ndarray, say: Callable[[str], None] | None = None) -> Baselines:
+def measure_baselines(
+    train: np.ndarray | BytesOnDisk, held_out: np.ndarray, say: Callable[[str], None] | None = None
+) -> Baselines:
     """Measure all three on ``held_out`` (bytes,) uint8; ``train`` (bytes,) uint8 gives the frequencies.
 
     Raises:
@@ -42,8 +46,8 @@ def measure_baselines(train: np.ndarray, held_out: np.ndarray, say: Callable[[st
     return Baselines(cross_entropy(own, counts), cross_entropy(own, own), 8.0 * packed / held_out.size)
 
 
-def count_bytes(stream: np.ndarray) -> np.ndarray:
-    """How often each byte value occurs in ``stream``: (256,) int64. Reads in chunks, so a mapped file stays on disk."""
+def count_bytes(stream: np.ndarray | BytesOnDisk) -> np.ndarray:
+    """How often each byte value occurs in ``stream``: (256,) int64. Reads in chunks, so a large file stays on disk."""
     counts = np.zeros(256, dtype=np.int64)
     for start in range(0, stream.size, _CHUNK):
         counts += np.bincount(stream[start : start + _CHUNK], minlength=256)

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import sysconfig
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,13 +28,63 @@ _STDLIB_SKIPPED = frozenset(
 )
 
 
+class BytesOnDisk:
+    """A part of a file as (bytes,) uint8 that is read piece by piece: a slice of it is an array.
+
+    Not through a mapping: a file that becomes shorter while it is mapped ends the process.
+
+    Args:
+        path: the file. It stays open.
+        start, stop: the bytes of the file that are the part.
+
+    Attributes:
+        size: how many bytes.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+
+    def __init__(self, path: Path, start: int, stop: int) -> None:
+        self._path, self._start, self.size = path, start, stop - start
+        self._file = FileIO(path)
+        weakref.finalize(self, self._file.close)
+
+    def __getitem__(self, place: slice) -> np.ndarray:
+        """The bytes of a slice without a step.
+
+        Raises:
+            ValueError: the file has become shorter.
+        """
+        start, stop, step = place.indices(self.size)
+        if step != 1:
+            raise ValueError(f"step={step} in a slice of {self._path}: expected none")
+        content = np.empty(max(0, stop - start), dtype=np.uint8)
+        self._file.seek(self._start + start)
+        view, done = content.data, 0
+        while done < content.size:
+            if not (count := self._file.readinto(view[done:])):
+                raise ValueError(
+                    f"{self._path} has become shorter while it was read: "
+                    f"the bytes from {self._start + start + done:,} to {self._start + stop:,} are missing"
+                )
+            done += count
+        return content
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self[:].astype(dtype or np.uint8, copy=False)
+
+    def tobytes(self) -> bytes:
+        """All of them."""
+        return self[:].tobytes()
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Training and held-out bytes.
 
     Attributes:
         source: the file or folder they were read from.
-        train: (bytes,) uint8, the training files one after the other in sorted order.
+        train: (bytes,) uint8, the training files one after the other in sorted order; read piece by piece for one file alone.
         held_out: (bytes,) uint8, the same for the files held out.
         train_files, held_out_files: how many files each part came from.
         split: how the parts were chosen, in words.
@@ -38,8 +92,8 @@ class Corpus:
     """
 
     source: str
-    train: np.ndarray
-    held_out: np.ndarray
+    train: np.ndarray | BytesOnDisk
+    held_out: np.ndarray | BytesOnDisk
     train_files: int
     held_out_files: int
     split: str
@@ -64,31 +118,33 @@ def read_corpus(path: str | os.PathLike[str] | None = None, say: Callable[[str],
     Of the standard library its tests are left out, and what is generated: ``encodings`` (tables that nearly repeat each
     other, so that held-out files would have twins in training) and ``pydoc_data`` (one file of documentation).
 
-    A folder is read whole: every regular file below it in sorted order, hidden names (a leading dot) left out. A file is
-    held out when the hash of its relative path falls in the lowest tenth, so the split depends on no seed and a file stays on
-    its side when others come or go. One file alone is memory-mapped and its last tenth is held out.
+    A folder is read whole: every regular file below it in sorted order, hidden names (a leading dot) left out, links to files
+    and folders followed (see ``list_files``). A file is held out when the hash of its relative path falls in the lowest tenth,
+    so the split depends on no seed and a file stays on its side when others come or go. One file alone is read piece by piece,
+    whenever some of it is needed, and its last tenth is held out.
 
     Args:
         path: what to read.
-        say: called with a line of text before each slow part.
+        say: called with a line of text before each slow part, and for everything that is not read.
 
     Raises:
-        ValueError: nothing is there, or too little of it to split.
+        ValueError: nothing is there, too little of it to split, or a folder of more than fits into memory.
         OSError: a file that cannot be read.
     """
     tell = say or (lambda text: None)
     if path is None:
         root = standard_library()
         tell(f"Reading the Python standard library's source in {root}")
-        return _read_files(root, list_files(root, suffix=".py", skipped=_STDLIB_SKIPPED))
+        return _read_files(root, list_files(root, suffix=".py", skipped=_STDLIB_SKIPPED, say=tell))
     root = Path(path)
     if root.is_file():
         tell(f"Reading the file {root}")
         return _map_file(root)
     if root.is_dir():
         tell(f"Reading the folder {root}")
-        return _read_files(root, list_files(root))
-    raise ValueError(f"data={str(path)!r} is not there: expected a file or a folder of text")
+        return _read_files(root, list_files(root, say=tell))
+    what = "a pipe or a device" if root.exists() else "not there"
+    raise ValueError(f"data={str(path)!r} is {what}: expected a file or a folder of text")
 
 
 def standard_library() -> Path:
@@ -108,7 +164,19 @@ def is_held_out(relative_path: str) -> bool:
     return _place(relative_path) < HELD_OUT_SHARE
 
 
-def draw_windows(stream: np.ndarray, context: int, count: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
+def check_lengths(corpus: Corpus, context: int) -> None:
+    """Raise ValueError unless both parts of the data have something to predict from a window of ``context`` bytes."""
+    _room(corpus.train, context)
+    if corpus.held_out.size < 2:
+        raise ValueError(
+            f"data={corpus.source!r} has {corpus.held_out.size} held-out byte(s) in {corpus.held_out_files} file(s): "
+            "expected at least 2, as the first is not predicted"
+        )
+
+
+def draw_windows(
+    stream: np.ndarray | BytesOnDisk, context: int, count: int, seed: int, step: int
+) -> tuple[Tensor, Tensor]:
     """The windows of one training step, uniform over the stream; they depend on the arguments alone.
 
     A counter-based generator keyed by ``(seed, step)`` gives the starts: any step can be drawn again without the ones before.
@@ -125,16 +193,22 @@ def draw_windows(stream: np.ndarray, context: int, count: int, seed: int, step: 
     Raises:
         ValueError: the stream is shorter than one window and its last target.
     """
-    room = int(stream.size) - context
-    if room < 1:
-        raise ValueError(f"context={context} needs {context + 1} bytes in a row: the training data holds {stream.size}")
+    room = _room(stream, context)
     generator = np.random.Philox(key=np.array([seed, step], dtype=np.uint64))
     # Raw words, not Generator.integers: their sequence is fixed by the algorithm and outlives numpy's versions.
     starts = generator.random_raw(count) % np.uint64(room)
     return cut_windows(stream, context, starts.astype(np.int64))
 
 
-def cut_windows(stream: np.ndarray, context: int, starts: np.ndarray) -> tuple[Tensor, Tensor]:
+def _room(stream: np.ndarray | BytesOnDisk, context: int) -> int:
+    """How many windows there are; raise ValueError for none."""
+    room = int(stream.size) - context
+    if room < 1:
+        raise ValueError(f"context={context} needs {context + 1} bytes in a row: the training data holds {stream.size}")
+    return room
+
+
+def cut_windows(stream: np.ndarray | BytesOnDisk, context: int, starts: np.ndarray) -> tuple[Tensor, Tensor]:
     """The windows that begin at ``starts`` (B,): ``(tokens, targets)``, each (B, context) int64."""
     rows = np.stack([stream[start : start + context + 1] for start in starts.tolist()]).astype(np.int64)
     both = torch.from_numpy(rows)
@@ -147,24 +221,65 @@ def _place(relative_path: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def list_files(root: Path, suffix: str = "", skipped: frozenset[str] = frozenset()) -> list[str]:
+def list_files(
+    root: Path,
+    suffix: str = "",
+    skipped: frozenset[str] = frozenset(),
+    say: Callable[[str], None] | None = None,
+) -> list[str]:
     """Relative paths of the non-empty regular files below ``root``, sorted; hidden names and ``skipped`` folders left out.
+
+    Links are followed. Links to folders come last, and a folder that has been read is not read again: a loop ends, no file
+    counts twice, and files have the names that they have without links.
+
+    Args:
+        say: called with a line of text for everything else that is not read: pipes, devices, sockets, broken links, files
+            without permission to read them, links to folders that are read already.
 
     Raises:
         OSError: a folder that cannot be read.
     """
-    found: list[str] = []
+    tell = say or (lambda text: None)
+    names: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    folders: list[Path] = [root]
+    links: list[Path] = []
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        state = os.stat(folder)
+        if (state.st_dev, state.st_ino) in seen:
+            tell(f"Not read: {folder} is a link to a folder that is read already")
+            continue
+        seen.add((state.st_dev, state.st_ino))
+        with os.scandir(folder) as listing:
+            entries = sorted(listing, key=lambda entry: entry.name)
+        for entry in entries:
+            path = Path(entry.path)
+            if entry.name.startswith("."):
+                continue
+            if path.is_dir():
+                if entry.name not in skipped:
+                    (links if entry.is_symlink() else folders).append(path)
+            elif entry.name.endswith(suffix) and _is_readable(path, tell):
+                names.append(path.relative_to(root).as_posix())
+    return sorted(names)
 
-    def refuse(error: OSError) -> None:
-        raise error
 
-    for folder, names, files in os.walk(root, onerror=refuse):
-        names[:] = [name for name in names if not name.startswith(".") and name not in skipped]
-        for name in files:
-            whole = Path(folder, name)
-            if not name.startswith(".") and name.endswith(suffix) and whole.is_file() and whole.stat().st_size:
-                found.append(whole.relative_to(root).as_posix())
-    return sorted(found)
+def _is_readable(path: Path, tell: Callable[[str], None]) -> bool:
+    """Whether it is a file with content; tell of anything but an empty file."""
+    try:
+        state = os.stat(path)
+    except OSError as error:
+        tell(f"Not read: {path} is a broken link ({error.strerror})")
+        return False
+    kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+    if not stat.S_ISREG(state.st_mode):
+        tell(f"Not read: {path} is {kinds.get(stat.S_IFMT(state.st_mode), 'no regular file')}")
+        return False
+    if not os.access(path, os.R_OK):
+        tell(f"Not read: there is no permission to read {path}")
+        return False
+    return state.st_size > 0
 
 
 def _read_files(root: Path, names: list[str]) -> Corpus:
@@ -178,13 +293,23 @@ def _read_files(root: Path, names: list[str]) -> Corpus:
     if not held or len(held) == len(names):
         held = {min(names, key=_place)}
         split = "by file: the one file whose relative path has the lowest hash is held out"
+    size = sum((root / name).stat().st_size for name in names)
+    too_large = (
+        f"data={str(root)!r} holds {size:,} bytes, more than fits into memory: expected less, or one file alone, which is "
+        "read piece by piece"
+    )
+    if size > (_memory() or size):
+        raise ValueError(too_large)
     digest = hashlib.sha256()
     parts = (bytearray(), bytearray())
-    for name in names:
-        content = (root / name).read_bytes()
-        digest.update(f"{name}\0{len(content)}\0".encode("utf-8", "surrogateescape"))
-        digest.update(content)
-        parts[name in held].extend(content)
+    try:
+        for name in names:
+            content = (root / name).read_bytes()
+            digest.update(f"{name}\0{len(content)}\0".encode("utf-8", "surrogateescape"))
+            digest.update(content)
+            parts[name in held].extend(content)
+    except MemoryError:
+        raise ValueError(too_large) from None
     train, held_out = (np.frombuffer(part, dtype=np.uint8) for part in parts)
     return Corpus(str(root), train, held_out, len(names) - len(held), len(held), split, digest.hexdigest())
 
@@ -194,10 +319,17 @@ def _map_file(path: Path) -> Corpus:
     cut = size - int(size * HELD_OUT_SHARE)
     if size - cut < 2:
         raise ValueError(f"data={str(path)!r} holds {size} bytes: expected at least 20, the last tenth is held out")
-    content = np.memmap(path, dtype=np.uint8, mode="r")
+    train, held_out = BytesOnDisk(path, 0, cut), BytesOnDisk(path, cut, size)
     digest = hashlib.sha256(f"{path.name}\0{size}\0".encode("utf-8", "surrogateescape"))
-    for start in range(0, size, _CHUNK):
-        digest.update(content[start : start + _CHUNK].tobytes())
-    return Corpus(
-        str(path), content[:cut], content[cut:], 1, 1, "one file: its last tenth is held out", digest.hexdigest()
-    )
+    for part in (train, held_out):
+        for start in range(0, part.size, _CHUNK):
+            digest.update(part[start : start + _CHUNK].data)
+    return Corpus(str(path), train, held_out, 1, 1, "one file: its last tenth is held out", digest.hexdigest())
+
+
+def _memory() -> int | None:
+    """The machine's memory in bytes; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf.
+        return None

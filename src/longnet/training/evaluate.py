@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from longnet.models import LongNetLM
-from longnet.training.data import cut_windows
+from longnet.training.data import BytesOnDisk, cut_windows
 from longnet.training.ranks import Ranks
 
 NORMAL_95 = 1.959964
@@ -86,7 +86,7 @@ def window_starts(size: int, context: int, limit: int | None = None) -> np.ndarr
 
 def score_windows(
     model: LongNetLM,
-    stream: np.ndarray,
+    stream: np.ndarray | BytesOnDisk,
     context: int,
     starts: np.ndarray,
     *,
