@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from longnet.reading import StreamResult, format_table
-from longnet.training.checkpoint import digest_tensors
 from longnet.reading.reader import StreamReader, decade_counts, decade_of
 from longnet.training import CheckpointError, load_model
+from longnet.training.checkpoint import digest_tensors
 
 Read = Callable[..., StreamResult]
 Lines = Callable[..., list[dict[str, Any]]]
@@ -187,7 +187,7 @@ def test_a_changed_position_is_found(read: Read, tmp_path: Path) -> None:
     read({"tokens": 300})
     state = tmp_path / "out" / "state.safetensors"
     content = state.read_bytes()
-    state.write_bytes(content.replace(rb'\"position\": 300', rb'\"position\": 200'))
+    state.write_bytes(content.replace(rb"\"position\": 300", rb"\"position\": 200"))
     with pytest.raises(CheckpointError, match="does not match its digest"):
         read(resume=True)
     with safe_open(state, "pt") as opened:

@@ -77,7 +77,7 @@ def test_a_flipped_bit_anywhere_is_found(file: Path) -> None:
 
 def test_a_changed_step_is_found(file: Path) -> None:
     content = file.read_bytes()
-    changed = content.replace(rb'\"step\": 3', rb'\"step\": 9')
+    changed = content.replace(rb"\"step\": 3", rb"\"step\": 9")
     assert changed != content
     file.write_bytes(changed)
     with pytest.raises(CheckpointError, match="is damaged: its content does not match its digest"):

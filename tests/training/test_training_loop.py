@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from longnet.training import CheckpointError, TrainingDiverged, TrainSettings, load_model, train
+from longnet.training import CheckpointError, TrainingDiverged, TrainSettings, load_model, train, write_report
 from longnet.training.metrics import read_metrics
 
 Make = Callable[..., TrainSettings]
@@ -248,3 +249,60 @@ def test_a_held_out_part_shorter_than_the_context_is_said(make_settings: Make, t
 
     train(make_settings(data=str(file)), reporter=Heard())
     assert any("shorter than one context: evaluating on 19 bytes" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"context": 200_000}, "context=200000 needs 200001 bytes in a row"),
+        ({"model": "nope"}, "backend='nope' is unknown"),
+    ],
+)
+def test_a_refused_run_leaves_nothing_and_the_corrected_one_starts(
+    make_settings: Make, changes: dict[str, Any], message: str
+) -> None:
+    good = make_settings(steps=1, eval_every=0)
+    if "model" in changes:
+        changes = {"model": good.model.replace(backend=changes["model"])}
+    with pytest.raises(ValueError, match=message):
+        train(good.replace(**changes))
+    assert not Path(good.out).exists()
+    assert train(good).step == 1
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3, 4])
+def test_a_kill_at_any_first_write_leaves_a_run_that_is_new_or_can_go_on(
+    make_settings: Make, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """The first writes are run.json, config.json, the metrics, the checkpoint and the model."""
+
+    class Killed(BaseException):
+        pass
+
+    count = iter(range(100))
+
+    def replace(source: Path, target: Path) -> None:
+        if next(count) == after:
+            raise Killed
+        original(source, target)
+
+    original = os.replace
+    settings = make_settings(steps=2, eval_every=0)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", replace)
+        with pytest.raises(Killed):
+            train(settings)
+    assert train(settings, resume=(Path(settings.out) / "run.json").exists()).step == 2
+    assert load_model(settings.out).config == settings.model
+
+
+def test_names_that_are_no_utf8(make_settings: Make, tmp_path: Path) -> None:
+    """Bytes of a path that are no UTF-8 go through the run, its report and its model."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    (tmp_path / "text").rename(folder)
+    settings = make_settings(data=str(folder), out=f"{folder}-run", steps=1, eval_every=0)
+    train(settings)
+    write_report(settings.out)
+    assert r"caf\udce9" in Path(settings.out, "report.html").read_text(encoding="utf-8")
+    assert train(settings, resume=True).step == 1
+    assert load_model(settings.out).config == settings.model

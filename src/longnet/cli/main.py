@@ -55,6 +55,8 @@ def run() -> None:
         if sys.flags.dev_mode:
             raise
         _fail(error, 2)
+    except MemoryError as error:
+        _fail(MemoryError(f"not enough memory: {error}" if str(error) else "not enough memory"), 2)
     except RuntimeError as error:
         from longnet.training import TrainingDiverged
         from longnet.training.roll_call import LostProcess

@@ -64,6 +64,11 @@ class StreamFolder:
         """Write the state, atomically."""
         save_checkpoint(self.state_file, tensors, progress, STATE)
 
+    def remove(self) -> None:
+        """Remove what a stream has written before its first chunk."""
+        self.state_file.unlink(missing_ok=True)
+        self.record_file.unlink(missing_ok=True)
+
     def open_record(self, position: int) -> MetricsLog:
         """The record, cut back to what it held at ``position``; a result is never kept, as more may follow."""
         return MetricsLog(self.record_file, position, "position", RESULT)

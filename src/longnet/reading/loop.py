@@ -20,6 +20,7 @@ from longnet.reading.table import StreamResult
 from longnet.training.checkpoint import CheckpointError
 from longnet.training.evaluate import autocast
 from longnet.training.folder import load_model
+from longnet.training.lock import locked
 from longnet.training.progress import Reporter, SilentReporter
 from longnet.training.settings import DTYPES
 
@@ -52,6 +53,19 @@ def stream(
     """
     tell = reporter or SilentReporter()
     settings, device = settings.resolve()
+    with locked(settings.out):
+        return _stream(settings, device, resume, pipe, tell, should_stop or (lambda: False), waiting)
+
+
+def _stream(
+    settings: StreamSettings,
+    device: torch.device,
+    resume: bool,
+    pipe: BinaryIO | None,
+    tell: Reporter,
+    should_stop: Callable[[], bool],
+    waiting: Callable[[], AbstractContextManager[None]],
+) -> StreamResult:
     folder = StreamFolder(settings.out)
     state = folder.read_state() if resume else None
     if state is None:
@@ -60,7 +74,7 @@ def stream(
     if settings.data == (STANDARD_INPUT,):
         source = PipedBytes(pipe or sys.stdin.buffer)
     else:
-        source = FileBytes(settings.data)
+        source = FileBytes(settings.data, tell.say)
     model = load_model(settings.run, device)
     digest = model_digest(model)
     if state is not None:
@@ -90,12 +104,17 @@ def stream(
                 )
             record.start(state, limit)
             try:
-                finished = _read_all(tokens, feeder, reader, record, limit, should_stop or (lambda: False), waiting)
+                finished = _read_all(tokens, feeder, reader, record, limit, should_stop, waiting)
                 if finished and settings.tokens is not None and reader.position < settings.tokens:
                     tell.say(
                         f"The data ended after {reader.position:,} bytes, before the {settings.tokens:,} asked for"
                     )
                 return record.finish(finished)
+            except (ValueError, TypeError, torch.OutOfMemoryError):
+                if state is None and not reader.position:
+                    record.close()
+                    folder.remove()
+                raise
             finally:
                 record.close()
         finally:

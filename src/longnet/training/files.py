@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+_WINDOWS = os.name == "nt"
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -21,9 +24,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.partial")
     try:
         write(temporary)
-        with open(temporary, "rb") as file:
+        # For writing, though nothing is written: Windows flushes no other file.
+        with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -40,8 +44,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` as UTF-8, atomically."""
-    write_bytes(path, text.encode("utf-8"))
+    """Write ``text`` as UTF-8, atomically. Bytes of a path that are no UTF-8 are written as ``\\udc..``."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -65,8 +69,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _replace(temporary: Path, path: Path) -> None:
+    # Windows refuses while another program has the file open: a virus scanner, or a reader of the model, for a moment.
+    for seconds in (0.05, 0.1, 0.2, 0.4, 0.8, 1.6) if _WINDOWS else ():
+        try:
+            os.replace(temporary, path)
+            return
+        except PermissionError:
+            time.sleep(seconds)
+    os.replace(temporary, path)
+
+
 def _flush_folder(folder: Path) -> None:
-    if os.name != "posix":  # Windows cannot open a folder; its rename is durable by itself.
+    if _WINDOWS:  # Windows cannot open a folder; its rename is durable by itself.
         return
     handle = os.open(folder, os.O_RDONLY)
     try:

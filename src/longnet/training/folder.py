@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from longnet.training.checkpoint import (
     write_safetensors,
 )
 from longnet.training.files import read_json, write_json
+from longnet.training.lock import locked
 
 MODEL = StateKind("model", "longnet-model", {}, digest_since=2)
 
@@ -83,6 +85,14 @@ class RunFolder:
         )
         write_json(self.config_file, settings["model"])
 
+    def remove(self) -> None:
+        """Remove what a run has written before its first step."""
+        own = (self.settings_file, self.config_file, self.model_file, self.metrics_file, self.checkpoint_file)
+        for file in own:
+            file.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.checkpoint_file.parent.rmdir()
+
     def write_model(self, model: LongNetLM) -> None:
         """Write ``model.safetensors``, atomically."""
         self.write_weights(collect_weights(model), model.config, quantization(model))
@@ -111,10 +121,10 @@ def save_model(model: LongNetLM, path: str | Path) -> None:
     if not isinstance(model, LongNetLM):
         raise TypeError(f"model has type {type(model).__name__}: expected a LongNetLM")
     folder = RunFolder(path)
-    folder.require_new()
-    folder.path.mkdir(parents=True, exist_ok=True)
-    write_json(folder.config_file, model.config.to_dict())
-    folder.write_model(model)
+    with locked(path):
+        folder.require_new()
+        write_json(folder.config_file, model.config.to_dict())
+        folder.write_model(model)
 
 
 def load_model(run: str | Path, device: str | torch.device = "cpu") -> LongNetLM:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 
 import torch
 
 from longnet.models import LongNetLM
 from longnet.training.checkpoint import read_checkpoint
-from longnet.training.data import Corpus, read_corpus
+from longnet.training.data import Corpus, check_lengths, read_corpus
 from longnet.training.folder import RunFolder
+from longnet.training.lock import locked
 from longnet.training.progress import Reporter, SilentReporter
 from longnet.training.ranks import Ranks
 from longnet.training.resume import check_resume
@@ -48,13 +49,29 @@ def train(
     ranks = ranks or Ranks()
     ranks.check(settings.batch, settings.dtype)
     tell = reporter or SilentReporter()
-    folder = RunFolder(settings.out)
     device = resolve_device(settings.device, settings.dtype)
+    if resume:
+        RunFolder(settings.out).require_run()
+    with _alone_in(settings.out, ranks):
+        return _train(settings, resume, corpus, tell, should_stop or (lambda: False), ranks, device)
+
+
+def _train(
+    settings: TrainSettings,
+    resume: bool,
+    corpus: Corpus | None,
+    tell: Reporter,
+    should_stop: Callable[[], bool],
+    ranks: Ranks,
+    device: torch.device,
+) -> TrainSummary:
+    folder = RunFolder(settings.out)
     if resume:
         folder.require_run()
     else:
         folder.require_new()
     data = corpus or read_corpus(settings.data, tell.say)
+    check_lengths(data, settings.context)
     tell.say(
         f"Data: {data.train.size:,} training bytes in {data.train_files:,} files, "
         f"{data.held_out.size:,} held out in {data.held_out_files:,} ({data.split})"
@@ -71,9 +88,30 @@ def train(
         torch.manual_seed(settings.seed)
         model = LongNetLM(settings.model).to(device)
         trainer = Trainer(settings, folder, data, model, device, tell, ranks)
-        trainer.start(checkpoint)
-        ranks.vary_dropout(settings.seed + trainer.step)
-        return trainer.run(should_stop or (lambda: False))
+        try:
+            with closing(trainer):
+                trainer.start(checkpoint)
+                ranks.vary_dropout(settings.seed + trainer.step)
+                return trainer.run(should_stop)
+        except (ValueError, TypeError, torch.OutOfMemoryError):
+            # Only the first step shows some of what cannot be done, such as a backend that does not take the device.
+            if ranks.is_first and not resume and trainer.step == 0:
+                folder.remove()
+            raise
+
+
+@contextmanager
+def _alone_in(out: str, ranks: Ranks) -> Iterator[None]:
+    """The first process holds the lock on the run folder for all of them; that it cannot reaches all of them."""
+    with ExitStack() as stack:
+        error: Exception | None = None
+        if ranks.is_first:
+            try:
+                stack.enter_context(locked(out))
+            except (ValueError, OSError) as found:
+                error = found
+        ranks.agree(error)
+        yield
 
 
 @contextmanager

@@ -96,6 +96,14 @@ class Ranks:
         dist.all_reduce(said, dist.ReduceOp.MAX, group=self._control)
         return float(said[0]), bool(said[1])
 
+    def agree(self, error: Exception | None) -> None:
+        """Raise the ``error`` of the first process on all of them, if it has one."""
+        said = [error]
+        if self._mesh is not None:
+            dist.broadcast_object_list(said, src=0, group=self._control)
+        if said[0] is not None:
+            raise said[0]
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self._mesh is not None:

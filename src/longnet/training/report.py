@@ -27,6 +27,7 @@ from longnet.training.evaluate import (
 )
 from longnet.training.files import read_json, write_json, write_text
 from longnet.training.folder import RunFolder, load_model
+from longnet.training.lock import locked
 from longnet.training.metrics import read_metrics
 from longnet.training.page import Page
 from longnet.training.progress import Reporter, SilentReporter, format_seconds
@@ -74,8 +75,13 @@ def write_report(run: str | Path, *, corpus: Corpus | None = None, reporter: Rep
     Raises:
         ValueError: no finished model there, or data that are not the run's any more.
     """
-    tell = reporter or SilentReporter()
     folder = RunFolder(run)
+    folder.require_run()
+    with locked(folder.path):
+        return _write_report(folder, corpus, reporter or SilentReporter())
+
+
+def _write_report(folder: RunFolder, corpus: Corpus | None, tell: Reporter) -> Evaluation:
     settings = read_settings(folder)
     device = resolve_device(settings.device, settings.dtype)
     record = read_json(folder.settings_file)

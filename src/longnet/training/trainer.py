@@ -48,7 +48,7 @@ class TrainSummary:
 
 
 class Trainer:
-    """Holds model, optimizer and clock of one run; ``start`` and then ``run`` are called once."""
+    """Holds model, optimizer and clock of one run; ``start``, then ``run``, then ``close`` are called once."""
 
     def __init__(
         self,
@@ -141,9 +141,12 @@ class Trainer:
                 self.save()
         finally:
             self.reporter.end()
-            if self.metrics is not None:
-                self.metrics.close()
         return TrainSummary(self.step, self.tokens, self.seconds, self.smooth_bits, finished)
+
+    def close(self) -> None:
+        """Close the metrics."""
+        if self.metrics is not None:
+            self.metrics.close()
 
     def train_step(self) -> None:
         settings, begun = self.settings, time.monotonic()

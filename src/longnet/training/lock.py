@@ -1,0 +1,106 @@
+"""One process at a time writes into a folder. The system lets go of the lock when its process ends, however that happens."""
+
+from __future__ import annotations
+
+import errno
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows has msvcrt instead.
+    fcntl = None  # type: ignore[assignment]
+
+_NAME = ".lock"
+# Windows lets nobody read a byte that is locked: the lock is on a byte beyond the number of the process.
+_LOCKED_BYTE = 1 << 20
+_TAKEN = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Hold the lock on ``folder``, which is made if it is not there and removed again if nothing was put into it.
+
+    Raises:
+        ValueError: a file is there, or another process holds the lock.
+        OSError: the folder cannot be made or written to.
+    """
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"out={str(folder)!r} is a file: expected a folder to be made")
+    made = [one for one in (path, *path.parents) if not one.exists()]
+    try:
+        file = _open_locked(path)
+        try:
+            file.truncate(0)
+            file.write(str(os.getpid()).encode())
+            yield
+        finally:
+            _remove(path / _NAME, file)
+    finally:
+        with suppress(OSError):
+            for one in made:
+                one.rmdir()
+
+
+def _open_locked(folder: Path) -> FileIO:
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        name = folder / _NAME
+        try:
+            file = FileIO(name, "a+")
+        except FileNotFoundError:
+            continue  # The process that had made the folder has just removed it.
+        try:
+            _lock(file)
+        except OSError as error:
+            if error.errno not in _TAKEN:
+                text = f"the file system of {str(folder)!r} has no locks ({error}): another process may write there too"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+                return file
+            file.seek(0)
+            number = file.read(20).decode("ascii", "replace")
+            file.close()
+            raise ValueError(
+                f"out={str(folder)!r} is in use by another process{f' ({number})' if number else ''}: "
+                "expected one process at a time in a folder; wait for it, or choose another folder"
+            ) from None
+        # The process before may have removed the file after it was opened here: then the lock keeps nobody out.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(name)):
+                return file
+        file.close()
+
+
+def _lock(file: FileIO) -> None:
+    """Lock or raise OSError at once."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    _windows_locking(file, "LK_NBLCK")
+
+
+def _windows_locking(file: FileIO, mode: str) -> None:
+    import msvcrt
+
+    locks: Any = msvcrt
+    file.seek(_LOCKED_BYTE)
+    locks.locking(file.fileno(), getattr(locks, mode), 1)
+    file.seek(0)
+
+
+def _remove(name: Path, file: FileIO) -> None:
+    """Remove the lock's file, before the lock is let go of where the system can remove what is open."""
+    if fcntl is not None:
+        name.unlink(missing_ok=True)
+        file.close()
+        return
+    _windows_locking(file, "LK_UNLCK")
+    file.close()
+    with suppress(OSError):  # Another process has opened it by now.
+        name.unlink()
