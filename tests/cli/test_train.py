@@ -98,6 +98,19 @@ def test_a_finished_run_resumed_makes_its_report_again(finished_run: Path, longn
     assert len(_losses(finished_run)) == 21
 
 
+def test_of_two_starts_on_one_folder_one_wins(
+    tmp_path: Path, start_longnet: Callable[..., subprocess.Popen[str]], train_arguments: list[object]
+) -> None:
+    out = tmp_path / "run"
+    both = [start_longnet("train", *train_arguments, "--out", out, "--steps", 3) for _ in range(2)]
+    said = [process.communicate(timeout=120) for process in both]
+    codes = [process.returncode for process in both]
+    assert sorted(codes) == [0, 2], said
+    error = said[codes.index(2)][1]
+    assert f"out={str(out)!r} is in use by another process" in error or "already holds a run" in error
+    assert len(read_metrics(out / "metrics.jsonl")) == 4 and (out / "report.html").exists()
+
+
 def _toml(folder: Path) -> Path:
     file = folder / "model.toml"
     file.write_text('preset = "nano"\nlayers = 1\nnorm = "rms"\n')

@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from longnet.training import CheckpointError, TrainingDiverged, TrainSettings, load_model, train, write_report
+from longnet.training import (
+    CheckpointError,
+    TrainingDiverged,
+    TrainSettings,
+    load_model,
+    read_corpus,
+    train,
+    write_report,
+)
 from longnet.training.metrics import read_metrics
 
 Make = Callable[..., TrainSettings]
@@ -268,6 +276,17 @@ def test_a_refused_run_leaves_nothing_and_the_corrected_one_starts(
         train(good.replace(**changes))
     assert not Path(good.out).exists()
     assert train(good).step == 1
+
+
+def test_a_run_folder_in_its_own_data_is_refused(make_settings: Make, text_folder: Path) -> None:
+    before = read_corpus(text_folder).fingerprint
+    for out in (text_folder, text_folder / "a" / "run"):
+        with pytest.raises(ValueError, match=r"out=.* lies in data=.*: expected a folder outside of it"):
+            train(make_settings(out=str(out)))
+    assert not (text_folder / "a" / "run").exists()
+    settings = make_settings(out=str(text_folder / ".run"), steps=1, eval_every=0)
+    train(settings)
+    assert read_corpus(text_folder).fingerprint == before
 
 
 @pytest.mark.parametrize("after", [0, 1, 2, 3, 4])

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from longnet.training.lock import locked
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 STEPS = 14
 PATIENCE = 120
@@ -126,6 +128,16 @@ def test_windows_side_by_side(data, tmp_path, alone, forked):
 def test_what_does_not_fit_is_said(data, tmp_path, more, said, forked):
     process = start("--nproc-per-node", "2", *command(data, tmp_path / "run", *more), python=forked)
     assert said in finish(process) and process.returncode != 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_in_use_is_said_by_every_process(data, tmp_path, forked):
+    """The first process alone looks, and the others do not wait for it."""
+    with locked(tmp_path / "run"):
+        process = start("--nproc-per-node", "2", *command(data, tmp_path / "run"), python=forked)
+        said = finish(process)
+    assert process.returncode != 0
+    assert said.count(f"run' is in use by another process ({os.getpid()})") == 2 and "is gone" not in said, said
     assert not (tmp_path / "run").exists()
 
 

@@ -174,6 +174,17 @@ def check_lengths(corpus: Corpus, context: int) -> None:
         )
 
 
+def check_outside(data: str | None, out: str) -> None:
+    """Raise ValueError if a run folder lies where it would be read as data: a run would change its own data."""
+    if data is None or not Path(data).is_dir():
+        return
+    root, folder = Path(data).resolve(), Path(out).resolve()
+    if folder.is_relative_to(root) and not any(part.startswith(".") for part in folder.relative_to(root).parts):
+        raise ValueError(
+            f"out={out!r} lies in data={data!r}, so the run's files would be read as data: expected a folder outside of it"
+        )
+
+
 def draw_windows(
     stream: np.ndarray | BytesOnDisk, context: int, count: int, seed: int, step: int
 ) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 
 from longnet.models import LongNetLM
 from longnet.training.checkpoint import read_checkpoint
-from longnet.training.data import Corpus, check_lengths, read_corpus
+from longnet.training.data import Corpus, check_lengths, check_outside, read_corpus
 from longnet.training.folder import RunFolder
 from longnet.training.lock import locked
 from longnet.training.progress import Reporter, SilentReporter
@@ -70,6 +70,7 @@ def _train(
         folder.require_run()
     else:
         folder.require_new()
+    check_outside(settings.data, settings.out)
     data = corpus or read_corpus(settings.data, tell.say)
     check_lengths(data, settings.context)
     tell.say(
