@@ -85,3 +85,13 @@ def test_an_unknown_option_is_refused(call: Longnet) -> None:
     assert result.returncode == 2
     assert "--learning-rate" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_too_little_memory_is_one_line(call: Longnet, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("longnet.cli.main.app", fail)
+    result = call("generate")
+    assert result.returncode == 2
+    assert result.stderr == "longnet: error: not enough memory\n"

@@ -65,7 +65,7 @@ class StreamFolder:
         save_checkpoint(self.state_file, tensors, progress, STATE)
 
     def remove(self) -> None:
-        """Remove what a stream has written before its first chunk."""
+        """Remove what a stream has written before it saved anything it read."""
         self.state_file.unlink(missing_ok=True)
         self.record_file.unlink(missing_ok=True)
 

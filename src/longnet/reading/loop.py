@@ -111,7 +111,8 @@ def _stream(
                     )
                 return record.finish(finished)
             except (ValueError, TypeError, torch.OutOfMemoryError):
-                if state is None and not reader.position:
+                # As a model whose losses are not finite, which its first chunks show.
+                if not record.saved_position:
                     record.close()
                     folder.remove()
                 raise

@@ -34,6 +34,9 @@ class StreamRecord:
         device: that reads.
         digest: of the model.
         reporter: hears the progress.
+
+    Attributes:
+        saved_position: of the last state.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class StreamRecord:
         self._memory = MemoryMeter(device)
         self._mark = source.fingerprint()
         self._position, self._nats, self._spent = reader.position, 0.0, 0.0
+        self.saved_position = reader.position
         self._limit: int | None = None
         self._earlier, self._began, self._lined, self._saved = 0.0, 0.0, 0.0, 0.0
         self._log: MetricsLog | None = None
@@ -170,7 +174,7 @@ class StreamRecord:
         self._line()
         self._log.flush_to_disk()
         self._write_state()
-        self._saved = time.monotonic()
+        self._saved, self.saved_position = time.monotonic(), self._reader.position
 
     def _write_state(self) -> None:
         self._folder.write_state(
