@@ -75,6 +75,12 @@ def test_a_flipped_bit_anywhere_is_found(file: Path) -> None:
             read_checkpoint(file)
 
 
+def test_one_content_has_one_file(file: Path, tmp_path: Path) -> None:
+    for number in range(8):
+        save_checkpoint(tmp_path / str(number), TENSORS, PROGRESS)
+        assert (tmp_path / str(number)).read_bytes() == file.read_bytes()
+
+
 def test_a_changed_step_is_found(file: Path) -> None:
     content = file.read_bytes()
     changed = content.replace(rb"\"step\": 3", rb"\"step\": 9")

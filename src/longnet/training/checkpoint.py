@@ -116,9 +116,14 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], kind: StateKind, m
         temporary.chmod(mode)  # save_file gives it to its owner alone; a run folder follows the user's umask.
         with open(temporary, "r+b") as file:
             header = file.read(int.from_bytes(file.read(8), "little"))
+            # safetensors writes metadata in any order: sorted, one content has one file.
+            entries = json.loads(header)
+            entries["__metadata__"] = dict(sorted(about.items()))
+            text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode().ljust(len(header))
+            header = text if len(text) == len(header) else header
             digest = _digest_file(header, empty, tensors)
-            file.seek(8 + header.index(_digest_entry(empty)))
-            file.write(_digest_entry(digest))
+            file.seek(8)
+            file.write(header.replace(_digest_entry(empty), _digest_entry(digest)))
 
     write_atomically(path, write)
 
