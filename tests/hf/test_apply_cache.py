@@ -139,3 +139,23 @@ def test_a_bounded_cache_in_another_model_is_noticed() -> None:
     logits(other, {"input_ids": ids}, past_key_values=cache)
     with pytest.raises(ValueError, match="tokens that no attention has read"):
         logits(other, {"input_ids": ids[:, :1]}, past_key_values=cache)
+
+
+@pytest.mark.parametrize("layers", [None, [1]])
+@pytest.mark.parametrize("read", [0, 13])
+def test_a_forward_that_raised_between_two_layers_is_noticed(read: int, layers: Any) -> None:
+    model, ids = dilated("llama", layers=layers), inputs("llama")["input_ids"]
+    cache = BoundedCache(model)
+    if read:
+        logits(model, {"input_ids": ids[:, :read]}, past_key_values=cache)
+    handle = model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        logits(model, {"input_ids": ids[:, read:40]}, past_key_values=cache)
+    handle.remove()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"layer 1 of the cache stands at position {read} and an earlier one at"):
+            logits(model, {"input_ids": ids[:, read:]}, past_key_values=cache)
+    if layers is None:
+        cache.reset()
+        got = logits(model, {"input_ids": ids}, past_key_values=cache)
+        assert (got - logits(model, {"input_ids": ids}, use_cache=False)).abs().max() < 1e-9

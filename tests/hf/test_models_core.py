@@ -463,3 +463,33 @@ def test_bad_tokens_are_refused() -> None:
         model(tokens() + 40)
     with pytest.raises(ValueError, match="inputs_embeds has shape"):
         model(inputs_embeds=torch.randn(1, 4, 31))
+
+
+@pytest.mark.parametrize("place", ["blocks.0.feed_forward", "blocks.1.feed_forward", "norm"])
+def test_a_cache_whose_layers_read_in_part_refuses_to_go_on(place: str) -> None:
+    model, ids = decoder(), tokens(2, 40)
+    cache = LongNetCache(rewindable=True)
+    read(model, ids[:, :12], cache)
+
+    def fail(*_: Any) -> None:
+        handle.remove()
+        raise KeyboardInterrupt
+
+    handle = model.model.stack.get_submodule(place).register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        read(model, ids[:, 12:30], cache)
+    with pytest.raises(ValueError, match="since an exception came while its layers were read"):
+        read(model, ids[:, 12:], cache)
+
+
+def test_a_failed_read_is_not_read_again_by_taking_back() -> None:
+    model, ids = decoder(), tokens(2, 40)
+    cache = LongNetCache(rewindable=True)
+    read(model, ids[:, :12], cache)
+    handle = model.model.stack.blocks[0].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        read(model, ids[:, 20:30], cache)
+    handle.remove()
+    read(model, ids[:, 12:35], cache)
+    cache.crop(-5)
+    torch.testing.assert_close(read(model, ids[:, 30:], cache), first(model, input_ids=ids)[:, 30:], **CLOSE)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longnet import LongNetConfig, LongNetLM
 from longnet.models import LongNetCache
@@ -141,3 +141,65 @@ def test_bad_input_teaches_and_changes_nothing() -> None:
     after = cache.state_dict()
     assert cache.position == 10 and before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def fail_once(module: nn.Module, kind: type[BaseException]) -> None:
+    """The module's next call raises; later ones are as ever."""
+
+    def fail(*_: Any) -> None:
+        handle.remove()
+        raise kind
+
+    handle = module.register_forward_pre_hook(fail)
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("place", ["blocks.0.feed_forward", "blocks.1", "blocks.1.feed_forward", "norm", "head"])
+def test_a_cache_whose_layers_read_in_part_refuses_to_go_on(place: str, kind: type[BaseException]) -> None:
+    lm, ids = model(tie_embeddings=False), tokens()
+    cache = read(lm, ids[:, :20], [13])[1]
+    fork, saved = cache.clone(), cache.state_dict()
+    fail_once(lm.get_submodule(place), kind)
+    with pytest.raises(kind):
+        lm(ids[:, 20:45], cache=cache)
+    want = lm(ids).detach()[:, 20:]
+    refused = pytest.raises(ValueError, match=r"cache stands at positions \[.*45\] since an exception came")
+    with refused:
+        lm(ids[:, 20:], cache=cache)
+    with refused:
+        lm(ids[:, 20:], cache=cache.clone())
+    with refused:
+        cache.state_dict()
+    torch.testing.assert_close(lm(ids[:, 20:], cache=fork), want, rtol=1e-10, atol=1e-10)
+    cache.load_state_dict(saved)
+    torch.testing.assert_close(lm(ids[:, 20:], cache=cache), want, rtol=1e-10, atol=1e-10)
+
+
+def test_a_cache_that_no_layer_has_touched_goes_on() -> None:
+    lm, ids = model(), tokens()
+    cache = read(lm, ids[:, :20], [13])[1]
+    fail_once(lm.blocks[0].attention, MemoryError)
+    with pytest.raises(MemoryError):
+        lm(ids[:, 20:45], cache=cache)
+    want = lm(ids).detach()[:, 20:]
+    torch.testing.assert_close(lm(ids[:, 20:], cache=cache), want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("change", ["reset", "reorder", "moved"])
+def test_a_change_that_reached_some_layers_only_refuses_to_go_on(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, ids = model(), tokens()
+    cache = read(lm, ids[:, :20], [])[1]
+    arguments = {"reset": (), "reorder": (torch.tensor([1, 0]),), "moved": (1,)}[change]
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.layers[1], change, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            getattr(cache, change)(*arguments)
+    with pytest.raises(ValueError, match="since an exception came while its layers were read or changed"):
+        lm(ids[:, 20:], cache=cache)
+    cache.reset()
+    torch.testing.assert_close(lm(ids, cache=cache), lm(ids).detach(), rtol=1e-10, atol=1e-10)
+
+
+def test_logits_of_a_cached_read_hold_no_graph() -> None:
+    lm, ids = model(), tokens()
+    assert not lm(ids, cache=lm.new_cache(2)).requires_grad

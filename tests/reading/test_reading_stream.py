@@ -234,3 +234,25 @@ def test_models_that_cannot_stream_are_refused_before_anything_is_made(read: Rea
     # The corrected stream is a new one.
     assert not (tmp_path / "out").exists()
     assert read({"tokens": 300}).position == 300
+
+
+def test_a_reader_that_was_interrupted_half_way_refuses_to_go_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cache has read the bytes, its sums lack them."""
+    content = torch.arange(60) * 7 % 256
+    with torch.inference_mode():
+        reader = StreamReader(load_model(run))
+        reader.read(content[:20])
+        saved = {name: x.clone() for name, x in reader.state_dict().items()}
+        with monkeypatch.context() as patch:
+            patch.setattr(reader, "_add", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                reader.read(content[20:40])
+        with pytest.raises(ValueError, match="reader counted 20 bytes and its cache read 40"):
+            reader.read(content[20:])
+        with pytest.raises(ValueError, match="an earlier read raised half-way"):
+            reader.state_dict()
+        reader.load_state_dict(saved)
+        reader.read(content[20:])
+        whole = StreamReader(load_model(run))
+        whole.read(content)
+    assert reader.nats() == pytest.approx(whole.nats(), rel=1e-6)

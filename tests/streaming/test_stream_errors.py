@@ -184,3 +184,70 @@ def test_a_state_that_is_no_mapping(cache):
 def test_positions_that_no_head_covers_are_told():
     with pytest.warns(UserWarning, match="segment_lengths=\\(30,\\) and dilation_rates=\\(9,\\) with 5 heads"):
         DilatedCache(30, 9, batch_size=1, heads=5, head_dim=4)
+
+
+# Chunks of the stream that end inside a segment and ones that cross the ends of both branches' segments.
+@pytest.mark.parametrize("last", [8, 9, 12, 17, 25])
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError])
+def test_a_cache_that_an_exception_left_half_written_refuses_to_go_on(monkeypatch, last, kind):
+    """After the rows were written, before they were counted: rows of the segment that ended are gone."""
+    cache = STREAM.cache()
+    read(STREAM, cache, last=7)
+    saved, before = cache.clone(), cache.state_dict()
+    with monkeypatch.context() as patch:
+        patch.setattr(DilatedCache, "moved", lambda *_, **__: (_ for _ in ()).throw(kind))
+        with pytest.raises(kind):
+            stream_attention(*(x[:, :, 7:last] for x in STREAM.tensors()), cache)
+    assert cache.position == 7
+    refused = pytest.raises(ValueError, match=r"cache was being written at position 7 when an exception came")
+    with refused:
+        read(STREAM, cache, first=7)
+    with refused:
+        cache.state_dict()
+    with refused:
+        read(STREAM, cache.clone(), first=7)
+    expected = read(STREAM, STREAM.cache())[:, :, 7:]
+    assert torch.equal(read(STREAM, saved, first=7), expected)
+    cache.load_state_dict(before)
+    assert torch.equal(read(STREAM, cache, first=7), expected)
+
+
+def test_a_position_that_was_not_written_to_the_device_is_not_counted(monkeypatch):
+    cache = STREAM.cache()
+    read(STREAM, cache, last=7)
+
+    class Full(torch.Tensor):
+        def fill_(self, *_: Any) -> Any:
+            raise MemoryError
+
+    cache.position_tensor = cache.position_tensor.as_subclass(Full)
+    with pytest.raises(MemoryError):
+        cache.moved(3)
+    with pytest.raises(ValueError, match="cache was being written"):
+        read(STREAM, cache, first=7)
+    cache.position_tensor = cache.position_tensor.as_subclass(torch.Tensor)
+    cache.reset()
+    assert torch.equal(read(STREAM, cache), read(STREAM, STREAM.cache()))
+
+
+def test_an_interrupted_reorder_refuses_to_go_on(monkeypatch):
+    cache = STREAM.cache()
+    read(STREAM, cache, last=7)
+    monkeypatch.setattr(cache, "_set_padding", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        cache.reorder(torch.tensor([1, 0]))
+    with pytest.raises(ValueError, match="cache was being written"):
+        read(STREAM, cache, first=7)
+
+
+def test_a_single_step_that_fails_refuses_to_go_on(monkeypatch):
+    """The path of devices with launches: the device may have counted the token."""
+    cache = STREAM.cache()
+    read(STREAM, cache, last=7)
+    monkeypatch.setattr(attend, "fits", lambda _: True)
+    monkeypatch.setattr(attend, "fused_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    query, key, value = (x[:, :, 7:8] for x in STREAM.tensors())
+    with pytest.raises(KeyboardInterrupt):
+        attend._step(query, key, value, cache, 0.5)
+    with pytest.raises(ValueError, match="cache was being written"):
+        read(STREAM, cache, first=7)

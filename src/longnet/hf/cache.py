@@ -88,10 +88,15 @@ class LongNetCache(Cache):
             self._bind(stack, self._shared)
         elif self._stack() is not stack:
             raise ValueError("past_key_values was read by another model: expected a LongNetCache of this one")
-        if self.rewindable:
-            self._remember(_Read(self._plain.position, x.detach(), padding))
-        with torch.no_grad():
-            return stack.run_blocks(x, padding, self._plain, states=states)
+        position = self._plain.position
+        if self.rewindable and (not self._states or position - self._states[-1].position >= _STRIDE):
+            self._states = [*self._states[-1:], self._plain.clone()]
+            self._since = [read for read in self._since if read.position >= self._states[0].position]
+        with torch.no_grad(), self._plain.reading():
+            hidden = stack.run_blocks(x, padding, self._plain, states=states)
+            if self.rewindable:
+                self._since.append(_Read(position, x.detach(), padding))
+        return hidden
 
     def _bind(self, stack: LongNetBase, before: dict[str, Any]) -> None:
         shared = {name: getattr(stack.config, name) for name in _SHARED}
@@ -108,13 +113,6 @@ class LongNetCache(Cache):
         copied = type(self).__new__(type(self))
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
-
-    def _remember(self, read: _Read) -> None:
-        assert self._plain is not None
-        if not self._states or read.position - self._states[-1].position >= _STRIDE:
-            self._states = [*self._states[-1:], self._plain.clone()]
-            self._since = [other for other in self._since if other.position >= self._states[0].position]
-        self._since.append(read)
 
     def activate_past_recording(self) -> None:
         """What transformers calls before it takes tokens back: ``rewindable`` from here on."""
@@ -136,16 +134,18 @@ class LongNetCache(Cache):
             )
         if self._plain is None or keep == position:
             return
+        # Later states have read what never was.
+        states = [state for state in self._states if state.position <= keep]
+        since = [read.until(keep) for read in self._since if read.position < keep]
         if all(keep // width == position // width for width in self._plain.layers[0].pattern.segment_lengths):
             # No segment has ended since: rows after the position are written before they are read.
-            self._plain.moved(keep - position)
+            with self._plain._writing():
+                self._plain.moved(keep - position)
+                self._states, self._since = states, since
         else:
-            self._read_again(keep)
-        # Later states have read what never was.
-        self._states = [state for state in self._states if state.position <= keep]
-        self._since = [read.until(keep) for read in self._since if read.position < keep]
+            self._plain, self._states, self._since = self._read_again(keep), states, since
 
-    def _read_again(self, keep: int) -> None:
+    def _read_again(self, keep: int) -> PlainCache:
         if not self.rewindable:
             raise ValueError(
                 f"crop to {keep} of {self.get_seq_length()} tokens: a segment has ended since and was written over; expected "
@@ -161,12 +161,13 @@ class LongNetCache(Cache):
         if not known:
             oldest = self._states[0].position if self._states else self.get_seq_length()
             raise ValueError(f"crop to {keep} tokens: expected at least {oldest}, the oldest state kept")
-        self._plain = known[-1].clone()
+        plain = known[-1].clone()
         for read in self._since:
             if known[-1].position <= read.position < keep:
                 part = read.until(keep)
                 with torch.no_grad():
-                    stack.run_blocks(part.x, part.padding, self._plain)
+                    stack.run_blocks(part.x, part.padding, plain)
+        return plain
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens read so far, padding included."""
@@ -183,12 +184,13 @@ class LongNetCache(Cache):
         """Row b goes on from what row ``beam_idx[b]`` has read."""
         if self._plain is None:
             return
-        for plain in (self._plain, *self._states):
-            plain.reorder(beam_idx)
-        self._since = [
-            _Read(read.position, read.x[beam_idx], None if read.padding is None else read.padding[beam_idx])
-            for read in self._since
-        ]
+        with self._plain._writing():
+            for plain in (self._plain, *self._states):
+                plain.reorder(beam_idx)
+            self._since = [
+                _Read(read.position, read.x[beam_idx], None if read.padding is None else read.padding[beam_idx])
+                for read in self._since
+            ]
 
     def reset(self) -> None:
         """Forget everything: the next token is the first, of any batch."""

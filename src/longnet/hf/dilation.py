@@ -9,7 +9,7 @@ from types import MethodType
 from typing import Any, TypeVar
 
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation.configuration_utils import GenerationMode
@@ -34,7 +34,8 @@ class BoundedCache(Cache):
 
     Dilated layers keep what later tokens can reach (see :class:`longnet.DilatedCache`), at most w / r keys a head in a branch
     (w, r), other layers everything. Logits are those of one forward over everything read. It cannot be cropped, takes
-    padding before a row's first real token only, and holds no graph: read under ``torch.no_grad()``.
+    padding before a row's first real token only, and holds no graph: read under ``torch.no_grad()``. After a forward that raised
+    between two layers it refuses to go on.
 
     Raises:
         ValueError: a model that is not dilated, or no decoder.
@@ -49,6 +50,29 @@ class BoundedCache(Cache):
                 DynamicLayer() if getattr(module, ATTRIBUTE).pattern is None else BoundedLayer() for module in found
             ]
         )
+        self._last_layer, self._position = -1, 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *rest: Any, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """What a layer calls with the keys and values (B, Hk, T, D) of the next tokens.
+
+        Raises:
+            ValueError: the layer stands elsewhere than the first layer of this forward: an earlier forward raised half-way.
+        """
+        position = self.layers[layer_idx].get_seq_length()
+        if layer_idx <= self._last_layer:
+            self._last_layer = -1
+        if self._last_layer == -1:
+            self._position = position
+        elif position != self._position:
+            raise ValueError(
+                f"layer {layer_idx} of the cache stands at position {position} and an earlier one at {self._position}: a forward "
+                "raised half-way; expected a new longnet.hf.BoundedCache, or one after reset()"
+            )
+        self._last_layer = layer_idx
+        updated: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *rest, **options)
+        return updated
 
     @property
     def nbytes(self) -> int:

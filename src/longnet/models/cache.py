@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -36,6 +37,9 @@ class LongNetCache:
 
     A branch with segment w and rate r reaches at most w / r keys per head, whatever came before, so its size is fixed when
     it is made: reading goes on forever in constant memory. ``model.new_cache(batch_size)`` makes one.
+
+    A call that raises after some layer has read its tokens leaves a cache that refuses to go on, until it is reset or loads a
+    state; a clone made before is not touched.
 
     Args:
         config: of the model.
@@ -78,6 +82,7 @@ class LongNetCache:
             )
             for layer in range(config.layers)
         )
+        self._torn = False  # an exception came while layers were moving
 
     def __iter__(self) -> Iterator[DilatedCache]:
         return iter(self.layers)
@@ -92,6 +97,40 @@ class LongNetCache:
         """Bytes of all layers together; the same before and after any number of tokens."""
         return sum(layer.nbytes for layer in self.layers)
 
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """All layers read the same tokens in it: after an exception all are where they were, or the cache refuses to go on.
+
+        Who runs a model's blocks on a cache by hand does it in this context.
+
+        Raises:
+            ValueError: an exception has left the layers at different positions, or half-written.
+        """
+        self._check_whole()
+        position = self.position
+        self._torn = True
+        try:
+            yield
+        except BaseException:
+            self._torn = any(layer._torn or layer.position != position for layer in self.layers)
+            raise
+        self._torn = False
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """All layers change alike in it: what an exception leaves half-done, nothing reads."""
+        before, self._torn = self._torn, True
+        yield
+        self._torn = before
+
+    def _check_whole(self) -> None:
+        positions = sorted({layer.position for layer in self.layers})
+        if self._torn or len(positions) > 1 or any(layer._torn for layer in self.layers):
+            raise ValueError(
+                f"cache stands at positions {positions} since an exception came while its layers were read or changed: expected "
+                "one after reset() or load_state_dict(), or a clone made before"
+            )
+
     def moved(self, tokens: int, *, on_device: bool = True) -> None:
         """Count tokens that were read without Python's knowledge, see :meth:`longnet.DilatedCache.moved`.
 
@@ -103,8 +142,10 @@ class LongNetCache:
 
     def reset(self) -> None:
         """Forget everything: the next token is the first."""
+        self._torn = True
         for layer in self.layers:
             layer.reset()
+        self._torn = False
 
     def clone(self) -> LongNetCache:
         """A copy that goes its own way: read a long prefix once, continue it many ways."""
@@ -112,11 +153,18 @@ class LongNetCache:
 
     def reorder(self, index: Tensor) -> None:
         """Row b continues what row ``index[b]`` has read, (B,) int64: for beams."""
-        for layer in self.layers:
-            layer.reorder(index)
+        self.layers[0]._check_order(index)
+        with self._writing():
+            for layer in self.layers:
+                layer.reorder(index)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every layer's tensors, by ``layers.N.``; ``safetensors.torch.save_file`` takes them as they are."""
+        """Every layer's tensors, by ``layers.N.``; ``safetensors.torch.save_file`` takes them as they are.
+
+        Raises:
+            ValueError: an exception left the layers at different positions, or half-written.
+        """
+        self._check_whole()
         return {
             f"layers.{i}.{name}": x for i, layer in enumerate(self.layers) for name, x in layer.state_dict().items()
         }
@@ -142,9 +190,9 @@ class LongNetCache:
                 raise ValueError(f"layer {place}: {error}") from None
         if len({layer.position for layer in loaded}) > 1:
             raise ValueError(f"layers stand at positions {[layer.position for layer in loaded]}: expected one position")
-        self.layers = tuple(loaded)
+        self.layers, self._torn = tuple(loaded), False
 
     def _with(self, layers: Iterator[DilatedCache]) -> LongNetCache:
         copy = LongNetCache.__new__(LongNetCache)
-        copy.layers = tuple(layers)
+        copy.layers, copy._torn = tuple(layers), self._torn
         return copy

@@ -67,9 +67,9 @@ class LongNetLM(LongNetBase):
         Raises:
             TypeError: tokens that are not int64, a mask that is not bool, a cache of another type.
             ValueError: wrong shapes or devices; an id outside the vocabulary (seen on the CPU only); a cache for another
-                model or batch, or no token to read into it.
+                model or batch, or one that an exception left half-read; no token to read into it.
         """
-        return self._logits(self._hidden(tokens, key_padding_mask, cache))
+        return self._hidden(tokens, key_padding_mask, cache, self._logits)
 
     def hidden(
         self, tokens: Tensor, key_padding_mask: Tensor | None = None, *, cache: LongNetCache | None = None
@@ -78,11 +78,18 @@ class LongNetLM(LongNetBase):
         return self._hidden(tokens, key_padding_mask, cache)
 
     # Methods that users call never call one another: sharded, each gathers the weights when it is entered.
-    def _hidden(self, tokens: Tensor, key_padding_mask: Tensor | None, cache: LongNetCache | None = None) -> Tensor:
+    def _hidden(
+        self,
+        tokens: Tensor,
+        key_padding_mask: Tensor | None,
+        cache: LongNetCache | None = None,
+        finish: Callable[[Tensor], Tensor] = lambda hidden: hidden,
+    ) -> Tensor:
+        """``finish`` of the hidden states; what it raises counts as a failed read of the cache."""
         self.check_tokens(tokens)
         self.check_mask(key_padding_mask, *tokens.shape)
         if cache is None:
-            return self.run_blocks(self.embed(tokens), key_padding_mask)
+            return finish(self.run_blocks(self.embed(tokens), key_padding_mask))
         if not isinstance(cache, LongNetCache):
             raise TypeError(f"cache has type {type(cache).__name__}: expected a LongNetCache from model.new_cache")
         if len(cache.layers) != len(self.blocks):
@@ -93,8 +100,8 @@ class LongNetLM(LongNetBase):
             raise ValueError(
                 f"tokens has shape {tuple(tokens.shape)}: expected at least one token to read into the cache"
             )
-        with torch.no_grad():
-            return self.run_blocks(self.embed(tokens), key_padding_mask, cache)
+        with torch.no_grad(), cache.reading():
+            return finish(self.run_blocks(self.embed(tokens), key_padding_mask, cache))
 
     def new_cache(
         self, batch_size: int, *, max_length: int | None = None, dtype: torch.dtype | None = None

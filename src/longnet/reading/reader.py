@@ -41,12 +41,17 @@ class StreamReader:
         self.model = model
         self.cache = model.new_cache(1)
         self.position = 0
-        device = model.embedding.weight.device
+        device = self.cache.layers[-1].device  # where hidden states come out
         self._sums = torch.zeros(DECADES, dtype=torch.float64, device=float64_device(device))
         self._last: Tensor | None = None
 
     def read(self, tokens: Tensor) -> None:
-        """Read the next bytes, (n,) int64 with n >= 1, on the device."""
+        """Read the next bytes, (n,) int64 with n >= 1, on the device.
+
+        Raises:
+            ValueError: an earlier read raised half-way.
+        """
+        self._check_whole()
         hidden = self.model.hidden(tokens[None], cache=self.cache)[0]
         first, targets = self.position, tokens
         if self._last is None:
@@ -65,7 +70,12 @@ class StreamReader:
         return self._sums.tolist()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything needed to go on; the position is in the cache."""
+        """Everything needed to go on; the position is in the cache.
+
+        Raises:
+            ValueError: an earlier read raised half-way.
+        """
+        self._check_whole()
         last = {} if self._last is None else {"last": self._last}
         return {**{f"cache.{name}": x for name, x in self.cache.state_dict().items()}, "sums": self._sums, **last}
 
@@ -93,7 +103,14 @@ class StreamReader:
             )
         self.position = self.cache.position
         self._sums.copy_(sums)
-        self._last = None if last is None else last.to(self.model.embedding.weight.device)
+        self._last = None if last is None else last.to(self.cache.layers[-1].device)
+
+    def _check_whole(self) -> None:
+        if self.position != self.cache.position:
+            raise ValueError(
+                f"reader counted {self.position} bytes and its cache read {self.cache.position}: an earlier read raised half-way; "
+                "expected load_state_dict() of a state before it"
+            )
 
     def _add(self, first: int, losses: Tensor) -> None:
         """Losses of the positions from ``first`` on, each to its decade."""

@@ -48,6 +48,7 @@ def stream_attention(
     Raises:
         TypeError: an argument of the wrong type. ValueError: any other bad value, gradients among them: a cache holds
             no graph. RuntimeError: inside of torch.jit.trace, torch.func or forward-mode AD. The cache is then as it was.
+            After any other exception it is as it was, or refuses the next call.
     """
     _check_transforms(query, key, value)
     query, key, value = _check_tensors(query, key, value, cache)
@@ -57,8 +58,8 @@ def stream_attention(
             return _read(query, key, value, cache, scale)
         padding, most = _check_mask(key_padding_mask, query, cache)
         before = cache.padding.clone(), cache._most_padding
-        cache._set_padding(padding, most)
         try:
+            cache._set_padding(padding, most)
             return _read(query, key, value, cache, scale)
         except BaseException:
             # Memory may run out, say: the tokens have not been read then, and neither has their padding.
@@ -67,14 +68,15 @@ def stream_attention(
 
 
 def _read(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, scale: float) -> Tensor:
-    length = query.shape[2]
     # A GPU waits for launches, so few operations that touch rows in vain are better there; the CPU waits for bytes.
-    if length == 1 and query.device.type != "cpu":
+    single = query.shape[2] == 1 and query.device.type != "cpu"
+    return (_step if single else attend_chunk)(query, key, value, cache, scale)
+
+
+def _step(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, scale: float) -> Tensor:
+    with cache._writing():
         out = (fused_step if fits(cache) else step)(query, key, value, cache, scale)
         cache.moved(1, on_device=False)
-    else:
-        out = attend_chunk(query, key, value, cache, scale)
-        cache.moved(length)
     return out
 
 
@@ -96,6 +98,7 @@ def _check_transforms(*tensors: Any) -> None:
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache) -> tuple[Tensor, Tensor, Tensor]:
     if not isinstance(cache, DilatedCache):
         raise TypeError(f"cache has type {type(cache).__name__}: expected a longnet.DilatedCache")
+    cache._check_whole()
     tensors = {"query": query, "key": key, "value": value}
     for name, x in tensors.items():
         if not isinstance(x, Tensor):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -42,6 +43,9 @@ class DilatedCache:
         keys, values: (B, rows, D), the storage; ``layout`` says which rows are whose. Rows not yet read hold anything.
         padding: (B,) int64, how many tokens each row's left padding has; the first real token stands there.
         position_tensor: () int64, ``position`` on the device, for steps captured in a CUDA graph.
+
+    An exception while rows are written or moved (an interrupt, no memory left) leaves a cache that refuses to go on and to be
+    saved, until it is reset or loads a state.
 
     Raises:
         TypeError: an argument of the wrong type. ValueError: any other bad value; both name the argument.
@@ -91,6 +95,7 @@ class DilatedCache:
             self.tables = StepTables(self.layout, self.keys.device)
         self._position = 0
         self._most_padding = 0  # the largest of `padding`, known without asking the device
+        self._torn = False  # an exception came while the cache was written
 
     @property
     def position(self) -> int:
@@ -122,9 +127,25 @@ class DilatedCache:
 
         Who replays a captured step calls ``moved(1, on_device=False)`` after it: a replay knows nothing of Python's numbers.
         """
-        self._position += tokens
-        if on_device:
-            self.position_tensor.fill_(self._position)
+        with self._writing():
+            self._position += tokens
+            if on_device:
+                self.position_tensor.fill_(self._position)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Rows and position belong together: what an exception leaves half-written, nothing reads."""
+        before, self._torn = self._torn, True
+        yield
+        self._torn = before
+
+    def _check_whole(self) -> None:
+        """Refuse a cache that an exception left half-written."""
+        if self._torn:
+            raise ValueError(
+                f"cache was being written at position {self._position} when an exception came: expected one after reset() or "
+                "load_state_dict(), or a clone made before"
+            )
 
     def _set_padding(self, padding: Tensor, most: int) -> None:
         """Take over what a key padding mask said: (B,) int64 and its largest value."""
@@ -133,9 +154,11 @@ class DilatedCache:
 
     def reset(self) -> None:
         """Forget everything: the next token is the first."""
+        self._torn = True
         self._position = self._most_padding = 0
         self.position_tensor.zero_()
         self.padding.zero_()
+        self._torn = False
 
     def clone(self) -> DilatedCache:
         """A copy that goes its own way: read a long prefix once, continue it many ways."""
@@ -153,6 +176,16 @@ class DilatedCache:
         Raises:
             TypeError: an index that is no tensor of integers. ValueError: one of another shape or out of range.
         """
+        self._check_order(index)
+        index = index.to(self.device)
+        step = max(1, _SLAB // (self.batch_size * self.head_dim))
+        with self._writing():
+            for x in (self.keys, self.values):
+                for slab in x.split(step, dim=1):
+                    slab.copy_(slab.index_select(0, index))
+            self._set_padding(self.padding.index_select(0, index), self._most_padding)
+
+    def _check_order(self, index: Tensor) -> None:
         if not isinstance(index, Tensor):
             raise TypeError(f"index has type {type(index).__name__}: expected a torch.Tensor")
         if index.dtype not in (torch.int64, torch.int32):
@@ -162,12 +195,6 @@ class DilatedCache:
         low, high = int(index.min()), int(index.max())
         if low < 0 or high >= self.batch_size:
             raise ValueError(f"index holds {low if low < 0 else high}: expected batch rows 0 to {self.batch_size - 1}")
-        index = index.to(self.device)
-        step = max(1, _SLAB // (self.batch_size * self.head_dim))
-        for x in (self.keys, self.values):
-            for slab in x.split(step, dim=1):
-                slab.copy_(slab.index_select(0, index))
-        self._set_padding(self.padding.index_select(0, index), self._most_padding)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything as tensors, copies that later tokens leave alone; ``safetensors.torch.save_file`` takes it as it is.
@@ -175,7 +202,11 @@ class DilatedCache:
         ``keys`` and ``values`` (B, rows, D); ``position`` (), ``padding`` (B,), ``segment_lengths`` and ``dilation_rates``
         (branches,), ``heads`` (2,) with H and Hk, ``head_offsets`` () as a number of ``longnet.geometry.HEAD_OFFSETS``,
         all int64 on the CPU; with ``head_numbers`` these and, last, their total too.
+
+        Raises:
+            ValueError: an exception left the cache half-written.
         """
+        self._check_whole()
         return {
             "keys": self.keys.clone(),
             "values": self.values.clone(),
@@ -192,11 +223,13 @@ class DilatedCache:
                 of another pattern, batch size, heads, head dimension or dtype.
         """
         self._check_state(state)
+        self._torn = True
         self.keys.copy_(state["keys"])
         self.values.copy_(state["values"])
         self._position = int(state["position"])
         self.position_tensor.fill_(self._position)
         self._set_padding(state["padding"], int(state["padding"].max()))
+        self._torn = False
 
     def _description(self) -> dict[str, Tensor]:
         described = {

@@ -72,7 +72,7 @@ class _Mixture:
 
 
 def attend_chunk(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, scale: float) -> Tensor:
-    """Attention of the next T >= 1 tokens, whose keys and values are then in the cache; they are not counted yet.
+    """Attention of the next T >= 1 tokens, whose keys and values are then in the cache, and counted.
 
     Args:
         query: (B, H, T, D).
@@ -87,7 +87,9 @@ def attend_chunk(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache,
         padded = torch.arange(start, start + length, device=query.device) < cache.padding[:, None]
     chunk = _Chunk(query, key, value, padded, start, scale)
     out = _attend(chunk, cache)
-    _keep(chunk, cache)
+    with cache._writing():
+        _keep(chunk, cache)
+        cache.moved(length)
     return out
 
 
