@@ -20,7 +20,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("backends",),
     ("fused",),
     ("sharding",),
-    ("packing",),
+    ("packing", "padding"),
     ("functional",),
     ("streaming",),
     ("attention",),

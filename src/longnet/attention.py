@@ -13,6 +13,7 @@ from longnet.functional import pattern_attention, warn_uncovered
 from longnet.geometry import HeadOffsets, Pattern
 from longnet.norm import PartialNorm, make_norm
 from longnet.packing import boundaries, positions
+from longnet.padding import warn_left_padding, warn_moved_rows
 from longnet.position import RelativeBias, XPos, rotate
 from longnet.sharding import lengths_of, peers_of, untraced
 from longnet.streaming import DilatedCache, stream_attention
@@ -53,6 +54,8 @@ class DilatedAttention(nn.Module):
     Raises:
         TypeError: a number or flag of the wrong type. ValueError: any other bad value; both name the argument.
     """
+
+    _mask_seen = False
 
     def __init__(
         self,
@@ -174,7 +177,9 @@ class DilatedAttention(nn.Module):
 
         Args:
             x: (B, N, dim), the parameters' dtype (or any floating dtype under autocast).
-            key_padding_mask: (B, N) bool, True where a token is to be ignored as a key.
+            key_padding_mask: (B, N) bool, True where a token is to be ignored as a key. Padding counts as positions: on the left of
+                a row it moves the row's segments, of which a warning tells (looked for in every mask on the CPU, elsewhere in
+                the module's first and in those given with a cache).
             cu_seqlens: the documents packed into one row, see :func:`longnet.dilated_attention`; positions restart with each.
             cache: what came before: x are the next N >= 1 tokens, and the result is what one call over everything read so
                 far would give for them. Causal only, without gradients, and without a relative bias.
@@ -196,6 +201,8 @@ class DilatedAttention(nn.Module):
         bounds = None if cu_seqlens is None else self._documents(cu_seqlens, x, cache)
         if cache is not None:
             return self._finish(self._stream(q, k, v, key_padding_mask, cache), key_padding_mask)
+        if key_padding_mask is not None and not torch.compiler.is_compiling():
+            self._warn_left_padding(key_padding_mask, bounds)
         group = _group(self.distributed)
         start, whole = 0, x.shape[1]
         if group is not None and (self.xpos is not None or self.rel_pos_bias is not None):
@@ -226,6 +233,12 @@ class DilatedAttention(nn.Module):
         )
         assert isinstance(out, Tensor)
         return self._finish(out, key_padding_mask)
+
+    def _warn_left_padding(self, key_padding_mask: Tensor, bounds: tuple[int, ...] | None) -> None:
+        # torchscale leaves padding out before it counts, and a rank has a part of each row.
+        if self.function is pattern_attention and self.distributed is False:
+            warn_left_padding(key_padding_mask, self.pattern, bounds, first=not self._mask_seen)
+            self._mask_seen = True
 
     def _documents(self, cu_seqlens: Tensor | Sequence[int], x: Tensor, cache: DilatedCache | None) -> tuple[int, ...]:
         if cache is not None:
@@ -258,7 +271,11 @@ class DilatedAttention(nn.Module):
                 q.shape[2], q.dtype, q.device, cache.position, streaming=True, counter=cache.position_tensor
             )
             q, k = rotate(q, *tables[:2]), rotate(k, *tables[2:])
-        return stream_attention(q, k, v, cache, key_padding_mask=key_padding_mask)
+        padding = cache._most_padding
+        out = stream_attention(q, k, v, cache, key_padding_mask=key_padding_mask)
+        if cache._most_padding > padding:
+            warn_moved_rows(((count, None) for count in cache.padding.tolist()), self.pattern)
+        return out
 
     def _finish(self, out: Tensor, key_padding_mask: Tensor | None) -> Tensor:
         """(B, heads, N, D) to the module's (B, N, dim)."""

@@ -196,3 +196,20 @@ def test_no_mask_of_all_pairs_is_ever_built() -> None:
     done = subprocess.run([sys.executable, "-c", LONG], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[-1]) < 600
+
+
+@pytest.mark.filterwarnings("error:a row is padded on the left")
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_left_padding_is_told_and_right_padding_is_not(use_cache: bool) -> None:
+    model, ids = apply(make("llama"), (8, 24), (1, 3)), inputs("llama")["input_ids"]
+    right = torch.ones_like(ids)
+    right[1, -13:] = 0
+    whole = torch.ones_like(ids)
+    whole[1, :24] = 0  # a whole period moves nothing
+    for mask in (right, whole):
+        logits(model, {"input_ids": ids, "attention_mask": mask}, use_cache=False)
+    with pytest.warns(UserWarning, match="padded on the left"):
+        if use_cache:
+            model.generate(ids, attention_mask=right.flip(1), max_new_tokens=3)
+        else:
+            logits(model, {"input_ids": ids, "attention_mask": right.flip(1)}, use_cache=False)

@@ -493,3 +493,18 @@ def test_a_failed_read_is_not_read_again_by_taking_back() -> None:
     read(model, ids[:, 12:35], cache)
     cache.crop(-5)
     torch.testing.assert_close(read(model, ids[:, 30:], cache), first(model, input_ids=ids)[:, 30:], **CLOSE)
+
+
+@pytest.mark.filterwarnings("error:a row is padded on the left")
+def test_left_padding_is_told_once_and_right_padding_is_not() -> None:
+    model, ids, mask = decoder(), tokens(2, 40), torch.ones(2, 40, dtype=torch.int64)
+    right = mask.clone()
+    right[0, 35:] = 0
+    model(input_ids=ids, attention_mask=right)
+    left = right.flip(1)
+    with pytest.warns(UserWarning, match="padded on the left.*position_ids of Hugging Face models"):
+        padded = model(input_ids=ids, attention_mask=left).logits
+    assert not torch.allclose(padded[0, 5:], model(input_ids=ids[:1, 5:]).logits[0], atol=1e-2)
+    with pytest.warns(UserWarning, match="padded on the left") as found:
+        model.generate(ids, attention_mask=left, max_new_tokens=5)
+    assert len({str(one.message) for one in found}) == 1

@@ -22,6 +22,7 @@ from longnet.functional import pattern_attention
 from longnet.geometry import Pattern
 from longnet.hf import masks
 from longnet.hf.bounded import bounded_layer
+from longnet.padding import warn_moved_rows
 
 NAME = "longnet_dilated"
 # Where an attention module says how it attends.
@@ -99,6 +100,8 @@ def attention(
             f"{type(module).__name__} asks {keys} keys with {length} queries: expected self-attention, dilated attention "
             "takes no other"
         )
+    if mask is not None and not torch.compiler.is_compiling():
+        warn_moved_rows(((count, keys) for count in masks.leading_padding(mask)), own.pattern)
     if keys > length:
         query, key, value, mask = _with_past(query, key, value, mask, own.pattern)
     bounds = None if mask is None else masks.packed_bounds(mask)

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from longnet.geometry import Pattern
+from longnet.padding import warn_moved_rows
 from longnet.streaming import DilatedCache, stream_attention
 
 # A model hands the keys that a cache gave it to the attention function, and nothing else of the cache.
@@ -66,8 +67,11 @@ class BoundedLayer(CacheLayerMixin):
                 device=key.device,
             )
             self.is_initialized = True
+        before = self.cache._most_padding
         out = stream_attention(query, key, value, self.cache, scale=scale, key_padding_mask=padded)
         self._expected = False
+        if self.cache._most_padding > before:
+            warn_moved_rows(((count, None) for count in self.cache.padding.tolist()), pattern)
         return out
 
     def get_seq_length(self) -> int:

@@ -28,8 +28,9 @@ _PACKED = _KNOWN[3]
 
 # What position ids said when they were last looked at: looking asks the device, and every layer gets the same tensor.
 _seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-# Where the documents of a mask begin.
+# Where the documents of a mask begin, and how much padding its rows begin with.
 _bounds: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_leading: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def register(name: str) -> None:
@@ -144,6 +145,14 @@ def packed_bounds(mask: Tensor) -> tuple[int, ...] | None:
             bounds = (*changes.flatten().nonzero().flatten().tolist(), mask.numel())
         before = _bounds[mask] = (bounds,)
     return before[0]
+
+
+def leading_padding(mask: Tensor) -> tuple[int, ...]:
+    """How many tokens of padding each row begins with."""
+    before: tuple[int, ...] | None = _leading.get(mask)
+    if before is None:
+        before = _leading[mask] = tuple((mask == 0).long().cumprod(1).sum(1).tolist())
+    return before
 
 
 def _numbered(restarts: Tensor, padding: Tensor | None) -> Tensor:

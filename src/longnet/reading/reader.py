@@ -108,8 +108,8 @@ class StreamReader:
     def _check_whole(self) -> None:
         if self.position != self.cache.position:
             raise ValueError(
-                f"reader counted {self.position} bytes and its cache read {self.cache.position}: an earlier read raised half-way; "
-                "expected load_state_dict() of a state before it"
+                f"reader counted {self.position} bytes and its cache read {self.cache.position}: an earlier read raised "
+                "half-way; expected load_state_dict() of a state before it"
             )
 
     def _add(self, first: int, losses: Tensor) -> None:
