@@ -177,9 +177,9 @@ class DilatedAttention(nn.Module):
 
         Args:
             x: (B, N, dim), the parameters' dtype (or any floating dtype under autocast).
-            key_padding_mask: (B, N) bool, True where a token is to be ignored as a key. Padding counts as positions: on the left of
-                a row it moves the row's segments, of which a warning tells (looked for in every mask on the CPU, elsewhere in
-                the module's first and in those given with a cache).
+            key_padding_mask: (B, N) bool, True where a token is to be ignored as a key. Padding counts as positions: on the left
+                of a row it moves the row's segments. A warning says so, for every mask on the CPU, elsewhere for the module's
+                first one and for those given with a cache.
             cu_seqlens: the documents packed into one row, see :func:`longnet.dilated_attention`; positions restart with each.
             cache: what came before: x are the next N >= 1 tokens, and the result is what one call over everything read so
                 far would give for them. Causal only, without gradients, and without a relative bias.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from longnet.models import LongNetLM
 from longnet.models.base import LongNetBase
 from longnet.models.layers import Block
+from longnet.models.placement import is_dispatched
 from longnet.position import float64_device
 
 Model = TypeVar("Model", bound=LongNetBase)
@@ -236,6 +237,16 @@ def _check_model(model: LongNetBase) -> None:
 
 def _check_plain(model: LongNetBase) -> None:
     """Refuse what a state dict does not say in full, or what cannot be cut."""
+    table = model.embedding
+    if (
+        type(table) is not nn.Embedding
+        or len({weight.device for weight in model.parameters()}) > 1
+        or is_dispatched(table)
+    ):
+        raise ValueError(
+            f"model has a {type(table).__name__} for an embedding, or weights on several devices or on disk: expected a plain "
+            "nn.Embedding and one device; prune heads before quantising and before dispatching with a device_map"
+        )
     for layer, block in enumerate(_blocks(model)):
         attention = block.attention
         if model.loss_group is not None or attention.distributed is not False:

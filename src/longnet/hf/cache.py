@@ -81,7 +81,7 @@ class LongNetCache(Cache):
                 f"{x.shape[1]} tokens after {self.get_seq_length()}: expected no more than max_length={self.max_length}"
             )
         if self._plain is None:
-            self._plain = make_cache(stack.config, stack.embedding.weight, x.shape[0], max_length=self.max_length)
+            self._plain = make_cache(stack, stack.config, x.shape[0], max_length=self.max_length)
             self._bind(stack, {})
         elif self._stack is None:
             # Unpickled.

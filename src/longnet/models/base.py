@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from longnet.models.cache import LongNetCache
 from longnet.models.config import LongNetConfig
 from longnet.models.layers import Block
+from longnet.models.placement import device_of, is_dispatched
 from longnet.norm import BatchNorm, make_norm
 
 
@@ -61,7 +62,8 @@ class LongNetBase(nn.Module):
         residual stream on the other hand wants the variance of the branches added to it, so the rows are scaled by
         ``sqrt(dim)`` on the way in (as in Attention Is All You Need, section 3.4).
         """
-        return self.embedding(tokens) * self.embedding_scale
+        # A quantised table reads contiguous ids alone.
+        return self.embedding(tokens.contiguous()) * self.embedding_scale
 
     def run_blocks(
         self,
@@ -130,8 +132,8 @@ class LongNetBase(nn.Module):
         self._check_device(tokens, name)
 
     def _check_device(self, tensor: Tensor, name: str) -> None:
-        device = self.embedding.weight.device
-        if tensor.device != device:
+        device = device_of(self.embedding)
+        if tensor.device != device and not is_dispatched(self.embedding):
             raise ValueError(f"{name} is on {tensor.device} and the model on {device}: expected one device")
 
     def check_mask(self, key_padding_mask: Tensor | None, batch: int, length: int) -> None:

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longnet.models.config import LongNetConfig
+from longnet.models.placement import device_of, dtype_of
 from longnet.streaming import DilatedCache
 
 
 def make_cache(
+    model: nn.Module,
     config: LongNetConfig,
-    weight: Tensor,
     batch_size: int,
     *,
     max_length: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> LongNetCache:
-    """An empty cache for a model of ``config`` whose parameters are like ``weight``; see ``LongNetLM.new_cache``."""
-    kind = weight.device.type
+    """An empty cache for a stack of ``config``, each layer's where that block computes; see ``LongNetLM.new_cache``."""
+    devices = [device_of(getattr(block, "attention", block)) for block in model.blocks]  # type: ignore[union-attr, arg-type]
     if dtype is None:
-        cast = weight.dtype != torch.float64 and torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if cast else weight.dtype
+        own, kind = dtype_of(model.embedding, model), devices[0].type  # type: ignore[arg-type]
+        cast = own != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if cast else own
     if max_length is not None:
         # A segment that is not left before the end may as well end there.
         pairs = zip(config.segment_lengths, config.dilation_rates, strict=True)
         config = config.replace(segment_lengths=tuple(max(rate, min(width, max_length)) for width, rate in pairs))
-    return LongNetCache(config, batch_size, dtype=dtype, device=weight.device)
+    return LongNetCache(config, batch_size, dtype=dtype, device=devices)
 
 
 class LongNetCache:
@@ -45,7 +47,7 @@ class LongNetCache:
         config: of the model.
         batch_size: rows that are read side by side.
         dtype: of keys and values, the model's.
-        device: the model's.
+        device: the model's, or one for each layer.
 
     Raises:
         ValueError: a bidirectional config, or one with a relative position bias, which has no cached form yet.
@@ -57,7 +59,7 @@ class LongNetCache:
         batch_size: int,
         *,
         dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        device: torch.device | str | Sequence[torch.device | str] | None = None,
     ) -> None:
         if not config.causal:
             raise ValueError(
@@ -66,6 +68,11 @@ class LongNetCache:
         if config.use_rel_pos_bias:
             raise ValueError(
                 "config.use_rel_pos_bias=True: cached attention takes no relative position bias yet; expected xPos or neither"
+            )
+        devices = [device] * config.layers if device is None or isinstance(device, (torch.device, str)) else device
+        if len(devices) != config.layers:
+            raise ValueError(
+                f"device={device} has {len(devices)} entries: expected one for each of {config.layers} layers"
             )
         self.layers = tuple(
             DilatedCache(
@@ -78,7 +85,7 @@ class LongNetCache:
                 head_offsets=config.head_offsets,
                 head_numbers=config.layer_head_numbers(layer),
                 dtype=dtype,
-                device=device,
+                device=devices[layer],
             )
             for layer in range(config.layers)
         )

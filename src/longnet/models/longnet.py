@@ -13,6 +13,7 @@ from longnet.models.cache import LongNetCache, make_cache
 from longnet.models.config import LongNetConfig
 from longnet.models.generation import generate
 from longnet.models.loss import chunked_cross_entropy
+from longnet.models.placement import dtype_of
 from longnet.sharding import mean_over
 
 
@@ -116,14 +117,20 @@ class LongNetLM(LongNetBase):
         Raises:
             ValueError: a config that has no cached form, see :class:`LongNetCache`.
         """
-        return make_cache(self.config, self.embedding.weight, batch_size, max_length=max_length, dtype=dtype)
+        return make_cache(self, self.config, batch_size, max_length=max_length, dtype=dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Output head: hidden states (..., dim) to logits (..., vocab_size)."""
         return self._logits(hidden)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
+        if self.head is not None:
+            return self.head(hidden)
+        table = self.embedding.weight
+        if not isinstance(table, Tensor) or (table.is_meta and not hidden.is_meta):
+            # Quantised or on disk: the module alone can say its rows.
+            table = self.embedding(torch.arange(self.config.vocab_size, device=hidden.device))
+        return F.linear(hidden.to(table.device), table)
 
     def loss(
         self,
@@ -270,7 +277,7 @@ class LongNetEncoder(LongNetBase):
                 f"embeddings has shape {tuple(embeddings.shape)}: expected (B, N, dim) with dim={self.config.dim}"
             )
         self._check_device(embeddings, "embeddings")
-        dtype = self.embedding.weight.dtype
+        dtype = dtype_of(self.embedding, self)
         if embeddings.dtype != dtype and not torch.is_autocast_enabled(embeddings.device.type):
             raise TypeError(
                 f"embeddings has dtype {embeddings.dtype} and the model {dtype}: expected the same, or autocast"

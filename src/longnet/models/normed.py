@@ -78,7 +78,8 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 def is_as_its_class(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the module does what that class does and no more."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return type(module) is kind and not hooks
+    # accelerate puts its own forward into the module.
+    return type(module) is kind and not hooks and "forward" not in module.__dict__
 
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
