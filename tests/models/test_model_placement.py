@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from longnet import LongNetConfig, LongNetEncoder, LongNetLM
-from longnet.compress import prune_heads
+from longnet.compress import prune_heads, quantization
 from longnet.models import LongNetCache
 from longnet.models.normed import is_as_its_class
 from longnet.models.placement import device_of
@@ -109,3 +109,8 @@ def test_tokens_on_another_device_are_refused_unless_they_are_moved() -> None:
 def test_as_many_devices_as_layers() -> None:
     with pytest.raises(ValueError, match="has 1 entries: expected one for each of 2 layers"):
         LongNetCache(LongNetConfig.preset("nano"), 1, device=["cpu"])
+
+
+def test_what_torch_quantised_is_not_taken_for_plain_weights() -> None:
+    with pytest.raises(ValueError, match=r"weights are \['torch.ao.nn.quantized.*Linear'\]: expected one of"):
+        quantization(quantised(model(), table=False))

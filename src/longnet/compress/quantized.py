@@ -42,7 +42,7 @@ def quantization(model: nn.Module) -> str | None:
     Raises:
         ValueError: quantised in another way than :func:`quantize` does, or in several.
     """
-    found = {scheme for module in model.modules() if isinstance(module, nn.Linear) for scheme in _scheme(module.weight)}
+    found = {scheme for module in model.modules() for scheme in _scheme_of(module)}
     if len(found) > 1 or not found <= set(SCHEMES):
         raise ValueError(f"the model's weights are {sorted(found)}: expected one of {SCHEMES}")
     return found.pop() if found else None
@@ -108,6 +108,14 @@ def plain_tensors(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 def _of_torchao(weight: Tensor) -> bool:
     return type(weight).__module__.partition(".")[0] == "torchao"
+
+
+def _scheme_of(module: nn.Module) -> Iterator[str]:
+    if isinstance(module, nn.Linear):
+        yield from _scheme(module.weight)
+    elif callable(getattr(module, "weight", None)):
+        # Modules of torch.ao.nn.quantized pack their weights.
+        yield f"{type(module).__module__}.{type(module).__name__}"
 
 
 def _scheme(weight: Tensor) -> Iterator[str]:
