@@ -10,6 +10,7 @@ from torch import Tensor
 
 from longnet.models import LongNetConfig, LongNetLM
 from longnet.models.generation import sample, sampling_probabilities
+from longnet.models.threads import step_threads
 
 # Probabilities 0.1, 0.5, 0.15, 0.25 for the tokens 0, 1, 2, 3.
 PROBABILITIES = torch.tensor([[0.1, 0.5, 0.15, 0.25]], dtype=torch.float64)
@@ -158,3 +159,161 @@ def test_bad_options_teach(options: dict[str, Any], error: type[Exception], mess
 def test_no_distribution_at_temperature_zero() -> None:
     with pytest.raises(ValueError, match="temperature=0"):
         sampling_probabilities(PROBABILITIES, temperature=0)
+
+
+def _double(**changes: Any) -> LongNetLM:
+    return _lm(**changes).double()
+
+
+LENGTHS = (5, 23, 5, 1)
+
+
+def _ragged(side: str = "right") -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Padded prompts, their mask, and the prompts themselves."""
+    width, rows = max(LENGTHS), _prompt(len(LENGTHS), max(LENGTHS))
+    index = torch.arange(width)
+    mask = torch.stack([index >= n if side == "right" else index < width - n for n in LENGTHS])
+    return rows, mask, [row[~padded] for row, padded in zip(rows, mask, strict=True)]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("changes", [{}, {"use_rel_pos_bias": True, "use_xpos": False}])
+def test_rows_of_unequal_length_get_what_each_gets_alone(side: str, changes: dict[str, Any]) -> None:
+    model = _double(**changes)
+    rows, mask, prompts = _ragged(side)
+    greedy = model.generate(rows, 12, key_padding_mask=mask, temperature=0)
+    seeds = [3, 1, 4, 1]
+    sampled = model.generate(rows, 12, key_padding_mask=mask, temperature=1.2, top_k=50, seed=seeds)
+    assert greedy.shape == (4, 35) and torch.equal(greedy[:, :23], rows)
+    for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        assert torch.equal(greedy[row, 23:], model.generate(prompt[None], 12, temperature=0)[0, len(prompt) :])
+        alone = model.generate(prompt[None], 12, temperature=1.2, top_k=50, seed=seed)
+        assert torch.equal(sampled[row, 23:], alone[0, len(prompt) :])
+
+
+def test_one_seed_serves_rows_of_one_length_as_a_batch() -> None:
+    model, (rows, mask, prompts) = _double(), _ragged()
+    out = model.generate(rows, 8, key_padding_mask=mask, seed=7)
+    pair = model.generate(torch.stack([prompts[0], prompts[2]]), 8, seed=7)
+    assert torch.equal(out[[0, 2], 23:], pair[:, 5:])
+    assert torch.equal(out[1, 23:], model.generate(prompts[1][None], 8, seed=7)[0, 23:])
+
+
+def test_a_mask_without_padding_changes_nothing() -> None:
+    model, prompt = _lm(), _prompt()
+    mask = torch.zeros_like(prompt, dtype=torch.bool)
+    assert torch.equal(model.generate(prompt, 9, key_padding_mask=mask, seed=1), model.generate(prompt, 9, seed=1))
+
+
+def test_padding_may_hold_anything() -> None:
+    model, (rows, mask, _) = _double(), _ragged()
+    expected = model.generate(rows, 9, key_padding_mask=mask, temperature=0)[:, 23:]
+    assert torch.equal(
+        model.generate(rows.masked_fill(mask, 255), 9, key_padding_mask=mask, temperature=0)[:, 23:], expected
+    )
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_rows_end_with_eos(ragged: bool) -> None:
+    """Against what the same call gives without: cut after the first end of each row, padded, and no longer than needed."""
+    model, rows, mask = _double(), *(_ragged()[:2])
+    options: dict[str, Any] = {"key_padding_mask": mask if ragged else None, "temperature": 1.5, "seed": [1, 2, 3, 4]}
+    free = model.generate(rows, 15, **options)[:, 23:]
+    ends = [int(free[0, 2]), int(free[1, 9]), *(int(row[4]) for row in free[2:])]
+    counts = [next(i for i, token in enumerate(row.tolist()) if token in ends) + 1 for row in free]
+    assert 1 < max(counts) < 15 and len(set(counts)) > 1
+    seen: list[int] = []
+    out = model.generate(rows, 15, **options, eos=ends, pad=7, on_token=seen.append)
+    assert torch.equal(out[:, :23], rows) and out.shape == (4, 23 + max(counts))
+    assert seen == list(range(1, max(counts) + 1))
+    for row, count, expected in zip(out[:, 23:], counts, free, strict=True):
+        assert torch.equal(row[:count], expected[:count]) and (row[count:] == 7).all()
+    # One end, which is what follows by default too.
+    alone = model.generate(rows[:1], 15, temperature=0)[0, 23:]
+    end = int(alone[0])
+    assert torch.equal(model.generate(rows[:1], 15, temperature=0, eos=end)[0, 23:], alone[:1])
+    pair = model.generate(rows[:2], 15, temperature=0, eos=end)[:, 23:]
+    assert (pair[0] == end).all()
+
+
+def test_a_row_that_does_not_end_is_as_long_as_asked() -> None:
+    model, prompt = _lm(), _prompt()
+    free = model.generate(prompt, 6, temperature=0)
+    unused = next(token for token in range(256) if token not in free[:, 5:])
+    assert torch.equal(model.generate(prompt, 6, temperature=0, eos=unused), free)
+    assert model.generate(prompt[:0], 3, eos=1).shape[0] == 0
+
+
+def test_groups_share_the_layout_of_their_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are compiled for a layout: a length of its own for every group would compile for every group."""
+    model, (rows, mask, _) = _lm(), _ragged()
+    layouts, plain = set(), model.new_cache
+
+    def spy(batch: int, **options: Any) -> Any:
+        cache = plain(batch, **options)
+        layouts.add(cache.layers[0].pattern)
+        return cache
+
+    monkeypatch.setattr(model, "new_cache", spy)
+    model.generate(rows, 2, key_padding_mask=mask)
+    assert len(layouts) == 1
+
+
+HOLE = torch.tensor([[False, True, False, False, False], [False] * 5])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"eos": 256}, ValueError, "eos=256: expected a token below vocab_size=256"),
+        ({"eos": -1}, ValueError, "eos=-1: expected at least 0"),
+        ({"eos": [1, 2.0]}, TypeError, "eos=2.0 has type float"),
+        ({"eos": True}, TypeError, "eos=True has type bool"),
+        ({"eos": []}, ValueError, r"eos=\[\]: expected at least one token"),
+        ({"pad": 3}, ValueError, "pad=3 given without eos"),
+        ({"eos": 1, "pad": 256}, ValueError, "pad=256: expected a token below"),
+        ({"eos": 1.5}, TypeError, "eos=1.5 has type float: expected an int or a sequence of ints"),
+        ({"seed": [1]}, ValueError, r"seed=\[1\] has 1 entries: expected one int, or one for each of 2 rows"),
+        ({"seed": [1, "2"]}, TypeError, "seed='2' has type str"),
+        ({"key_padding_mask": torch.zeros(2, 4, dtype=torch.bool)}, ValueError, r"expected \(B, N\) = \(2, 5\)"),
+        ({"key_padding_mask": torch.zeros(2, 5)}, TypeError, "key_padding_mask has type torch.float32"),
+        ({"key_padding_mask": HOLE}, ValueError, r"key_padding_mask\[0, 1\] is True inside the prompt"),
+        ({"key_padding_mask": HOLE | True}, ValueError, r"key_padding_mask\[0\] is True everywhere"),
+    ],
+)
+def test_bad_ends_and_masks_teach(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        _lm().generate(_prompt(), 1, **options)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_steps_of_a_small_model_run_on_one_thread(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, threads = _lm(), []
+    # Torch's pool stays as it is: what counts is what it is told.
+    current = [2]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: current[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: current.__setitem__(0, count))
+
+    def note(step: int) -> None:
+        threads.append(torch.get_num_threads())
+        if fails and step == 3:
+            raise KeyboardInterrupt
+
+    if fails:
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(_prompt(), 4, on_token=note)
+    else:
+        model.generate(_prompt(), 4, on_token=note)
+    # The first step reads the prompt.
+    assert threads == [2, 1, 1, 1][: 3 if fails else 4] and current == [2]
+
+
+def test_steps_of_a_large_model_keep_their_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: pytest.fail("threads were changed"))
+    monkeypatch.setattr("longnet.models.threads._SMALL", 100_000)
+    model = _lm()
+    with step_threads(model, 8):
+        pass
+    with step_threads(model.to("meta"), 1):
+        pass

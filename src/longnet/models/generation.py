@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from longnet.models.cache import LongNetCache
+from longnet.models.threads import step_threads
 
 if TYPE_CHECKING:
     from longnet.models.longnet import LongNetLM
@@ -17,68 +21,197 @@ if TYPE_CHECKING:
 _CHUNK = 8192
 
 
+@dataclass
+class _Rows:
+    """Rows whose prompts are equally long: they are read and continued together.
+
+    ``number`` (b,) says which rows of the batch they are, ``tokens`` (b, length + max_new_tokens) are prompts and what follows.
+    Without ``cache`` every token is a pass over the whole prefix.
+    """
+
+    number: Tensor
+    tokens: Tensor
+    length: int
+    cache: LongNetCache | None
+    generators: list[torch.Generator | None]
+
+    def next(self, model: LongNetLM, step: int, sampling: dict[str, Any]) -> Tensor:
+        """The token (b,) that follows ``step`` new ones."""
+        end = self.length + step
+        if self.cache is None:
+            hidden = model.hidden(self.tokens[:, :end])
+        else:
+            for start in range(self.cache.position, end, _CHUNK):
+                hidden = model.hidden(self.tokens[:, start : min(end, start + _CHUNK)], cache=self.cache)
+        # With a device_map the head may be elsewhere.
+        logits = model.logits(hidden[:, -1]).to(self.tokens.device)  # (b, V)
+        if len(self.generators) == 1:
+            return sample(logits, generator=self.generators[0], **sampling)
+        parts = zip(logits.split(1), self.generators, strict=True)
+        return torch.cat([sample(row, generator=generator, **sampling) for row, generator in parts])
+
+
 @torch.no_grad()
 def generate(
     model: LongNetLM,
     tokens: Tensor,
     max_new_tokens: int,
     *,
+    key_padding_mask: Tensor | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
+    eos: int | Sequence[int] | None = None,
+    pad: int | None = None,
     on_token: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Continue each prompt by ``max_new_tokens`` tokens.
+    """Continue each prompt by up to ``max_new_tokens`` tokens.
 
     The prompt is read once, in chunks, into a cache of bounded size (:class:`longnet.models.cache.LongNetCache`); a new token
     then costs one step. A model with a relative position bias, which has no cached form yet, passes over the whole prefix for
     every token. Only the last position goes through the output head. The model is in eval mode meanwhile, and back in its
-    previous mode afterwards.
+    previous mode afterwards. On the CPU steps of a small model run on one thread (:func:`longnet.models.threads.step_threads`).
+
+    Prompts of unequal length are read without their padding, rows of one length together: each row gets the distribution that it
+    gets alone.
 
     Args:
         model: a causal language model.
-        tokens: (B, T) int64 prompts of one length, T >= 1.
-        max_new_tokens: how many tokens to add, 0 or more.
+        tokens: (B, T) int64 prompts, T >= 1.
+        max_new_tokens: how many tokens to add at most, 0 or more.
+        key_padding_mask: (B, T) bool, True where a prompt shorter than T is padded, on the right or on the left. None: no row is.
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: sample among the k likeliest tokens only; None or a k above the vocabulary keeps all.
         top_p: sample among the fewest likeliest tokens whose probabilities reach this sum, after ``top_k``.
-        seed: of a generator on the model's device, so that the same seed gives the same tokens; None draws from
-            torch's global generator.
-        on_token: called after each token with the number of tokens added so far: 1, 2, ..., ``max_new_tokens``.
+        seed: of a generator on the prompts' device, so that the same seed gives the same tokens. With one int, rows whose prompts
+            are equally long draw from one generator, one after the other, as if they were the whole batch. With B ints every row
+            has its own: it draws what it draws alone with that seed. None draws from torch's global generator.
+        eos: the token or tokens that end a row. Generation stops when all rows have ended.
+        pad: what follows in a row that has ended; default the first of ``eos``.
+        on_token: called after each step with the number of tokens added so far: 1, 2, ..., n.
 
     Returns:
-        (B, T + max_new_tokens) int64: the prompts and what follows.
+        (B, T + n) int64: the prompts as they were given, and from column T on each row's n new tokens. n is ``max_new_tokens``,
+        or less if all rows have ended: then the last column ends the longest. An ended row holds its ``eos``, then ``pad``.
 
     Raises:
-        TypeError, ValueError: a value of the wrong type or out of range.
+        TypeError, ValueError: a value of the wrong type or out of range; a row that is all padding, or padding inside a prompt.
     """
     model.check_tokens(tokens)
-    batch, prompt = tokens.shape
-    if prompt == 0:
+    batch, width = tokens.shape
+    if width == 0:
         raise ValueError(f"tokens has shape {tuple(tokens.shape)}: expected at least one token to continue from")
     _check_integer("max_new_tokens", max_new_tokens, 0)
     check_sampling(temperature, top_k, top_p)
-    generator = None
-    if seed is not None:
-        _check_integer("seed", seed, None)
-        generator = torch.Generator(device=tokens.device).manual_seed(seed)
+    ends, pad = _check_ends(eos, pad, model.config.vocab_size)
+    seeds = _check_seeds(seed, batch)
+    model.check_mask(key_padding_mask, batch, width)
+    spans = [(0, width)] * batch if key_padding_mask is None else _spans(key_padding_mask)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     result = torch.cat([tokens, tokens.new_zeros(batch, max_new_tokens)], dim=1)
-    with _evaluating(model):
-        cached = not model.config.use_rel_pos_bias and batch > 0
-        cache = model.new_cache(batch, max_length=prompt + max_new_tokens) if cached else None
+    with _evaluating(model), ExitStack() as threads:
+        groups = _grouped(model, tokens, spans, seeds, max_new_tokens)
+        ended = tokens.new_zeros(batch, dtype=torch.bool)
         for step in range(max_new_tokens):
-            end = prompt + step
-            if cache is None:
-                hidden = model.hidden(result[:, :end])
-            else:
-                for start in range(cache.position, end, _CHUNK):
-                    hidden = model.hidden(result[:, start : min(end, start + _CHUNK)], cache=cache)
-            logits = model.logits(hidden[:, -1])  # (B, V)
-            result[:, end] = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+            if step == 1 and not model.config.use_rel_pos_bias:
+                # The prompts have been read; from here on each step is one token.
+                threads.enter_context(step_threads(model, batch))
+            new = tokens.new_empty(batch)
+            for rows in groups:
+                new[rows.number] = rows.next(model, step, sampling)
+            if ends is not None:
+                new = new.masked_fill(ended, pad)
+                ended |= (new[:, None] == torch.tensor(ends, device=new.device)).any(1)
+            for rows in groups:
+                rows.tokens[:, rows.length + step] = new[rows.number]
+            result[:, width + step] = new
             if on_token is not None:
                 on_token(step + 1)
+            if ends is not None and bool(ended.all()):
+                return result[:, : width + step + 1]
     return result
+
+
+def _grouped(
+    model: LongNetLM,
+    tokens: Tensor,
+    spans: Sequence[tuple[int, int]],
+    seeds: int | Sequence[int] | None,
+    max_new_tokens: int,
+) -> list[_Rows]:
+    """The batch by the length of its prompts; ``spans`` are (first token, end) of each."""
+    numbers: dict[int, list[int]] = {}
+    for row, (start, stop) in enumerate(spans):
+        numbers.setdefault(stop - start, []).append(row)
+
+    def generator(seed: int) -> torch.Generator:
+        return torch.Generator(device=tokens.device).manual_seed(seed)
+
+    groups = []
+    for length, rows in numbers.items():
+        prompts = torch.stack([tokens[row, slice(*spans[row])] for row in rows])
+        cache = None
+        if not model.config.use_rel_pos_bias:
+            # Of one size for all groups, so that they share compiled kernels.
+            cache = model.new_cache(len(rows), max_length=max(numbers) + max_new_tokens)
+        generators: list[torch.Generator | None]
+        if seeds is None or isinstance(seeds, int):
+            generators = [None if seeds is None else generator(seeds)]
+        else:
+            generators = [generator(seeds[row]) for row in rows]
+        room = prompts.new_zeros(len(rows), max_new_tokens)
+        number = torch.tensor(rows, device=tokens.device)
+        groups.append(_Rows(number, torch.cat([prompts, room], 1), length, cache, generators))
+    return groups
+
+
+def _spans(key_padding_mask: Tensor) -> list[tuple[int, int]]:
+    """Where each row's prompt begins and ends."""
+    spans = []
+    for row, padded in enumerate(key_padding_mask.tolist()):
+        if all(padded):
+            raise ValueError(
+                f"key_padding_mask[{row}] is True everywhere: expected at least one token to continue from"
+            )
+        start, stop = padded.index(False), len(padded) - padded[::-1].index(False)
+        if any(padded[start:stop]):
+            hole = padded.index(True, start)
+            raise ValueError(
+                f"key_padding_mask[{row}, {hole}] is True inside the prompt: expected padding before or after it"
+            )
+        spans.append((start, stop))
+    return spans
+
+
+def _check_ends(eos: int | Sequence[int] | None, pad: int | None, vocab_size: int) -> tuple[list[int] | None, int]:
+    """``eos`` as a list, and what fills ended rows."""
+    if eos is None:
+        if pad is not None:
+            raise ValueError(f"pad={pad} given without eos: expected the tokens that end a row as well")
+        return None, 0
+    if not isinstance(eos, (int, Sequence)) or isinstance(eos, str):
+        raise TypeError(f"eos={eos!r} has type {type(eos).__name__}: expected an int or a sequence of ints")
+    ends = [eos] if isinstance(eos, int) else list(eos)
+    if not ends:
+        raise ValueError(f"eos={eos}: expected at least one token, or None")
+    pad = ends[0] if pad is None else pad
+    for name, token in [*(("eos", end) for end in ends), ("pad", pad)]:
+        _check_integer(name, token, 0)
+        if token >= vocab_size:
+            raise ValueError(f"{name}={token}: expected a token below vocab_size={vocab_size}")
+    return ends, pad
+
+
+def _check_seeds(seed: int | Sequence[int] | None, batch: int) -> int | Sequence[int] | None:
+    if isinstance(seed, Sequence) and not isinstance(seed, str):
+        if len(seed) != batch:
+            raise ValueError(f"seed={seed} has {len(seed)} entries: expected one int, or one for each of {batch} rows")
+        for one in seed:
+            _check_integer("seed", one, None)
+    elif seed is not None:
+        _check_integer("seed", seed, None)
+    return seed
 
 
 def sample(

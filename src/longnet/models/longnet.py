@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -190,21 +190,27 @@ class LongNetLM(LongNetBase):
         tokens: Tensor,
         max_new_tokens: int,
         *,
+        key_padding_mask: Tensor | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
+        eos: int | Sequence[int] | None = None,
+        pad: int | None = None,
         on_token: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """Continue each prompt by ``max_new_tokens`` sampled tokens; see :func:`longnet.models.generation.generate`."""
+        """Continue each prompt by up to ``max_new_tokens`` sampled tokens; see :func:`longnet.models.generation.generate`."""
         return generate(
             self,
             tokens,
             max_new_tokens,
+            key_padding_mask=key_padding_mask,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             seed=seed,
+            eos=eos,
+            pad=pad,
             on_token=on_token,
         )
 

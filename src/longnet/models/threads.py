@@ -1,0 +1,41 @@
+"""Single-token steps of small models on one thread: their work is smaller than what waking a second thread costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from longnet.models.placement import device_of
+
+# Multiplications a step up to which one thread is as fast as two, on two idle cores.
+_SMALL = 4_000_000
+
+
+@contextmanager
+def step_threads(model: nn.Module, batch_size: int) -> Iterator[None]:
+    """Single-token steps of ``batch_size`` rows run on one thread in it, if the model is on the CPU and small.
+
+    OpenMP's threads spin while they wait for each other. Beside another load a step with two threads can take many times as long
+    as with one. ``torch.set_num_threads`` is set for the calling thread and set back afterwards, on errors too.
+    """
+    work = batch_size * sum(map(_multiplications, model.modules()))
+    before = torch.get_num_threads()
+    if before == 1 or work > _SMALL or device_of(model).type != "cpu":
+        yield
+        return
+    try:
+        torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _multiplications(module: nn.Module) -> int:
+    """Of one token by the module's own weights, quantised or not; an embedding table counts as the output head."""
+    for rows, columns in (("in_features", "out_features"), ("num_embeddings", "embedding_dim")):
+        if hasattr(module, rows) and hasattr(module, columns):
+            return int(getattr(module, rows) * getattr(module, columns))
+    return 0
