@@ -254,7 +254,8 @@ class LongNetEncoder(LongNetBase):
             tokens: (B, N) int64 ids.
             key_padding_mask: (B, N) bool, True where the token is padding: attention and norms leave it out.
             embeddings: (B, N, dim) float vectors in place of tokens, taken as they are (not scaled); padded ones may be
-                anything, NaN too. Exactly one of ``tokens`` and ``embeddings`` is given.
+                anything, NaN too. Exactly one of ``tokens`` and ``embeddings`` is given. The embedding table then gets
+                gradients of zero, as DistributedDataParallel needs them; ``requires_grad_(False)`` takes it out of training.
 
         Raises:
             TypeError: tokens that are not int64, embeddings not of the model's dtype (any float dtype under
@@ -272,6 +273,10 @@ class LongNetEncoder(LongNetBase):
             assert embeddings is not None
             self._check_embeddings(embeddings)
             self.check_mask(key_padding_mask, *embeddings.shape[:2])
+            if torch.is_grad_enabled() and any(weight.requires_grad for weight in self.embedding.parameters()):
+                # DDP waits for a gradient of every parameter: a look-up of no token gives the table one of zeros.
+                none = torch.empty(0, dtype=torch.int64, device=embeddings.device)
+                embeddings = embeddings + self.embedding(none).sum()
         return self.run_blocks(embeddings, key_padding_mask)
 
     def _check_embeddings(self, embeddings: Tensor) -> None:
