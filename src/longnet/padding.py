@@ -67,7 +67,7 @@ def _moves(padding: int, tokens: int | None, pattern: Pattern) -> bool:
 
 def _may_look(mask: Tensor, first: bool) -> bool:
     # Fake tensors and other subclasses hold nothing to look at.
-    if type(mask) is not Tensor or mask.is_meta or torch.jit.is_tracing():
+    if type(mask) is not Tensor or mask.is_meta or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
     if mask.device.type == "cpu":
         return True

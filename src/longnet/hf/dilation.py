@@ -60,7 +60,7 @@ class BoundedCache(Cache):
         Raises:
             ValueError: the layer stands elsewhere than the first layer of this forward: an earlier forward raised half-way.
         """
-        position = self.layers[layer_idx].get_seq_length()
+        position = self.get_seq_length(layer_idx)
         if layer_idx <= self._last_layer:
             self._last_layer = -1
         if self._last_layer == -1:

@@ -24,7 +24,7 @@ def make_cache(
     """An empty cache for a stack of ``config``, each layer's where that block computes; see ``LongNetLM.new_cache``."""
     devices = [device_of(getattr(block, "attention", block)) for block in model.blocks]  # type: ignore[union-attr, arg-type]
     if dtype is None:
-        own, kind = dtype_of(model.embedding, model), devices[0].type  # type: ignore[arg-type]
+        own, kind = dtype_of(model.embedding, model), devices[0].type
         cast = own != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if cast else own
     if max_length is not None:

@@ -1,4 +1,4 @@
-"""Single-token steps of small models on one thread: their work is smaller than what waking a second thread costs."""
+"""Single-token steps of small models on one thread: a second one gains nothing, and costs much beside another load."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import nn
 
 from longnet.models.placement import device_of
 
-# Multiplications a step up to which one thread is as fast as two, on two idle cores.
+# Multiplications a step up to which a second thread gains at most 4 % on two idle cores (one Xeon, torch 2.11); at 10 million it
+# gains a tenth to a fifth.
 _SMALL = 4_000_000
 
 
