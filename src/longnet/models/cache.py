@@ -22,9 +22,9 @@ def make_cache(
     dtype: torch.dtype | None = None,
 ) -> LongNetCache:
     """An empty cache for a stack of ``config``, each layer's where that block computes; see ``LongNetLM.new_cache``."""
-    devices = [device_of(getattr(block, "attention", block)) for block in model.blocks]  # type: ignore[union-attr, arg-type]
+    devices = [device_of(getattr(block, "attention", block)) for block in model.blocks]  # type: ignore[union-attr]
     if dtype is None:
-        own, kind = dtype_of(model.embedding, model), devices[0].type
+        own, kind = dtype_of(model.embedding, model), devices[0].type  # type: ignore[arg-type]
         cast = own != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if cast else own
     if max_length is not None:
