@@ -154,6 +154,11 @@ def test_what_does_not_fit() -> None:
         decoder_from_torchscale(state(), **WHOLE)
     with pytest.raises(ValueError, match="expected a state dict of torchscale"):
         encoder_from_torchscale({"x": draw(1)}, **WHOLE)
+    below = {f"beit3.{name}": one for name, one in state(prefix="encoder.").items()} | {"head.weight": draw(2, DIM)}
+    with pytest.raises(ValueError, match=r"no encoder\.layers\.0 among \['beit3.*under 'beit3\.'.*without this prefix"):
+        longvit_from_torchscale(below, **WHOLE)
+    with pytest.raises(ValueError, match=r"no layers\.0 among.*under 'encoder\.'"):
+        encoder_from_torchscale(state(prefix="encoder."), **WHOLE)
     with pytest.raises(ValueError, match="'pos_embed'"):
         longvit_from_torchscale(state(prefix="encoder.") | {"patch_embed.proj.weight": draw(1, 1, 1, 1)}, **WHOLE)
     with pytest.raises(ValueError, match="dim=16 is not divisible by heads=5"):

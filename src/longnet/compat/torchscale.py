@@ -124,8 +124,9 @@ def longvit_from_torchscale(
     torchscale_compat: bool = True,
 ) -> LongViT:
     """A LongViT; arguments and errors as of :func:`encoder_from_torchscale`."""
-    inside = {name.removeprefix("encoder."): x for name, x in weights.items() if name.startswith("encoder.")}
-    encoder = LongNetEncoder(_config(inside, heads, segment_lengths, dilation_rates, 512.0, causal=False))
+    encoder = LongNetEncoder(
+        _config(weights, heads, segment_lengths, dilation_rates, 512.0, prefix="encoder.", causal=False)
+    )
     encoder.norm = NoNorm()
     patch, places = _tensor(weights, "patch_embed.proj.weight", 4), _tensor(weights, "pos_embed", 3)
     model = LongViT(encoder, patch.shape[-1], places.shape[1], patch.shape[1])
@@ -193,16 +194,21 @@ def _config(
     segment_lengths: int | Sequence[int],
     dilation_rates: int | Sequence[int],
     xpos_scale_base: float,
+    *,
+    prefix: str = "",
     **more: Any,
 ) -> LongNetConfig:
-    numbers = {int(found[1]) for name in weights if (found := re.match(r"layers\.(\d+)\.", name))}
+    layers = f"{prefix}layers."
+    numbers = {int(found[1]) for name in weights if (found := re.match(re.escape(layers) + r"(\d+)\.", name))}
     if not numbers:
+        under = {found[1] for name in weights if (found := re.match(rf"(.+\.){re.escape(layers)}\d+\.", name))}
+        hint = f"; there are under {min(under)!r}: give the weights without this prefix" if under else ""
         raise ValueError(
-            f"weights hold no layers.0 among {sorted(weights)[:5]}: expected a state dict of torchscale's LongNet"
+            f"weights hold no {layers}0 among {sorted(weights)[:5]}{hint}; expected a state dict of torchscale's LongNet"
         )
-    hidden = _tensor(weights, "layers.0.ffn.fc1.weight", 2)
+    hidden = _tensor(weights, f"{layers}0.ffn.fc1.weight", 2)
     table = weights.get("embed_tokens.weight")
-    has_xpos = f"layers.0.{_XPOS}" in weights
+    has_xpos = f"{layers}0.{_XPOS}" in weights
     return LongNetConfig(
         # Without a vocabulary there still is a table, of one token that nobody asks for.
         vocab_size=table.shape[0] if isinstance(table, Tensor) else 1,
