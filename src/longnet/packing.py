@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from longnet.backends import Backend, Spec
+from longnet.backends.kept import tensor_cache
 from longnet.backends.operators import lse_dtype
 from longnet.sharding import untraced
 
@@ -102,7 +103,7 @@ def make_buckets(bounds: tuple[int, ...], long: int) -> tuple[Bucket, ...]:
     return tuple(sorted(buckets, key=lambda bucket: bucket.documents))
 
 
-@lru_cache(maxsize=4)
+@tensor_cache(4)
 def _moves(buckets: tuple[Bucket, ...], device: torch.device) -> tuple[Tensor, Tensor] | None:
     """(the token of every place, the place of every token) when all buckets lie one after the other; None if as they are.
 

@@ -3,6 +3,9 @@
 On a GPU three things can go wrong with such a tensor. Another stream may ask for it before it is there, so an event says when it
 will be. While torch warms up for a CUDA graph, what this thread allocates lies in the graph's own memory, which is used again
 later; so it is made in another thread. A captured graph reads it at every replay and holds no reference, so it is never given up.
+
+While torch traces (compilation, export, fake tensors) what is made is no real tensor. Nothing is cached then: a later call would
+get it.
 """
 
 from __future__ import annotations
@@ -11,9 +14,38 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache, wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def is_traced() -> bool:
+    """Whether torch traces: tensors that are made now may be fake, or stand for what a graph will compute."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    # Modes that count or log have no key, and their tensors are real.
+    return any(getattr(mode, "_mode_key", None) is not None for mode in _get_current_dispatch_mode_stack())
+
+
+def tensor_cache(most: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """``functools.lru_cache`` for functions whose results hold tensors: not used while torch traces."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        cached = lru_cache(maxsize=most)(function)
+
+        @wraps(function)
+        def call(*args: P.args, **options: P.kwargs) -> R:
+            return function(*args, **options) if is_traced() else cached(*args, **options)  # type: ignore[arg-type]
+
+        return call
+
+    return decorate
 
 
 @dataclass
@@ -38,6 +70,8 @@ class Kept:
         Args:
             key: all that the tensor depends on, the device too.
         """
+        if is_traced():
+            return make()
         if device.type != "cuda":
             return self._find(key, lambda: _Made(make(), None)).tensor
         # Streams below are those of the tensor's device.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from longnet.backends.kept import tensor_cache
 from longnet.geometry import Pattern
 from longnet.geometry.shards import Lane, OwnPart, Shards, lanes, own_parts
 
@@ -103,7 +103,7 @@ class Place:
         return sum(lane.rows for owner in range(len(self.shards.lengths)) for lane in self.lanes(owner, self.rank))
 
 
-@lru_cache(maxsize=64)
+@tensor_cache(64)
 def make_plan(place: Place, device: torch.device) -> ShardPlan:
     """The plan of a place, with its tensors on ``device``. Cached."""
     shards, rank = place.shards, place.rank
