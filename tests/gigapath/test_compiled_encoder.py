@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from longnet.fused import joined
-from longnet.gigapath import SlideEncoder, layer, passes
+from longnet.gigapath import SlideEncoder, passes
 from longnet.gigapath.readout import read_by_first_token
 from longnet.models import normed
 
@@ -87,13 +87,13 @@ def test_masks_drop_as_often_as_dropout_and_keep_the_mean(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     torch.manual_seed(0)
     block, x = encoder(1, dropout=0.3).train().blocks[0], torch.full((2, 500, 64), 3.0)
-    for kept in layer._masks(block, x, 500):
+    for kept in block._masks(x, 500):
         assert kept is not None
-        out = layer._dropout(block, x, kept)
+        out = block._drop(x, kept)
         assert out.max() == pytest.approx(3.0 / 0.7)
         assert abs(float((out == 0).float().mean()) - 0.3) < 0.01
         torch.testing.assert_close(out == 0, ~kept)
-    assert layer._masks(block.eval(), x, 500) == (None, None)
+    assert block.eval()._masks(x, 500) == (None, None)
 
 
 @pytest.mark.parametrize("recompute", ["block", "elementwise"])

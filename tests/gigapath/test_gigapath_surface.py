@@ -49,7 +49,7 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
         "global_pool=False, torchscale_compat=True, dropout=0.25, drop_path=0.1, recompute='ffn', "
         "compiled=False, cuda_graphs=False, device=None)",
     ),
-    (SlideEncoder.forward, "(self, x, coords, all_layer_embed=False, padding_mask=None)"),
+    (SlideEncoder.forward, "(self, x, coords, all_layer_embed=False, padding_mask=None, *, layers=None)"),
     (SlideEncoder.attention_weights, "(self, x, coords, padding_mask=None)"),
     (ClassificationHead.__init__, "(self, encoder, outputs, *, layers=(-1,), freeze=False, setting=None)"),
     (ClassificationHead.loss, "(self, logits, target)"),

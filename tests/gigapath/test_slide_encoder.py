@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from longnet.functional import dilated_attention
 from longnet.geometry import Pattern
 from longnet.gigapath import ClassificationHead, SlideEncoder
-from longnet.gigapath.layer import run_layers
 from longnet.gigapath.passes import embed
 from longnet.gigapath.readout import first_token_weights, log_times, read_by_first_token
-from longnet.models.layers import Block
 
 
 def reference(model: SlideEncoder, x: Tensor, coords: Tensor, all_layers: bool, global_pool: bool) -> list[Tensor]:
@@ -119,7 +117,7 @@ def test_what_the_class_token_attends_to(tiles: int) -> None:
     got = model.attention_weights(x, coords)
     assert got.shape == (2, 1, 16, tiles)
     # The weights are what the result changes by with the values.
-    state = embed(model, model._slide(x, coords, whole=True))[0].detach()
+    state = embed(model, model._slide(x, coords, None))[0].detach()
     for layer, block in enumerate(model.blocks):
         attention, y = block.attention, block.attention_norm(state)
         q, k = (p(y).unflatten(-1, (16, 2)).transpose(1, 2).detach() for p in (attention.q_proj, attention.k_proj))
@@ -172,15 +170,16 @@ def test_of_a_large_slide_a_quarter_is_read() -> None:
 
 
 def test_a_layer_of_which_some_tokens_are_wanted() -> None:
-    model = encoder(2)
-    blocks = [block for block in model.blocks if isinstance(block, Block)]
+    block = encoder(2).blocks[0]
     x = torch.randn(2, 3000, 32, dtype=torch.float64)
-    read = read_by_first_token(blocks[0].attention.pattern, 16, 3000, x.device)
+    pattern = block.attention.pattern
+    read = read_by_first_token(pattern, 16, 3000, x.device)
     assert len(read) < 3000
-    expected, pooled = run_layers(blocks, x, (0.0, 0.0), "none", lambda x: x[:, 0])
-    got, again = run_layers(blocks, x, (0.0, 0.0), "none", lambda x: x[:, 0], read)
-    torch.testing.assert_close(got, expected[:, read])
-    torch.testing.assert_close(again, pooled)
+    expected = block(x)
+    torch.testing.assert_close(block(x, rows=read), expected[:, read])
+    shape = (pattern, 16, 3000, x.device, x.dtype)
+    torch.testing.assert_close(block(x, times=log_times(*shape)), expected[:, :1])
+    torch.testing.assert_close(block(x[:, read], times=log_times(*shape, True)), expected[:, :1])
 
 
 @pytest.mark.parametrize("recompute", ["ffn", "block", "elementwise"])
@@ -239,7 +238,7 @@ def test_autocast_keeps_the_residual_stream_in_float32() -> None:
     want = model(x, coords)[0]
     with torch.autocast("cpu", torch.bfloat16):
         got = model(x, coords)[0]
-        assert embed(model, model._slide(x, coords, whole=True))[0].dtype == torch.float32
+        assert embed(model, model._slide(x, coords, None))[0].dtype == torch.float32
     assert error(got, want) < 3e-2
 
 

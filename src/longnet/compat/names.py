@@ -36,12 +36,25 @@ def module_names(layers: int, prefix: str = "", ours: str = "", **more: str) -> 
 
 
 def to_theirs(model: nn.Module, names: Mapping[str, str]) -> dict[str, Tensor]:
-    """The model's state dict in torchscale's names; what ``names`` leaves out is left out. Tensors are shared, not copied."""
+    """The model's state dict in torchscale's names; what ``names`` leaves out is left out. Tensors are shared, not copied.
+
+    Raises:
+        ValueError: a module that is not there, or that holds more than its own parameters: it was wrapped or has an adapter.
+    """
     found = {}
-    for name, tensor in model.state_dict().items():
-        theirs = _their_name(name, names)
-        if theirs is not None:
-            found[theirs] = tensor
+    for ours, theirs in names.items():
+        parent, _, name = ours.rpartition(".")
+        try:
+            one = getattr(model.get_submodule(parent), name)
+        except AttributeError as error:
+            raise ValueError(f"{ours} is not in the model ({error}): expected no wrapped or replaced blocks") from None
+        if isinstance(one, nn.Parameter):
+            found[theirs] = one.detach()
+        elif one is not None:
+            for name, tensor in one.state_dict().items():
+                if "." in name:
+                    raise ValueError(f"{ours} holds {name}: torchscale has no such parameter, expected merged adapters")
+                found[f"{theirs}.{name}"] = tensor
     return found
 
 
@@ -69,10 +82,3 @@ def load_theirs(model: nn.Module, weights: Mapping[str, Tensor], names: Mapping[
     with torch.no_grad():
         for name, tensor in expected.items():
             tensor.copy_(weights[name])
-
-
-def _their_name(name: str, names: Mapping[str, str]) -> str | None:
-    if name in names:
-        return names[name]
-    module, _, parameter = name.rpartition(".")
-    return f"{names[module]}.{parameter}" if module in names else None

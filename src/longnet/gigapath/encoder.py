@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from longnet.attention import DilatedAttention
+from longnet.backends.kept import is_traced
 from longnet.compat.attention import torchscale_pattern_attention
 from longnet.compat.names import load_theirs, module_names, to_theirs
 from longnet.gigapath.architectures import ARCHITECTURES, DILATION_RATES, HEADS, TILE_CHANNELS, segment_lengths
 from longnet.gigapath.batches import batched_slides, check_slides
 from longnet.gigapath.checkpoint import read_weights
-from longnet.gigapath.layer import RECOMPUTE, Recompute, class_token_weights, run_layers
-from longnet.gigapath.passes import Slide, embed, encode
+from longnet.gigapath.layer import RECOMPUTE, Recompute, SlideBlock, gives_first_row, is_separable
+from longnet.gigapath.passes import Layers, Slide, embed, encode, last_layer
 from longnet.gigapath.positions import Check, axis_table
-from longnet.gigapath.readout import log_times, read_by_first_token
+from longnet.gigapath.readout import first_token_weights, log_times, read_by_first_token
 from longnet.models import LongNetConfig
-from longnet.models.layers import Block
 from longnet.norm import LayerNorm
 
 
@@ -44,7 +43,7 @@ class SlideEncoder(nn.Module):
             serves slides of any size. Dropout then draws other numbers. May be set later.
         cuda_graphs: with ``compiled``, capture what a slide of up to 20,000 tiles launches on a GPU, and replay it for slides
             of the same size: for sizes that come again. Each is passed four times at first, and the last eight keep the
-            memory of a pass. May be set later.
+            memory of a pass. Where a module has hooks, or is another library's, passes are not captured. May be set later.
         backend: as in :func:`longnet.dilated_attention`.
         device, dtype: of the parameters.
 
@@ -88,8 +87,7 @@ class SlideEncoder(nn.Module):
             raise ValueError(
                 "cuda_graphs=True with compiled=False: only compiled passes are captured, expected compiled=True"
             )
-        if recompute not in RECOMPUTE:
-            raise ValueError(f"recompute={recompute!r} is unknown: expected one of {RECOMPUTE}")
+        _check_recompute(recompute)
         self.config = LongNetConfig(
             vocab_size=1,
             dim=dim,
@@ -106,15 +104,15 @@ class SlideEncoder(nn.Module):
         if dim % 4:
             raise ValueError(f"dim={dim} is not divisible by 4: positions are a sine and a cosine of two coordinates")
         self.tile_size, self.slide_ngrids, self.global_pool = tile_size, slide_ngrids, global_pool
-        self.recompute: Recompute = recompute
         self.compiled, self.cuda_graphs = compiled, cuda_graphs
-        self.drop_paths = tuple(drop_path * layer / max(1, layers - 1) for layer in range(layers))
         self.patch_embed = nn.Linear(in_dim, dim, device=device, dtype=dtype)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim, device=device, dtype=dtype))
         self.dropout = nn.Dropout(dropout)
         self.blocks: nn.ModuleList = nn.ModuleList(
-            Block(self.config, layer, device=device, dtype=dtype) for layer in range(layers)
+            SlideBlock(self.config, layer, drop_path * layer / max(1, layers - 1), device=device, dtype=dtype)
+            for layer in range(layers)
         )
+        self.recompute = recompute
         self.encoder_norm = LayerNorm(dim, eps=1e-5, device=device, dtype=dtype)
         self.norm = LayerNorm(dim, eps=1e-6, device=device, dtype=dtype)
         if torchscale_compat:
@@ -131,6 +129,19 @@ class SlideEncoder(nn.Module):
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
         nn.init.normal_(self.cls_token, std=0.02)
+
+    @property
+    def recompute(self) -> Recompute:
+        """What training computes again, as the constructor's argument says."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, value: Recompute) -> None:
+        _check_recompute(value)
+        self._recompute: Recompute = value
+        for module in self.modules():
+            if isinstance(module, SlideBlock):
+                module.recompute = value
 
     @classmethod
     def from_checkpoint(
@@ -196,7 +207,13 @@ class SlideEncoder(nn.Module):
         return module_names(len(self.blocks), "encoder.", cls_token="cls_token", norm="norm", **own)
 
     def forward(
-        self, x: Tensor, coords: Tensor, all_layer_embed: bool = False, padding_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        coords: Tensor,
+        all_layer_embed: bool = False,
+        padding_mask: Tensor | None = None,
+        *,
+        layers: Sequence[int] | None = None,
     ) -> list[Tensor]:
         """Encode slides.
 
@@ -206,25 +223,32 @@ class SlideEncoder(nn.Module):
             all_layer_embed: read out the embedding and every layer, with ``norm`` alone.
             padding_mask: (B, L) bool, True where a tile is absent: a slide's result is that of the slide by itself, and what
                 x and coords hold there does not matter.
+            layers: give these of what ``all_layer_embed`` gives, indices as into a list of it. Blocks after the last of them are
+                not computed.
 
         Returns:
             ``[(B, C)]``: ``norm(encoder_norm(...))`` of the class token, or of the tiles' mean with ``global_pool``; with
             ``all_layer_embed`` layers + 1 of them.
 
         Raises:
-            TypeError, ValueError: wrong types, shapes or devices; coordinates outside the grid; ``global_pool`` of no tile.
+            TypeError, ValueError: wrong types, shapes or devices; coordinates outside the grid; ``global_pool`` of no tile;
+                layers that there are not.
         """
         check_slides(x, coords, padding_mask, self.patch_embed)
+        states = len(self.blocks) + 1
+        chosen: Layers = None
+        if layers is not None:
+            chosen = check_layers(layers, states)
+        elif all_layer_embed:
+            chosen = tuple(range(states))
         if padding_mask is None:
-            return self._encode(x, coords, all_layer_embed)
+            return self._encode(x, coords, chosen)
         empty = x.new_empty(0, self.config.dim)
-        outcomes = [[empty] for _ in range(len(self.blocks) + 1 if all_layer_embed else 1)]
+        outcomes = [[empty] for _ in range(1 if chosen is None else len(chosen))]
         order: list[Tensor] = []
         for rows, place in batched_slides(padding_mask):
             order.append(rows)
-            for found, one in zip(
-                outcomes, self._encode(x[rows, place], coords[rows, place], all_layer_embed), strict=True
-            ):
+            for found, one in zip(outcomes, self._encode(x[rows, place], coords[rows, place], chosen), strict=True):
                 found.append(one)
         if not order:
             return [found[0] for found in outcomes]
@@ -237,6 +261,9 @@ class SlideEncoder(nn.Module):
 
         Exact: the weight of the tile in the class token's softmax over all branches. What is missing to 1 is the class
         token's attention to itself. Absent tiles have 0. Arguments and errors as in :meth:`forward`.
+
+        Raises:
+            ValueError: also for a block, or its attention, that was wrapped or replaced: its queries and keys are not known.
         """
         check_slides(x, coords, padding_mask, self.patch_embed)
         if padding_mask is None:
@@ -249,36 +276,69 @@ class SlideEncoder(nn.Module):
                 weights[:, row].index_copy_(2, place[number], found[:, number])
         return weights
 
-    def _encode(self, x: Tensor, coords: Tensor, all_layer_embed: bool) -> list[Tensor]:
+    def _encode(self, x: Tensor, coords: Tensor, layers: Layers) -> list[Tensor]:
         if self.global_pool and not x.shape[1]:
             raise ValueError(
                 "global_pool=True of a slide without tiles: their mean does not exist, expected at least one"
             )
-        return encode(self, self._slide(x, coords, whole=False), all_layer_embed)
+        return encode(self, self._slide(x, coords, layers), layers)
 
     def _weights(self, x: Tensor, coords: Tensor) -> Tensor:
-        slide = self._slide(x, coords, whole=True)
-        assert slide.times is not None
-        x, outside = embed(self, slide)
-        Check(outside).finish(coords, self.tile_size, self.slide_ngrids)
-        found = []
         for number, block in enumerate(self.blocks):
-            assert isinstance(block, Block)
-            found.append(class_token_weights(block, x, slide.times)[0][:, :, 1:])
-            if number + 1 < len(self.blocks):
-                x, _ = run_layers([block], x, (0.0,), "none")
+            known = isinstance(block, SlideBlock) and type(block).forward is SlideBlock.forward
+            if not (known and "forward" not in block.__dict__ and is_separable(block.attention)):
+                raise ValueError(
+                    f"blocks[{number}] is a {type(block).__name__} that was wrapped, replaced or changed, or its attention was: "
+                    "attention_weights finds no queries and keys there; expected the encoder's own"
+                )
+        kind = torch.promote_types(self.cls_token.dtype, torch.float32)
+        length, device = 1 + x.shape[1], x.device
+        x, outside = embed(self, Slide(x, coords, self._table(device), None, None))
+        Check(outside).finish(coords, self.tile_size, self.slide_ngrids)
+        found: list[Tensor] = []
+        for number, block in enumerate(self.blocks, 1):
+            attention = block.attention
+            times = log_times(attention.pattern, attention.heads, length, device, kind)  # type: ignore[union-attr, arg-type]
+
+            def record(query: Tensor, key: Tensor, times: Tensor = times) -> None:
+                found.append(first_token_weights(query, key, times)[:, :, 1:])
+
+            last = number == len(self.blocks) and gives_first_row(block)
+            x = block(x, times=times, record=record) if last else block(x, record=record)
         return torch.stack(found)
 
-    def _slide(self, x: Tensor, coords: Tensor, whole: bool) -> Slide:
-        """What the layers are given; ``whole`` for all that the class token attends to in any layer."""
-        table = axis_table(self.slide_ngrids, self.config.dim // 2, self.cls_token.dtype, x.device)
-        if self.global_pool and not whole:
+    def _table(self, device: torch.device) -> Tensor:
+        return axis_table(self.slide_ngrids, self.config.dim // 2, self.cls_token.dtype, device)
+
+    def _slide(self, x: Tensor, coords: Tensor, layers: Layers) -> Slide:
+        """What the layers are given."""
+        table, count = self._table(x.device), last_layer(self, layers)
+        last = self.blocks[count - 1] if count else None
+        if self.global_pool or not isinstance(last, SlideBlock) or not gives_first_row(last):
             return Slide(x, coords, table, None, None)
-        attention, length = self.blocks[0].attention, 1 + x.shape[1]
-        assert isinstance(attention, DilatedAttention)
-        shape = (attention.pattern, self.config.heads, length, x.device)
+        attention, length = last.attention, 1 + x.shape[1]
+        shape = (attention.pattern, attention.heads, length, x.device)
+        kind = torch.promote_types(self.cls_token.dtype, torch.float32)
+        # How many tokens are read depends on the length: not known where torch traces.
+        if count == 1 or is_traced():
+            return Slide(x, coords, table, None, log_times(*shape, kind))
         some = read_by_first_token(*shape)
         # Compiled, all sizes are to be one graph.
-        partly = not whole and len(self.blocks) > 1 and (self.compiled or len(some) < length)
-        kind = torch.promote_types(self.cls_token.dtype, torch.float32)
+        partly = self.compiled or len(some) < length
         return Slide(x, coords, table, some if partly else None, log_times(*shape, kind, partly))
+
+
+def _check_recompute(value: str) -> None:
+    if value not in RECOMPUTE:
+        raise ValueError(f"recompute={value!r} is unknown: expected one of {RECOMPUTE}")
+
+
+def check_layers(layers: Sequence[int], states: int) -> tuple[int, ...]:
+    """Indices of read-outs, counted from 0.
+
+    Raises:
+        ValueError: none, or one that there is not.
+    """
+    if not layers or any(not -states <= layer < states for layer in layers):
+        raise ValueError(f"layers={tuple(layers)}: expected indices of the {states} read-outs, at least one")
+    return tuple(layer % states for layer in layers)

@@ -10,19 +10,22 @@ the masks always. On a GPU these norms' results are not kept, see :mod:`longnet.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from longnet.attention import DilatedAttention
 from longnet.compat.attention import torchscale_pattern_attention
 from longnet.fused import can_draw, keep_masks
 from longnet.gigapath.readout import first_token_weights
+from longnet.models import LongNetConfig
 from longnet.models.layers import Block, feed_residual
-from longnet.models.normed import normalise, project_normed, project_residual
+from longnet.models.normed import is_as_its_class, normalise, project_normed, project_residual
+from longnet.norm import PartialNorm
 
 Recompute = Literal["ffn", "block", "elementwise", "none"]
 RECOMPUTE: tuple[str, ...] = get_args(Recompute)
@@ -30,124 +33,180 @@ RECOMPUTE: tuple[str, ...] = get_args(Recompute)
 # Tokens at a time after attention: enough to fill any device, few enough for its widest activations not to count.
 _CHUNK = 16_384
 
-Scales = tuple[Tensor | None, ...]
+Scales = tuple[Tensor | None, Tensor | None]
 Masks = tuple[Tensor | None, Tensor | None]
-Pool = Callable[[Tensor], Tensor]
+Record = Callable[[Tensor, Tensor], None]
 
 
-def run_layers(
-    blocks: Sequence[Block],
-    x: Tensor,
-    drop_paths: Sequence[float],
-    recompute: Recompute,
-    pool: Pool | None = None,
-    read: Tensor | None = None,
-) -> tuple[Tensor, list[Tensor]]:
-    """x (B, N, C) through layers, and what ``pool`` makes of each one's result.
+class SlideBlock(Block):
+    """A block of the slide encoder: x (B, N, C) -> (B, N, C). All that a pass computes of a layer, it computes by this call.
 
     Args:
-        read: the positions that the first token attends to in the layer that follows, see
-            :func:`longnet.gigapath.readout.read_by_first_token`, where the result is to have no others; None for all.
-        drop_paths: probability of leaving out a residual branch of a sample in training, by layer.
-        recompute: what the backward pass computes again: ``"ffn"`` all after attention, ``"block"`` all, ``"elementwise"``
-            what is no matrix product, ``"none"`` nothing.
+        config, layer, device, dtype: as of :class:`longnet.models.layers.Block`.
+        drop_path: probability of leaving out a residual branch of a sample in training.
+
+    Attributes:
+        recompute: what the backward pass computes again: ``"ffn"`` all after attention, ``"block"`` all, ``"elementwise"`` what
+            is no matrix product, ``"none"`` nothing.
     """
-    pooled = []
-    for number, (block, drop_path) in enumerate(zip(blocks, drop_paths, strict=True), 1):
-        scales = _scales(block, x, drop_path)
-        wanted = read if number == len(blocks) else None
-        kept = _masks(block, x, x.shape[1] if wanted is None else len(wanted))
-        if recompute == "block" and torch.is_grad_enabled():
-            x = checkpoint(_layer, block, x, scales, kept, "none", wanted, use_reentrant=False)
+
+    def __init__(
+        self,
+        config: LongNetConfig,
+        layer: int = 0,
+        drop_path: float = 0.0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(config, layer, device=device, dtype=dtype)
+        self.drop_path = drop_path
+        self.recompute: Recompute = "none"
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, *, rows: Tensor | None = None, times: Tensor | None = None, record: Record | None = None
+    ) -> Tensor:
+        """The block's result.
+
+        Args:
+            rows: (R,) int64, the rows to give, (B, R, C), None for all. The first token of the next layer attends to no others,
+                see :func:`longnet.gigapath.readout.read_by_first_token`.
+            times: :func:`longnet.gigapath.readout.log_times` of the tokens in x. Row 0 alone is given, (B, 1, C), and x need
+                hold no tokens but those that the first one attends to. Only where :func:`gives_first_row`.
+            record: called with the query of the first token (B, heads, 1, D) and all keys. Only where :func:`is_separable`.
+        """
+        scales = self._scales(x)
+        if times is not None:
+            return self._first_row(x, times, scales, record)
+        masks = self._masks(x, x.shape[1] if rows is None else len(rows))
+        if self.recompute == "block" and torch.is_grad_enabled():
+            return checkpoint(self._rows, x, rows, scales, masks, "none", record, use_reentrant=False)
+        return self._rows(x, rows, scales, masks, self.recompute, record)
+
+    def _first_row(self, x: Tensor, times: Tensor, scales: Scales, record: Record | None) -> Tensor:
+        attention, y = self.attention, normalise(self.attention_norm, x)
+        query, key, value = (
+            rows.unflatten(-1, (attention.heads, attention.head_dim)).transpose(1, 2)
+            for rows in (attention.q_proj(y[:, :1]), attention.k_proj(y), attention.v_proj(y))
+        )
+        if record is not None:
+            record(query, key)
+        weights = first_token_weights(query, key, times)
+        attended = (weights.to(value.dtype).unsqueeze(2) @ value).transpose(1, 2).flatten(-2)
+        return self._after(x[:, :1], attended, scales)
+
+    def _rows(
+        self,
+        x: Tensor,
+        rows: Tensor | None,
+        scales: Scales,
+        masks: Masks,
+        recompute: Recompute,
+        record: Record | None = None,
+    ) -> Tensor:
+        separable = is_separable(self.attention)
+        if separable:
+            x, attended = self._attend(x, rows is not None, record)
         else:
-            x = _layer(block, x, scales, kept, recompute, wanted)
-        if pool is not None:
-            pooled.append(pool(x))
-    return x, pooled
+            attended = self.attention(normalise(self.attention_norm, x))
+        if rows is not None:
+            x, attended = x.index_select(1, rows), attended.index_select(1, rows)
+        after: Callable[..., Tensor] = self._after
+        if recompute in ("ffn", "elementwise") and torch.is_grad_enabled():
+            options: dict[str, Any] = {} if recompute == "ffn" else {"context_fn": _keep_products}
+            # A module may draw numbers that is no dropout of ours.
+            random = self.training and not torch.compiler.is_compiling()
+            after = partial(checkpoint, self._after, use_reentrant=False, preserve_rng_state=random, **options)
+        if torch.compiler.is_compiling():
+            # The number of chunks would be part of what is compiled.
+            return after(x, attended, scales, masks, separable)
+        parts = zip(x.split(_CHUNK, dim=1), attended.split(_CHUNK, dim=1), strict=True)
+        outs = [after(*part, scales, masks, separable) for part in parts]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+
+    def _attend(self, x: Tensor, some: bool, record: Record | None) -> tuple[Tensor, Tensor]:
+        """(x, what the attention's last norm reads, (B, N, C)): a separable attention without what follows it."""
+        attention = self.attention
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        x, projected = project_residual(self.attention_norm, projections, x)
+        q, k, v = (one.unflatten(-1, (attention.heads, attention.head_dim)).transpose(1, 2) for one in projected)
+        if record is not None:
+            record(q[:, :, :1], k)
+        options = {"read_by_first": True} if some and attention.function is torchscale_pattern_attention else {}
+        out = attention.function(q, k, v, attention.pattern, is_causal=False, backend=attention.backend, **options)
+        assert isinstance(out, Tensor)
+        return x, out.transpose(1, 2).flatten(-2)
+
+    def _after(
+        self, x: Tensor, attended: Tensor, scales: Scales, masks: Masks = (None, None), separable: bool = True
+    ) -> Tensor:
+        attention = self.attention
+        if separable:
+            assert attention.sub_norm is not None
+            (attended,) = project_normed(attention.sub_norm, [attention.out_proj], attended)
+        branch = self._drop(attended, masks[0])
+        x = x + (branch if scales[0] is None else branch * scales[0])
+        x, fed = feed_residual(self.feed_forward, self.feed_forward_norm, x)
+        branch = self._drop(fed, masks[1])
+        return x + (branch if scales[1] is None else branch * scales[1])
+
+    def _masks(self, x: Tensor, tokens: int) -> Masks:
+        """What dropout keeps of so many tokens of each of the two branches; None where it is drawn when it is needed.
+
+        torch 2.11 cannot compile what is drawn inside of what is computed again: it loses sizes.
+        """
+        own = torch.compiler.is_compiling() and self.training and is_as_its_class(self.dropout, nn.Dropout)
+        if not (own and self.dropout.p > 0):
+            return None, None
+        shape = (2, x.shape[0], tokens, x.shape[2])
+        if can_draw(x.device):
+            kept = keep_masks(shape, self.dropout.p, x.device)
+        else:
+            kept = torch.rand(shape, device=x.device) >= self.dropout.p
+        return kept[0], kept[1]
+
+    def _drop(self, branch: Tensor, kept: Tensor | None) -> Tensor:
+        """The block's dropout, of a mask that is there already or else drawn here."""
+        if kept is None:
+            dropped: Tensor = self.dropout(branch)
+            return dropped
+        return branch * kept * (1.0 / (1.0 - self.dropout.p)) if self.dropout.p < 1.0 else branch * 0.0
+
+    def _scales(self, x: Tensor) -> Scales:
+        """For each of the two branches 0 or 1 / (1 - p) for every sample, (B, 1, 1); None where nothing is dropped."""
+        if self.drop_path == 0.0 or not self.training:
+            return None, None
+        kept = torch.rand(2, x.shape[0], 1, 1, device=x.device) >= self.drop_path
+        first, second = (kept.to(x.dtype) / (1.0 - self.drop_path)).unbind()
+        return first, second
 
 
-def run_last_layer(block: Block, x: Tensor, times: Tensor, drop_path: float) -> Tensor:
-    """x (B, N, C) through the last layer, of whose result only the class token is read: (B, 1, C).
-
-    Args:
-        times: see :func:`class_token_weights`.
-    """
-    scales = _scales(block, x, drop_path)
-    weights, y = class_token_weights(block, x, times)
-    value = block.attention.v_proj(y).unflatten(-1, (block.attention.heads, -1)).transpose(1, 2)
-    attended = (weights.to(value.dtype).unsqueeze(2) @ value).transpose(1, 2).flatten(-2)
-    return _after(block, x[:, :1], attended, scales)
+def gives_rows(block: nn.Module) -> bool:
+    """Whether ``block(x, rows=...)`` gives some rows. What wraps a block, replaces it or has hooks gets ``block(x)``."""
+    return is_as_its_class(block, SlideBlock)
 
 
-def class_token_weights(block: Block, x: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-    """(what the class token attends to, (B, heads, N), see :mod:`longnet.gigapath.readout`; what the projections read).
+def gives_first_row(block: nn.Module) -> bool:
+    """Whether ``block(x, times=...)`` gives the first row."""
+    return isinstance(block, SlideBlock) and gives_rows(block) and is_separable(block.attention)
 
-    Args:
-        times: :func:`longnet.gigapath.readout.log_times` of the tokens that x has.
-    """
-    attention, y = block.attention, normalise(block.attention_norm, x)
-    query, key = (
-        rows.unflatten(-1, (attention.heads, attention.head_dim)).transpose(1, 2)
-        for rows in (attention.q_proj(y[:, :1]), attention.k_proj(y))
+
+def is_separable(attention: Tensor | nn.Module) -> bool:
+    """Whether the attention's modules called one by one compute what its own call computes."""
+    return (
+        isinstance(attention, DilatedAttention)
+        and is_as_its_class(attention, DilatedAttention)
+        and not attention.causal
+        and attention.distributed is False
+        and attention.q_norm is None
+        and attention.xpos is None
+        and attention.rel_pos_bias is None
+        and attention.sub_norm is not None
+        and not isinstance(attention.sub_norm, PartialNorm)
+        and attention.heads == attention.kv_heads
+        and is_as_its_class(attention.dropout, nn.Dropout)
+        and attention.dropout.p == 0.0
     )
-    return first_token_weights(query, key, times), y
-
-
-def _layer(block: Block, x: Tensor, scales: Scales, kept: Masks, recompute: Recompute, read: Tensor | None) -> Tensor:
-    attention = block.attention
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    x, projected = project_residual(block.attention_norm, projections, x)
-    q, k, v = (rows.unflatten(-1, (attention.heads, attention.head_dim)).transpose(1, 2) for rows in projected)
-    some = {"read_by_first": True} if read is not None and attention.function is torchscale_pattern_attention else {}
-    out = attention.function(q, k, v, attention.pattern, is_causal=False, backend=attention.backend, **some)
-    assert isinstance(out, Tensor)
-    attended = out.transpose(1, 2).flatten(-2)
-    if read is not None:
-        x, attended = x.index_select(1, read), attended.index_select(1, read)
-    after = _after
-    if recompute in ("ffn", "elementwise") and torch.is_grad_enabled():
-        options: dict[str, Any] = {} if recompute == "ffn" else {"context_fn": _keep_products}
-        random = block.training and block.dropout.p > 0 and kept[0] is None
-        after = partial(checkpoint, _after, use_reentrant=False, preserve_rng_state=random, **options)
-    if torch.compiler.is_compiling():
-        # The number of chunks would be part of what is compiled.
-        return after(block, x, attended, scales, kept)
-    parts = zip(x.split(_CHUNK, dim=1), attended.split(_CHUNK, dim=1), strict=True)
-    outs = [after(block, *part, scales) for part in parts]
-    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
-
-
-def _after(block: Block, x: Tensor, attended: Tensor, scales: Scales, kept: Masks = (None, None)) -> Tensor:
-    attention = block.attention
-    assert attention.sub_norm is not None
-    branch = _dropout(block, project_normed(attention.sub_norm, [attention.out_proj], attended)[0], kept[0])
-    x = x + (branch if scales[0] is None else branch * scales[0])
-    x, fed = feed_residual(block.feed_forward, block.feed_forward_norm, x)
-    branch = _dropout(block, fed, kept[1])
-    return x + (branch if scales[1] is None else branch * scales[1])
-
-
-def _masks(block: Block, x: Tensor, tokens: int) -> Masks:
-    """What dropout keeps of so many tokens of each of the two branches; None where it is drawn when it is needed.
-
-    torch 2.11 cannot compile what is drawn inside of what is computed again: it loses sizes.
-    """
-    if not (torch.compiler.is_compiling() and block.training and block.dropout.p > 0):
-        return None, None
-    shape = (2, x.shape[0], tokens, x.shape[2])
-    drawn = can_draw(x.device)
-    kept = (
-        keep_masks(shape, block.dropout.p, x.device) if drawn else torch.rand(shape, device=x.device) >= block.dropout.p
-    )
-    return kept[0], kept[1]
-
-
-def _dropout(block: Block, branch: Tensor, kept: Tensor | None) -> Tensor:
-    """The block's dropout, of a mask that is there already or else drawn here."""
-    if kept is None:
-        dropped: Tensor = block.dropout(branch)
-        return dropped
-    return branch * kept * (1.0 / (1.0 - block.dropout.p)) if block.dropout.p < 1.0 else branch * 0.0
 
 
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
@@ -158,12 +217,3 @@ def _policy(_: Any, op: Any, *args: Any, **options: Any) -> CheckpointPolicy:
 
 
 _keep_products = partial(create_selective_checkpoint_contexts, _policy)
-
-
-def _scales(block: Block, x: Tensor, drop_path: float) -> Scales:
-    """For each of the two branches 0 or 1 / (1 - p) for every sample, (B, 1, 1); None where nothing is dropped."""
-    if drop_path == 0.0 or not block.training:
-        return None, None
-    kept = torch.rand(2, x.shape[0], 1, 1, device=x.device) >= drop_path
-    first, second = (kept.to(x.dtype) / (1.0 - drop_path)).unbind()
-    return first, second

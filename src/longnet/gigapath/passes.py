@@ -8,15 +8,18 @@ from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longnet.gigapath.captured import Replays
-from longnet.gigapath.layer import run_last_layer, run_layers
-from longnet.gigapath.positions import Check, cells, position_embedding
-from longnet.models.layers import Block
+from longnet.gigapath.layer import gives_rows
+from longnet.gigapath.positions import Check, cells, check_cells, position_embedding
+from longnet.models.normed import hooks_of, is_as_its_class
 
 if TYPE_CHECKING:
     from longnet.gigapath.encoder import SlideEncoder
+
+Layers = tuple[int, ...] | None
+Flags = tuple[bool, ...] | None
 
 # A GPU is busy with longer slides for longer than a CPU takes to say what comes next: graphs gain nothing there.
 MOST_GRAPHED_TILES = 20_000
@@ -30,7 +33,7 @@ class Slide(NamedTuple):
         coords: (B, L, 2), in pixels.
         table: see :func:`longnet.gigapath.positions.axis_table`.
         read, times: the tokens that the class token attends to in the last layer, None for all, and their
-            :func:`longnet.gigapath.readout.log_times`; None where the mean over the tiles is read.
+            :func:`longnet.gigapath.readout.log_times`; None where all of the last layer is computed.
     """
 
     tiles: Tensor
@@ -40,46 +43,74 @@ class Slide(NamedTuple):
     times: Tensor | None
 
 
-def encode(model: SlideEncoder, slide: Slide, all_layer_embed: bool) -> list[Tensor]:
+def encode(model: SlideEncoder, slide: Slide, layers: Layers) -> list[Tensor]:
     """What :meth:`SlideEncoder.forward` gives for slides of one number of tiles.
+
+    Args:
+        layers: whose results to read out, 0 the embedding; None for the last with ``encoder_norm``.
 
     Raises:
         ValueError: a tile outside of the grid.
     """
     on_gpu = slide.tiles.is_cuda
-    x, outside = (compiled(embed) if model.compiled else embed)(model, slide)
-    check = Check(outside)
-    if not on_gpu:
+    hooks = _hooks(model) if model.compiled else ""
+    x, outside = (compiled(embed) if model.compiled else embed)(model, slide, hooks)
+    check = None if check_cells(outside) else Check(outside)
+    if check is not None and not on_gpu:
         check.finish(slide.coords, model.tile_size, model.slide_ngrids)
     run = compiled(read_out) if model.compiled else read_out
-    function = partial(_call, run, weakref.ref(model), slide.read, slide.times, all_layer_embed)
-    if model.compiled and model.cuda_graphs and on_gpu and slide.tiles.shape[1] <= MOST_GRAPHED_TILES:
-        found = REPLAYS.run(model, (all_layer_embed, _settings(model)), function, x)
+    pooled = _flags(layers)
+    function = partial(_call, run, weakref.ref(model), slide.read, slide.times, pooled, hooks)
+    graphed = model.compiled and model.cuda_graphs and on_gpu and slide.tiles.shape[1] <= MOST_GRAPHED_TILES
+    if graphed and _replays_all(model):
+        found = REPLAYS.run(model, (pooled, _settings(model)), function, x)
     else:
         found = function(x)
-    if on_gpu:
+    if check is not None and on_gpu:
         check.finish(slide.coords, model.tile_size, model.slide_ngrids)
-    return found
+    if layers is None:
+        return found
+    by_layer = dict(zip(sorted(set(layers)), found, strict=True))
+    return [by_layer[layer] for layer in layers]
 
 
 REPLAYS = Replays()
 
 
 def _call(
-    run: Any, model: Callable[[], SlideEncoder | None], read: Any, times: Any, all_layer_embed: bool, x: Tensor
+    run: Any, model: Callable[[], SlideEncoder | None], read: Any, times: Any, pooled: Flags, hooks: str, x: Tensor
 ) -> Any:
     """:func:`read_out`, without keeping the model alive."""
-    return run(model(), x, read, times, all_layer_embed)
+    return run(model(), x, read, times, pooled, hooks)
 
 
 def _settings(model: SlideEncoder) -> Hashable:
     """What :func:`read_out` depends on besides tensors."""
-    blocks = [(block.training, block.dropout.p) for block in model.blocks if isinstance(block, Block)]
-    return model.training, model.recompute, model.drop_paths, model.global_pool, tuple(blocks)
+    names = ("training", "p", "drop_path", "recompute", "chunk", "eps", "function")
+    modules = tuple(tuple(getattr(module, name, None) for name in names) for module in model.modules())
+    return model.global_pool, modules
 
 
-def embed(model: SlideEncoder, slide: Slide) -> tuple[Tensor, Tensor]:
-    """The class token and the tiles, (B, 1 + L, C), in the residual stream's dtype; whether a tile is outside of the grid."""
+def _hooks(model: SlideEncoder) -> str:
+    """The hooks of all modules within: torch.compile does not notice by itself that there are others than before."""
+    hooks = [(number, found) for number, module in enumerate(model.modules()) if (found := hooks_of(module))]
+    return str(hooks) if hooks else ""
+
+
+def _replays_all(model: SlideEncoder) -> bool:
+    """Whether a CUDA graph of the model does what its modules do: it replays no Python of hooks or of other people's modules."""
+    modules = list(model.modules())[1:]
+    ours = all(type(one).__module__.startswith(("longnet.", "torch.nn.modules.")) for one in modules)
+    return ours and all(is_as_its_class(one, type(one)) for one in modules)
+
+
+def embed(model: SlideEncoder, slide: Slide, hooks: str = "") -> tuple[Tensor, Tensor]:
+    """The class token and the tiles, (B, 1 + L, C), in the residual stream's dtype; whether a tile is outside of the grid.
+
+    Args:
+        hooks: see :func:`_hooks`.
+    """
+    _depend_on(hooks)
     cell, outside = cells(slide.coords, model.tile_size, model.slide_ngrids)
     x = model.patch_embed(slide.tiles) + position_embedding(cell, slide.table)
     start = model.cls_token.expand(x.shape[0], -1, -1).to(x.dtype)
@@ -88,25 +119,49 @@ def embed(model: SlideEncoder, slide: Slide) -> tuple[Tensor, Tensor]:
 
 
 def read_out(
-    model: SlideEncoder, x: Tensor, read: Tensor | None, times: Tensor | None, all_layer_embed: bool
+    model: SlideEncoder, x: Tensor, read: Tensor | None, times: Tensor | None, pooled: Flags, hooks: str = ""
 ) -> list[Tensor]:
-    """x (B, N, C), see :func:`embed`, through all layers and norms; the others as in :class:`Slide`."""
+    """x (B, N, C), see :func:`embed`, through layers and norms; the others as in :class:`Slide`.
+
+    Args:
+        pooled: whether to read out the embedding and each layer's result, up to the last layer that is computed; None as in
+            :func:`encode`. Of numbers torch.compile would make symbols.
+    """
+    _depend_on(hooks)
     pool = _mean_of_tiles if model.global_pool else _class_token
-    states = [pool(x)] if all_layer_embed else []
-    blocks = [block for block in model.blocks if isinstance(block, Block)]
-    # Of a single token nobody reads others of the layer before.
-    whole = len(blocks) if times is None else len(blocks) - 1
-    if whole:
-        pools = pool if all_layer_embed else None
-        x, pooled = run_layers(blocks[:whole], x, model.drop_paths[:whole], model.recompute, pools, read)
-        states += pooled
-    if times is not None:
-        x = run_last_layer(blocks[-1], x, times, model.drop_paths[-1])
-        if all_layer_embed:
+    blocks = list(model.blocks)[: len(model.blocks) if pooled is None else len(pooled) - 1]
+    states = [pool(x)] if pooled is not None and pooled[0] else []
+    for number, block in enumerate(blocks, 1):
+        x = _run_block(block, x, len(blocks) - number, read, times)
+        if pooled is not None and pooled[number]:
             states.append(pool(x))
-    if all_layer_embed:
+    if pooled is not None:
         return [model.norm(state) for state in states]
     return [model.norm(pool(model.encoder_norm(x)))]
+
+
+def _run_block(block: nn.Module, x: Tensor, following: int, read: Tensor | None, times: Tensor | None) -> Tensor:
+    """What is needed of a block's result when so many blocks follow."""
+    if times is not None and following == 0:
+        return block(x, times=times)
+    if read is not None and following == 1:
+        return block(x, rows=read) if gives_rows(block) else block(x).index_select(1, read)
+    return block(x)
+
+
+def last_layer(model: SlideEncoder, layers: Layers) -> int:
+    """How many blocks have to run."""
+    return len(model.blocks) if layers is None else max(layers)
+
+
+def _flags(layers: Layers) -> Flags:
+    return None if layers is None else tuple(number in layers for number in range(max(layers) + 1))
+
+
+def _depend_on(hooks: str) -> None:
+    """Have torch.compile compile anew where they differ: it looks at no argument that is not used."""
+    if hooks == "none":
+        raise AssertionError
 
 
 @lru_cache(maxsize=2)

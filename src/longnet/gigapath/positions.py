@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
+
+from longnet.backends.kept import is_traced, tensor_cache
 
 
 def cells(coords: Tensor, tile_size: int, grid: int) -> tuple[Tensor, Tensor]:
@@ -62,6 +62,17 @@ class Check:
         )
 
 
+def check_cells(outside: Tensor) -> bool:
+    """Whether the check of :func:`cells` is left to the graph that torch traces: it has no values to look at yet.
+
+    What is exported raises RuntimeError when it meets a tile outside of the grid.
+    """
+    if torch.compiler.is_exporting() or (is_traced() and not torch.compiler.is_compiling()):
+        torch._assert_async(~outside, "coords: a tile is outside of the grid")
+        return True
+    return False
+
+
 def position_embedding(cell: Tensor, table: Tensor) -> Tensor:
     """Cells (..., 2) to (..., C): the first half of the channels is from y, the second from x.
 
@@ -71,7 +82,7 @@ def position_embedding(cell: Tensor, table: Tensor) -> Tensor:
     return torch.cat((table[cell[..., 1]], table[cell[..., 0]]), dim=-1)
 
 
-@lru_cache(maxsize=4)
+@tensor_cache(4)
 def axis_table(grid: int, channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(grid, channels) of one axis: ``sin(p * omega)`` then ``cos(p * omega)``, ``omega_i = 10000 ** (-i / (channels / 2))``.
 
@@ -79,6 +90,6 @@ def axis_table(grid: int, channels: int, dtype: torch.dtype, device: torch.devic
     """
     with torch.inference_mode(False), torch.no_grad():
         half = channels // 2
-        omega = 10_000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
-        angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega
+        omega = 10_000.0 ** (-torch.arange(half, dtype=torch.float64, device="cpu") / half)
+        angle = torch.arange(grid, dtype=torch.float64, device="cpu")[:, None] * omega
         return torch.cat((angle.sin(), angle.cos()), dim=1).to(device, dtype)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+import sys
 
 import torch
 from torch import Tensor
 
+from longnet.backends.kept import tensor_cache
 from longnet.backends.operators import no_autocast
 from longnet.geometry import Pattern
 from longnet.geometry.first_token import first_keys
@@ -33,10 +34,10 @@ def first_token_weights(query: Tensor, key: Tensor, times: Tensor) -> Tensor:
 
 
 # Of one length at a time.
-@lru_cache(maxsize=2)
+@tensor_cache(2)
 def read_by_first_token(pattern: Pattern, heads: int, length: int, device: torch.device) -> Tensor:
     """The positions whose keys the first token sees in some head, rising, itself among them: no other is ever read."""
-    read = torch.zeros(length, dtype=torch.bool)
+    read = torch.zeros(length, dtype=torch.bool, device="cpu")
     for end, step in read_by_first(pattern, heads, length).runs:
         read[:end:step] = True
     with torch.inference_mode(False):
@@ -44,7 +45,7 @@ def read_by_first_token(pattern: Pattern, heads: int, length: int, device: torch
 
 
 # Of one length at a time, for all layers.
-@lru_cache(maxsize=2)
+@tensor_cache(2)
 def log_times(
     pattern: Pattern, heads: int, length: int, device: torch.device, dtype: torch.dtype, some: bool = False
 ) -> Tensor:
@@ -55,7 +56,9 @@ def log_times(
     """
     with torch.inference_mode(False), torch.no_grad():
         times = torch.zeros(heads, length, device=device, dtype=dtype)
-        for keys in first_keys(pattern, heads, length):
-            times[list(keys.heads), : keys.end : keys.step] += 1
+        place = torch.arange(length, device=device)
+        # Of the longest sequence: a length that torch traces has no value to compare.
+        for keys in first_keys(pattern, heads, sys.maxsize):
+            times[list(keys.heads)] += (place < keys.end) & (place % keys.step == 0)
         times = times.log_()
         return times[:, read_by_first_token(pattern, heads, length, device)] if some else times

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from longnet.fused import Norm, fits, normed_linear, residual_normed_linear
 from longnet.norm import LayerNorm
@@ -64,7 +65,7 @@ def _weights(linears: Sequence[Any]) -> list[tuple[Tensor, Tensor | None]]:
 
 def normalise(norm: nn.Module, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
     """What projections read of ``norm(x)``; under autocast cast once, instead of by each of them."""
-    y: Tensor = norm(x, key_padding_mask)
+    y: Tensor = norm(x) if key_padding_mask is None else norm(x, key_padding_mask)
     dtype = _autocast_dtype(x)
     return y if dtype is None or y.dtype == torch.float64 else y.to(dtype)
 
@@ -77,9 +78,15 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def is_as_its_class(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the module does what that class does and no more."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    # accelerate puts its own forward into the module.
-    return type(module) is kind and not hooks and "forward" not in module.__dict__
+    # Who replaces ``forward`` of one module (accelerate, say) or compiles it in place leaves its class as it is.
+    changed = "forward" in module.__dict__ or module._compiled_call_impl is not None
+    return type(module) is kind and not (changed or hooks_of(module) or _has_any_global_hook())
+
+
+def hooks_of(module: nn.Module) -> list[int]:
+    """The numbers of the hooks that a call of the module runs; torch gives every hook a number of its own."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return [number for some in hooks for number in some]
 
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
