@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longnet.gigapath.encoder import SlideEncoder
+from longnet.gigapath.encoder import SlideEncoder, check_layers
 
 Setting = Literal["multi_class", "multi_label", "binary"]
 SETTINGS: tuple[Setting, ...] = get_args(Setting)
@@ -19,7 +19,8 @@ class SlideHead(nn.Module):
     """An encoder and a linear layer on the concatenated read-outs of some of its layers: slides to (B, outputs).
 
     Args:
-        encoder: trained along, unless ``freeze``.
+        encoder: trained along, unless ``freeze``. What the read-outs do not depend on gets ``requires_grad=False``: its
+            ``encoder_norm``, and the blocks after the last of ``layers``, which are not computed.
         outputs: numbers per slide.
         layers: read-outs to concatenate, indices into what ``all_layer_embed=True`` gives (0 the embedding, -1 the last).
         freeze: train the linear layer alone; the encoder then stays in evaluation mode.
@@ -38,12 +39,15 @@ class SlideHead(nn.Module):
             raise TypeError(f"outputs={outputs!r} has type {type(outputs).__name__}: expected an int")
         if outputs < 1:
             raise ValueError(f"outputs={outputs}: expected at least 1")
-        states = encoder.config.layers + 1
-        if not layers or any(not -states <= layer < states for layer in layers):
-            raise ValueError(f"layers={tuple(layers)}: expected indices of the {states} read-outs, at least one")
+        last = max(check_layers(layers, len(encoder.blocks) + 1))
         self.encoder, self.layers, self.freeze = encoder, tuple(layers), freeze
         if freeze:
             encoder.requires_grad_(False).eval()
+        # DistributedDataParallel waits for the gradient of every parameter that requires one.
+        for unused in (encoder.encoder_norm, encoder.blocks[last:]):
+            unused.requires_grad_(False)
+        if last == 0:
+            (encoder.cls_token if encoder.global_pool else encoder.patch_embed).requires_grad_(False)
         weight = encoder.cls_token
         self.linear = nn.Linear(len(self.layers) * weight.shape[-1], outputs, device=weight.device, dtype=weight.dtype)
 
@@ -56,8 +60,8 @@ class SlideHead(nn.Module):
     def forward(self, x: Tensor, coords: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """(B, outputs); arguments and errors as :meth:`SlideEncoder.forward`."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
-            states = self.encoder(x, coords, True, padding_mask)
-        return self.linear(torch.cat([states[layer] for layer in self.layers], dim=-1))
+            states = self.encoder(x, coords, True, padding_mask, layers=self.layers)
+        return self.linear(torch.cat(states, dim=-1))
 
 
 class ClassificationHead(SlideHead):
