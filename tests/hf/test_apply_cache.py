@@ -10,6 +10,7 @@ from apply_models import DECODERS, inputs, logits, make
 from transformers import DynamicCache
 
 from longnet.hf import BoundedCache, apply
+from longnet.hf.bounded import CACHE
 
 SEGMENTS, RATES = (8, 24), (1, 3)
 
@@ -26,7 +27,7 @@ def test_chunks_give_the_logits_of_one_forward(name: str, layers: Any, kind: str
     expected = logits(model, {"input_ids": ids}, use_cache=False)
     cache = BoundedCache(model) if kind == "bounded" else DynamicCache(config=model.config)
     chunks = ids.split([13, 1, 1, 20, 15], 1)
-    got = torch.cat([logits(model, {"input_ids": chunk}, past_key_values=cache) for chunk in chunks], 1)
+    got = torch.cat([logits(model, {"input_ids": chunk}, **{CACHE: cache}) for chunk in chunks], 1)
     assert (got - expected).abs().max() < 1e-9
     assert cache.get_seq_length() == 50
 
@@ -41,7 +42,7 @@ def test_left_padding_goes_through_both_caches() -> None:
         for chunk in ids.split([13, 1, 1, 20, 15], 1):
             stop += chunk.shape[1]
             given = {"input_ids": chunk, "attention_mask": real[:, :stop]}
-            got.append(logits(model, given, past_key_values=cache))
+            got.append(logits(model, given, **{CACHE: cache}))
         assert (torch.cat(got, 1) - expected)[real.bool()].abs().max() < 1e-9
 
 
@@ -81,16 +82,16 @@ def test_the_cache_does_not_grow_and_goes_on() -> None:
     model, ids = dilated("llama"), inputs("llama")["input_ids"]
     five, more, all_ = ({"max_new_tokens": n, "min_new_tokens": n, "do_sample": False} for n in (5, 60, 65))
     out = model.generate(ids, return_dict_in_generate=True, **five)
-    cache = out.past_key_values
+    cache = out[CACHE]
     assert isinstance(cache, BoundedCache)
     size = cache.nbytes
     assert size > 0
-    longer = model.generate(out.sequences, past_key_values=cache, **more)
+    longer = model.generate(out.sequences, **{CACHE: cache}, **more)
     assert cache.nbytes == size and cache.get_seq_length() == 50 + 5 + 60 - 1
     assert torch.equal(longer, model.generate(ids, use_cache=False, **all_))
     cache.reset()
     assert cache.get_seq_length() == 0
-    assert torch.equal(model.generate(ids, past_key_values=cache, **five), out.sequences)
+    assert torch.equal(model.generate(ids, **{CACHE: cache}, **five), out.sequences)
 
 
 def test_generate_works_under_autocast() -> None:
@@ -98,17 +99,17 @@ def test_generate_works_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         out = model.generate(ids, max_new_tokens=9, do_sample=False, return_dict_in_generate=True)
         expected = logits(model, {"input_ids": ids}, use_cache=False)[:, -1]
-        got = logits(model, {"input_ids": ids}, past_key_values=BoundedCache(model))[:, -1]
-    assert out.past_key_values.layers[0].cache.dtype == torch.bfloat16
+        got = logits(model, {"input_ids": ids}, **{CACHE: BoundedCache(model)})[:, -1]
+    assert out[CACHE].layers[0].cache.dtype == torch.bfloat16
     assert (got - expected).abs().max() < 0.05
 
 
 def test_a_cache_of_its_own_is_taken() -> None:
     model, ids = dilated("llama"), inputs("llama")["input_ids"]
     out = model.generate(
-        ids, max_new_tokens=3, past_key_values=DynamicCache(config=model.config), return_dict_in_generate=True
+        ids, max_new_tokens=3, **{CACHE: DynamicCache(config=model.config)}, return_dict_in_generate=True
     )
-    assert isinstance(out.past_key_values, DynamicCache)
+    assert isinstance(out[CACHE], DynamicCache)
 
 
 def test_what_a_cache_cannot_hold_is_refused() -> None:
@@ -120,25 +121,25 @@ def test_what_a_cache_cannot_hold_is_refused() -> None:
     with pytest.raises(ValueError, match="attends to later tokens"):
         BoundedCache(apply(make("bert"), 8, 1))
     with pytest.raises(ValueError, match="requires a gradient and a cache holds no graph"):
-        model(input_ids=ids, past_key_values=BoundedCache(model))
+        model(input_ids=ids, **{CACHE: BoundedCache(model)})
     positions = torch.cat([torch.arange(20), torch.arange(30)])[None]
     with pytest.raises(ValueError, match="a cache holds one document a row"):
-        logits(model, {"input_ids": ids}, position_ids=positions, past_key_values=BoundedCache(model))
+        logits(model, {"input_ids": ids}, position_ids=positions, **{CACHE: BoundedCache(model)})
     dynamic = DynamicCache(config=model.config)
-    logits(model, {"input_ids": ids}, past_key_values=dynamic)
+    logits(model, {"input_ids": ids}, **{CACHE: dynamic})
     with pytest.raises(ValueError, match="a cache holds one document a row"):
-        logits(model, {"input_ids": ids}, position_ids=positions, past_key_values=dynamic)
+        logits(model, {"input_ids": ids}, position_ids=positions, **{CACHE: dynamic})
     real = torch.ones_like(ids)
     real[0, -3:] = 0
     with pytest.raises(ValueError, match="a stream takes padding before a row's first real token only"):
-        logits(model, {"input_ids": ids, "attention_mask": real}, past_key_values=BoundedCache(model))
+        logits(model, {"input_ids": ids, "attention_mask": real}, **{CACHE: BoundedCache(model)})
 
 
 def test_a_bounded_cache_in_another_model_is_noticed() -> None:
     cache, other, ids = BoundedCache(dilated("llama")), make("llama").double(), inputs("llama")["input_ids"]
-    logits(other, {"input_ids": ids}, past_key_values=cache)
+    logits(other, {"input_ids": ids}, **{CACHE: cache})
     with pytest.raises(ValueError, match="tokens that no attention has read"):
-        logits(other, {"input_ids": ids[:, :1]}, past_key_values=cache)
+        logits(other, {"input_ids": ids[:, :1]}, **{CACHE: cache})
 
 
 @pytest.mark.parametrize("layers", [None, [1]])
@@ -147,15 +148,15 @@ def test_a_forward_that_raised_between_two_layers_is_noticed(read: int, layers: 
     model, ids = dilated("llama", layers=layers), inputs("llama")["input_ids"]
     cache = BoundedCache(model)
     if read:
-        logits(model, {"input_ids": ids[:, :read]}, past_key_values=cache)
+        logits(model, {"input_ids": ids[:, :read]}, **{CACHE: cache})
     handle = model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        logits(model, {"input_ids": ids[:, read:40]}, past_key_values=cache)
+        logits(model, {"input_ids": ids[:, read:40]}, **{CACHE: cache})
     handle.remove()
     for _ in range(2):
         with pytest.raises(ValueError, match=rf"layer 1 of the cache stands at position {read} and an earlier one at"):
-            logits(model, {"input_ids": ids[:, read:]}, past_key_values=cache)
+            logits(model, {"input_ids": ids[:, read:]}, **{CACHE: cache})
     if layers is None:
         cache.reset()
-        got = logits(model, {"input_ids": ids}, past_key_values=cache)
+        got = logits(model, {"input_ids": ids}, **{CACHE: cache})
         assert (got - logits(model, {"input_ids": ids}, use_cache=False)).abs().max() < 1e-9

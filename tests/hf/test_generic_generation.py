@@ -15,6 +15,8 @@ from longnet_models import VOCABULARY, make, tokens
 from torch import Tensor
 from transformers import GenerationMixin, StoppingCriteria, set_seed
 
+from longnet.hf.bounded import CACHE
+
 # Their test: our test in this module, or the reason why there is none.
 CHECKS = {
     "test_assisted_decoding_matches_greedy_search_0_random": "test_assisted_is_greedy",
@@ -207,7 +209,7 @@ def test_it_goes_on_from_a_cache(model: Any, given: str) -> None:
     begun = generate(model, ids, max_new_tokens=6, min_new_tokens=6, **options)
     cache = copy.deepcopy(begun.past_key_values)
     assert cache.get_seq_length() == LENGTH + 5
-    rest: dict[str, Any] = {"max_new_tokens": NEW - 6, "min_new_tokens": NEW - 6, "past_key_values": cache}
+    rest: dict[str, Any] = {"max_new_tokens": NEW - 6, "min_new_tokens": NEW - 6, CACHE: cache}
     if given == "all tokens":
         assert torch.equal(generate(model, begun.sequences, **rest), expected)
     elif given == "new tokens":

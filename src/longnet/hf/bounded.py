@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from longnet.geometry import Pattern
 from longnet.padding import warn_moved_rows
 from longnet.streaming import DilatedCache, stream_attention
 
+# What models and ``generate`` call their cache: ``past_key_values`` up to transformers 5.23, ``cache`` since.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 # A model hands the keys that a cache gave it to the attention function, and nothing else of the cache.
 _LAYER = "longnet_layer"
 

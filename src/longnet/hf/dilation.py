@@ -19,7 +19,7 @@ from longnet.functional import warn_uncovered
 from longnet.geometry import HeadOffsets, Pattern
 from longnet.hf import saving
 from longnet.hf.attend import ATTRIBUTE, NAME, Dilation, register
-from longnet.hf.bounded import BoundedLayer
+from longnet.hf.bounded import CACHE, BoundedLayer
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -269,13 +269,13 @@ def _prepare_cache(
 ) -> Any:
     """``generate`` asks for its cache here: a bounded one, where nothing else is asked for and nothing is rolled back."""
     if (
-        model_kwargs.get("past_key_values") is None
+        model_kwargs.get(CACHE) is None
         and generation_config.use_cache is not False
         and generation_config.cache_implementation is None
         and generation_mode != GenerationMode.ASSISTED_GENERATION
         and not getattr(generation_config, "is_assistant", False)
     ):
-        model_kwargs["past_key_values"] = BoundedCache(self)
+        model_kwargs[CACHE] = BoundedCache(self)
         return None
     return type(self)._prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, *rest, **options

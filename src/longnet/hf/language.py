@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
 from transformers.utils.generic import can_return_tuple
 
 from longnet.compress import quantization
+from longnet.hf.bounded import CACHE
 from longnet.hf.cache import LongNetCache
 from longnet.hf.configuration import LongNetConfig
 from longnet.hf.inputs import as_int64
@@ -91,7 +92,7 @@ class LongNetForCausalLM(_WithHead, GenerationMixin):
                 logits=logits, labels=as_int64(labels), vocab_size=self.config.vocab_size, **kwargs
             )
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
+            loss=loss, logits=logits, hidden_states=out.hidden_states, **{CACHE: out.get(CACHE)}
         )
 
     def _prepare_cache_for_generation(  # type: ignore[override]
@@ -103,9 +104,9 @@ class LongNetForCausalLM(_WithHead, GenerationMixin):
         max_cache_length: int,
     ) -> None:
         """What ``generate`` calls for its cache: a bounded one instead of transformers' own."""
-        given, kind = model_kwargs.get("past_key_values"), generation_config.cache_implementation
+        given, kind = model_kwargs.get(CACHE), generation_config.cache_implementation
         if given is not None and kind is not None:
-            raise ValueError(f"cache_implementation={kind!r} and past_key_values given: expected one of them")
+            raise ValueError(f"cache_implementation={kind!r} and {CACHE} given: expected one of them")
         if given is not None:
             given._is_user_defined = True
             return
@@ -123,7 +124,7 @@ class LongNetForCausalLM(_WithHead, GenerationMixin):
         cache = LongNetCache(max_cache_length if kind == "static" else None)
         if generation_config.is_assistant:
             cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
+        model_kwargs[CACHE] = cache
 
     def to_longnet(self) -> LongNetLM:
         """The plain model with the same parameters, shared and not copied: what changes in one changes in the other."""

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from longnet.hf.bounded import CACHE
 from longnet.hf.cache import LongNetCache
 from longnet.hf.configuration import LongNetConfig
 from longnet.hf.inputs import as_int64, documents_of, padding_of, refuse_unknown
@@ -23,7 +24,7 @@ class LongNetPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     # Attention is LongNet's own: there is nothing to choose.
     _supports_sdpa = False
     _supports_attention_backend = False
@@ -98,7 +99,8 @@ class LongNetModel(LongNetPreTrainedModel):
         refuse_unknown(kwargs, position_ids)
         x = self._embedded(input_ids, inputs_embeds)
         batch, length = x.shape[:2]
-        cache = self._cache(past_key_values, use_cache)
+        # transformers 5.24 calls it ``cache``.
+        cache = self._cache(kwargs.get("cache") if past_key_values is None else past_key_values, use_cache)
         past = 0 if cache is None else cache.get_seq_length()
         padding = padding_of(attention_mask, batch, length, past)
         documents = kwargs.get("cu_seq_lens_q")
@@ -118,7 +120,7 @@ class LongNetModel(LongNetPreTrainedModel):
             hidden = self.stack.run_blocks(x, padding, states=states)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=cache,
+            **{CACHE: cache},
             hidden_states=None if states is None else (*states, hidden),
         )
 
