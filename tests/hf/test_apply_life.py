@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +81,117 @@ def test_load_refuses_other_folders(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_pushing_while_saving_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="push_to_hub=True"):
-        apply(make("llama"), SEGMENTS, RATES).save_pretrained(tmp_path / "new", push_to_hub=True)
-    assert not (tmp_path / "new").exists()
+def clip_classifier() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = clip().config
+    config.num_labels = 2
+    return transformers.CLIPForImageClassification(config).eval()
+
+
+class Wrapper(PreTrainedModel):
+    """A model of somebody's whose config does not hold that of its part."""
+
+    config_class = transformers.PretrainedConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.inner = make("llama")
+        self.post_init()
+
+
+@pytest.mark.parametrize(
+    ("whole", "part", "given"),
+    [
+        (lambda: make("llama"), "model", inputs("llama")),
+        (lambda: make("vit"), "vit", inputs("vit")),
+        (clip_classifier, "vision_model", {"pixel_values": torch.linspace(-1, 1, 192).reshape(1, 3, 8, 8)}),
+    ],
+    ids=["llama", "vit", "clip"],
+)
+def test_a_model_around_a_dilated_part_is_saved_dilated(whole: Any, part: str, given: Any, tmp_path: Path) -> None:
+    model = whole()
+    dense = logits(model, given)
+    apply(model.get_submodule(part), 2, 2)
+    expected = logits(model, given)
+    assert (expected - dense).abs().max() > 1e-4
+    model.save_pretrained(tmp_path)
+    for read in (type(model).from_pretrained, AutoConfig.from_pretrained, type(model.config).from_pretrained):
+        with pytest.raises(Exception, match=r"load this folder with longnet\.hf\.load"):
+            read(tmp_path)
+    again = load(tmp_path).eval()
+    assert type(again) is type(model) and torch.equal(logits(again, given), expected)
+    restore(model.get_submodule(part))
+    assert torch.equal(logits(model, given), dense)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path).eval(), given), dense)
+
+
+def test_a_model_whose_config_cannot_be_marked_is_not_saved(tmp_path: Path) -> None:
+    outer = Wrapper(transformers.PretrainedConfig())
+    apply(outer.inner, SEGMENTS, RATES)
+    with pytest.raises(ValueError, match="Wrapper saves a config without that of its dilated part LlamaForCausalLM"):
+        outer.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+    outer.state_dict()
+    restore(outer.inner)
+    outer.save_pretrained(tmp_path)
+
+
+def test_a_config_alone_is_marked(tmp_path: Path) -> None:
+    model = apply(make("llama"), SEGMENTS, RATES)
+    model.config.save_pretrained(tmp_path)
+    copy.deepcopy(model.config).save_pretrained(tmp_path / "copy")
+    for folder in (tmp_path, tmp_path / "copy"):
+        with pytest.raises(Exception, match=r"load this folder with longnet\.hf\.load"):
+            AutoConfig.from_pretrained(folder)
+    assert copy.deepcopy(model.config) == model.config
+
+
+def test_another_attention_implementation_is_refused() -> None:
+    model, given = make("llama"), inputs("llama")
+    dense = logits(model, given)
+    apply(model.model, SEGMENTS, RATES)
+    expected = logits(model, given)
+    with pytest.raises(ValueError, match="attn_implementation='sdpa' in a dilated model would make it dense"):
+        model.model.set_attn_implementation("sdpa")
+    assert torch.equal(logits(model, given), expected)
+    # The model around knows nothing of it.
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="attn_implementation='eager' was set in a dilated model"):
+        logits(model, given)
+    restore(model.model)
+    assert torch.equal(logits(model, given), dense)
+    model.set_attn_implementation("eager")
+
+
+PICKLED = """
+import sys, torch
+folder = sys.argv[1]
+model, given, expected = torch.load(folder + "/model.pt", weights_only=False)
+with torch.no_grad():
+    assert torch.equal(model(**given).logits, expected)
+model.save_pretrained(folder + "/saved")
+out = model.generate(**given, max_new_tokens=3, return_dict_in_generate=True)
+print(type(list(out.values())[-1]).__name__)
+"""
+
+
+def test_a_pickled_model_is_dilated_in_another_process(tmp_path: Path) -> None:
+    model, given = apply(make("llama"), SEGMENTS, RATES), inputs("llama")
+    expected = logits(model, given)
+    torch.save((model, given, expected), tmp_path / "model.pt")
+    command = [sys.executable, "-c", PICKLED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "BoundedCache"
+    with pytest.raises(Exception, match=r"load this folder with longnet\.hf\.load"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(load(tmp_path / "saved").eval(), given), expected)
+    again = pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        again.lm_head.weight.mul_(2)
+    restore(again)
+    assert torch.equal(logits(model, given), expected)
 
 
 def test_a_restored_model_saves_as_before(tmp_path: Path) -> None:

@@ -49,12 +49,6 @@ class Dilation:
     original: str
 
 
-def register() -> None:
-    """Make both halves known to transformers: without a mask of the same name its models pass no mask at all."""
-    AttentionInterface.register(NAME, attention)
-    masks.register(NAME)
-
-
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -196,3 +190,9 @@ def _as_before(
             device=query.device,
         )
     return cast(Attended, function(module, query, key, value, made, **options))
+
+
+# On import, because a pickled model imports this module and does not call ``apply``. Without a mask of the same name
+# transformers' models pass no mask at all.
+AttentionInterface.register(NAME, attention)
+masks.register(NAME)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Sequence
-from types import MethodType
 from typing import Any, TypeVar
 
 import transformers
@@ -18,7 +17,7 @@ from longnet.backends import BACKENDS
 from longnet.functional import warn_uncovered
 from longnet.geometry import HeadOffsets, Pattern
 from longnet.hf import saving
-from longnet.hf.attend import ATTRIBUTE, NAME, Dilation, register
+from longnet.hf.attend import ATTRIBUTE, NAME, Dilation
 from longnet.hf.bounded import CACHE, BoundedLayer
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -127,11 +126,7 @@ def apply(
     config = found[0].config
     warn_uncovered(pattern, config.num_attention_heads)
 
-    register()
     original = config._attn_implementation
-    _set_implementation(model, config, NAME, original)
-    for number, module in enumerate(found):
-        setattr(module, ATTRIBUTE, Dilation(pattern if number in chosen else None, backend, original))
     entry = {
         "segment_lengths": list(pattern.segment_lengths),
         "dilation_rates": list(pattern.dilation_rates),
@@ -139,12 +134,19 @@ def apply(
         "head_offsets": head_offsets,
         "attention_layers": len(found),
     }
-    setattr(model.config, saving.ENTRY, entry)
-    # Bound, so that a copy of the model has its own. Encoders generate nothing.
-    model.__dict__.update(
-        {name: MethodType(own, model) for name, own in _METHODS.items() if hasattr(type(model), name)}
-    )
+    saving.mark(config, entry, model.config)
+    try:
+        _set_implementation(model, config, NAME, original)
+    except ValueError:
+        saving.unmark(config)
+        raise
+    for number, module in enumerate(found):
+        setattr(module, ATTRIBUTE, Dilation(pattern if number in chosen else None, backend, original))
+        module.register_forward_pre_hook(_check_implementation)
+    # Encoders generate nothing.
+    model.__dict__.update({name: _Own(model, name) for name in _METHODS if hasattr(type(model), name)})
     model.register_forward_pre_hook(_refuse_weights, with_kwargs=True)
+    model.register_state_dict_pre_hook(saving.refuse_unmarked)  # type: ignore[no-untyped-call]
     return model
 
 
@@ -155,16 +157,16 @@ def restore(model: Model) -> Model:
         ValueError: a model that is not dilated.
     """
     found = _dilated_layers(model)
-    original = getattr(found[0], ATTRIBUTE).original
-    _set_implementation(model, found[0].config, original, NAME)
-    for module in found:
-        delattr(module, ATTRIBUTE)
-    delattr(model.config, saving.ENTRY)
+    config, original = found[0].config, getattr(found[0], ATTRIBUTE).original
     for name in _METHODS:
         model.__dict__.pop(name, None)
-    # By function, not by its handle: a copy of a model has hooks of its own.
-    for number in [number for number, hook in model._forward_pre_hooks.items() if hook is _refuse_weights]:
-        del model._forward_pre_hooks[number], model._forward_pre_hooks_with_kwargs[number]
+    _set_implementation(model, config, original, NAME)
+    for module in found:
+        delattr(module, ATTRIBUTE)
+        _remove_hook(module._forward_pre_hooks, _check_implementation)
+    saving.unmark(config)
+    _remove_hook(model._forward_pre_hooks, _refuse_weights)
+    _remove_hook(model._state_dict_pre_hooks, saving.refuse_unmarked)
     return model
 
 
@@ -182,8 +184,7 @@ def load(folder: str | os.PathLike[str], model_class: type[Any] | None = None, *
     if "config" in options:
         raise ValueError("config given: the folder's own holds the pattern; expected its fields as options")
     saved, _ = PretrainedConfig.get_config_dict(folder, **{name: options[name] for name in _WHERE & options.keys()})
-    saved = saving.unmarked(saved, folder)
-    entry = saved.pop(saving.ENTRY)
+    saved, entries = saving.entries(saved, folder)
     config_class = transformers.CONFIG_MAPPING[saved["model_type"]]
     # from_pretrained gives its options to a config that it reads, and to the model's constructor beside one that it gets.
     own = {name: options.pop(name) for name in _OF_MODEL & options.keys()}
@@ -191,8 +192,24 @@ def load(folder: str | os.PathLike[str], model_class: type[Any] | None = None, *
     made = (model_class or getattr(transformers, saved["architectures"][0])).from_pretrained(
         folder, config=config, **own, **options
     )
-    del entry["attention_layers"]
-    return apply(made, **entry)
+    for place, entry in entries.items():
+        count = entry.pop("attention_layers")
+        apply(_part(made, place, count), **entry)
+    return made
+
+
+def _part(model: PreTrainedModel, place: tuple[str, ...], count: int) -> PreTrainedModel:
+    """The model in ``model`` whose config stands at ``place`` in its config, with so many attention layers."""
+    config = model.config
+    for name in place:
+        config = getattr(config, name, None)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part.config is config and len(_attention_layers(part)) == count:
+            return part
+    raise ValueError(
+        f"{type(model).__name__} has no part of {count} attention layers with the config {'.'.join(place) or 'of its own'!r}: "
+        "expected model_class= of the model that was saved"
+    )
 
 
 def _attention_layers(model: nn.Module) -> list[Any]:
@@ -255,6 +272,22 @@ def _refuse_weights(model: Any, _: tuple[Any, ...], options: dict[str, Any]) -> 
         raise ValueError("output_attentions=True in a dilated model: attention weights are never made; expected False")
 
 
+def _check_implementation(module: Any, _: tuple[Any, ...]) -> None:
+    """A hook before forward of an attention layer: another implementation would be dense without a word."""
+    implementation = module.config._attn_implementation
+    if implementation != NAME:
+        raise ValueError(
+            f"attn_implementation={implementation!r} was set in a dilated model: expected {NAME!r}, or "
+            "longnet.hf.restore(model) before another is set"
+        )
+
+
+def _remove_hook(hooks: dict[int, Callable[..., Any]], function: Callable[..., None]) -> None:
+    # Flags that torch holds beside a hook do nothing without it. By function, not by its handle: a copy of a model has hooks of its own.
+    for number in [number for number, hook in hooks.items() if hook is function]:
+        del hooks[number]
+
+
 def _set_implementation(model: PreTrainedModel, config: PretrainedConfig, name: str, before: str) -> None:
     model.set_attn_implementation(name)
     if config._attn_implementation != name:
@@ -282,8 +315,26 @@ def _prepare_cache(
     )
 
 
+def _refuse_implementation(_: Any, attn_implementation: Any, *__: Any, **___: Any) -> None:
+    if attn_implementation != NAME:
+        raise ValueError(
+            f"attn_implementation={attn_implementation!r} in a dilated model would make it dense: expected "
+            "longnet.hf.restore(model) first"
+        )
+
+
 # Methods of a dilated model that are its own.
 _METHODS: dict[str, Callable[..., Any]] = {
-    "save_pretrained": saving.save_pretrained,
     "_prepare_cache_for_generation": _prepare_cache,
+    "set_attn_implementation": _refuse_implementation,
 }
+
+
+class _Own:
+    """One of these methods, in place of the class's. No bound method: pickle would make it the class's own again."""
+
+    def __init__(self, model: PreTrainedModel, name: str) -> None:
+        self.model, self.name = model, name
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return _METHODS[self.name](self.model, *args, **options)

@@ -1,60 +1,116 @@
 """Dilated models in folders: what plain transformers loads is never silently dense, it refuses.
 
-transformers saves no attention implementation, so a folder's ``config.json`` carries the pattern, and ``layer_types`` that
-transformers does not know: it reads no such config, by whatever class, and its error says how to load the folder.
+transformers saves no attention implementation. So the config of a dilated model writes the pattern, and ``layer_types`` that
+transformers does not know: no class reads such a config, and the error says how to load the folder. The config itself does
+this, because a model around a dilated part saves the part's config without asking the part.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
+import sys
 from typing import Any
 
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 ENTRY = "longnet"
 _TYPE = "dilated_attention"
-# What the entry keeps meanwhile. Without a number of layers the config of no model in particular is read, which is what
+# Fields that the entry holds meanwhile. Without a number of layers the config of no model in particular is read, which is what
 # ``Trainer`` does when it resumes a model that it was given; every model's own config has a number and refuses.
 _MOVED = ("layer_types", "num_hidden_layers")
 _HOW = f"{_TYPE} (load this folder with longnet.hf.load)"
 
 
-def save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **options: Any) -> None:
-    """``PreTrainedModel.save_pretrained`` of a dilated model, into a folder that only :func:`longnet.hf.load` reads.
+class MarkedDict:
+    """``to_dict`` of one config of a dilated model. No bound method: pickle would make it the class's own again."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        self.config = config
+
+    def __call__(self) -> dict[str, Any]:
+        plain = type(self.config).to_dict(self.config)
+        del plain["to_dict"]
+        return _marked(plain)
+
+    def __eq__(self, other: object) -> bool:
+        # Configs compare their attributes, this one among them.
+        return type(other) is type(self)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def mark(config: PretrainedConfig, entry: dict[str, Any], whole: PretrainedConfig) -> None:
+    """Let ``config`` write the pattern and refuse to be read by plain transformers, whoever saves it.
+
+    Args:
+        config: of the attention layers. entry: arguments of :func:`longnet.hf.apply`. whole: of the model, the same or around it.
 
     Raises:
-        ValueError: ``push_to_hub=True`` (save, then push the folder), or a model whose class cannot be made to refuse.
+        ValueError: a config whose class reads the mark without a check; it is then as it was.
     """
-    if options.get("push_to_hub"):
-        raise ValueError(
-            "push_to_hub=True in save_pretrained of a dilated model: the folder is marked after it is written; expected "
-            "model.push_to_hub(name)"
-        )
-    _check_refused(self.config)
-    type(self).save_pretrained(self, save_directory, *args, **options)
-    path = Path(save_directory) / "config.json"
-    # One process of many writes.
-    if path.is_file():
-        path.write_text(json.dumps(_marked(json.loads(path.read_text("utf-8"))), indent=2) + "\n", encoding="utf-8")
+    setattr(config, ENTRY, entry)
+    config.__dict__["to_dict"] = MarkedDict(config)
+    try:
+        type(whole).from_dict(whole.to_dict())
+    except Exception:
+        return
+    unmark(config)
+    raise ValueError(
+        f"{type(whole).__name__} of this transformers reads layer_types without a check, so a saved dilated model would load "
+        "as a dense one: expected a config that checks"
+    )
 
 
-def unmarked(config: dict[str, Any], where: object) -> dict[str, Any]:
-    """A saved config as it was before it was marked; ``longnet`` holds the arguments of :func:`longnet.hf.apply`.
+def unmark(config: PretrainedConfig) -> None:
+    """Undo :func:`mark`."""
+    delattr(config, ENTRY)
+    del config.__dict__["to_dict"]
+
+
+def refuse_unmarked(part: nn.Module, prefix: str, _: bool) -> None:
+    """A hook before ``state_dict`` of a dilated model that is a part: whoever saves it around must save its mark too."""
+    frame = sys._getframe() if prefix else None
+    while frame is not None:
+        outer = frame.f_locals.get("self")
+        if frame.f_code.co_name == "save_pretrained" and isinstance(outer, PreTrainedModel):
+            if _HOW in repr(outer.config.to_dict()):
+                return
+            raise ValueError(
+                f"{type(outer).__name__} saves a config without that of its dilated part {type(part).__name__}, so it would "
+                "load as a dense model: expected the part to be saved by itself, or longnet.hf.restore(part) first"
+            )
+        frame = frame.f_back
+
+
+def entries(config: dict[str, Any], where: object) -> tuple[dict[str, Any], dict[tuple[str, ...], dict[str, Any]]]:
+    """A saved config as it was before it was marked, and the arguments of :func:`longnet.hf.apply` by the place of the config
+    that holds them: ``()`` for the whole model, ``("vision_config",)`` for a part.
 
     Raises:
         ValueError: none of a dilated model.
     """
-    entry = config.get(ENTRY)
-    if not isinstance(entry, dict) or "segment_lengths" not in entry:
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    plain = _unmarked(config, (), found)
+    if not found:
         raise ValueError(
             f"the config in {str(where)!r} has no {ENTRY!r} entry with a pattern: expected a folder that a model under "
             "longnet.hf.apply has saved"
         )
-    kept = {name: entry[name] for name in _MOVED if name in entry}
-    rest = {name: value for name, value in config.items() if name not in (ENTRY, *_MOVED)}
-    return {**rest, **kept, ENTRY: {name: value for name, value in entry.items() if name not in _MOVED}}
+    return plain, found
+
+
+def _unmarked(
+    config: dict[str, Any], place: tuple[str, ...], found: dict[tuple[str, ...], dict[str, Any]]
+) -> dict[str, Any]:
+    entry = config.get(ENTRY)
+    if isinstance(entry, dict) and "segment_lengths" in entry:
+        found[place] = {name: value for name, value in entry.items() if name not in _MOVED}
+        rest = {name: value for name, value in config.items() if name not in (ENTRY, *_MOVED)}
+        config = {**rest, **{name: entry[name] for name in _MOVED if name in entry}}
+    return {
+        name: _unmarked(value, (*place, name), found) if isinstance(value, dict) else value
+        for name, value in config.items()
+    }
 
 
 def _marked(config: dict[str, Any]) -> dict[str, Any]:
@@ -62,14 +118,3 @@ def _marked(config: dict[str, Any]) -> dict[str, Any]:
     rest = {name: value for name, value in config.items() if name not in _MOVED}
     layer_types = [_HOW, *[_TYPE] * (config[ENTRY]["attention_layers"] - 1)]
     return {**rest, ENTRY: {**config[ENTRY], **moved}, "layer_types": layer_types}
-
-
-def _check_refused(config: PretrainedConfig) -> None:
-    try:
-        type(config).from_dict(_marked(config.to_dict()))
-    except Exception:
-        return
-    raise ValueError(
-        f"{type(config).__name__} of this transformers reads layer_types without a check, so a saved dilated model would load "
-        "as a dense one: expected a config that checks; save the state_dict, or longnet.hf.restore(model) first"
-    )
