@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 from apply_models import DECODERS, inputs, logits, make
 from transformers import DynamicCache
 
@@ -160,3 +162,58 @@ def test_a_forward_that_raised_between_two_layers_is_noticed(read: int, layers: 
         cache.reset()
         got = logits(model, {"input_ids": ids}, **{CACHE: cache})
         assert (got - logits(model, {"input_ids": ids}, use_cache=False)).abs().max() < 1e-9
+
+
+def test_a_bounded_cache_is_cropped_within_a_segment() -> None:
+    model, ids = dilated("llama"), inputs("llama", batch=1)["input_ids"]
+    expected = logits(model, {"input_ids": ids}, use_cache=False)
+    cache = BoundedCache(model)
+    logits(model, {"input_ids": ids[:, :34]}, **{CACHE: cache})
+    logits(model, {"input_ids": ids[:, :5].flip(1)}, **{CACHE: cache})
+    cache.crop(-5)
+    cache.crop(0)
+    got = logits(model, {"input_ids": ids[:, 34:]}, **{CACHE: cache})
+    assert (got - expected[:, 34:]).abs().max() < 1e-9
+    with pytest.raises(ValueError, match="crop to 45 of 50 tokens: a segment has ended since"):
+        cache.crop(-5)
+    with pytest.raises(ValueError, match="tokens_to_remove=-51: expected -50 to 0"):
+        cache.crop(-51)
+    padded = BoundedCache(model)
+    real = torch.tensor([[0, 0, 0, 1, 1]])
+    logits(model, {"input_ids": ids[:, :5], "attention_mask": real}, **{CACHE: padded})
+    with pytest.raises(ValueError, match="crop to 1 of 5 tokens: some are padding"):
+        padded.crop(-4)
+    assert padded.get_seq_length() == 5
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_prefix_tuning_generates() -> None:
+    model, ids = dilated("llama"), inputs("llama")["input_ids"]
+    model.generation_config.eos_token_id = None
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    tuned = peft.get_peft_model(model, config).double().eval()
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    out = tuned.generate(**given, max_new_tokens=9, do_sample=False)
+    for _ in range(9):
+        token = logits(tuned, given)[:, -1:].argmax(-1)
+        given = {
+            name: torch.cat([x, token if name == "input_ids" else torch.ones_like(token)], 1)
+            for name, x in given.items()
+        }
+    assert torch.equal(out, given["input_ids"])
+
+
+def test_a_layer_that_attends_twice_is_refused_a_bounded_cache() -> None:
+    config = transformers.DiffLlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model, ids = (
+        apply(transformers.DiffLlamaForCausalLM(config).double().eval(), SEGMENTS, RATES),
+        inputs("llama")["input_ids"],
+    )
+    with pytest.raises(ValueError, match="calls its attention function more than once"):
+        model.generate(ids, max_new_tokens=3)
+    settings: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    got = model.generate(ids, **{CACHE: DynamicCache(config=config)}, **settings)
+    assert torch.equal(got, model.generate(ids, use_cache=False, **settings))

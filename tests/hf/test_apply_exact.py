@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from apply_models import DECODERS, MODELS, inputs, logits, make
 from oracle import dense_attention
 from torch import Tensor, nn
@@ -114,6 +115,84 @@ def test_packed_documents_are_as_if_alone(name: str, layers: Any, original: str)
         got = logits(model, {"input_ids": ids}, position_ids=positions, **options)
         # transformers' eager attention has its softmax in float32.
         assert (got - expected).abs().max() < (1e-5 if original == "eager" and layers else 1e-9)
+
+
+@pytest.mark.parametrize("layers", [None, [1]])
+@pytest.mark.parametrize("name", DECODERS)
+def test_boundaries_of_flash_attention_separate_documents(name: str, layers: Any) -> None:
+    """``cu_seq_lens_q`` and ``seq_idx`` alone leave positions as they are: only attention is cut."""
+    model, ids = apply(make(name).double(), SEGMENTS, RATES, layers=layers), inputs(name)["input_ids"]
+    positions = torch.arange(50)[None]
+    parts = [(0, 0, 20), (0, 20, 50), (1, 0, 50)]
+    expected = torch.cat(
+        [
+            logits(model, {"input_ids": ids[row : row + 1, start:end]}, position_ids=positions[:, start:end])[0]
+            for row, start, end in parts
+        ]
+    )
+    bounds = torch.tensor([0, 20, 50, 50, 100], dtype=torch.int32)
+    numbers = torch.tensor([[0] * 20 + [1] * 30, [2] * 50], dtype=torch.int32)
+    for given in (
+        {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 50, "max_length_k": 50},
+        {"seq_idx": numbers},
+        {"seq_idx": numbers, "use_cache": False},
+    ):
+        got = logits(model, {"input_ids": ids}, position_ids=positions, **given)
+        assert (got.flatten(0, 1) - expected).abs().max() < 1e-9
+
+
+def test_boundaries_go_with_padding_and_positions() -> None:
+    model, ids = apply(make("llama").double(), SEGMENTS, RATES), inputs("llama", batch=1)["input_ids"]
+    positions = torch.cat([torch.arange(n) for n in (20, 20, 10)])[None]
+    expected = torch.cat([logits(model, {"input_ids": part}) for part in ids[:, :37].split((20, 17), 1)], 1)
+    given = {"input_ids": ids, "attention_mask": padding("right")[1:]}
+    bounds = torch.tensor([0, 20, 40, 50])
+    assert (logits(model, given, position_ids=positions, cu_seq_lens_q=bounds)[:, :37] - expected).abs().max() < 1e-9
+
+
+def deepseek() -> PreTrainedModel:
+    sizes: dict[str, Any] = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "kv_lora_rank": 8, "q_lora_rank": 16}
+    config = transformers.DeepseekV3Config(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, v_head_dim=12, first_k_dense_replace=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        **sizes,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.DeepseekV3ForCausalLM(config).double().eval()
+
+
+def test_values_narrower_than_queries() -> None:
+    model, given = deepseek(), inputs("llama")
+    set_to_oracle(oracle := deepseek())
+    expected = logits(oracle, given)
+    apply(model, SEGMENTS, RATES)
+    assert (logits(model, given, use_cache=False) - expected).abs().max() < 1e-9
+    # It caches a latent, in a cache of its own kind.
+    settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones(2, 50)}
+    ids = given["input_ids"]
+    assert torch.equal(model.generate(ids, **settings), model.generate(ids, use_cache=False, **settings))
+    with pytest.raises(ValueError, match="caches a latent in place of keys and values"):
+        BoundedCache(model)
+
+
+def whisper() -> PreTrainedModel:
+    sizes: dict[str, Any] = {
+        f"{part}_{what}": 2 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")
+    }
+    config = transformers.WhisperConfig(
+        vocab_size=40, d_model=16, num_mel_bins=8, max_source_positions=50, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, decoder_start_token_id=1, encoder_ffn_dim=16, decoder_ffn_dim=16, **sizes,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.WhisperForAudioClassification(config).double().eval()
+
+
+def test_an_encoder_of_a_model_with_a_decoder() -> None:
+    given = {"input_features": torch.randn(2, 8, 100, generator=torch.Generator().manual_seed(1)).double()}
+    set_to_oracle(oracle := whisper())
+    dense, expected = logits(whisper(), given), logits(oracle, given)
+    assert (logits(apply(whisper(), SEGMENTS, RATES), given) - expected).abs().max() < 1e-9
+    assert (dense - expected).abs().max() > 1e-6
 
 
 def test_packed_documents_beside_padding() -> None:

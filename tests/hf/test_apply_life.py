@@ -284,6 +284,28 @@ def mamba() -> PreTrainedModel:
     )
 
 
+def swin() -> PreTrainedModel:
+    config = transformers.SwinConfig(
+        image_size=16, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=2
+    )
+    return transformers.SwinModel(config)
+
+
+def segformer() -> PreTrainedModel:
+    return transformers.SegformerModel(transformers.SegformerConfig(depths=[1] * 4, hidden_sizes=[8, 10, 10, 16]))
+
+
+def splinter() -> PreTrainedModel:
+    """An encoder whose layers do not say that they look ahead."""
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return transformers.SplinterModel(transformers.SplinterConfig(vocab_size=40, intermediate_size=16, **sizes))
+
+
+def doge() -> PreTrainedModel:
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return transformers.DogeModel(transformers.DogeConfig(vocab_size=40, intermediate_size=16, **sizes))
+
+
 ONE = {"segment_lengths": 8, "dilation_rates": 1}
 
 
@@ -298,6 +320,11 @@ ONE = {"segment_lengths": 8, "dilation_rates": 1}
         (lambda: mistral(sliding_window=16), ONE, ValueError, "has a sliding window of 16 tokens"),
         (gemma2, ONE, ValueError, "soft-caps its scores"),
         (gpt_oss, ONE, ValueError, "has attention sinks"),
+        (swin, ONE, ValueError, "SwinModel has"),
+        (segformer, ONE, ValueError, r"num_attention_heads=.*: expected one number, the same in all layers"),
+        (doge, ONE, ValueError, "DogeModel has a mask of its own"),
+        (splinter, ONE, ValueError, "SplinterModel does not use transformers' AttentionInterface"),
+        (lambda: bart().decoder, ONE, ValueError, "BartDecoder has cross-attention"),
         (llama, {**ONE, "layers": [0, 3]}, ValueError, r"layers=\[0, 3\]: expected at least one of the layers 0 to 2"),
         (llama, {**ONE, "layers": []}, ValueError, r"layers=\[\]"),
         (llama, {**ONE, "layers": [-1]}, ValueError, r"layers=\[-1\]"),
@@ -337,6 +364,17 @@ def test_no_model_is_refused() -> None:
         (llama, {"attention_mask": torch.zeros(2, 1, 50, 50)}, "a mask of scores"),
         (llama, {"output_attentions": True}, "attention weights are never made"),
         (gpt2, {"output_attentions": True}, "attention weights are never made"),
+        (llama, {"global_attention_mask": torch.ones(2, 50)}, "asks for global_attention_mask, global tokens"),
+        (llama, {"head_mask": torch.ones(3, 4)}, "asks for head_mask, heads left out"),
+        (llama, {"encoder_hidden_states": torch.ones(2, 3, 32)}, "asks for encoder_hidden_states, cross-attention"),
+        (llama, {"softcap": 3.0}, "asks for softcap, soft-capped scores"),
+        (
+            llama,
+            {"cu_seq_lens_q": torch.tensor([0, 20, 100])},
+            r"cu_seq_lens_q=\[0, 20, 100\]: expected .* 2 rows of 50",
+        ),
+        (llama, {"cu_seq_lens_k": torch.tensor([0, 50, 100])}, "cu_seq_lens_k without cu_seq_lens_q"),
+        (llama, {"seq_idx": torch.zeros(1, 50)}, r"seq_idx has shape \(1, 50\)"),
     ],
 )
 def test_calls_that_cannot_be_honoured_are_refused(make_model: Any, options: dict[str, Any], message: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     and_masks,
@@ -35,6 +36,17 @@ _CHANGES = {
     "sliding_window": "a sliding window",
     "position_bias": "a bias by position",
     "output_attentions": "attention weights as an output, which are never made",
+    "attention_bias": "a bias of its scores",
+    "alibi": "a bias by distance",
+    "head_mask": "heads left out",
+    "layer_head_mask": "heads left out",
+    "cross_attn_head_mask": "heads left out",
+    "global_attention_mask": "global tokens, which all others see",
+    "indices": "keys chosen by an indexer",
+    "block_indices": "keys chosen by an indexer",
+    "block_table": "a paged cache",
+    "encoder_hidden_states": "cross-attention",
+    "encoder_attention_mask": "cross-attention",
 }
 
 Attended = tuple[Tensor, Tensor | None]
@@ -80,15 +92,19 @@ def attention(
     causal = bool(causal and getattr(getattr(module, "config", None), "is_causal", True))
     length, keys = query.shape[2], key.shape[2]
     layer = bounded_layer(key)
-    mask = masks.documents(
-        attention_mask, options.get("position_ids"), length, has_past=layer is not None or keys != length
-    )
+    mask, has_past = attention_mask, layer is not None or keys != length
+    for positions in (options.get("position_ids"), masks.positions_of(options, query.shape[0], length)):
+        mask = masks.documents(mask, positions, length, has_past=has_past)
     if own.pattern is None:
         return _as_before(module, query, key, value, mask, own, causal, dropout=dropout, scaling=scaling, **options)
     _refuse(module, dropout, options)
+    # Values may be narrower or wider than queries: channels of zeros change no score and are cut off again.
+    channels, width = value.shape[-1], max(query.shape[-1], value.shape[-1])
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key, value = (x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
     if layer is not None:
         padded = None if mask is None else mask[:, -length:] == 0
-        return layer.attend(query, key, value, own.pattern, scaling, padded).transpose(1, 2), None
+        return layer.attend(query, key, value, own.pattern, scaling, padded).transpose(1, 2)[..., :channels], None
     if keys < length or (keys > length and not causal):
         raise ValueError(
             f"{type(module).__name__} asks {keys} keys with {length} queries: expected self-attention, dilated attention "
@@ -119,7 +135,7 @@ def attention(
     out = out.transpose(1, 2)
     if bounds is not None:
         out = out.reshape(batch, -1, *out.shape[2:])
-    return out[:, -length:], None
+    return out[:, -length:, :, :channels], None
 
 
 def _refuse(module: nn.Module, dropout: float, options: dict[str, Any]) -> None:

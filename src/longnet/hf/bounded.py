@@ -42,7 +42,8 @@ class BoundedLayer(CacheLayerMixin):
         if self._expected:
             raise ValueError(
                 "a bounded cache was given tokens that no attention has read: its model is not dilated any more, changes "
-                "keys on the way to its attention function, or failed on the way; expected a new longnet.hf.BoundedCache"
+                "keys on the way to its attention function, or failed on the way; expected a new longnet.hf.BoundedCache, or a "
+                "DynamicCache"
             )
         self._expected = True
         keys = key_states.view(key_states.shape)
@@ -53,6 +54,11 @@ class BoundedLayer(CacheLayerMixin):
         self, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, scale: float | None, padded: Tensor | None
     ) -> Tensor:
         """(B, H, T, D) of the next T tokens; ``padded`` (B, T) bool."""
+        if not self._expected:
+            raise ValueError(
+                "a layer calls its attention function more than once with the same tokens: a bounded cache reads them once; "
+                "expected a DynamicCache"
+            )
         if self.cache is None:
             batch, heads, _, head_dim = query.shape
             # Under autocast a model may hand over keys of one type and values of another: they are cast alike.
@@ -76,6 +82,28 @@ class BoundedLayer(CacheLayerMixin):
         if self.cache._most_padding > before:
             warn_moved_rows(((count, None) for count in self.cache.padding.tolist()), pattern)
         return out
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens; their number is given as a negative one, as transformers does.
+
+        Raises:
+            ValueError: a number above 0, more tokens than there are, padding, or tokens over the end of a segment: their keys
+                were written over.
+        """
+        position = self.get_seq_length()
+        keep = position + int(tokens_to_remove)
+        if not 0 <= keep <= position:
+            raise ValueError(f"tokens_to_remove={int(tokens_to_remove)}: expected {-position} to 0")
+        if self.cache is None or keep == position:
+            return
+        if any(keep // width != position // width for width in self.cache.pattern.segment_lengths):
+            raise ValueError(
+                f"crop to {keep} of {position} tokens: a segment has ended since and was written over; expected a DynamicCache"
+            )
+        if int(self.cache.padding.max()) > keep:
+            raise ValueError(f"crop to {keep} of {position} tokens: some are padding; expected reset() and a new read")
+        # Rows after the position are written before they are read.
+        self.cache.moved(keep - position)
 
     def get_seq_length(self) -> int:
         return 0 if self.cache is None else self.cache.position

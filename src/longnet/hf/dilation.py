@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.generation.configuration_utils import GenerationMode
 
 from longnet.backends import BACKENDS
@@ -22,6 +23,15 @@ from longnet.hf.bounded import CACHE, BoundedLayer
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
+# What attention layers have that change scores on the way, or choose keys.
+_SCORES = {
+    "sinks": "attention sinks",
+    "prepare_dynamic_mask": "a mask of its own",
+    "relative_attention_bias": "a bias by position",
+    "relative_position_bias": "a bias by position",
+    "indexer": "keys chosen by an indexer",
+}
+
 _NO_CODE = (lambda: None).__code__
 # Options of from_pretrained: where a folder is, and what stays the model's though configs have attributes of these names.
 _WHERE = frozenset(("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"))
@@ -32,18 +42,24 @@ class BoundedCache(Cache):
     """A cache of fixed size for a decoder under :func:`apply`, as ``past_key_values``; ``generate`` makes one by itself.
 
     Dilated layers keep what later tokens can reach (see :class:`longnet.DilatedCache`), at most w / r keys a head in a branch
-    (w, r), other layers everything. Logits are those of one forward over everything read. It cannot be cropped, takes
-    padding before a row's first real token only, and holds no graph: read under ``torch.no_grad()``. After a forward that raised
-    between two layers it refuses to go on.
+    (w, r), other layers everything. Logits are those of one forward over everything read. It takes padding before
+    a row's first real token only, can be cropped within a segment, and holds no graph: read under ``torch.no_grad()``.
+    After a forward that raised between two layers it refuses to go on.
 
     Raises:
-        ValueError: a model that is not dilated, or no decoder.
+        ValueError: a model that is not dilated, no decoder, or one whose attention layers are not all of its layers.
     """
+
+    # PEFT asks for it: no limit.
+    max_cache_len = -1
 
     def __init__(self, model: PreTrainedModel) -> None:
         found = _dilated_layers(model)
         if not all(getattr(module, "is_causal", True) for module in found):
             raise ValueError(f"{type(model).__name__} attends to later tokens: expected a decoder")
+        reason = _unbounded_reason(found)
+        if reason is not None:
+            raise ValueError(f"{type(model).__name__} {reason}: expected the model's own cache")
         super().__init__(
             layers=[
                 DynamicLayer() if getattr(module, ATTRIBUTE).pattern is None else BoundedLayer() for module in found
@@ -189,7 +205,10 @@ def load(folder: str | os.PathLike[str], model_class: type[Any] | None = None, *
     # from_pretrained gives its options to a config that it reads, and to the model's constructor beside one that it gets.
     own = {name: options.pop(name) for name in _OF_MODEL & options.keys()}
     config, options = config_class.from_dict(saved, return_unused_kwargs=True, **options)
-    made = (model_class or getattr(transformers, saved["architectures"][0])).from_pretrained(
+    name = saved["architectures"][0]
+    if model_class is None and not hasattr(transformers, name):
+        raise ValueError(f"the folder holds a {name}, which is no public class of transformers: expected model_class=")
+    made = (model_class or getattr(transformers, name)).from_pretrained(
         folder, config=config, **own, **options
     )
     for place, entry in entries.items():
@@ -228,13 +247,34 @@ def _dilated_layers(model: PreTrainedModel) -> list[Any]:
     return found
 
 
+def _unbounded_reason(found: list[Any]) -> str | None:
+    """Why a :class:`BoundedCache` cannot hold what these attention layers read, if it cannot."""
+    numbers = [getattr(module, "layer_idx", None) for module in found]
+    if numbers != list(range(len(found))):
+        return f"numbers its attention layers {numbers} in a cache, where a bounded cache needs 0, 1, ... and no others"
+    if getattr(found[0].config, "kv_lora_rank", None) is not None:
+        return "caches a latent in place of keys and values"
+    return None
+
+
+def _has_cross_attention(model: PreTrainedModel, found: list[Any]) -> bool:
+    names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
+    return any(
+        getattr(module, "is_cross_attention", False)
+        or (model.config.is_encoder_decoder and getattr(module, "is_decoder", False))
+        or re.search(r"cross_?att|enc(oder|dec)_?att", f"{type(module).__name__} {names[id(module)]}", re.IGNORECASE)
+        for module in found
+    )
+
+
 def _check_model(model: PreTrainedModel, found: list[Any]) -> None:
     kind = type(model).__name__
-    if model.config.is_encoder_decoder or any(
-        getattr(module, "is_cross_attention", False) or "CrossAttention" in type(module).__name__ for module in found
-    ):
+    if _has_cross_attention(model, found):
         raise ValueError(f"{kind} has cross-attention: expected self-attention alone, a decoder or an encoder")
-    if not found or not getattr(model, "_supports_attention_backend", False):
+    # Where neither the class nor its layers say so, whether a layer looks ahead is known from its mask alone.
+    if not found or not (
+        getattr(model, "_supports_attention_backend", False) or all(hasattr(module, "is_causal") for module in found)
+    ):
         raise ValueError(f"{kind} does not use transformers' AttentionInterface: expected a model that does")
     if len({id(getattr(module, "config", None)) for module in found}) != 1 or not hasattr(found[0], "config"):
         raise ValueError(f"{kind} has attention layers of several configs: expected one stack, so apply to that part")
@@ -242,14 +282,20 @@ def _check_model(model: PreTrainedModel, found: list[Any]) -> None:
     types = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if types:
         raise ValueError(f"{kind} has layer_types {sorted(types)}: expected full attention in all layers")
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        raise ValueError(f"{kind} has num_attention_heads={heads!r}: expected one number, the same in all layers")
     for module in found:
         window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
         if window is not None:
             raise ValueError(f"{kind} has a sliding window of {window} tokens: expected full attention in all layers")
         if getattr(config, "attn_logit_softcapping", None) or getattr(module, "attn_logit_softcapping", None):
             raise ValueError(f"{kind} soft-caps its scores: expected a softmax of plain scores")
-        if getattr(module, "sinks", None) is not None:
-            raise ValueError(f"{kind} has attention sinks: expected a softmax over keys alone")
+        for name, what in _SCORES.items():
+            if getattr(module, name, None) is not None:
+                raise ValueError(
+                    f"{kind} has {what} (its attention has {name!r}): expected a softmax of plain scores of all keys"
+                )
 
 
 def _check_layers(layers: Sequence[int], count: int) -> set[int]:
@@ -283,7 +329,7 @@ def _check_implementation(module: Any, _: tuple[Any, ...]) -> None:
 
 
 def _remove_hook(hooks: dict[int, Callable[..., Any]], function: Callable[..., None]) -> None:
-    # Flags that torch holds beside a hook do nothing without it. By function, not by its handle: a copy of a model has hooks of its own.
+    # By function, not by its handle: a copy of a model has hooks of its own. Flags that torch holds beside a hook do nothing.
     for number in [number for number, hook in hooks.items() if hook is function]:
         del hooks[number]
 
@@ -300,19 +346,27 @@ def _set_implementation(model: PreTrainedModel, config: PretrainedConfig, name: 
 def _prepare_cache(
     self: Any, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *rest: Any, **options: Any
 ) -> Any:
-    """``generate`` asks for its cache here: a bounded one, where nothing else is asked for and nothing is rolled back."""
-    if (
+    """``generate`` asks for its cache here: a bounded one, where nothing else is asked for and nothing is rolled back.
+
+    Models with a cache of their own kind, for layers that are no attention among others, keep it.
+    """
+    bounded = (
         model_kwargs.get(CACHE) is None
         and generation_config.use_cache is not False
         and generation_config.cache_implementation is None
         and generation_mode != GenerationMode.ASSISTED_GENERATION
         and not getattr(generation_config, "is_assistant", False)
+    )
+    type(self)._prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *rest, **options)
+    made, found = model_kwargs.get(CACHE), _dilated_layers(self)
+    if (
+        bounded
+        and type(made) is DynamicCache
+        and _unbounded_reason(found) is None
+        and len(made.layers) in (0, len(found))
+        and all(type(layer) is DynamicLayer for layer in made.layers)
     ):
         model_kwargs[CACHE] = BoundedCache(self)
-        return None
-    return type(self)._prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, *rest, **options
-    )
 
 
 def _refuse_implementation(_: Any, attn_implementation: Any, *__: Any, **___: Any) -> None:

@@ -7,7 +7,7 @@ the document that the token belongs to, from 1. None is one document without pad
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ _PACKED = _KNOWN[3]
 
 # What position ids said when they were last looked at: looking asks the device, and every layer gets the same tensor.
 _seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# The same for ``cu_seq_lens_q`` or ``seq_idx``: positions in documents.
+_positions: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 # Where the documents of a mask begin, and how much padding its rows begin with.
 _bounds: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _leading: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -104,6 +106,65 @@ def documents(mask: Tensor | None, position_ids: Any, length: int, *, has_past: 
             "packed documents in a forward of their own (use_cache=False), or one document after the other"
         )
     return mask
+
+
+def positions_of(options: dict[str, Any], batch: int, length: int) -> Tensor | None:
+    """Positions (B, N) within the documents that FlashAttention's ``cu_seq_lens_q`` or ``seq_idx`` separate; None for neither.
+
+    Raises:
+        ValueError: documents that do not fill the rows of the batch, or other ones for keys than for queries.
+    """
+    given = [options.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")]
+    if all(x is None for x in given):
+        return None
+    for x in given:
+        if x is not None and not isinstance(x, Tensor):
+            raise TypeError(
+                f"cu_seq_lens_q, cu_seq_lens_k or seq_idx is a {type(x).__name__}: expected tensors of integers"
+            )
+    return _positions_in(*given, batch, length)
+
+
+@untraced
+def _positions_in(
+    bounds: Tensor | None, of_keys: Tensor | None, number: Tensor | None, batch: int, length: int
+) -> Tensor:
+    given = number if bounds is None else bounds
+    if given is None:
+        raise ValueError("cu_seq_lens_k without cu_seq_lens_q: expected both, equal")
+    version = None if given.is_inference() else given._version
+    before = _positions.get(given)
+    if before is not None and before[0] == version and before[1].shape == (batch, length):
+        return cast(Tensor, before[1])
+    place = torch.arange(batch * length, device=given.device)
+    if bounds is None:
+        if given.shape != (batch, length):
+            raise ValueError(f"seq_idx has shape {tuple(given.shape)}: expected (B, N) = {(batch, length)}")
+        starts = torch.ones_like(given, dtype=torch.bool)
+        starts[:, 1:] = given.diff(dim=1) != 0
+        begin = torch.where(starts.flatten(), place, 0).cummax(0).values
+    else:
+        ends, rows = given.flatten().tolist(), range(0, batch * length + 1, length)
+        if of_keys is not None and of_keys.flatten().tolist() != ends:
+            raise ValueError(
+                "cu_seq_lens_q and cu_seq_lens_k differ: expected self-attention, documents of as many keys as queries"
+            )
+        if (
+            given.dim() != 1
+            or sorted(ends) != ends
+            or not set(rows) <= set(ends)
+            or ends[0] != 0
+            or ends[-1] != rows[-1]
+        ):
+            raise ValueError(
+                f"cu_seq_lens_q={ends}: expected where documents begin in {batch} rows of {length} tokens, 0 first and "
+                f"{batch * length} last, each row the beginning of one"
+            )
+        begin = given[torch.searchsorted(given, place.to(given.dtype), right=True) - 1]
+    positions = (place - begin).view(batch, length)
+    if version is not None:
+        _positions[given] = (version, positions)
+    return positions
 
 
 @untraced
