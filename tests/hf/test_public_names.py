@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -88,3 +90,11 @@ def test_the_names_a_checkpoint_holds() -> None:
     model = hf.LongNetForCausalLM(config)
     plain = [f"model.stack.{name}" for name in model.to_longnet().state_dict()]
     assert list(model.state_dict()) == [*plain, "lm_head.weight"]
+
+
+def test_without_the_extra_the_import_says_what_to_install() -> None:
+    # None in sys.modules blocks an import.
+    code = "import sys; sys.modules['transformers'] = None; import longnet.hf"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert "longnet.hf needs transformers, which is not installed: pip install '.[hf]'" in done.stderr.splitlines()[-1]

@@ -1,14 +1,20 @@
 """Hugging Face: LongNet's models there, and dilated attention in any of its transformers."""
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
-from transformers.models.auto import modeling_auto
+try:
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+    )
+    from transformers.models.auto import modeling_auto
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"longnet.hf needs {error.name}, which is not installed: pip install '.[hf]' in a checkout of longnet",
+        name=error.name,
+    ) from error
 
 from longnet.hf.cache import LongNetCache
 from longnet.hf.classification import LongNetForSequenceClassification
