@@ -181,7 +181,7 @@ def test_a_pickled_model_is_dilated_in_another_process(tmp_path: Path) -> None:
     expected = logits(model, given)
     torch.save((model, given, expected), tmp_path / "model.pt")
     command = [sys.executable, "-c", PICKLED, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] == "BoundedCache"
     with pytest.raises(Exception, match=r"load this folder with longnet\.hf\.load"):

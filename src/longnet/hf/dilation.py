@@ -312,7 +312,12 @@ def _check_layers(layers: Sequence[int], count: int) -> set[int]:
 
 
 def _refuse_weights(model: Any, _: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """A hook before forward: some models would give no attention weights without a word."""
+    """A hook before forward: some models would give no attention weights, or read one cache of two, without a word."""
+    if options.get("cache") is not None and options.get("past_key_values") is not None:
+        raise ValueError(
+            "cache and past_key_values are both given: expected one (PEFT's prefix tuning does so up to 0.21 under transformers "
+            "5.24, which then ignores the prefix)"
+        )
     asked = options.get("output_attentions")
     if model.config.output_attentions if asked is None else asked:
         raise ValueError("output_attentions=True in a dilated model: attention weights are never made; expected False")
