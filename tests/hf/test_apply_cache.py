@@ -191,7 +191,7 @@ def test_prefix_tuning_generates() -> None:
     model, ids = dilated("llama"), inputs("llama")["input_ids"]
     model.generation_config.eos_token_id = None
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    tuned = peft.get_peft_model(model, config).double().eval()
+    tuned: Any = peft.get_peft_model(model, config).double().eval()
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if CACHE == "cache":
         # PEFT gives the prefix as past_key_values, which this transformers ignores beside its own cache.

@@ -83,7 +83,7 @@ def test_load_refuses_other_folders(tmp_path: Path) -> None:
 
 def clip_classifier() -> PreTrainedModel:
     torch.manual_seed(0)
-    config = clip().config
+    config: Any = clip().config
     config.num_labels = 2
     return transformers.CLIPForImageClassification(config).eval()
 

@@ -162,7 +162,7 @@ def apply(
     # Encoders generate nothing.
     model.__dict__.update({name: _Own(model, name) for name in _METHODS if hasattr(type(model), name)})
     model.register_forward_pre_hook(_refuse_weights, with_kwargs=True)
-    model.register_state_dict_pre_hook(saving.refuse_unmarked)  # type: ignore[no-untyped-call]
+    model.register_state_dict_pre_hook(saving.refuse_unmarked)
     return model
 
 
@@ -219,7 +219,7 @@ def load(folder: str | os.PathLike[str], model_class: type[Any] | None = None, *
 
 def _part(model: PreTrainedModel, place: tuple[str, ...], count: int) -> PreTrainedModel:
     """The model in ``model`` whose config stands at ``place`` in its config, with so many attention layers."""
-    config = model.config
+    config: Any = model.config
     for name in place:
         config = getattr(config, name, None)
     for part in model.modules():

@@ -122,7 +122,7 @@ def positions_of(options: dict[str, Any], batch: int, length: int) -> Tensor | N
             raise TypeError(
                 f"cu_seq_lens_q, cu_seq_lens_k or seq_idx is a {type(x).__name__}: expected tensors of integers"
             )
-    return _positions_in(*given, batch, length)
+    return _positions_in(given[0], given[1], given[2], batch, length)
 
 
 @untraced

@@ -118,10 +118,11 @@ class LongNetModel(LongNetPreTrainedModel):
             states = None if states is None else [state.view(batch, length, -1) for state in states]
         else:
             hidden = self.stack.run_blocks(x, padding, states=states)
+        kept: dict[str, Any] = {CACHE: cache}
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            **{CACHE: cache},
             hidden_states=None if states is None else (*states, hidden),
+            **kept,
         )
 
     def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
