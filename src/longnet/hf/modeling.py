@@ -118,11 +118,11 @@ class LongNetModel(LongNetPreTrainedModel):
             states = None if states is None else [state.view(batch, length, -1) for state in states]
         else:
             hidden = self.stack.run_blocks(x, padding, states=states)
-        kept: dict[str, Any] = {CACHE: cache}
+        named: dict[str, Any] = {CACHE: cache}
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             hidden_states=None if states is None else (*states, hidden),
-            **kept,
+            **named,
         )
 
     def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
