@@ -16,11 +16,6 @@ settings.register_profile("explore", deadline=None, print_blob=True)
 settings.load_profile("repeatable")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    # Tests pad on the left on purpose, to compare with the definition; test_padding.py holds the warning itself.
-    config.addinivalue_line("filterwarnings", "ignore:a row is padded on the left:UserWarning")
-
-
 # Without a GPU, Triton kernels run in its interpreter; it has to know before it is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

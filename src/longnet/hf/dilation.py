@@ -208,9 +208,7 @@ def load(folder: str | os.PathLike[str], model_class: type[Any] | None = None, *
     name = saved["architectures"][0]
     if model_class is None and not hasattr(transformers, name):
         raise ValueError(f"the folder holds a {name}, which is no public class of transformers: expected model_class=")
-    made = (model_class or getattr(transformers, name)).from_pretrained(
-        folder, config=config, **own, **options
-    )
+    made = (model_class or getattr(transformers, name)).from_pretrained(folder, config=config, **own, **options)
     for place, entry in entries.items():
         count = entry.pop("attention_layers")
         apply(_part(made, place, count), **entry)
