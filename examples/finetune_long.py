@@ -5,7 +5,7 @@
 
 A Llama of a few million parameters learns the bytes of Python's own standard library (no download), first with its own
 attention in windows of 1,024 bytes, then under ``longnet.hf.apply`` in windows of 16,384. Writes ``finetune_long.json`` and
-``finetune_long.png`` into ``--out``. Needs ``pip install 'longnet-torch[hf,train]'``.
+``finetune_long.png`` into ``--out``. Needs ``pip install '.[hf,train]'``.
 """
 
 # A command prints.

@@ -248,7 +248,10 @@ def test_without_h5py_the_command_says_what_to_install(
     monkeypatch.setattr(sys, "argv", ["longnet", "slide-encode", str(source), "--checkpoint", str(weights)])
     with pytest.raises(SystemExit):
         entry.main()
-    assert "needs h5py, which is not installed: pip install 'longnet-torch[slides]'" in capsys.readouterr().err
+    assert (
+        "needs h5py, which is not installed. In a checkout of longnet: pip install '.[slides]'"
+        in capsys.readouterr().err
+    )
 
 
 def test_what_is_no_slide_is_named(weights: Path, tmp_path: Path, call: Longnet) -> None:

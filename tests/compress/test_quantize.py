@@ -187,6 +187,7 @@ def test_a_file_that_is_quantised_otherwise(tmp_path: Path) -> None:
 def test_a_missing_torchao_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(
-        ModuleNotFoundError, match=r"needs torchao, which is not installed: pip install 'longnet-torch\[quant\]'"
+        ModuleNotFoundError,
+        match=r"needs torchao, which is not installed. In a checkout of longnet: pip install '.\[quant\]'",
     ):
         quantize(make(), "int8wo")

@@ -125,7 +125,7 @@ from transformers import AutoModelForCausalLM
 AutoModelForCausalLM.from_pretrained({str(tmp_path / "model")!r}, trust_remote_code=True)
 """
     done = run(code, tmp_path / "home")
-    assert done.returncode != 0 and "pip install 'longnet-torch[hf]'" in done.stderr
+    assert done.returncode != 0 and "pip install '.[hf]'" in done.stderr
 
 
 def test_the_model_card(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_the_model_card(tmp_path: Path) -> None:
     for said in (
         "| 8 | 1 |\n| 32 | 2 |",
         "AutoModelForCausalLM",
-        "pip install 'longnet-torch[hf]'",
+        "pip install '.[hf]'",
         "| 2, 32, 4 (2) |",
     ):
         assert said in card

@@ -1,6 +1,6 @@
 """Smaller models: heads pruned by importance, weights quantised, training that knows it will be quantised.
 
-Pruning needs torch alone; quantisation needs torchao (``pip install 'longnet-torch[quant]'``). Weights are pruned one by one with
+Pruning needs torch alone; quantisation needs torchao (the extra ``quant``). Weights are pruned one by one with
 ``torch.nn.utils.prune``, which takes the models as they are.
 """
 

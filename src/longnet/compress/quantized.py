@@ -171,7 +171,7 @@ def _torchao() -> Any:
         import torchao.quantization  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"quantisation needs {error.name}, which is not installed: pip install 'longnet-torch[quant]'",
+            f"quantisation needs {error.name}, which is not installed. In a checkout of longnet: pip install '.[quant]'",
             name=error.name,
         ) from None
     return torchao.quantization

@@ -10,7 +10,7 @@ from longnet.geometry import Pattern
 from longnet.hf.configuration import LongNetConfig
 
 _MODULE = "modeling_longnet"
-_INSTALL = "pip install 'longnet-torch[hf]'"
+_INSTALL = "pip install '.[hf]'  # in a checkout of longnet"
 _MODELS = {
     "AutoModel": "LongNetModel",
     "AutoModelForCausalLM": "LongNetForCausalLM",

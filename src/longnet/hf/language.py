@@ -164,7 +164,7 @@ class LongNetForCausalLM(_WithHead, GenerationMixin):
     def from_run(cls, folder: str | Path, **more: Any) -> LongNetForCausalLM:
         """The trained model of a ``longnet train`` folder, in evaluation mode; ``more`` and errors as in :meth:`from_longnet`.
 
-        Needs what training needs, ``pip install 'longnet-torch[train]'``.
+        Needs what training needs, the extra ``train``.
 
         Raises:
             ValueError: no run there, no model in it yet, or a damaged one.
