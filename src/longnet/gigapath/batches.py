@@ -7,25 +7,26 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from longnet.models.placement import device_of, dtype_of, is_dispatched
 
-def check_slides(x: Tensor, coords: Tensor, padding_mask: Tensor | None, embed: nn.Linear) -> None:
-    """Refuse what ``SlideEncoder.forward`` cannot take."""
+
+def check_slides(x: Tensor, coords: Tensor, padding_mask: Tensor | None, embed: nn.Module, in_dim: int) -> None:
+    """Refuse what ``SlideEncoder.forward`` cannot take; ``embed`` may be wrapped or quantised."""
+    device, dtype = device_of(embed), dtype_of(embed, embed)
     for name, tensor in (("x", x), ("coords", coords), ("padding_mask", padding_mask)):
         if name == "padding_mask" and tensor is None:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} has type {type(tensor).__name__}: expected a tensor")
-        if tensor.device != embed.weight.device:
-            raise ValueError(
-                f"{name} is on {tensor.device} and the encoder on {embed.weight.device}: expected one device"
-            )
-    if x.dim() != 3 or x.shape[-1] != embed.in_features:
-        raise ValueError(f"x has shape {tuple(x.shape)}: expected (B, L, {embed.in_features}) tile embeddings")
+        if tensor.device != device and not is_dispatched(embed):
+            raise ValueError(f"{name} is on {tensor.device} and the encoder on {device}: expected one device")
+    if x.dim() != 3 or x.shape[-1] != in_dim:
+        raise ValueError(f"x has shape {tuple(x.shape)}: expected (B, L, {in_dim}) tile embeddings")
     if not x.is_floating_point():
         raise TypeError(f"x has dtype {x.dtype}: expected a floating dtype")
-    if x.dtype != embed.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(
-            f"x has dtype {x.dtype} and the encoder {embed.weight.dtype}: expected the same, or autocast around the call"
+            f"x has dtype {x.dtype} and the encoder {dtype}: expected the same, or autocast around the call"
         )
     if tuple(coords.shape) != (*x.shape[:2], 2):
         raise ValueError(f"coords has shape {tuple(coords.shape)}: expected (B, L, 2) = {(*x.shape[:2], 2)}")

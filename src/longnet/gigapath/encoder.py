@@ -105,6 +105,7 @@ class SlideEncoder(nn.Module):
             raise ValueError(f"dim={dim} is not divisible by 4: positions are a sine and a cosine of two coordinates")
         self.tile_size, self.slide_ngrids, self.global_pool = tile_size, slide_ngrids, global_pool
         self.compiled, self.cuda_graphs = compiled, cuda_graphs
+        self.in_dim = in_dim
         self.patch_embed = nn.Linear(in_dim, dim, device=device, dtype=dtype)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim, device=device, dtype=dtype))
         self.dropout = nn.Dropout(dropout)
@@ -234,7 +235,7 @@ class SlideEncoder(nn.Module):
             TypeError, ValueError: wrong types, shapes or devices; coordinates outside the grid; ``global_pool`` of no tile;
                 layers that there are not.
         """
-        check_slides(x, coords, padding_mask, self.patch_embed)
+        check_slides(x, coords, padding_mask, self.patch_embed, self.in_dim)
         states = len(self.blocks) + 1
         chosen: Layers = None
         if layers is not None:
@@ -265,7 +266,7 @@ class SlideEncoder(nn.Module):
         Raises:
             ValueError: also for a block, or its attention, that was wrapped or replaced: its queries and keys are not known.
         """
-        check_slides(x, coords, padding_mask, self.patch_embed)
+        check_slides(x, coords, padding_mask, self.patch_embed, self.in_dim)
         if padding_mask is None:
             return self._weights(x, coords)
         kind = torch.promote_types(self.cls_token.dtype, torch.float32)
