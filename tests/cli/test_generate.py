@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 Longnet = Callable[..., "subprocess.CompletedProcess[str]"]
+StartLongnet = Callable[..., "subprocess.Popen[str]"]
 
 
 def test_the_text_is_on_stdout_alone_and_a_seed_repeats_it(finished_run: Path, longnet: Longnet) -> None:
@@ -19,6 +20,17 @@ def test_the_text_is_on_stdout_alone_and_a_seed_repeats_it(finished_run: Path, l
     assert first.stdout.startswith("line 7: ")
     assert "Generating 30 bytes after 8" in first.stderr
     assert longnet(*arguments, "--seed", 1).stdout != first.stdout
+
+
+def test_bytes_are_shown_as_they_are_drawn(finished_run: Path, start_longnet: StartLongnet) -> None:
+    process = start_longnet("generate", finished_run, "--prompt", "line 7: ", "--tokens", 10**7, "--device", "cpu")
+    try:
+        assert process.stdout is not None
+        assert process.stdout.read(28).startswith("line 7: ")
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_a_prompt_from_a_file_or_standard_input(finished_run: Path, longnet: Longnet, tmp_path: Path) -> None:

@@ -223,7 +223,9 @@ def test_rows_end_with_eos(ragged: bool) -> None:
     counts = [next(i for i, token in enumerate(row.tolist()) if token in ends) + 1 for row in free]
     assert 1 < max(counts) < 15 and len(set(counts)) > 1
     seen: list[int] = []
-    out = model.generate(rows, 15, **options, eos=ends, pad=7, on_token=seen.append)
+    drawn: list[torch.Tensor] = []
+    out = model.generate(rows, 15, **options, eos=ends, pad=7, on_token=seen.append, streamer=drawn.append)
+    assert torch.equal(torch.stack(drawn, 1), out[:, rows.shape[1] :])
     assert torch.equal(out[:, :23], rows) and out.shape == (4, 23 + max(counts))
     assert seen == list(range(1, max(counts) + 1))
     for row, count, expected in zip(out[:, 23:], counts, free, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -20,25 +21,37 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
 ) -> None:
-    """Continue a prompt with a trained model; the text goes to standard output, progress to standard error.
+    """Continue a prompt with a trained model; each byte goes to standard output as it is drawn.
+    Progress goes to standard error, unless standard output is a terminal.
 
     Bytes that are no valid UTF-8 are shown as the replacement character.
     """
     import torch
 
+    from longnet.models.generation import check_sampling
+    from longnet.models.placement import device_of
     from longnet.training.folder import load_model
-    from longnet.training.progress import make_reporter
+    from longnet.training.progress import SilentReporter, make_reporter
     from longnet.training.settings import resolve_device
 
     given = _read_prompt(prompt, file)
     if tokens < 1:
         raise ValueError(f"tokens={tokens}: expected at least 1")
+    check_sampling(temperature, top_k, top_p)
     model = load_model(run, resolve_device(device, "float32"))
-    start = torch.tensor([list(given)], dtype=torch.int64, device=next(model.parameters()).device)
-    reporter = make_reporter(sys.stderr)
+    start = torch.tensor([list(given)], dtype=torch.int64, device=device_of(model.embedding))
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def show(content: bytes, final: bool = False) -> None:
+        sys.stdout.write(decoder.decode(content, final))
+        sys.stdout.flush()
+
+    # On a terminal the text itself shows how far it is.
+    reporter = SilentReporter() if sys.stdout.isatty() else make_reporter(sys.stderr)
     reporter.begin(f"Generating {tokens:,} bytes after {len(given):,}")
+    show(given)
     try:
-        result = model.generate(
+        model.generate(
             start,
             tokens,
             temperature=temperature,
@@ -46,10 +59,12 @@ def generate(
             top_p=top_p,
             seed=seed,
             on_token=lambda step: reporter.advance(step / tokens),
+            streamer=lambda new: show(bytes(new.tolist())),
         )
     finally:
         reporter.end()
-    print(bytes(result[0].tolist()).decode("utf-8", "replace"))
+        show(b"", final=True)
+        print()
 
 
 def _read_prompt(prompt: str | None, file: Path | None) -> bytes:

@@ -65,6 +65,7 @@ def generate(
     eos: int | Sequence[int] | None = None,
     pad: int | None = None,
     on_token: Callable[[int], None] | None = None,
+    streamer: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Continue each prompt by up to ``max_new_tokens`` tokens.
 
@@ -90,6 +91,7 @@ def generate(
         eos: the token or tokens that end a row. Generation stops when all rows have ended.
         pad: what follows in a row that has ended; default the first of ``eos``.
         on_token: called after each step with the number of tokens added so far: 1, 2, ..., n.
+        streamer: called after each step, before ``on_token``, with its new tokens (B,) int64.
 
     Returns:
         (B, T + n) int64: the prompts as they were given, and from column T on each row's n new tokens. n is ``max_new_tokens``,
@@ -126,6 +128,8 @@ def generate(
             for rows in groups:
                 rows.tokens[:, rows.length + step] = new[rows.number]
             result[:, width + step] = new
+            if streamer is not None:
+                streamer(new)
             if on_token is not None:
                 on_token(step + 1)
             if ends is not None and bool(ended.all()):

@@ -198,6 +198,7 @@ class LongNetLM(LongNetBase):
         eos: int | Sequence[int] | None = None,
         pad: int | None = None,
         on_token: Callable[[int], None] | None = None,
+        streamer: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """Continue each prompt by up to ``max_new_tokens`` sampled tokens; see :func:`longnet.models.generation.generate`."""
         return generate(
@@ -212,6 +213,7 @@ class LongNetLM(LongNetBase):
             eos=eos,
             pad=pad,
             on_token=on_token,
+            streamer=streamer,
         )
 
 
