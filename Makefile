@@ -5,17 +5,28 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
+# Threads of OpenMP that wait sleep instead of spinning, as the longnet command sets it.
+export OMP_WAIT_POLICY ?= PASSIVE
+export KMP_BLOCKTIME ?= 0
+
+# One worker more than there are processors: some tests wait for processes or for the clock.
+PYTEST = $(BIN)/python -m pytest -n $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )) --maxprocesses 8 --dist loadgroup
+
 DEMO := --preset tiny --context 8192 --minutes 8 --lr 3e-3 --clip 0.3 --schedule linear --warmup 40
 
-.PHONY: help demo test lint type docs older pytest bench figures format clean
+.PHONY: help demo test quick lint type docs transformers pytest portable older newest bench figures format clean
 
 help:
 	@echo "make demo     train a small LongNet on Python's own source code and write runs/demo/report.html"
 	@echo "make test     everything that must pass: lint, types, the documentation and the tests"
+	@echo "make quick    lint and the tests that take no seconds each: for daily work"
 	@echo "make lint     ruff: rules and formatting          make format   let ruff mend what it can"
 	@echo "make type     mypy                                make pytest   the tests alone, the import ladder among them"
 	@echo "make bench    measure speed and memory            make figures  draw the pictures of the README"
-	@echo "make older    tests of longnet.hf with the oldest transformers that is supported"
+	@echo "make transformers   tests of longnet.hf with the oldest transformers that is supported; part of make test"
+	@echo "make portable the tests as on other processors: without AVX, with AVX2, with AVX-512, oneDNN limited, one thread"
+	@echo "make older    the tests with the oldest torch and transformers; makes .venv-older (several GB)"
+	@echo "make newest   the tests with the newest torch and transformers of the index; makes .venv-newest (several GB)"
 	@echo "make docs     the documentation site: open build/docs/index.html in a browser"
 	@echo "make clean    delete caches and build outputs (never .venv or runs)"
 
@@ -37,13 +48,15 @@ demo: $(INSTALLED)
 	fi
 	@echo "Done: open runs/demo/report.html in a browser"
 
-# One after the other also under `make -j`, so that the output ends with pytest's summary.
+# The tests come last and by themselves, so that the output ends with pytest's summary.
 test: $(INSTALLED)
-	@$(MAKE) --no-print-directory lint
-	@$(MAKE) --no-print-directory type
-	@$(MAKE) --no-print-directory docs
-	@$(MAKE) --no-print-directory older
+	@$(MAKE) --no-print-directory -j2 lint type docs
+	@$(MAKE) --no-print-directory transformers
 	@$(MAKE) --no-print-directory pytest
+
+quick: $(INSTALLED)
+	@$(MAKE) --no-print-directory lint
+	$(PYTEST) -q -m "not slow"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -60,17 +73,37 @@ docs: $(INSTALLED)
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
 
 # The oldest transformers that is supported, with what it needs and the newest one has no more, beside the rest of .venv.
-OLDER := .venv/transformers-5.17
-$(OLDER)/.installed: $(INSTALLED)
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --upgrade --target $(OLDER) \
+OLDEST := .venv/transformers-5.17
+$(OLDEST)/.installed: $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --upgrade --target $(OLDEST) \
 		transformers==5.17.0 huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9 h11==0.16.0 anyio==4.16.0 sniffio==1.3.1
 	@touch $@
 
-older: $(OLDER)/.installed
-	PYTHONPATH=$(OLDER) $(BIN)/pytest -q -n auto --maxprocesses 8 --dist loadgroup tests/hf
+transformers: $(OLDEST)/.installed
+	PYTHONPATH=$(OLDEST) $(PYTEST) -q tests/hf
 
 pytest: $(INSTALLED)
-	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadgroup
+	$(PYTEST)
+
+PROCESSORS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1
+portable: $(INSTALLED)
+	@for setting in $(PROCESSORS); do echo "== $$setting"; env $$setting $(PYTEST) -q || exit 1; done
+
+# Triton 3.6, which torch 2.11 brings along, needs numpy < 2.4.
+.venv-older/.installed: pyproject.toml
+	@test -x .venv-older/bin/python || $(PYTHON) -m venv .venv-older
+	.venv-older/bin/python -m pip install --disable-pip-version-check torch==2.11.0 'numpy<2.4' transformers==5.17.0 -e '.[dev]'
+	@touch $@
+
+older: BIN := .venv-older/bin
+older: .venv-older/.installed
+	$(PYTEST)
+
+newest: BIN := .venv-newest/bin
+newest:
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv-newest
+	$(BIN)/python -m pip install --disable-pip-version-check --upgrade --upgrade-strategy eager torch -e '.[dev]'
+	$(PYTEST)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
