@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,8 +37,49 @@ def forked() -> Iterator[list[str]]:
 _GROUPS = {"ranks": "ranks", "forked": "commands", "quick_gpu_run": "gpu benchmark", "quick": "benchmark"}
 
 
+# Files and folders that compile, start processes or run Triton's interpreter: `make quick` leaves them out.
+_SLOW = (
+    "backends/test_dead_rows.py",
+    "backends/test_hopper_compiles.py",
+    "backends/test_operators.py",
+    "backends/test_triton.py",
+    "benchmarks",
+    "cli/test_compressed_models.py",
+    "cli/test_consoles.py",
+    "cli/test_generate.py",
+    "cli/test_stream.py",
+    "cli/test_train.py",
+    "compat/test_read_by_first.py",
+    "gigapath/test_called_modules.py",
+    "gigapath/test_compiled_encoder.py",
+    "gigapath/test_exported_encoder.py",
+    "gigapath/test_slide_encoder.py",
+    "hf/test_apply_example.py",
+    "hf/test_ecosystem.py",
+    "hf/test_generic_generation.py",
+    "hf/test_models_folders.py",
+    "hf/test_on_ranks.py",
+    "models/test_model_training.py",
+    "sharding",
+    "streaming/test_fused_step.py",
+    "test_head_numbers.py",
+    "test_notebooks.py",
+    "test_readme.py",
+    "training/test_roll_call.py",
+    "training/test_training_lock.py",
+    "training/test_training_ranks.py",
+    "training/test_training_report.py",
+    "training/test_training_windows.py",
+)
+_HERE = Path(__file__).parent
+
+
+# Before pytest-xdist's own, which reads the marks.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if item.path.relative_to(_HERE).as_posix().startswith(_SLOW):
+            item.add_marker(pytest.mark.slow)
         for fixture, group in _GROUPS.items():
             if fixture in getattr(item, "fixturenames", ()):
                 item.add_marker(pytest.mark.xdist_group(group))
