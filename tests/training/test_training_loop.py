@@ -22,6 +22,7 @@ from longnet.training import (
     write_report,
 )
 from longnet.training.metrics import read_metrics
+from longnet.training.trainer import Trainer
 
 Make = Callable[..., TrainSettings]
 
@@ -40,6 +41,23 @@ def _stop_after(count: int) -> Callable[[], bool]:
 
 def _state(settings: TrainSettings) -> Path:
     return Path(settings.out) / "checkpoint" / "state.safetensors"
+
+
+@pytest.mark.parametrize(("threads", "context", "expected"), [(None, 32, 1), (None, 4200, 2), (2, 32, 2)])
+def test_a_small_model_trains_on_one_thread(
+    make_settings: Make, monkeypatch: pytest.MonkeyPatch, threads: int | None, context: int, expected: int
+) -> None:
+    found: list[int] = []
+    monkeypatch.setattr(Trainer, "start", lambda self, checkpoint: found.append(torch.get_num_threads()))
+    monkeypatch.setattr(Trainer, "run", lambda self, should_stop: None)
+    monkeypatch.setattr("longnet.training.loop.check_lengths", lambda *_: None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        train(make_settings(threads=threads, context=context))
+        assert found == [expected] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_run_learns_and_writes_what_it_promises(make_settings: Make) -> None:

@@ -63,7 +63,9 @@ def train(
     save_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints, 0 for one at the end.", show_default="100")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's choice")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads.", show_default="torch's choice, 1 for a small model")
+    ] = None,
     cp: Annotated[
         int | None, typer.Option(help="Processes that share each window, of those torchrun started.", show_default="1")
     ] = None,

@@ -85,7 +85,7 @@ def _train(
     # Nobody writes before everybody has looked.
     ranks.wait()
     cuda = [device] if device.type == "cuda" else []
-    with _threads(settings.threads), torch.random.fork_rng(devices=cuda):
+    with _threads(_thread_count(settings, device)), torch.random.fork_rng(devices=cuda):
         torch.manual_seed(settings.seed)
         model = LongNetLM(settings.model).to(device)
         trainer = Trainer(settings, folder, data, model, device, tell, ranks)
@@ -113,6 +113,17 @@ def _alone_in(out: str, ranks: Ranks) -> Iterator[None]:
                 error = found
         ranks.agree(error)
         yield
+
+
+# Numbers in the residual stream of a pass, below which a second thread gains a tenth at most on two idle cores. Threads wait
+# for each other at every operation: beside another load they take several times as long as one.
+_SMALL = 1 << 17
+
+
+def _thread_count(settings: TrainSettings, device: torch.device) -> int | None:
+    if settings.threads is None and device.type == "cpu":
+        return 1 if settings.batch * settings.context * settings.model.dim < _SMALL else None
+    return settings.threads
 
 
 @contextmanager

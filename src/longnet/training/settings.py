@@ -55,7 +55,7 @@ class TrainSettings:
         seed: of the initial weights, the windows and dropout.
         eval_every: steps between two evaluations on ``eval_windows`` held-out windows; 0 for none on the way.
         save_every: steps between two checkpoints; 0 for one at the end alone.
-        threads: CPU threads of torch; ``None`` leaves them as they are.
+        threads: CPU threads of torch; ``None`` takes one for a small model on the CPU, else leaves them as they are.
         cp: processes that share one window, of those that torchrun started.
     """
 
