@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from longnet.models.placement import device_of
 
 # int8 weights; int8 weights and activations, a scale a token; 8-bit floats (e4m3). One scale an output channel.
 SCHEMES = ("int8wo", "int8dyn", "float8wo")
@@ -24,7 +27,7 @@ def quantize(model: nn.Module, scheme: str, *, head: bool = False) -> None:
     Args:
         model: any module with ``nn.Linear`` layers of float32, bfloat16 or float16; a LongNetLM say, pruned or not.
         scheme: ``"int8wo"`` (int8 weights, activations as they are), ``"int8dyn"`` (activations too, rounded to int8 a token at a
-            time) or ``"float8wo"`` (weights as float8 e4m3).
+            time) or ``"float8wo"`` (weights as float8 e4m3). ``"int8dyn"`` needs a GPU, or a CPU whose int8 product is exact.
         head: the output head too (a linear layer called ``head`` or ``lm_head``). A head tied to the embedding cannot be.
 
     Raises:
@@ -33,7 +36,7 @@ def quantize(model: nn.Module, scheme: str, *, head: bool = False) -> None:
     """
     chosen = _layers(model, scheme, head)
     torchao = _torchao()
-    torchao.quantize_(model, _config(scheme), lambda module, _: id(module) in chosen)
+    torchao.quantize_(model, _config(scheme, model), lambda module, _: id(module) in chosen)
 
 
 def quantization(model: nn.Module) -> str | None:
@@ -84,7 +87,7 @@ def convert_qat(model: nn.Module, scheme: str) -> None:
     prepared = {id(module) for module in model.modules() if isinstance(module, qat.linear.FakeQuantizedLinear)}
     if not prepared:
         raise ValueError("model has no layer that prepare_qat prepared: expected prepare_qat first, or quantize")
-    config = qat.QATConfig(_config(scheme), step="convert")
+    config = qat.QATConfig(_config(scheme, model), step="convert")
     torchao.quantize_(model, config, lambda module, _: id(module) in prepared)
 
 
@@ -155,9 +158,25 @@ def _layers(model: nn.Module, scheme: str, head: bool) -> set[int]:
     return {id(module) for module in chosen.values()}
 
 
-def _config(scheme: str) -> Any:
-    """torchao's config of a scheme. Its inductor settings are global: they are left alone."""
+@cache
+def exact_int8_product() -> bool:
+    """Whether the CPU's int8 matrix product is exact: without VNNI, sums of two products saturate at 16 bits."""
+    one = torch.full((32, 32), 127, dtype=torch.int8)
+    return bool((torch._int_mm(one, one) == 32 * 127**2).all())
+
+
+def _config(scheme: str, model: nn.Module) -> Any:
+    """torchao's config of a scheme. Its inductor settings are global: they are left alone.
+
+    Raises:
+        ValueError: ``"int8dyn"`` on a CPU whose int8 product saturates.
+    """
     torchao = _torchao()
+    if scheme == "int8dyn" and device_of(model).type == "cpu" and not exact_int8_product():
+        raise ValueError(
+            "scheme='int8dyn': the int8 matrix product of this CPU saturates (it has no VNNI), so results would be wrong: "
+            "expected 'int8wo', or a model on a GPU"
+        )
     configs = {
         "int8wo": torchao.Int8WeightOnlyConfig,
         "int8dyn": torchao.Int8DynamicActivationInt8WeightConfig,
