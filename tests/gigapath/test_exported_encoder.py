@@ -94,6 +94,7 @@ def test_an_encoder_that_the_caller_compiles() -> None:
     with torch.no_grad():
         got = torch.compile(model, backend="eager")(*inputs)
         torch.testing.assert_close(got, model(*inputs), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="outside of the grid"):
+    # torch 2.11 takes the check into its graph, where it is an assertion.
+    with pytest.raises((ValueError, RuntimeError), match="outside of the grid"):
         torch.compile(model, backend="eager")(inputs[0], inputs[1] - 1e6)
     torch._dynamo.reset()
