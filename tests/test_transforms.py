@@ -21,9 +21,7 @@ from longnet import (
 )
 
 # torch deprecates its own trace.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore::torch.jit.TracerWarning")
 BACKENDS = ("cpu_flash", "portable")
 PATTERN = (4, 12), (1, 2)
 TRACED = "cannot be recorded by torch.jit.trace.*torch.export"

@@ -17,6 +17,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
 from longnet.hf import BoundedCache, apply
+from longnet.hf.bounded import CACHE
 
 # The name that both versions of transformers know.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
@@ -289,4 +290,4 @@ def test_left_padding_is_told_and_right_padding_is_not(use_cache: bool) -> None:
         logits(model, {"input_ids": ids, "attention_mask": mask}, use_cache=False)
     cache = BoundedCache(model) if use_cache else None
     with pytest.warns(UserWarning, match="padded on the left"):
-        logits(model, {"input_ids": ids, "attention_mask": right.flip(1)}, use_cache=use_cache, past_key_values=cache)
+        logits(model, {"input_ids": ids, "attention_mask": right.flip(1)}, use_cache=use_cache, **{CACHE: cache})

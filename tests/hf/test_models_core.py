@@ -28,6 +28,7 @@ from longnet.hf import (
     LongNetForSequenceClassification,
     LongNetModel,
 )
+from longnet.hf.bounded import CACHE
 
 CLOSE: dict[str, float] = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -330,7 +331,7 @@ def test_a_saved_cache_continues_in_generate() -> None:
     read(model, ids[:, :-1], cache)
     again = pickle.loads(pickle.dumps(cache))
     assert torch.equal(
-        model.generate(ids, past_key_values=again, max_new_tokens=6, min_new_tokens=6, do_sample=False), expected
+        model.generate(ids, **{CACHE: again}, max_new_tokens=6, min_new_tokens=6, do_sample=False), expected
     )
 
 

@@ -63,6 +63,11 @@ class LongNetCache(Cache):
         self._since: list[_Read] = []
 
     @property
+    def is_linear(self) -> list[bool]:
+        """transformers 5.24 takes a cache without layers for one of linear attention, and reads the prompt into it again."""
+        return [False]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of keys and values; the same after any number of tokens, from the first on."""
         return 0 if self._plain is None else self._plain.nbytes
