@@ -1,4 +1,4 @@
-"""One process at a time in a folder: the second is told so, and what a killed one leaves locks nobody out."""
+"""One process at a time in a folder: the second one is told so, and a killed one leaves no lock behind."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_what_writes_into_a_folder_says_who_has_it(
     assert sorted(file.name for file in out.iterdir()) == [".lock", "run.json"]
 
 
-def test_the_lock_of_a_killed_process_locks_nobody_out(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+def test_a_killed_process_leaves_no_lock(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     holder.kill()
     holder.wait()
     assert (tmp_path / "out" / ".lock").exists()

@@ -184,11 +184,11 @@ def _print_coverage(console: Console, covered: Coverage | str, heads: int) -> No
     for (description, share), members in groups.items():
         table.add_row(", ".join(map(str, members)), f"{share:.2%}", description)
     console.print(table)
-    nobody = covered.uncovered
-    if nobody:
+    missed = covered.uncovered
+    if missed:
         console.print(
-            f"No head covers {nobody.description}: {nobody.count:,} of {nobody.positions:,} positions "
-            f"({float(nobody.fraction):.2%}) get no attention output at all. "
+            f"No head covers {missed.description}: {missed.count:,} of {missed.positions:,} positions "
+            f"({float(missed.fraction):.2%}) get no attention output at all. "
             "Add a branch with rate 1, or choose rates that divide the number of heads.\n",
             style="bold red", markup=False,
         )  # fmt: skip
@@ -233,10 +233,10 @@ def _as_dict(
 
 
 def _coverage_dict(covered: Coverage) -> dict[str, Any]:
-    nobody = covered.uncovered
+    missed = covered.uncovered
     return {
         "heads": [float(share) for share in covered.fractions],
-        "uncovered": {"count": nobody.count, "positions": nobody.positions, "description": nobody.description},
+        "uncovered": {"count": missed.count, "positions": missed.positions, "description": missed.description},
     }
 
 

@@ -151,7 +151,7 @@ class SlideBlock(Block):
         return x + (branch if scales[1] is None else branch * scales[1])
 
     def _masks(self, x: Tensor, tokens: int) -> Masks:
-        """What dropout keeps of so many tokens of each of the two branches; None where it is drawn when it is needed.
+        """Dropout masks (B, tokens, C) of the two branches, True where a number stays; None: each branch draws its own later.
 
         torch 2.11 cannot compile what is drawn inside of what is computed again: it loses sizes.
         """

@@ -216,7 +216,7 @@ def load(folder: str | os.PathLike[str], model_class: type[Any] | None = None, *
 
 
 def _part(model: PreTrainedModel, place: tuple[str, ...], count: int) -> PreTrainedModel:
-    """The model in ``model`` whose config stands at ``place`` in its config, with so many attention layers."""
+    """The part of ``model`` with the config at ``place`` in the whole config, and ``count`` attention layers."""
     config: Any = model.config
     for name in place:
         config = getattr(config, name, None)

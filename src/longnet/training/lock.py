@@ -17,7 +17,7 @@ except ImportError:  # Windows has msvcrt instead.
     fcntl = None  # type: ignore[assignment]
 
 _NAME = ".lock"
-# Windows lets nobody read a byte that is locked: the lock is on a byte beyond the number of the process.
+# On Windows no process can read a locked byte: the lock is on a byte beyond the number of the process.
 _LOCKED_BYTE = 1 << 20
 _TAKEN = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 
@@ -70,7 +70,7 @@ def _open_locked(folder: Path) -> FileIO:
                 f"out={str(folder)!r} is in use by another process{f' ({number})' if number else ''}: "
                 "expected one process at a time in a folder; wait for it, or choose another folder"
             ) from None
-        # The process before may have removed the file after it was opened here: then the lock keeps nobody out.
+        # The previous holder may have removed the file after it was opened here: other processes would not see this lock.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(name)):
                 return file
