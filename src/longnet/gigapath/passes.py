@@ -141,7 +141,7 @@ def read_out(
 
 
 def _run_block(block: nn.Module, x: Tensor, following: int, read: Tensor | None, times: Tensor | None) -> Tensor:
-    """Which rows of a block's result the following blocks read."""
+    """The block's result: all rows, or those that the ``following`` blocks after it read."""
     if times is not None and following == 0:
         return block(x, times=times)
     if read is not None and following == 1:
