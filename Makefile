@@ -9,8 +9,8 @@ INSTALLED := .venv/.installed
 export OMP_WAIT_POLICY ?= PASSIVE
 export KMP_BLOCKTIME ?= 0
 
-# One worker more than there are processors: some tests wait for processes or for the clock.
-PYTEST = $(BIN)/python -m pytest -n $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )) --maxprocesses 8 --dist loadgroup
+# Two workers more than there are processors: some tests wait for processes or for the clock.
+PYTEST = $(BIN)/python -m pytest -n $$(( $$(getconf _NPROCESSORS_ONLN) + 2 )) --maxprocesses 8 --dist loadgroup
 
 DEMO := --preset tiny --context 8192 --minutes 8 --lr 3e-3 --clip 0.3 --schedule linear --warmup 40
 
@@ -50,8 +50,7 @@ demo: $(INSTALLED)
 
 # The tests come last and by themselves, so that the output ends with pytest's summary.
 test: $(INSTALLED)
-	@$(MAKE) --no-print-directory -j2 lint type docs
-	@$(MAKE) --no-print-directory transformers
+	@$(MAKE) --no-print-directory -j3 lint type docs transformers
 	@$(MAKE) --no-print-directory pytest
 
 quick: $(INSTALLED)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 
 
-def test_two_processes_are_compared_with_one(tmp_path):
+def test_two_processes_are_compared_with_one(tmp_path, forked):
     out = tmp_path / "scaling.json"
     found = subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-            "-m",
-            "benchmarks.scaling",
+            *(*forked, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"),
+            *(*forked, "-m", "benchmarks.scaling"),
             "--out",
             out,
         ],

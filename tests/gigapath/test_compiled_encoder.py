@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch._inductor.config
 from slides import encoder, slides
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -19,6 +20,8 @@ from longnet.models import normed
 # Torch's own tracing looks at tensors of its own.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 RECOMPUTE = ("ffn", "block", "elementwise", "none")
+# Loops of single numbers: the steps are the same on every processor, and compile in half the time.
+scalar = torch._inductor.config.patch({"cpp.simdlen": 1})
 
 
 @pytest.fixture
@@ -27,7 +30,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBacke
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = {
-        one: torch.compile(one, dynamic=True, fullgraph=True, backend=counter)
+        one: passes.compile_for_any_size(one, fullgraph=True, backend=counter)
         for one in (passes.embed, passes.read_out)
     }
     monkeypatch.setattr(passes, "compiled", lambda function: compiled[function])
@@ -53,7 +56,8 @@ def test_results_and_gradients_are_the_same(recompute: str, counted: CompileCoun
         for got, want in zip(gradients(model, x, coords), expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
         compiled.append(counted.frame_count)
-    assert compiled[0] > 0 and compiled == compiled[:1] * 3
+    # Two functions, each once.
+    assert compiled == [2, 2, 2]
 
 
 @pytest.mark.parametrize("global_pool", [False, True])
@@ -96,6 +100,7 @@ def test_masks_drop_as_often_as_dropout_and_keep_the_mean(monkeypatch: pytest.Mo
     assert block.eval()._masks(x, 500) == (None, None)
 
 
+@scalar
 @pytest.mark.parametrize(
     ("recompute", "layers", "backend"),
     [
@@ -110,7 +115,7 @@ def test_dropout_of_some_tokens_compiles(
 ) -> None:
     torch._dynamo.reset()
     made = {
-        one: torch.compile(one, dynamic=True, fullgraph=True, backend=backend)
+        one: passes.compile_for_any_size(one, fullgraph=True, backend=backend)
         for one in (passes.embed, passes.read_out)
     }
     monkeypatch.setattr(passes, "compiled", lambda function: made[function])
@@ -134,6 +139,7 @@ def test_a_model_of_one_layer(counted: CompileCounterWithBackend) -> None:
     assert counted.frame_count >= 1
 
 
+@scalar
 def test_with_torchs_code_generator_under_autocast() -> None:
     torch._dynamo.reset()
     model = encoder(2, torch.float32, recompute="elementwise", dropout=0.0, drop_path=0.0).train()

@@ -19,11 +19,12 @@ from longnet.hf import LongNetForCausalLM
 PLACE = Path(__file__).parent
 
 
-def on_two_ranks(mode: str, folder: Path) -> tuple[list[float], Any]:
+def on_two_ranks(mode: str, folder: Path, python: list[str]) -> tuple[list[float], Any]:
+    """(losses, the model) of two processes that torchrun starts by ``python``."""
     paths = os.pathsep.join([str(PLACE), *(path for path in sys.path if path)])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch = [*python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     done = subprocess.run(
-        [*launch, str(PLACE / "train_on_ranks.py"), mode, str(folder)],
+        [*launch, *python, str(PLACE / "train_on_ranks.py"), mode, str(folder)],
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -40,22 +41,22 @@ def same(found: Any, expected: Any) -> None:
     torch.testing.assert_close(*given, rtol=1e-2, atol=1e-3)
 
 
-def test_data_parallel(tmp_path: Path) -> None:
+def test_data_parallel(tmp_path: Path, forked: list[str]) -> None:
     """Two ranks with half a batch each take the steps of one process with the whole batch."""
     alone = train_on_ranks.trainer(tmp_path / "alone", train_on_ranks.BATCH)
     alone.train()
-    losses, model = on_two_ranks("ddp", tmp_path / "two")
+    losses, model = on_two_ranks("ddp", tmp_path / "two", forked)
     assert losses == pytest.approx(train_on_ranks.losses(alone), rel=1e-4)
     torch.testing.assert_close(
         first(model, input_ids=tokens()), first(alone.model.eval(), input_ids=tokens()), rtol=1e-2, atol=1e-3
     )
 
 
-def test_sharded_parameters(tmp_path: Path) -> None:
+def test_sharded_parameters(tmp_path: Path, forked: list[str]) -> None:
     """FSDP2 around every block and the whole, tied embedding included, takes the same steps."""
     alone = make().train()
     train_on_ranks.train(alone)
-    losses, model = on_two_ranks("fsdp2", tmp_path)
+    losses, model = on_two_ranks("fsdp2", tmp_path, forked)
     assert losses[-1] < losses[0]
     torch.testing.assert_close(
         first(model, input_ids=tokens()), first(alone.eval(), input_ids=tokens()), rtol=1e-2, atol=1e-3

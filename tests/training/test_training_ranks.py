@@ -76,8 +76,8 @@ def same_losses(found, want):
         assert abs(got["loss"] - expected["loss"]) < 1e-5 * expected["loss"], got
 
 
-def test_a_process_is_killed_and_fewer_go_on_as_two_hosts(data, tmp_path, alone):
-    """By ordinary processes, as a user starts them."""
+def test_a_process_is_killed_and_fewer_go_on_as_two_hosts(data, tmp_path, alone, forked):
+    """Those that are killed are ordinary processes, as a user starts them."""
     out = tmp_path / "run"
     process = start("--nproc-per-node", "3", *command(data, out, "--cp", "3", "--steps", "100000"))
     begun = time.monotonic()
@@ -101,7 +101,7 @@ def test_a_process_is_killed_and_fewer_go_on_as_two_hosts(data, tmp_path, alone)
     hosts = [
         start(
             "--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "1", "--master-addr", "127.0.0.1",
-            "--master-port", str(port), *command(data, out, "--cp", "2", "--resume"),
+            "--master-port", str(port), *command(data, out, "--cp", "2", "--resume"), python=forked,
         )
         for node in range(2)
     ]  # fmt: skip

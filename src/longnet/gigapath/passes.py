@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -172,8 +173,22 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     are looked at.
     """
     # torch 2.11 gets the room for norms' gradients wrong where the number of rows is an expression; it gains nothing here.
-    options: dict[str, Any] = {"triton.mix_order_reduction": False}
-    return torch.compile(function, dynamic=True, options=options)
+    return compile_for_any_size(function, options={"triton.mix_order_reduction": False})
+
+
+def compile_for_any_size(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    """``torch.compile(function, dynamic=True, **settings)``, once: numbers of modules (eps, a rate of dropout) are constants.
+
+    As symbols, which ``dynamic=True`` would make of them, they have torch trace everything a second time.
+    """
+    run: Callable[..., Any] = torch.compile(function, dynamic=True, **settings)
+
+    def call(*args: Any) -> Any:
+        # Another compilation, which this one is a part of, has made its choice.
+        with nullcontext() if torch.compiler.is_compiling() else torch._dynamo.config.patch(specialize_float=True):
+            return run(*args)
+
+    return call
 
 
 def _class_token(x: Tensor) -> Tensor:
