@@ -78,9 +78,12 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def is_as_its_class(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the module does what that class does and no more."""
+    if type(module) is not kind:
+        return False
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     # Who replaces ``forward`` of one module (accelerate, say) or compiles it in place leaves its class as it is.
     changed = "forward" in module.__dict__ or module._compiled_call_impl is not None
-    return type(module) is kind and not (changed or hooks_of(module) or _has_any_global_hook())
+    return not (hooks or changed or _has_any_global_hook())
 
 
 def hooks_of(module: nn.Module) -> list[int]:
@@ -91,4 +94,6 @@ def hooks_of(module: nn.Module) -> list[int]:
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether it is as its class, with parameters that are nothing but tensors."""
-    return is_as_its_class(module, kind) and all(type(one) is nn.Parameter for one in module.parameters())
+    return is_as_its_class(module, kind) and all(
+        type(one) is nn.Parameter for one in module._parameters.values() if one is not None
+    )
