@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longnet.backends import Spec, select_backend
-from longnet.backends.operators import lse_dtype
+from longnet.backends.operators import autocast_dtype, lse_dtype
 from longnet.geometry import HeadOffsets, Pattern, uncovered_positions
 from longnet.packing import boundaries, packed_attention
 from longnet.sharding import give_up, peers_of, sharded_attention
@@ -332,9 +332,7 @@ def _check_bias(bias: Tensor, query: Tensor, pattern: Pattern) -> None:
 
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    device_type = query.device.type
-    # Meta tensors have no autocast, and asking for it raises.
-    if query.dtype == torch.float64 or device_type == "meta" or not torch.is_autocast_enabled(device_type):
+    dtype = autocast_dtype(query.device.type)
+    if query.dtype == torch.float64 or dtype is None:
         return query, key, value
-    dtype = torch.get_autocast_dtype(device_type)
     return query.to(dtype), key.to(dtype), value.to(dtype)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from longnet.backends.operators import autocast_dtype
 from longnet.models.placement import device_of, dtype_of, is_dispatched
 
 
@@ -24,7 +25,7 @@ def check_slides(x: Tensor, coords: Tensor, padding_mask: Tensor | None, embed: 
         raise ValueError(f"x has shape {tuple(x.shape)}: expected (B, L, {in_dim}) tile embeddings")
     if not x.is_floating_point():
         raise TypeError(f"x has dtype {x.dtype}: expected a floating dtype")
-    if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != dtype and autocast_dtype(x.device.type) is None:
         raise TypeError(
             f"x has dtype {x.dtype} and the encoder {dtype}: expected the same, or autocast around the call"
         )

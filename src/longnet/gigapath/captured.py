@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from longnet.backends.operators import autocast_dtype
+
 # Sizes of slides that a model keeps graphs of, the last ones that came.
 _MOST = 8
 # Calls before a capture: what is made or compiled once is made then.
@@ -38,8 +40,7 @@ class Replays:
             settings: all that the function depends on besides x and the model's parameters.
         """
         parameters = list(model.parameters())
-        kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        mode = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), kind)
+        mode = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast_dtype("cuda"))
         where = tuple((one.data_ptr(), one.requires_grad) for one in parameters)
         key = (settings, mode, x.shape, x.dtype, x.device, x.requires_grad, where)
         known = self._by_model.setdefault(model, OrderedDict())

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from longnet.backends.operators import autocast_dtype
 from longnet.geometry import Pattern
 from longnet.padding import warn_moved_rows
 from longnet.streaming import DilatedCache, stream_attention
@@ -62,8 +62,7 @@ class BoundedLayer(CacheLayerMixin):
         if self.cache is None:
             batch, heads, _, head_dim = query.shape
             # Under autocast a model may hand over keys of one type and values of another: they are cast alike.
-            kind = query.device.type
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else key.dtype
+            dtype = autocast_dtype(query.device.type) or key.dtype
             self.cache = DilatedCache(
                 pattern.segment_lengths,
                 pattern.dilation_rates,

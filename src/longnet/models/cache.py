@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from longnet.backends.operators import autocast_dtype
 from longnet.models.config import LongNetConfig
 from longnet.models.placement import device_of, dtype_of
 from longnet.streaming import DilatedCache
@@ -25,8 +26,7 @@ def make_cache(
     devices = [device_of(getattr(block, "attention", block)) for block in model.blocks]  # type: ignore[union-attr]
     if dtype is None:
         own, kind = dtype_of(model.embedding, model), devices[0].type  # type: ignore[arg-type]
-        cast = own != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if cast else own
+        dtype = own if own == torch.float64 else autocast_dtype(kind) or own
     if max_length is not None:
         # A segment that is not left before the end may as well end there.
         pairs = zip(config.segment_lengths, config.dilation_rates, strict=True)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longnet.backends.operators import autocast_dtype
 from longnet.models.base import LongNetBase
 from longnet.models.cache import LongNetCache, make_cache
 from longnet.models.config import LongNetConfig
@@ -291,7 +292,7 @@ class LongNetEncoder(LongNetBase):
             )
         self._check_device(embeddings, "embeddings")
         dtype = dtype_of(self.embedding, self)
-        if embeddings.dtype != dtype and not torch.is_autocast_enabled(embeddings.device.type):
+        if embeddings.dtype != dtype and autocast_dtype(embeddings.device.type) is None:
             raise TypeError(
                 f"embeddings has dtype {embeddings.dtype} and the model {dtype}: expected the same, or autocast"
             )

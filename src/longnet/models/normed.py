@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from longnet.backends.operators import autocast_dtype
 from longnet.fused import Norm, fits, normed_linear, residual_normed_linear
 from longnet.norm import LayerNorm
 
@@ -50,7 +51,7 @@ def _joined_dtype(norm: nn.Module, linears: Sequence[Any], x: Tensor, gelu: bool
     """The dtype of what is projected if it can be one step; None if not."""
     if not (_is_plain(norm, LayerNorm) and all(_is_plain(one, nn.Linear) for one in linears)):
         return None
-    dtype: torch.dtype = _autocast_dtype(x) or linears[0].weight.dtype
+    dtype: torch.dtype = autocast_dtype(x.device.type) or linears[0].weight.dtype
     readable = x.dtype == dtype or (x.dtype == torch.float32 and not gelu)
     return dtype if readable and fits(x.device, dtype, x.shape[-1]) else None
 
@@ -66,14 +67,8 @@ def _weights(linears: Sequence[Any]) -> list[tuple[Tensor, Tensor | None]]:
 def normalise(norm: nn.Module, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
     """What projections read of ``norm(x)``; under autocast cast once, instead of by each of them."""
     y: Tensor = norm(x) if key_padding_mask is None else norm(x, key_padding_mask)
-    dtype = _autocast_dtype(x)
+    dtype = autocast_dtype(x.device.type)
     return y if dtype is None or y.dtype == torch.float64 else y.to(dtype)
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast rounds to on x's device; None where it is off."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 
 def is_as_its_class(module: nn.Module, kind: type[nn.Module]) -> bool:

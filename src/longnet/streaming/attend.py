@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from longnet.backends.operators import autocast_dtype, no_autocast
 from longnet.functional import check_scale, refuse_tracing
 from longnet.streaming.cache import DilatedCache
 from longnet.streaming.chunk import attend_chunk
@@ -53,7 +53,7 @@ def stream_attention(
     _check_transforms(query, key, value)
     query, key, value = _check_tensors(query, key, value, cache)
     scale = check_scale(scale, cache.head_dim, cache.dtype)
-    with torch.no_grad(), _no_autocast(query):
+    with torch.no_grad(), no_autocast(query):
         if key_padding_mask is None:
             return _read(query, key, value, cache, scale)
         padding, most = _check_mask(key_padding_mask, query, cache)
@@ -130,16 +130,8 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCach
 
 
 def _autocast(x: Tensor) -> Tensor:
-    kind = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return x
-    return x.to(torch.get_autocast_dtype(kind))
-
-
-def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """The inputs have been cast already; inside, float32 means float32."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    dtype = autocast_dtype(x.device.type)
+    return x if x.dtype == torch.float64 or dtype is None else x.to(dtype)
 
 
 def _check_mask(mask: Tensor, query: Tensor, cache: DilatedCache) -> tuple[Tensor, int]:
