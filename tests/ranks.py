@@ -14,6 +14,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 MOST = 8
+# What the ranks' tests import. The last two belong to torch.compile with the backend "aot_eager".
+_IMPORTED = (
+    *("torch", "pytest", "hypothesis", "longnet", "longnet.distributed", "longnet.training.ranks"),
+    *("torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "torch.distributed.tensor"),
+    *("torch._dynamo", "torch._functorch.aot_autograd"),
+)
 _PATIENCE = 120.0
 
 
@@ -45,9 +51,9 @@ class Ranks:
     """Eight processes; the first K of them are a group of K."""
 
     def __init__(self, store: str) -> None:
-        # Forked from a process that has imported torch, and has run nothing: importing it takes each process two seconds.
+        # Forked from a process that has imported all of this, and has run nothing: it would take each process seconds.
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "longnet"])
+        context.set_forkserver_preload(list(_IMPORTED))
         self._outbox = context.Queue()
         self._inboxes = [context.Queue() for _ in range(MOST)]
         self._processes = [
