@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,8 +34,49 @@ def forked() -> Iterator[list[str]]:
         yield start
 
 
+@pytest.fixture(scope="session")
+def forked_hf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[str], Path]]:
+    """The same with transformers imported and longnet not; its home of Hugging Face, which may not reach the network."""
+    home = tmp_path_factory.mktemp("home")
+    imported = (
+        "torch",
+        "torch._dynamo",
+        "transformers.generation.utils",
+        "transformers.modeling_utils",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.auto.tokenization_auto",
+        "transformers.models.llama.modeling_llama",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(home))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        with serving(*imported) as start:
+            yield start, home
+
+
 # Fixtures that take long to make, and the tests that share one: all of them run in one worker of pytest-xdist.
-_GROUPS = {"ranks": "ranks", "forked": "commands", "quick_gpu_run": "gpu benchmark", "quick": "benchmark"}
+_GROUPS = {
+    "ranks": "ranks",
+    "forked": "commands",
+    "forked_hf": "transformers",
+    "quick_gpu_run": "gpu benchmark",
+    "quick": "benchmark",
+}
+
+
+# Modules stay until the end, so no collection has to walk all that they hold: none while they are imported, and none of
+# those that transformers' Trainer and others ask for in every call (half a second each). What tests make is collected.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 # Files and folders that compile, start processes or run Triton's interpreter: `make quick` leaves them out.

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "finetune_long.py"
 
 
-def test_a_dense_model_goes_on_longer(tmp_path: Path) -> None:
-    command = [sys.executable, str(EXAMPLE), "--quick", "--device", "cpu", "--out", str(tmp_path)]
+def test_a_dense_model_goes_on_longer(tmp_path: Path, forked_hf: tuple[list[str], Path]) -> None:
+    command = [*forked_hf[0], str(EXAMPLE), "--quick", "--device", "cpu", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "finetune_long.json").read_text())

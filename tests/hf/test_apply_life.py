@@ -6,7 +6,6 @@ import copy
 import json
 import pickle
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +165,7 @@ def test_another_attention_implementation_is_refused() -> None:
 
 PICKLED = """
 import sys, torch
+assert "longnet" not in sys.modules
 folder = sys.argv[1]
 model, given, expected = torch.load(folder + "/model.pt", weights_only=False)
 with torch.no_grad():
@@ -176,11 +176,12 @@ print(type(list(out.values())[-1]).__name__)
 """
 
 
-def test_a_pickled_model_is_dilated_in_another_process(tmp_path: Path) -> None:
+def test_a_pickled_model_is_dilated_in_another_process(tmp_path: Path, forked_hf: tuple[list[str], Path]) -> None:
     model, given = apply(make("llama"), SEGMENTS, RATES), inputs("llama")
     expected = logits(model, given)
     torch.save((model, given, expected), tmp_path / "model.pt")
-    command = [sys.executable, "-c", PICKLED, str(tmp_path)]
+    (tmp_path / "program.py").write_text(PICKLED)
+    command = [*forked_hf[0], str(tmp_path / "program.py"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] == "BoundedCache"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,21 +77,37 @@ def published(folder: Path) -> Any:
     return model
 
 
-def run(code: str, home: Path) -> subprocess.CompletedProcess[str]:
-    paths = [path for path in sys.path if path]
-    script = f"import sys; sys.path[:0] = {paths!r}\n{code}"
-    environment = {
-        "HF_HOME": str(home),
-        "HF_HUB_OFFLINE": "1",
-        "PATH": "/usr/bin:/bin",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
-    return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+@pytest.fixture
+def run(forked_hf: tuple[list[str], Path], tmp_path: Path) -> Callable[[str], subprocess.CompletedProcess[str]]:
+    """Run a program that has imported nothing of longnet, with an empty home of Hugging Face."""
+    start, home = forked_hf
+
+    def program(code: str) -> subprocess.CompletedProcess[str]:
+        shutil.rmtree(home)
+        home.mkdir()
+        paths = [path for path in sys.path if path]
+        start_of_it = (
+            f"import os, sys; sys.path[:0] = {paths!r}; sys.dont_write_bytecode = True\n"
+            "import transformers.utils.hub as hub\n"
+            f"assert hub.HF_MODULES_CACHE.startswith({str(home)!r}) and hub.is_offline_mode()\n"
+            "assert not any(name.partition('.')[0] in ('longnet', 'LongNet') for name in sys.modules)\n"
+        )
+        (tmp_path / "program.py").write_text(start_of_it + code)
+        environment = {
+            "HF_HOME": str(home),
+            "HF_HUB_OFFLINE": "1",
+            "PATH": "/usr/bin:/bin",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+        command = [*start, str(tmp_path / "program.py")]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    return program
 
 
 @pytest.mark.parametrize("order", [["tokenizer", "model"], ["model", "tokenizer"]])
-def test_a_published_folder_loads_without_the_library_imported(order: list[str], tmp_path: Path) -> None:
+def test_a_published_folder_loads_without_the_library_imported(order: list[str], tmp_path: Path, run: Any) -> None:
     model = published(tmp_path / "model")
     autos = {"tokenizer": "AutoTokenizer", "model": "AutoModelForCausalLM"}
     loads = "\n".join(f"{name} = {autos[name]}.from_pretrained(folder, trust_remote_code=True)" for name in order)
@@ -108,7 +126,7 @@ tokenizer.save_pretrained({str(tmp_path / "again")!r})
 again = AutoModelForCausalLM.from_pretrained({str(tmp_path / "again")!r})
 assert torch.equal(again(ids).logits, model(ids).logits)
 """
-    done = run(code, tmp_path / "home")
+    done = run(code)
     assert done.returncode == 0, done.stderr
     ids = torch.tensor([list(b"seven")])
     # Another process may have another number of threads, hence other sums.
@@ -117,14 +135,14 @@ assert torch.equal(again(ids).logits, model(ids).logits)
     assert "auto_map" not in "".join(file.read_text() for file in (tmp_path / "again").glob("*.json"))
 
 
-def test_a_published_folder_says_what_is_missing(tmp_path: Path) -> None:
+def test_a_published_folder_says_what_is_missing(tmp_path: Path, run: Any) -> None:
     published(tmp_path / "model")
     code = f"""
 sys.modules["longnet"] = None
 from transformers import AutoModelForCausalLM
 AutoModelForCausalLM.from_pretrained({str(tmp_path / "model")!r}, trust_remote_code=True)
 """
-    done = run(code, tmp_path / "home")
+    done = run(code)
     assert done.returncode != 0 and "pip install '.[hf]'" in done.stderr
 
 
