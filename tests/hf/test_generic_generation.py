@@ -140,11 +140,14 @@ def test_assisted_is_greedy(model: Any, kind: str, length: int) -> None:
     if kind == "another":
         torch.manual_seed(5)
         helper = type(model)(model.config).double().eval()
+        # It is nearly always wrong: what it adds, over a segment's end, is taken back.
+        helper.generation_config.num_assistant_tokens = 10
     options: dict[str, Any] = (
         {"prompt_lookup_num_tokens": 4} if kind == "prompt lookup" else {"assistant_model": helper}
     )
-    expected = generate(model, ids, max_new_tokens=40, min_new_tokens=40)
-    assert torch.equal(generate(model, ids, max_new_tokens=40, min_new_tokens=40, **options), expected)
+    # Over the end of the longer segment of 32.
+    steps = {"max_new_tokens": 28, "min_new_tokens": 28}
+    assert torch.equal(generate(model, ids, **steps, **options), generate(model, ids, **steps))
 
 
 def test_assisted_samples(model: Any) -> None:
