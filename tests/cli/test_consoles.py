@@ -25,12 +25,24 @@ NAME = "caf\u00e9-\u65e5"
 Console = Callable[..., "subprocess.CompletedProcess[bytes]"]
 
 
-@pytest.fixture
-def console() -> Console:
-    """Run ``longnet`` on a console of an encoding; its output as bytes."""
+# A forked process has its streams already: these are what Python makes of PYTHONIOENCODING when it starts.
+LONGNET = """
+import os, runpy, sys
+encoding = os.environ["PYTHONIOENCODING"]
+sys.stdout = open(1, "w", encoding=encoding, errors="strict", closefd=False)
+sys.stderr = open(2, "w", encoding=encoding, errors="backslashreplace", closefd=False)
+runpy.run_module("longnet", run_name="__main__", alter_sys=True)
+"""
 
-    def run(encoding: str, *arguments: object) -> subprocess.CompletedProcess[bytes]:
-        command = [sys.executable, "-m", "longnet", *map(str, arguments)]
+
+@pytest.fixture
+def console(forked: list[str], tmp_path: Path) -> Console:
+    """Run ``longnet`` on a console of an encoding; its output as bytes. ``fresh``: in a Python that starts anew."""
+
+    def run(encoding: str, *arguments: object, fresh: bool = False) -> subprocess.CompletedProcess[bytes]:
+        (tmp_path / "program.py").write_text(LONGNET)
+        start = [sys.executable, "-m", "longnet"] if fresh else [*forked, str(tmp_path / "program.py")]
+        command = [*start, *map(str, arguments)]
         environment = {**ENVIRONMENT, "PYTHONIOENCODING": encoding}
         result = subprocess.run(command, env=environment, capture_output=True, timeout=120, check=False)
         assert result.returncode == 0, result.stderr
@@ -71,7 +83,9 @@ def test_stream(tmp_path: Path, folder: Path, console: Console) -> None:
 
 
 def test_inspect(folder: Path, console: Console) -> None:
-    result = console("cp1252", "inspect", "--segments", "16", "--rates", "1", "--out", folder / "picture.png")
+    result = console(
+        "cp1252", "inspect", "--segments", "16", "--rates", "1", "--out", folder / "picture.png", fresh=True
+    )
     assert b"caf\xe9-\\u65e5" in result.stdout
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,25 +22,26 @@ from longnet.training.lock import locked
 
 Make = Callable[..., TrainSettings]
 HOLDS = """
-import sys, time
+import os, sys, time
 from longnet.training.lock import locked
 with locked(sys.argv[1]):
-    print("holds", flush=True)
+    print(os.getpid(), flush=True)
     time.sleep(600)
 """
 
 
 @pytest.fixture
-def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds the lock on ``tmp_path / "out"``."""
+def holder(tmp_path: Path, forked: list[str]) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """Another process that holds the lock on ``tmp_path / "out"``, and its number. It ends as what started it does."""
+    (tmp_path / "holds.py").write_text(HOLDS)
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLDS, str(tmp_path / "out")],
+        [*forked, str(tmp_path / "holds.py"), str(tmp_path / "out")],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(Path(module.__file__).parents[2])},
     )
-    assert process.stdout is not None and process.stdout.readline() == "holds\n"
-    yield process
+    assert process.stdout is not None
+    yield process, int(process.stdout.readline())
     process.kill()
     process.communicate()
 
@@ -54,7 +56,7 @@ def test_the_folder_is_made_and_left_only_with_content(tmp_path: Path) -> None:
 
 
 def test_what_writes_into_a_folder_says_who_has_it(
-    tmp_path: Path, holder: subprocess.Popen[str], make_settings: Make
+    tmp_path: Path, holder: tuple[subprocess.Popen[str], int], make_settings: Make
 ) -> None:
     out = tmp_path / "out"
     save_model(LongNetLM(LongNetConfig.preset("nano")), tmp_path / "model")
@@ -68,14 +70,15 @@ def test_what_writes_into_a_folder_says_who_has_it(
         lambda: stream(settings),
         lambda: save_model(load_model(tmp_path / "model"), out),
     ):
-        with pytest.raises(ValueError, match=rf"out' is in use by another process \({holder.pid}\)"):
+        with pytest.raises(ValueError, match=rf"out' is in use by another process \({holder[1]}\)"):
             call()
     assert sorted(file.name for file in out.iterdir()) == [".lock", "run.json"]
 
 
-def test_a_killed_process_leaves_no_lock(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
-    holder.kill()
-    holder.wait()
+def test_a_killed_process_leaves_no_lock(tmp_path: Path, holder: tuple[subprocess.Popen[str], int]) -> None:
+    process, number = holder
+    os.kill(number, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
     assert (tmp_path / "out" / ".lock").exists()
     with locked(tmp_path / "out"):
         pass
