@@ -280,23 +280,21 @@ def test_the_command_lets_waiting_threads_sleep_unless_told_otherwise(own: str |
     mine = {} if own is None else {"OMP_WAIT_POLICY": own, "KMP_BLOCKTIME": "7"}
     expected = [own or "PASSIVE", "0" if own is None else "7"]
     program = f"""
-import builtins, os
+import importlib.abc, os
 os.environ.pop("OMP_WAIT_POLICY", None), os.environ.pop("KMP_BLOCKTIME", None)
 os.environ.update({mine!r})
 sys.argv = ["longnet", "generate", "no-such-run", "--prompt", "a"]
-found, load = [], builtins.__import__
-def watch(name, *rest):
-    if name == "torch" and "torch" not in sys.modules:
-        found.append([os.environ.get("OMP_WAIT_POLICY"), os.environ.get("KMP_BLOCKTIME")])
-    return load(name, *rest)
-builtins.__import__ = watch
+class Watch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print([os.environ.get("OMP_WAIT_POLICY"), os.environ.get("KMP_BLOCKTIME")] == {expected!r}, flush=True)
+            os._exit(7)
+sys.meta_path.insert(0, Watch())
 from longnet.cli.entry import main
-try:
-    main()
-except SystemExit:
-    print(found[0] == {expected!r}, "torch" in sys.modules)
+main()
 """
-    assert in_a_fresh_process(program).stdout.splitlines()[-1] == "True True"
+    result = in_a_fresh_process(program)
+    assert (result.returncode, result.stdout) == (7, "True\n"), result.stderr
 
 
 def test_another_missing_module_keeps_its_traceback() -> None:
