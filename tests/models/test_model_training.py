@@ -22,7 +22,8 @@ def _fresh_compiler() -> Iterator[None]:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_loss_compiles_into_one_graph(checkpointing: bool) -> None:
     torch.manual_seed(0)
-    model = LongNetLM(LongNetConfig.preset("nano", gradient_checkpointing=checkpointing), dtype=torch.float64)
+    config = LongNetConfig.preset("nano", layers=1 + checkpointing, gradient_checkpointing=checkpointing)
+    model = LongNetLM(config, dtype=torch.float64)
     eager = copy.deepcopy(model)
     tokens = torch.randint(0, 256, (2, 41))
     compiled = torch.compile(model.loss, fullgraph=True, backend="aot_eager")
@@ -37,7 +38,9 @@ def test_loss_compiles_into_one_graph(checkpointing: bool) -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_batch_norm_encoder_compiles_and_moves_its_statistics_once(checkpointing: bool) -> None:
     torch.manual_seed(0)
-    config = LongNetConfig.preset("nano", causal=False, norm="batch", gradient_checkpointing=checkpointing)
+    config = LongNetConfig.preset(
+        "nano", layers=2 - checkpointing, causal=False, norm="batch", gradient_checkpointing=checkpointing
+    )
     model = LongNetEncoder(config, dtype=torch.float64)
     eager = copy.deepcopy(model)
     tokens = torch.randint(0, 256, (2, 40))
