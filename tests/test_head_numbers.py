@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 
+import interpreted
 import pytest
 import torch
 from hypothesis import given, settings
@@ -60,6 +61,7 @@ def test_kernels_of_triton_compute_them_among_all_heads(
 ) -> None:
     monkeypatch.setattr(triton_flash, "blocks_for", lambda *_: (triton_flash.Blocks(16, 16, 4, 1),) * 2)
     monkeypatch.setattr(triton_flash, "LEAST_ROWS", 1)
+    interpreted.hasten()
     kept = Kept(Problem(**{**vars(kept.problem), "dtype": torch.float32}), kept.kv_heads)
     with caplog.at_level(logging.DEBUG, logger="longnet"):
         check(kept, "triton", 1e-5, 1e-4)
@@ -71,6 +73,7 @@ def test_a_bias_belongs_to_the_heads_that_are_kept(backend: str, monkeypatch: py
     if backend == "triton" and (torch.cuda.is_available() or importlib.util.find_spec("triton") is None):
         pytest.skip("needs triton, and no GPU: with one, kernels are compiled")
     monkeypatch.setattr(triton_flash, "blocks_for", lambda *_: (triton_flash.Blocks(16, 16, 4, 1),) * 2)
+    interpreted.hasten()
     torch.manual_seed(0)
     numbers, pattern = (0, 2, 3, 5), ((8, 16), (2, 3))
     q, k, v = (torch.randn(1, 6, 20, 8) for _ in range(3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import interpreted
 import pytest
 import torch
 from hypothesis import given, settings
@@ -28,6 +29,7 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several blocks and nests of a few tokens, in Triton's interpreter."""
+    interpreted.hasten()
     monkeypatch.setattr(triton_flash, "blocks_for", lambda *_: (triton_flash.Blocks(16, 16, 4, 1),) * 2)
     monkeypatch.setattr(triton_flash, "LEAST_ROWS", 1)
 

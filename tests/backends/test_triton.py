@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
+import interpreted
 import pytest
 import torch
 from oracle import dense_attention
@@ -31,6 +32,7 @@ SMALL = ((4, 8), (1, 2))
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """What long sequences do with large blocks, short ones do with small blocks."""
+    interpreted.hasten()
     monkeypatch.setattr(triton_flash, "blocks_for", lambda *_: (triton_flash.Blocks(16, 16, 4, 1),) * 2)
     monkeypatch.setattr(triton_flash, "LEAST_ROWS", 1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
+import interpreted
 import pytest
 import torch
 
@@ -25,6 +26,8 @@ PATTERNS = {
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.filterwarnings("ignore:segment_lengths=.*to no head")
 def test_wanted_rows_are_as_always_and_the_others_nothing(name: str, backend: str) -> None:
+    if backend == "triton":
+        interpreted.hasten()
     pattern, length = Pattern.parse(*PATTERNS[name], "blocked"), 45
     read = torch.zeros(length, dtype=torch.bool)
     for branch in pattern.branches:

@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import interpreted
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,11 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of a result that is rounded a few times, by dtype.
 ROUNDING = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_interpreter() -> None:
+    interpreted.hasten()
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import replace
 
+import interpreted
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,6 +28,7 @@ pytestmark = [
 @pytest.fixture(autouse=True, scope="module")
 def small_parts():
     """Several parts of several tiles, as long segments have."""
+    interpreted.hasten()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "_ROWS", 4)
         patch.setattr(fused, "_MOST_SPLITS", 2)
