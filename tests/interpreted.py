@@ -50,12 +50,16 @@ def _patch_once_a_launch(interpreter: Any) -> None:
             now.clear()
             self.inner.restore()
 
+    # By a module's names and how many there are: the first call of a function adds some.
+    known: dict[tuple[int, int], set[int]] = {}
+
     def patch_lang(fn: Any) -> Any:
-        modules = {
-            id(value)
-            for value in fn.__globals__.values()
-            if inspect.ismodule(value) and value in (interpreter.tl, interpreter.tl.core)
-        }
+        names = fn.__globals__
+        modules = known.get((id(names), len(names)))
+        if modules is None:
+            languages = (interpreter.tl, interpreter.tl.core)
+            modules = {id(value) for value in names.values() if inspect.ismodule(value) and value in languages}
+            known[id(names), len(names)] = modules
         if now and modules <= now:
             return _Nothing()
         is_launch = not now
