@@ -45,8 +45,8 @@ def test_kept_heads_are_those_of_the_full_computation(backend: str, kept: Kept) 
 
 
 SOME = [
-    Kept(Problem(2, 8, 1, 40, 4, ((8, 1), (16, 3), (33, 4)), True, "interleaved", None, True, 1), (0, 1, 3, 6, 7)),
-    Kept(Problem(1, 8, 1, 41, 5, ((8, 2), (20, 5)), False, "blocked", 0.3, False, 2), (1, 4, 5, 7)),
+    Kept(Problem(2, 5, 1, 35, 4, ((8, 1), (16, 3), (33, 4)), True, "interleaved", None, True, 1), (0, 1, 3, 4)),
+    Kept(Problem(1, 6, 1, 41, 5, ((8, 2), (20, 5)), False, "blocked", 0.3, False, 2), (1, 3, 4)),
     Kept(Problem(1, 3, 2, 37, 8, ((7, 2), (30, 4)), True, "interleaved", 0.2, True, 3), (1, 2)),
 ]
 

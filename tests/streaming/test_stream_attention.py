@@ -33,7 +33,7 @@ def full_call(stream: Stream) -> torch.Tensor:
 
 
 @given(stream=streams())
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_any_split_gives_the_rows_of_one_call(stream):
     cache = stream.cache()
     out = read(stream, cache)
@@ -43,7 +43,7 @@ def test_any_split_gives_the_rows_of_one_call(stream):
 
 
 @given(stream=streams(), data=st.data())
-@settings(max_examples=120)
+@settings(max_examples=60)
 def test_steps_give_the_rows_of_one_call(stream, data):
     """A chunk, then single tokens to the end: as chunks of one, and on the path of fixed shapes."""
     prompt = data.draw(st.integers(0, stream.length - 1))
@@ -102,13 +102,15 @@ def test_float32(stream):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("attend", [stream_attention, by_step])
-def test_half_precision_is_as_good_as_the_full_call(dtype, attend):
+def test_half_precision_is_as_good_as_the_full_call(dtype):
     cuts = (*CUTS, *range(1000, 1100))
     stream = Stream(PAPER_LIKE, 1733, cuts, batch=1, kv_heads=3, head_dim=16, dtype=dtype)
-    expected, out = stream.expected(), read(stream, stream.cache(), attend=attend)
-    assert out.dtype == dtype
-    assert relative_error(out, expected) < 1.2 * relative_error(full_call(stream), expected)
+    expected = stream.expected()
+    allowed = 1.2 * relative_error(full_call(stream), expected)
+    for attend in (stream_attention, by_step):
+        out = read(stream, stream.cache(), attend=attend)
+        assert out.dtype == dtype
+        assert relative_error(out, expected) < allowed, attend
 
 
 @pytest.mark.parametrize("attend", [stream_attention, by_step])
