@@ -87,7 +87,7 @@ def near(small_parts):
     return read(PERIODIC, PERIODIC.cache(), attend=by_fused_step)
 
 
-@pytest.mark.parametrize("start", [2**31 - 20, 10**12])
+@pytest.mark.parametrize("start", [2**31 - 16, 10**12])
 def test_any_position(start, near):
     """The same tokens give the same rows wherever a whole period ends."""
     start -= start % 16
