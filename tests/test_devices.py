@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from calls import call
 from no_float64 import NoFloat64
 
 from longnet import DilatedAttention, LongNetConfig, LongNetEncoder, LongNetLM, dilated_attention
-from longnet.backends import Spec, portable
+from longnet.backends import portable
+from longnet.call import SavedForward
 from longnet.compat import torchscale_attention
 from longnet.compress import prune_heads
 from longnet.geometry import Pattern
@@ -38,9 +40,10 @@ def test_the_operation():
     dilated_attention(q, q, q, *PATTERN, is_causal=True, key_padding_mask=MASK).sum().backward()
     torchscale_attention(q, q, q, (8, 15), (1, 2)).sum().backward()
     # On meta an operator gives shapes alone, so here is what it runs elsewhere.
-    q, bias, spec = q.detach(), torch.randn(4, 41, device="meta"), Spec(Pattern.parse(*PATTERN), True, 0.5)
-    out, lse = portable.forward(q, q, q, MASK, bias, spec)
-    portable.backward(out, lse, q, q, q, MASK, bias, out, lse, spec)
+    q, bias = q.detach(), torch.randn(4, 41, device="meta")
+    inputs = call(q, q, q, Pattern.parse(*PATTERN), True, 0.5, mask=MASK, bias=bias)
+    out, lse = portable.forward(inputs)
+    portable.backward(SavedForward(inputs, out, lse), out, lse)
 
 
 @pytest.mark.parametrize("options", [dict(use_xpos=True), dict(use_rel_pos_bias=True, qk_norm=True)])

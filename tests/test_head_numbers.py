@@ -17,6 +17,7 @@ from torch import Tensor
 
 from longnet import dilated_attention
 from longnet.backends import triton_flash
+from longnet.call import AttentionSpec
 from longnet.functional import pattern_attention
 from longnet.geometry import Pattern
 
@@ -126,5 +127,5 @@ def test_another_number_of_heads_is_refused() -> None:
 def test_opcheck(name: str) -> None:
     torch.manual_seed(0)
     inputs = [torch.randn(1, 3, 20, 4, requires_grad=True) for _ in range(3)]
-    arguments = (*inputs, None, None, [8, 16], [1, 3], "interleaved", True, 0.5, [1, 2, 5], 6)
-    torch.library.opcheck(getattr(torch.ops.longnet, name).default, arguments)
+    spec = AttentionSpec(Pattern.parse([8, 16], [1, 3], "interleaved", [1, 2, 5], 6), True, 0.5)
+    torch.library.opcheck(getattr(torch.ops.longnet, name).default, (*inputs, None, None, *spec.encode()))

@@ -10,8 +10,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from longnet.backends import Spec, select_backend
-from longnet.backends.operators import autocast_dtype, lse_dtype
+from longnet.backends import select_backend
+from longnet.call import AttentionInputs, check_flag, checked_inputs
 from longnet.geometry import HeadOffsets, Pattern, uncovered_positions
 from longnet.packing import boundaries, packed_attention
 from longnet.sharding import give_up, peers_of, sharded_attention
@@ -155,49 +155,25 @@ def pattern_attention(
     """
     peers = None if group is None else peers_of(group)
     try:
-        settings = (key_padding_mask, distance_bias, pattern, is_causal, scale, return_lse)
-        query, key, value, scale = check_call(query, key, value, *settings)
-        chosen = select_backend(backend, query.device.type, query.dtype, query.shape[-1], distance_bias is not None)
-        bounds = None if cu_seqlens is None else _check_documents(cu_seqlens, query, group)
+        inputs = checked_inputs(
+            query, key, value, pattern, is_causal=is_causal, scale=scale, mask=key_padding_mask, bias=distance_bias
+        )
+        check_flag("return_lse", return_lse)
+        chosen = select_backend(backend, inputs)
+        if cu_seqlens is not None:
+            inputs = inputs.with_spec(documents=_check_documents(cu_seqlens, inputs, group))
     except (TypeError, ValueError) as error:
         _give_up(group, error)
         raise
     if not torch.compiler.is_compiling():
         warn_uncovered(pattern, query.shape[1])
-    spec = Spec(pattern, is_causal, scale)
-    inputs = (query, key, value, key_padding_mask, distance_bias, spec)
-    if bounds is not None:
-        out, lse = packed_attention(*inputs, chosen, bounds)
-        return (out, lse) if return_lse else out
-    out, lse = chosen.run(*inputs) if peers is None or peers.size == 1 else sharded_attention(*inputs, chosen, peers)
+    if inputs.spec.documents is not None:
+        out, lse = packed_attention(inputs, chosen)
+    elif peers is not None and peers.size > 1:
+        out, lse = sharded_attention(inputs, chosen, peers)
+    else:
+        out, lse = chosen.run(inputs)
     return (out, lse) if return_lse else out
-
-
-def check_call(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor, float]:
-    """(query, key, value, scale) as a backend takes them: checked, cast by autocast, the scale's default filled in.
-
-    Args:
-        settings: key_padding_mask, distance_bias, pattern, is_causal, scale and return_lse of :func:`pattern_attention`.
-
-    Raises:
-        TypeError, ValueError: as :func:`dilated_attention`. RuntimeError: inside of torch.jit.trace.
-    """
-    refuse_tracing()
-    query, key, value = _check_tensors(query, key, value)
-    return query, key, value, _check_settings(query, *settings)
-
-
-def refuse_tracing() -> None:
-    """A trace would hold the example's length, padding and positions for good.
-
-    Raises:
-        RuntimeError: inside of torch.jit.trace.
-    """
-    if torch.jit.is_tracing():  # type: ignore[attr-defined]
-        raise RuntimeError(
-            "dilated attention cannot be recorded by torch.jit.trace, nor by the ONNX exporter that uses it: expected "
-            "torch.export.export, torch.compile or torch.onnx.export(..., dynamo=True)"
-        )
 
 
 def _give_up(group: Any, error: Exception) -> None:
@@ -206,58 +182,16 @@ def _give_up(group: Any, error: Exception) -> None:
         give_up(peers, error)
 
 
-def _check_documents(cu_seqlens: Tensor | Sequence[int], query: Tensor, group: Any) -> tuple[int, ...]:
+def _check_documents(cu_seqlens: Tensor | Sequence[int], inputs: AttentionInputs, group: Any) -> tuple[int, ...]:
     if group is not None:
         raise ValueError(
             "cu_seqlens given with a group: a document's segments restart where it begins, and ranks agree on those of one "
             "sequence; expected one of the two. Give each rank whole documents instead"
         )
-    if query.shape[0] != 1:
-        raise ValueError(
-            f"query has B = {query.shape[0]} with cu_seqlens: expected documents packed into one row, B = 1"
-        )
-    return boundaries(cu_seqlens, query.shape[2])
-
-
-def _check_settings(
-    query: Tensor,
-    mask: Tensor | None,
-    distance_bias: Tensor | None,
-    pattern: Pattern,
-    is_causal: bool,
-    scale: float | None,
-    return_lse: bool,
-) -> float:
-    """The scale."""
-    if pattern.head_numbers is not None and query.shape[1] != len(pattern.head_numbers.numbers):
-        raise ValueError(
-            f"query has {query.shape[1]} heads: expected those of head_numbers={pattern.head_numbers.numbers}"
-        )
-    _check_mask(mask, query)
-    for name, flag in (("is_causal", is_causal), ("return_lse", return_lse)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}={flag!r} has type {type(flag).__name__}: expected a bool")
-    scale = check_scale(scale, query.shape[-1], query.dtype)
-    if distance_bias is not None:
-        _check_bias(distance_bias, query, pattern)
-    return scale
-
-
-def check_scale(scale: float | None, head_dim: int, dtype: torch.dtype) -> float:
-    """The scale of the scores, ``head_dim ** -0.5`` for None, as the arithmetic for inputs of ``dtype`` can hold it.
-
-    Raises:
-        TypeError: no number. ValueError: not finite in that arithmetic, float32 or float64.
-    """
-    if scale is None:
-        return float(head_dim**-0.5)
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise TypeError(f"scale={scale!r} has type {type(scale).__name__}: expected a float or None")
-    kind = torch.finfo(lse_dtype(dtype))
-    if not abs(scale) <= kind.max:
-        raise ValueError(f"scale={scale} is not finite in {kind.dtype}: expected at most {kind.max:g} in magnitude")
-    # Kernels would round a smaller one to 0 themselves, after they have looked at its sign.
-    return float(scale) if abs(scale) >= kind.smallest_normal * kind.eps else 0.0
+    batch = inputs.query.shape[0]
+    if batch != 1:
+        raise ValueError(f"query has B = {batch} with cu_seqlens: expected documents packed into one row, B = 1")
+    return boundaries(cu_seqlens, inputs.length)
 
 
 @lru_cache(maxsize=256)
@@ -278,61 +212,3 @@ def warn_uncovered(pattern: Pattern, heads: int) -> None:
             UserWarning,
             stacklevel=4,
         )
-
-
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = {"query": query, "key": key, "value": value}
-    for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} has type {type(x).__name__}: expected a torch.Tensor")
-        if x.dim() != 4:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}: expected 4 dimensions (B, H, N, D)")
-        if not x.is_floating_point():
-            raise TypeError(f"{name} has dtype {x.dtype}: expected float64, float32, bfloat16 or float16")
-    query, key, value = _autocast(query, key, value)
-    batch, heads, length, dim = query.shape
-    for name, x in (("key", key), ("value", value)):
-        if x.dtype != query.dtype:
-            raise ValueError(f"{name} has dtype {x.dtype}: expected the query's {query.dtype}")
-        if x.device != query.device:
-            raise ValueError(f"{name} is on {x.device}: expected the query's device {query.device}")
-        if x.shape[0] != batch or x.shape[2] != length or x.shape[3] != dim:
-            raise ValueError(
-                f"{name} has shape {tuple(x.shape)}: expected (B, Hk, N, D) = ({batch}, Hk, {length}, {dim}) as the query's"
-            )
-    if value.shape[1] != key.shape[1]:
-        raise ValueError(f"value has {value.shape[1]} heads: expected as many as key, {key.shape[1]}")
-    if heads < 1 or dim < 1:
-        raise ValueError(f"query has shape {tuple(query.shape)}: expected at least one head and one channel")
-    if key.shape[1] < 1 or heads % key.shape[1]:
-        raise ValueError(f"query has {heads} heads and key has {key.shape[1]}: expected a multiple")
-    return query, key, value
-
-
-def _check_mask(mask: Tensor | None, query: Tensor) -> None:
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"key_padding_mask has type {type(mask).__name__}: expected a bool torch.Tensor or None")
-    if mask.dtype != torch.bool:
-        raise TypeError(f"key_padding_mask has dtype {mask.dtype}: expected torch.bool, True where a key is ignored")
-    expected = (query.shape[0], query.shape[2])
-    if mask.dim() != 2 or mask.shape[0] != expected[0] or mask.shape[1] != expected[1]:
-        raise ValueError(f"key_padding_mask has shape {tuple(mask.shape)}: expected (B, N) = {expected}")
-    if mask.device != query.device:
-        raise ValueError(f"key_padding_mask is on {mask.device}: expected the query's device {query.device}")
-
-
-def _check_bias(bias: Tensor, query: Tensor, pattern: Pattern) -> None:
-    if bias.dim() != 2 or bias.shape[0] != query.shape[1] or bias.shape[1] % 2 != 1:
-        raise ValueError(f"distance_bias has shape {tuple(bias.shape)}: expected (H, 2L - 1) with H={query.shape[1]}")
-    reach = min(max(pattern.segment_lengths), max(1, query.shape[2]))
-    if bias.shape[1] < 2 * reach - 1:
-        raise ValueError(f"distance_bias holds {bias.shape[1]} distances: expected at least {2 * reach - 1}")
-
-
-def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = autocast_dtype(query.device.type)
-    if query.dtype == torch.float64 or dtype is None:
-        return query, key, value
-    return query.to(dtype), key.to(dtype), value.to(dtype)

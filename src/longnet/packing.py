@@ -7,7 +7,7 @@ to be moved for that (documents of one length, or each alone in its bucket) the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, pairwise
 
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from longnet.backends import Backend, Spec
+from longnet.backends import Backend
 from longnet.backends.kept import tensor_cache
-from longnet.backends.operators import lse_dtype
+from longnet.call import AttentionInputs
 from longnet.sharding import untraced
 
 # Rows of a bucket differ by at most a quarter of the longest, short ones by anything: a call costs more than they do.
@@ -124,34 +124,27 @@ def _moves(buckets: tuple[Bucket, ...], device: torch.device) -> tuple[Tensor, T
 
 
 @untraced
-def packed_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    padding: Tensor | None,
-    bias: Tensor | None,
-    spec: Spec,
-    backend: Backend,
-    bounds: tuple[int, ...],
-) -> tuple[Tensor, Tensor]:
-    """(out, lse) of checked inputs with B = 1, each document by itself, from ``bounds`` of :func:`boundaries`."""
-    device = query.device
+def packed_attention(inputs: AttentionInputs, backend: Backend) -> tuple[Tensor, Tensor]:
+    """(out, lse) of inputs with B = 1, each of the spec's documents by itself."""
+    device, bounds = inputs.query.device, inputs.spec.documents
+    assert bounds is not None
     buckets = make_buckets(bounds, _LONG.get(device.type, _LONG_ELSEWHERE))
     if not buckets:
-        return query.clone(), query.new_empty(query.shape[:-1], dtype=lse_dtype(query.dtype))
+        return inputs.query.clone(), inputs.empty_outputs()[1]
+    alone = replace(inputs.spec, documents=None)
     # No tensor made in inference mode may end up in what later calls that train share.
     with torch.inference_mode(False):
         moves = _moves(buckets, device)
     # (N, heads, D): tokens are moved with all their heads.
-    tensors = [x[0].transpose(0, 1) for x in (query, key, value)]
-    masked = None if padding is None else padding[0]
+    tensors = [x[0].transpose(0, 1) for x in (inputs.query, inputs.key, inputs.value)]
+    masked = None if inputs.mask is None else inputs.mask[0]
     if moves is not None:
         tensors = [x.index_select(0, moves[0]) for x in tensors]
         masked = None if masked is None else masked.index_select(0, moves[0])
     outs, lses = [], []
-    for bucket, *parts, mask in _parts(buckets, tensors, masked, spec.is_causal):
-        rows = [x.unflatten(0, (len(bucket.documents), bucket.longest)).transpose(1, 2) for x in parts]
-        out, lse = backend.run(rows[0], rows[1], rows[2], mask, bias, spec)
+    for bucket, *parts, mask in _parts(buckets, tensors, masked, alone.is_causal):
+        q, k, v = (x.unflatten(0, (len(bucket.documents), bucket.longest)).transpose(1, 2) for x in parts)
+        out, lse = backend.run(AttentionInputs(q, k, v, mask, inputs.bias, alone))
         outs.append(out.transpose(1, 2).flatten(0, 1))
         lses.append(lse.transpose(1, 2).flatten(0, 1))
     out, lse = (x[0] if len(x) == 1 else torch.cat(x) for x in (outs, lses))

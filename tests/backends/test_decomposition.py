@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from calls import call
 from oracle import dense_attention
 from torch import nn
 
 import longnet
 from longnet.backends.decomposition import decompose
-from longnet.backends.operators import Spec
 from longnet.geometry import Pattern
 
 
@@ -34,8 +34,8 @@ def test_it_is_the_definition(lengths: Any, rates: Any, offsets: Any, causal: bo
     if padded:
         mask[0, :9] = mask[1, 17:30] = True
         v = v.masked_fill(mask[:, None, :, None], torch.nan)
-    spec = Spec(Pattern.parse(lengths, rates, offsets), causal, 0.3)
-    out, lse = decompose(q, k, v, mask if padded else None, None, spec)
+    pattern = Pattern.parse(lengths, rates, offsets)
+    out, lse = decompose(call(q, k, v, pattern, causal, 0.3, mask=mask if padded else None))
     clean = v.nan_to_num()
     expected, expected_lse = dense_attention(
         q, k, clean, lengths, rates, is_causal=causal, scale=0.3, key_padding_mask=mask, head_offsets=offsets
@@ -49,7 +49,7 @@ def test_it_adds_a_bias_by_distance() -> None:
     q, k, v = (torch.randn(1, 4, 30, 6, dtype=torch.float64, generator=draw) for _ in range(3))
     bias = torch.randn(4, 2 * 32 - 1, dtype=torch.float64, generator=draw)
     distance = torch.arange(30) - torch.arange(30)[:, None]
-    out, _ = decompose(q, k, v, None, bias, Spec(Pattern.parse((8, 32), (1, 2)), True, 0.5))
+    out, _ = decompose(call(q, k, v, Pattern.parse((8, 32), (1, 2)), True, 0.5, bias=bias))
     expected, _ = dense_attention(
         q, k, v, (8, 32), (1, 2), is_causal=True, scale=0.5, score_bias=bias[:, distance + 31]
     )

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import longnet
 from longnet import dilated_attention
+from longnet.call import AttentionSpec
 from longnet.functional import pattern_attention
 from longnet.geometry import Pattern
 
@@ -30,7 +31,7 @@ def test_opcheck(name, padded, kv_heads):
     q, k, v = tensors(kv_heads=kv_heads)
     mask = torch.rand(2, 24) < 0.3 if padded else None
     bias = torch.randn(4, 2 * 24 - 1, requires_grad=True) if name == "portable" else None
-    settings = ([8, 16], [1, 3], "interleaved", True, 0.3)
+    settings = AttentionSpec(Pattern.parse(*PATTERN), True, 0.3).encode()
     forward = getattr(torch.ops.longnet, name).default
     torch.library.opcheck(forward, (q, k, v, mask, bias, *settings))
     out, lse = (x.detach() for x in forward(q, k, v, mask, bias, *settings))

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from calls import call_on
 
 from longnet import dilated_attention
 from longnet.backends import BACKENDS, select_backend
@@ -13,13 +14,13 @@ from longnet.backends import BACKENDS, select_backend
 
 def test_a_plain_cpu_call_takes_the_flash_kernel():
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        assert select_backend("auto", "cpu", dtype, 64, False).name == "cpu_flash"
+        assert select_backend("auto", call_on("cpu", dtype)).name == "cpu_flash"
 
 
 def test_passing_over_is_logged(caplog):
     with caplog.at_level(logging.DEBUG, logger="longnet"):
-        assert select_backend("auto", "cuda", torch.float64, 64, False).name == "portable"
-        assert select_backend("auto", "cpu", torch.float32, 64, True).name == "portable"
+        assert select_backend("auto", call_on("cuda", torch.float64)).name == "portable"
+        assert select_backend("auto", call_on("cpu", torch.float32, True)).name == "portable"
     assert "cpu_flash passed over: it runs on cpu tensors, not cuda" in caplog.text
     assert "triton passed over: it takes torch.float32, torch.bfloat16, torch.float16, not torch.float64" in caplog.text
     assert "no gradient for a score bias" in caplog.text
@@ -27,9 +28,9 @@ def test_passing_over_is_logged(caplog):
 
 def test_a_name_that_cannot_run_raises_its_reason():
     with pytest.raises(ValueError, match=r"backend='cpu_flash' cannot run.*not cuda"):
-        select_backend("cpu_flash", "cuda", torch.float32, 64, False)
+        select_backend("cpu_flash", call_on("cuda", torch.float32))
     with pytest.raises(ValueError, match=r"backend='cpu_flash' cannot run.*score bias"):
-        select_backend("cpu_flash", "cpu", torch.float32, 64, True)
+        select_backend("cpu_flash", call_on("cpu", torch.float32, True))
 
 
 def test_an_unknown_name_lists_the_known_ones():

@@ -7,6 +7,7 @@ import importlib.util
 import interpreted
 import pytest
 import torch
+from calls import call_on
 from oracle import dense_attention
 from patterns import Problem, relative_error
 from torch.utils.checkpoint import checkpoint
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import longnet
 from longnet import dilated_attention
 from longnet.backends import select_backend, triton_flash
+from longnet.call import AttentionSpec
 from longnet.functional import pattern_attention
 from longnet.geometry import Pattern
 from longnet.geometry.nests import make_nests
@@ -301,7 +303,7 @@ def test_opcheck(full):
     q, k, v = tensors(5)
     mask = torch.arange(5)[None] == 3 if full else None
     bias = draw(2, 15) if full else None
-    settings = ([4, 8], [1, 2], "interleaved", True, 0.3)
+    settings = AttentionSpec(Pattern.parse((4, 8), (1, 2)), True, 0.3).encode()
     forward, backward = torch.ops.longnet.triton.default, torch.ops.longnet.triton_backward.default
     torch.library.opcheck(forward, (q, k, v, mask, bias, *settings))
     out, lse = (x.detach() for x in forward(q, k, v, mask, bias, *settings))
@@ -396,11 +398,11 @@ def test_a_missing_triton_is_said_and_passed_over(monkeypatch):
     monkeypatch.setattr(triton_flash, "HAS_TRITON", False)
     with pytest.raises(ValueError, match="backend='triton' cannot run these inputs: triton: triton is not installed"):
         dilated_attention(*tensors(), *SMALL, backend="triton")
-    assert select_backend("auto", "cuda", torch.bfloat16, 64, False).name == "portable"
+    assert select_backend("auto", call_on("cuda", torch.bfloat16)).name == "portable"
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_automatic_choice(has_bias):
     """The interpreter is never chosen for a user; a GPU gets the kernels, with a relative bias too."""
-    assert select_backend("auto", "cpu", torch.float32, 64, has_bias).name != "triton"
-    assert select_backend("auto", "cuda", torch.bfloat16, 64, has_bias).name == "triton"
+    assert select_backend("auto", call_on("cpu", torch.float32, has_bias)).name != "triton"
+    assert select_backend("auto", call_on("cuda", torch.bfloat16, has_bias)).name == "triton"

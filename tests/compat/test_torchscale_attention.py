@@ -9,8 +9,10 @@ import torch
 import upstream
 from torch import Tensor
 
+from longnet.call import AttentionSpec
 from longnet.compat import torchscale_attention
 from longnet.functional import dilated_attention
+from longnet.geometry import Pattern
 
 # GigaPath's own series, one that pads its segments, odd lengths, rates above the heads' number, branches of one length.
 PATTERNS = [
@@ -138,7 +140,7 @@ def test_bad_input() -> None:
 @pytest.mark.parametrize("backend", ["cpu_flash", "portable"])
 def test_opcheck(pattern: tuple[tuple[int, ...], tuple[int, ...]], backend: str) -> None:
     *inputs, grad = draw(40, dtype=torch.float32)
-    settings = (*pattern, "blocked", False, 0.3)
+    settings = AttentionSpec(Pattern.parse(*pattern, "blocked"), False, 0.3).encode()
     forward, backward = (
         getattr(torch.ops.longnet, f"torchscale_{backend}{part}").default for part in ("", "_backward")
     )

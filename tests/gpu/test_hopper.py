@@ -6,9 +6,10 @@ import logging
 
 import pytest
 import torch
+from calls import call
 
 from longnet.backends import hopper, portable, triton_flash
-from longnet.backends.operators import Spec
+from longnet.call import SavedForward
 from longnet.compat.attention import torchscale_pattern_attention
 from longnet.geometry import Pattern
 from longnet.geometry.nests import make_nests
@@ -148,7 +149,6 @@ def test_queries_of_dead_rows_never_matter_to_kernels_of_both_kinds_in_one_call(
 
 def check_dead_rows(pattern, is_causal, query, key, value, grad):
     """Rows without gradients, whose queries are NaN or infinite: the same bits as with others, and right ones."""
-    spec = Spec(pattern, is_causal, query.shape[-1] ** -0.5)
     generator = torch.Generator("cuda").manual_seed(1)
     dead = torch.rand(query.shape[:-1], generator=generator, device="cuda") < 0.2
     dead[0, :, -query.shape[2] // 5 :] = True
@@ -158,59 +158,59 @@ def check_dead_rows(pattern, is_causal, query, key, value, grad):
     # As dense as the query, or one tensor for queries, keys and values as a projection gives them.
     poisoned = torch.where(dead[..., None], fill, query)
     wide = torch.cat((poisoned, query), -1)[..., : query.shape[-1]]
-    double = [x.double() for x in (query, key, value)]
-    want, want_lse = portable.forward(*double, None, None, spec)
+    exact_call = call(query.double(), key.double(), value.double(), pattern, is_causal)
+    want, want_lse = portable.forward(exact_call)
     upstream = torch.randn(query.shape[:-1], generator=generator, device="cuda")
     grad_lse = upstream.masked_fill(dead | want_lse.isinf(), 0.0)
     for given_lse in (None, grad_lse):
         results = []
         for q in (query, poisoned, wide):
-            out, lse = triton_flash.forward(q, key, value, None, None, spec)
+            inputs = call(q, key, value, pattern, is_causal)
+            saved = SavedForward(inputs, *triton_flash.forward(inputs))
             before = q.clone()
-            results.append(triton_flash.backward(grad, given_lse, q, key, value, None, None, out, lse, spec)[:3])
+            results.append(triton_flash.backward(saved, grad, given_lse)[:3])
             torch.testing.assert_close(q, before, rtol=0, atol=0, equal_nan=True)
         for finite, *others in zip(*results, strict=True):
             assert finite.isfinite().all()
             assert all(torch.equal(other, finite) for other in others)
         assert not results[1][0][dead].any()
         exact = None if given_lse is None else given_lse.double()
-        want_grads = portable.backward(grad.double(), exact, *double, None, None, want, want_lse, spec)[:3]
+        want_grads = portable.backward(SavedForward(exact_call, want, want_lse), grad.double(), exact)[:3]
         _, for_grads = allowed(query, key, value, grad, is_causal)
         for got, expected in zip(results[1], want_grads, strict=True):
             assert relative(got, expected) <= for_grads
 
 
 def check(pattern, is_causal, query, key, value, grad):
-    spec = Spec(pattern, is_causal, query.shape[-1] ** -0.5)
-    out, lse = triton_flash.forward(query, key, value, None, None, spec)
+    inputs = call(query, key, value, pattern, is_causal)
+    out, lse = triton_flash.forward(inputs)
     grad_lse = torch.randn_like(lse).masked_fill(lse.isinf(), 0.0)
-    grads = triton_flash.backward(grad, grad_lse, query, key, value, None, None, out, lse, spec)[:3]
+    saved = SavedForward(inputs, out, lse)
+    grads = triton_flash.backward(saved, grad, grad_lse)[:3]
 
-    double = [x.double() for x in (query, key, value)]
-    want, want_lse = portable.forward(*double, None, None, spec)
-    want_grads = portable.backward(grad.double(), grad_lse.double(), *double, None, None, want, want_lse, spec)[:3]
+    exact = call(query.double(), key.double(), value.double(), pattern, is_causal)
+    want, want_lse = portable.forward(exact)
+    want_grads = portable.backward(SavedForward(exact, want, want_lse), grad.double(), grad_lse.double())[:3]
     for_out, for_grads = allowed(query, key, value, grad, is_causal)
     assert torch.equal(lse.isfinite(), want_lse.isfinite())
     torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
     assert relative(out, want) <= for_out
     for got, expected in zip(grads, want_grads, strict=True):
         assert relative(got, expected) <= for_grads
-    again, lse_again = triton_flash.forward(query, key, value, None, None, spec)
+    again, lse_again = triton_flash.forward(inputs)
     assert torch.equal(again, out) and torch.equal(lse_again, lse)
-    for first, second in zip(
-        grads, triton_flash.backward(grad, grad_lse, query, key, value, None, None, out, lse, spec), strict=False
-    ):
+    for first, second in zip(grads, triton_flash.backward(saved, grad, grad_lse), strict=False):
         assert torch.equal(first, second)
 
 
 def test_both_kinds_of_kernels_agree(monkeypatch):
     query, key, value, grad = draw(16, 16, 4096, 64, torch.bfloat16, False)
-    spec = Spec(PAPER, True, 0.125)
+    inputs = call(query, key, value, PAPER, True)
     results = []
     for use in (True, False):
         monkeypatch.setattr(triton_flash, "USE_HOPPER", use)
-        out, lse = triton_flash.forward(query, key, value, None, None, spec)
-        results.append((out, *triton_flash.backward(grad, None, query, key, value, None, None, out, lse, spec)[:3]))
+        out, lse = triton_flash.forward(inputs)
+        results.append((out, *triton_flash.backward(SavedForward(inputs, out, lse), grad, None)[:3]))
     for one, other in zip(*results, strict=True):
         assert relative(one, other.double()) < 4e-3
 
@@ -230,11 +230,11 @@ def test_what_does_not_fit_is_logged_and_computed_all_the_same(change, reason, c
     }  # fmt: skip
     query, key, value, _ = draw(4, 4, change["length"], change["dim"], change["dtype"], False)
     padding = torch.zeros(2, change["length"], dtype=torch.bool, device="cuda") if change["padding"] else None
-    spec = Spec(Pattern.parse(*change["pattern"]), True, 0.125)
+    pattern = Pattern.parse(*change["pattern"])
     with caplog.at_level(logging.DEBUG, logger="longnet"):
-        out, _ = triton_flash.forward(query, key, value, padding, None, spec)
+        out, _ = triton_flash.forward(call(query, key, value, pattern, True, 0.125, mask=padding))
     assert reason in caplog.text
-    want, _ = portable.forward(*(x.double() for x in (query, key, value)), None, None, spec)
+    want, _ = portable.forward(call(query.double(), key.double(), value.double(), pattern, True, 0.125))
     assert relative(out, want) < 4e-3
 
 

@@ -1,6 +1,5 @@
-"""Ways to compute dilated attention. Siblings never import each other; :mod:`select` chooses."""
+"""Ways to compute a whole pattern. See :mod:`longnet.backends.select` for the choice of one."""
 
-from longnet.backends.operators import Spec
 from longnet.backends.select import BACKENDS, Backend, select_backend
 
-__all__ = ["BACKENDS", "Backend", "Spec", "select_backend"]
+__all__ = ["BACKENDS", "Backend", "select_backend"]

@@ -3,84 +3,67 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from longnet.backends.operators import BackwardFn, ForwardFn, Spec, repeat_heads, sum_heads
+from longnet.backends.views import repeat_heads, sum_heads
+from longnet.call import AttentionInputs, Gradients, SavedForward
 
 _log = logging.getLogger("longnet")
+Forward = Callable[[AttentionInputs], tuple[Tensor, Tensor]]
+Backward = Callable[[SavedForward, Tensor, Tensor | None], Gradients]
 
 
-class _Places:
+class _HeadScatter:
     """Where a call's heads are among all of the pattern's; every query head gets a key/value head of its own.
 
-    Heads that are not there are zeros. Their rows are finite and nobody reads them, so the others are exact; they cost as much.
+    Heads that are not there are zeros. Their rows are finite and are not read, so the others are exact; they cost as much.
     """
 
-    def __init__(self, query: Tensor, key: Tensor, spec: Spec) -> None:
-        numbers = spec.pattern.head_numbers
+    def __init__(self, inputs: AttentionInputs) -> None:
+        numbers = inputs.spec.pattern.head_numbers
         assert numbers is not None
         _log.debug(
             "triton: heads %s are computed among all %d: kernels take offsets from a head's place",
             *vars(numbers).values(),
         )
-        self.total, self.group = numbers.total, query.shape[1] // key.shape[1]
-        self.index = torch.tensor(numbers.numbers, device=query.device)
-        self.spec = replace(spec, pattern=replace(spec.pattern, head_numbers=None))
+        self.total, self.given = numbers.total, inputs
+        self.index = torch.tensor(numbers.numbers, device=inputs.query.device)
+        key, value = (self.spread(repeat_heads(x, inputs.group)) for x in (inputs.key, inputs.value))
+        bias = None if inputs.bias is None else self.spread(inputs.bias, 0)
+        spec = replace(inputs.spec, pattern=replace(inputs.spec.pattern, head_numbers=None))
+        self.inputs = AttentionInputs(self.spread(inputs.query), key, value, inputs.mask, bias, spec)
 
     def spread(self, x: Tensor, axis: int = 1) -> Tensor:
         """(B, H, ...) to (B, total, ...)."""
         shape = (*x.shape[:axis], self.total, *x.shape[axis + 1 :])
         return x.new_zeros(shape).index_copy_(axis, self.index, x)
 
-    def spread_kv(self, x: Tensor) -> Tensor:
-        """(B, Hk, ...) to (B, total, ...)."""
-        return self.spread(repeat_heads(x, self.group))
-
     def picked(self, x: Tensor, like: Tensor, group: int = 1) -> Tensor:
         """(B, total, ...) to the layout of ``like``, (B, H / group, ...)."""
         return torch.empty_like(like).copy_(sum_heads(x.index_select(1, self.index), group))
 
 
-def among_all_heads(forward: ForwardFn, backward: BackwardFn) -> tuple[ForwardFn, BackwardFn]:
-    """A backend's two functions, which know no head numbers, as two that take them."""
+def forward_among_all_heads(forward: Forward, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """``forward(inputs)``, where ``forward`` knows no head numbers."""
+    at = _HeadScatter(inputs)
+    out, lse = forward(at.inputs)
+    return at.picked(out, inputs.query), lse.index_select(1, at.index)
 
-    def numbered_forward(
-        query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, bias: Tensor | None, spec: Spec
-    ) -> tuple[Tensor, Tensor]:
-        if spec.pattern.head_numbers is None:
-            return forward(query, key, value, padding, bias, spec)
-        at = _Places(query, key, spec)
-        table = None if bias is None else at.spread(bias, 0)
-        out, lse = forward(at.spread(query), at.spread_kv(key), at.spread_kv(value), padding, table, at.spec)
-        return at.picked(out, query), lse.index_select(1, at.index)
 
-    def numbered_backward(
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        padding: Tensor | None,
-        bias: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
-        spec: Spec,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if spec.pattern.head_numbers is None:
-            return backward(grad_out, grad_lse, query, key, value, padding, bias, out, lse, spec)
-        at = _Places(query, key, spec)
-        grad_q, grad_k, grad_v, grad_bias = backward(
-            at.spread(grad_out), None if grad_lse is None else at.spread(grad_lse), at.spread(query), at.spread_kv(key),
-            at.spread_kv(value), padding, None if bias is None else at.spread(bias, 0), at.spread(out), at.spread(lse),
-            at.spec,
-        )  # fmt: skip
-        if bias is not None:
-            grad_bias = grad_bias.index_select(0, at.index)
-        return (
-            at.picked(grad_q, query), at.picked(grad_k, key, at.group), at.picked(grad_v, value, at.group), grad_bias,
-        )  # fmt: skip
-
-    return numbered_forward, numbered_backward
+def backward_among_all_heads(
+    backward: Backward, saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None
+) -> Gradients:
+    """``backward(saved, grad_out, grad_lse)``, where ``backward`` knows no head numbers."""
+    at, given = _HeadScatter(saved.inputs), saved.inputs
+    whole = SavedForward(at.inputs, at.spread(saved.out), at.spread(saved.lse))
+    grads = backward(whole, at.spread(grad_out), None if grad_lse is None else at.spread(grad_lse))
+    return Gradients(
+        at.picked(grads.query, given.query),
+        at.picked(grads.key, given.key, given.group),
+        at.picked(grads.value, given.value, given.group),
+        grads.bias if given.bias is None else grads.bias.index_select(0, at.index),
+    )

@@ -22,17 +22,8 @@ import torch
 from torch import Tensor
 
 from longnet import mixing
-from longnet.backends.operators import (
-    Spec,
-    lse_dtype,
-    padding_view,
-    register_operators,
-    repeat_heads,
-    rows_without_keys,
-    signed,
-    sum_heads,
-    tile_view,
-)
+from longnet.backends.views import padding_view, repeat_heads, rows_without_keys, signed, sum_heads, tile_view
+from longnet.call import AttentionInputs, AttentionSpec, Gradients, SavedForward
 from longnet.geometry import Plan, Tile, make_plan
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -45,13 +36,14 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _BLOCK = 1 << 20
 
 
-def why_not(device_type: str, dtype: torch.dtype, head_dim: int, has_bias: bool) -> str | None:
-    """Why this backend cannot run such inputs, or None when it can."""
-    if device_type != "cpu":
-        return f"it runs on cpu tensors, not {device_type}"
-    if dtype not in DTYPES:
-        return f"it takes {', '.join(map(str, DTYPES))}, not {dtype}"
-    if has_bias:
+def unsupported_reason(inputs: AttentionInputs) -> str | None:
+    """Why this backend cannot run these inputs, or None when it can."""
+    query = inputs.query
+    if query.device.type != "cpu":
+        return f"it runs on cpu tensors, not {query.device.type}"
+    if query.dtype not in DTYPES:
+        return f"it takes {', '.join(map(str, DTYPES))}, not {query.dtype}"
+    if inputs.bias is not None:
         return "torch's CPU flash kernel gives no gradient for a score bias"
     return None
 
@@ -75,17 +67,17 @@ class _Block:
         return x[self.rows, self.kv_heads, self.tokens]
 
 
-def _blocks(query: Tensor, key: Tensor, spec: Spec) -> Iterator[_Block]:
+def _blocks(inputs: AttentionInputs) -> Iterator[_Block]:
     """Cut the work into blocks of about ``_BLOCK`` elements, each with a (segment, head) pair for every thread.
 
     A pair is the backward kernel's unit of parallel work, and one causal pair alone splits badly in the forward kernel.
     """
-    batch, heads, length, dim = query.shape
-    group = heads // key.shape[1]
+    batch, heads, length, dim = inputs.query.shape
+    group, pattern = inputs.group, inputs.spec.pattern
     # Every branch starts a segment at a multiple of the period, so windows of whole periods are independent.
-    period = min(spec.pattern.period, length)
+    period = min(pattern.period, length)
     tokens = min(length, max(1, _BLOCK // (period * dim)) * period)
-    segments = min(-(-tokens // width) for width in spec.pattern.segment_lengths)
+    segments = min(-(-tokens // width) for width in pattern.segment_lengths)
     head_count = max(_BLOCK // (tokens * dim), -(-torch.get_num_threads() // segments))
     head_count = min(heads, max(group, head_count // group * group))
     batch_count = max(1, min(batch, _BLOCK // (tokens * dim * heads)))
@@ -99,7 +91,7 @@ def _blocks(query: Tensor, key: Tensor, spec: Spec) -> Iterator[_Block]:
                     slice(head, last),
                     slice(head // group, last // group),
                     slice(token, token + width),
-                    make_plan(spec.pattern, heads, width, head, last),
+                    make_plan(pattern, heads, width, head, last),
                 )
 
 
@@ -145,25 +137,26 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride()[-2:] == (x.shape[-1], 1) else x.contiguous()
 
 
-def _key_value(x: Tensor, block: _Block, group: int, padding: Tensor | None) -> Tensor:
-    x = repeat_heads(_dense(block.of_kv(x)), group)
-    # Whatever a padded key or value holds (a NaN, say) must not reach 0 * value.
-    return x if padding is None else x.masked_fill(padding[:, None, :, None], 0.0)
+def _rows(block: _Block, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, _Padding | None]:
+    """A block's q, k and v, all by query head, and its padding mask."""
+    masks = None
+    if inputs.mask is not None:
+        masks = _Padding(inputs.mask[block.rows, block.tokens], inputs.query.dtype, inputs.spec.is_causal)
+    k, v = (repeat_heads(_dense(block.of_kv(x)), inputs.group) for x in (inputs.key, inputs.value))
+    if masks is not None:
+        # Whatever a padded key or value holds (a NaN, say) must not reach 0 * value.
+        k, v = (x.masked_fill(masks.mask[:, None, :, None], 0.0) for x in (k, v))
+    return _dense(block.of(inputs.query)), k, v, masks
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, bias: Tensor | None, spec: Spec
-) -> tuple[Tensor, Tensor]:
-    """(B, H, N, D) queries and (B, Hk, N, D) keys and values to out like query and lse (B, H, N)."""
-    out = torch.empty_like(query)
-    lse = query.new_empty(query.shape[:-1], dtype=lse_dtype(query.dtype))
-    if query.numel() == 0:
+def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """out like the query, and lse (B, H, N)."""
+    out, lse = inputs.empty_outputs()
+    spec = inputs.spec
+    if out.numel() == 0:
         return out, lse.fill_(-torch.inf)
-    group = query.shape[1] // key.shape[1]
-    for block in _blocks(query, key, spec):
-        masks = None if padding is None else _Padding(padding[block.rows, block.tokens], query.dtype, spec.is_causal)
-        mask = None if masks is None else masks.mask
-        q, k, v = _dense(block.of(query)), _key_value(key, block, group, mask), _key_value(value, block, group, mask)
+    for block in _blocks(inputs):
+        q, k, v, masks = _rows(block, inputs)
         parts = _forward_block((signed(q, spec.scale), k, v), masks, block.plan, spec)
         _mix(block.of(out), block.of(lse), parts)
         # Before the next block makes its own: a second set would be the peak.
@@ -175,7 +168,7 @@ _Index = tuple[Any, ...]
 
 
 def _forward_block(
-    tensors: tuple[Tensor, ...], masks: _Padding | None, plan: Plan, spec: Spec
+    tensors: tuple[Tensor, ...], masks: _Padding | None, plan: Plan, spec: AttentionSpec
 ) -> list[tuple[bool, Tile, _Index, tuple[Tensor, Tensor]]]:
     """The kernel's (out, lse) for every call, from (q, k, v) of a block; q carries the scale's sign.
 
@@ -216,34 +209,20 @@ def _mix(out: Tensor, lse: Tensor, parts: list[tuple[bool, Tile, _Index, tuple[T
             mixing.merge_(out_rows, lse_rows, part, part_lse)
 
 
-def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    padding: Tensor | None,
-    bias: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    spec: Spec,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
     """Exact gradients of the joint softmax: every branch's backward with the merged out and lse, added up."""
-    grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    no_bias = query.new_empty(0)
-    if query.numel() == 0:
-        return (*(grad.zero_() for grad in grads), no_bias)  # type: ignore[return-value]
-    group = query.shape[1] // key.shape[1]
-    for block in _blocks(query, key, spec):
-        masks = None if padding is None else _Padding(padding[block.rows, block.tokens], query.dtype, spec.is_causal)
-        mask = None if masks is None else masks.mask
-        q, k, v = _dense(block.of(query)), _key_value(key, block, group, mask), _key_value(value, block, group, mask)
-        grad_o, o = _dense(block.of(grad_out)), _dense(block.of(out))
+    inputs, grads = saved.inputs, saved.inputs.empty_gradients()
+    if inputs.query.numel() == 0:
+        return grads.zeroed()
+    group, dim = inputs.group, inputs.query.shape[-1]
+    for block in _blocks(inputs):
+        q, k, v, masks = _rows(block, inputs)
+        grad_o, o = _dense(block.of(grad_out)), _dense(block.of(saved.out))
         grad_l = None if grad_lse is None else block.of(grad_lse)
-        q, o, saved = mixing.rows_for_backward(grad_o, grad_l, q, o, block.of(lse))
+        q, o, lse = mixing.rows_for_backward(grad_o, grad_l, q, o, block.of(saved.lse))
         if grad_l is not None:
             grad_o, q, k, v, o = mixing.fold_lse_gradient(grad_o, q, k, v, o, grad_l)
-        parts = _backward_block((grad_o, q, k, v, o, saved), masks, block.plan, spec)
+        parts = _backward_block((grad_o, q, k, v, o, lse), masks, block.plan, inputs.spec)
         for which, shared in enumerate((1, group, group)):
             target = block.of(grads[which]) if which == 0 else block.of_kv(grads[which])
             # Where the gradient can hold the accumulator's precision and shape, it is the accumulator.
@@ -251,14 +230,14 @@ def backward(
             total = target if in_place else torch.empty_like(q, dtype=lse.dtype)
             _add_up(total, [(assign, tile, index, part[which]) for assign, tile, index, part in parts])
             if not in_place:
-                target.copy_(sum_heads(total[..., : query.shape[-1]], shared))
+                target.copy_(sum_heads(total[..., :dim], shared))
         # Before the next block makes its own: a second set would be the peak.
         del parts
-    return (*grads, no_bias)
+    return grads
 
 
 def _backward_block(
-    tensors: tuple[Tensor, ...], masks: _Padding | None, plan: Plan, spec: Spec
+    tensors: tuple[Tensor, ...], masks: _Padding | None, plan: Plan, spec: AttentionSpec
 ) -> list[tuple[bool, Tile, _Index, tuple[Tensor, ...]]]:
     """The kernel's gradients of q, k and v for every call, from (grad_out, q, k, v, out, lse) of a block.
 
@@ -288,6 +267,3 @@ def _add_up(total: Tensor, parts: list[tuple[bool, Tile, _Index, Tensor]]) -> No
             rows.copy_(part)
         else:
             rows.add_(part)
-
-
-run, run_backward = register_operators("cpu_flash", forward, backward)

@@ -12,49 +12,46 @@ from functools import wraps
 import torch
 from torch import Tensor
 
-from longnet.backends.operators import Spec, lse_dtype, repeat_heads
+from longnet.backends.views import repeat_heads
+from longnet.call import AttentionInputs, lse_dtype
 from longnet.geometry import Tile, make_plan
 
-Run = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Spec], tuple[Tensor, Tensor]]
+Run = Callable[[AttentionInputs], tuple[Tensor, Tensor]]
 
 
 def exportable(run: Run) -> Run:
     """A backend's ``run``, and :func:`decompose` instead while ``torch.onnx.export`` (``dynamo=True``) makes its graph."""
 
     @wraps(run)
-    def chosen(
-        query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, bias: Tensor | None, spec: Spec
-    ) -> tuple[Tensor, Tensor]:
-        if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
-            return decompose(query, key, value, padding, bias, spec)
-        return run(query, key, value, padding, bias, spec)
+    def chosen(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+        exporting = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+        return decompose(inputs) if exporting else run(inputs)
 
     return chosen
 
 
-def decompose(
-    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, bias: Tensor | None, spec: Spec
-) -> tuple[Tensor, Tensor]:
+def decompose(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """(out, lse) of one softmax over the multiset union of the branches' keys (arXiv 2307.02486, equations 10 and 11).
 
     Raises:
         ValueError: a shape that is not fixed while a graph is made.
     """
+    query, key, value, mask, _ = inputs.tensors
     if not all(type(size) is int for size in query.shape):
         raise ValueError(
             f"query has shape {tuple(query.shape)}: an ONNX graph of dilated attention is for one batch size and one length; "
             "expected no dynamic_shapes, and inputs that are padded to the exported length"
         )
     heads, length, dim = query.shape[1:]
-    kind, group = lse_dtype(query.dtype), heads // key.shape[1]
+    kind, group = lse_dtype(query.dtype), inputs.group
     q, k, v = (x.to(kind).flatten(1, 2) for x in (query, repeat_heads(key, group), repeat_heads(value, group)))
-    padded = None if padding is None else padding[:, None].expand(-1, heads, -1).flatten(1)
+    padded = None if mask is None else mask[:, None].expand(-1, heads, -1).flatten(1)
     if padded is not None:
         v = v.masked_fill(padded[..., None], 0.0)
     outs, lses = [], []
-    for branch in make_plan(spec.pattern, heads, length).branches:
+    for branch in make_plan(inputs.spec.pattern, heads, length).branches:
         # Each tile's rows, then one for the positions that no tile holds.
-        parts = [_tile(tile, length, q, k, v, padded, bias, spec) for tile in branch.tiles]
+        parts = [_tile(tile, inputs, (q, k, v), padded) for tile in branch.tiles]
         out = torch.cat([*(part[0] for part in parts), q.new_zeros(q.shape[0], 1, dim)], 1)
         lse = torch.cat([*(part[1] for part in parts), q.new_full((q.shape[0], 1), -torch.inf)], 1)
         rows = torch.cat([part[2] for part in parts])
@@ -71,17 +68,22 @@ def decompose(
 
 
 def _tile(
-    tile: Tile, length: int, q: Tensor, k: Tensor, v: Tensor, padded: Tensor | None, bias: Tensor | None, spec: Spec
+    tile: Tile, inputs: AttentionInputs, flat: tuple[Tensor, Tensor, Tensor], padded: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A tile's out (B, rows of all groups, D) and lse, and where its rows are among the (head, position) pairs."""
-    device = q.device
+    """A tile's out (B, rows of all groups, D) and lse, and where its rows are among the (head, position) pairs.
+
+    Args:
+        flat: q, k and v, (B, H * N, D).
+        padded: (B, H * N) or None.
+    """
+    length, bias, spec, device = inputs.length, inputs.bias, inputs.spec, flat[0].device
     index = torch.full((), tile.origin(length, 1), device=device)
     for size, step in zip(tile.shape, tile.strides(length, 1), strict=True):
         index = index[..., None] + torch.arange(size, device=device) * step
     rows = index.flatten()
-    shape = (q.shape[0], *tile.shape)
-    a, b, c = (x.index_select(1, rows).view(*shape, -1) for x in (q, k, v))
-    scores = a @ b.transpose(-1, -2) * spec.scale
+    shape = (flat[0].shape[0], *tile.shape)
+    q, k, v = (x.index_select(1, rows).view(*shape, -1) for x in flat)
+    scores = q @ k.transpose(-1, -2) * spec.scale
     distance = torch.arange(tile.rows, device=device) - torch.arange(tile.rows, device=device)[:, None]
     if bias is not None:
         head = index[0, :, :, 0] // length
@@ -95,7 +97,7 @@ def _tile(
     top = _finite(scores.amax(-1, keepdim=True))
     weights = (scores - top).exp()
     total = weights.sum(-1, keepdim=True)
-    out = weights @ c / total.masked_fill(total == 0, 1.0)
+    out = weights @ v / total.masked_fill(total == 0, 1.0)
     return out.flatten(1, 4), (top + total.log()).flatten(1), rows
 
 

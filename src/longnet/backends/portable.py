@@ -7,29 +7,24 @@ is linear in the length. Everything is computed in float32 (float64 for float64 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from longnet import mixing
-from longnet.backends.operators import (
-    Spec,
-    lse_dtype,
-    padding_view,
-    register_operators,
-    repeat_heads,
-    sum_heads,
-    tile_view,
-)
+from longnet.backends.views import padding_view, repeat_heads, sum_heads, tile_view
+from longnet.call import AttentionInputs, Gradients, SavedForward, lse_dtype
 from longnet.geometry import Tile, make_plan
 
 # How many scores exist at a time. Large enough to keep a device busy, 64 MiB in float32.
 _SCORES = 1 << 24
 
 
-def why_not(device_type: str, dtype: torch.dtype, head_dim: int, has_bias: bool) -> str | None:
-    """Why this backend cannot run such inputs, or None when it can."""
+def unsupported_reason(inputs: AttentionInputs) -> str | None:
+    """Why this backend cannot run these inputs, or None when it can."""
+    dtype = inputs.query.dtype
     if not dtype.is_floating_point or torch.finfo(dtype).bits < 16:
         return f"it takes float64, float32, bfloat16 and float16, not {dtype}"
     return None
@@ -48,16 +43,14 @@ def _chunks(tile: Tile, batch: int) -> Iterator[tuple[slice, slice]]:
 class _Scores:
     """The masked scores of a tile, chunk by chunk. Keys past the last query row of a causal chunk are left out."""
 
-    def __init__(
-        self, tile: Tile, q: Tensor, k: Tensor, padding: Tensor | None, bias: Tensor | None, spec: Spec
-    ) -> None:
-        self.tile, self.spec = tile, spec
-        self.shape = (q.shape[0], *tile.shape)
-        self.q, self.k = self.rows(q), self.rows(k)
-        self.bias = None if bias is None else self._bias_by_distance(bias)
+    def __init__(self, tile: Tile, inputs: AttentionInputs) -> None:
+        self.tile, self.spec = tile, inputs.spec
+        self.shape = (inputs.query.shape[0], *tile.shape)
+        self.q, self.k, self.v = (self.rows(x) for x in (inputs.query, inputs.key, inputs.value))
+        self.bias = None if inputs.bias is None else self._bias_by_distance(inputs.bias)
         self.padded = None
-        if padding is not None:
-            self.padded = padding_view(padding, tile).expand(self.shape).reshape(-1, tile.rows)
+        if inputs.mask is not None:
+            self.padded = padding_view(inputs.mask, tile).expand(self.shape).reshape(-1, tile.rows)
 
     def rows(self, x: Tensor) -> Tensor:
         """The tile's rows of (B, H, N, ...), gathered as (groups, rows, ...) in the accumulation dtype."""
@@ -110,33 +103,35 @@ class _Scores:
         grad_bias[self.head_numbers(), first : last : tile.row_step] += by_distance
 
 
-def _value(value: Tensor, group: int, padding: Tensor | None) -> Tensor:
-    value = repeat_heads(value, group)
-    # Whatever a padded value holds (a NaN, say) must not reach 0 * value.
-    return value if padding is None else value.masked_fill(padding[:, None, :, None], 0.0)
+def _with_head_of_its_own(x: Tensor, inputs: AttentionInputs) -> Tensor:
+    """Keys or values by query head, 0 where they are padding: a NaN there must not reach 0 * value."""
+    x = repeat_heads(x, inputs.group)
+    return x if inputs.mask is None else x.masked_fill(inputs.mask[:, None, :, None], 0.0)
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, bias: Tensor | None, spec: Spec
-) -> tuple[Tensor, Tensor]:
-    """(B, H, N, D) queries and (B, Hk, N, D) keys and values to out like query and lse (B, H, N)."""
+def _by_query_head(inputs: AttentionInputs) -> AttentionInputs:
+    key, value = (_with_head_of_its_own(x, inputs) for x in (inputs.key, inputs.value))
+    return replace(inputs, key=key, value=value)
+
+
+def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """out like the query, and lse (B, H, N)."""
+    query = inputs.query
     batch, heads, length, _ = query.shape
     lse = query.new_full(query.shape[:-1], -torch.inf, dtype=lse_dtype(query.dtype))
     total = torch.zeros_like(query, dtype=lse.dtype)
     if query.numel() == 0:
         return torch.empty_like(query), lse
-    group = heads // key.shape[1]
-    key, value = _value(key, group, padding), _value(value, group, padding)
-    for branch in make_plan(spec.pattern, heads, length).branches:
+    inputs = _by_query_head(inputs)
+    for branch in make_plan(inputs.spec.pattern, heads, length).branches:
         for tile in branch.tiles:
-            scores = _Scores(tile, query, key, padding, bias, spec)
-            v = scores.rows(value)
-            out_tile, lse_tile = torch.empty_like(v), v.new_empty(v.shape[:-1])
+            scores = _Scores(tile, inputs)
+            out_tile, lse_tile = torch.empty_like(scores.v), scores.v.new_empty(scores.v.shape[:-1])
             for groups, queries in _chunks(tile, batch):
                 chunk = scores(groups, queries)
                 chunk_lse = chunk.logsumexp(-1)
                 chunk.sub_(mixing.lse_for_backward(chunk_lse).unsqueeze(-1)).exp_()
-                out_tile[groups, queries] = chunk @ v[groups, scores.keys(queries)]
+                out_tile[groups, queries] = chunk @ scores.v[groups, scores.keys(queries)]
                 lse_tile[groups, queries] = chunk_lse
             shape = scores.shape
             mixing.merge_(
@@ -145,36 +140,26 @@ def forward(
     return torch.empty_like(query).copy_(total), lse
 
 
-def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    padding: Tensor | None,
-    bias: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    spec: Spec,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
     """Exact gradients of the joint softmax, by the rule of :mod:`longnet.mixing`."""
-    batch, heads, length, _ = query.shape
-    grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    grad_bias = query.new_empty(0) if bias is None else torch.zeros_like(bias, dtype=lse.dtype)
-    if query.numel() == 0:
-        return (*(grad.zero_() for grad in grads), grad_bias)  # type: ignore[return-value]
-    group = heads // key.shape[1]
-    key, value = _value(key, group, padding), _value(value, group, padding)
-    totals = [torch.zeros_like(x, dtype=lse.dtype) for x in (query, key, value)]
-    query, out, lse = mixing.rows_for_backward(grad_out, grad_lse, query, out, lse)
+    inputs, grads = saved.inputs, saved.inputs.empty_gradients()
+    batch, heads, length, _ = inputs.query.shape
+    if inputs.query.numel() == 0:
+        return grads.zeroed()
+    grad_bias = None if inputs.bias is None else torch.zeros_like(inputs.bias, dtype=saved.lse.dtype)
+    group = inputs.group
+    query, out, lse = mixing.rows_for_backward(grad_out, grad_lse, inputs.query, saved.out, saved.lse)
+    inputs = replace(_by_query_head(inputs), query=query)
+    totals = [torch.zeros_like(x, dtype=lse.dtype) for x in (inputs.query, inputs.key, inputs.value)]
     # sum(grad_out * out) of the joint softmax, less what flows in through the lse.
     delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
     if grad_lse is not None:
         delta = delta - grad_lse
-    for branch in make_plan(spec.pattern, heads, length).branches:
+    scale = inputs.spec.scale
+    for branch in make_plan(inputs.spec.pattern, heads, length).branches:
         for tile in branch.tiles:
-            scores = _Scores(tile, query, key, padding, bias, spec)
-            q, k, v, g = scores.q, scores.k, scores.rows(value), scores.rows(grad_out)
+            scores = _Scores(tile, inputs)
+            q, k, v, g = scores.q, scores.k, scores.v, scores.rows(grad_out)
             tile_lse, tile_delta = scores.rows(lse).unsqueeze(-1), scores.rows(delta).unsqueeze(-1)
             grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
             for groups, queries in _chunks(tile, batch):
@@ -183,15 +168,14 @@ def backward(
                 grad_v[groups, keys] += probabilities.transpose(-1, -2) @ g[groups, queries]
                 grad_scores = g[groups, queries] @ v[groups, keys].transpose(-1, -2)
                 grad_scores.sub_(tile_delta[groups, queries]).mul_(probabilities)
-                grad_q[groups, queries] = grad_scores @ k[groups, keys] * spec.scale
-                grad_k[groups, keys] += grad_scores.transpose(-1, -2) @ q[groups, queries] * spec.scale
-                if bias is not None:
+                grad_q[groups, queries] = grad_scores @ k[groups, keys] * scale
+                grad_k[groups, keys] += grad_scores.transpose(-1, -2) @ q[groups, queries] * scale
+                if grad_bias is not None:
                     scores.bias_gradient_(grad_bias, grad_scores, groups, queries)
             for total, part in zip(totals, (grad_q, grad_k, grad_v), strict=True):
                 tile_view(total, tile).add_(part.unflatten(0, scores.shape[:-1]))
-    for index, grad in enumerate(grads):
-        grad.copy_(totals[index] if index == 0 else sum_heads(totals[index], group))
-    return (*grads, grad_bias if bias is None else grad_bias.to(bias.dtype))
-
-
-run, run_backward = register_operators("portable", forward, backward)
+    for grad, total, shared in zip(grads, totals, (1, group, group), strict=False):
+        grad.copy_(sum_heads(total, shared))
+    if grad_bias is not None:
+        grads.bias.copy_(grad_bias)
+    return grads

@@ -1,71 +1,59 @@
-"""Choosing a backend: one predicate each, in two moods. ``auto`` logs why one was passed over, a name raises it."""
+"""The backends, and the choice of one: ``auto`` logs why one was passed over, a backend asked for by name raises that reason."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from longnet.backends import cpu_flash, portable, triton_flash
 from longnet.backends.decomposition import exportable
-from longnet.backends.operators import BackwardFn, ForwardFn, Spec
+from longnet.backends.operators import register_attention
+from longnet.call import AttentionInputs, Gradients, SavedForward
 
 _log = logging.getLogger("longnet")
 
 
-@dataclass(frozen=True)
-class Backend:
-    """A way to compute a whole pattern: ``run`` gives (out, lse), ``why_not`` says what it cannot take.
+class Kernels(Protocol):
+    """What a backend's module has: a way to compute a whole pattern, on real tensors.
 
-    ``run_backward`` gives gradients for any out and lse, those of a larger whole too (see :mod:`longnet.mixing`), and takes
-    the tensors that ``register_operators`` names. ``forward`` and ``backward`` are the same on real tensors, for use inside
-    an operator. ``automatic`` limits the device types on which ``"auto"`` considers it.
+    ``forward`` gives (out, lse). ``backward`` gives gradients for any out and lse, those of a larger whole too, see
+    :mod:`longnet.mixing`. ``unsupported_reason`` says what both cannot take.
     """
 
-    name: str
-    why_not: Callable[[str, torch.dtype, int, bool], str | None]
-    run: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Spec], tuple[Tensor, Tensor]]
-    run_backward: BackwardFn
-    forward: ForwardFn
-    backward: BackwardFn
-    automatic: tuple[str, ...] | None = None
+    def unsupported_reason(self, inputs: AttentionInputs, /) -> str | None: ...
+
+    def forward(self, inputs: AttentionInputs, /) -> tuple[Tensor, Tensor]: ...
+
+    def backward(self, saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None, /) -> Gradients: ...
+
+
+class Backend:
+    """A backend by name: ``forward`` and ``backward`` of its kernels, and ``run`` and ``run_backward``, the same as operators.
+
+    Args:
+        automatic: the device types on which ``"auto"`` considers it, None for all.
+    """
+
+    def __init__(self, name: str, kernels: Any, automatic: tuple[str, ...] | None = None) -> None:
+        self.name, self.kernels, self.automatic = name, kernels, automatic
+        run, self.run_backward = register_attention(name, kernels.forward, kernels.backward)
+        self.run = exportable(run)
 
 
 # In order of preference; the last takes everything the library computes.
 BACKENDS: tuple[Backend, ...] = (
-    Backend(
-        "cpu_flash",
-        cpu_flash.why_not,
-        exportable(cpu_flash.run),
-        cpu_flash.run_backward,
-        cpu_flash.forward,
-        cpu_flash.backward,
-    ),
+    Backend("cpu_flash", cpu_flash),
     # Its interpreter on the CPU is for tests: it has to be asked for by name.
-    Backend(
-        "triton",
-        triton_flash.why_not,
-        exportable(triton_flash.run),
-        triton_flash.run_backward,
-        *triton_flash.functions,
-        automatic=("cuda",),
-    ),
-    Backend(
-        "portable",
-        portable.why_not,
-        exportable(portable.run),
-        portable.run_backward,
-        portable.forward,
-        portable.backward,
-    ),
+    Backend("triton", triton_flash, automatic=("cuda",)),
+    Backend("portable", portable),
 )
 
 
-def select_backend(name: str, device_type: str, dtype: torch.dtype, head_dim: int, has_bias: bool) -> Backend:
-    """The backend called ``name``, or for ``"auto"`` the first that can run such inputs.
+def select_backend(name: str, inputs: AttentionInputs) -> Backend:
+    """The backend called ``name``, or for ``"auto"`` the first that can run these inputs.
 
     Raises:
         ValueError: an unknown name, a named backend that cannot run (with its reason), or no backend that can.
@@ -74,9 +62,9 @@ def select_backend(name: str, device_type: str, dtype: torch.dtype, head_dim: in
     for backend in BACKENDS:
         if name not in ("auto", backend.name):
             continue
-        if name == "auto" and backend.automatic is not None and device_type not in backend.automatic:
+        if name == "auto" and backend.automatic is not None and inputs.query.device.type not in backend.automatic:
             continue
-        reason = backend.why_not(device_type, dtype, head_dim, has_bias)
+        reason = backend.kernels.unsupported_reason(inputs)
         if reason is None:
             if not torch.compiler.is_compiling():
                 for passed_over in reasons:

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from longnet.backends import hopper
-from longnet.backends.all_heads import among_all_heads
+from longnet.backends.all_heads import backward_among_all_heads, forward_among_all_heads
 from longnet.backends.launches import Blocks, plan_launches, power_of_two
-from longnet.backends.operators import Spec, register_operators, signed, sum_heads
+from longnet.backends.views import signed, sum_heads
+from longnet.call import AttentionInputs, Gradients, SavedForward
 from longnet.geometry.nests import Nest, make_nests
 from longnet.geometry.wanted import read_by_first
 
@@ -49,8 +50,9 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def why_not(device_type: str, dtype: torch.dtype, head_dim: int, has_bias: bool) -> str | None:
-    """Why this backend cannot run such inputs, or None when it can."""
+def unsupported_reason(inputs: AttentionInputs) -> str | None:
+    """Why this backend cannot run these inputs, or None when it can."""
+    device_type, dtype, head_dim = inputs.query.device.type, inputs.query.dtype, inputs.query.shape[-1]
     if device_type != "cuda" and not (device_type == "cpu" and interpreting()):
         return f"it runs on cuda tensors (cpu ones with TRITON_INTERPRET=1), not {device_type}"
     if dtype not in DTYPES:
@@ -105,21 +107,15 @@ def _device(x: Tensor) -> AbstractContextManager[Any]:
 class _Call:
     """What all launches of one call share."""
 
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        padding: Tensor | None,
-        bias: Tensor | None,
-        spec: Spec,
-    ) -> None:
+    def __init__(self, inputs: AttentionInputs) -> None:
+        query, key, value, padding, bias = inputs.tensors
+        spec = inputs.spec
         # Kernels take the largest scaled score from the largest score, so a scale's sign goes into the query.
         self.q, self.scale = _unit_stride(signed(query, spec.scale)), abs(spec.scale) or 1.0
         self.k, self.v = _unit_stride(key), _unit_stride(value)
         self.padding, self.bias, self.spec = padding, bias, spec
         self.batch, self.heads, self.length, self.dim = query.shape
-        self.group = self.heads // key.shape[1]
+        self.group = inputs.group
         self.mask = self.q if padding is None else padding.view(torch.int8)
         # Statistics are float32, and a bias is part of the scores.
         self.table = self.q if bias is None else bias.to(torch.float32).contiguous()
@@ -180,7 +176,7 @@ class _Call:
     @property
     def covered(self) -> bool:
         """Whether what is launched first writes every row; the rest is mixed in."""
-        return (self.for_hopper + self.left)[0].covers_all and not self.spec.read_by_first
+        return (self.for_hopper + self.left)[0].covers_all and not self.spec.needed_by_first
 
     @property
     def work(self) -> hopper.Work | None:
@@ -188,7 +184,7 @@ class _Call:
         if not self.for_hopper:
             return None
         pattern, is_causal = self.spec.pattern, self.spec.is_causal
-        some = self.spec.read_by_first and not is_causal
+        some = self.spec.needed_by_first and not is_causal
         wanted = read_by_first(pattern, self.heads, self.length) if some else None
         return hopper.Work(self.for_hopper, self.scale, is_causal, pattern.head_offsets, wanted)
 
@@ -223,21 +219,20 @@ def _bias_gradient(call: _Call, tensors: tuple[Tensor, ...], strides: tuple[Any,
     return grad
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, bias: Tensor | None, spec: Spec
-) -> tuple[Tensor, Tensor]:
-    """(B, H, N, D) queries and (B, Hk, N, D) keys and values to out like query and lse (B, H, N)."""
+def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """out like the query, and lse (B, H, N)."""
     from longnet.backends.kernels.forward import forward_kernel
 
-    out = torch.empty_like(query)
-    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
-    if query.numel() == 0:
+    if inputs.spec.pattern.head_numbers is not None:
+        return forward_among_all_heads(forward, inputs)
+    out, lse = inputs.empty_outputs()
+    if out.numel() == 0:
         return out, lse.fill_(-torch.inf)
-    call, room = _Call(query, key, value, padding, bias, spec), _room(out)
+    call, room = _Call(inputs), _room(out)
     if not call.covered:
         room.zero_()
         lse.fill_(-torch.inf)
-    with _device(query):
+    with _device(out):
         if work := call.work:
             work.forward(*call.tensors(), room, lse)
         for grid, arguments, options in call.launches("forward"):
@@ -250,32 +245,23 @@ def forward(
     return out, lse
 
 
-def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    padding: Tensor | None,
-    bias: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    spec: Spec,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
     """Exact gradients of the joint softmax, by the rule of :mod:`longnet.mixing`."""
     from longnet.backends.kernels.backward import key_value_kernel, prepare_kernel, query_kernel
 
-    grad_bias = query.new_empty(0) if bias is None else torch.zeros_like(bias)
-    grad_q, grad_k, grad_v = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    if query.numel() == 0:
-        return grad_q, grad_k.zero_(), grad_v.zero_(), grad_bias
-    grad_out, out, lse = _unit_stride(grad_out), _unit_stride(out), lse.contiguous()
-    call = _Call(query, key, value, padding, bias, spec)
+    inputs = saved.inputs
+    if inputs.spec.pattern.head_numbers is not None:
+        return backward_among_all_heads(backward, saved, grad_out, grad_lse)
+    grads = inputs.empty_gradients()
+    if inputs.query.numel() == 0:
+        return grads.zeroed()
+    grad_out, out, lse = _unit_stride(grad_out), _unit_stride(saved.out), saved.lse.contiguous()
+    call = _Call(inputs)
     # Query heads that share a key head have room of their own and are added up afterwards.
-    by_head = (grad_k, grad_v) if call.group == 1 else (torch.empty_like(query), torch.empty_like(query))
+    by_head = grads[1:3] if call.group == 1 else (torch.empty_like(inputs.query), torch.empty_like(inputs.query))
     # Kernels that own keys multiply with whole blocks of queries, where a dead row has to be 0. Their queries lie in the room
     # of the queries' gradients, which are written last.
-    rooms = [_room(grad) for grad in (grad_q, *by_head)]
+    rooms = [_room(grad) for grad in (grads.query, *by_head)]
     queries, of_keys = rooms[0], rooms[1:]
     statistics = row_lse, delta = torch.empty_like(lse), torch.empty_like(lse)
     extra = lse if grad_lse is None else grad_lse
@@ -283,7 +269,7 @@ def backward(
     if not call.covered:
         for room in of_keys:
             room.zero_()
-    with _device(query):
+    with _device(out):
         prepare_kernel[(-(-call.length // rows) * call.batch * call.heads,)](
             call.q, grad_out, out, lse, extra, queries, row_lse, delta,
             *call.strides(call.q, grad_out, out, extra, queries), call.length, call.heads,
@@ -292,7 +278,7 @@ def backward(
         others = (call.k, call.v, grad_out, row_lse)
         more = (delta, call.mask, call.table)
         if work := call.work:
-            inputs = work.key_value(queries, call.k, call.v, grad_out, statistics, of_keys)
+            readable = work.key_value(queries, call.k, call.v, grad_out, statistics, of_keys)
         for grid, arguments, options in call.launches("key_value"):
             key_value_kernel[grid](
                 queries, *others, *more, *of_keys,
@@ -303,16 +289,12 @@ def backward(
         shared = (call.q, *others, *more)
         strides = (*call.strides(call.q, *others), *call.extra_strides())
         if work:
-            work.query(call.q, inputs, statistics, queries)
+            work.query(call.q, readable, statistics, queries)
         for grid, arguments, options in call.launches("query"):
             query_kernel[grid](*shared, queries, *strides, *call.strides(queries), *arguments, **options)
-        if bias is not None:
-            grad_bias.copy_(_bias_gradient(call, shared, strides))
-    for grad, room, group in zip((grad_q, grad_k, grad_v), rooms, (1, call.group, call.group), strict=True):
+        if inputs.bias is not None:
+            grads.bias.copy_(_bias_gradient(call, shared, strides))
+    for grad, room, group in zip(grads, rooms, (1, call.group, call.group), strict=False):
         if room is not grad:
             grad.copy_(sum_heads(room, group))
-    return signed(grad_q, spec.scale), grad_k, grad_v, grad_bias
-
-
-functions = among_all_heads(forward, backward)
-run, run_backward = register_operators("triton", *functions)
+    return grads._replace(query=signed(grads.query, inputs.spec.scale))

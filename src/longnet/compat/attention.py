@@ -9,7 +9,7 @@ mixing weights for constants; gradients here are those of its output.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longnet import mixing
-from longnet.backends import BACKENDS, Backend, Spec, select_backend
+from longnet.backends import BACKENDS, Backend, select_backend
 from longnet.backends.kept import Kept
-from longnet.backends.operators import lse_dtype, register_operators
-from longnet.functional import check_call
+from longnet.backends.operators import register_attention
+from longnet.call import AttentionInputs, Gradients, SavedForward, check_flag, checked_inputs
 from longnet.fused import fade_
 from longnet.geometry import Branch, Pattern
 from longnet.geometry.phantoms import padded_length, phantom_runs, split_shifted
@@ -100,52 +100,45 @@ def torchscale_pattern_attention(
     for name, given in (("cu_seqlens", cu_seqlens), ("distance_bias", distance_bias), ("group", group)):
         if given is not None:
             raise ValueError(f"{name} given with torchscale's attention, which has none: expected None")
-    query, key, value, scale = check_call(
-        query, key, value, key_padding_mask, None, pattern, is_causal, scale, return_lse
-    )
-    chosen = select_backend(backend, query.device.type, query.dtype, query.shape[-1], False)
-    spec = Spec(pattern, is_causal, scale, read_by_first)
-    if key_padding_mask is None:
-        out, lse = _RUN[chosen.name](query, key, value, None, None, spec)
-    else:
-        out, lse = _each_alone(query, key, value, key_padding_mask, spec, chosen)
+    inputs = checked_inputs(query, key, value, pattern, is_causal=is_causal, scale=scale, mask=key_padding_mask)
+    check_flag("return_lse", return_lse)
+    inputs = inputs.with_spec(needed_by_first=read_by_first)
+    run = _RUN[select_backend(backend, inputs).name]
+    out, lse = run(inputs) if key_padding_mask is None else _each_alone(inputs, key_padding_mask, run)
     return (out, lse) if return_lse else out
 
 
 def _each_alone(
-    query: Tensor, key: Tensor, value: Tensor, absent: Tensor, spec: Spec, backend: Backend
+    inputs: AttentionInputs, absent: Tensor, run: Callable[[AttentionInputs], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
-    outs, lses = [], []
+    query, outs, lses = inputs.query, [], []
     for row in range(query.shape[0]):
         present = (~absent[row]).nonzero().squeeze(1)
-        alone = (x[row : row + 1].index_select(2, present) for x in (query, key, value))
-        out, lse = _RUN[backend.name](*alone, None, None, spec)
+        q, k, v = (x[row : row + 1].index_select(2, present) for x in (query, inputs.key, inputs.value))
+        out, lse = run(AttentionInputs(q, k, v, None, None, inputs.spec))
         outs.append(torch.zeros_like(query[row : row + 1]).index_copy(2, present, out))
         nothing = lse.new_full((1, *query.shape[1:3]), -torch.inf)
         lses.append(nothing.index_copy(2, present, lse))
-    if not outs:
-        return torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=lse_dtype(query.dtype))
-    return torch.cat(outs), torch.cat(lses)
+    return (torch.cat(outs), torch.cat(lses)) if outs else inputs.empty_outputs()
 
 
-def _forward(
-    backend: Backend, query: Tensor, key: Tensor, value: Tensor, padding: None, bias: None, spec: Spec
-) -> tuple[Tensor, Tensor]:
+def _forward(backend: Backend, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    query, spec = inputs.query, inputs.spec
     in_place, shifted = split_shifted(spec.pattern, query.shape[2])
     if in_place is not None:
-        out, lse = backend.forward(query, key, value, None, None, _in_place_spec(spec, in_place, shifted))
+        out, lse = backend.kernels.forward(_in_place(inputs, in_place, shifted))
         shape = (query.shape[1], query.shape[2], query.device, lse.dtype)
         phantoms = None if spec.is_causal else _log_phantoms(in_place, *shape)
         if phantoms is not None:
             lse = fade_(out, lse, phantoms)
     else:
-        out = torch.zeros_like(query)
-        lse = query.new_full(query.shape[:-1], -torch.inf, dtype=lse_dtype(query.dtype))
+        out, lse = inputs.empty_outputs()
+        out.zero_()
+        lse.fill_(-torch.inf)
     for branch in shifted:
-        q, k, v = (_pad_segments(x, branch) for x in (query, key, value))
-        branch_out, branch_lse = backend.forward(q, k, v, None, None, _padded_spec(spec, branch))
+        branch_out, branch_lse = backend.kernels.forward(_padded(inputs, branch))
         mixing.merge_(out, lse, branch_out[:, :, : query.shape[2]], branch_lse[:, :, : query.shape[2]])
-    if spec.read_by_first:
+    if spec.needed_by_first:
         unread = _unread(spec.pattern, query.shape[1], query.shape[2], query.device)
         out.masked_fill_(unread[:, None], 0.0)
         # Every probability in these rows is 0 in the backward pass.
@@ -153,53 +146,45 @@ def _forward(
     return out, lse
 
 
-def _backward(
-    backend: Backend,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    padding: None,
-    bias: None,
-    out: Tensor,
-    lse: Tensor,
-    spec: Spec,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    length = query.shape[2]
-    in_place, shifted = split_shifted(spec.pattern, length)
+def _backward(backend: Backend, saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+    inputs, length = saved.inputs, saved.inputs.length
+    in_place, shifted = split_shifted(inputs.spec.pattern, length)
     if in_place is not None:
-        saved = (grad_out, grad_lse, query, key, value, None, None, out, lse)
-        *grads, _ = backend.backward(*saved, _in_place_spec(spec, in_place, shifted))
+        grads = backend.kernels.backward(
+            replace(saved, inputs=_in_place(inputs, in_place, shifted)), grad_out, grad_lse
+        )
     else:
-        grads = [torch.zeros_like(x) for x in (query, key, value)]
+        grads = inputs.empty_gradients().zeroed()
     for branch in shifted:
-        inputs = [_pad_segments(x, branch) for x in (query, key, value)]
+        padded = _padded(inputs, branch)
         # Rows past the end are computed and not seen.
-        more = inputs[0].shape[2] - length
+        more = padded.length - length
         rows = (F.pad(grad_out, (0, 0, 0, more)), None if grad_lse is None else F.pad(grad_lse, (0, more)))
-        mixed = (F.pad(out, (0, 0, 0, more)), F.pad(lse, (0, more), value=_FAR))
-        *found, _ = backend.backward(*rows, *inputs, None, None, *mixed, _padded_spec(spec, branch))
-        for grad, x in zip(grads, found, strict=True):
+        mixed = (F.pad(saved.out, (0, 0, 0, more)), F.pad(saved.lse, (0, more), value=_FAR))
+        found = backend.kernels.backward(SavedForward(padded, *mixed), *rows)
+        for grad, x in zip(grads[:3], found, strict=False):
             grad += _cut_segments(x, branch, length)
-    return grads[0], grads[1], grads[2], query.new_empty(0)
+    return grads
 
 
 # One pair of operators for every backend.
 _RUN = {
-    one.name: register_operators(f"torchscale_{one.name}", partial(_forward, one), partial(_backward, one))[0]
+    one.name: register_attention(f"torchscale_{one.name}", partial(_forward, one), partial(_backward, one)).run
     for one in BACKENDS
 }
 
 
-def _in_place_spec(spec: Spec, in_place: Pattern, shifted: Sequence[Branch]) -> Spec:
+def _in_place(inputs: AttentionInputs, in_place: Pattern, shifted: Sequence[Branch]) -> AttentionInputs:
     # What the first token attends to in shifted branches too, these branches by themselves do not tell.
-    return replace(spec, pattern=in_place, read_by_first=spec.read_by_first and not shifted)
+    return inputs.with_spec(pattern=in_place, needed_by_first=inputs.spec.needed_by_first and not shifted)
 
 
-def _padded_spec(spec: Spec, branch: Branch) -> Spec:
-    padded = Branch(padded_length(branch), branch.dilation_rate)
-    return replace(spec, pattern=replace(spec.pattern, branches=(padded,)), read_by_first=False)
+def _padded(inputs: AttentionInputs, branch: Branch) -> AttentionInputs:
+    """The call of one branch on segments that are really padded."""
+    query, key, value = (_pad_segments(x, branch) for x in (inputs.query, inputs.key, inputs.value))
+    pattern = inputs.spec.pattern.of(Branch(padded_length(branch), branch.dilation_rate))
+    spec = replace(inputs.spec, pattern=pattern, needed_by_first=False)
+    return AttentionInputs(query, key, value, None, None, spec)
 
 
 def _pad_segments(x: Tensor, branch: Branch) -> Tensor:
@@ -236,7 +221,7 @@ def _log_phantoms(pattern: Pattern, heads: int, length: int, device: torch.devic
 
 
 def _unread(pattern: Pattern, heads: int, length: int, device: torch.device) -> Tensor:
-    """Which rows nobody reads where :class:`Spec` says ``read_by_first``, (N,) bool."""
+    """Which rows nobody reads where :class:`longnet.call.AttentionSpec` says ``needed_by_first``, (N,) bool."""
 
     def make() -> Tensor:
         with torch.inference_mode(False), torch.no_grad():

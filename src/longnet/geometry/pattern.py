@@ -14,7 +14,7 @@ from typing import Literal, get_args
 HeadOffsets = Literal["interleaved", "blocked"]
 # Tokens, 2**40. Times the stride of a token (up to 2**22 elements) it fits into the 64 bits of torch's own strides.
 LONGEST_SEGMENT = 1 << 40
-HEAD_OFFSETS: tuple[str, ...] = get_args(HeadOffsets)
+HEAD_OFFSETS: tuple[HeadOffsets, ...] = get_args(HeadOffsets)
 
 
 @dataclass(frozen=True)

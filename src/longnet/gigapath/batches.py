@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from longnet.backends.operators import autocast_dtype
+from longnet.call import autocast_dtype
 from longnet.models.placement import device_of, dtype_of, is_dispatched
 
 

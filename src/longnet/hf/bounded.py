@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from longnet.backends.operators import autocast_dtype
+from longnet.call import autocast_dtype
 from longnet.geometry import Pattern
 from longnet.padding import warn_moved_rows
 from longnet.streaming import DilatedCache, stream_attention

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from longnet.backends.operators import autocast_dtype
+from longnet.call import autocast_dtype
 from longnet.models.config import LongNetConfig
 from longnet.models.placement import device_of, dtype_of
 from longnet.streaming import DilatedCache

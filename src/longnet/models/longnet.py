@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longnet.backends.operators import autocast_dtype
+from longnet.call import autocast_dtype
 from longnet.models.base import LongNetBase
 from longnet.models.cache import LongNetCache, make_cache
 from longnet.models.config import LongNetConfig

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from longnet.backends.operators import autocast_dtype
+from longnet.call import autocast_dtype
 from longnet.fused import Norm, fits, normed_linear, residual_normed_linear
 from longnet.norm import LayerNorm
 

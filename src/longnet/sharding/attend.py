@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longnet import mixing
-from longnet.backends import Backend, Spec
-from longnet.backends.operators import lse_dtype
+from longnet.backends import Backend
+from longnet.call import AttentionInputs, Gradients, SavedForward, lse_dtype
 from longnet.geometry.shards import OwnPart
 from longnet.sharding.exchange import pack, send
 from longnet.sharding.plan import Place, RowGroup, ShardPlan, make_plan
@@ -24,85 +24,75 @@ from longnet.sharding.rows import RowCall
 
 @dataclass(frozen=True)
 class Shard:
-    """One rank's tensors and settings: query (B, H, n, D), key and value (B, Hk, n, D), padding (B, n), bias (H, 2L - 1)."""
+    """One rank's part of a call: its own tokens, n of N, and where they stand."""
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    padding: Tensor | None
-    bias: Tensor | None
-    spec: Spec
+    inputs: AttentionInputs
     place: Place
     backend: Backend
     group: dist.ProcessGroup
 
     @property
     def plan(self) -> ShardPlan:
-        return make_plan(self.place, self.query.device)
+        return make_plan(self.place, self.inputs.query.device)
 
-    def _part(self, part: OwnPart) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Spec]:
-        """(query, key, value, padding, bias, spec) of an ordinary call."""
-        tokens = slice(part.first, part.last)
-        query, key, value = (x[:, :, tokens] for x in (self.query, self.key, self.value))
-        padding = None if self.padding is None else self.padding[:, tokens]
-        pattern = self.spec.pattern.of(*part.branches)
-        return query, key, value, padding, self.bias, replace(self.spec, pattern=pattern)
+    def _part(self, part: OwnPart) -> AttentionInputs:
+        """An ordinary call."""
+        own = self.inputs.tokens(slice(part.first, part.last))
+        return own.with_spec(pattern=own.spec.pattern.of(*part.branches))
 
     def _run(self, part: OwnPart) -> tuple[Tensor, Tensor]:
-        return self.backend.run(*self._part(part))
+        return self.backend.run(self._part(part))
 
-    def _run_backward(
-        self, part: OwnPart, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _run_backward(self, part: OwnPart, saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
         tokens = slice(part.first, part.last)
+        own = SavedForward(self._part(part), saved.out[:, :, tokens], saved.lse[:, :, tokens])
         grad_lse = None if grad_lse is None else grad_lse[:, :, tokens]
-        *inputs, spec = self._part(part)
-        mixed = out[:, :, tokens], lse[:, :, tokens]
-        return self.backend.run_backward(grad_out[:, :, tokens], grad_lse, *inputs, *mixed, spec)
+        return self.backend.run_backward(own, grad_out[:, :, tokens], grad_lse)
 
     def _rows(self, rows: RowGroup, received: Tensor) -> RowCall:
         """The call that a group of rows is. ``received`` is (rows, B, channels)."""
-        kind, dim = lse_dtype(self.query.dtype), self.query.shape[-1]
-        query = self.query[:, rows.heads, rows.tokens].to(kind)
+        own_query, own_key, own_value, mask, own_bias = self.inputs.tensors
+        kind, dim = lse_dtype(own_query.dtype), own_query.shape[-1]
+        query = own_query[:, rows.heads, rows.tokens].to(kind)
         padded = None
         if rows.received is None:
-            key, value = (x[:, rows.key_heads, rows.key_tokens].to(kind) for x in (self.key, self.value))
-            if self.padding is not None:
-                padded = self.padding[:, rows.key_tokens]
+            key, value = (x[:, rows.key_heads, rows.key_tokens].to(kind) for x in (own_key, own_value))
+            if mask is not None:
+                padded = mask[:, rows.key_tokens]
         else:
             # (lanes, b, B, channels) to (B, lanes, b, channels)
             found = received[rows.received].movedim(2, 0)
             key, value = found[..., :dim].to(kind), found[..., dim : 2 * dim].to(kind)
-            if self.padding is not None:
+            if mask is not None:
                 padded = found[..., 2 * dim] != 0
         key, value = (x.repeat_interleave(rows.share, 1) for x in (key, value))
         padded = None if padded is None else padded.repeat_interleave(rows.share, 1)
         bias = None
-        if self.bias is not None:
-            bias = self.bias[rows.heads[:, 0], rows.distances(self.bias.shape[-1] // 2)].to(kind)
-        return RowCall(query, key, value, self.spec.scale, rows.is_causal, padded, bias)
+        if own_bias is not None:
+            bias = own_bias[rows.heads[:, 0], rows.distances(own_bias.shape[-1] // 2)].to(kind)
+        return RowCall(query, key, value, self.inputs.spec.scale, rows.is_causal, padded, bias)
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
         """(out like query, lse (B, H, n), the rows received, (rows, B, channels))."""
-        plan = self.plan
-        transfer = send(pack(plan, self.key, self.value, self.padding), plan.sent, plan.received, self.group)
-        kind = lse_dtype(self.query.dtype)
+        plan, own = self.plan, self.inputs
+        transfer = send(pack(plan, own.key, own.value, own.mask), plan.sent, plan.received, self.group)
+        kind = lse_dtype(own.query.dtype)
         if plan.is_simple:
             out, lse = self._run(plan.parts[0])
         else:
             # Many parts, and each would round.
-            out = torch.zeros_like(self.query, dtype=kind)
-            lse = self.query.new_full(self.query.shape[:-1], -torch.inf, dtype=kind)
+            out = torch.zeros_like(own.query, dtype=kind)
+            lse = own.query.new_full(own.query.shape[:-1], -torch.inf, dtype=kind)
             for part in plan.parts:
                 tokens = slice(part.first, part.last)
                 mixing.merge_(out[:, :, tokens], lse[:, :, tokens], *self._run(part))
-        nothing = self.query.new_empty(0)
+        nothing = own.query.new_empty(0)
         for rows in plan.own:
             self._mix(out, lse, rows, nothing)
         received = transfer.wait()
         for rows in plan.remote:
             self._mix(out, lse, rows, received)
-        return out if out.dtype == self.query.dtype else torch.empty_like(self.query).copy_(out), lse, received
+        return out if out.dtype == own.query.dtype else torch.empty_like(own.query).copy_(out), lse, received
 
     def _mix(self, out: Tensor, lse: Tensor, rows: RowGroup, received: Tensor) -> None:
         index = (slice(None), rows.heads, rows.tokens)
@@ -110,12 +100,10 @@ class Shard:
         mixing.merge_(mixed_out, mixed_lse, *self._rows(rows, received).forward())
         out[index], lse[index] = mixed_out, mixed_lse
 
-    def backward(
-        self, grad_out: Tensor, grad_lse: Tensor | None, received: Tensor, out: Tensor, lse: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Gradients of query, key, value and bias; of a bias this rank's share, empty without one."""
-        plan, kind = self.plan, lse_dtype(self.query.dtype)
-        grad_bias = self.query.new_empty(0) if self.bias is None else torch.zeros_like(self.bias, dtype=kind)
+    def backward(self, saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None, received: Tensor) -> Gradients:
+        """Gradients of the inputs; of a bias this rank's share."""
+        own_query, own_bias, plan, kind = self.inputs.query, self.inputs.bias, self.plan, saved.lse.dtype
+        grad_bias = own_query.new_empty(0) if own_bias is None else torch.zeros_like(own_bias, dtype=kind)
         query_grads = []
 
         def rows_backward(rows: RowGroup) -> Tensor:
@@ -125,7 +113,7 @@ class Shard:
             given, given_lse = grad_out[index].to(kind), None if grad_lse is None else grad_lse[index]
             call = self._rows(rows, received)
             query, mixed, mixed_lse = mixing.rows_for_backward(
-                given, given_lse, call.query, out[index].to(kind), lse[index]
+                given, given_lse, call.query, saved.out[index].to(kind), saved.lse[index]
             )
             delta = (given * mixed).sum(-1)
             if given_lse is not None:
@@ -139,24 +127,24 @@ class Shard:
             return torch.cat((grad_k, grad_v), -1).unflatten(1, (-1, rows.share)).sum(2)
 
         # What others wait for comes first, and travels while the rest is computed.
-        dim = self.query.shape[-1]
+        dim = own_query.shape[-1]
         returned = torch.zeros(*received.shape[:2], 2 * dim, dtype=kind, device=received.device)
         for rows in plan.remote:
             assert rows.received is not None
             # No row is twice in a group, so sums have one order on every device.
             returned[rows.received] += rows_backward(rows).movedim(0, 2)
-        transfer = send(returned.to(self.query.dtype), plan.received, plan.sent, self.group)
+        transfer = send(returned.to(own_query.dtype), plan.received, plan.sent, self.group)
 
-        inputs = (self.query, self.key, self.value)
+        inputs = (own_query, self.inputs.key, self.inputs.value)
         grads = [] if plan.is_simple else [torch.zeros_like(x, dtype=kind) for x in inputs]
         for part in plan.parts:
-            *found, found_bias = self._run_backward(part, grad_out, grad_lse, out, lse)
+            *found, found_bias = self._run_backward(part, saved, grad_out, grad_lse)
             if plan.is_simple:
                 grads = found
             else:
                 for grad, more in zip(grads, found, strict=True):
                     grad[:, :, part.first : part.last] += more
-            if self.bias is not None:
+            if own_bias is not None:
                 grad_bias += found_bias
         for rows in plan.own:
             assert rows.key_tokens is not None
@@ -177,4 +165,4 @@ class Shard:
         grad_q, grad_k, grad_v = (
             g if g.dtype == x.dtype else torch.empty_like(x).copy_(g) for x, g in zip(inputs, grads, strict=True)
         )
-        return grad_q, grad_k, grad_v, grad_bias if self.bias is None else grad_bias.to(self.bias.dtype)
+        return Gradients(grad_q, grad_k, grad_v, grad_bias if own_bias is None else grad_bias.to(own_bias.dtype))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from longnet.backends.operators import autocast_dtype, no_autocast
-from longnet.functional import check_scale, refuse_tracing
+from longnet.backends.operators import no_autocast
+from longnet.call import autocast_dtype, check_scale, refuse_tracing
 from longnet.streaming.cache import DilatedCache
 from longnet.streaming.chunk import attend_chunk
 from longnet.streaming.fused import fits, fused_step

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from longnet import mixing
-from longnet.backends import Spec, select_backend
-from longnet.backends.operators import lse_dtype, tile_view
+from longnet.backends import select_backend
+from longnet.backends.views import tile_view
+from longnet.call import AttentionInputs, AttentionSpec, lse_dtype
 from longnet.geometry import Branch, Pattern, Tile, make_plan
 from longnet.streaming.cache import DilatedCache
 from longnet.streaming.layout import Block, Heads
@@ -45,9 +46,9 @@ class _Chunk:
 
     def attend(self, pattern: Pattern) -> tuple[Tensor, Tensor]:
         """The causal operation on the chunk as if it were a whole sequence: (out, lse)."""
-        backend = select_backend("auto", self.query.device.type, self.query.dtype, self.query.shape[-1], False)
-        spec = Spec(pattern, True, self.scale)
-        return backend.run(self.query, self.key, self.value, self.padded, None, spec)
+        spec = AttentionSpec(pattern, True, self.scale)
+        inputs = AttentionInputs(self.query, self.key, self.value, self.padded, None, spec)
+        return select_backend("auto", inputs).run(inputs)
 
 
 class _Mixture:

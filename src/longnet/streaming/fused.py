@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from longnet.backends.launches import power_of_two
-from longnet.backends.operators import lse_dtype
 from longnet.backends.triton_flash import HAS_TRITON, LARGEST_HEAD_DIM
+from longnet.call import lse_dtype
 
 if TYPE_CHECKING:
     from longnet.streaming.cache import DilatedCache

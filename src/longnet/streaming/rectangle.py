@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from longnet import mixing
-from longnet.backends.operators import lse_dtype
+from longnet.call import lse_dtype
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from longnet import mixing
-from longnet.backends.operators import lse_dtype
+from longnet.call import lse_dtype
 from longnet.streaming.layout import Layout
 
 if TYPE_CHECKING:
