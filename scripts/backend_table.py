@@ -15,7 +15,8 @@ from unittest import mock
 
 import torch
 
-from longnet.backends import BACKENDS, Backend, hopper
+from longnet.attention.backends import BACKENDS, Backend
+from longnet.attention.backends.triton import hopper
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 DEVICES = ("cpu", "cuda", "mps", "xpu")

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 
 import torch
 
-from longnet.backends import triton_flash
-from longnet.functional import pattern_attention
+from longnet.attention.backends.triton import backend as triton_flash
+from longnet.attention.functional import pattern_attention
 from longnet.geometry import Pattern
 
 PATTERNS = {

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from longnet.call import AttentionInputs, AttentionSpec
+from longnet.attention.call import AttentionInputs, AttentionSpec
 from longnet.geometry import Pattern
 
 

@@ -8,13 +8,13 @@ from calls import call
 from no_float64 import NoFloat64
 
 from longnet import DilatedAttention, LongNetConfig, LongNetEncoder, LongNetLM, dilated_attention
-from longnet.backends import portable
-from longnet.call import SavedForward
+from longnet.attention.backends import portable
+from longnet.attention.call import SavedForward
 from longnet.compat import torchscale_attention
 from longnet.compress import prune_heads
 from longnet.geometry import Pattern
 from longnet.gigapath import SlideEncoder
-from longnet.position import XPos, xpos
+from longnet.nn.position import XPos, xpos
 from longnet.reading.reader import StreamReader
 
 PATTERN = (8, 16), (1, 2)

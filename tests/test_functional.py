@@ -13,8 +13,9 @@ from oracle import dense_attention
 from patterns import Problem, backward, problems, relative_error
 
 from longnet import dilated_attention
-from longnet.backends import cpu_flash, portable
-from longnet.functional import warn_uncovered
+from longnet.attention import chunked
+from longnet.attention.backends import cpu_flash
+from longnet.attention.functional import warn_uncovered
 
 pytestmark = pytest.mark.filterwarnings("ignore:segment_lengths=.*to no head")
 BACKENDS = ("cpu_flash", "portable")
@@ -54,7 +55,7 @@ def test_small_blocks_and_chunks_change_nothing(backend, problem):
     """The paths of long sequences, taken by short ones: blocks of one window, scores a few rows at a time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_flash, "_BLOCK", 1)
-        patch.setattr(portable, "_SCORES", 16)
+        patch.setattr(chunked, "_SCORES", 16)
         check(problem, backend, 1e-10)
 
 

@@ -16,9 +16,9 @@ from patterns import Kept, Problem, backward, kept_heads, relative_error
 from torch import Tensor
 
 from longnet import dilated_attention
-from longnet.backends import triton_flash
-from longnet.call import AttentionSpec
-from longnet.functional import pattern_attention
+from longnet.attention.backends.triton import backend as triton_flash
+from longnet.attention.call import AttentionSpec
+from longnet.attention.functional import pattern_attention
 from longnet.geometry import Pattern
 
 pytestmark = pytest.mark.filterwarnings("ignore:segment_lengths=.*to no head")

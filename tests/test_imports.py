@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,14 +16,17 @@ PACKAGE = SOURCE / "longnet"
 # A unit (a module or folder of longnet) may import units of lower rungs and itself, never its neighbours on the rung.
 LADDER: tuple[tuple[str, ...], ...] = (
     ("geometry",),
-    ("mixing", "position", "norm", "call"),
-    ("backends",),
-    ("fused",),
-    ("sharding",),
-    ("packing", "padding"),
-    ("functional",),
-    ("streaming",),
-    ("attention",),
+    ("runtime",),
+    ("nn",),
+    ("attention.call", "attention.merge"),
+    ("attention.chunked", "attention.operators"),
+    ("attention.backends",),
+    ("attention.sharding",),
+    ("attention.packed", "attention.padding"),
+    ("attention.functional",),
+    ("attention.streaming",),
+    ("attention.module",),
+    ("attention", "position"),
     ("models",),
     ("distributed", "compress", "compat"),
     ("gigapath",),
@@ -33,7 +36,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("reading", "hf"),
     ("cli",),
 )
-RUNG = {unit: rung for rung, units in enumerate(LADDER) for unit in units}
+RUNG = {tuple(unit.split(".")): rung for rung, units in enumerate(LADDER) for unit in units}
 
 # What a unit may import besides the standard library; torch alone where nothing is said.
 THIRD_PARTY = {
@@ -48,14 +51,14 @@ THIRD_PARTY = {
 }
 
 # The only modules that import triton. Kernels run on its tensors, never on torch's.
-KERNELS = ("longnet", "backends", "kernels")
-EVERY_KERNEL = (KERNELS, ("longnet", "streaming", "kernels"), ("longnet", "fused", "kernels"))
+KERNELS = ("longnet", "attention", "backends", "triton", "kernels")
+EVERY_KERNEL = (KERNELS, ("longnet", "attention", "streaming", "kernels"), ("longnet", "nn", "kernels"))
 MEETS_TRITON = {
-    ("backends", "kernels"): {"triton"},
-    ("backends", "tma"): {"torch", "triton"},
-    ("fused", "kernels"): {"triton"},
-    ("streaming", "kernels"): {"triton"},
-    ("streaming", "fused"): {"torch", "triton"},
+    KERNELS: {"triton"},
+    ("longnet", "attention", "streaming", "kernels"): {"triton"},
+    ("longnet", "nn", "kernels"): {"triton"},
+    ("longnet", "attention", "streaming", "fused"): {"torch", "triton"},
+    ("longnet", "runtime", "tma"): {"torch", "triton"},
 }
 
 # `import longnet` must do without all of these.
@@ -81,86 +84,131 @@ def imports_of(tree: ast.AST, package: tuple[str, ...]) -> Iterator[tuple[int, t
                 yield node.lineno, (*base, alias.name)
 
 
-# What the backend made of Triton kernels is built on, besides what all share. Kernels import one another only.
-BUILT_ON = {
-    "triton_flash": {"all_heads", "hopper", "kernels", "launches"},
-    "hopper": {"kernels", "launches", "schedule", "tma"},
-    "kernels": {"kernels"},
-    "launches": set(),
-    "kept": set(),
-    "schedule": {"kept"},
-    "tma": set(),
-}
+def starts_with(name: tuple[str, ...], prefixes: Iterable[tuple[str, ...]]) -> tuple[str, ...] | None:
+    """The longest of the prefixes that ``name`` starts with."""
+    return max((prefix for prefix in prefixes if name[: len(prefix)] == prefix), key=len, default=None)
 
 
-def may_know_backends(module: str, target: tuple[str, ...]) -> bool:
-    """Whether a module (or folder) of longnet.backends may import this one of its neighbours."""
-    if module in ("select", "__init__"):
-        return True
-    return target[0] in BUILT_ON.get(module, set()) or (
-        target == ("views",) and module not in ("kernels", "kept", "launches", "operators", "schedule", "tma")
-    )
+def unit_of(name: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The unit of a module or of a name in it, ("longnet", ...)."""
+    return starts_with(name[1:], RUNG)
+
+
+BACKENDS = ("longnet", "attention", "backends")
+
+
+def may_know(module: tuple[str, ...], target: tuple[str, ...]) -> bool:
+    """Whether a module of longnet.attention.backends may import this one of them: a backend is a file, or a folder."""
+    own, other = module[0], target[0]
+    return own in ("select", "__init__", other) or (other == "views" and own != "views")
 
 
 def broken_rules(name: tuple[str, ...], source: str) -> list[str]:
     """What the module ``name`` (("longnet", "geometry", "plan"), say) imports although it may not."""
     found = []
-    package = name[:-1]
-    own = name[1] if len(name) > 2 or name[1] in RUNG else None
-    for line, target in imports_of(ast.parse(source), package):
+    own = unit_of(name)
+    for line, target in imports_of(ast.parse(source), name[:-1]):
         where = f"{'/'.join(name)}.py:{line} imports {'.'.join(target)}"
+        other = unit_of(target)
         if target[0] == "LongNet":
             found.append(f"{where}: the alias is for users")
         elif target[0] != "longnet":
-            allowed = MEETS_TRITON.get(name[1:3], THIRD_PARTY.get(own or "", {"torch"}))
+            meets = starts_with(name, MEETS_TRITON)
+            allowed = THIRD_PARTY.get(own[0] if own else "", {"torch"}) if meets is None else MEETS_TRITON[meets]
             if target[0] not in sys.stdlib_module_names and target[0] not in allowed:
                 found.append(f"{where}: expected the standard library or {sorted(allowed)}")
         elif target == ("longnet", "__version__"):
             continue
-        elif len(target) < 2 or target[1] not in RUNG:
+        elif other is None:
             found.append(f"{where}: expected the unit it comes from, as the package itself imports this one")
-        elif own is not None and own != target[1] and RUNG[own] <= RUNG[target[1]]:
-            found.append(f"{where}: {own} is not above {target[1]} on the ladder")
-        elif name[:2] == target[:2] == ("longnet", "backends") and not may_know_backends(name[2], target[2:3]):
+        elif own is not None and own != other and RUNG[own] <= RUNG[other]:
+            found.append(f"{where}: {'.'.join(own)} is not above {'.'.join(other)} on the ladder")
+        elif name[:3] == target[:3] == BACKENDS and len(target) > 3 and not may_know(name[3:], target[3:]):
             found.append(f"{where}: backends share views.py and never import each other; select.py chooses")
+        elif target[:5] == KERNELS and name[:4] != KERNELS[:4] and not starts_with(name, EVERY_KERNEL):
+            found.append(f"{where}: these kernels are the Triton backend's")
+        elif name[:5] == KERNELS and target[:5] != KERNELS:
+            found.append(f"{where}: kernels import one another only")
     return found
 
 
 @pytest.mark.parametrize("path", MODULES, ids=["/".join(NAMES[path][1:]) for path in MODULES])
 def test_a_module_imports_only_downwards(path: Path) -> None:
     name = NAMES[path]
-    top = name[1] if len(name) == 2 else None
-    assert top in (None, "__init__", "__main__") or top in RUNG, f"{path} has no place on the ladder"
+    assert name[1] in ("__init__", "__main__") or unit_of(name), f"{path} has no place on the ladder"
     assert broken_rules(name, path.read_text(encoding="utf-8")) == []
+
+
+def test_no_file_imports_itself_through_others() -> None:
+    """Of files, not only of units; imports in functions and under ``TYPE_CHECKING`` count."""
+    modules = {name[:-1] if name[-1] == "__init__" else name: path for path, name in NAMES.items()}
+    edges = {}
+    for name, path in modules.items():
+        package = name if path.stem == "__init__" else name[:-1]
+        targets = (target for _, target in imports_of(ast.parse(path.read_text(encoding="utf-8")), package))
+        edges[name] = {found for target in targets if (found := starts_with(target, modules)) not in (None, name)}
+    # Files that import nothing that is left are taken away until none is; what stays is in a circle or leads into one.
+    while free := [name for name, targets in edges.items() if not targets & edges.keys()]:
+        for name in free:
+            del edges[name]
+    assert edges == {}, {"/".join(name): ["/".join(one) for one in targets] for name, targets in edges.items()}
+
+
+def private_names(name: tuple[str, ...], source: str) -> list[str]:
+    """Names with an underscore that a module takes from another unit of longnet, by import or as an attribute of a module."""
+    tree, found, modules = ast.parse(source), [], {}
+    for line, target in imports_of(tree, name[:-1]):
+        other = unit_of(target)
+        if target[0] == "longnet" and other is not None:
+            modules[target[-1]] = other
+            if other[0] != name[1] and any(part.startswith("_") for part in target):
+                found.append(f"{'/'.join(name)}.py:{line} imports {'.'.join(target)}")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.attr.startswith("_"):
+            other = modules.get(node.value.id)
+            if other is not None and other[0] != name[1] and not node.attr.startswith("__"):
+                found.append(f"{'/'.join(name)}.py:{node.lineno} uses {node.value.id}.{node.attr}")
+    return found
+
+
+def test_no_private_name_is_used_outside_its_room() -> None:
+    assert [one for path in MODULES for one in private_names(NAMES[path], path.read_text(encoding="utf-8"))] == []
+
+
+def test_the_check_sees_a_private_name() -> None:
+    name = ("longnet", "training", "loop")
+    assert len(private_names(name, "from longnet.models.loss import _chunks")) == 1
+    assert len(private_names(name, "from longnet.models import loss\nloss._chunks()")) == 1
+    assert private_names(name, "from longnet.training.files import _write\nself._x = torch._C") == []
 
 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
         ("longnet/geometry/plan", "import torch"),
-        ("longnet/geometry/plan", "from longnet.mixing import merge_"),
-        ("longnet/mixing", "import numpy"),
-        ("longnet/mixing", "from longnet.position import XPos"),
-        ("longnet/backends/portable", "from longnet.backends.cpu_flash import forward"),
-        ("longnet/backends/portable", "from longnet.backends import cpu_flash"),
-        ("longnet/backends/portable", "from . import cpu_flash"),
-        ("longnet/backends/operators", "from longnet import functional"),
-        ("longnet/backends/triton_flash", "import triton"),
-        ("longnet/backends/triton_flash", "from longnet.backends import portable"),
-        ("longnet/backends/portable", "from longnet.backends.kernels.forward import forward_kernel"),
-        ("longnet/backends/launches", "from longnet.backends.views import tile_view"),
-        ("longnet/backends/schedule", "from longnet.backends.hopper import Work"),
-        ("longnet/backends/kernels/rows", "from longnet.backends.views import tile_view"),
-        ("longnet/backends/kernels/rows", "import torch"),
-        ("longnet/functional", "def f():\n    from longnet import DilatedAttention"),
-        ("longnet/functional", "import longnet"),
-        ("longnet/functional", "from longnet.streaming import DilatedCache"),
-        ("longnet/streaming/cache", "from longnet.attention import DilatedAttention"),
-        ("longnet/streaming/cache", "import safetensors"),
+        ("longnet/geometry/plan", "from longnet.attention.merge import merge_"),
+        ("longnet/runtime/cache", "from longnet.attention.call import lse_dtype"),
+        ("longnet/attention/merge", "import numpy"),
+        ("longnet/attention/merge", "from longnet.attention.call import lse_dtype"),
+        ("longnet/attention/backends/portable", "from longnet.attention.backends.cpu_flash import forward"),
+        ("longnet/attention/backends/portable", "from longnet.attention.backends import cpu_flash"),
+        ("longnet/attention/backends/portable", "from . import cpu_flash"),
+        ("longnet/attention/operators", "from longnet.attention import functional"),
+        ("longnet/attention/backends/triton/backend", "import triton"),
+        ("longnet/attention/backends/triton/backend", "from longnet.attention.backends import portable"),
+        ("longnet/attention/backends/portable", "from longnet.attention.backends.triton.kernels import forward"),
+        ("longnet/gigapath/layer", "from longnet.attention.backends.triton.kernels.rows import pick"),
+        ("longnet/attention/backends/triton/kernels/rows", "from longnet.attention.backends.views import tile_view"),
+        ("longnet/attention/backends/triton/kernels/rows", "import torch"),
+        ("longnet/attention/functional", "def f():\n    from longnet import DilatedAttention"),
+        ("longnet/attention/functional", "import longnet"),
+        ("longnet/attention/functional", "from longnet.attention.streaming import DilatedCache"),
+        ("longnet/attention/streaming/cache", "from longnet.attention import DilatedAttention"),
+        ("longnet/attention/streaming/cache", "import safetensors"),
         ("longnet/models/config", "from ..training import settings"),
         ("longnet/figures", "import torch"),
         ("longnet/training/loop", "import typer"),
-        ("longnet/attention", "from LongNet import DilatedAttention"),
+        ("longnet/attention/module", "from LongNet import DilatedAttention"),
     ],
 )
 def test_the_check_sees_a_forbidden_import(module: str, source: str) -> None:
@@ -168,20 +216,21 @@ def test_the_check_sees_a_forbidden_import(module: str, source: str) -> None:
 
 
 def test_the_check_lets_through_what_is_allowed() -> None:
-    source = (
-        "import math\nimport torch.nn.functional as F\nfrom longnet import mixing\nfrom longnet.geometry import Tile\n"
+    source = "import math\nimport torch.nn.functional as F\nfrom longnet.attention import merge\n"
+    source += "from longnet.geometry import Tile\nfrom .views import tile_view"
+    assert broken_rules((*BACKENDS, "portable"), source) == []
+    kernel = (
+        "import triton\nimport triton.language as tl\nfrom longnet.attention.backends.triton.kernels.rows import pick\n"
     )
-    assert broken_rules(("longnet", "backends", "portable"), source + "from .views import tile_view") == []
-    kernel = "import triton\nimport triton.language as tl\nfrom longnet.backends.kernels.rows import pick\n"
     assert broken_rules((*KERNELS, "forward"), kernel) == []
-    inside = "from .launches import Blocks\ndef f():\n    from longnet.backends.kernels.forward import forward_kernel"
-    assert broken_rules(("longnet", "backends", "triton_flash"), inside) == []
+    inside = "from .launches import Blocks\ndef f():\n    from .kernels.forward import forward_kernel"
+    assert broken_rules((*BACKENDS, "triton", "backend"), inside) == []
 
 
 def test_kernels_are_imported_when_they_run() -> None:
     """Importing one needs triton, so nothing does it at its top."""
     for path in MODULES:
-        if NAMES[path][:3] in EVERY_KERNEL:
+        if starts_with(NAMES[path], EVERY_KERNEL):
             continue
         top = [
             node
@@ -189,7 +238,7 @@ def test_kernels_are_imported_when_they_run() -> None:
             if isinstance(node, ast.Import | ast.ImportFrom)
         ]
         for line, target in imports_of(ast.Module(top, []), NAMES[path][:-1]):
-            assert target[:3] not in EVERY_KERNEL, f"{path}:{line} imports a kernel at its top"
+            assert not starts_with(target, EVERY_KERNEL), f"{path}:{line} imports a kernel at its top"
 
 
 def in_a_fresh_process(program: str) -> subprocess.CompletedProcess[str]:

@@ -8,8 +8,8 @@ import inspect
 import pytest
 import torch
 
-import longnet.norm
-from longnet.norm import BatchNorm, PartialNorm, make_norm
+import longnet.nn.norm
+from longnet.nn.norm import BatchNorm, PartialNorm, make_norm
 
 B, N, C = 3, 7, 5
 
@@ -157,7 +157,7 @@ def test_bad_arguments_teach() -> None:
 def test_norm_imports_nothing_of_longnet() -> None:
     """The attention imports the norm, so the norm may not lead back to it."""
     names: list[str] = []
-    for node in ast.walk(ast.parse(inspect.getsource(longnet.norm))):
+    for node in ast.walk(ast.parse(inspect.getsource(longnet.nn.norm))):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

@@ -14,7 +14,7 @@ from patterns import Problem, backward, problems, relative_error
 from torch import Tensor
 
 from longnet import DilatedAttention, dilated_attention
-from longnet.packing import _LONG, _moves, boundaries, make_buckets
+from longnet.attention.packed import _LONG, _moves, boundaries, make_buckets
 
 pytestmark = pytest.mark.filterwarnings("ignore:segment_lengths=.*to no head")
 

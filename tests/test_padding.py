@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from longnet import DilatedAttention, DilatedCache, LongNetConfig, LongNetEncoder, LongNetLM
+from longnet.attention.padding import warn_left_padding
 from longnet.geometry import Pattern
-from longnet.padding import warn_left_padding
 
 pytestmark = pytest.mark.filterwarnings("error:a row is padded on the left")
 

@@ -24,7 +24,7 @@ from longnet import (
     dilated_attention,
     stream_attention,
 )
-from longnet.backends import BACKENDS
+from longnet.attention.backends import BACKENDS
 
 ROOT = Path(__file__).parents[1]
 

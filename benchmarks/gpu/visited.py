@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 
 from benchmarks.cases import Case
-from longnet.backends import triton_flash
+from longnet.attention.backends.triton import backend as triton_flash
 from longnet.geometry import Branch, HeadOffsets, Pattern, score_pairs
 from longnet.geometry.nests import Nest, make_nests
 

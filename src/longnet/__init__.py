@@ -16,9 +16,9 @@ def _starts_the_command() -> bool:
 if TYPE_CHECKING or not _starts_the_command():
     from longnet import geometry
     from longnet.attention import DilatedAttention
-    from longnet.functional import dilated_attention
+    from longnet.attention.functional import dilated_attention
+    from longnet.attention.streaming import DilatedCache, stream_attention
     from longnet.models import LongNetConfig, LongNetEncoder, LongNetLM
-    from longnet.streaming import DilatedCache, stream_attention
 
 __version__ = "0.1.0"
 

@@ -17,10 +17,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from longnet.attention import DilatedAttention
+from longnet.attention.sharding import lengths_of, peers_of
 from longnet.models.base import LongNetBase
 from longnet.models.layers import Block
-from longnet.norm import BatchNorm
-from longnet.sharding import lengths_of, peers_of
+from longnet.nn.norm import BatchNorm
 
 __all__ = ["parallelize", "shard_lengths", "shard_sequence", "unshard_sequence"]
 

@@ -10,7 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from longnet.backends import hopper
+from longnet.attention.backends.triton import hopper
 from longnet.geometry import Branch
 from longnet.geometry.nests import Nest
 

@@ -11,7 +11,7 @@ from oracle import dense_attention
 from torch import Tensor
 
 from longnet import dilated_attention
-from longnet.backends import BACKENDS
+from longnet.attention.backends import BACKENDS
 
 ROOT = Path(__file__).parents[2]
 PATTERN = ((8, 16), (1, 2))

@@ -14,9 +14,10 @@ from patterns import Problem, problems, relative_error
 from test_backend_table import ON_CPU
 from torch import Tensor
 
-from longnet import dilated_attention, mixing
-from longnet.backends import triton_flash
-from longnet.functional import pattern_attention
+from longnet import dilated_attention
+from longnet.attention import merge
+from longnet.attention.backends.triton import backend as triton_flash
+from longnet.attention.functional import pattern_attention
 from longnet.geometry import Pattern
 
 pytestmark = pytest.mark.filterwarnings(
@@ -187,11 +188,11 @@ def test_the_usual_case_copies_nothing():
     """On a CPU rows that all have a gradient are passed on as they are."""
     grad, query, out = (torch.randn(2, 3, 4) for _ in range(3))
     lse = torch.tensor([[1.0, -torch.inf, 2.0], [0.0, 3.0, -torch.inf]])
-    found = mixing.rows_for_backward(grad, None, query, out, lse)
+    found = merge.rows_for_backward(grad, None, query, out, lse)
     assert found[0] is query and found[1] is out
     assert torch.equal(found[2], lse.masked_fill(lse.isinf(), 0.0))
     grad[0, 0] = 0.0
-    found = mixing.rows_for_backward(grad, None, query, out, lse)
+    found = merge.rows_for_backward(grad, None, query, out, lse)
     assert not found[0][0, 0].any() and torch.equal(found[0][1], query[1]) and found[2][0, 0] == torch.inf
     # A gradient of the lse is one too.
-    assert mixing.rows_for_backward(grad, torch.ones_like(lse), query, out, lse)[0] is query
+    assert merge.rows_for_backward(grad, torch.ones_like(lse), query, out, lse)[0] is query

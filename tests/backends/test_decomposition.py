@@ -12,7 +12,7 @@ from oracle import dense_attention
 from torch import nn
 
 import longnet
-from longnet.backends.decomposition import decompose
+from longnet.attention.backends.decomposition import decompose
 from longnet.geometry import Pattern
 
 

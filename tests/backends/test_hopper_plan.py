@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.nn.functional import pad
 
-from longnet.backends import hopper
-from longnet.backends.tma import is_matrix, view_of
+from longnet.attention.backends.triton import hopper
 from longnet.geometry import Pattern
 from longnet.geometry.nests import make_nests
+from longnet.runtime.tma import is_matrix, view_of
 
 interpreted = pytest.mark.skipif(
     torch.cuda.is_available() or importlib.util.find_spec("triton") is None,

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import longnet
-from longnet.backends.kept import Kept, tensor_cache
+from longnet.runtime.cache import Kept, tensor_cache
 
 CPU = torch.device("cpu")
 

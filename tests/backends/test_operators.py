@@ -9,8 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 import longnet
 from longnet import dilated_attention
-from longnet.call import AttentionSpec
-from longnet.functional import pattern_attention
+from longnet.attention.call import AttentionSpec
+from longnet.attention.functional import pattern_attention
 from longnet.geometry import Pattern
 
 BACKENDS = ("cpu_flash", "portable")

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longnet.backends.launches import kernel_arguments
-from longnet.backends.schedule import Schedule, share_out
+from longnet.attention.backends.triton.launches import kernel_arguments
+from longnet.attention.backends.triton.schedule import Schedule, share_out
 from longnet.geometry import Pattern
 from longnet.geometry.nests import make_nests
 from longnet.geometry.pattern import head_offset

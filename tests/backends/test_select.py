@@ -9,7 +9,7 @@ import torch
 from calls import call_on
 
 from longnet import dilated_attention
-from longnet.backends import BACKENDS, select_backend
+from longnet.attention.backends import BACKENDS, select_backend
 
 
 def test_a_plain_cpu_call_takes_the_flash_kernel():

@@ -14,9 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 import longnet
 from longnet import dilated_attention
-from longnet.backends import select_backend, triton_flash
-from longnet.call import AttentionSpec
-from longnet.functional import pattern_attention
+from longnet.attention.backends import select_backend
+from longnet.attention.backends.triton import backend as triton_flash
+from longnet.attention.call import AttentionSpec
+from longnet.attention.functional import pattern_attention
 from longnet.geometry import Pattern
 from longnet.geometry.nests import make_nests
 

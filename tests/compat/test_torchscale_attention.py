@@ -9,9 +9,9 @@ import torch
 import upstream
 from torch import Tensor
 
-from longnet.call import AttentionSpec
+from longnet.attention.call import AttentionSpec
+from longnet.attention.functional import dilated_attention
 from longnet.compat import torchscale_attention
-from longnet.functional import dilated_attention
 from longnet.geometry import Pattern
 
 # GigaPath's own series, one that pads its segments, odd lengths, rates above the heads' number, branches of one length.

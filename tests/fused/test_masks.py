@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from longnet.fused import keep_masks
+from longnet.nn import keep_masks
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -44,7 +44,7 @@ def test_the_generator_decides():
 
 
 def test_nothing_is_left_unwritten():
-    module = sys.modules["longnet.fused.masks"]
+    module = sys.modules["longnet.nn.dropout_masks"]
     for count in (1, 7, 8, 9, 4095, 4097):
         kept = module._run(torch.tensor([5], device=DEVICE), [count], 0)
         assert kept.shape == (count,) and bool(kept.all())

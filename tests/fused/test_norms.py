@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from longnet.fused import Norm, fits, joined, normed_linear, residual_normed_linear
-from longnet.fused.norms import column_sums, gelu_norm, norm_backward
-from longnet.models import LongNetConfig, normed
+from longnet.models import LongNetConfig
 from longnet.models.layers import Block, FeedForward
+from longnet.nn import Norm, fits, normed_linear, residual_normed_linear
+from longnet.nn import norm_linear as joined
+from longnet.nn import projections as normed
+from longnet.nn.norm_operators import column_sums, gelu_norm, norm_backward
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

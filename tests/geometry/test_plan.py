@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longnet.backends.views import padding_view, tile_view
+from longnet.attention.backends.views import padding_view, tile_view
 from longnet.geometry import HEAD_OFFSETS, Pattern, make_plan
 
 

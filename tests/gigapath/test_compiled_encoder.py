@@ -12,10 +12,10 @@ from slides import encoder, slides
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from longnet.fused import joined
 from longnet.gigapath import SlideEncoder, passes
 from longnet.gigapath.readout import read_by_first_token
-from longnet.models import normed
+from longnet.nn import norm_linear as joined
+from longnet.nn import projections as normed
 
 # Torch's own tracing looks at tensors of its own.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

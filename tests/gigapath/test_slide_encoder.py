@@ -9,7 +9,7 @@ import upstream
 from slides import GRID, TILE, encoder, slides
 from torch import Tensor, nn
 
-from longnet.functional import dilated_attention
+from longnet.attention.functional import dilated_attention
 from longnet.geometry import Pattern
 from longnet.gigapath import ClassificationHead, SlideEncoder
 from longnet.gigapath.passes import embed

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from longnet.backends.kept import Kept
 from longnet.gigapath import SlideEncoder, passes
+from longnet.runtime.cache import Kept
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),

@@ -8,8 +8,10 @@ import pytest
 import torch
 from calls import call
 
-from longnet.backends import hopper, portable, triton_flash
-from longnet.call import SavedForward
+from longnet.attention.backends import portable
+from longnet.attention.backends.triton import backend as triton_flash
+from longnet.attention.backends.triton import hopper
+from longnet.attention.call import SavedForward
 from longnet.compat.attention import torchscale_pattern_attention
 from longnet.geometry import Pattern
 from longnet.geometry.nests import make_nests

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from patterns import Kept, Problem, backward, kept_heads, relative_error
 
 from longnet import LongNetConfig, LongNetLM
+from longnet.attention.functional import pattern_attention
 from longnet.compress import SCHEMES, prune_heads, quantize
-from longnet.functional import pattern_attention
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),

@@ -9,8 +9,8 @@ from torch import Tensor
 
 import longnet
 from longnet import dilated_attention
-from longnet.backends import select_backend
-from longnet.functional import pattern_attention
+from longnet.attention.backends import select_backend
+from longnet.attention.functional import pattern_attention
 from longnet.geometry import Pattern
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

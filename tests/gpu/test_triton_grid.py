@@ -14,7 +14,7 @@ import torch
 from patterns import relative_error
 from torch import Tensor
 
-from longnet.functional import pattern_attention
+from longnet.attention.functional import pattern_attention
 from longnet.geometry import Pattern
 
 pytestmark = [

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from longnet import LongNetConfig, LongNetEncoder, LongNetLM
 from longnet.compress import prune_heads, quantization
 from longnet.models import LongNetCache
-from longnet.models.normed import is_as_its_class
 from longnet.models.placement import device_of
+from longnet.nn.projections import is_as_its_class
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(torch.ao.quantization|torch.quantize|TypedStorage)")
 

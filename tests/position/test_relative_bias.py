@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longnet.position import RelativeBias, relative_buckets
+from longnet.nn.position import RelativeBias, relative_buckets
 
 
 def test_small_distances_have_buckets_of_their_own_and_far_ones_share():

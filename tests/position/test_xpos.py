@@ -9,7 +9,7 @@ import torch
 
 from longnet import DilatedAttention
 from longnet.geometry import Pattern
-from longnet.position import XPos, rotate
+from longnet.nn.position import XPos, rotate
 
 
 def scores(xpos: XPos, q: torch.Tensor, k: torch.Tensor, start: int, dtype: torch.dtype) -> torch.Tensor:

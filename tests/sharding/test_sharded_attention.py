@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from patterns import branches, relative_error
 from torch import Tensor
 
-from longnet.functional import dilated_attention, pattern_attention
+from longnet.attention.functional import dilated_attention, pattern_attention
+from longnet.attention.sharding.group import _talks_on_the_host
 from longnet.geometry import Pattern
-from longnet.sharding.group import _talks_on_the_host
 
 pytestmark = pytest.mark.filterwarnings("ignore:segment_lengths=.*to no head")
 

@@ -12,7 +12,7 @@ from patterns import branches
 from torch import Tensor
 
 from longnet import DilatedCache, stream_attention
-from longnet.streaming.step import step
+from longnet.attention.streaming.step import step
 
 Read = Callable[..., Tensor]
 

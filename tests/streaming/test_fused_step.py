@@ -14,7 +14,7 @@ from patterns import relative_error
 from streams import Stream, read, streams
 
 from longnet import stream_attention
-from longnet.streaming import fused
+from longnet.attention.streaming import fused
 
 pytestmark = [
     pytest.mark.skipif(

@@ -12,7 +12,7 @@ from oracle import dense_attention
 from patterns import Problem, problems, relative_error
 
 from longnet import DilatedCache, dilated_attention, stream_attention
-from longnet.streaming.step import step
+from longnet.attention.streaming.step import step
 
 pytestmark = pytest.mark.filterwarnings("ignore:segment_lengths=.*to no head")
 

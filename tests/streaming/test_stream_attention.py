@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from longnet import dilated_attention, stream_attention
-from longnet.streaming import rectangle
-from longnet.streaming.step import step
+from longnet.attention import chunked
+from longnet.attention.streaming import rectangle
+from longnet.attention.streaming.step import step
 
 pytestmark = pytest.mark.filterwarnings("ignore:segment_lengths=.*to no head")
 
@@ -89,7 +90,7 @@ def test_matrix_products_in_place_of_the_cpu_kernel(stream):
     """What other devices run, a few queries at a time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rectangle, "_by_cpu_flash", rectangle._by_products)
-        patch.setattr(rectangle, "_SCORES", 16)
+        patch.setattr(chunked, "_SCORES", 16)
         assert relative_error(read(stream, stream.cache()), stream.expected()) < 1e-10
 
 

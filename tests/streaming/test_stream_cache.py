@@ -98,7 +98,7 @@ def test_reordered_rows_go_on_as_the_rows_they_were(stream, data):
     if cut:
         read(stream, cache, last=cut)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("longnet.streaming.cache._SLAB", 64)
+        patch.setattr("longnet.attention.streaming.cache._SLAB", 64)
         cache.reorder(index)
     tail = [x[index][:, :, cut:] for x in stream.tensors()]
     out = stream_attention(*tail, cache, key_padding_mask=None if mask is None else mask[index][:, cut:])

@@ -9,7 +9,7 @@ import torch
 from streams import Stream, read
 
 from longnet import DilatedCache, stream_attention
-from longnet.streaming import attend
+from longnet.attention.streaming import attend
 
 STREAM = Stream(((8, 1), (20, 3)), 30, (7,), batch=2, kv_heads=2, group=2, lead=(0, 3), dtype=torch.float32)
 

@@ -3,7 +3,7 @@
 It differs from the definition of this library in its zero padding, see :mod:`longnet.geometry.phantoms`. Forward, branches
 whose outputs stay in place are one ordinary call, and phantom keys one number added to each denominator. A branch whose outputs
 are shifted is run by itself on segments that are really padded, and mixed in. Backward, every part runs with the merged out and
-lse (the rule of :mod:`longnet.mixing`), so phantoms, which are constants, need nothing more. torchscale itself takes the
+lse (the rule of :mod:`longnet.attention.merge`), so phantoms, which are constants, need nothing more. torchscale itself takes the
 mixing weights for constants; gradients here are those of its output.
 """
 
@@ -18,15 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longnet import mixing
-from longnet.backends import BACKENDS, Backend, select_backend
-from longnet.backends.kept import Kept
-from longnet.backends.operators import register_attention
-from longnet.call import AttentionInputs, Gradients, SavedForward, check_flag, checked_inputs
-from longnet.fused import fade_
+from longnet.attention import merge
+from longnet.attention.backends import BACKENDS, Backend, select_backend
+from longnet.attention.call import AttentionInputs, Gradients, SavedForward, check_flag, checked_inputs
+from longnet.attention.operators import register_attention
 from longnet.geometry import Branch, Pattern
 from longnet.geometry.phantoms import padded_length, phantom_runs, split_shifted
 from longnet.geometry.wanted import read_by_first as rows_read_by_first
+from longnet.nn import fade_
+from longnet.runtime.cache import Kept
 
 # The lse of rows that are not there: every probability in them is 0.
 _FAR = 1e6
@@ -86,7 +86,7 @@ def torchscale_pattern_attention(
     group: Any = None,
     read_by_first: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`torchscale_attention` for a parsed pattern; it takes the place of ``longnet.functional.pattern_attention``.
+    """:func:`torchscale_attention` for a parsed pattern, in the place of :func:`longnet.attention.functional.pattern_attention`.
 
     Args:
         read_by_first: give the rows alone that the first token attends to in some head, see
@@ -137,7 +137,7 @@ def _forward(backend: Backend, inputs: AttentionInputs) -> tuple[Tensor, Tensor]
         lse.fill_(-torch.inf)
     for branch in shifted:
         branch_out, branch_lse = backend.kernels.forward(_padded(inputs, branch))
-        mixing.merge_(out, lse, branch_out[:, :, : query.shape[2]], branch_lse[:, :, : query.shape[2]])
+        merge.merge_(out, lse, branch_out[:, :, : query.shape[2]], branch_lse[:, :, : query.shape[2]])
     if spec.needed_by_first:
         unread = _unread(spec.pattern, query.shape[1], query.shape[2], query.device)
         out.masked_fill_(unread[:, None], 0.0)
@@ -221,7 +221,7 @@ def _log_phantoms(pattern: Pattern, heads: int, length: int, device: torch.devic
 
 
 def _unread(pattern: Pattern, heads: int, length: int, device: torch.device) -> Tensor:
-    """Which rows nobody reads where :class:`longnet.call.AttentionSpec` says ``needed_by_first``, (N,) bool."""
+    """Which rows nobody reads where :class:`longnet.attention.call.AttentionSpec` says ``needed_by_first``, (N,) bool."""
 
     def make() -> Tensor:
         with torch.inference_mode(False), torch.no_grad():

@@ -16,7 +16,7 @@ from longnet.models import LongNetLM
 from longnet.models.base import LongNetBase
 from longnet.models.layers import Block
 from longnet.models.placement import is_dispatched
-from longnet.position import float64_device
+from longnet.nn.position import float64_device
 
 Model = TypeVar("Model", bound=LongNetBase)
 

@@ -129,7 +129,7 @@ class Pattern:
             raise ValueError(f"head_offsets={head_offsets!r} is unknown: expected one of {HEAD_OFFSETS}")
         branches = tuple(Branch(length, rate) for length, rate in zip(lengths, rates, strict=True))
         numbers = None if head_numbers is None else HeadNumbers.parse(head_numbers, total_heads)
-        return cls(branches, head_offsets, numbers)  # type: ignore[arg-type]
+        return cls(branches, head_offsets, numbers)
 
     @property
     def segment_lengths(self) -> tuple[int, ...]:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from longnet.call import autocast_dtype
 from longnet.models.placement import device_of, dtype_of, is_dispatched
+from longnet.runtime.autocast import autocast_dtype
 
 
 def check_slides(x: Tensor, coords: Tensor, padding_mask: Tensor | None, embed: nn.Module, in_dim: int) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from longnet.call import autocast_dtype
+from longnet.runtime.autocast import autocast_dtype
 
 # Sizes of slides that a model keeps graphs of, the last ones that came.
 _MOST = 8

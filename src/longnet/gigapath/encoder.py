@@ -8,21 +8,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from longnet.backends.kept import is_traced
 from longnet.compat.attention import torchscale_pattern_attention
 from longnet.compat.names import load_theirs, module_names, to_theirs
 from longnet.gigapath.architectures import ARCHITECTURES, DILATION_RATES, HEADS, TILE_CHANNELS, segment_lengths
 from longnet.gigapath.batches import batched_slides, check_slides
 from longnet.gigapath.checkpoint import read_weights
 from longnet.gigapath.layer import RECOMPUTE, Recompute, SlideBlock, gives_first_row, is_separable
-from longnet.gigapath.passes import Layers, Slide, embed, encode, last_layer
+from longnet.gigapath.passes import Encoder, Layers, Slide, embed, encode, last_layer
 from longnet.gigapath.positions import Check, axis_table
 from longnet.gigapath.readout import first_token_weights, log_times, read_by_first_token
 from longnet.models import LongNetConfig
-from longnet.norm import LayerNorm
+from longnet.nn.norm import LayerNorm
+from longnet.runtime.tracing import is_traced
 
 
-class SlideEncoder(nn.Module):
+class SlideEncoder(Encoder):
     """Tile embeddings and their places to one embedding a slide, as ``gigapath.slide_encoder.LongNetViT`` computes it.
 
     Args:

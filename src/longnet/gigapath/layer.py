@@ -5,7 +5,7 @@ residual stream is float32), its norm 2, q, k, v 6, the attention's result 2; 14
 comes after attention (inner norm, output projection, feed-forward) is computed again, in chunks of tokens, from x and the
 attention's result. To keep what its matrix products give adds 2 for the output projection and 4 * 2 for ``fc1``; to keep
 everything 6 for the inner norm, 4 for x, 4 * (2 + 2 + 4 + 2) for the feed-forward, and dropout's masks, 2; compiled layers keep
-the masks always. On a GPU these norms' results are not kept, see :mod:`longnet.models.normed`: 12 in all.
+the masks always. On a GPU these norms' results are not kept, see :mod:`longnet.nn.projections`: 12 in all.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from longnet.attention import DilatedAttention
 from longnet.compat.attention import torchscale_pattern_attention
-from longnet.fused import can_draw, keep_masks
 from longnet.gigapath.readout import first_token_weights
 from longnet.models import LongNetConfig
 from longnet.models.layers import Block, feed_residual
-from longnet.models.normed import is_as_its_class, normalise, project_normed, project_residual
-from longnet.norm import PartialNorm
+from longnet.nn import can_draw, keep_masks
+from longnet.nn.norm import PartialNorm
+from longnet.nn.projections import is_as_its_class, normalise, project_normed, project_residual
 
 Recompute = Literal["ffn", "block", "elementwise", "none"]
 RECOMPUTE: tuple[str, ...] = get_args(Recompute)

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +14,29 @@ from torch import Tensor, nn
 from longnet.gigapath.captured import Replays
 from longnet.gigapath.layer import gives_rows
 from longnet.gigapath.positions import Check, cells, check_cells, position_embedding
-from longnet.models.normed import hooks_of, is_as_its_class
-
-if TYPE_CHECKING:
-    from longnet.gigapath.encoder import SlideEncoder
+from longnet.nn.projections import hooks_of, is_as_its_class
 
 Layers = tuple[int, ...] | None
 Flags = tuple[bool, ...] | None
 
 # A GPU is busy with longer slides for longer than a CPU takes to say what comes next: graphs gain nothing there.
 MOST_GRAPHED_TILES = 20_000
+
+
+class Encoder(nn.Module):
+    """What a pass asks of :class:`longnet.gigapath.SlideEncoder`."""
+
+    tile_size: int
+    slide_ngrids: int
+    global_pool: bool
+    compiled: bool
+    cuda_graphs: bool
+    patch_embed: nn.Module
+    cls_token: nn.Parameter
+    dropout: nn.Module
+    blocks: nn.ModuleList
+    encoder_norm: nn.Module
+    norm: nn.Module
 
 
 class Slide(NamedTuple):
@@ -44,7 +57,7 @@ class Slide(NamedTuple):
     times: Tensor | None
 
 
-def encode(model: SlideEncoder, slide: Slide, layers: Layers) -> list[Tensor]:
+def encode(model: Encoder, slide: Slide, layers: Layers) -> list[Tensor]:
     """What :meth:`SlideEncoder.forward` gives for slides of one number of tiles.
 
     Args:
@@ -79,33 +92,33 @@ REPLAYS = Replays()
 
 
 def _call(
-    run: Any, model: Callable[[], SlideEncoder | None], read: Any, times: Any, pooled: Flags, hooks: str, x: Tensor
+    run: Any, model: Callable[[], Encoder | None], read: Any, times: Any, pooled: Flags, hooks: str, x: Tensor
 ) -> Any:
     """:func:`read_out`, without keeping the model alive."""
     return run(model(), x, read, times, pooled, hooks)
 
 
-def _settings(model: SlideEncoder) -> Hashable:
+def _settings(model: Encoder) -> Hashable:
     """What :func:`read_out` depends on besides tensors."""
     names = ("training", "p", "drop_path", "recompute", "chunk", "eps", "function")
     modules = tuple(tuple(getattr(module, name, None) for name in names) for module in model.modules())
     return model.global_pool, modules
 
 
-def _hooks(model: SlideEncoder) -> str:
+def _hooks(model: Encoder) -> str:
     """The hooks of all modules within: torch.compile does not notice by itself that there are others than before."""
     hooks = [(number, found) for number, module in enumerate(model.modules()) if (found := hooks_of(module))]
     return str(hooks) if hooks else ""
 
 
-def _replays_all(model: SlideEncoder) -> bool:
+def _replays_all(model: Encoder) -> bool:
     """Whether a CUDA graph of the model does what its modules do: it replays no Python of hooks or of other people's modules."""
     modules = list(model.modules())[1:]
     ours = all(type(one).__module__.startswith(("longnet.", "torch.nn.modules.")) for one in modules)
     return ours and all(is_as_its_class(one, type(one)) for one in modules)
 
 
-def embed(model: SlideEncoder, slide: Slide, hooks: str = "") -> tuple[Tensor, Tensor]:
+def embed(model: Encoder, slide: Slide, hooks: str = "") -> tuple[Tensor, Tensor]:
     """The class token and the tiles, (B, 1 + L, C), in the residual stream's dtype; whether a tile is outside of the grid.
 
     Args:
@@ -120,7 +133,7 @@ def embed(model: SlideEncoder, slide: Slide, hooks: str = "") -> tuple[Tensor, T
 
 
 def read_out(
-    model: SlideEncoder, x: Tensor, read: Tensor | None, times: Tensor | None, pooled: Flags, hooks: str = ""
+    model: Encoder, x: Tensor, read: Tensor | None, times: Tensor | None, pooled: Flags, hooks: str = ""
 ) -> list[Tensor]:
     """x (B, N, C), see :func:`embed`, through layers and norms; the others as in :class:`Slide`.
 
@@ -150,7 +163,7 @@ def _run_block(block: nn.Module, x: Tensor, following: int, read: Tensor | None,
     return block(x)
 
 
-def last_layer(model: SlideEncoder, layers: Layers) -> int:
+def last_layer(model: Encoder, layers: Layers) -> int:
     """How many blocks have to run."""
     return len(model.blocks) if layers is None else max(layers)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longnet.backends.kept import is_traced, tensor_cache
+from longnet.runtime.cache import tensor_cache
+from longnet.runtime.tracing import is_traced
 
 
 def cells(coords: Tensor, tile_size: int, grid: int) -> tuple[Tensor, Tensor]:

@@ -7,11 +7,11 @@ import sys
 import torch
 from torch import Tensor
 
-from longnet.backends.kept import tensor_cache
-from longnet.backends.operators import no_autocast
 from longnet.geometry import Pattern
 from longnet.geometry.first_token import first_keys
 from longnet.geometry.wanted import read_by_first
+from longnet.runtime.autocast import no_autocast
+from longnet.runtime.cache import tensor_cache
 
 
 def first_token_weights(query: Tensor, key: Tensor, times: Tensor) -> Tensor:

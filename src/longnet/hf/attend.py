@@ -19,11 +19,11 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from longnet.functional import pattern_attention
+from longnet.attention.functional import pattern_attention
+from longnet.attention.padding import warn_moved_rows
 from longnet.geometry import Pattern
 from longnet.hf import masks
 from longnet.hf.bounded import bounded_layer
-from longnet.padding import warn_moved_rows
 
 NAME = "longnet_dilated"
 # Where an attention module says how it attends.

@@ -1,4 +1,4 @@
-"""The bounded cache of :mod:`longnet.streaming` behind Hugging Face's ``Cache``."""
+"""The bounded cache of :mod:`longnet.attention.streaming` behind Hugging Face's ``Cache``."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from longnet.call import autocast_dtype
+from longnet.attention.padding import warn_moved_rows
+from longnet.attention.streaming import DilatedCache, most_padding, stream_attention
 from longnet.geometry import Pattern
-from longnet.padding import warn_moved_rows
-from longnet.streaming import DilatedCache, stream_attention
+from longnet.runtime.autocast import autocast_dtype
 
 # What models and ``generate`` call their cache: ``past_key_values`` up to transformers 5.23, ``cache`` since.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -75,10 +75,10 @@ class BoundedLayer(CacheLayerMixin):
                 device=key.device,
             )
             self.is_initialized = True
-        before = self.cache._most_padding
+        before = most_padding(self.cache)
         out = stream_attention(query, key, value, self.cache, scale=scale, key_padding_mask=padded)
         self._expected = False
-        if self.cache._most_padding > before:
+        if most_padding(self.cache) > before:
             warn_moved_rows(((count, None) for count in self.cache.padding.tolist()), pattern)
         return out
 

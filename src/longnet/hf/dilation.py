@@ -14,8 +14,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.generation.configuration_utils import GenerationMode
 
-from longnet.backends import BACKENDS
-from longnet.functional import warn_uncovered
+from longnet.attention.backends import BACKENDS
+from longnet.attention.functional import warn_uncovered
 from longnet.geometry import HeadOffsets, Pattern
 from longnet.hf import saving
 from longnet.hf.attend import ATTRIBUTE, NAME, Dilation

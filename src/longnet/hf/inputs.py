@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longnet.attention.packed import boundaries
 from longnet.hf.masks import documents, packed_bounds
-from longnet.packing import boundaries
 
 _UNKNOWN = ("global_attention_mask", "head_mask", "encoder_hidden_states", "encoder_attention_mask")
 

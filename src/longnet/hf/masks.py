@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.masking_utils import AttentionMaskInterface
 
-from longnet.sharding import untraced
+from longnet.runtime.tracing import untraced
 
 # What transformers composes the masks of: causal or not, and packed documents. Others hide what dilated attention sees.
 _KNOWN = (

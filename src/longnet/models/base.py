@@ -14,7 +14,7 @@ from longnet.models.cache import LongNetCache
 from longnet.models.config import LongNetConfig
 from longnet.models.layers import Block
 from longnet.models.placement import device_of, is_dispatched
-from longnet.norm import BatchNorm, make_norm
+from longnet.nn.norm import BatchNorm, make_norm
 
 
 class LongNetBase(nn.Module):

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from longnet.call import autocast_dtype
+from longnet.attention.streaming import DilatedCache
 from longnet.models.config import LongNetConfig
 from longnet.models.placement import device_of, dtype_of
-from longnet.streaming import DilatedCache
+from longnet.runtime.autocast import autocast_dtype
 
 
 def make_cache(

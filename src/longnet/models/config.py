@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from longnet.geometry import HeadNumbers, HeadOffsets, Pattern
-from longnet.norm import NORM_KINDS
+from longnet.nn.norm import NORM_KINDS
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from longnet.models.base import LongNetBase
 from longnet.models.cache import LongNetCache
 from longnet.models.threads import step_threads
 
-if TYPE_CHECKING:
-    from longnet.models.longnet import LongNetLM
+
+class LanguageModel(LongNetBase):
+    """A model that can be continued: what generation asks of it."""
+
+    def hidden(
+        self, tokens: Tensor, key_padding_mask: Tensor | None = None, *, cache: LongNetCache | None = None
+    ) -> Tensor:
+        raise NotImplementedError
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def new_cache(
+        self, batch_size: int, *, max_length: int | None = None, dtype: torch.dtype | None = None
+    ) -> LongNetCache:
+        raise NotImplementedError
 
 
 # Tokens of a prompt that are read at a time.
@@ -35,7 +50,7 @@ class _Rows:
     cache: LongNetCache | None
     generators: list[torch.Generator | None]
 
-    def next(self, model: LongNetLM, step: int, sampling: dict[str, Any]) -> Tensor:
+    def next(self, model: LanguageModel, step: int, sampling: dict[str, Any]) -> Tensor:
         """The token (b,) that follows ``step`` new ones."""
         end = self.length + step
         if self.cache is None:
@@ -53,7 +68,7 @@ class _Rows:
 
 @torch.no_grad()
 def generate(
-    model: LongNetLM,
+    model: LanguageModel,
     tokens: Tensor,
     max_new_tokens: int,
     *,
@@ -138,7 +153,7 @@ def generate(
 
 
 def _grouped(
-    model: LongNetLM,
+    model: LanguageModel,
     tokens: Tensor,
     spans: Sequence[tuple[int, int]],
     seeds: int | Sequence[int] | None,

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longnet.attention import DilatedAttention
+from longnet.attention.streaming import DilatedCache
 from longnet.models.config import LongNetConfig
-from longnet.models.normed import is_as_its_class, project_normed, project_residual
-from longnet.norm import make_norm
-from longnet.streaming import DilatedCache
+from longnet.nn.norm import make_norm
+from longnet.nn.projections import is_as_its_class, project_normed, project_residual
 
 
 class FeedForward(nn.Module):

@@ -8,17 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longnet.call import autocast_dtype
+from longnet.attention.sharding import mean_over
 from longnet.models.base import LongNetBase
 from longnet.models.cache import LongNetCache, make_cache
 from longnet.models.config import LongNetConfig
-from longnet.models.generation import generate
+from longnet.models.generation import LanguageModel, generate
 from longnet.models.loss import chunked_cross_entropy
 from longnet.models.placement import dtype_of
-from longnet.sharding import mean_over
+from longnet.runtime.autocast import autocast_dtype
 
 
-class LongNetLM(LongNetBase):
+class LongNetLM(LanguageModel):
     """Decoder language model: token ids (B, N) int64 to logits (B, N, vocab_size).
 
     Args:

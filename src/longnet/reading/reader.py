@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longnet.models import LongNetLM
 from longnet.models.loss import chunked_cross_entropy
-from longnet.position import float64_device
+from longnet.nn.position import float64_device
 
 # Decade k holds the positions 10^k to 10^(k + 1) - 1, decade 0 position 0 too; the last is beyond what int64 counts.
 DECADES = 19

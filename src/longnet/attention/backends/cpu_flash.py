@@ -1,0 +1,269 @@
+"""The CPU backend: torch's own flash attention kernel on strided views of the inputs.
+
+Nothing is gathered. A tile (see :mod:`longnet.geometry.plan`) has four outer axes (batch, segment, offset, head) and
+the kernel takes two; the two largest go into one call and the others are looped over. Work is done in blocks of
+(batch, heads, tokens), so that accumulators and the kernel's own outputs stay a fraction of the tensors, and in cache.
+
+Traps of ``aten._scaled_dot_product_flash_attention_for_cpu`` that this file guards against: a last-dimension stride
+other than 1 gives wrong numbers silently; an empty query kills the process; a row without keys returns lse 0, not
+-inf; its backward divides by ``exp(lse)``, which must not be ``exp(-inf)``; its causal forward writes -inf into the
+scores before it multiplies them by the scale, which must be above 0 (its backward takes any scale).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longnet.attention import merge
+from longnet.attention.backends.views import padding_view, repeat_heads, rows_without_keys, signed, sum_heads, tile_view
+from longnet.attention.call import AttentionInputs, AttentionSpec, Gradients, SavedForward
+from longnet.geometry import Plan, Tile, make_plan
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# A block's accumulators aim at this many elements: they then stay in the caches of a core or two while the branches'
+# results are mixed into them, and are a fraction of the tensors.
+_BLOCK = 1 << 20
+
+
+def unsupported_reason(inputs: AttentionInputs) -> str | None:
+    """Why this backend cannot run these inputs, or None when it can."""
+    query = inputs.query
+    if query.device.type != "cpu":
+        return f"it runs on cpu tensors, not {query.device.type}"
+    if query.dtype not in DTYPES:
+        return f"it takes {', '.join(map(str, DTYPES))}, not {query.dtype}"
+    if inputs.bias is not None:
+        return "torch's CPU flash kernel gives no gradient for a score bias"
+    return None
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A part of the (batch, heads, tokens) space that no other part shares a key with, and its plan."""
+
+    rows: slice
+    heads: slice
+    kv_heads: slice
+    tokens: slice
+    plan: Plan
+
+    def of(self, x: Tensor) -> Tensor:
+        """The block's part of a tensor (B, H, N, ...)."""
+        return x[self.rows, self.heads, self.tokens]
+
+    def of_kv(self, x: Tensor) -> Tensor:
+        """The block's part of a tensor (B, Hk, N, ...)."""
+        return x[self.rows, self.kv_heads, self.tokens]
+
+
+def _blocks(inputs: AttentionInputs) -> Iterator[_Block]:
+    """Cut the work into blocks of about ``_BLOCK`` elements, each with a (segment, head) pair for every thread.
+
+    A pair is the backward kernel's unit of parallel work, and one causal pair alone splits badly in the forward kernel.
+    """
+    batch, heads, length, dim = inputs.query.shape
+    group, pattern = inputs.group, inputs.spec.pattern
+    # Every branch starts a segment at a multiple of the period, so windows of whole periods are independent.
+    period = min(pattern.period, length)
+    tokens = min(length, max(1, _BLOCK // (period * dim)) * period)
+    segments = min(-(-tokens // width) for width in pattern.segment_lengths)
+    head_count = max(_BLOCK // (tokens * dim), -(-torch.get_num_threads() // segments))
+    head_count = min(heads, max(group, head_count // group * group))
+    batch_count = max(1, min(batch, _BLOCK // (tokens * dim * heads)))
+    for row in range(0, batch, batch_count):
+        for head in range(0, heads, head_count):
+            last = min(heads, head + head_count)
+            for token in range(0, length, tokens):
+                width = min(tokens, length - token)
+                yield _Block(
+                    slice(row, min(batch, row + batch_count)),
+                    slice(head, last),
+                    slice(head // group, last // group),
+                    slice(token, token + width),
+                    make_plan(pattern, heads, width, head, last),
+                )
+
+
+@lru_cache(maxsize=4096)
+def _calls(tile: Tile, batch: int) -> tuple[tuple[Any, ...], ...]:
+    """Kernel calls that cover a tile: indices into its (batch, segment, offset, head) axes that leave two of them."""
+    sizes = (batch, *tile.shape[:3])
+    looped = sorted(range(4), key=sizes.__getitem__)[:2]
+    calls = []
+    for chosen in itertools.product(*(range(sizes[axis]) for axis in looped)):
+        index: list[Any] = [slice(None)] * 4
+        for axis, value in zip(looped, chosen, strict=True):
+            index[axis] = value
+        calls.append(tuple(index))
+    return tuple(calls)
+
+
+class _Padding:
+    """A block's padding mask as the kernel wants it: an additive bias per tile, and the rows that see no key."""
+
+    def __init__(self, padding: Tensor, dtype: torch.dtype, is_causal: bool) -> None:
+        self.mask = padding
+        self.bias = torch.zeros_like(padding, dtype=dtype).masked_fill_(padding, -torch.inf)
+        self.is_causal = is_causal
+
+    def call(self, tile: Tile, index: tuple[Any, ...]) -> Tensor:
+        shape = (self.mask.shape[0], *tile.shape)
+        view = padding_view(self.bias, tile).expand(shape)[index]
+        # One row of keys for all queries: (a, b, 1, rows).
+        return view.unsqueeze(-2)
+
+    def empty_rows(self, tile: Tile) -> Tensor:
+        empty = rows_without_keys(padding_view(self.mask, tile), self.is_causal)
+        return empty.expand(self.mask.shape[0], *tile.shape)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """A block with every head's rows next to each other.
+
+    The kernel needs the last stride to be 1. Rows far apart (a (B, N, H, D) layout) it would take, but reads them up to
+    a fifth slower, in every branch again; one copy of a block is cheaper.
+    """
+    return x if x.stride()[-2:] == (x.shape[-1], 1) else x.contiguous()
+
+
+def _rows(block: _Block, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, _Padding | None]:
+    """A block's q, k and v, all by query head, and its padding mask."""
+    masks = None
+    if inputs.mask is not None:
+        masks = _Padding(inputs.mask[block.rows, block.tokens], inputs.query.dtype, inputs.spec.is_causal)
+    k, v = (repeat_heads(_dense(block.of_kv(x)), inputs.group) for x in (inputs.key, inputs.value))
+    if masks is not None:
+        # Whatever a padded key or value holds (a NaN, say) must not reach 0 * value.
+        k, v = (x.masked_fill(masks.mask[:, None, :, None], 0.0) for x in (k, v))
+    return _dense(block.of(inputs.query)), k, v, masks
+
+
+def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """out like the query, and lse (B, H, N)."""
+    out, lse = inputs.empty_outputs()
+    spec = inputs.spec
+    if out.numel() == 0:
+        return out, lse.fill_(-torch.inf)
+    for block in _blocks(inputs):
+        q, k, v, masks = _rows(block, inputs)
+        parts = _forward_block((signed(q, spec.scale), k, v), masks, block.plan, spec)
+        _mix(block.of(out), block.of(lse), parts)
+        # Before the next block makes its own: a second set would be the peak.
+        del parts
+    return out, lse
+
+
+_Index = tuple[Any, ...]
+
+
+def _forward_block(
+    tensors: tuple[Tensor, ...], masks: _Padding | None, plan: Plan, spec: AttentionSpec
+) -> list[tuple[bool, Tile, _Index, tuple[Tensor, Tensor]]]:
+    """The kernel's (out, lse) for every call, from (q, k, v) of a block; q carries the scale's sign.
+
+    A part of a first branch that covers everything may assign, the others mix.
+    """
+    parts = []
+    for number, branch in enumerate(plan.branches):
+        assign = number == 0 and branch.covers_all
+        for tile in branch.tiles:
+            views = [tile_view(x, tile) for x in tensors]
+            empty = None if masks is None else masks.empty_rows(tile)
+            for index in _calls(tile, views[0].shape[0]):
+                mask = None if masks is None else masks.call(tile, index)
+                part, part_lse = _flash(
+                    *(view[index] for view in views), 0.0, spec.is_causal, attn_mask=mask, scale=abs(spec.scale) or 1.0
+                )
+                if empty is not None:
+                    part_lse = part_lse.masked_fill(empty[index], -torch.inf)
+                parts.append((assign, tile, index, (part, part_lse)))
+    return parts
+
+
+def _mix(out: Tensor, lse: Tensor, parts: list[tuple[bool, Tile, _Index, tuple[Tensor, Tensor]]]) -> None:
+    """Mix the parts into a block's results, which may hold anything before.
+
+    After all kernel calls, not between them: the results then stay in cache while they are touched. They are their own
+    accumulators: a float32 copy of half precision rows costs a twentieth of the time, and buys no measurable accuracy.
+    """
+    if not (parts and parts[0][0]):
+        out.zero_()
+        lse.fill_(-torch.inf)
+    for assign, tile, index, (part, part_lse) in parts:
+        out_rows, lse_rows = tile_view(out, tile)[index], tile_view(lse, tile)[index]
+        if assign:
+            out_rows.copy_(part)
+            lse_rows.copy_(part_lse)
+        else:
+            merge.merge_(out_rows, lse_rows, part, part_lse)
+
+
+def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+    """Exact gradients of the joint softmax: every branch's backward with the merged out and lse, added up."""
+    inputs, grads = saved.inputs, saved.inputs.empty_gradients()
+    if inputs.query.numel() == 0:
+        return grads.zeroed()
+    group, dim = inputs.group, inputs.query.shape[-1]
+    for block in _blocks(inputs):
+        q, k, v, masks = _rows(block, inputs)
+        grad_o, o = _dense(block.of(grad_out)), _dense(block.of(saved.out))
+        grad_l = None if grad_lse is None else block.of(grad_lse)
+        q, o, lse = merge.rows_for_backward(grad_o, grad_l, q, o, block.of(saved.lse))
+        if grad_l is not None:
+            grad_o, q, k, v, o = merge.fold_lse_gradient(grad_o, q, k, v, o, grad_l)
+        parts = _backward_block((grad_o, q, k, v, o, lse), masks, block.plan, inputs.spec)
+        for which, shared in enumerate((1, group, group)):
+            target = block.of(grads[which]) if which == 0 else block.of_kv(grads[which])
+            # Where the gradient can hold the accumulator's precision and shape, it is the accumulator.
+            in_place = shared == 1 and grad_lse is None and target.dtype == lse.dtype
+            total = target if in_place else torch.empty_like(q, dtype=lse.dtype)
+            _add_up(total, [(assign, tile, index, part[which]) for assign, tile, index, part in parts])
+            if not in_place:
+                target.copy_(sum_heads(total[..., :dim], shared))
+        # Before the next block makes its own: a second set would be the peak.
+        del parts
+    return grads
+
+
+def _backward_block(
+    tensors: tuple[Tensor, ...], masks: _Padding | None, plan: Plan, spec: AttentionSpec
+) -> list[tuple[bool, Tile, _Index, tuple[Tensor, ...]]]:
+    """The kernel's gradients of q, k and v for every call, from (grad_out, q, k, v, out, lse) of a block.
+
+    A part of a first branch that covers everything may assign, the others add.
+    """
+    parts = []
+    for number, branch in enumerate(plan.branches):
+        assign = number == 0 and branch.covers_all
+        for tile in branch.tiles:
+            views = [tile_view(x, tile) for x in tensors]
+            for index in _calls(tile, views[0].shape[0]):
+                mask = None if masks is None else masks.call(tile, index)
+                part = _flash_backward(
+                    *(view[index] for view in views), 0.0, spec.is_causal, attn_mask=mask, scale=spec.scale
+                )
+                parts.append((assign, tile, index, part))
+    return parts
+
+
+def _add_up(total: Tensor, parts: list[tuple[bool, Tile, _Index, Tensor]]) -> None:
+    """Add the parts up in a block's accumulator, which may hold anything before."""
+    if not (parts and parts[0][0]):
+        total.zero_()
+    for assign, tile, index, part in parts:
+        rows = tile_view(total, tile)[index]
+        if assign:
+            rows.copy_(part)
+        else:
+            rows.add_(part)

@@ -1,0 +1,107 @@
+"""The portable backend: plain torch operations, for every device and for what faster backends refuse.
+
+Memory is linear in the length, see :mod:`longnet.attention.chunked`. Everything is computed in float32 (float64 for float64
+inputs), whatever the inputs' dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from longnet.attention import merge
+from longnet.attention.backends.views import padding_view, repeat_heads, sum_heads, tile_view
+from longnet.attention.call import AttentionInputs, Gradients, SavedForward, lse_dtype
+from longnet.attention.chunked import Rows
+from longnet.geometry import Tile, make_plan
+
+
+def unsupported_reason(inputs: AttentionInputs) -> str | None:
+    """Why this backend cannot run these inputs, or None when it can."""
+    dtype = inputs.query.dtype
+    if not dtype.is_floating_point or torch.finfo(dtype).bits < 16:
+        return f"it takes float64, float32, bfloat16 and float16, not {dtype}"
+    return None
+
+
+def _gathered(x: Tensor, tile: Tile) -> Tensor:
+    """The tile's rows of (B, H, N, ...) as (groups, rows, ...), a group for every (batch, segment, offset, head)."""
+    return tile_view(x, tile).to(lse_dtype(x.dtype)).flatten(0, 3)
+
+
+def _bias_columns(tile: Tile, bias: Tensor) -> slice:
+    """The columns of a bias (H, 2L - 1) at the distances of the tile's rows."""
+    centre, span = bias.shape[-1] // 2, (tile.rows - 1) * tile.row_step
+    return slice(centre - span, centre + span + 1, tile.row_step)
+
+
+def _bias_heads(tile: Tile, device: torch.device) -> Tensor:
+    """The head of each (offset, head) pair of the tile."""
+    by_offset = torch.arange(tile.offsets, device=device)[:, None] * tile.head_step_per_offset
+    return (tile.head + by_offset + torch.arange(tile.heads, device=device) * tile.head_step).flatten()
+
+
+def _rows(tile: Tile, inputs: AttentionInputs) -> Rows:
+    query, key, value = (_gathered(x, tile) for x in (inputs.query, inputs.key, inputs.value))
+    padded = bias = None
+    if inputs.mask is not None:
+        shape = (inputs.query.shape[0], *tile.shape)
+        padded = padding_view(inputs.mask, tile).expand(shape).reshape(-1, tile.rows)
+    if inputs.bias is not None:
+        bias = inputs.bias[_bias_heads(tile, query.device), _bias_columns(tile, inputs.bias)].to(query.dtype)
+    return Rows(query, key, value, inputs.spec.scale, inputs.spec.is_causal, padded, bias)
+
+
+def _by_query_head(inputs: AttentionInputs) -> AttentionInputs:
+    """Keys and values repeated for each query head, 0 where they are padding: a NaN there must not reach 0 * key."""
+    key, value = (repeat_heads(x, inputs.group) for x in (inputs.key, inputs.value))
+    if inputs.mask is not None:
+        key, value = (x.masked_fill(inputs.mask[:, None, :, None], 0.0) for x in (key, value))
+    return replace(inputs, key=key, value=value)
+
+
+def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """out like the query, and lse (B, H, N)."""
+    query = inputs.query
+    lse = query.new_full(query.shape[:-1], -torch.inf, dtype=lse_dtype(query.dtype))
+    total = torch.zeros_like(query, dtype=lse.dtype)
+    if query.numel() == 0:
+        return torch.empty_like(query), lse
+    inputs = _by_query_head(inputs)
+    for branch in make_plan(inputs.spec.pattern, query.shape[1], inputs.length).branches:
+        for tile in branch.tiles:
+            out_tile, lse_tile = _rows(tile, inputs).forward()
+            rows, rows_lse = tile_view(total, tile), tile_view(lse, tile)
+            merge.merge_(rows, rows_lse, out_tile.view(rows.shape), lse_tile.view(rows_lse.shape))
+    return torch.empty_like(query).copy_(total), lse
+
+
+def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+    """Exact gradients of the joint softmax, by the rule of :mod:`longnet.attention.merge`."""
+    inputs, grads = saved.inputs, saved.inputs.empty_gradients()
+    if inputs.query.numel() == 0:
+        return grads.zeroed()
+    grad_bias = None if inputs.bias is None else torch.zeros_like(inputs.bias, dtype=saved.lse.dtype)
+    query, out, lse = merge.rows_for_backward(grad_out, grad_lse, inputs.query, saved.out, saved.lse)
+    # sum(grad_out * out) of the joint softmax, less what flows in through the lse.
+    delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse
+    group, inputs = inputs.group, replace(_by_query_head(inputs), query=query)
+    totals = [torch.zeros_like(x, dtype=lse.dtype) for x in (inputs.query, inputs.key, inputs.value)]
+    for branch in make_plan(inputs.spec.pattern, query.shape[1], inputs.length).branches:
+        for tile in branch.tiles:
+            *parts, by_distance = _rows(tile, inputs).backward(*(_gathered(x, tile) for x in (grad_out, lse, delta)))
+            for total, part in zip(totals, parts, strict=True):
+                rows = tile_view(total, tile)
+                rows.add_(part.view(rows.shape))
+            if grad_bias is not None and by_distance is not None:
+                # A tile's heads are distinct, so no index occurs twice.
+                grad_bias[_bias_heads(tile, query.device), _bias_columns(tile, grad_bias)] += by_distance
+    for grad, total, shared in zip(grads, totals, (1, group, group), strict=False):
+        grad.copy_(sum_heads(total, shared))
+    if grad_bias is not None:
+        grads.bias.copy_(grad_bias)
+    return grads

@@ -1,0 +1,291 @@
+"""The Triton backend: flash attention on strided rows of whole nests of branches.
+
+Keys that several branches of a nest share are visited once, with their multiplicity as a weight, and one online softmax
+runs through all branches (see :mod:`longnet.geometry.nests`). Branches that do not nest are mixed into the output by
+the kernel that computes them. Nothing is gathered, no branch's output is kept, statistics are float32, and there are no
+atomics: two runs are bit-identical.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longnet.attention.backends.triton import hopper
+from longnet.attention.backends.triton.all_heads import backward_among_all_heads, forward_among_all_heads
+from longnet.attention.backends.triton.launches import Blocks, plan_launches
+from longnet.attention.backends.views import signed, sum_heads
+from longnet.attention.call import AttentionInputs, Gradients, SavedForward
+from longnet.geometry.nests import Nest, make_nests
+from longnet.geometry.wanted import read_by_first
+from longnet.runtime.triton_support import HAS_TRITON, interpreting, power_of_two
+
+_log = logging.getLogger("longnet")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST_HEAD_DIM = 256
+
+# A branch joins a finer one when it keeps at least so many rows of the finer segment: fewer would leave blocks of rows
+# mostly empty. Tests lower it.
+LEAST_ROWS = 64
+
+# Whether the kernels written for Hopper GPUs may be used. Tests that compare both kinds switch it off.
+USE_HOPPER = True
+
+# How many programs share the work of a branch's bias gradient, where there is work for so many.
+_BIAS_PROGRAMS = 2048
+
+
+def unsupported_reason(inputs: AttentionInputs) -> str | None:
+    """Why this backend cannot run these inputs, or None when it can."""
+    device_type, dtype, head_dim = inputs.query.device.type, inputs.query.dtype, inputs.query.shape[-1]
+    if device_type != "cuda" and not (device_type == "cpu" and interpreting()):
+        return f"it runs on cuda tensors (cpu ones with TRITON_INTERPRET=1), not {device_type}"
+    if dtype not in DTYPES:
+        return f"it takes {', '.join(map(str, DTYPES))}, not {dtype}"
+    if head_dim > LARGEST_HEAD_DIM:
+        return f"it takes head dimensions up to {LARGEST_HEAD_DIM}, not {head_dim}"
+    if not HAS_TRITON:
+        return "triton is not installed"
+    return None
+
+
+# Measured on one H200: by kernel and padded head dimension, for rows of level 1 and for the others.
+_BLOCKS = {
+    ("forward", 64): (Blocks(64, 64, 4, 3), Blocks(128, 64, 4, 3)),
+    ("forward", 128): (Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
+    ("query", 64): (Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
+    ("query", 128): (Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2)),
+    ("key_value", 64): (Blocks(64, 128, 4, 2), Blocks(64, 128, 4, 3)),
+    ("key_value", 128): (Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2)),
+}
+
+
+def blocks_for(kernel: str, dim: int, dtype: torch.dtype) -> tuple[Blocks, Blocks]:
+    """Blocks for rows of level 1, and for the others."""
+    if dtype == torch.float32:
+        blocks = Blocks(64, 32, 4, 1) if dim <= 64 else Blocks(32, 32, 4, 1)
+    elif dim > 128:
+        blocks = Blocks(64, 32, 8, 2)
+    else:
+        return _BLOCKS[kernel, 64 if dim <= 64 else 128]
+    return blocks, blocks
+
+
+def _side_by_side(x: Tensor) -> bool:
+    """Whether a row's channels are neighbours in memory, as kernels take them."""
+    return x.stride(-1) == 1 or x.shape[-1] == 1
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if _side_by_side(x) else x.contiguous()
+
+
+def _room(x: Tensor) -> Tensor:
+    """Where kernels write what becomes ``x``: itself if they can."""
+    return x if _side_by_side(x) else x.new_empty(x.shape)
+
+
+def _device(x: Tensor) -> AbstractContextManager[Any]:
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+class _Call:
+    """What all launches of one call share."""
+
+    def __init__(self, inputs: AttentionInputs) -> None:
+        query, key, value, padding, bias = inputs.tensors
+        spec = inputs.spec
+        # Kernels take the largest scaled score from the largest score, so a scale's sign goes into the query.
+        self.q, self.scale = _unit_stride(signed(query, spec.scale)), abs(spec.scale) or 1.0
+        self.k, self.v = _unit_stride(key), _unit_stride(value)
+        self.padding, self.bias, self.spec = padding, bias, spec
+        self.batch, self.heads, self.length, self.dim = query.shape
+        self.group = inputs.group
+        self.mask = self.q if padding is None else padding.view(torch.int8)
+        # Statistics are float32, and a bias is part of the scores.
+        self.table = self.q if bias is None else bias.to(torch.float32).contiguous()
+        # What all kernels specialise on.
+        self.options: dict[str, Any] = {
+            "D": self.dim,
+            "D_BLOCK": power_of_two(self.dim),
+            "BLOCKED": spec.pattern.head_offsets == "blocked",
+            "PADDED": padding is not None,
+            "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+        }
+        self.for_hopper, self.left = self._split()
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q, self.k, self.v
+
+    def launches(self, kernel: str) -> Iterator[tuple[tuple[int], tuple[Any, ...], dict[str, Any]]]:
+        """(grid, shared arguments, options) of every launch of the portable kernels."""
+        both = blocks_for(kernel, self.dim, self.q.dtype)
+        owned, swept = ("N", "M") if kernel == "key_value" else ("M", "N")
+        for launch in plan_launches(self.left, bool(self.for_hopper), self.length, both):
+            cut = launch.blocks
+            yield (
+                (launch.tiles * launch.segments * self.heads * self.batch,),
+                (
+                    self.length, self.heads, self.group, self.scale, launch.segments, launch.tiles,
+                    *launch.arguments,
+                ),
+                {
+                    **self.options, owned: cut.owned, swept: cut.swept, "STAGES": cut.stages, "num_warps": cut.warps,
+                    "BRANCHES": len(launch.nest.branches), "CLASSES": launch.classes, "WEIGHTED": launch.weighted,
+                    "PERIOD": launch.period, "MERGE": launch.merge, "CAUSAL": self.spec.is_causal,
+                    "BIASED": self.bias is not None,
+                },
+            )  # fmt: skip
+
+    def strides(self, *tensors: Tensor) -> tuple[tuple[int, ...], ...]:
+        return tuple(x.stride()[:3] for x in tensors)
+
+    def extra_strides(self) -> tuple[tuple[int, ...], ...]:
+        """Of the padding mask (B, N), and of the bias (H, 2L - 1) with its centre, the place of distance 0."""
+        return self.mask.stride()[:2], (self.table.stride(0), self.table.shape[-1] // 2)
+
+    def _split(self) -> tuple[tuple[Nest, ...], tuple[Nest, ...]]:
+        """The nests for the Hopper kernels, and those left to the portable ones; the log says why."""
+        cuts = [blocks_for(name, self.dim, self.q.dtype) for name in ("forward", "query", "key_value")]
+        unit = min(hopper.UNIT, *(cut.swept for both in cuts for cut in both))
+        nests = make_nests(self.spec.pattern, self.heads, unit, LEAST_ROWS)
+        reason = hopper.why_not(self.q, self.padding, self.bias) if USE_HOPPER else "switched off"
+        if reason is not None:
+            _log.debug("triton: Hopper kernels passed over: %s", reason)
+            return (), nests
+        ours, others = hopper.split_nests(nests, self.length)
+        for nest, reason in others:
+            _log.debug("triton: Hopper kernels passed over for %s: %s", nest.branches, reason)
+        return ours, tuple(nest for nest, _ in others)
+
+    @property
+    def covered(self) -> bool:
+        """Whether what is launched first writes every row; the rest is mixed in."""
+        return (self.for_hopper + self.left)[0].covers_all and not self.spec.needed_by_first
+
+    @property
+    def work(self) -> hopper.Work | None:
+        """What the Hopper kernels compute of the call. It is launched first."""
+        if not self.for_hopper:
+            return None
+        pattern, is_causal = self.spec.pattern, self.spec.is_causal
+        some = self.spec.needed_by_first and not is_causal
+        wanted = read_by_first(pattern, self.heads, self.length) if some else None
+        return hopper.Work(self.for_hopper, self.scale, is_causal, pattern.head_offsets, wanted)
+
+
+def _bias_gradient(call: _Call, tensors: tuple[Tensor, ...], strides: tuple[Any, ...]) -> Tensor:
+    """The gradient of the relative bias (H, 2L - 1), branch by branch, in float32."""
+    from longnet.attention.backends.triton.kernels.bias import bias_kernel
+
+    grad = torch.zeros_like(call.table)
+    centre, is_causal = grad.shape[-1] // 2, call.spec.is_causal
+    # As large as registers hold a block by two blocks of sums.
+    most = 16 if call.q.dtype == torch.float32 else 64 if call.dim <= 128 else 32
+    for branch in call.spec.pattern.branches:
+        rate, width = branch.dilation_rate, min(branch.segment_length, call.length)
+        rows = -(-width // rate)
+        # A causal query meets no key after itself.
+        distances = rows if is_causal else 2 * rows - 1
+        size = min(power_of_two(rows), most)
+        blocks, segments = -(-distances // size), -(-call.length // branch.segment_length)
+        units = segments * call.batch
+        # Long sequences of short segments have few distances: their segments are shared out among programs.
+        share = -(-units // max(1, _BIAS_PROGRAMS // (blocks * call.heads)))
+        shares = -(-units // share)
+        parts = grad.new_empty(shares, call.heads, distances)
+        bias_kernel[(blocks * call.heads * shares,)](
+            *tensors, parts, *strides, call.length, call.heads, call.group, call.scale,
+            branch.segment_length, rate, segments, units, share, blocks, rows, distances,
+            M=size, num_warps=8 if size == 64 else 4, **call.options,
+        )  # fmt: skip
+        lowest = centre - (rows - 1) * rate
+        grad[:, lowest : lowest + (distances - 1) * rate + 1 : rate] += parts.sum(0)
+    return grad
+
+
+def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """out like the query, and lse (B, H, N)."""
+    from longnet.attention.backends.triton.kernels.forward import forward_kernel
+
+    if inputs.spec.pattern.head_numbers is not None:
+        return forward_among_all_heads(forward, inputs)
+    out, lse = inputs.empty_outputs()
+    if out.numel() == 0:
+        return out, lse.fill_(-torch.inf)
+    call, room = _Call(inputs), _room(out)
+    if not call.covered:
+        room.zero_()
+        lse.fill_(-torch.inf)
+    with _device(out):
+        if work := call.work:
+            work.forward(*call.tensors(), room, lse)
+        for grid, arguments, options in call.launches("forward"):
+            forward_kernel[grid](
+                *call.tensors(), room, lse, call.mask, call.table,
+                *call.strides(*call.tensors(), room, lse), *call.extra_strides(), *arguments, **options,
+            )  # fmt: skip
+    if room is not out:
+        out.copy_(room)
+    return out, lse
+
+
+def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+    """Exact gradients of the joint softmax, by the rule of :mod:`longnet.attention.merge`."""
+    from longnet.attention.backends.triton.kernels.backward import key_value_kernel, prepare_kernel, query_kernel
+
+    inputs = saved.inputs
+    if inputs.spec.pattern.head_numbers is not None:
+        return backward_among_all_heads(backward, saved, grad_out, grad_lse)
+    grads = inputs.empty_gradients()
+    if inputs.query.numel() == 0:
+        return grads.zeroed()
+    grad_out, out, lse = _unit_stride(grad_out), _unit_stride(saved.out), saved.lse.contiguous()
+    call = _Call(inputs)
+    # Query heads that share a key head have room of their own and are added up afterwards.
+    by_head = grads[1:3] if call.group == 1 else (torch.empty_like(inputs.query), torch.empty_like(inputs.query))
+    # Kernels that own keys multiply with whole blocks of queries, where a dead row has to be 0. Their queries lie in the room
+    # of the queries' gradients, which are written last.
+    rooms = [_room(grad) for grad in (grads.query, *by_head)]
+    queries, of_keys = rooms[0], rooms[1:]
+    statistics = row_lse, delta = torch.empty_like(lse), torch.empty_like(lse)
+    extra = lse if grad_lse is None else grad_lse
+    rows = min(64, 4096 // power_of_two(call.dim))
+    if not call.covered:
+        for room in of_keys:
+            room.zero_()
+    with _device(out):
+        prepare_kernel[(-(-call.length // rows) * call.batch * call.heads,)](
+            call.q, grad_out, out, lse, extra, queries, row_lse, delta,
+            *call.strides(call.q, grad_out, out, extra, queries), call.length, call.heads,
+            D=call.dim, D_BLOCK=power_of_two(call.dim), M=rows, HAS_LSE=grad_lse is not None,
+        )  # fmt: skip
+        others = (call.k, call.v, grad_out, row_lse)
+        more = (delta, call.mask, call.table)
+        if work := call.work:
+            readable = work.key_value(queries, call.k, call.v, grad_out, statistics, of_keys)
+        for grid, arguments, options in call.launches("key_value"):
+            key_value_kernel[grid](
+                queries, *others, *more, *of_keys,
+                *call.strides(queries, *others), *call.extra_strides(), *call.strides(*of_keys), *arguments, **options,
+            )  # fmt: skip
+        if not call.covered:
+            queries.zero_()
+        shared = (call.q, *others, *more)
+        strides = (*call.strides(call.q, *others), *call.extra_strides())
+        if work:
+            work.query(call.q, readable, statistics, queries)
+        for grid, arguments, options in call.launches("query"):
+            query_kernel[grid](*shared, queries, *strides, *call.strides(queries), *arguments, **options)
+        if inputs.bias is not None:
+            grads.bias.copy_(_bias_gradient(call, shared, strides))
+    for grad, room, group in zip(grads, rooms, (1, call.group, call.group), strict=False):
+        if room is not grad:
+            grad.copy_(sum_heads(room, group))
+    return grads._replace(query=signed(grads.query, inputs.spec.scale))

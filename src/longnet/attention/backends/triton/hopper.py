@@ -1,0 +1,306 @@
+"""The Hopper kernels' launches: what they take, and how they are cut.
+
+They serve the Triton backend where they fit (:func:`why_not`), and compute what its portable kernels compute.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longnet.attention.backends.triton.launches import kernel_arguments
+from longnet.attention.backends.triton.schedule import Schedule, kept_limits, kept_order
+from longnet.geometry.nests import Nest
+from longnet.geometry.pattern import HeadOffsets
+from longnet.geometry.wanted import WantedRows
+from longnet.runtime.tma import VIEWS, Launch, View, descriptors, is_matrix, view_of
+
+DTYPES = (torch.bfloat16, torch.float16)
+HEAD_DIMS = (64, 128)
+# Others are filled up with zeros to the next of these; below, the portable kernels multiply fewer of them.
+_LEAST_HEAD_DIM = 33
+
+# Rows that a program owns: two warpgroups of 64.
+_OWNED = 128
+
+# Measured on one H200: (rows swept at a time, pipeline stages, items of a program in a launch) by kernel and head dimension.
+_CUTS = {
+    ("forward", 64): (128, 4, 128),
+    ("forward", 128): (128, 2, 128),
+    ("query", 64): (128, 3, 64),
+    ("query", 128): (64, 3, 64),
+    ("key_value", 64): (64, 3, 64),
+    ("key_value", 128): (64, 2, 64),
+}
+# The registers of a thread at launch, of which the copying warp gives most to those that compute.
+_REGISTERS = 168
+
+# Rows of a copy that a program writes.
+_FILLED_ROWS = 64
+
+# Rates of a nest divide it: no kernel sweeps over fewer rows at a time.
+UNIT = 64
+
+
+@lru_cache(maxsize=64)
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@lru_cache(maxsize=64)
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache(maxsize=1)
+def _has_gluon() -> bool:
+    return importlib.util.find_spec("triton.experimental.gluon") is not None
+
+
+def why_not(query: Tensor, padding: Tensor | None, bias: Tensor | None) -> str | None:
+    """Why these kernels cannot run on such tensors, or None when they can."""
+    if not query.is_cuda or _capability(query.device)[0] != 9:
+        return "they need a GPU of compute capability 9 (Hopper)"
+    if not _has_gluon():
+        return "this triton has no Gluon"
+    if query.dtype not in DTYPES:
+        return f"they take {' and '.join(map(str, DTYPES))}, not {query.dtype}"
+    if not _LEAST_HEAD_DIM <= query.shape[-1] <= HEAD_DIMS[-1]:
+        return f"they take head dimensions {_LEAST_HEAD_DIM} to {HEAD_DIMS[-1]}, not {query.shape[-1]}"
+    if padding is not None:
+        return "they take no padding mask"
+    if bias is not None:
+        return "they take no relative bias"
+    return None
+
+
+@lru_cache(maxsize=1024)
+def split_nests(nests: tuple[Nest, ...], length: int) -> tuple[tuple[Nest, ...], tuple[tuple[Nest, str], ...]]:
+    """(nests that these kernels compute, the others and why not)."""
+    ours: list[Nest] = []
+    others: list[tuple[Nest, str]] = []
+    for nest in nests:
+        reason = _why_not_nest(nest, length, _unit(ours))
+        if reason is None:
+            ours.append(nest)
+        else:
+            others.append((nest, reason))
+    return tuple(ours), tuple(others)
+
+
+def _why_not_nest(nest: Nest, length: int, unit: int) -> str | None:
+    if len(nest.branches) > VIEWS:
+        return f"they take nests of up to {VIEWS} branches, not {len(nest.branches)}"
+    coarsest = nest.dilation_rates[-1]
+    width = min(nest.segment_lengths[0], length)
+    if width < _OWNED // 2 * coarsest:
+        return f"segments of {width} tokens at rate {coarsest} are too short for blocks of {_OWNED} rows"
+    if length % coarsest and math.lcm(unit, coarsest) > length // 8:
+        return f"the length {length} is no multiple of the rate {coarsest}, and filling it up would take too much"
+    return None
+
+
+def _unit(nests: Sequence[Nest]) -> int:
+    """What the tokens of a tensor have to be a multiple of."""
+    return math.lcm(*(nest.dilation_rates[-1] for nest in nests))
+
+
+@lru_cache(maxsize=1024)
+def _shape(nest: Nest, length: int) -> tuple[int, tuple[tuple[int, ...], ...]]:
+    """(tiles of a segment, the kernels' SHAPE)."""
+    width = min(nest.segment_lengths[0], length)
+    return kernel_arguments(nest, nest.classes, width, _OWNED)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call computes, apart from its tensors. ``scale`` is positive.
+
+    Queries and gradients of out are (B, H, N, D), keys and values (B, Hk, N, D). They are read through copies with zeros at the
+    end of their channels and tokens where the kernels cannot read them as they are. What is written has its own shape.
+    Of the query's rows only those that are ``wanted`` need be right, None for all; others may not be written at all.
+    """
+
+    nests: tuple[Nest, ...]
+    scale: float
+    is_causal: bool
+    head_offsets: HeadOffsets
+    wanted: WantedRows | None = None
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Write out like the query and lse (B, H, N) float32."""
+        self._launch("forward", query.shape, self._readable(query, key, value), (out, lse), ())
+
+    def key_value(
+        self,
+        room: Tensor,
+        key: Tensor,
+        value: Tensor,
+        grad_out: Tensor,
+        statistics: tuple[Tensor, Tensor],
+        grads: Sequence[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """Write the gradients of keys and values by query head, two (B, H, N, D).
+
+        Args:
+            room: the queries, dead rows 0.
+            statistics: lse and delta, of ``prepare_kernel``.
+
+        Returns:
+            what :meth:`query` takes.
+        """
+        inputs = self._readable(room, grad_out, key, value)
+        self._launch("key_value", room.shape, inputs, tuple(grads), statistics)
+        return inputs
+
+    def query(
+        self, query: Tensor, inputs: tuple[Tensor, ...], statistics: tuple[Tensor, Tensor], grad_q: Tensor
+    ) -> None:
+        """Write the gradient of the query, over the room of :meth:`key_value`, where ``inputs`` come from."""
+        if inputs[0] is grad_q:
+            inputs = (*self._readable(query), *inputs[1:])
+        self._launch("query", query.shape, inputs, (grad_q,), statistics)
+
+    def _readable(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        dim = next(dim for dim in HEAD_DIMS if dim >= tensors[0].shape[-1])
+        unit = _unit(self.nests)
+        found = list(tensors)
+        by_shape: dict[torch.Size, list[int]] = {}
+        for number, x in enumerate(tensors):
+            if not is_matrix(x, dim, unit):
+                by_shape.setdefault(x.shape, []).append(number)
+        for numbers in by_shape.values():
+            for number, x in zip(numbers, fill_up([tensors[number] for number in numbers], dim, unit), strict=True):
+                found[number] = x
+        return tuple(found)
+
+    def _launch(
+        self,
+        kernel: str,
+        shape: torch.Size,
+        inputs: tuple[Tensor, ...],
+        written: tuple[Tensor, ...],
+        statistics: tuple[Tensor, ...],
+    ) -> None:
+        key_heads, dim = inputs[-1].shape[1], inputs[0].shape[-1]
+        # Of the statistics one stride is enough, they are alike.
+        strides = tuple(x.stride()[:3] for x in (*statistics[:1], *written))
+        views = tuple(view_of(x) for x in inputs)
+        query = inputs[0]
+        for one, schedule, part in _launches(
+            self, kernel, tuple(shape), key_heads, dim, views, strides, query.dtype, query.device
+        ):
+            order = kept_order(schedule)
+            pointers = (*statistics, *written, order if part is None else order[part])
+            one.run((*pointers, kept_limits(schedule)) if kernel == "key_value" else pointers, inputs)
+
+
+# For so many different shapes of tensors, kernels and patterns.
+@lru_cache(maxsize=512)
+def _launches(
+    work: Work,
+    kernel: str,
+    shape: tuple[int, int, int, int],
+    key_heads: int,
+    dim: int,
+    views: tuple[View, ...],
+    strides: tuple[tuple[int, ...], ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[tuple[Launch, Schedule, slice | None], ...]:
+    """(a launch, the order of all items, the launch's part of it) one after the other.
+
+    Args:
+        shape: of the query, as it was given.
+        key_heads: of keys and values.
+        dim: channels of the inputs.
+        views: of the inputs.
+        strides: of lse if it is read, and of what is written.
+    """
+    batch, heads, length, channels = shape
+    swept, stages, rounds = _CUTS[kernel, dim]
+    function, owned = _kernel(kernel)
+    rows = [_OWNED if number in owned else swept for number in range(len(views))]
+    found: list[tuple[Launch, Schedule, slice | None]] = []
+    for number, nest in enumerate(work.nests):
+        tiles, nest_shape = _shape(nest, length)
+        rates = nest.dilation_rates
+        several = len(rates) > 1
+        schedule = Schedule(
+            nest, nest_shape, length, heads * batch, _multiprocessors(device), rounds, _OWNED, swept,
+            work.is_causal, kernel == "key_value", device, work.wanted, heads, work.head_offsets,
+        )  # fmt: skip
+        templates = tuple(descriptors(view, dtype, dim, rates, count) for view, count in zip(views, rows, strict=True))
+        options = {
+            "TILES": tiles, "SHAPE": nest_shape, "D": dim, "CHANNELS": channels, "M": _OWNED, "N": swept,
+            "WEIGHTED": several, "PERIOD": rates[-1] if several else 1, "BLOCKED": work.head_offsets == "blocked",
+            "CAUSAL": work.is_causal, "MERGE": number > 0, "STAGES": stages, "num_warps": 4, "maxnreg": _REGISTERS,
+        }  # fmt: skip
+        if kernel == "key_value":
+            options["LIMITED"] = work.wanted is not None
+        segments = -(-length // nest.segment_lengths[0])
+        each = schedule.per_launch
+        for first in range(0, schedule.items, each):
+            items = min(each, schedule.items - first)
+            rest = (
+                *(view.arguments for view in views), *strides,
+                items, length, heads, heads // key_heads, work.scale, segments,
+            )  # fmt: skip
+            one = Launch(function, min(items, schedule.programs), templates, rest, options)
+            found.append((one, schedule, None if items == schedule.items else slice(first, first + items)))
+    return tuple(found)
+
+
+def _kernel(name: str) -> tuple[Any, tuple[int, ...]]:
+    """(a kernel by name, which of its inputs are those whose rows its programs own)."""
+    from longnet.attention.backends.triton.kernels import hopper_backward, hopper_forward
+
+    return {
+        "forward": (hopper_forward.hopper_forward_kernel, (0,)),
+        "key_value": (hopper_backward.hopper_key_value_kernel, (2, 3)),
+        "query": (hopper_backward.hopper_query_kernel, (0, 1)),
+    }[name]
+
+
+def fill_up(tensors: Sequence[Tensor], dim: int, unit: int) -> tuple[Tensor, ...]:
+    """Up to four tensors (B, H, N, D) of one shape, channels side by side, with zeros after N and D.
+
+    Returns:
+        (B, H, N up to a multiple of ``unit``, dim), contiguous.
+    """
+    four = (*tensors, *[tensors[-1]] * (4 - len(tensors)))
+    first = tensors[0]
+    strides = tuple(x.stride()[:3] for x in four)
+    one, shape = _filling(tuple(first.shape), len(tensors), strides, dim, unit, first.dtype, first.device)
+    room = first.new_empty(shape)
+    one.run((*four, room), ())
+    return room.unbind()
+
+
+@lru_cache(maxsize=512)
+def _filling(
+    shape: tuple[int, int, int, int],
+    count: int,
+    strides: tuple[tuple[int, ...], ...],
+    dim: int,
+    unit: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Launch, tuple[int, ...]]:
+    """(the launch that fills up ``count`` tensors, the shape of the room). Types and devices have launches of their own."""
+    from longnet.attention.backends.triton.kernels.fill_up import fill_up_kernel
+
+    batch, heads, length, channels = shape
+    filled = -(-length // unit) * unit
+    tiles = -(-filled // _FILLED_ROWS)
+    programs = tiles * heads * batch
+    rest = (*strides, length, filled, heads, tiles, programs)
+    options = {"CHANNELS": channels, "D": dim, "ROWS": _FILLED_ROWS}
+    return Launch(fill_up_kernel, programs * count, (), rest, options), (count, batch, heads, filled, dim)

@@ -1,0 +1,116 @@
+"""How a pattern becomes launches of the Triton kernels: integers only, cached.
+
+Rows that one branch selects and rows that several select are different specialisations of a kernel (only the latter weigh
+keys by their multiplicity), so every nest has at most two launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from longnet.geometry.nests import Nest, RowClass
+from longnet.runtime.triton_support import power_of_two
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a kernel is cut: rows a program owns, rows it sweeps over at a time, warps, pipeline stages."""
+
+    owned: int
+    swept: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: the classes of a nest that share a specialisation.
+
+    Args:
+        merge: earlier launches have written these rows already, so results are mixed in.
+        weighted: rows that several branches select.
+        segments: of the finest branch.
+        tiles: blocks of rows in one of them.
+        arguments: see :func:`kernel_arguments`.
+    """
+
+    nest: Nest
+    merge: bool
+    weighted: bool
+    segments: int
+    tiles: int
+    blocks: Blocks
+    arguments: tuple[tuple[int, ...], ...]
+
+    @property
+    def classes(self) -> int:
+        return len(self.arguments[2])
+
+    @property
+    def period(self) -> int:
+        """After how many keys of a range their weights repeat, at most."""
+        return self.nest.dilation_rates[-1] if len(self.nest.branches) > 1 else 1
+
+
+def kernel_arguments(
+    nest: Nest, classes: Sequence[RowClass], width: int, owned: int
+) -> tuple[int, tuple[tuple[int, ...], ...]]:
+    """(tiles of a segment, what kernels are told of it) for ``classes`` of a nest in segments of ``width`` tokens.
+
+    Segment lengths and rates by branch; level, inner rate, step, first tile and tiles per residue by class, where a tile is
+    ``owned`` rows.
+    """
+    firsts, counts, tiles = [], [], 0
+    for c in classes:
+        firsts.append(tiles)
+        counts.append(-(-width // (c.step * owned)))
+        tiles += counts[-1] * c.residues
+    return tiles, (
+        nest.segment_lengths,
+        nest.dilation_rates,
+        tuple(c.level for c in classes),
+        tuple(c.inner for c in classes),
+        tuple(c.step for c in classes),
+        tuple(firsts),
+        tuple(counts),
+    )
+
+
+@lru_cache(maxsize=4096)
+def plan_launches(
+    nests: tuple[Nest, ...], merge: bool, length: int, both_blocks: tuple[Blocks, Blocks]
+) -> tuple[Launch, ...]:
+    """Launches in the order in which they are to run.
+
+    Args:
+        merge: rows have been written already, so the first nest too is mixed in.
+        both_blocks: for rows of level 1, and for the others.
+    """
+    found = []
+    for number, nest in enumerate(nests):
+        width = min(nest.segment_lengths[0], length)
+        for weighted in (True, False):
+            classes = [c for c in nest.classes if (c.level > 1) == weighted]
+            if not classes:
+                continue
+            blocks = both_blocks[weighted]
+            most = max(-(-width // c.step) for c in classes)
+            owned = min(blocks.owned, power_of_two(most))
+            swept = blocks.swept
+            if len(nest.branches) == 1:
+                swept = min(swept, power_of_two(-(-width // nest.dilation_rates[0])))
+            tiles, arguments = kernel_arguments(nest, classes, width, owned)
+            found.append(
+                Launch(
+                    nest,
+                    merge or number > 0,
+                    weighted,
+                    -(-length // nest.segment_lengths[0]),
+                    tiles,
+                    Blocks(owned, swept, blocks.warps, blocks.stages),
+                    arguments,
+                )
+            )
+    return tuple(found)

@@ -1,0 +1,184 @@
+"""Who computes what in a persistent launch: items are shared out so that every program has the same work.
+
+An item's cost is known beforehand, the blocks that it meets, and differs: rows that five branches select meet five ranges.
+Taken in turn, items leave some programs with much more than others when each has few. What one program reads from
+memory its neighbours find in the cache, if they stay side by side; over thousands of items each they drift apart. So items
+are dealt out by cost, and long sequences have several launches, each of which brings all programs together again. Results
+do not depend on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from longnet.geometry.nests import Nest
+from longnet.geometry.pattern import HeadOffsets, head_offset
+from longnet.geometry.wanted import WantedRows, swept_limits
+from longnet.runtime.cache import Kept
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The items of one kernel over one nest.
+
+    Args:
+        shape: of the kernels, see :func:`longnet.attention.backends.triton.launches.kernel_arguments`.
+        copies: batch rows times heads.
+        programs: that run at once, at most.
+        rounds: items of a program in one launch, at most.
+        owned, swept: rows of an item, and of a block that it meets.
+        sweeps_later: a causal item meets what comes after it (keys), not before (queries). Items are keys then, else queries.
+        wanted: the query rows whose results are read, None for all; not causal.
+        heads, head_offsets: of the call, which only ``wanted`` needs.
+    """
+
+    nest: Nest
+    shape: tuple[tuple[int, ...], ...]
+    length: int
+    copies: int
+    programs: int
+    rounds: int
+    owned: int
+    swept: int
+    is_causal: bool
+    sweeps_later: bool
+    device: torch.device
+    wanted: WantedRows | None = None
+    heads: int = 1
+    head_offsets: HeadOffsets = "interleaved"
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, one.name) for one in fields(self)))
+
+    def __hash__(self) -> int:
+        # Looked up at every launch.
+        return self._hash
+
+    @property
+    def items(self) -> int:
+        tiles = sum(count * one.residues for count, one in zip(self.shape[-1], self.nest.classes, strict=True))
+        return tiles * -(-self.length // self.nest.segment_lengths[0]) * self.copies
+
+    @property
+    def per_launch(self) -> int:
+        """Items of a launch; the last may have fewer."""
+        launches = -(-self.items // (self.rounds * self.programs))
+        return -(-self.items // (launches * self.programs)) * self.programs
+
+    def costs(self) -> Tensor:
+        """Of all items, in their order: :meth:`head_costs`, or -1 of an item none of whose rows is wanted."""
+        if self.wanted is None:
+            return self.head_costs().repeat(self.copies)
+        if self.sweeps_later:
+            limits = swept_limits(self.nest, self.wanted, self.head_offsets, self.heads, self.length)
+            by_head = [self.head_costs(limits[head]) for head in range(self.heads)]
+        else:
+            all_of_them = self.head_costs()
+            by_head = [torch.where(self._wanted_tiles(head), all_of_them, -1) for head in range(self.heads)]
+        return torch.cat(by_head).repeat(self.copies // self.heads)
+
+    def _wanted_tiles(self, head: int) -> Tensor:
+        """Whether some row of each tile of each segment of a head is wanted, (segments * tiles,)."""
+        assert self.wanted is not None
+        lengths, _, _, inners, steps, _, counts = self.shape
+        starts = range(0, self.length, lengths[0])
+        by_class = []
+        for one, inner, step, count in zip(self.nest.classes, inners, steps, counts, strict=True):
+            residue = head_offset(self.head_offsets, head, self.heads, step)
+            firsts = [[start + (residue + (1 + c) * inner) % step for c in range(one.residues)] for start in starts]
+            limits = [[self.wanted.limit(first, step) for first in row] for row in firsts]
+            first, limit = (torch.tensor(rows, device=self.device)[..., None] for rows in (firsts, limits))
+            tiles = torch.arange(count, device=self.device) * (self.owned * step)
+            by_class.append((first + tiles < limit).flatten(1))
+        return torch.cat(by_class, 1).flatten()
+
+    def head_costs(self, limits: tuple[int, ...] | None = None) -> Tensor:
+        """Blocks that each tile of each segment of one head meets, and one for its beginning and end: (segments * tiles,).
+
+        Args:
+            limits: by branch, the position at which what is met ends.
+        """
+        lengths, rates = self.nest.segment_lengths, self.nest.dilation_rates
+        levels, _, steps, _, counts = self.shape[2:]
+        start = torch.arange(0, self.length, lengths[0], device=self.device)[:, None]
+        size = (self.length - start).clamp(max=lengths[0])
+        by_class = []
+        for one, level, step, count in zip(self.nest.classes, levels, steps, counts, strict=True):
+            # Every residue of the class has as many tiles.
+            first_row = (torch.arange(count, device=self.device) * self.owned).repeat(one.residues)
+            met = size if limits is None else torch.minimum(size, (limits[0] - start).clamp(min=0))
+            own = -(-met // rates[0])
+            if self.is_causal:
+                before = first_row * step // rates[0]
+                own = own - before if self.sweeps_later else torch.minimum(own, before + self.owned * step // rates[0])
+            cost = 1 + self._blocks(own)
+            for branch in range(1, level):
+                low = start // lengths[branch] * lengths[branch]
+                middle = start // lengths[branch - 1] * lengths[branch - 1]
+                end = self.length if limits is None else limits[branch]
+                after = (low + lengths[branch]).clamp(max=end) - (middle + lengths[branch - 1])
+                middle = middle.clamp(max=end)
+                if not self.is_causal or self.sweeps_later:
+                    cost = cost + self._blocks(-(-after // rates[branch]))
+                if not self.is_causal or not self.sweeps_later:
+                    cost = cost + self._blocks(-(-(middle - low) // rates[branch]))
+            by_class.append(torch.where(first_row * step < size, cost, 0))
+        return torch.cat(by_class, 1).flatten()
+
+    def _blocks(self, rows: Tensor) -> Tensor:
+        return -(-rows.clamp(min=0) // self.swept)
+
+    def order(self) -> Tensor:
+        """All items, (items,) int32, launch after launch; of a launch's program p takes those at p, p + programs, ...
+
+        In the place of an item that nobody wants stands -1, of which kernels make one without rows.
+        """
+        costs = self.costs()
+        each = self.per_launch
+        whole = len(costs) // each * each
+        orders = share_out(costs[:whole].view(-1, each), self.programs)
+        orders += torch.arange(0, whole, each, dtype=torch.int32, device=self.device)[:, None]
+        rest = share_out(costs[None, whole:], self.programs) + whole
+        order = torch.cat((orders.flatten(), rest.flatten()))
+        return order if self.wanted is None else torch.where(costs[order] < 0, -1, order)
+
+
+def share_out(costs: Tensor, programs: int) -> Tensor:
+    """(launches, items) costs to the launches' items, int32, see :meth:`Schedule.order`.
+
+    The costliest first, dealt out to and fro so that sums stay level; then each program's in their own order.
+    """
+    launches, items = costs.shape
+    rank = torch.argsort(costs, dim=1, descending=True, stable=True).to(torch.int32)
+    rounds = -(-items // programs)
+    dealt = torch.full((launches, rounds * programs), items, dtype=torch.int32, device=costs.device)
+    dealt[:, :items] = rank
+    dealt = dealt.view(launches, rounds, programs)
+    # Not the last round, whose places past the end belong to nobody.
+    dealt[:, 1 : rounds - 1 : 2] = dealt[:, 1 : rounds - 1 : 2].flip(2)
+    return dealt.sort(1).values.flatten(1)[:, :items]
+
+
+_ORDERS = Kept(64)
+
+
+def kept_order(schedule: Schedule) -> Tensor:
+    """The schedule's order, made when it is first asked for; for work on the current stream of a CUDA device."""
+    return _ORDERS.get(schedule, schedule.device, schedule.order)
+
+
+_LIMITS = Kept(64)
+
+
+def kept_limits(schedule: Schedule) -> Tensor:
+    """:func:`swept_limits` as (heads, branches) int32, or, where all rows are wanted, the order, of which nothing is read."""
+    if schedule.wanted is None:
+        return kept_order(schedule)
+    limits = swept_limits(schedule.nest, schedule.wanted, schedule.head_offsets, schedule.heads, schedule.length)
+    make = lambda: torch.tensor(limits, dtype=torch.int32).to(schedule.device)  # noqa: E731
+    return _LIMITS.get(schedule, schedule.device, make)

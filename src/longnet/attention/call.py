@@ -1,0 +1,279 @@
+"""One call of attention: its inputs, checked once, what the backward pass needs, and how torch's operators take both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from longnet.geometry import HEAD_OFFSETS, Branch, Pattern
+from longnet.geometry.pattern import HeadNumbers
+from longnet.runtime.autocast import autocast_dtype
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What is computed, apart from the tensors. Hashable. Source: arXiv 2307.02486, sections 2.2 to 2.4.
+
+    Args:
+        scale: of the scores.
+        documents: where the documents packed into one row begin, 0 first and N last; None for one sequence. Backends get the
+            documents one by one, see :mod:`longnet.attention.packed`.
+        needed_by_first: the caller reads only the rows that token 0 attends to in some head, see
+            :func:`longnet.geometry.wanted.read_by_first`. The other rows may hold anything finite, and the caller gives them an
+            lse of inf before the backward pass.
+    """
+
+    pattern: Pattern
+    is_causal: bool
+    scale: float
+    documents: tuple[int, ...] | None = None
+    needed_by_first: bool = False
+
+    def encode(self) -> tuple[tuple[int, ...], float]:
+        """As torch's operators take it, see :func:`decode`: integers and the scale."""
+        assert self.documents is None
+        pattern = self.pattern
+        numbers = pattern.head_numbers
+        flags = (self.is_causal, self.needed_by_first, HEAD_OFFSETS.index(pattern.head_offsets), numbers is not None)
+        heads = () if numbers is None else (numbers.total, *numbers.numbers)
+        return (*flags, len(pattern.branches), *pattern.segment_lengths, *pattern.dilation_rates, *heads), self.scale
+
+
+def decode(integers: Sequence[int], scale: float) -> AttentionSpec:
+    """The spec that :meth:`AttentionSpec.encode` gave as these. Cached."""
+    return _decode(tuple(integers), scale)
+
+
+@lru_cache(maxsize=256)
+def _decode(integers: tuple[int, ...], scale: float) -> AttentionSpec:
+    is_causal, needed_by_first, offsets, numbered, count, *rest = integers
+    lengths, rates, heads = rest[:count], rest[count : 2 * count], tuple(rest[2 * count :])
+    branches = tuple(map(Branch, lengths, rates))
+    numbers = HeadNumbers(heads[1:], heads[0]) if numbered else None
+    pattern = Pattern(branches, HEAD_OFFSETS[offsets], numbers)
+    return AttentionSpec(pattern, bool(is_causal), scale, needed_by_first=bool(needed_by_first))
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """The tensors of a call, as :func:`checked_inputs` leaves them, and its spec.
+
+    Args:
+        query: (B, H, N, D).
+        key, value: (B, Hk, N, D), Hk divides H; query head j reads head ``j // (H / Hk)``.
+        mask: (B, N) bool, True where a key is to be ignored, or None.
+        bias: (H, 2L - 1) or None. A query at p and a key at k have ``bias[j, k - p + L - 1]`` added to their scaled score.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    bias: Tensor | None
+    spec: AttentionSpec
+
+    @property
+    def length(self) -> int:
+        """N."""
+        return self.query.shape[2]
+
+    @property
+    def group(self) -> int:
+        """Query heads that read one key/value head."""
+        return self.query.shape[1] // self.key.shape[1]
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        return self.query, self.key, self.value, self.mask, self.bias
+
+    def flat(self) -> tuple[Any, ...]:
+        """As torch's operators take it: tensors, integers and the scale. The inverse is :func:`from_flat`."""
+        return *self.tensors, *self.spec.encode()
+
+    def with_spec(self, **changes: Any) -> AttentionInputs:
+        """The same tensors, and a spec with these changes."""
+        return replace(self, spec=replace(self.spec, **changes))
+
+    def tokens(self, part: slice) -> AttentionInputs:
+        """Some of the tokens, as views."""
+        query, key, value = (x[:, :, part] for x in (self.query, self.key, self.value))
+        return replace(self, query=query, key=key, value=value, mask=None if self.mask is None else self.mask[:, part])
+
+    def empty_outputs(self) -> tuple[Tensor, Tensor]:
+        """Uninitialised out like the query, and lse (B, H, N)."""
+        return torch.empty_like(self.query), self.query.new_empty(
+            self.query.shape[:-1], dtype=lse_dtype(self.query.dtype)
+        )
+
+    def empty_gradients(self) -> Gradients:
+        """Uninitialised, each like its tensor."""
+        bias = self.query.new_empty(0) if self.bias is None else torch.empty_like(self.bias)
+        return Gradients(torch.empty_like(self.query), torch.empty_like(self.key), torch.empty_like(self.value), bias)
+
+
+# How many of an operator's arguments are tensors, and how many are the spec.
+TENSORS, SPEC = 5, 2
+
+
+def from_flat(arguments: Sequence[Any]) -> AttentionInputs:
+    """The inverse of :meth:`AttentionInputs.flat`."""
+    query, key, value, mask, bias, *spec = arguments
+    return AttentionInputs(query, key, value, mask, bias, decode(*spec))
+
+
+@dataclass(frozen=True)
+class SavedForward:
+    """What a backward pass needs: the inputs, and the merged out and lse, see :mod:`longnet.attention.merge`."""
+
+    inputs: AttentionInputs
+    out: Tensor
+    lse: Tensor
+
+
+class Gradients(NamedTuple):
+    """Each like its tensor; that of the bias is empty where there is none."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Tensor
+
+    def zeroed(self) -> Gradients:
+        """Filled with zeros, in place."""
+        for gradient in self:
+            gradient.zero_()
+        return self
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Statistics and mixing are float32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def checked_inputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    *,
+    is_causal: bool,
+    scale: float | None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> AttentionInputs:
+    """A user's tensors as backends take them: checked, cast by autocast, the scale's default filled in.
+
+    Raises:
+        TypeError, ValueError: as :func:`longnet.dilated_attention`. RuntimeError: inside of torch.jit.trace.
+    """
+    refuse_tracing()
+    query, key, value = _check_tensors(query, key, value)
+    if pattern.head_numbers is not None and query.shape[1] != len(pattern.head_numbers.numbers):
+        raise ValueError(
+            f"query has {query.shape[1]} heads: expected those of head_numbers={pattern.head_numbers.numbers}"
+        )
+    _check_mask(mask, query)
+    check_flag("is_causal", is_causal)
+    scale = check_scale(scale, query.shape[-1], query.dtype)
+    if bias is not None:
+        _check_bias(bias, query, pattern)
+    return AttentionInputs(query, key, value, mask, bias, AttentionSpec(pattern, is_causal, scale))
+
+
+def refuse_tracing() -> None:
+    """A trace would hold the example's length, padding and positions for good.
+
+    Raises:
+        RuntimeError: inside of torch.jit.trace.
+    """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        raise RuntimeError(
+            "dilated attention cannot be recorded by torch.jit.trace, nor by the ONNX exporter that uses it: expected "
+            "torch.export.export, torch.compile or torch.onnx.export(..., dynamo=True)"
+        )
+
+
+def check_flag(name: str, flag: bool) -> None:
+    """Raises TypeError where ``flag`` is no bool."""
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name}={flag!r} has type {type(flag).__name__}: expected a bool")
+
+
+def check_scale(scale: float | None, head_dim: int, dtype: torch.dtype) -> float:
+    """The scale of the scores, ``head_dim ** -0.5`` for None, as the arithmetic for inputs of ``dtype`` can hold it.
+
+    Raises:
+        TypeError: no number. ValueError: not finite in that arithmetic, float32 or float64.
+    """
+    if scale is None:
+        return float(head_dim**-0.5)
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise TypeError(f"scale={scale!r} has type {type(scale).__name__}: expected a float or None")
+    kind = torch.finfo(lse_dtype(dtype))
+    if not abs(scale) <= kind.max:
+        raise ValueError(f"scale={scale} is not finite in {kind.dtype}: expected at most {kind.max:g} in magnitude")
+    # Kernels would round a smaller one to 0 themselves, after they have looked at its sign.
+    return float(scale) if abs(scale) >= kind.smallest_normal * kind.eps else 0.0
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = {"query": query, "key": key, "value": value}
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} has type {type(x).__name__}: expected a torch.Tensor")
+        if x.dim() != 4:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: expected 4 dimensions (B, H, N, D)")
+        if not x.is_floating_point():
+            raise TypeError(f"{name} has dtype {x.dtype}: expected float64, float32, bfloat16 or float16")
+    query, key, value = _autocast(query, key, value)
+    batch, heads, length, dim = query.shape
+    for name, x in (("key", key), ("value", value)):
+        if x.dtype != query.dtype:
+            raise ValueError(f"{name} has dtype {x.dtype}: expected the query's {query.dtype}")
+        if x.device != query.device:
+            raise ValueError(f"{name} is on {x.device}: expected the query's device {query.device}")
+        if x.shape[0] != batch or x.shape[2] != length or x.shape[3] != dim:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}: expected (B, Hk, N, D) = ({batch}, Hk, {length}, {dim}) as the query's"
+            )
+    if value.shape[1] != key.shape[1]:
+        raise ValueError(f"value has {value.shape[1]} heads: expected as many as key, {key.shape[1]}")
+    if heads < 1 or dim < 1:
+        raise ValueError(f"query has shape {tuple(query.shape)}: expected at least one head and one channel")
+    if key.shape[1] < 1 or heads % key.shape[1]:
+        raise ValueError(f"query has {heads} heads and key has {key.shape[1]}: expected a multiple")
+    return query, key, value
+
+
+def _check_mask(mask: Tensor | None, query: Tensor) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"key_padding_mask has type {type(mask).__name__}: expected a bool torch.Tensor or None")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"key_padding_mask has dtype {mask.dtype}: expected torch.bool, True where a key is ignored")
+    expected = (query.shape[0], query.shape[2])
+    if mask.dim() != 2 or mask.shape[0] != expected[0] or mask.shape[1] != expected[1]:
+        raise ValueError(f"key_padding_mask has shape {tuple(mask.shape)}: expected (B, N) = {expected}")
+    if mask.device != query.device:
+        raise ValueError(f"key_padding_mask is on {mask.device}: expected the query's device {query.device}")
+
+
+def _check_bias(bias: Tensor, query: Tensor, pattern: Pattern) -> None:
+    if bias.dim() != 2 or bias.shape[0] != query.shape[1] or bias.shape[1] % 2 != 1:
+        raise ValueError(f"distance_bias has shape {tuple(bias.shape)}: expected (H, 2L - 1) with H={query.shape[1]}")
+    reach = min(max(pattern.segment_lengths), max(1, query.shape[2]))
+    if bias.shape[1] < 2 * reach - 1:
+        raise ValueError(f"distance_bias holds {bias.shape[1]} distances: expected at least {2 * reach - 1}")
+
+
+def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = autocast_dtype(query.device.type)
+    if query.dtype == torch.float64 or dtype is None:
+        return query, key, value
+    return query.to(dtype), key.to(dtype), value.to(dtype)

@@ -1,0 +1,214 @@
+"""``dilated_attention``: validate, choose a backend, run it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from longnet.attention.backends import select_backend
+from longnet.attention.call import AttentionInputs, check_flag, checked_inputs
+from longnet.attention.packed import boundaries, packed_attention
+from longnet.attention.sharding import give_up, peers_of, sharded_attention
+from longnet.geometry import HeadOffsets, Pattern, uncovered_positions
+
+# Positions that are counted for a warning where a pattern's selection does not repeat early enough to count them all.
+_COUNTED = 1 << 20
+
+
+@overload
+def dilated_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segment_lengths: int | Sequence[int],
+    dilation_rates: int | Sequence[int],
+    *,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    key_padding_mask: Tensor | None = ...,
+    cu_seqlens: Tensor | Sequence[int] | None = ...,
+    head_offsets: HeadOffsets = ...,
+    return_lse: Literal[False] = ...,
+    backend: str = ...,
+    group: Any = ...,
+) -> Tensor: ...
+
+
+@overload
+def dilated_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segment_lengths: int | Sequence[int],
+    dilation_rates: int | Sequence[int],
+    *,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    key_padding_mask: Tensor | None = ...,
+    cu_seqlens: Tensor | Sequence[int] | None = ...,
+    head_offsets: HeadOffsets = ...,
+    return_lse: Literal[True],
+    backend: str = ...,
+    group: Any = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def dilated_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segment_lengths: int | Sequence[int],
+    dilation_rates: int | Sequence[int],
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    head_offsets: HeadOffsets = "interleaved",
+    return_lse: bool = False,
+    backend: str = "auto",
+    group: Any = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Dilated attention, exact: one softmax over the multiset union of all branches' keys.
+
+    Source: LongNet, arXiv 2307.02486, sections 2.2 to 2.4, equations 10 and 11. Head ``j`` selects position ``p`` in
+    the branch (w, r) when ``(p mod w) mod r`` is its offset; a query attends, in every branch that selects it, to the
+    selected positions of its own segment. A key that two branches share counts twice. Linear in N in time and memory.
+
+    Args:
+        query: (B, H, N, D) of float64, float32, bfloat16 or float16, any strides. Under autocast it is cast as
+            ``F.scaled_dot_product_attention`` casts.
+        key: (B, Hk, N, D), Hk divides H; query head ``j`` reads head ``j // (H / Hk)``.
+        value: (B, Hk, N, D).
+        segment_lengths: w in tokens, an int or one per branch. Nothing needs to divide anything.
+        dilation_rates: r, an int or one per branch, ``1 <= r <= w``.
+        is_causal: a query sees keys at positions up to its own. Changing later tokens leaves its row bit-identical, as long as
+            they are finite: a later value that is NaN or infinite reaches earlier rows as 0 * NaN, as in torch's attention.
+            A later key that is not finite reaches their gradients. ``key_padding_mask`` keeps both out.
+        scale: of the scores, any finite number; default ``D ** -0.5``.
+        key_padding_mask: (B, N) bool, True where the key is to be ignored. A padded query that is not finite needs a zero
+            gradient of its row of out (and lse): it then contributes exact zeros to all gradients.
+        cu_seqlens: (documents + 1,) int32 or int64, or ints: where the documents packed into one row (B = 1) begin, 0 first, and
+            N last. Each is computed as if it were alone: segments and offsets restart with it, and it sees no other. A tensor
+            on a device is read once and waited for, ints are not.
+        head_offsets: ``"interleaved"`` (``j mod r``, the paper) or ``"blocked"`` (``j // ceil(H / r)``, torchscale).
+        return_lse: also return the natural log of the softmax denominators. It is differentiable.
+        backend: ``"auto"``, or one by name; a named one that cannot run raises its reason.
+        group: the ranks that share one sequence, a ``ProcessGroup`` or a ``DeviceMesh`` of one dimension. Query, key, value
+            and mask are then this rank's contiguous shard, in rank order, of any length, and so is the result; every rank
+            of the group makes the call. Only selected rows of segments that cross a shard's border travel. None: one
+            device has it all.
+
+    Returns:
+        out (B, H, N, D) in the query's dtype and layout; with ``return_lse`` also lse (B, H, N), float32 (float64 for
+        float64). A row without any key has out 0, lse -inf and zero gradients.
+
+    Raises:
+        TypeError: an argument of the wrong type. ValueError: any other bad value; both name the argument. With a group every
+            rank raises when one does, or when ranks differ in anything but the length of their shards.
+    """
+    try:
+        pattern = Pattern.parse(segment_lengths, dilation_rates, head_offsets)
+    except (TypeError, ValueError) as error:
+        _give_up(group, error)
+        raise
+    return pattern_attention(
+        query,
+        key,
+        value,
+        pattern,
+        is_causal=is_causal,
+        scale=scale,
+        key_padding_mask=key_padding_mask,
+        cu_seqlens=cu_seqlens,
+        return_lse=return_lse,
+        backend=backend,
+        group=group,
+    )
+
+
+def pattern_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    distance_bias: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+    group: Any = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`dilated_attention` for a parsed pattern, with a relative bias.
+
+    Args:
+        distance_bias: (H, 2L - 1) or None. Added to the scaled score of a query at p and a key at k by head ``j`` is
+            ``distance_bias[j, k - p + L - 1]``; L is at least the largest distance plus one.
+    """
+    peers = None if group is None else peers_of(group)
+    try:
+        inputs = checked_inputs(
+            query, key, value, pattern, is_causal=is_causal, scale=scale, mask=key_padding_mask, bias=distance_bias
+        )
+        check_flag("return_lse", return_lse)
+        chosen = select_backend(backend, inputs)
+        if cu_seqlens is not None:
+            inputs = inputs.with_spec(documents=_check_documents(cu_seqlens, inputs, group))
+    except (TypeError, ValueError) as error:
+        _give_up(group, error)
+        raise
+    if not torch.compiler.is_compiling():
+        warn_uncovered(pattern, query.shape[1])
+    if inputs.spec.documents is not None:
+        out, lse = packed_attention(inputs, chosen)
+    elif peers is not None and peers.size > 1:
+        out, lse = sharded_attention(inputs, chosen, peers)
+    else:
+        out, lse = chosen.run(inputs)
+    return (out, lse) if return_lse else out
+
+
+def _give_up(group: Any, error: Exception) -> None:
+    """Other ranks of the group wait for this one's call: they raise too."""
+    if group is not None and (peers := peers_of(group)).size > 1:
+        give_up(peers, error)
+
+
+def _check_documents(cu_seqlens: Tensor | Sequence[int], inputs: AttentionInputs, group: Any) -> tuple[int, ...]:
+    if group is not None:
+        raise ValueError(
+            "cu_seqlens given with a group: a document's segments restart where it begins, and ranks agree on those of one "
+            "sequence; expected one of the two. Give each rank whole documents instead"
+        )
+    batch = inputs.query.shape[0]
+    if batch != 1:
+        raise ValueError(f"query has B = {batch} with cu_seqlens: expected documents packed into one row, B = 1")
+    return boundaries(cu_seqlens, inputs.length)
+
+
+@lru_cache(maxsize=256)
+def warn_uncovered(pattern: Pattern, heads: int) -> None:
+    """Warn, once per pattern and number of heads, of positions that no head ever reaches."""
+    counted = "all"
+    try:
+        uncovered = uncovered_positions(pattern, heads)
+    except ValueError:
+        # The selection repeats too late to be counted. A warning must not stop a valid call: count the first positions.
+        uncovered = uncovered_positions(pattern, heads, _COUNTED)
+        counted = f"the first {_COUNTED:,}"
+    if uncovered:
+        warnings.warn(
+            f"segment_lengths={pattern.segment_lengths} and dilation_rates={pattern.dilation_rates} with {heads} heads "
+            f"leave {uncovered.description} to no head ({float(uncovered.fraction):.1%} of {counted}): they get zero "
+            "attention. Use at least as many heads as the rate, or add a branch of rate 1.",
+            UserWarning,
+            stacklevel=4,
+        )

@@ -1,0 +1,172 @@
+"""A rank's shard of dilated attention, forward and backward, on real tensors.
+
+Every query of the shard attends to keys of the shard and of others. Parts of that are ordinary calls of a backend; the rest
+are rows against rows. All parts are mixed by their softmax denominators into one softmax, and by the rule of
+:mod:`longnet.attention.merge` the backward pass runs every part by itself with the mixed out and lse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longnet.attention import merge
+from longnet.attention.backends import Backend
+from longnet.attention.call import AttentionInputs, Gradients, SavedForward, lse_dtype
+from longnet.attention.chunked import Rows
+from longnet.attention.sharding.exchange import pack, send
+from longnet.attention.sharding.plan import Place, RowGroup, ShardPlan, make_plan
+from longnet.geometry.shards import OwnPart
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank's part of a call: its own tokens, n of N, and where they stand."""
+
+    inputs: AttentionInputs
+    place: Place
+    backend: Backend
+    group: dist.ProcessGroup
+
+    @property
+    def plan(self) -> ShardPlan:
+        return make_plan(self.place, self.inputs.query.device)
+
+    def _part(self, part: OwnPart) -> AttentionInputs:
+        """An ordinary call."""
+        own = self.inputs.tokens(slice(part.first, part.last))
+        return own.with_spec(pattern=own.spec.pattern.of(*part.branches))
+
+    def _run(self, part: OwnPart) -> tuple[Tensor, Tensor]:
+        return self.backend.run(self._part(part))
+
+    def _run_backward(self, part: OwnPart, saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+        tokens = slice(part.first, part.last)
+        own = SavedForward(self._part(part), saved.out[:, :, tokens], saved.lse[:, :, tokens])
+        grad_lse = None if grad_lse is None else grad_lse[:, :, tokens]
+        return self.backend.run_backward(own, grad_out[:, :, tokens], grad_lse)
+
+    def _rows(self, rows: RowGroup, received: Tensor) -> Rows:
+        """The call that a group of rows is. ``received`` is (rows, B, channels)."""
+        own_query, own_key, own_value, mask, own_bias = self.inputs.tensors
+        kind, dim = lse_dtype(own_query.dtype), own_query.shape[-1]
+        query = own_query[:, rows.heads, rows.tokens].to(kind)
+        padded = None
+        if rows.received is None:
+            key, value = (x[:, rows.key_heads, rows.key_tokens].to(kind) for x in (own_key, own_value))
+            if mask is not None:
+                padded = mask[:, rows.key_tokens]
+        else:
+            # (lanes, b, B, channels) to (B, lanes, b, channels)
+            found = received[rows.received].movedim(2, 0)
+            key, value = found[..., :dim].to(kind), found[..., dim : 2 * dim].to(kind)
+            if mask is not None:
+                padded = found[..., 2 * dim] != 0
+        key, value = (x.repeat_interleave(rows.share, 1) for x in (key, value))
+        padded = None if padded is None else padded.repeat_interleave(rows.share, 1)
+        bias = None
+        if own_bias is not None:
+            bias = own_bias[rows.heads[:, 0], rows.distances(own_bias.shape[-1] // 2)].to(kind)
+        query, key, value = (x.flatten(0, 1) for x in (query, key, value))
+        padded = None if padded is None else padded.flatten(0, 1)
+        return Rows(query, key, value, self.inputs.spec.scale, rows.is_causal, padded, bias)
+
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(out like query, lse (B, H, n), the rows received, (rows, B, channels))."""
+        plan, own = self.plan, self.inputs
+        transfer = send(pack(plan, own.key, own.value, own.mask), plan.sent, plan.received, self.group)
+        kind = lse_dtype(own.query.dtype)
+        if plan.is_simple:
+            out, lse = self._run(plan.parts[0])
+        else:
+            # Many parts, and each would round.
+            out = torch.zeros_like(own.query, dtype=kind)
+            lse = own.query.new_full(own.query.shape[:-1], -torch.inf, dtype=kind)
+            for part in plan.parts:
+                tokens = slice(part.first, part.last)
+                merge.merge_(out[:, :, tokens], lse[:, :, tokens], *self._run(part))
+        nothing = own.query.new_empty(0)
+        for rows in plan.own:
+            self._mix(out, lse, rows, nothing)
+        received = transfer.wait()
+        for rows in plan.remote:
+            self._mix(out, lse, rows, received)
+        return out if out.dtype == own.query.dtype else torch.empty_like(own.query).copy_(out), lse, received
+
+    def _mix(self, out: Tensor, lse: Tensor, rows: RowGroup, received: Tensor) -> None:
+        index = (slice(None), rows.heads, rows.tokens)
+        mixed_out, mixed_lse = out[index], lse[index]
+        found_out, found_lse = self._rows(rows, received).forward()
+        merge.merge_(mixed_out, mixed_lse, found_out.view(mixed_out.shape), found_lse.view(mixed_lse.shape))
+        out[index], lse[index] = mixed_out, mixed_lse
+
+    def backward(self, saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None, received: Tensor) -> Gradients:
+        """Gradients of the inputs; of a bias this rank's share."""
+        own_query, own_bias, plan, kind = self.inputs.query, self.inputs.bias, self.plan, saved.lse.dtype
+        grad_bias = own_query.new_empty(0) if own_bias is None else torch.zeros_like(own_bias, dtype=kind)
+        query_grads = []
+
+        def rows_backward(rows: RowGroup) -> Tensor:
+            """Gradients of the group's keys and values, (B, lanes / share, b, 2 D); those of its queries are kept."""
+            index = (slice(None), rows.heads, rows.tokens)
+            # Of these rows alone: over a whole shard it would cost as much as an eighth of the attention.
+            given, mixed = (x[index].to(kind).flatten(0, 1) for x in (grad_out, saved.out))
+            given_lse = None if grad_lse is None else grad_lse[index].flatten(0, 1)
+            call = self._rows(rows, received)
+            query, mixed, mixed_lse = merge.rows_for_backward(
+                given, given_lse, call.query, mixed, saved.lse[index].flatten(0, 1)
+            )
+            delta = (given * mixed).sum(-1)
+            if given_lse is not None:
+                delta -= given_lse
+            grad_q, grad_k, grad_v, by_distance = replace(call, query=query).backward(given, mixed_lse, delta)
+            batch = len(own_query)
+            query_grads.append((rows, grad_q.unflatten(0, (batch, -1))))
+            if by_distance is not None:
+                where = rows.distances(grad_bias.shape[-1] // 2)
+                grad_bias[rows.heads[:, 0], where] += by_distance
+            return torch.cat((grad_k, grad_v), -1).unflatten(0, (batch, -1, rows.share)).sum(2)
+
+        # What others wait for comes first, and travels while the rest is computed.
+        dim = own_query.shape[-1]
+        returned = torch.zeros(*received.shape[:2], 2 * dim, dtype=kind, device=received.device)
+        for rows in plan.remote:
+            assert rows.received is not None
+            # No row is twice in a group, so sums have one order on every device.
+            returned[rows.received] += rows_backward(rows).movedim(0, 2)
+        transfer = send(returned.to(own_query.dtype), plan.received, plan.sent, self.group)
+
+        inputs = (own_query, self.inputs.key, self.inputs.value)
+        grads = [] if plan.is_simple else [torch.zeros_like(x, dtype=kind) for x in inputs]
+        for part in plan.parts:
+            *found, found_bias = self._run_backward(part, saved, grad_out, grad_lse)
+            if plan.is_simple:
+                grads = found
+            else:
+                for grad, more in zip(grads, found, strict=True):
+                    grad[:, :, part.first : part.last] += more
+            if own_bias is not None:
+                grad_bias += found_bias
+        for rows in plan.own:
+            assert rows.key_tokens is not None
+            more = rows_backward(rows)
+            for grad, half in zip(grads[1:], more.split(dim, -1), strict=True):
+                grad[:, rows.key_heads, rows.key_tokens] += half
+        for rows, grad_q in query_grads:
+            # The queries of a group are all different.
+            index = (slice(None), rows.heads, rows.tokens)
+            grads[0][index] = (grads[0][index].to(kind) + grad_q).to(grads[0].dtype)
+        back = transfer.wait().to(kind)
+        summed = back.new_zeros(len(plan.places), *back.shape[1:])
+        for place_of, run in zip(plan.place_of.split(plan.runs), back.split(plan.runs), strict=True):
+            summed[place_of] += run
+        place = (slice(None), plan.places[:, 0], plan.places[:, 1])
+        for grad, half in zip(grads[1:], summed.transpose(0, 1).split(dim, -1), strict=True):
+            grad[place] = (grad[place].to(kind) + half).to(grad.dtype)
+        grad_q, grad_k, grad_v = (
+            g if g.dtype == x.dtype else torch.empty_like(x).copy_(g) for x, g in zip(inputs, grads, strict=True)
+        )
+        return Gradients(grad_q, grad_k, grad_v, grad_bias if own_bias is None else grad_bias.to(own_bias.dtype))

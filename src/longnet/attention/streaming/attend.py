@@ -1,0 +1,158 @@
+"""``stream_attention``: check the next tokens of a stream, attend, count them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from longnet.attention.call import check_scale, refuse_tracing
+from longnet.attention.streaming.cache import DilatedCache
+from longnet.attention.streaming.chunk import attend_chunk
+from longnet.attention.streaming.fused import fits, fused_step
+from longnet.attention.streaming.step import step
+from longnet.runtime.autocast import autocast_dtype, no_autocast
+
+
+def stream_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: DilatedCache,
+    *,
+    scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+) -> Tensor:
+    """Attention of the next T tokens of a causal stream, exact; then the cache holds what later tokens can reach.
+
+    The rows are those that one causal :func:`longnet.dilated_attention` call over everything read so far would give for these
+    tokens (LongNet, arXiv 2307.02486, sections 2.2 to 2.4), however the stream is cut into chunks. Time and extra memory
+    follow the chunk's own attention, T queries to at most w / r keys in a branch (w, r), never what was read before.
+    Chunks that start at multiples of the dilation rates and end at segment ends (or lie inside one segment) are fastest.
+
+    Args:
+        query: (B, H, T, D), T >= 1, of the cache's dtype, any strides. Under autocast it is cast as
+            ``F.scaled_dot_product_attention`` casts.
+        key: (B, Hk, T, D), with B, H, Hk and D those of the cache.
+        value: (B, Hk, T, D).
+        cache: of the pattern; written to.
+        scale: of the scores, any finite number; default ``D ** -0.5``.
+        key_padding_mask: (B, T) bool, True where a token is to be ignored as a key, now and later. Padding counts as
+            positions, and stands before a row's first real token only: a stream is padded on the left.
+
+    Returns:
+        out (B, H, T, D) in the query's dtype and layout. A row without any key has out 0.
+
+    Raises:
+        TypeError: an argument of the wrong type. ValueError: any other bad value, gradients among them: a cache holds
+            no graph. RuntimeError: inside of torch.jit.trace, torch.func or forward-mode AD. The cache is then as it was.
+            After any other exception it is as it was, or refuses the next call.
+    """
+    _check_transforms(query, key, value)
+    query, key, value = _check_tensors(query, key, value, cache)
+    scale = check_scale(scale, cache.head_dim, cache.dtype)
+    with torch.no_grad(), no_autocast(query):
+        if key_padding_mask is None:
+            return _read(query, key, value, cache, scale)
+        padding, most = _check_mask(key_padding_mask, query, cache)
+        before = cache.padding.clone(), cache._most_padding
+        try:
+            cache._set_padding(padding, most)
+            return _read(query, key, value, cache, scale)
+        except BaseException:
+            # Memory may run out, say: the tokens have not been read then, and neither has their padding.
+            cache._set_padding(*before)
+            raise
+
+
+def _read(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, scale: float) -> Tensor:
+    # A GPU waits for launches, so few operations that touch rows in vain are better there; the CPU waits for bytes.
+    single = query.shape[2] == 1 and query.device.type != "cpu"
+    return (_step if single else attend_chunk)(query, key, value, cache, scale)
+
+
+def _step(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, scale: float) -> Tensor:
+    with cache._writing():
+        out = (fused_step if fits(cache) else step)(query, key, value, cache, scale)
+        cache.moved(1, on_device=False)
+    return out
+
+
+def _check_transforms(*tensors: Any) -> None:
+    """A cache is written to: it can hold neither a transform's tensors nor tangents."""
+    refuse_tracing()
+    if torch.compiler.is_compiling():
+        return
+    tangents = forward_ad._current_level >= 0 and any(
+        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    )
+    if tangents or torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "stream_attention writes to its cache, so torch.func and forward-mode AD cannot transform it: expected "
+            "longnet.dilated_attention over the whole sequence"
+        )
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache) -> tuple[Tensor, Tensor, Tensor]:
+    if not isinstance(cache, DilatedCache):
+        raise TypeError(f"cache has type {type(cache).__name__}: expected a longnet.DilatedCache")
+    cache._check_whole()
+    tensors = {"query": query, "key": key, "value": value}
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} has type {type(x).__name__}: expected a torch.Tensor")
+        if x.dim() != 4:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: expected 4 dimensions (B, H, T, D)")
+        if not x.is_floating_point():
+            raise TypeError(f"{name} has dtype {x.dtype}: expected the cache's {cache.dtype}")
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError(
+                f"{name} requires a gradient and a cache holds no graph: call under torch.no_grad() or "
+                "torch.inference_mode(), or train with longnet.dilated_attention"
+            )
+    length = query.shape[2]
+    if length < 1:
+        raise ValueError(f"query has shape {tuple(query.shape)}: expected T >= 1 tokens, got none")
+    for name, x in tensors.items():
+        heads = cache.heads if name == "query" else cache.kv_heads
+        expected = (cache.batch_size, heads, length, cache.head_dim)
+        if tuple(x.shape) != expected:
+            said = "(B, H, T, D)" if name == "query" else "(B, Hk, T, D)"
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: expected {said} = {expected} by the cache")
+        if x.device != cache.device:
+            raise ValueError(f"{name} is on {x.device}: expected the cache's device {cache.device}")
+        tensors[name] = x = _autocast(x)
+        if x.dtype != cache.dtype:
+            raise ValueError(f"{name} has dtype {x.dtype}: expected the cache's {cache.dtype}")
+    return tensors["query"], tensors["key"], tensors["value"]
+
+
+def _autocast(x: Tensor) -> Tensor:
+    dtype = autocast_dtype(x.device.type)
+    return x if x.dtype == torch.float64 or dtype is None else x.to(dtype)
+
+
+def _check_mask(mask: Tensor, query: Tensor, cache: DilatedCache) -> tuple[Tensor, int]:
+    """Where each row's first real token stands once this chunk has been read, and the largest of these."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"key_padding_mask has type {type(mask).__name__}: expected a bool torch.Tensor or None")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"key_padding_mask has dtype {mask.dtype}: expected torch.bool, True where a key is ignored")
+    expected = (query.shape[0], query.shape[2])
+    if tuple(mask.shape) != expected:
+        raise ValueError(f"key_padding_mask has shape {tuple(mask.shape)}: expected (B, T) = {expected}")
+    if mask.device != query.device:
+        raise ValueError(f"key_padding_mask is on {mask.device}: expected the query's device {query.device}")
+    started = cache.padding < cache.position  # (B,) a real token has been read
+    real = (~mask).cumsum(1) > 0  # (B, T) ... or stands here or before
+    holes = (mask & (real | started[:, None])).nonzero()
+    if len(holes):
+        row, token = holes[0].tolist()
+        raise ValueError(
+            f"key_padding_mask[{row}, {token}] is True after a real token of that row: a stream takes padding before a row's "
+            "first real token only, expected left-padded rows"
+        )
+    padding = torch.where(started, cache.padding, cache.position + (~real).sum(1))
+    return padding, int(padding.max())

@@ -1,0 +1,63 @@
+"""Queries against cached rows: every query sees every row, no causal diagonal. The one place for faster kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longnet.attention.call import lse_dtype
+from longnet.attention.chunked import Rows
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+def rectangle_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, padded: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attention of T queries to n keys each, none masked but the padded ones.
+
+    Args:
+        query: (B, Hk * share, T, D), T >= 1; ``share`` neighbouring heads read one key/value head.
+        key: (B, Hk, n, D), n >= 1.
+        value: (B, Hk, n, D).
+        padded: (B, n) bool, True where a key is to be ignored, or None.
+
+    Returns:
+        out (B, Hk * share, T, D) in the query's dtype (or that of the lse) and lse (B, Hk * share, T), float32 or float64.
+        A query whose keys are all padded has out 0 and lse -inf.
+    """
+    batch, heads, count, dim = query.shape
+    # Without a diagonal it does not matter which query a row is: heads that share keys become more rows.
+    rows = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+    if padded is not None:
+        # Whatever a padded value holds (a NaN, say) must not reach 0 * value.
+        key, value = (x.masked_fill(padded[:, None, :, None], 0.0) for x in (key, value))
+    compute = _by_cpu_flash if query.device.type == "cpu" else _by_products
+    out, lse = compute(rows, key, value, scale, padded)
+    return out.reshape(batch, heads, count, dim), lse.reshape(batch, heads, count)
+
+
+def _by_cpu_flash(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, padded: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    # A last stride other than 1 gives wrong numbers silently.
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    mask = None
+    if padded is not None:
+        bias = torch.zeros_like(padded, dtype=query.dtype).masked_fill_(padded, -torch.inf)
+        mask = bias[:, None, None, :].expand(-1, query.shape[1], -1, -1)
+    out, lse = _flash(query, key, value, 0.0, False, attn_mask=mask, scale=scale)
+    if padded is not None:
+        # The kernel says 0 for a row without keys.
+        lse = lse.masked_fill(padded.all(-1)[:, None, None], -torch.inf)
+    return out, lse
+
+
+def _by_products(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, padded: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    heads = query.shape[1]
+    q, k, v = (x.to(lse_dtype(x.dtype)).flatten(0, 1) for x in (query, key, value))
+    found = Rows(q, k, v, scale, padded=None if padded is None else padded.repeat_interleave(heads, 0)).forward()
+    out, lse = (x.unflatten(0, (-1, heads)) for x in found)
+    return out, lse

@@ -1,0 +1,169 @@
+"""Layer norm, alone or of GELU, in one pass over memory each way.
+
+What torch.compile makes of ``layer_norm(gelu(x))`` reads a row several times and evaluates the error function each time, and of
+the backward pass of any layer norm two kernels, one along rows and one along channels. Here a row stays in registers. The
+backward pass needs nothing but x: mean and deviation come from it again, and so does the norm itself, which whoever reads it
+need not keep (:mod:`longnet.nn.norm_linear`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longnet.runtime.operators import define
+from longnet.runtime.tma import Launch
+from longnet.runtime.triton_support import HAS_TRITON, power_of_two
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+# A row is up to so many parts of so many channels.
+_MOST_PARTS = 4
+_WIDTHS = (256, 512, 1024, 2048, 4096)
+_LARGEST_ROW = 8192
+
+
+def fits(device: torch.device, dtype: torch.dtype, channels: int) -> bool:
+    """Whether there are kernels: bfloat16 or float16 on a GPU, channels from 256 to 8192, 1 to 4 times a power of two."""
+    return device.type == "cuda" and HAS_TRITON and dtype in DTYPES and _width(channels) is not None
+
+
+def _width(channels: int) -> int | None:
+    """Channels of a part of a row, None where no width fits."""
+    if channels > _LARGEST_ROW:
+        return None
+    return next((width for width in _WIDTHS if channels % width == 0 and channels // width <= _MOST_PARTS), None)
+
+
+def gelu_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Layer norm over the last axis of the exact GELU (arXiv 1606.08415) of x (..., C), where :func:`fits`; no gradient.
+
+    Arithmetic is float32, the result has x's dtype. The normal distribution's function is right to 7.5e-8.
+
+    Args:
+        weight, bias: (C,), float32 or of half precision.
+        eps: added to the variance.
+    """
+    normed: Tensor = _forward(x, weight, bias, eps)
+    return normed
+
+
+def norm_backward(
+    grads: Sequence[Tensor], x: Tensor, weight: Tensor, bias: Tensor, beside: Tensor | None, eps: float, gelu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(gradient of x; the norm again; gradients of weight and bias, float32, (2, C)) of a layer norm of x, or of its GELU.
+
+    Args:
+        grads: several of x's shape, all of one dtype, whose sum is the gradient of the norm. The norm has their dtype.
+        x: (..., C), of any dtype.
+        beside: what x's gradient is besides, of x's shape and dtype; None for nothing.
+    """
+    found: tuple[Tensor, Tensor, Tensor] = _backward(grads, x, weight, bias, beside, eps, gelu)
+    return found
+
+
+def column_sums(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The sum of each of several tensors (..., C) over all but its last axis: float32, (C,)."""
+    if tensors and all(one.shape == tensors[0].shape for one in tensors):
+        return list(_sums(tensors).unbind())
+    return [_sums([one])[0] for one in tensors]
+
+
+def _run(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    if x.numel():
+        launch = _launch("gelu_norm", x.shape, (eps,), (x.dtype, weight.dtype, bias.dtype), x.device)
+        with torch.cuda.device_of(x):
+            launch.run((x, weight.contiguous(), bias.contiguous(), out), ())
+    return out
+
+
+def _run_backward(
+    grads: Sequence[Tensor], x: Tensor, weight: Tensor, bias: Tensor, beside: Tensor | None, eps: float, gelu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, grads = x.contiguous(), tuple(grad.contiguous() for grad in grads)
+    grad_x, normed = torch.empty_like(x), torch.empty_like(grads[0])
+    if not x.numel():
+        return grad_x, normed, x.new_zeros(2, x.shape[-1], dtype=torch.float32)
+    beside = None if beside is None else beside.contiguous()
+    types = (x.dtype, weight.dtype, bias.dtype, None if beside is None else x.dtype, *[grad.dtype for grad in grads])
+    launch = _launch("norm_backward", x.shape, (eps, gelu), types, x.device)
+    with torch.cuda.device_of(x):
+        # Of each program what its rows give to the gradients of weight and bias.
+        sums = x.new_empty(2, launch.programs, x.shape[-1], dtype=torch.float32)
+        launch.run((grads, x, weight.contiguous(), bias.contiguous(), beside, grad_x, normed, sums), ())
+    return grad_x, normed, sums.sum(1)
+
+
+def _run_sums(tensors: Sequence[Tensor]) -> Tensor:
+    tensors = tuple(one.contiguous() for one in tensors)
+    first, count = tensors[0], len(tensors)
+    if _width(first.shape[-1]) is None or not first.numel():
+        return torch.stack([one.flatten(0, -2).sum(0, dtype=torch.float32) for one in tensors])
+    launch = _launch("column_sums", first.shape, (), tuple(one.dtype for one in tensors), first.device)
+    with torch.cuda.device_of(first):
+        sums = first.new_empty(count, launch.programs // count, first.shape[-1], dtype=torch.float32)
+        launch.run((tensors, sums), ())
+    return sums.sum(1)
+
+
+# For so many different numbers of rows.
+@lru_cache(maxsize=512)
+def _launch(
+    kind: str,
+    shape: tuple[int, ...],
+    rest: tuple[Any, ...],
+    types: tuple[torch.dtype | None, ...],
+    device: torch.device,
+) -> Launch:
+    """The launch for a shape (..., C). Types and devices have launches of their own."""
+    from longnet.nn import kernels
+
+    width, rows = _width(shape[-1]), math.prod(shape[:-1])
+    assert width is not None
+    each, warps, tall = _plan(kind, shape[-1], width, *rest[1:])
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    programs = min(-(-rows // tall), each * processors)
+    options = {"PARTS": shape[-1] // width, "WIDTH": width, "num_warps": warps}
+    if kind == "column_sums":
+        return Launch(kernels.column_sums_kernel, programs * len(types), (), (rows,), options | {"ROWS": tall})
+    kernel = kernels.gelu_norm_kernel if kind == "gelu_norm" else kernels.norm_backward_kernel
+    return Launch(kernel, programs, (), (rows, *rest), options)
+
+
+def _plan(kind: str, channels: int, width: int, gelu: bool = False) -> tuple[int, int, int]:
+    """(programs of a multiprocessor, warps of each, rows that it takes at once): the fastest of a few on one H200."""
+    if kind == "gelu_norm":
+        return 8, 4, 1
+    if kind == "column_sums":
+        return 2 if width < 1024 else 4, 4, max(1, 4096 // width)
+    # GELU has more to hold of each channel.
+    busy, each = (16, 384) if gelu else (12, 768)
+    warps = min(busy, power_of_two(-(-channels // each), least=1))
+    return busy // warps, warps, 1
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _fake_backward(
+    grads: Sequence[Tensor], x: Tensor, weight: Tensor, bias: Tensor, beside: Tensor | None, eps: float, gelu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x, normed = (torch.empty_like(one, memory_format=torch.contiguous_format) for one in (x, grads[0]))
+    return grad_x, normed, x.new_empty(2, x.shape[-1], dtype=torch.float32)
+
+
+def _fake_sums(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0].new_empty(len(tensors), tensors[0].shape[-1], dtype=torch.float32)
+
+
+_forward = define("gelu_norm", _run, _fake)
+_backward = define("norm_backward", _run_backward, _fake_backward)
+_sums = define("column_sums", _run_sums, _fake_sums)

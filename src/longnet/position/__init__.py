@@ -1,6 +1,0 @@
-"""Positions: xPos rotates q and k, the relative bias is added to the scores."""
-
-from longnet.position.relative_bias import RelativeBias, relative_buckets
-from longnet.position.xpos import XPos, float64_device, rotate
-
-__all__ = ["RelativeBias", "XPos", "float64_device", "relative_buckets", "rotate"]
