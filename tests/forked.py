@@ -15,7 +15,6 @@ if __name__ == "__main__" and len(sys.argv) > 2:
     # The caller: small, since its own start is all that a test waits for.
     import _socket
     import json
-    import select
     import signal
 
     server = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
@@ -27,8 +26,10 @@ if __name__ == "__main__" and len(sys.argv) > 2:
     child = int.from_bytes(server.recv(8), "big")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: os.kill(child, number))
-    while not (status := server.recv(8)):
-        select.select([server], [], [])
+    status = server.recv(8)
+    if not status:
+        sys.stderr.write("forked: the server is gone\n")
+        os._exit(1)
     code = os.waitstatus_to_exitcode(int.from_bytes(status, "big"))
     if code < 0:
         signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None

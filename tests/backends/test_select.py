@@ -9,7 +9,7 @@ import torch
 from calls import call_on
 
 from longnet import dilated_attention
-from longnet.attention.backends import BACKENDS, select_backend
+from longnet.attention.backends import BACKENDS, NAMES, VARIANTS, select_backend
 
 
 def test_a_plain_cpu_call_takes_the_flash_kernel():
@@ -40,4 +40,12 @@ def test_an_unknown_name_lists_the_known_ones():
 
 
 def test_names_are_unique():
-    assert len({backend.name for backend in BACKENDS}) == len(BACKENDS)
+    assert len(set(NAMES)) == len(NAMES) == 1 + len(BACKENDS) + len(VARIANTS)
+
+
+def test_a_variant_is_taken_by_name_alone():
+    inputs = call_on("cuda", torch.bfloat16)
+    assert select_backend("triton:general", inputs).name == "triton:general"
+    assert select_backend("auto", inputs).name == "triton"
+    with pytest.raises(ValueError, match="backend='triton:general' cannot run these inputs: triton:general: it takes"):
+        select_backend("triton:general", call_on("cuda", torch.float64))

@@ -98,7 +98,8 @@ def dilated_attention(
             on a device is read once and waited for, ints are not.
         head_offsets: ``"interleaved"`` (``j mod r``, the paper) or ``"blocked"`` (``j // ceil(H / r)``, torchscale).
         return_lse: also return the natural log of the softmax denominators. It is differentiable.
-        backend: ``"auto"``, or one by name; a named one that cannot run raises its reason.
+        backend: ``"auto"``, or one by name; a named one that cannot run raises its reason. ``"triton:general"`` is for
+            debugging: Triton without the kernels for Hopper GPUs.
         group: the ranks that share one sequence, a ``ProcessGroup`` or a ``DeviceMesh`` of one dimension. Query, key, value
             and mask are then this rank's contiguous shard, in rank order, of any length, and so is the result; every rank
             of the group makes the call. Only selected rows of segments that cross a shard's border travel. None: one

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longnet.attention import merge
-from longnet.attention.backends import BACKENDS, Backend, select_backend
+from longnet.attention.backends import BACKENDS, VARIANTS, Backend, select_backend
 from longnet.attention.call import AttentionInputs, Gradients, SavedForward, check_flag, checked_inputs
 from longnet.attention.operators import register_attention
 from longnet.geometry import Branch, Pattern
@@ -169,8 +169,10 @@ def _backward(backend: Backend, saved: SavedForward, grad_out: Tensor, grad_lse:
 
 # One pair of operators for every backend.
 _RUN = {
-    one.name: register_attention(f"torchscale_{one.name}", partial(_forward, one), partial(_backward, one)).run
-    for one in BACKENDS
+    one.name: register_attention(
+        f"torchscale_{one.name}".replace(":", "_"), partial(_forward, one), partial(_backward, one)
+    ).run
+    for one in (*BACKENDS, *VARIANTS)
 }
 
 

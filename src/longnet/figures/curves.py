@@ -8,9 +8,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
-from longnet.attention.streaming.layout import make_layout
 from longnet.figures.style import FAINT, new_figure, quiet, save, short
 from longnet.geometry.cost import positive_int, score_pairs
+from longnet.geometry.layout import make_layout
 from longnet.geometry.pattern import Pattern
 
 _OURS = "#12485a"

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.generation.configuration_utils import GenerationMode
 
-from longnet.attention.backends import BACKENDS
+from longnet.attention.backends import NAMES
 from longnet.attention.functional import warn_uncovered
 from longnet.geometry import HeadOffsets, Pattern
 from longnet.hf import saving
@@ -131,9 +131,8 @@ def apply(
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model has type {type(model).__name__}: expected a transformers.PreTrainedModel")
     pattern = Pattern.parse(segment_lengths, dilation_rates, head_offsets)
-    names = ("auto", *(known.name for known in BACKENDS))
-    if backend not in names:
-        raise ValueError(f"backend={backend!r} is unknown: expected one of {names}")
+    if backend not in NAMES:
+        raise ValueError(f"backend={backend!r} is unknown: expected one of {NAMES}")
     found = _attention_layers(model)
     if any(hasattr(module, ATTRIBUTE) for module in found):
         raise ValueError(f"{type(model).__name__} is dilated already: call longnet.hf.restore(model) first")

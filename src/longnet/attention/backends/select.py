@@ -40,7 +40,7 @@ class Backend:
 
     def __init__(self, name: str, kernels: Any, automatic: tuple[str, ...] | None = None) -> None:
         self.name, self.kernels, self.automatic = name, kernels, automatic
-        run, self.run_backward = register_attention(name, kernels.forward, kernels.backward)
+        run, self.run_backward = register_attention(name.replace(":", "_"), kernels.forward, kernels.backward)
         self.run = exportable(run)
 
 
@@ -52,6 +52,11 @@ BACKENDS: tuple[Backend, ...] = (
     Backend("portable", portable),
 )
 
+# For debugging, by name alone: a part of a backend that can replace another part.
+VARIANTS: tuple[Backend, ...] = (Backend("triton:general", triton_flash.General),)
+
+NAMES = ("auto", *(backend.name for backend in (*BACKENDS, *VARIANTS)))
+
 
 def select_backend(name: str, inputs: AttentionInputs) -> Backend:
     """The backend called ``name``, or for ``"auto"`` the first that can run these inputs.
@@ -60,7 +65,7 @@ def select_backend(name: str, inputs: AttentionInputs) -> Backend:
         ValueError: an unknown name, a named backend that cannot run (with its reason), or no backend that can.
     """
     reasons: list[tuple[str, str]] = []
-    for backend in BACKENDS:
+    for backend in BACKENDS if name == "auto" else (*BACKENDS, *VARIANTS):
         if name not in ("auto", backend.name):
             continue
         if name == "auto" and backend.automatic is not None and inputs.query.device.type not in backend.automatic:
@@ -73,7 +78,6 @@ def select_backend(name: str, inputs: AttentionInputs) -> Backend:
             return backend
         reasons.append((backend.name, reason))
     if not reasons:
-        names = ("auto", *(backend.name for backend in BACKENDS))
-        raise ValueError(f"backend={name!r} is unknown: expected one of {names}")
+        raise ValueError(f"backend={name!r} is unknown: expected one of {NAMES}")
     said = "; ".join(f"{backend_name}: {reason}" for backend_name, reason in reasons)
     raise ValueError(f"backend={name!r} cannot run these inputs: {said}")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from longnet.attention.functional import warn_uncovered
-from longnet.attention.streaming.layout import Block, make_layout
 from longnet.attention.streaming.tables import StepTables
 from longnet.geometry import HEAD_OFFSETS, HeadOffsets, Pattern
+from longnet.geometry.layout import Block, make_layout
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Rows are moved between batch rows this many elements at a time.

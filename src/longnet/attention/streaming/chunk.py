@@ -18,9 +18,9 @@ from longnet.attention.backends import select_backend
 from longnet.attention.backends.views import tile_view
 from longnet.attention.call import AttentionInputs, AttentionSpec, lse_dtype
 from longnet.attention.streaming.cache import DilatedCache
-from longnet.attention.streaming.layout import Block, Heads
 from longnet.attention.streaming.rectangle import rectangle_attention
 from longnet.geometry import Branch, Pattern, Tile, make_plan
+from longnet.geometry.layout import Block, Heads
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from longnet.attention.streaming.layout import Layout
+from longnet.geometry.layout import Layout
 
 
 class StepTables:

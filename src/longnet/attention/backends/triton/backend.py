@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,9 +34,6 @@ LARGEST_HEAD_DIM = 256
 # A branch joins a finer one when it keeps at least so many rows of the finer segment: fewer would leave blocks of rows
 # mostly empty. Tests lower it.
 LEAST_ROWS = 64
-
-# Whether the kernels written for Hopper GPUs may be used. Tests that compare both kinds switch it off.
-USE_HOPPER = True
 
 # How many programs share the work of a branch's bias gradient, where there is work for so many.
 _BIAS_PROGRAMS = 2048
@@ -98,7 +96,7 @@ def _device(x: Tensor) -> AbstractContextManager[Any]:
 class _Call:
     """What all launches of one call share."""
 
-    def __init__(self, inputs: AttentionInputs) -> None:
+    def __init__(self, inputs: AttentionInputs, use_hopper: bool) -> None:
         query, key, value, padding, bias = inputs.tensors
         spec = inputs.spec
         # Kernels take the largest scaled score from the largest score, so a scale's sign goes into the query.
@@ -118,7 +116,7 @@ class _Call:
             "PADDED": padding is not None,
             "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
         }
-        self.for_hopper, self.left = self._split()
+        self.for_hopper, self.left = self._split(use_hopper)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.q, self.k, self.v
@@ -150,12 +148,12 @@ class _Call:
         """Of the padding mask (B, N), and of the bias (H, 2L - 1) with its centre, the place of distance 0."""
         return self.mask.stride()[:2], (self.table.stride(0), self.table.shape[-1] // 2)
 
-    def _split(self) -> tuple[tuple[Nest, ...], tuple[Nest, ...]]:
+    def _split(self, use_hopper: bool) -> tuple[tuple[Nest, ...], tuple[Nest, ...]]:
         """The nests for the Hopper kernels, and those left to the portable ones; the log says why."""
         cuts = [blocks_for(name, self.dim, self.q.dtype) for name in ("forward", "query", "key_value")]
         unit = min(hopper.UNIT, *(cut.swept for both in cuts for cut in both))
         nests = make_nests(self.spec.pattern, self.heads, unit, LEAST_ROWS)
-        reason = hopper.why_not(self.q, self.padding, self.bias) if USE_HOPPER else "switched off"
+        reason = hopper.why_not(self.q, self.padding, self.bias) if use_hopper else "the general ones were asked for"
         if reason is not None:
             _log.debug("triton: Hopper kernels passed over: %s", reason)
             return (), nests
@@ -210,16 +208,16 @@ def _bias_gradient(call: _Call, tensors: tuple[Tensor, ...], strides: tuple[Any,
     return grad
 
 
-def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+def forward(inputs: AttentionInputs, use_hopper: bool = True) -> tuple[Tensor, Tensor]:
     """out like the query, and lse (B, H, N)."""
     from longnet.attention.backends.triton.kernels.forward import forward_kernel
 
     if inputs.spec.pattern.head_numbers is not None:
-        return forward_among_all_heads(forward, inputs)
+        return forward_among_all_heads(partial(forward, use_hopper=use_hopper), inputs)
     out, lse = inputs.empty_outputs()
     if out.numel() == 0:
         return out, lse.fill_(-torch.inf)
-    call, room = _Call(inputs), _room(out)
+    call, room = _Call(inputs, use_hopper), _room(out)
     if not call.covered:
         room.zero_()
         lse.fill_(-torch.inf)
@@ -236,18 +234,18 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None, use_hopper: bool = True) -> Gradients:
     """Exact gradients of the joint softmax, by the rule of :mod:`longnet.attention.merge`."""
     from longnet.attention.backends.triton.kernels.backward import key_value_kernel, prepare_kernel, query_kernel
 
     inputs = saved.inputs
     if inputs.spec.pattern.head_numbers is not None:
-        return backward_among_all_heads(backward, saved, grad_out, grad_lse)
+        return backward_among_all_heads(partial(backward, use_hopper=use_hopper), saved, grad_out, grad_lse)
     grads = inputs.empty_gradients()
     if inputs.query.numel() == 0:
         return grads.zeroed()
     grad_out, out, lse = _unit_stride(grad_out), _unit_stride(saved.out), saved.lse.contiguous()
-    call = _Call(inputs)
+    call = _Call(inputs, use_hopper)
     # Query heads that share a key head have room of their own and are added up afterwards.
     by_head = grads[1:3] if call.group == 1 else (torch.empty_like(inputs.query), torch.empty_like(inputs.query))
     # Kernels that own keys multiply with whole blocks of queries, where a dead row has to be 0. Their queries lie in the room
@@ -289,3 +287,11 @@ def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None) -> 
         if room is not grad:
             grad.copy_(sum_heads(room, group))
     return grads._replace(query=signed(grads.query, inputs.spec.scale))
+
+
+class General:
+    """The backend with the general kernels alone, also where those for Hopper GPUs would fit."""
+
+    unsupported_reason = staticmethod(unsupported_reason)
+    forward = staticmethod(partial(forward, use_hopper=False))
+    backward = staticmethod(partial(backward, use_hopper=False))

@@ -4,6 +4,13 @@ A launch is persistent: every program takes items (``M`` rows of one class of on
 ``schedule.py`` has made. One warp of a program copies tiles into shared memory, two warpgroups of 64 rows each compute on
 them, as in FlashAttention-3 (arXiv 2407.08608). ``SHAPE`` is a constant tuple: segment lengths, rates, and the classes'
 levels, inner rates, steps, first tiles and tiles per residue.
+
+Rows at a stride are a column of a matrix whose rows hold ``stride`` tokens: hence one descriptor per rate. Blocks go from the
+diagonal down, so that each warpgroup skips what only the other needs, and masks are a loop of their own. The backward pass has
+two kernels, one that owns queries and one that owns keys: it computes scores twice and needs no atomics, so two runs are
+bit-identical. Places and ranges are computed with constant divisors, since a nest is a constant of the kernel: a division by a
+number that is known at run time is a long chain of instructions. Tiles have 64 or 128 channels, others are filled up with
+zeros; of 48 or 96 the last quarter is not multiplied where a product sums over channels.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
-from longnet.geometry import Branch, Pattern
+from longnet.geometry.pattern import Branch, Pattern
 
 # Heads, as an index of a tensor's head axis: a slice where they lie at equal steps (a view), else a list (a copy).
 Heads = slice | list[int]
