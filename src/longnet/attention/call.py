@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from longnet.checks import check_flags, check_number
 from longnet.geometry import HEAD_OFFSETS, Branch, Pattern
 from longnet.geometry.pattern import HeadNumbers
 from longnet.runtime.autocast import autocast_dtype
@@ -178,7 +179,7 @@ def checked_inputs(
             f"query has {query.shape[1]} heads: expected those of head_numbers={pattern.head_numbers.numbers}"
         )
     _check_mask(mask, query)
-    check_flag("is_causal", is_causal)
+    check_flags(is_causal=is_causal)
     scale = check_scale(scale, query.shape[-1], query.dtype)
     if bias is not None:
         _check_bias(bias, query, pattern)
@@ -198,12 +199,6 @@ def refuse_tracing() -> None:
         )
 
 
-def check_flag(name: str, flag: bool) -> None:
-    """Raises TypeError where ``flag`` is no bool."""
-    if not isinstance(flag, bool):
-        raise TypeError(f"{name}={flag!r} has type {type(flag).__name__}: expected a bool")
-
-
 def check_scale(scale: float | None, head_dim: int, dtype: torch.dtype) -> float:
     """The scale of the scores, ``head_dim ** -0.5`` for None, as the arithmetic for inputs of ``dtype`` can hold it.
 
@@ -212,8 +207,7 @@ def check_scale(scale: float | None, head_dim: int, dtype: torch.dtype) -> float
     """
     if scale is None:
         return float(head_dim**-0.5)
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise TypeError(f"scale={scale!r} has type {type(scale).__name__}: expected a float or None")
+    check_number("scale", scale)
     kind = torch.finfo(lse_dtype(dtype))
     if not abs(scale) <= kind.max:
         raise ValueError(f"scale={scale} is not finite in {kind.dtype}: expected at most {kind.max:g} in magnitude")

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from longnet.attention.backends import select_backend
-from longnet.attention.call import AttentionInputs, check_flag, checked_inputs
+from longnet.attention.call import AttentionInputs, checked_inputs
 from longnet.attention.packed import boundaries, packed_attention
 from longnet.attention.sharding import give_up, peers_of, sharded_attention
+from longnet.checks import check_flags
 from longnet.geometry import HeadOffsets, Pattern, uncovered_positions
 
 # Positions that are counted for a warning where a pattern's selection does not repeat early enough to count them all.
@@ -159,7 +160,7 @@ def pattern_attention(
         inputs = checked_inputs(
             query, key, value, pattern, is_causal=is_causal, scale=scale, mask=key_padding_mask, bias=distance_bias
         )
-        check_flag("return_lse", return_lse)
+        check_flags(return_lse=return_lse)
         chosen = select_backend(backend, inputs)
         if cu_seqlens is not None:
             inputs = inputs.with_spec(documents=_check_documents(cu_seqlens, inputs, group))

@@ -14,6 +14,7 @@ from longnet.attention.packed import boundaries, positions
 from longnet.attention.padding import warn_left_padding, warn_moved_rows
 from longnet.attention.sharding import lengths_of, peers_of
 from longnet.attention.streaming import DilatedCache, most_padding, stream_attention
+from longnet.checks import check_flags, check_ints, check_number
 from longnet.geometry import HeadOffsets, Pattern
 from longnet.nn.norm import PartialNorm, make_norm
 from longnet.nn.position import RelativeBias, XPos, rotate
@@ -87,7 +88,11 @@ class DilatedAttention(nn.Module):
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
-        _check_counts(dim=dim, heads=heads, kv_heads=kv_heads)
+        check_ints(1, dim=dim, heads=heads, kv_heads=kv_heads)
+        if dim % heads:
+            raise ValueError(f"dim={dim} is not divisible by heads={heads}")
+        if heads % kv_heads:
+            raise ValueError(f"heads={heads} is not divisible by kv_heads={kv_heads}")
         causal = _one_spelling("causal", causal, "casual", casual)
         if isinstance(distributed, bool) and (Distributed is None or isinstance(Distributed, bool)):
             distributed = _one_spelling("distributed", distributed, "Distributed", Distributed)
@@ -97,9 +102,8 @@ class DilatedAttention(nn.Module):
                     f"distributed={distributed} and Distributed={Distributed} both given: give one of them"
                 )
             distributed = Distributed
-        _check_flags(causal=causal, use_xpos=use_xpos, use_rel_pos_bias=use_rel_pos_bias, qk_norm=qk_norm, bias=bias)
-        if isinstance(dropout, bool) or not isinstance(dropout, int | float):
-            raise TypeError(f"dropout={dropout!r} has type {type(dropout).__name__}: expected a float")
+        check_flags(causal=causal, use_xpos=use_xpos, use_rel_pos_bias=use_rel_pos_bias, qk_norm=qk_norm, bias=bias)
+        check_number("dropout", dropout)
         if not 0.0 <= dropout <= 1.0:
             raise ValueError(f"dropout={dropout}: expected a probability in [0, 1]")
         if sub_norm == "batch" and causal:
@@ -300,29 +304,11 @@ class DilatedAttention(nn.Module):
         )
 
 
-def _check_counts(*, dim: int, heads: int, kv_heads: int) -> None:
-    for name, value in (("dim", dim), ("heads", heads), ("kv_heads", kv_heads)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}={value!r} has type {type(value).__name__}: expected an int")
-        if value < 1:
-            raise ValueError(f"{name}={value}: expected at least 1")
-    if dim % heads:
-        raise ValueError(f"dim={dim} is not divisible by heads={heads}")
-    if heads % kv_heads:
-        raise ValueError(f"heads={heads} is not divisible by kv_heads={kv_heads}")
-
-
-def _check_flags(**flags: bool) -> None:
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{name}={value!r} has type {type(value).__name__}: expected a bool")
-
-
 def _one_spelling(name: str, value: bool, other_name: str, other: bool | None) -> bool:
     """An option that has two accepted spellings, of which a caller uses one."""
     if other is None:
         return value
-    _check_flags(**{name: value, other_name: other})
+    check_flags(**{name: value, other_name: other})
     if value and not other:
         raise ValueError(f"{name}={value} and {other_name}={other} contradict each other: give one of them")
     return other

@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from longnet.attention.backends import Backend
 from longnet.attention.call import AttentionInputs
+from longnet.checks import is_int
 from longnet.runtime.cache import tensor_cache
 from longnet.runtime.tracing import untraced
 
@@ -63,7 +64,7 @@ def _ints(cu_seqlens: Tensor | Sequence[int]) -> tuple[int, ...]:
                 f"cu_seqlens has type {type(cu_seqlens).__name__}: expected an int32 or int64 tensor, or ints, or None"
             )
         for item in cu_seqlens:
-            if isinstance(item, bool) or not isinstance(item, int):
+            if not is_int(item):
                 raise TypeError(f"cu_seqlens holds {item!r} of type {type(item).__name__}: expected ints")
         return tuple(cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):

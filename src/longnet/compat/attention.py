@@ -20,8 +20,9 @@ from torch import Tensor
 
 from longnet.attention import merge
 from longnet.attention.backends import BACKENDS, VARIANTS, Backend, select_backend
-from longnet.attention.call import AttentionInputs, Gradients, SavedForward, check_flag, checked_inputs
+from longnet.attention.call import AttentionInputs, Gradients, SavedForward, checked_inputs
 from longnet.attention.operators import register_attention
+from longnet.checks import check_flags
 from longnet.geometry import Branch, Pattern
 from longnet.geometry.phantoms import padded_length, phantom_runs, split_shifted
 from longnet.geometry.wanted import read_by_first as rows_read_by_first
@@ -101,7 +102,7 @@ def torchscale_pattern_attention(
         if given is not None:
             raise ValueError(f"{name} given with torchscale's attention, which has none: expected None")
     inputs = checked_inputs(query, key, value, pattern, is_causal=is_causal, scale=scale, mask=key_padding_mask)
-    check_flag("return_lse", return_lse)
+    check_flags(return_lse=return_lse)
     inputs = inputs.with_spec(needed_by_first=read_by_first)
     run = _RUN[select_backend(backend, inputs).name]
     out, lse = run(inputs) if key_padding_mask is None else _each_alone(inputs, key_padding_mask, run)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from longnet.checks import is_int
 from longnet.models import LongNetLM
 from longnet.models.base import LongNetBase
 from longnet.models.layers import Block
@@ -137,10 +138,10 @@ def prune_heads(model: Model, heads: Mapping[int, Sequence[int]]) -> Model:
     config = model.config
     kept = [_present(model, layer) for layer in range(config.layers)]
     for layer, numbers in heads.items():
-        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < config.layers:
+        if not is_int(layer) or not 0 <= layer < config.layers:
             raise ValueError(f"heads holds layer {layer!r}: expected 0 to {config.layers - 1}")
         for number in numbers:
-            if isinstance(number, bool) or not isinstance(number, int):
+            if not is_int(number):
                 raise TypeError(f"heads[{layer}] holds {number!r} of type {type(number).__name__}: expected ints")
             if number not in kept[layer]:
                 raise ValueError(f"heads[{layer}] holds head {number}: expected some of those there, {kept[layer]}")

@@ -8,8 +8,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
+from longnet.checks import check_int
 from longnet.figures.style import FAINT, new_figure, quiet, save, short
-from longnet.geometry.cost import positive_int, score_pairs
+from longnet.geometry.cost import score_pairs
 from longnet.geometry.layout import make_layout
 from longnet.geometry.pattern import Pattern
 
@@ -73,10 +74,10 @@ def plot_cache(
         ValueError: fewer than two different positions, or ``heads`` not divisible by ``kv_heads``.
     """
     ordered = _ordered("positions", positions)
-    kv_heads = heads if kv_heads is None else positive_int("kv_heads", kv_heads)
-    if positive_int("heads", heads) % kv_heads:
+    kv_heads = heads if kv_heads is None else check_int("kv_heads", kv_heads, 1)
+    if check_int("heads", heads, 1) % kv_heads:
         raise ValueError(f"heads={heads} is not divisible by kv_heads={kv_heads}: expected a divisor of heads")
-    row = 2 * positive_int("head_dim", head_dim) * positive_int("bytes_per_element", bytes_per_element)
+    row = 2 * check_int("head_dim", head_dim, 1) * check_int("bytes_per_element", bytes_per_element, 1)
     bounded = [float(make_layout(pattern, heads, kv_heads).rows * row)] * len(ordered)
     dense = [float(kv_heads * n * row) for n in ordered]
     about = f"at position {ordered[-1]:,} a dense cache is {dense[-1] / bounded[-1]:,.0f} times as large"

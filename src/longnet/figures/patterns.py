@@ -10,8 +10,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import FigureBase
 from matplotlib.patches import Patch, Rectangle
 
+from longnet.checks import check_int
 from longnet.figures.style import EMPTY, FAINT, INK, branch_colors, legend, new_figure, quiet, save, ticks
-from longnet.geometry.cost import positive_int
 from longnet.geometry.pattern import Branch, Pattern
 
 EXACT_TOKENS = 128
@@ -38,9 +38,9 @@ def plot_pattern(pattern: Pattern, heads: int, length: int, path: str | Path, *,
     Returns:
         ``path`` as a Path.
     """
-    positive_int("length", length)
+    check_int("length", length, 1)
     groups: dict[tuple[int, ...], list[int]] = {}
-    for head in range(positive_int("heads", heads)):
+    for head in range(check_int("heads", heads, 1)):
         groups.setdefault(tuple(pattern.offset(branch, head, heads) for branch in pattern.branches), []).append(head)
     shown = list(groups.values())[:_PANELS]
     branches = sorted(pattern.branches, key=lambda branch: (branch.segment_length, branch.dilation_rate))
@@ -92,9 +92,9 @@ def plot_selection(pattern: Pattern, heads: int, length: int, path: str | Path) 
     Raises:
         ValueError: more than 128 tokens.
     """
-    if positive_int("length", length) > EXACT_TOKENS:
+    if check_int("length", length, 1) > EXACT_TOKENS:
         raise ValueError(f"length={length} is too long to draw token by token: expected at most {EXACT_TOKENS}")
-    positive_int("heads", heads)
+    check_int("heads", heads, 1)
     colors = branch_colors(len(pattern.branches))
     count = len(pattern.branches)
     figure = new_figure(

@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, MultipleLocator, NullLocator
 
+from longnet.checks import check_int
 from longnet.figures.style import EMPTY, FAINT, new_figure, quiet, save, short
-from longnet.geometry.cost import positive_int
 from longnet.geometry.pattern import Pattern
 from longnet.geometry.shards import Shards, rows_sent
 
@@ -45,7 +45,7 @@ def plot_shards(
     if not 2 <= ranks <= MOST_RANKS:
         raise ValueError(f"shard_lengths holds {ranks} lengths: expected 2 to {MOST_RANKS}, one per rank")
     shards = Shards(tuple(shard_lengths))
-    row = 2 * positive_int("head_dim", head_dim) * positive_int("bytes_per_element", bytes_per_element)
+    row = 2 * check_int("head_dim", head_dim, 1) * check_int("bytes_per_element", bytes_per_element, 1)
     sent = np.zeros((ranks, ranks))
     for rank in range(ranks):
         for receiver, rows in rows_sent(pattern, heads, heads, shards, rank, is_causal).items():

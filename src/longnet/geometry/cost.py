@@ -12,6 +12,7 @@ from fractions import Fraction
 from functools import cache
 from itertools import pairwise
 
+from longnet.checks import check_int
 from longnet.geometry.pattern import Branch, Pattern
 
 _DIGIT_STEPS = 1 << 20
@@ -51,20 +52,6 @@ class Cost:
         return Fraction(self.dilated.pairs, self.dense.pairs)
 
 
-def positive_int(name: str, value: int) -> int:
-    """``value`` itself.
-
-    Raises:
-        TypeError: it is not an int.
-        ValueError: it is below 1.
-    """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r} has type {type(value).__name__}: expected an int of at least 1")
-    if value < 1:
-        raise ValueError(f"{name}={value} is too small: expected an int of at least 1")
-    return value
-
-
 def score_pairs(pattern: Pattern, heads: int, length: int, is_causal: bool = False) -> int:
     """Exact number of (query, key) pairs of one sequence, summed over heads and branches.
 
@@ -76,8 +63,8 @@ def score_pairs(pattern: Pattern, heads: int, length: int, is_causal: bool = Fal
         length: tokens N.
         is_causal: keys after the query are left out.
     """
-    positive_int("heads", heads)
-    positive_int("length", length)
+    check_int("heads", heads, 1)
+    check_int("length", length, 1)
     total = 0
     for branch in pattern.branches:
         segments, rest = divmod(length, branch.segment_length)
@@ -154,7 +141,7 @@ def cost(
         ("batch", batch),
         ("bytes_per_element", bytes_per_element),
     ):
-        positive_int(name, value)
+        check_int(name, value, 1)
     if heads % kv_heads:
         raise ValueError(f"heads={heads} is not divisible by kv_heads={kv_heads}: expected a divisor of heads")
     query = batch * heads * length * head_dim * bytes_per_element

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 
-from longnet.geometry.cost import digit_steps, positive_int
+from longnet.checks import check_int
+from longnet.geometry.cost import digit_steps
 from longnet.geometry.pattern import Branch, Pattern
 
 LONGEST_REACH = 1 << 20
@@ -81,7 +82,7 @@ def coverage(pattern: Pattern, heads: int, length: int | None = None) -> Coverag
     """
     per_offsets: dict[tuple[Offsets, ...], Uncovered] = {}
     found = []
-    for head in range(positive_int("heads", heads)):
+    for head in range(check_int("heads", heads, 1)):
         offsets = [pattern.offset(branch, head, heads) for branch in pattern.branches]
         taken = tuple((offset,) for offset in offsets)
         if taken not in per_offsets:
@@ -103,7 +104,7 @@ def uncovered_positions(pattern: Pattern, heads: int, length: int | None = None)
     Raises:
         ValueError: segment lengths that neither nest nor repeat within 2**26 positions.
     """
-    positive_int("heads", heads)
+    check_int("heads", heads, 1)
     taken = tuple(offsets_taken(pattern, branch, heads) for branch in pattern.branches)
     return _uncovered(pattern, taken, length)
 
@@ -127,7 +128,7 @@ def reach(
         TypeError, ValueError: numbers out of range, or more than ``LONGEST_REACH`` tokens to follow.
     """
     for name, value in (("heads", heads), ("length", length), ("layers", layers)):
-        positive_int(name, value)
+        check_int(name, value, 1)
     position = length - 1 if position is None else position
     if not 0 <= position < length:
         raise ValueError(f"position={position} is outside the sequence: expected 0 <= position < length={length}")
@@ -209,7 +210,7 @@ def _uncovered(pattern: Pattern, taken: tuple[Offsets, ...], length: int | None)
         (aligned if single or branch.segment_length % branch.dilation_rate == 0 else shifted).append((branch, offsets))
     aligned = [(Branch(branch.dilation_rate, branch.dilation_rate), offsets) for branch, offsets in aligned]
     period = math.lcm(*(branch.segment_length for branch, _ in aligned + shifted))
-    positions = period if length is None else positive_int("length", length)
+    positions = period if length is None else check_int("length", length, 1)
     count = 0
     if all(len(offsets) < branch.dilation_rate for branch, offsets in aligned + shifted):
         count = _count(aligned, shifted, period, positions)

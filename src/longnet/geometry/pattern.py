@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, get_args
 
+from longnet.checks import is_int
+
 HeadOffsets = Literal["interleaved", "blocked"]
 # Tokens, 2**40. Times the stride of a token (up to 2**22 elements) it fits into the 64 bits of torch's own strides.
 LONGEST_SEGMENT = 1 << 40
@@ -183,6 +185,6 @@ def _integers(name: str, values: int | Sequence[int]) -> tuple[int, ...]:
             f"{name}={values!r} has type {type(values).__name__}: expected an int or a sequence of ints"
         ) from None
     for item in items:
-        if isinstance(item, bool) or not isinstance(item, int):
+        if not is_int(item):
             raise TypeError(f"{name}={items!r} holds {item!r} of type {type(item).__name__}: expected ints")
     return items

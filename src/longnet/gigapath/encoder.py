@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from longnet.checks import check_ints
 from longnet.compat.attention import torchscale_pattern_attention
 from longnet.compat.names import load_theirs, module_names, to_theirs
 from longnet.gigapath.architectures import ARCHITECTURES, DILATION_RATES, HEADS, TILE_CHANNELS, segment_lengths
@@ -76,11 +77,7 @@ class SlideEncoder(Encoder):
         counts = {"in_dim": in_dim, "tile_size": tile_size, "slide_ngrids": slide_ngrids}
         if max_wsi_size is not None:
             counts["max_wsi_size"] = max_wsi_size
-        for name, value in counts.items():
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}={value!r} has type {type(value).__name__}: expected an int")
-            if value < 1:
-                raise ValueError(f"{name}={value}: expected at least 1")
+        check_ints(1, **counts)
         if not 0.0 <= drop_path < 1.0:
             raise ValueError(f"drop_path={drop_path}: expected a probability in [0, 1)")
         if cuda_graphs and not compiled:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longnet.checks import check_int
 from longnet.gigapath.encoder import SlideEncoder, check_layers
 
 Setting = Literal["multi_class", "multi_label", "binary"]
@@ -35,10 +36,7 @@ class SlideHead(nn.Module):
         super().__init__()
         if not isinstance(encoder, SlideEncoder):
             raise TypeError(f"encoder has type {type(encoder).__name__}: expected a SlideEncoder")
-        if isinstance(outputs, bool) or not isinstance(outputs, int):
-            raise TypeError(f"outputs={outputs!r} has type {type(outputs).__name__}: expected an int")
-        if outputs < 1:
-            raise ValueError(f"outputs={outputs}: expected at least 1")
+        check_int("outputs", outputs, 1)
         last = max(check_layers(layers, len(encoder.blocks) + 1))
         self.encoder, self.layers, self.freeze = encoder, tuple(layers), freeze
         if freeze:

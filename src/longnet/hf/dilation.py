@@ -16,6 +16,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from longnet.attention.backends import NAMES
 from longnet.attention.functional import warn_uncovered
+from longnet.checks import is_int
 from longnet.geometry import HeadOffsets, Pattern
 from longnet.hf import saving
 from longnet.hf.attend import ATTRIBUTE, NAME, Dilation
@@ -301,7 +302,7 @@ def _check_layers(layers: Sequence[int], count: int) -> set[int]:
     except TypeError:
         raise TypeError(f"layers={layers!r} has type {type(layers).__name__}: expected ints or None") from None
     for number in given:
-        if isinstance(number, bool) or not isinstance(number, int):
+        if not is_int(number):
             raise TypeError(f"layers={given} holds {number!r} of type {type(number).__name__}: expected ints")
     if not given or len(set(given)) < len(given) or min(given) < 0 or max(given) >= count:
         raise ValueError(f"layers={given}: expected at least one of the layers 0 to {count - 1}, each once")

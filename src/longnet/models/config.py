@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any
 
+from longnet.checks import check_flags, check_int, check_number
 from longnet.geometry import HeadNumbers, HeadOffsets, Pattern
 from longnet.nn.norm import NORM_KINDS
 
@@ -112,23 +113,17 @@ class LongNetConfig:
             value = getattr(self, name)
             if value is None and name in ("ffn_dim", "kv_heads", "feed_forward_chunk"):
                 continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}={value!r} has type {type(value).__name__}: expected an int")
-            if value < 1:
-                raise ValueError(f"{name}={value}: expected at least 1")
+            check_int(name, value, 1)
         for name in (
             *("causal", "qk_norm", "bias", "use_xpos", "use_rel_pos_bias"),
             *("tie_embeddings", "gradient_checkpointing"),
         ):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise TypeError(f"{name}={value!r} has type {type(value).__name__}: expected True or False")
+            check_flags(**{name: getattr(self, name)})
         for name in ("dropout", "xpos_scale_base"):
             value = getattr(self, name)
             if value is None and name == "xpos_scale_base":
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name}={value!r} has type {type(value).__name__}: expected a number")
+            check_number(name, value)
         for name in ("norm", "head_offsets", "backend"):
             value = getattr(self, name)
             if not isinstance(value, str):

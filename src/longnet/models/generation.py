@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longnet.checks import check_int, check_number
 from longnet.models.base import LongNetBase
 from longnet.models.cache import LongNetCache
 from longnet.models.threads import step_threads
@@ -119,7 +120,7 @@ def generate(
     batch, width = tokens.shape
     if width == 0:
         raise ValueError(f"tokens has shape {tuple(tokens.shape)}: expected at least one token to continue from")
-    _check_integer("max_new_tokens", max_new_tokens, 0)
+    check_int("max_new_tokens", max_new_tokens, 0)
     check_sampling(temperature, top_k, top_p)
     ends, pad = _check_ends(eos, pad, model.config.vocab_size)
     seeds = _check_seeds(seed, batch)
@@ -216,7 +217,7 @@ def _check_ends(eos: int | Sequence[int] | None, pad: int | None, vocab_size: in
         raise ValueError(f"eos={eos}: expected at least one token, or None")
     pad = ends[0] if pad is None else pad
     for name, token in [*(("eos", end) for end in ends), ("pad", pad)]:
-        _check_integer(name, token, 0)
+        check_int(name, token, 0)
         if token >= vocab_size:
             raise ValueError(f"{name}={token}: expected a token below vocab_size={vocab_size}")
     return ends, pad
@@ -227,9 +228,9 @@ def _check_seeds(seed: int | Sequence[int] | None, batch: int) -> int | Sequence
         if len(seed) != batch:
             raise ValueError(f"seed={seed} has {len(seed)} entries: expected one int, or one for each of {batch} rows")
         for one in seed:
-            _check_integer("seed", one, None)
+            check_int("seed", one, None)
     elif seed is not None:
-        _check_integer("seed", seed, None)
+        check_int("seed", seed, None)
     return seed
 
 
@@ -283,27 +284,15 @@ def sampling_probabilities(
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Refuse sampling options of the wrong type or range."""
-    _check_number("temperature", temperature)
+    check_number("temperature", temperature)
     if not 0.0 <= temperature < float("inf"):
         raise ValueError(f"temperature={temperature}: expected a finite number of at least 0 (0 is greedy)")
     if top_k is not None:
-        _check_integer("top_k", top_k, 1)
+        check_int("top_k", top_k, 1)
     if top_p is not None:
-        _check_number("top_p", top_p)
+        check_number("top_p", top_p)
         if not 0.0 < top_p <= 1.0:
             raise ValueError(f"top_p={top_p}: expected a probability in (0, 1]")
-
-
-def _check_number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r} has type {type(value).__name__}: expected a number")
-
-
-def _check_integer(name: str, value: int, least: int | None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r} has type {type(value).__name__}: expected an int")
-    if least is not None and value < least:
-        raise ValueError(f"{name}={value}: expected at least {least}")
 
 
 @contextmanager

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
+from longnet.checks import check_int, check_number
 from longnet.models import LongNetConfig
 from longnet.training.schedule import SCHEDULES
 
@@ -86,23 +86,23 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         for name, least in _AT_LEAST.items():
-            _check_int(name, getattr(self, name), least)
+            check_int(name, getattr(self, name), least)
         if self.steps is not None:
-            _check_int("steps", self.steps, 1)
+            check_int("steps", self.steps, 1)
         if self.threads is not None:
-            _check_int("threads", self.threads, 1)
+            check_int("threads", self.threads, 1)
         if self.seed >= 2**63:
             raise ValueError(f"seed={self.seed} is too large: expected less than 2 ** 63")
         if self.steps is None and self.minutes is None:
             raise ValueError("steps=None and minutes=None: expected at least one of them, or the run would never end")
         if self.minutes is not None:
-            _check_number("minutes", self.minutes, 0.0, above=True)
-        _check_number("lr", self.lr, 0.0, above=True)
-        _check_number("weight_decay", self.weight_decay, 0.0)
-        _check_number("clip", self.clip, 0.0)
-        _check_number("lr_floor", self.lr_floor, 0.0, most=1.0)
-        _check_number("beta1", self.beta1, 0.0, most=1.0)
-        _check_number("beta2", self.beta2, 0.0, most=1.0)
+            check_number("minutes", self.minutes, 0.0, above=True)
+        check_number("lr", self.lr, 0.0, above=True)
+        check_number("weight_decay", self.weight_decay, 0.0)
+        check_number("clip", self.clip, 0.0)
+        check_number("lr_floor", self.lr_floor, 0.0, most=1.0)
+        check_number("beta1", self.beta1, 0.0, most=1.0)
+        check_number("beta2", self.beta2, 0.0, most=1.0)
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule={self.schedule!r} is unknown: expected one of {SCHEDULES}")
         if self.dtype not in DTYPES:
@@ -202,18 +202,3 @@ def choose_dtype(device: str) -> str:
         known = torch.cpu.get_capabilities() if kind == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
         fast = bool(known.get("amx_bf16") or known.get("avx512_bf16"))
     return "bfloat16" if fast else "float32"
-
-
-def _check_int(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r} has type {type(value).__name__}: expected an int")
-    if value < least:
-        raise ValueError(f"{name}={value}: expected at least {least}")
-
-
-def _check_number(name: str, value: object, least: float, above: bool = False, most: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}={value!r} has type {type(value).__name__}: expected a number")
-    if not math.isfinite(value) or value < least or value > most or (above and value == least):
-        low = f"above {least:g}" if above else f"at least {least:g}"
-        raise ValueError(f"{name}={value}: expected {low}{f' and at most {most:g}' if most < math.inf else ''}")

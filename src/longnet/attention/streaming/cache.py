@@ -10,6 +10,7 @@ from torch import Tensor
 
 from longnet.attention.functional import warn_uncovered
 from longnet.attention.streaming.tables import StepTables
+from longnet.checks import check_ints
 from longnet.geometry import HEAD_OFFSETS, HeadOffsets, Pattern
 from longnet.geometry.layout import Block, make_layout
 
@@ -66,12 +67,7 @@ class DilatedCache:
         device: torch.device | str | None = None,
     ) -> None:
         kv_heads = heads if kv_heads is None else kv_heads
-        counts = {"batch_size": batch_size, "heads": heads, "head_dim": head_dim, "kv_heads": kv_heads}
-        for name, count in counts.items():
-            if isinstance(count, bool) or not isinstance(count, int):
-                raise TypeError(f"{name}={count!r} has type {type(count).__name__}: expected an int")
-            if count < 1:
-                raise ValueError(f"{name}={count}: expected at least 1")
+        check_ints(1, batch_size=batch_size, heads=heads, head_dim=head_dim, kv_heads=kv_heads)
         if heads % kv_heads:
             raise ValueError(f"heads={heads} is not divisible by kv_heads={kv_heads}")
         self.pattern = Pattern.parse(segment_lengths, dilation_rates, head_offsets, head_numbers, heads)
