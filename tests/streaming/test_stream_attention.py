@@ -34,7 +34,7 @@ def full_call(stream: Stream) -> torch.Tensor:
 
 
 @given(stream=streams())
-@settings(max_examples=150)
+@settings(max_examples=300)
 def test_any_split_gives_the_rows_of_one_call(stream):
     cache = stream.cache()
     out = read(stream, cache)
@@ -44,7 +44,7 @@ def test_any_split_gives_the_rows_of_one_call(stream):
 
 
 @given(stream=streams(), data=st.data())
-@settings(max_examples=60)
+@settings(max_examples=120)
 def test_steps_give_the_rows_of_one_call(stream, data):
     """A chunk, then single tokens to the end: as chunks of one, and on the path of fixed shapes."""
     prompt = data.draw(st.integers(0, stream.length - 1))
