@@ -28,7 +28,7 @@ def test_the_tables_and_the_picture(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     for words in ("16,384 tokens", "keys per query", "1,536.8", "1, 4,096", "77.35 G", "18.76%", "96.8 MiB"):
         assert words in result.output
-    assert "Every one of the 12 heads takes part at every position." in result.output
+    assert "Every one of the 12 heads selects every position." in result.output
     assert "25.00%" in result.output
     assert result.output.index("Every branch starts a segment at each multiple of 4,096: no token") < 200
     assert "16,384 tokens: --segments 2048,4096,8192,16384 --rates 1,2,4,8, 23.45%" in result.output

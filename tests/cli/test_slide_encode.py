@@ -220,7 +220,7 @@ def test_no_slide_ends_a_folder(weights: Path, tmp_path: Path, call: Longnet, mo
         ("feats.h5", r"holds \['coords', 'feats'\]: expected exactly one of .'tile_embeds'"),
         ("broken.hdf5", "features is a SoftLink"),
         ("dangling.pt", "No such file"),
-        ("pipe.npz", "is no file"),
+        ("pipe.npz", "is not a file"),
     ]:
         assert re.search(rf"^.*{re.escape(name)}.*{reason}", result.stderr, flags=re.MULTILINE), (name, result.stderr)
     assert "10 of 12 slides could not be encoded: " in result.stderr

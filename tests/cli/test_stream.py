@@ -86,7 +86,7 @@ def test_a_pipe_without_an_end_is_stopped_at_once_and_gone_on_with(
         process.communicate()
     assert process.returncode == 130
     assert (
-        f"Stopped and saved after 2,000 bytes. To go on: longnet stream {run} --out {tmp_path / 'out'} --resume"
+        f"Stopped and saved after 2,000 bytes. To continue: longnet stream {run} --out {tmp_path / 'out'} --resume"
         in error
     )
     result = longnet("stream", run, "--out", tmp_path / "out", "--resume", stdin=content)
@@ -114,7 +114,7 @@ def test_the_table_is_on_stdout_and_the_record_below_the_run(tmp_path: Path, tex
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "expected what to read, as --data PATH"),
+        ([], "expected data to read, as --data PATH"),
         (["--data", "gone.txt"], "gone.txt' is not there: expected a file or a folder, or '-'"),
         (["--data", "-", "--data", "gone.txt"], "expected '-' (standard input) alone"),
         (["--data", "EMPTY"], "hold no bytes: expected at least 2"),
@@ -151,7 +151,7 @@ def test_a_folder_without_a_model_and_one_with_a_stream(tmp_path: Path, text: Pa
     (run / "stream").mkdir()
     (run / "stream" / "state.safetensors").write_bytes(b"text")
     result = call("stream", run, "--data", text)
-    assert "already holds a stream: expected another folder, or --resume to go on with this one" in result.stderr
+    assert "already holds a stream: expected another folder, or --resume to continue this one" in result.stderr
     result = call("stream", run, "--resume")
     assert result.returncode == 2
     assert "state.safetensors is truncated or not a safetensors file" in result.stderr

@@ -70,7 +70,7 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(
     code, text = stop_run([*train_arguments, "--steps", STEPS], out, 10, signal.SIGTERM)
     assert code == 130
     done = _losses(out)[-1][1]
-    assert f"Stopped and saved after step {done}. To go on: longnet train --out {out} --resume" in text
+    assert f"Stopped and saved after step {done}. To continue: longnet train --out {out} --resume" in text
 
 
 def test_it_says_what_it_is_doing_and_writes_the_run_folder(finished_run: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_toml_config(tmp_path: Path, longnet: Longnet, train_arguments: list[o
         (["--lr", "0"], "lr=0.0: expected above 0"),
         (["--schedule", "step"], "schedule='step' is unknown: expected one of"),
         (["--dtype", "float16", "--device", "cpu"], "dtype='float16' on device='cpu'"),
-        (["--resume"], "is no folder: expected the --out folder of longnet train"),
+        (["--resume"], "is not a folder: expected the --out folder of longnet train"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

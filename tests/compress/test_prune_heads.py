@@ -137,7 +137,7 @@ def test_pruned_again_by_the_same_numbers() -> None:
     twice = prune_heads(prune_heads(model, {0: [2]}), {0: [0], 1: [3]})
     assert twice.config == once.config and twice.config.head_numbers == ((1, 3), (0, 1, 2))
     torch.testing.assert_close(twice(batch), once(batch), rtol=1e-10, atol=1e-12)
-    with pytest.raises(ValueError, match=r"heads\[0\] holds head 2: expected some of those there, \(1, 3\)"):
+    with pytest.raises(ValueError, match=r"heads\[0\] holds head 2: expected one of the layer's heads, \(1, 3\)"):
         prune_heads(once, {0: [2]})
 
 
@@ -191,7 +191,7 @@ def test_under_autocast_it_stays_close() -> None:
     ("heads", "kind", "message"),
     [
         ({2: [0]}, ValueError, "heads holds layer 2: expected 0 to 1"),
-        ({0: [4]}, ValueError, r"heads\[0\] holds head 4: expected some of those there, \(0, 1, 2, 3\)"),
+        ({0: [4]}, ValueError, r"heads\[0\] holds head 4: expected one of the layer's heads, \(0, 1, 2, 3\)"),
         ({0: [0.5]}, TypeError, r"heads\[0\] holds 0.5 of type float"),
         ({1: [0, 1, 2, 3]}, ValueError, r"heads\[1\]=\[0, 1, 2, 3\] are all heads of the layer"),
     ],

@@ -26,7 +26,7 @@ def run(make_settings: Make) -> Path:
 
 
 def test_no_folder_and_no_run(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no folder: expected the --out folder of longnet train"):
+    with pytest.raises(ValueError, match="is not a folder: expected the --out folder of longnet train"):
         load_model(tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"holds no run \(no run.json\)"):
         load_model(tmp_path)

@@ -150,7 +150,7 @@ def test_the_checkpoint_of_another_run_is_refused(make_settings: Make, tmp_path:
     for settings in (one, other):
         train(settings, should_stop=_stop_after(2))
     shutil.copy(_state(other), _state(one))
-    with pytest.raises(CheckpointError, match="is of another run .* seed was 0, now 9"):
+    with pytest.raises(CheckpointError, match="belongs to another run .* seed was 0, now 9"):
         train(one, resume=True)
 
 
@@ -190,7 +190,7 @@ def test_resuming_a_finished_run_does_nothing(make_settings: Make) -> None:
 
 def test_a_folder_in_use_and_a_missing_run_are_refused(make_settings: Make, tmp_path: Path) -> None:
     settings = make_settings()
-    with pytest.raises(ValueError, match="is no folder: expected the --out folder"):
+    with pytest.raises(ValueError, match="is not a folder: expected the --out folder"):
         train(settings, resume=True)
     train(settings)
     with pytest.raises(ValueError, match="already holds a run: expected another folder, or --resume"):

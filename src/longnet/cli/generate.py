@@ -18,13 +18,13 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest byte.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Sample among this many likeliest bytes.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest bytes of this probability.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
 ) -> None:
     """Continue a prompt with a trained model; each byte goes to standard output as it is drawn.
     Progress goes to standard error, unless standard output is a terminal.
 
-    Bytes that are no valid UTF-8 are shown as the replacement character.
+    Bytes that are not valid UTF-8 are shown as the replacement character.
     """
     import torch
 
@@ -71,7 +71,7 @@ def _read_prompt(prompt: str | None, file: Path | None) -> bytes:
     """The bytes to continue, at least one.
 
     Raises:
-        ValueError: neither, both, or none in it.
+        ValueError: neither or both of prompt and file, or an empty prompt.
     """
     if (prompt is None) == (file is None):
         raise ValueError("expected a prompt, either as --prompt TEXT or as --file PATH")

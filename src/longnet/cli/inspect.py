@@ -1,4 +1,4 @@
-"""``longnet inspect``: what a pattern costs, covers and sees, as tables and a picture."""
+"""``longnet inspect``: cost, coverage and receptive field of a pattern, as tables and a picture."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def inspect(
     try:
         pattern, length = _pattern(segments, rates, length, heads, head_offsets, suggest_budget)
         spent = cost(pattern, heads, length, head_dim, is_causal=causal, kv_heads=kv_heads)
-        # Nothing is read across a period, so a long sequence of short segments is no long way to follow.
+        # No key is read across a period, so short segments are cheap to follow in a long sequence too.
         followed = length if min(length, pattern.period) <= LONGEST_REACH else LONGEST_REACH
         seen = receptive_field(pattern, heads, followed, layers, causal)
         from longnet.figures import plot_pattern
@@ -76,7 +76,8 @@ def inspect(
     console.print(_reach_table(seen, followed))
     scope = "earlier tokens" if causal else "tokens"
     console.print(
-        f"The {scope} it depends on after so many layers, itself included; heads mix between layers.", style="dim"
+        f"Counts the {scope} that it depends on after each layer, itself included; heads mix between layers.",
+        style="dim",
     )
     if followed < length:
         console.print(
@@ -87,7 +88,7 @@ def inspect(
 
 
 def _or_reason(compute: Callable[[], Found]) -> Found | str:
-    """What is computed, or why it cannot be for this pattern."""
+    """The result, or the reason why it cannot be computed for this pattern."""
     try:
         return compute()
     except ValueError as error:
@@ -167,12 +168,12 @@ def _cost_table(spent: Cost, keys: KeysPerQuery | str, heads: int, length: int) 
 
 
 def _print_coverage(console: Console, covered: Coverage | str, heads: int) -> None:
-    console.print("\n[bold]Coverage[/] [dim](a head gives zeros at positions that no branch of it takes part in)[/]")
+    console.print("\n[bold]Coverage[/] [dim](a head outputs zeros at positions that none of its branches selects)[/]")
     if isinstance(covered, str):
         console.print(f"Not shown: {covered}\n", style="yellow", markup=False)
         return
     if not any(covered.heads):
-        console.print(f"Every one of the {heads} heads takes part at every position.\n")
+        console.print(f"Every one of the {heads} heads selects every position.\n")
         return
     groups: dict[tuple[str, float], list[int]] = {}
     for head, missed in enumerate(covered.heads):
@@ -180,7 +181,7 @@ def _print_coverage(console: Console, covered: Coverage | str, heads: int) -> No
     table = Table()
     table.add_column("head")
     table.add_column("covered", justify="right", style="cyan")
-    table.add_column("takes no part at")
+    table.add_column("does not select")
     for (description, share), members in groups.items():
         table.add_row(", ".join(map(str, members)), f"{share:.2%}", description)
     console.print(table)

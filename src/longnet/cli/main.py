@@ -45,7 +45,7 @@ def _options(
 
 
 def run() -> None:
-    """Run the command line; what a user can mend ends as one line on standard error and exit code 2.
+    """Run the command line; an error that the user can correct is one line on standard error and exit code 2.
 
     ``python -X dev -m longnet ...`` shows the traceback instead.
     """

@@ -63,9 +63,9 @@ def slide_encode(
     """Encode slides from the embeddings of their tiles, on a CPU or a GPU, into safetensors.
 
     A file holds embedding (dim), or layers (layers + 1, dim) with --all-layers; with --heatmap also attention (tiles), the
-    mean over layers and heads, and coords. Files that are there already, from the same weights, settings and slide, are not
-    made again: after a stop or a crash the same command goes on. A slide that fails is named with its reason, the others are
-    encoded, and the exit status is 2.
+    mean over layers and heads, and coords. Files made from the same weights, settings and slide are not made again: after a
+    stop or a crash the same command continues. A slide that fails is named with its reason, the others are encoded, and the
+    exit status is 2.
     """
     from longnet.gigapath import SlideEncoder
     from longnet.gigapath.architectures import segment_lengths
@@ -129,13 +129,13 @@ def slide_encode(
                     # Every HDF5 file would fail: the command says what to install.
                     raise
                 except Exception as error:
-                    # Whatever one file does, out of memory included, the others are encoded.
+                    # One file that fails, out of memory included, does not stop the others.
                     fail(source, error)
                 wrong = len(failed) - before
                 count = f"{encoded} of {len(left)} encoded" + (f", {wrong} failed" if wrong else "")
                 reporter.advance(encoded / max(1, len(left) - wrong), f"{source.name}, {count}")
                 if stopping.asked() and number < len(left):
-                    reporter.say("Stopped. The same command goes on.")
+                    reporter.say("Stopped. Run the same command to continue.")
                     raise typer.Exit(INTERRUPTED)
         reporter.end()
     if failed:
@@ -153,7 +153,7 @@ def _encode(
     all_layers: bool,
     heatmap: bool,
 ) -> str:
-    """Write what is asked for; says what the tile size was and where it is from."""
+    """Write the files of a slide; return its tile size and where that comes from, in words."""
     import torch
 
     from longnet.slides import heatmap as draw
@@ -177,13 +177,13 @@ def _encode(
             draw(path, tensors["attention"], slide.coords, tile_size=model.tile_size, title=source.stem)
 
         write_atomically(target.with_suffix(".png"), picture)
-    # Last: where it is, all of the slide's files are.
+    # Written last: where it exists, all files of the slide exist.
     write_bytes(target, result_bytes(tensors, made_from | {"tile_size_used": str(model.tile_size)}))
     return tiles
 
 
 def _tile_size(option: int | None, of_the_slide: int | None) -> tuple[int, str]:
-    """(pixels of a tile, the same in words with where it is from)."""
+    """(pixels of a tile, the same in words with where they come from)."""
     if option is not None:
         others = "" if of_the_slide in (None, option) else f"; the slide says {of_the_slide}"
         return option, f"tiles of {option} pixels (--tile-size{others})"
@@ -202,7 +202,7 @@ def _why(source: Path, error: Exception) -> str:
 
 
 def _pairs(slides: Path, out: Path | None) -> tuple[list[tuple[Path, Path]], dict[str, list[str]]]:
-    """(slide, where its result goes) of every slide; names of what else the folder holds, by the reason to pass it over."""
+    """(slide, its target) of every slide, and the names of other entries by the reason why they are not encoded."""
     from longnet.slides import SLIDE_FORMATS
 
     if slides.is_dir():
@@ -234,7 +234,7 @@ def _pairs(slides: Path, out: Path | None) -> tuple[list[tuple[Path, Path]], dic
 
 
 def _no_slide(path: Path) -> str:
-    """Why something in a folder is passed over; empty for a slide."""
+    """Why an entry of a folder is not encoded; empty for a slide."""
     from longnet.slides import SLIDE_FORMATS
 
     if path.is_dir():
@@ -245,6 +245,6 @@ def _no_slide(path: Path) -> str:
 
 
 def _mark(source: Path) -> dict[str, str]:
-    """By which a slide that has changed is told."""
+    """Size and modification time, which tell whether a slide has changed."""
     state = source.stat()
     return {"slide_bytes": str(state.st_size), "slide_modified": str(state.st_mtime_ns)}

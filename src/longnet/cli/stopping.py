@@ -1,4 +1,4 @@
-"""Being asked to stop: what is under way is finished and saved first."""
+"""Stop on a signal: finish and save the current step first."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ INTERRUPTED = 130
 
 
 class Stopping:
-    """Whether a signal has asked to stop, and what it may break into.
+    """Whether a signal has asked to stop, and where it may interrupt.
 
     Args:
         say: called with a line of text on the first signal.
@@ -28,7 +28,7 @@ class Stopping:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Where nothing would be lost, as while input is awaited, the first signal raises KeyboardInterrupt too."""
+        """While waiting for input an interrupt loses nothing: the first signal raises KeyboardInterrupt too."""
         self._waiting = True
         try:
             yield
@@ -45,7 +45,7 @@ class Stopping:
 
 @contextmanager
 def stop_on_signal(say: Callable[[str], None], after: str) -> Iterator[Stopping]:
-    """Between the first SIGINT or SIGTERM and the end of ``after``, nothing is lost; a second one ends the program."""
+    """The first SIGINT or SIGTERM lets ``after`` finish, so nothing is lost; a second one ends the program."""
     stopping = Stopping(say, after)
     before = {number: signal.signal(number, stopping.hear) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

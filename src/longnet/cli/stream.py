@@ -36,21 +36,21 @@ def stream(
         float | None, typer.Option(help="Seconds between two saved states.", show_default="30")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the saved state; settings are kept where none is given.")
+        bool, typer.Option("--resume", help="Continue from the saved state; settings that you leave out stay the same.")
     ] = False,
 ) -> None:
-    """Read any amount of bytes through a trained model in constant memory: how well it predicts each from all before it.
+    """Read any amount of bytes through a trained model in constant memory; report how well it predicts each one.
 
     The table of bits per byte by position goes to standard output, progress to standard error, and stream.jsonl in the
-    --out folder keeps a line a second. Killed at any moment, the same command with --resume goes on from the saved state
-    and ends with the same bits per byte. Standard input must then be piped in again from its start.
+    --out folder gets a line a second. After a kill at any moment, the same command with --resume continues from the saved
+    state and ends with the same bits per byte. Standard input must then be piped in again from its start.
     """
     from longnet.reading import StreamSettings, format_table, read_settings
     from longnet.reading import stream as read_stream
     from longnet.training.progress import make_reporter
 
     folder = run / "stream" if out is None else out
-    # Absolute, so that a stream can be gone on with from any working directory.
+    # Absolute, so that a stream can be resumed from any working directory.
     paths = [str(path) if str(path) == "-" else str(path.absolute()) for path in data or ()]
     given: dict[str, Any] = {
         "run": str(run),
@@ -67,7 +67,7 @@ def stream(
         given = {**read_settings(folder).to_dict(), **given}
     elif not paths:
         raise ValueError(
-            "expected what to read, as --data PATH (several times for several) or --data - for standard input"
+            "expected data to read, as --data PATH (several times for several) or --data - for standard input"
         )
     reporter = make_reporter(sys.stderr)
     with stop_on_signal(reporter.say, "this chunk") as stopping:
@@ -80,6 +80,6 @@ def stream(
         )
     if not result.finished:
         where = f"longnet stream {run}{'' if out is None else f' --out {out}'} --resume"
-        reporter.say(f"Stopped and saved after {result.position:,} bytes. To go on: {where}")
+        reporter.say(f"Stopped and saved after {result.position:,} bytes. To continue: {where}")
         raise typer.Exit(INTERRUPTED)
     print(format_table(result))

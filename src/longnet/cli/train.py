@@ -20,7 +20,7 @@ DEFAULT_STEPS = 1000
 
 
 def train(
-    out: Annotated[Path, typer.Option(help="Run folder to make (or, with --resume, to go on with).")],
+    out: Annotated[Path, typer.Option(help="Run folder to make (or, with --resume, to continue).")],
     data: Annotated[
         Path | None,
         typer.Option(help="File or folder of text or any bytes.", show_default="Python's standard library source"),
@@ -70,16 +70,16 @@ def train(
         int | None, typer.Option(help="Processes that share each window, of those torchrun started.", show_default="1")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --out; its settings are kept where none is given.")
+        bool, typer.Option("--resume", help="Continue the run in --out; settings that you leave out stay the same.")
     ] = False,
 ) -> None:
     """Train a byte-level LongNet and write a run folder: model, metrics, checkpoint, report.html.
 
-    Needs no download: without --data it learns the source code of Python's standard library. Killed at any moment, the
-    same command with --resume goes on from the last checkpoint, with the losses of a run that was never stopped.
+    Needs no download: without --data it learns the source code of Python's standard library. After a kill at any
+    moment, the same command with --resume continues from the last checkpoint, with the losses of a run that never stopped.
 
-    Over several processes: torchrun --nproc-per-node 4 -m longnet train --cp 4 ... shares each window among four; without
-    --cp each takes windows of its own from the batch.
+    Over several processes: torchrun --nproc-per-node 4 -m longnet train --cp 4 ... shares each window among four. Without
+    --cp each process takes its own windows from the batch.
     """
     given = {
         "out": str(out),
@@ -108,7 +108,7 @@ def train(
 
 
 def _make_settings(given: dict[str, Any], preset: str | None, config: Path | None, resume: bool) -> TrainSettings:
-    """Settings from what was given; a resumed run's own fill the rest, and defaults a new one's."""
+    """Settings from the options; the rest comes from the run that is resumed, or from the defaults of a new one."""
     from longnet.models import LongNetConfig
     from longnet.training.folder import RunFolder
     from longnet.training.resume import read_settings
@@ -165,11 +165,11 @@ def _run(settings: TrainSettings, resume: bool) -> None:
         with stop_on_signal(reporter.say, "this step") as stopping:
             summary = train_model(settings, resume=resume, reporter=reporter, should_stop=stopping.asked, ranks=ranks)
     if not ranks.is_first:
-        # The first process speaks, writes and reports for all.
+        # The first process prints, writes and reports for all.
         raise typer.Exit(0 if summary.finished else INTERRUPTED)
     where = f"longnet train --out {settings.out} --resume"
     if not summary.finished:
-        reporter.say(f"Stopped and saved after step {summary.step:,}. To go on: {where}")
+        reporter.say(f"Stopped and saved after step {summary.step:,}. To continue: {where}")
         raise typer.Exit(INTERRUPTED)
     reporter.say(f"Trained {summary.step:,} steps on {summary.tokens:,} bytes in {format_seconds(summary.seconds)}")
     evaluation = write_report(settings.out, reporter=reporter)

@@ -1,7 +1,7 @@
-"""Smaller models: heads pruned by importance, weights quantised, training that knows it will be quantised.
+"""Smaller models: heads pruned by importance, weights quantised, quantisation-aware training.
 
 Pruning needs torch alone; quantisation needs torchao (the extra ``quant``). Weights are pruned one by one with
-``torch.nn.utils.prune``, which takes the models as they are.
+``torch.nn.utils.prune``, which works on these models unchanged.
 """
 
 from longnet.compress.heads import head_importance, least_important, prune_heads

@@ -1,6 +1,6 @@
 """Structured pruning of attention heads: which ones matter least, and a model without them.
 
-A head's number says which tokens it selects, so heads that stay keep their numbers: ``LongNetConfig.head_numbers``.
+A head's number decides which tokens it selects, so the other heads keep their numbers: ``LongNetConfig.head_numbers``.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ Model = TypeVar("Model", bound=LongNetBase)
 def head_importance(
     model: LongNetBase, batches: Iterable[Any], *, loss: Callable[[Any, Any], Tensor] | None = None
 ) -> Tensor:
-    """How much the loss hangs on every head: the mean over rows of ``|d loss / d gate|`` for a gate of 1 on its output.
+    """How much the loss depends on every head: the mean over rows of ``|d loss / d gate|`` for a gate of 1 on its output.
 
     Source: Michel, Levy and Neubig 2019, "Are Sixteen Heads Really Better than One?" (arXiv 1905.10650), section 4.1; a layer's
-    scores are divided by their l2 norm, as there. Gates stand before the sub-norm, where pruning makes zeros. The model is in
-    evaluation mode meanwhile, and no parameter gets a gradient.
+    scores are divided by their l2 norm, as there. Gates are before the sub-norm, where pruning makes zeros. The model is in
+    evaluation mode during the call, and no parameter gets a gradient.
 
     Args:
         model: a LongNetLM, or a LongNetEncoder together with a ``loss``.
-        batches: what the loss is taken over; at least one.
+        batches: inputs of the loss; at least one.
         loss: ``loss(model, batch)``, the sum over rows of their losses, a scalar. Default: a batch is (B, N + 1) int64 token ids,
             and a row's loss the mean over its N next tokens.
 
@@ -81,11 +81,11 @@ def least_important(model: LongNetBase, scores: Tensor, fraction: float) -> dict
     """The least important heads, by layer, as :func:`prune_heads` takes them.
 
     With grouped-query attention a key/value head goes with all its query heads, whose scores are added up. Every layer keeps at
-    least one. ``fraction`` is of the heads that there are, rounded down.
+    least one. The number of heads is rounded down.
 
     Args:
-        scores: (layers, H), of :func:`head_importance` say.
-        fraction: in (0, 1).
+        scores: (layers, H), for example of :func:`head_importance`.
+        fraction: share of the present heads to prune, in (0, 1).
 
     Raises:
         ValueError: scores of another shape, a fraction out of range or so large that a layer would lose all its heads.
@@ -121,13 +121,13 @@ def least_important(model: LongNetBase, scores: Tensor, fraction: float) -> dict
 def prune_heads(model: Model, heads: Mapping[int, Sequence[int]]) -> Model:
     """A copy of the model without these heads; the model itself stays as it is.
 
-    Exact: it gives what the model gives when the attention outputs of these heads are zero (before the sub-norm, over which
-    statistics are still taken as if they were there). The projections shrink, heads that stay keep their numbers and so their
-    offsets, and ``config.head_numbers`` says which they are: it saves, loads, generates and streams like any other. Heads can be
-    pruned again later, always by their first numbers.
+    The copy is exact: it gives what the model gives when the attention outputs of these heads are zero. The sub-norm still takes
+    its statistics over all channels, those of pruned heads as zeros. The projections shrink. The other heads keep their numbers
+    and so their offsets; ``config.head_numbers`` lists them. The copy saves, loads, generates and streams like any other model.
+    Heads can be pruned again later, always by their first numbers.
 
     Args:
-        heads: by layer, the numbers of the heads to take out. Grouped-query heads go together with their key/value head.
+        heads: by layer, the numbers of the heads to remove. Grouped-query heads go together with their key/value head.
 
     Raises:
         TypeError: a model of another kind, or numbers that are no ints. ValueError: a layer or head that is not there, a layer
@@ -144,7 +144,9 @@ def prune_heads(model: Model, heads: Mapping[int, Sequence[int]]) -> Model:
             if not is_int(number):
                 raise TypeError(f"heads[{layer}] holds {number!r} of type {type(number).__name__}: expected ints")
             if number not in kept[layer]:
-                raise ValueError(f"heads[{layer}] holds head {number}: expected some of those there, {kept[layer]}")
+                raise ValueError(
+                    f"heads[{layer}] holds head {number}: expected one of the layer's heads, {kept[layer]}"
+                )
         if len(set(numbers)) == len(kept[layer]):
             raise ValueError(
                 f"heads[{layer}]={list(numbers)} are all heads of the layer: expected to leave at least one"
@@ -167,7 +169,7 @@ def prune_heads(model: Model, heads: Mapping[int, Sequence[int]]) -> Model:
 def _cut_layer(
     state: dict[str, Tensor], prefix: str, present: tuple[int, ...], kept: tuple[int, ...], model: LongNetBase
 ) -> None:
-    """Take the channels of pruned heads out of a layer's entries of ``state``."""
+    """Remove the channels of pruned heads from a layer's entries of ``state``."""
     config = model.config
     dim, group = config.head_dim, config.heads // (config.kv_heads or config.heads)
     places = [present.index(number) for number in kept]
@@ -185,7 +187,7 @@ def _cut_layer(
 
     out_weight = exact(state[prefix + "out_proj.weight"][:, lost])
     if config.norm == "layer":
-        # What those channels became of zeros: a number a token times the norm's weight, plus its bias.
+        # The norm turns the zeros of those channels into one number a token times its weight, plus its bias.
         norm = [exact(state[prefix + f"sub_norm.{name}"][lost]) for name in ("weight", "bias")]
         added = torch.stack([out_weight @ one for one in norm])
         before = state.get(prefix + "absent")
@@ -237,7 +239,7 @@ def _check_model(model: LongNetBase) -> None:
 
 
 def _check_plain(model: LongNetBase) -> None:
-    """Refuse what a state dict does not say in full, or what cannot be cut."""
+    """Refuse models that a state dict does not describe in full, and projections that cannot be cut."""
     table = model.embedding
     if (
         type(table) is not nn.Embedding

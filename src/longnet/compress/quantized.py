@@ -1,4 +1,4 @@
-"""Quantised weights: which of torchao's schemes, on which layers, and the plain tensors that they are saved as."""
+"""Quantised weights: torchao's schemes, the layers they apply to, and the plain tensors of a saved weight."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def quantize(model: nn.Module, scheme: str, *, head: bool = False) -> None:
     """Quantise the weights of the model's linear layers, in place, with torchao.
 
-    Embeddings, norms and the output head stay as they are: together a small part of a large model, and the most sensitive. Of
-    every linear weight a byte an element is left and one scale an output channel. Biases stay.
+    Embeddings, norms and the output head are not quantised: together they are a small part of a large model, and the most
+    sensitive. Each linear weight becomes one byte per element and one scale per output channel. Biases stay.
 
     Args:
-        model: any module with ``nn.Linear`` layers of float32, bfloat16 or float16; a LongNetLM say, pruned or not.
-        scheme: ``"int8wo"`` (int8 weights, activations as they are), ``"int8dyn"`` (activations too, rounded to int8 a token at a
-            time) or ``"float8wo"`` (weights as float8 e4m3). ``"int8dyn"`` needs a GPU, or a CPU whose int8 product is exact.
-        head: the output head too (a linear layer called ``head`` or ``lm_head``). A head tied to the embedding cannot be.
+        model: any module with ``nn.Linear`` layers of float32, bfloat16 or float16; for example a LongNetLM, pruned or not.
+        scheme: ``"int8wo"`` (int8 weights, activations unchanged), ``"int8dyn"`` (activations too, rounded to int8 with
+            a scale per token) or ``"float8wo"`` (weights as float8 e4m3). ``"int8dyn"`` needs a GPU, or a CPU whose int8 product
+            is exact.
+        head: quantise the output head too (a linear layer called ``head`` or ``lm_head``), unless it is tied to the embedding.
 
     Raises:
-        TypeError: no module. ValueError: an unknown scheme, nothing to quantise, weights of another dtype or quantised already,
-            no head of its own with ``head=True``. ModuleNotFoundError: torchao is missing.
+        TypeError: not a module. ValueError: an unknown scheme, no layer to quantise, weights of another dtype or already
+            quantised, no head of its own with ``head=True``. ModuleNotFoundError: torchao is missing.
     """
     chosen = _layers(model, scheme, head)
     torchao = _torchao()
@@ -52,9 +53,9 @@ def quantization(model: nn.Module) -> str | None:
 
 
 def prepare_qat(model: nn.Module, scheme: str, *, head: bool = False) -> None:
-    """Make the layers that :func:`quantize` would quantise round in training as they will then, in place, with torchao.
+    """Let the layers that :func:`quantize` would quantise round in training as quantised ones, in place, with torchao.
 
-    Weights stay what they are and learn through the rounding (straight through). Train on, then :func:`convert_qat`.
+    Weights keep their dtype, and gradients pass straight through the rounding. Train, then call :func:`convert_qat`.
 
     Args, raises: as :func:`quantize`.
     """
@@ -74,13 +75,13 @@ def prepare_qat(model: nn.Module, scheme: str, *, head: bool = False) -> None:
 
 
 def convert_qat(model: nn.Module, scheme: str) -> None:
-    """Quantise what :func:`prepare_qat` prepared, in place.
+    """Quantise the layers that :func:`prepare_qat` prepared, in place.
 
     Args:
         scheme: the one it was prepared for.
 
     Raises:
-        TypeError: no module. ValueError: an unknown scheme, or a model that was not prepared.
+        TypeError: not a module. ValueError: an unknown scheme, or a model that was not prepared.
     """
     _check(model, scheme)
     torchao, qat = _torchao(), _qat()
@@ -92,7 +93,7 @@ def convert_qat(model: nn.Module, scheme: str) -> None:
 
 
 class _RoundedTokens(nn.Module):
-    """Activations rounded as ``"int8dyn"`` rounds them; torchao's own has no symmetric rounding a token at a time."""
+    """Activations rounded as ``"int8dyn"`` rounds them; torchao has no symmetric fake rounding per token."""
 
     def forward(self, x: Tensor) -> Tensor:
         torchao = _torchao()
@@ -101,7 +102,7 @@ class _RoundedTokens(nn.Module):
 
 
 def plain_tensors(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The tensor itself, or the plain ones that a quantised one consists of, as ``name.part``."""
+    """The tensor itself, or the plain tensors of a quantised one, as ``name.part``."""
     if not _of_torchao(weight):
         yield name, weight
         return
@@ -166,7 +167,7 @@ def exact_int8_product() -> bool:
 
 
 def _config(scheme: str, model: nn.Module) -> Any:
-    """torchao's config of a scheme. Its inductor settings are global: they are left alone.
+    """torchao's config of a scheme. It does not change torchao's inductor settings, which are global.
 
     Raises:
         ValueError: ``"int8dyn"`` on a CPU whose int8 product saturates.

@@ -1,6 +1,6 @@
-"""Pictures of a pattern: what attends to what, how far layers see, what it costs, caches and sends. Needs numpy and matplotlib.
+"""Pictures of a pattern: attention, receptive field, cost, cache and traffic. Needs numpy and matplotlib.
 
-Figures are drawn on a canvas of their own, so no display is needed and pyplot's state is left alone.
+Figures are drawn without pyplot, so they need no display and change no global state.
 """
 
 from longnet.figures.curves import plot_cache, plot_cost, plot_traffic

@@ -1,4 +1,4 @@
-"""Curves against a length or a number of ranks, beside those of other ways: keys, cached bytes, sent bytes. Log-log."""
+"""Keys, cached bytes and sent bytes against a length or a number of ranks, beside other schemes. Log-log."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from longnet.geometry.layout import make_layout
 from longnet.geometry.pattern import Pattern
 
 _OURS = "#12485a"
-# What the first curve stands beside.
+# Colours of the other curves.
 _OTHERS = (FAINT, "#d1603d", "#e9b44c")
 
 
@@ -58,7 +58,7 @@ def plot_cache(
     kv_heads: int | None = None,
     bytes_per_element: int = 2,
 ) -> Path:
-    """Draw the bytes of keys and values that one layer keeps of a causal stream, against the position, beside dense attention.
+    """Draw the bytes that one layer caches of a causal stream against the position, beside a dense KV cache.
 
     Args:
         pattern, heads, path: as in :func:`plot_pattern`.
@@ -87,13 +87,13 @@ def plot_cache(
 
 
 def plot_traffic(ranks: Sequence[int], sent: Mapping[str, Sequence[float]], path: str | Path, about: str) -> Path:
-    """Draw the bytes that a rank sends against the number of ranks, one curve a scheme, the first one emphasised.
+    """Draw the bytes that a rank sends against the number of ranks, one curve a scheme, the first emphasised.
 
     Args:
         ranks: numbers of ranks, ascending.
         sent: by the scheme's name the bytes for each number of ranks; up to four schemes.
         path: as in :func:`plot_pattern`.
-        about: one line above the picture, what the sequence is.
+        about: one line above the picture that describes the sequence.
 
     Returns:
         ``path`` as a Path.

@@ -23,10 +23,10 @@ _PANELS = 16
 def plot_pattern(pattern: Pattern, heads: int, length: int, path: str | Path, *, is_causal: bool = True) -> Path:
     """Draw which key each query reads, per head, coloured by branch. Heads with the same offsets share a panel.
 
-    Up to 128 tokens every (query, key) pair is a cell; one that several branches read has the longest segment's colour.
-    Beyond, an overview of the sequence at reduced resolution (each cell coloured by the branch with the most pairs in
-    it) stands beside an exact window of 48 tokens per head, around the end of the first shortest segment, where the
-    branches part. The titles say so.
+    Up to 128 tokens every (query, key) pair is a cell; a pair of several branches has the longest segment's colour. Longer
+    sequences have two parts. An overview at reduced resolution colours each cell by the branch with the most pairs in it.
+    Beside it is an exact window of 48 tokens per head, around the end of the first shortest segment, where branches begin to
+    differ. The titles say so.
 
     Args:
         pattern: the branches.
@@ -145,7 +145,7 @@ def _draw_window(
 
 
 def _corner(branches: list[Branch], length: int) -> range:
-    """A window around the end of the first shortest segment, where the branches part."""
+    """A window around the end of the first shortest segment, where branches begin to differ."""
     start = min(max(0, branches[0].segment_length - _WINDOW // 2), length - _WINDOW)
     return range(start, start + _WINDOW)
 

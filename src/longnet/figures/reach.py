@@ -1,4 +1,4 @@
-"""How far stacked layers see."""
+"""The receptive field of stacked layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What travels between the shards of one sequence."""
+"""Traffic between the shards of one sequence."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def plot_shards(
     is_causal: bool = True,
     bytes_per_element: int = 2,
 ) -> Path:
-    """Draw the bytes that every rank sends to every other in a forward pass of one layer, beside what passes through each.
+    """Draw the bytes that every rank sends to every other in a forward pass of one layer, and their sum for each rank.
 
     Args:
         pattern, heads, path, is_causal: as in :func:`plot_pattern`.
@@ -58,7 +58,7 @@ def plot_shards(
     least = sent[sent > 0].min() if sent.any() else 1.0
     norm = LogNorm(min(least, most / 2), most)
     image = matrix.imshow(np.ma.masked_equal(sent, 0), cmap=shade, norm=norm, interpolation="nearest")
-    # Masked cells are see-through.
+    # Masked cells are transparent.
     matrix.set(xlabel="to rank", ylabel="from rank", facecolor=EMPTY)
     matrix.set_title("pale grey: nothing", loc="left", fontsize=9, color=FAINT)
     scale = figure.colorbar(image, ax=matrix, shrink=0.85, ticks=LogLocator(2))
@@ -68,7 +68,7 @@ def plot_shards(
     scale.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value) + "B"))
     bars.barh(range(ranks), sent.sum(1), color="#12485a", height=0.72)
     bars.set(ylim=(ranks - 0.5, -0.5), xlabel="sent by a rank in all", ylabel="rank")
-    # Round in binary units, as the numbers are shown.
+    # Ticks are round in binary units, the units of their labels.
     bars.xaxis.set_major_locator(MultipleLocator(2.0 ** np.ceil(np.log2(max(sent.sum(1).max(), 1) / 5))))
     bars.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value) + "B"))
     total = sum(shard_lengths)

@@ -1,4 +1,4 @@
-"""What all pictures share: colours, canvas, axes, numbers."""
+"""The shared style of all pictures: colours, canvas, axes, numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading any amount of bytes through a trained model in constant memory: the source, the loop, what is kept of it.
+"""Read any amount of bytes through a trained model in constant memory: source, loop, record and saved state.
 
 Needs what ``longnet.training`` needs; ``import longnet`` does not import this package.
 """

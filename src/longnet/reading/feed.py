@@ -1,4 +1,4 @@
-"""Chunks of bytes on the device, read while it computes on the ones before."""
+"""Chunks of bytes on the device, read while it computes on the previous ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from longnet.reading.source import ByteSource
 
-# The host runs ahead of a CUDA device by as many chunks.
+# The host runs ahead of a CUDA device by this many chunks.
 _AHEAD = 4
 
 

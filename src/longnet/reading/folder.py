@@ -1,4 +1,4 @@
-"""The folder of a stream: its record and its state, and whether the state can be gone on from."""
+"""The folder of a stream: its record and its state, and whether the stream can be resumed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RESULT = "result"
 
 
 class StreamFolder:
-    """``stream.jsonl`` is the record and ``state.safetensors`` what ``--resume`` goes on from; making this touches nothing."""
+    """``stream.jsonl`` is the record, ``state.safetensors`` the state that ``--resume`` reads. Making one touches no file."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -44,7 +44,7 @@ class StreamFolder:
             raise ValueError(f"out={str(self.path)!r} is a file: expected a folder to be made")
         if self.state_file.exists() or self.record_file.exists():
             raise ValueError(
-                f"out={str(self.path)!r} already holds a stream: expected another folder, or --resume to go on with this one"
+                f"out={str(self.path)!r} already holds a stream: expected another folder, or --resume to continue this one"
             )
 
     def read_state(self) -> Checkpoint:
@@ -56,7 +56,7 @@ class StreamFolder:
         """
         if not self.state_file.is_file():
             raise ValueError(
-                f"out={str(self.path)!r} holds no stream (no {self.state_file.name}): expected one to go on with"
+                f"out={str(self.path)!r} holds no stream (no {self.state_file.name}): expected one to resume"
             )
         return read_checkpoint(self.state_file, STATE)
 
@@ -65,12 +65,12 @@ class StreamFolder:
         save_checkpoint(self.state_file, tensors, progress, STATE)
 
     def remove(self) -> None:
-        """Remove what a stream has written before it saved anything it read."""
+        """Remove the files of a stream that has not saved any progress."""
         self.state_file.unlink(missing_ok=True)
         self.record_file.unlink(missing_ok=True)
 
     def open_record(self, position: int) -> MetricsLog:
-        """The record, cut back to what it held at ``position``; a result is never kept, as more may follow."""
+        """The record, cut back to ``position``. Its result is dropped, as more lines may follow."""
         return MetricsLog(self.record_file, position, "position", RESULT)
 
     def read_record(self) -> list[dict[str, Any]]:
@@ -79,7 +79,7 @@ class StreamFolder:
 
 
 def read_settings(out: str | Path) -> StreamSettings:
-    """The settings of the stream in ``out``, for those that a resumed one is not given.
+    """The settings of the stream in ``out``, which a resumed stream takes where it is given none.
 
     Raises:
         ValueError: no stream there, or a damaged state.
@@ -95,13 +95,13 @@ def model_digest(model: LongNetLM) -> str:
 
 
 def check_resume(state: Checkpoint, settings: StreamSettings, digest: str, device: str) -> list[str]:
-    """Raise unless going on gives the result of the stream that was started; return what is worth a note.
+    """Raise unless resuming gives the result of the stream that was started; return notes for the user.
 
     Args:
-        state: what was saved.
-        settings: what it is resumed with.
+        state: the saved state.
+        settings: those of the resumed stream.
         digest: of the model.
-        device: that it goes on with, in words.
+        device: of the resumed stream, in words.
 
     Raises:
         ValueError: another model or dtype, or fewer tokens than are read.
@@ -116,7 +116,7 @@ def check_resume(state: Checkpoint, settings: StreamSettings, digest: str, devic
         changes.append(f"dtype was {saved.dtype!r}, now {settings.dtype!r}")
     if changes:
         raise ValueError(
-            f"{str(state.path)!r} cannot be gone on from: {'; '.join(changes)}. Expected the same, or a new --out"
+            f"{str(state.path)!r} cannot be resumed: {'; '.join(changes)}. Expected the same, or a new --out"
         )
     if settings.tokens is not None and settings.tokens < position:
         raise ValueError(f"tokens={settings.tokens}: {position:,} bytes are read already, expected at least that many")

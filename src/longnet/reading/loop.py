@@ -1,4 +1,4 @@
-"""Streaming: check, open, restore, then read chunk by chunk until the data, the tokens or the user's patience end."""
+"""Streaming: check, open, restore, then read chunk by chunk until the data or the tokens end, or the user stops."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def stream(
     should_stop: Callable[[], bool] | None = None,
     waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> StreamResult:
-    """Read bytes through a trained model with its bounded cache: bits per byte of every byte but the first, given all before it.
+    """Read bytes through a trained model with its bounded cache; score every byte but the first, given all before it.
 
     Memory depends on the model and the chunk, never on how much is read.
 
     Args:
         settings: what to do.
-        resume: go on from the state in ``settings.out``. With the same chunk and device the result is that of a stream that
+        resume: continue from the state in ``settings.out``. With the same chunk and device the result is that of a stream that
             was never stopped.
         pipe: what ``-`` stands for, default standard input.
-        reporter: hears what is being done; silent by default.
+        reporter: receives progress messages; silent by default.
         should_stop: asked between chunks; once true, the state is saved and the call returns.
-        waiting: entered while bytes are awaited. A KeyboardInterrupt in there is a wish to stop and loses nothing.
+        waiting: entered while waiting for bytes. A KeyboardInterrupt inside asks to stop and loses nothing.
 
     Raises:
         ValueError: settings, data, a model or a folder that cannot be used, a state that is damaged.
@@ -111,7 +111,7 @@ def _stream(
                     )
                 return record.finish(finished)
             except (ValueError, TypeError, torch.OutOfMemoryError):
-                # As a model whose losses are not finite, which its first chunks show.
+                # For example a model whose first chunks give losses that are not finite.
                 if not record.saved_position:
                     record.close()
                     folder.remove()
@@ -131,7 +131,7 @@ def _read_all(
     should_stop: Callable[[], bool],
     waiting: Callable[[], AbstractContextManager[None]],
 ) -> bool:
-    """Read from the first chunk on; False if it was asked to stop before the end."""
+    """Read chunk by chunk, the first one given; False if asked to stop before the end."""
     while tokens.numel():
         reader.read(tokens)
         record.after_chunk()
@@ -152,7 +152,7 @@ def _left(limit: int | None, reader: StreamReader) -> int | None:
 def _say_what(
     settings: StreamSettings, source: ByteSource, position: int, device: torch.device, tell: Reporter
 ) -> int | None:
-    """Tell what is about to be done; return how far reading goes, None if only reading tells."""
+    """Report what will be read; return where reading ends, None if that is not known yet."""
     ends = [end for end in (settings.tokens, source.total) if end is not None]
     limit = min(ends) if ends else None
     data = "standard input" if source.total is None else f"{source.total:,} bytes in {source.files:,} file(s)"

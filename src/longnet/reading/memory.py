@@ -1,4 +1,4 @@
-"""How much memory is in use: the allocator's on CUDA, the process's elsewhere."""
+"""Memory in use: of torch's allocator on CUDA, of the process elsewhere."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 
 class MemoryMeter:
-    """Bytes in use now, and at most since it was last asked (CUDA) or since the process began (elsewhere)."""
+    """Bytes in use now, and their peak since the last read (CUDA) or since the process began (elsewhere)."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def read(self) -> tuple[int | None, int | None]:
-        """``(now, peak)``; None where the system does not tell."""
+        """``(now, peak)``; None where the system does not report it."""
         if self._device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)

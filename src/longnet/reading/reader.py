@@ -1,4 +1,4 @@
-"""The model at one place of a stream: what it remembers, and what it has paid for the bytes so far."""
+"""The model at a position of a stream: its KV cache, and the sum of its losses so far."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from longnet.models import LongNetLM
 from longnet.models.loss import chunked_cross_entropy
 from longnet.nn.position import float64_device
 
-# Decade k holds the positions 10^k to 10^(k + 1) - 1, decade 0 position 0 too; the last is beyond what int64 counts.
+# Decade k holds the positions 10^k to 10^(k + 1) - 1, decade 0 position 0 too; the last ends beyond int64.
 DECADES = 19
 _LOSS_CHUNK = 1 << 14
-"""Positions whose logits exist at one time: 16 MB of them in float32."""
+"""Positions whose logits exist at one time: 16 MB in float32."""
 
 
 class StreamReader:
-    """Reads chunks and sums the losses by decade of position, in float64 on the device: nothing here waits for it.
+    """Reads chunks and sums the losses by decade of position, in float64 on the device, without waiting for it.
 
-    Use it under ``torch.inference_mode`` and the autocast under which the cache is to be made.
+    Use it under ``torch.inference_mode`` and under the autocast of the cache.
 
     Args:
         model: in evaluation mode, on the device of the chunks.
 
     Attributes:
         position: bytes read, which is the position of the next one.
-        cache: the model's memory.
+        cache: the model's KV cache.
 
     Raises:
         ValueError: a model that does not predict bytes, or has no cached form.
@@ -37,11 +37,13 @@ class StreamReader:
 
     def __init__(self, model: LongNetLM) -> None:
         if model.config.vocab_size != 256:
-            raise ValueError(f"vocab_size={model.config.vocab_size} in the model: expected 256, what is read is bytes")
+            raise ValueError(
+                f"vocab_size={model.config.vocab_size} in the model: expected 256, a stream is read as bytes"
+            )
         self.model = model
         self.cache = model.new_cache(1)
         self.position = 0
-        device = self.cache.layers[-1].device  # where hidden states come out
+        device = self.cache.layers[-1].device  # the device of the last hidden states
         self._sums = torch.zeros(DECADES, dtype=torch.float64, device=float64_device(device))
         self._last: Tensor | None = None
 
@@ -70,7 +72,7 @@ class StreamReader:
         return self._sums.tolist()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything needed to go on; the position is in the cache.
+        """Everything needed to resume; the position is in the cache.
 
         Raises:
             ValueError: an earlier read raised half-way.
@@ -80,7 +82,7 @@ class StreamReader:
         return {**{f"cache.{name}": x for name, x in self.cache.state_dict().items()}, "sums": self._sums, **last}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a state of :meth:`state_dict`, on any device.
+        """Continue from a state of :meth:`state_dict`, on any device.
 
         Raises:
             ValueError: entries that are missing, unknown, or of another model or dtype.
@@ -113,7 +115,7 @@ class StreamReader:
             )
 
     def _add(self, first: int, losses: Tensor) -> None:
-        """Losses of the positions from ``first`` on, each to its decade."""
+        """Add the losses of the positions from ``first`` on, each to its decade."""
         end = first + losses.numel()
         inside = [10**k for k in range(1, DECADES) if first < 10**k < end]
         for low, high in pairwise((first, *inside, end)):

@@ -1,4 +1,4 @@
-"""What is kept of a stream while it goes on: lines of progress, and a state that never knows a line they lack."""
+"""The record of a stream: lines of progress, and a saved state that is never ahead of them."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _LINE_SECONDS = 1.0
 
 
 class StreamRecord:
-    """Keeps the clock, the record and the state of one stream; ``start``, ``after_chunk`` for every chunk, ``finish``, ``close``.
+    """The clock, the record and the state of one stream: ``start``, ``after_chunk`` for every chunk, ``finish``, ``close``.
 
-    Made before anything is read, as the source's fingerprint at the start is part of the first state.
+    Make it before reading: the first state holds the source's fingerprint at the start.
 
     Args:
         settings: resolved.
         folder: of the stream.
         source, reader: at the position where reading starts.
-        device: that reads.
+        device: of the model.
         digest: of the model.
-        reporter: hears the progress.
+        reporter: receives the progress.
 
     Attributes:
-        saved_position: of the last state.
+        saved_position: the position of the last saved state.
     """
 
     def __init__(
@@ -68,14 +68,14 @@ class StreamRecord:
         return None if not self._limit else self._reader.position / self._limit
 
     def start(self, state: Checkpoint | None, limit: int | None) -> None:
-        """Make the folder and its first state, or cut the record back to the state; the clock starts."""
+        """Make the folder and its first state, or cut the record back to ``state``; start the clock."""
         self._limit = limit
         self._earlier = self._spent = 0.0 if state is None else state.progress["seconds"]
         self._nats = sum(self._reader.nats())
         self._began = self._lined = self._saved = time.monotonic()
         self._folder.path.mkdir(parents=True, exist_ok=True)
         if state is None:
-            # Before the record: a folder with a record can always be gone on from.
+            # Before the record, so that a stream with a record can always be resumed.
             self._write_state()
         self._log = self._folder.open_record(self._reader.position)
         about = {
@@ -104,7 +104,7 @@ class StreamRecord:
         self._reporter.begin("Streaming", self._share)
 
     def after_chunk(self) -> None:
-        """A chunk is read: a line once a second, a state when it is due. Between them nothing waits for the device."""
+        """After a chunk: write a line once a second and a state when it is due. Nothing else waits for the device."""
         self._mark = self._source.fingerprint()
         now = time.monotonic()
         if now >= self._saved + self._settings.save_every:
@@ -113,7 +113,7 @@ class StreamRecord:
             self._line()
 
     def finish(self, finished: bool) -> StreamResult:
-        """The last line and the last state. A stream that is ``finished`` gets its result into the record."""
+        """Write the last line and the last state, and if ``finished`` the result into the record."""
         assert self._log is not None
         self._line()
         self._reporter.end()
@@ -126,13 +126,13 @@ class StreamRecord:
         return result
 
     def close(self) -> None:
-        """Let go of the record and the bar."""
+        """Close the record and the progress bar."""
         self._reporter.end()
         if self._log is not None:
             self._log.close()
 
     def _line(self) -> None:
-        """A line about the bytes since the last one, if there are any."""
+        """Write a line about the bytes since the last one, if there are any."""
         assert self._log is not None
         position, new = self._reader.position, self._reader.position - self._position
         if not new:
@@ -144,11 +144,11 @@ class StreamRecord:
                 f"the model in {self._settings.run!r} with dtype={self._settings.dtype!r}"
             )
         seconds = self._seconds
-        # Rounded up: a chunk of a few bytes may take no time that a clock sees.
+        # Rounded up: the clock may measure 0 for a chunk of a few bytes.
         took = max(round(seconds - self._spent, 6), 1e-6)
         now, peak = self._memory.read()
         bits = bits_per_byte(nats, position - 1)
-        # The first byte of all is read and not predicted.
+        # The first byte of the stream is read and not predicted.
         predicted = new if self._position else new - 1
         self._log.write(
             kind="progress",

@@ -1,4 +1,4 @@
-"""Everything a stream is told, checked before any work is done."""
+"""The settings of a stream, checked before any work is done."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class StreamSettings:
             raise ValueError(f"save_every={self.save_every}: expected a number of seconds, 0 or more")
 
     def resolve(self) -> tuple[StreamSettings, torch.device]:
-        """The device, and settings whose chunk and dtype are decided.
+        """Settings with their chunk and dtype chosen, and the device.
 
         Raises:
             ValueError: no such device, or none on this machine.
@@ -82,7 +82,7 @@ class StreamSettings:
         """The inverse of ``to_dict``.
 
         Raises:
-            ValueError: a key that is no setting, or one that is missing.
+            ValueError: an unknown key, or one that is missing.
         """
         known = {field.name for field in fields(cls)}
         if set(values) != known:

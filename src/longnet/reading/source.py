@@ -1,4 +1,4 @@
-"""Where the bytes come from: files one after the other, or standard input. Neither is ever held whole."""
+"""Sources of bytes: files one after the other, or standard input. Neither is held in memory whole."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ByteSource(Protocol):
     """A stream of bytes that is read once, from a position on.
 
     Attributes:
-        total: bytes in all; None if only reading tells.
+        total: bytes in all; None if not known before reading.
         files: how many files they come from.
     """
 
@@ -29,17 +29,17 @@ class ByteSource(Protocol):
         """Go to ``position``, once and before any reading. ``fingerprint`` is the one taken there, None at the start.
 
         Raises:
-            ValueError: these are not the bytes of which it was taken.
+            ValueError: the bytes are not those of the fingerprint.
         """
 
     def read_into(self, buffer: memoryview) -> int:
-        """Fill ``buffer``; fewer bytes than it takes (0 at last) are the end. Returns their number."""
+        """Fill ``buffer`` and return the number of bytes read; fewer than its size (0 at last) mean the end."""
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) by which a later ``start_at`` knows that the bytes are the same."""
 
     def close(self) -> None:
-        """Let go of what is open."""
+        """Close open files."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class DataFile:
 class FileBytes:
     """Files and folders in the order given, a folder's files by sorted relative path; no separator between them.
 
-    The fingerprint is of relative paths and sizes: data may move, and are not read to be compared.
+    The fingerprint covers relative paths and sizes, not contents: the data may be moved.
 
     Args:
         paths: files and folders.
@@ -126,9 +126,9 @@ class FileBytes:
 
 
 class PipedBytes:
-    """Standard input, or any other open binary file; it cannot go back, so to go on means to be piped in again.
+    """Standard input, or any other open binary file. It cannot seek: to resume, pipe the same bytes in again.
 
-    The fingerprint is of every byte read so far.
+    The fingerprint covers every byte read so far.
     """
 
     def __init__(self, pipe: BinaryIO) -> None:

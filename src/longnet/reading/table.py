@@ -1,4 +1,4 @@
-"""What a stream ends with: bits per byte by decade of position, speed and memory."""
+"""The result of a stream: bits per byte by decade of position, speed and memory."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class StreamResult:
             if (bits := bits_per_byte(nat, count)) is not None
         ]
         progress = [line for line in lines if line["kind"] == "progress"]
-        # A line is of the bytes since the one before.
+        # A line is about the bytes since the previous line.
         begins = [0, *(line["position"] for line in progress)][:-1]
         first = [line for begin, line in zip(begins, progress, strict=True) if begin < position / 10]
         last = [line for line in progress if line["position"] > position * 9 / 10]
@@ -58,7 +58,7 @@ class StreamResult:
         return cls(position, finished, seconds, tuple(pairs), overall, _tenth(first), _tenth(last))
 
     def to_dict(self) -> dict[str, Any]:
-        """The last line of the record, but for its kind."""
+        """The last line of the record, without its kind."""
         return {
             "position": self.position,
             "bits_per_byte": self.bits_per_byte,

@@ -1,4 +1,4 @@
-"""A slide's tile embeddings and their coordinates, as other tools leave them in files."""
+"""A slide's tile embeddings and their coordinates, from the files that other tools write."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from longnet.gigapath.checkpoint import load_tensors
 
 SLIDE_FORMATS = (".pt", ".npz", ".safetensors", ".h5", ".hdf5")
 
-# What GigaPath, CLAM and TRIDENT call them, and plain words.
+# Names that GigaPath, CLAM and TRIDENT use, and plain words.
 _EMBEDDINGS = ("tile_embeds", "features", "embeddings")
 _COORDS = ("coords", "coordinates")
 # TRIDENT's attribute of coords: the side of a tile in pixels of the coordinates, 512 for a tile of 256 pixels of a 40x slide.
 _TILE_SIZE = "patch_size_level0"
 
-# Arrays by name, None for those of other names, and the tile size as the file has it.
+# Arrays by name (None for other names), and the tile size as the file holds it.
 _Contents = tuple[Mapping[str, Any], Any]
 
 
@@ -54,13 +54,13 @@ def read_slide(path: str | Path) -> Slide:
     if suffix not in SLIDE_FORMATS:
         raise ValueError(f"{path} has the suffix {path.suffix!r}: expected one of {SLIDE_FORMATS}")
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file")
+        raise FileNotFoundError(f"{path} is not a file")
     try:
         found, tile_size = _READERS[suffix](path)
     except (MemoryError, ImportError):
         raise
     except Exception as error:
-        # What readers raise for bytes that are something else is of any type.
+        # Readers raise errors of any type for bytes of another format.
         raise ValueError(f"{path} cannot be read as {suffix}: {error}") from None
     embeddings, coords = _pick(path, found, _EMBEDDINGS), _pick(path, found, _COORDS)
     try:
@@ -80,7 +80,7 @@ def _pick(path: Path, found: Mapping[str, Any], names: tuple[str, ...]) -> Tenso
         raise ValueError(f"{path} holds {sorted(found)}: expected exactly one of {names}")
     value = found[given[0]]
     if isinstance(value, np.ndarray) and value.dtype.kind in "iuf" and value.dtype.itemsize <= 8:
-        # torch takes the machine's byte order alone.
+        # torch takes only the machine's byte order.
         value = torch.as_tensor(value.astype(value.dtype.newbyteorder("="), copy=False))
     if not isinstance(value, Tensor) or value.is_complex() or value.dtype == torch.bool:
         kind = getattr(value, "dtype", type(value).__name__)

@@ -25,7 +25,7 @@ def heatmap(
 ) -> None:
     """Draw weights over a slide as a PNG.
 
-    Colours follow the rank of a weight, so that a few large ones leave the others visible; the bar names the weights at them.
+    Colours follow the rank of a weight, so that a few large weights do not hide the others; the bar is labelled with weights.
 
     Args:
         path: where the PNG is written.

@@ -1,4 +1,4 @@
-"""What was computed of a slide, as a safetensors file that says from what it was made."""
+"""Results of a slide: a safetensors file whose metadata say what it was made from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def result_bytes(tensors: Mapping[str, Tensor], made_from: Mapping[str, str]) ->
 
 
 def is_made_from(path: Path, made_from: Mapping[str, str]) -> bool:
-    """Whether there is a whole file that says it was made from all of this."""
+    """Whether ``path`` is a whole result whose metadata hold all of ``made_from``."""
     if not path.is_file():
         return False
     try:

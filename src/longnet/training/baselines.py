@@ -19,8 +19,8 @@ class Baselines:
 
     Attributes:
         unigram: cross-entropy under the byte frequencies of the training data (every count plus one, so that none is 0).
-        unigram_own: entropy of the held-out bytes' own frequencies, the floor of any order-0 code.
-        lzma: ``lzma`` preset 9 | EXTREME, container included. It sees all the bytes as one stream, not windows of them.
+        unigram_own: entropy of the held-out bytes' own frequencies, the lower bound of any order-0 code.
+        lzma: ``lzma`` preset 9 | EXTREME, container included. It reads all bytes as one stream, not in windows.
     """
 
     unigram: float

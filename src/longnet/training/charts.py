@@ -42,7 +42,7 @@ def plot_loss(metrics: Sequence[dict[str, Any]], baselines: Baselines, path: Pat
         x, y = [line["tokens"] for line in checks], [line["bits_per_byte"] for line in checks]
         axes.plot(x, y, color=ORANGE, marker="o", markersize=4.5, linewidth=1.4, label="held out")
     lowest = min([bits.min(), *(line["bits_per_byte"] for line in checks), baselines.lzma])
-    # The first steps are far above everything else; they may leave the picture.
+    # The first steps are far above all others and may lie outside of the picture.
     axes.set_ylim(max(0.0, lowest - 0.4), max(baselines.unigram, float(np.median(bits))) + 0.6)
     axes.set_xlim(0, seen[-1] * 1.005)
     _draw_baselines(axes, baselines)
@@ -53,11 +53,11 @@ def plot_loss(metrics: Sequence[dict[str, Any]], baselines: Baselines, path: Pat
 
 
 def plot_positions(bins: Sequence[PositionBin], cuts: Sequence[CutContext], baselines: Baselines, path: Path) -> None:
-    """Left, held-out bits per byte by bytes of context; right, what the context beyond a cut is worth.
+    """Left, held-out bits per byte by bytes of context; right, the bits that context beyond a cut saves.
 
     Args:
         bins: by position, drawn with their 95 % intervals over windows.
-        cuts: drawn as bits saved with their 95 % intervals; without any there is no right panel.
+        cuts: drawn as bits saved with their 95 % intervals; if empty, there is no right panel.
         baselines: drawn as level lines.
         path: the PNG to write.
     """
@@ -125,7 +125,7 @@ def _style(axes: Axes, title: str, y_label: str) -> None:
 
 
 def _draw_legend(axes: Axes) -> None:
-    """Half way up on the right, which curves leave early, and not on a line."""
+    """Halfway up on the right, where few curves pass, and away from the level lines."""
     legend = axes.legend(loc="center right", bbox_to_anchor=(1, 0.48), fontsize=9, labelcolor=INK, handlelength=1.6)
     legend.get_frame().set(edgecolor="none", facecolor="white", alpha=0.85)
 

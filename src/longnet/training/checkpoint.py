@@ -1,7 +1,7 @@
 """Training state as one safetensors file: weights, optimizer, random state. One rename commits all of it; no pickle.
 
 Tensor names: ``model.<parameter or buffer>``, ``optimizer.<parameter>.<state>``, ``rng.<device>``. The metadata hold the step,
-what else a resumed run needs, and a digest of the whole file. Any reader of safetensors can read it.
+other values that a resumed run needs, and a digest of the whole file. Any reader of safetensors can read it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from longnet.training.files import write_atomically
 from longnet.training.ranks import spread_like
 
 VERSION = 2
-"""Of the formats below. From version 2 on the digest covers the whole file, in version 1 tensors alone."""
+"""Version of the formats below. From version 2 on the digest covers the whole file, in version 1 the tensors alone."""
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -44,17 +44,17 @@ _DIGEST_BYTES = 16
 
 
 class CheckpointError(ValueError):
-    """A file that is no whole checkpoint of this run; the message names the file and the reason."""
+    """A file that is not a whole checkpoint of this run; the message names the file and the reason."""
 
 
 @dataclass(frozen=True)
 class StateKind:
-    """What a file is of.
+    """The kind of state that a file holds.
 
     Attributes:
         name: in words, for messages.
-        format: written into the file, with a version behind it, and expected of it.
-        progress: names and types of the values that its progress has.
+        format: the format's name in the file, followed by a version.
+        progress: names and types of the values in its progress.
         digest_since: the first version of the format with a digest.
     """
 
@@ -71,7 +71,7 @@ TRAINING = StateKind(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was read: nothing of it is in a model yet.
+    """A checkpoint that was read; it is not loaded into a model yet.
 
     Attributes:
         path: the file.
@@ -88,10 +88,10 @@ class Checkpoint:
 def save_checkpoint(
     path: Path, tensors: Mapping[str, Tensor], progress: Mapping[str, Any], kind: StateKind = TRAINING
 ) -> None:
-    """Write a checkpoint atomically: killed on the way, the one before is still there whole.
+    """Write a checkpoint atomically: after a kill, the previous one is still whole.
 
     Raises:
-        OSError: it could not be written; the file at ``path`` is as it was.
+        OSError: it could not be written; the file at ``path`` is unchanged.
     """
     held = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     write_safetensors(path, held, kind, {"progress": json.dumps(dict(progress))})
@@ -101,7 +101,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], kind: StateKind, m
     """Write tensors (on the CPU, contiguous) and metadata with their format and digest, atomically.
 
     Raises:
-        OSError: the file could not be written; the file at ``path`` is as it was.
+        OSError: the file could not be written; the file at ``path`` is unchanged.
     """
     empty = "0" * (2 * _DIGEST_BYTES)
     about = {**metadata, "format": f"{kind.format}-{VERSION}", "digest": empty}
@@ -113,10 +113,10 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], kind: StateKind, m
             save_file(tensors, temporary, metadata=about)
         except SafetensorError as error:
             raise OSError(f"{path} could not be written: {error}") from error
-        temporary.chmod(mode)  # save_file gives it to its owner alone; a run folder follows the user's umask.
+        temporary.chmod(mode)  # save_file makes it readable for its owner alone; a run folder follows the user's umask.
         with open(temporary, "r+b") as file:
             header = file.read(int.from_bytes(file.read(8), "little"))
-            # safetensors writes metadata in any order: sorted, one content has one file.
+            # safetensors writes metadata in any order; sorted, equal contents give equal files.
             entries = json.loads(header)
             entries["__metadata__"] = dict(sorted(about.items()))
             text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode().ljust(len(header))
@@ -156,7 +156,7 @@ def read_safetensors(path: Path, kind: StateKind) -> tuple[dict[str, Tensor], di
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is not there")
-    # Not through a mapping: it would end the process if the file became shorter, and Windows could not replace the file.
+    # The file is not mapped: that would end the process if it became shorter, and Windows could not replace it.
     try:
         header, tensors, metadata = _read_parts(path)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -179,8 +179,7 @@ def _read_parts(path: Path) -> tuple[bytes, dict[str, Tensor], dict[str, str]]:
     """The header, the tensors in the order in which they lie in the file, and the metadata.
 
     Raises:
-        ValueError, TypeError, KeyError, AttributeError, RecursionError: what a file that is something else, or a part of one,
-            leads to.
+        ValueError, TypeError, KeyError, AttributeError, RecursionError: the file is truncated or of another format.
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -212,9 +211,9 @@ def _read_parts(path: Path) -> tuple[bytes, dict[str, Tensor], dict[str, str]]:
 
 
 def _digest_file(header: bytes, digest: str, tensors: Mapping[str, Tensor]) -> str:
-    """BLAKE2 (hex) over the file of this header and these tensors, with zeros where its ``digest`` stands.
+    """BLAKE2 (hex) over the file of this header and these tensors, with zeros in place of its ``digest``.
 
-    Tensors lie in the file one after the other without gaps, in the order of the header's offsets.
+    The tensors follow each other in the file without gaps, in the order of the header's offsets.
     """
     zeros = _digest_entry("0" * (2 * _DIGEST_BYTES))
     hashed = hashlib.blake2b(len(header).to_bytes(8, "little"), digest_size=_DIGEST_BYTES)
@@ -226,7 +225,7 @@ def _digest_file(header: bytes, digest: str, tensors: Mapping[str, Tensor]) -> s
 
 
 def _digest_entry(digest: str) -> bytes:
-    """How the header says it. Nothing else in a header reads like this: quotes within texts are escaped."""
+    """The entry of the digest in the header. No other entry looks like this: quotes within texts are escaped."""
     return f'"digest":"{digest}"'.encode("utf-8", "surrogatepass")
 
 
@@ -238,7 +237,7 @@ def _as_bytes(tensor: Tensor) -> Any:
 def collect_weights(model: nn.Module) -> dict[str, Tensor]:
     """The model's state by name, each tensor once (a tied weight has one name) so that safetensors takes it.
 
-    Over several processes these are still the spread tensors. A quantised weight is the plain tensors that it consists of.
+    Over several processes these are still the sharded tensors. A quantised weight is given as its plain tensors.
     """
     seen: set[int] = set()
     weights: dict[str, Tensor] = {}
@@ -253,7 +252,7 @@ def restore_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path)
     """Copy ``weights`` into the model, all or nothing.
 
     Raises:
-        CheckpointError: names, shapes or dtypes that are not the model's; the model is untouched then.
+        CheckpointError: names, shapes or dtypes that are not the model's; the model is then unchanged.
     """
     check_tensors(collect_weights(model), weights, path)
     with torch.no_grad():

@@ -1,7 +1,7 @@
-"""Bytes to train on: read a file or a folder, hold some of it out, draw windows.
+"""Training data: read the bytes of a file or a folder, hold some of them out, draw windows.
 
-The vocabulary is the 256 byte values and a file enters as it is on disk, with no header and no separator between files:
-every byte a model is scored on is a byte of the data, and compressors can be compared on exactly the same bytes.
+The vocabulary is the 256 byte values. Files are read unchanged, with no header and no separator between them: every byte that
+a model is scored on is a byte of the data, and compressors can be compared on exactly the same bytes.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _STDLIB_SKIPPED = frozenset(
 class BytesOnDisk:
     """A part of a file as (bytes,) uint8 that is read piece by piece: a slice of it is an array.
 
-    Not through a mapping: a file that becomes shorter while it is mapped ends the process.
+    The file is not mapped: a mapped file that becomes shorter ends the process.
 
     Args:
         path: the file. It stays open.
-        start, stop: the bytes of the file that are the part.
+        start, stop: the first byte of the part, and the first byte after it.
 
     Attributes:
-        size: how many bytes.
+        size: bytes of the part.
 
     Raises:
         OSError: the file cannot be opened.
@@ -74,7 +74,7 @@ class BytesOnDisk:
         return self[:].astype(dtype or np.uint8, copy=False)
 
     def tobytes(self) -> bytes:
-        """All of them."""
+        """All bytes of the part."""
         return self[:].tobytes()
 
 
@@ -100,7 +100,7 @@ class Corpus:
     fingerprint: str
 
     def describe(self) -> dict[str, object]:
-        """What a run records about its data."""
+        """The facts about the data that a run records."""
         return {
             "source": self.source,
             "train_bytes": int(self.train.size),
@@ -115,20 +115,20 @@ class Corpus:
 def read_corpus(path: str | os.PathLike[str] | None = None, say: Callable[[str], None] | None = None) -> Corpus:
     """Read a file, a folder, or (``None``) the ``.py`` files of Python's own standard library.
 
-    Of the standard library its tests are left out, and what is generated: ``encodings`` (tables that nearly repeat each
-    other, so that held-out files would have twins in training) and ``pydoc_data`` (one file of documentation).
+    The standard library is read without its tests and generated files. These are ``encodings`` (tables that nearly repeat each
+    other, so that held-out files would have near copies in training) and ``pydoc_data`` (one file of documentation).
 
     A folder is read whole: every regular file below it in sorted order, hidden names (a leading dot) left out, links to files
     and folders followed (see ``list_files``). A file is held out when the hash of its relative path falls in the lowest tenth,
-    so the split depends on no seed and a file stays on its side when others come or go. One file alone is read piece by piece,
-    whenever some of it is needed, and its last tenth is held out.
+    so the split depends on no seed, and a file stays in its part when others come or go. A single file is read piece by piece,
+    as its bytes are needed, and its last tenth is held out.
 
     Args:
         path: what to read.
-        say: called with a line of text before each slow part, and for everything that is not read.
+        say: called with a line of text before each slow step, and for everything that is not read.
 
     Raises:
-        ValueError: nothing is there, too little of it to split, or a folder of more than fits into memory.
+        ValueError: no data, too little to split, or a folder that is larger than the memory.
         OSError: a file that cannot be read.
     """
     tell = say or (lambda text: None)
@@ -165,7 +165,7 @@ def is_held_out(relative_path: str) -> bool:
 
 
 def check_lengths(corpus: Corpus, context: int) -> None:
-    """Raise ValueError unless both parts of the data have something to predict from a window of ``context`` bytes."""
+    """Raise ValueError unless the training data fill a window of ``context`` bytes and 2 bytes are held out."""
     _room(corpus.train, context)
     if corpus.held_out.size < 2:
         raise ValueError(
@@ -175,7 +175,7 @@ def check_lengths(corpus: Corpus, context: int) -> None:
 
 
 def check_outside(data: str | None, out: str) -> None:
-    """Raise ValueError if a run folder lies where it would be read as data: a run would change its own data."""
+    """Raise ValueError if a run folder lies inside the data: a run would change its own data."""
     if data is None or not Path(data).is_dir():
         return
     root, folder = Path(data).resolve(), Path(out).resolve()
@@ -190,7 +190,7 @@ def draw_windows(
 ) -> tuple[Tensor, Tensor]:
     """The windows of one training step, uniform over the stream; they depend on the arguments alone.
 
-    A counter-based generator keyed by ``(seed, step)`` gives the starts: any step can be drawn again without the ones before.
+    A counter-based generator keyed by ``(seed, step)`` gives the starts: any step can be drawn again without the previous ones.
 
     Args:
         stream: (bytes,) uint8.
@@ -206,13 +206,13 @@ def draw_windows(
     """
     room = _room(stream, context)
     generator = np.random.Philox(key=np.array([seed, step], dtype=np.uint64))
-    # Raw words, not Generator.integers: their sequence is fixed by the algorithm and outlives numpy's versions.
+    # Raw words, not Generator.integers: the algorithm fixes their sequence, in every version of numpy.
     starts = generator.random_raw(count) % np.uint64(room)
     return cut_windows(stream, context, starts.astype(np.int64))
 
 
 def _room(stream: np.ndarray | BytesOnDisk, context: int) -> int:
-    """How many windows there are; raise ValueError for none."""
+    """The number of window starts; raise ValueError for none."""
     room = int(stream.size) - context
     if room < 1:
         raise ValueError(f"context={context} needs {context + 1} bytes in a row: the training data holds {stream.size}")
@@ -227,7 +227,7 @@ def cut_windows(stream: np.ndarray | BytesOnDisk, context: int, starts: np.ndarr
 
 
 def _place(relative_path: str) -> float:
-    """A file's fixed place in [0, 1)."""
+    """A number in [0, 1) that a file's path fixes."""
     digest = hashlib.sha256(relative_path.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
@@ -240,8 +240,8 @@ def list_files(
 ) -> list[str]:
     """Relative paths of the non-empty regular files below ``root``, sorted; hidden names and ``skipped`` folders left out.
 
-    Links are followed. Links to folders come last, and a folder that has been read is not read again: a loop ends, no file
-    counts twice, and files have the names that they have without links.
+    Links are followed, those to folders last, and no folder is read twice. So a loop ends, no file counts twice, and files keep
+    the names that they have without links.
 
     Args:
         say: called with a line of text for everything else that is not read: pipes, devices, sockets, broken links, files
@@ -277,7 +277,7 @@ def list_files(
 
 
 def _is_readable(path: Path, tell: Callable[[str], None]) -> bool:
-    """Whether it is a file with content; tell of anything but an empty file."""
+    """Whether ``path`` is a file with content; report everything else but an empty file."""
     try:
         state = os.stat(path)
     except OSError as error:
@@ -285,7 +285,7 @@ def _is_readable(path: Path, tell: Callable[[str], None]) -> bool:
         return False
     kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
     if not stat.S_ISREG(state.st_mode):
-        tell(f"Not read: {path} is {kinds.get(stat.S_IFMT(state.st_mode), 'no regular file')}")
+        tell(f"Not read: {path} is {kinds.get(stat.S_IFMT(state.st_mode), 'not a regular file')}")
         return False
     if not os.access(path, os.R_OK):
         tell(f"Not read: there is no permission to read {path}")
@@ -306,7 +306,7 @@ def _read_files(root: Path, names: list[str]) -> Corpus:
         split = "by file: the one file whose relative path has the lowest hash is held out"
     size = sum((root / name).stat().st_size for name in names)
     too_large = (
-        f"data={str(root)!r} holds {size:,} bytes, more than fits into memory: expected less, or one file alone, which is "
+        f"data={str(root)!r} holds {size:,} bytes, more than fits into memory: expected less, or a single file, which is "
         "read piece by piece"
     )
     if size > (_memory() or size):
@@ -339,7 +339,7 @@ def _map_file(path: Path) -> Corpus:
 
 
 def _memory() -> int | None:
-    """The machine's memory in bytes; None where the system does not tell."""
+    """The machine's memory in bytes; None where the system does not report it."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # Windows has no sysconf.

@@ -1,4 +1,4 @@
-"""Held-out bits per byte, by position in the context: what a model makes of more bytes before the one it predicts."""
+"""Held-out bits per byte, by position in the context: how much longer context helps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NORMAL_95 = 1.959964
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over windows with its 95 % interval; without an interval (``None``) if there is one window alone."""
+    """A mean over windows with its 95 % interval; without an interval (``None``) for a single window."""
 
     mean: float
     low: float | None
@@ -28,7 +28,7 @@ class Estimate:
 
     @classmethod
     def over_windows(cls, values: np.ndarray) -> Estimate:
-        """From one value a window (W,); the windows count as independent, the positions inside one do not."""
+        """From one value a window (W,). Windows count as independent; positions inside a window do not."""
         mean = float(values.mean())
         if values.size < 2:
             return cls(mean, None, None)
@@ -47,12 +47,12 @@ class PositionBin:
 
 @dataclass(frozen=True)
 class CutContext:
-    """The same held-out bytes scored twice: with their context cut short, and in the second half of whole windows.
+    """The same held-out bytes scored twice: with their context cut, and in the second half of whole windows.
 
     Attributes:
         first, last: how many bytes of context they have when it is cut.
         full_first, full_last: the fewest and the most in whole windows.
-        cut, full: bits per byte of either.
+        cut, full: bits per byte with the cut and with the whole context.
         gain: bits per byte that the whole context saves, paired by window; positive when it helps.
     """
 
@@ -66,7 +66,7 @@ class CutContext:
 
 
 def window_starts(size: int, context: int, limit: int | None = None) -> np.ndarray:
-    """Where to cut windows that score every byte of a stream at most once: (W,) int64, evenly spaced.
+    """Starts of windows that score every byte of a stream at most once: (W,) int64, evenly spaced.
 
     Args:
         size: bytes in the stream.
@@ -99,20 +99,20 @@ def score_windows(
     """Bits of every target byte: (W, N) float32; column ``p`` is predicted from ``p + 1`` bytes of context.
 
     Args:
-        model: left in the mode (training or evaluation) it was in.
+        model: its mode (training or evaluation) is restored.
         stream: (bytes,) uint8.
         context: N.
         starts: (W,) from ``window_starts``.
         batch: windows per forward pass.
         device, dtype: of the forward pass (autocast below float32).
         on_progress: called with the share done after every batch.
-        ranks: the processes that the model is spread over; each of them calls, and gets the same.
+        ranks: the processes that share the model; each of them calls and gets the same result.
     """
     was_training = model.training
     model.eval()
     rows = []
     try:
-        # Weights that are spread over processes may not become inference tensors.
+        # Sharded weights must not become inference tensors.
         ranks = ranks or Ranks()
         without_grad = torch.no_grad if ranks.describe() else torch.inference_mode
         with without_grad(), autocast(device, dtype):
@@ -129,7 +129,7 @@ def score_windows(
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """The forward pass's autocast; nothing for float32."""
+    """The autocast of the forward pass; none for float32."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
@@ -142,7 +142,7 @@ def profile_positions(bits: np.ndarray) -> list[PositionBin]:
         # Column p has p + 1 bytes of context before its target.
         bins.append(PositionBin(first, last, Estimate.over_windows(bits[:, first - 1 : last].mean(axis=1))))
         first *= 2
-    # N bytes of context is one position when N is a power of two: too few for a bin of its own.
+    # When N is a power of two the last bin has one position, N: too few for a bin of its own.
     if len(bins) > 1 and bins[-1].last - bins[-1].first + 1 < bins[-2].first // 2:
         low = bins[-2].first
         merged = PositionBin(low, bins[-1].last, Estimate.over_windows(bits[:, low - 1 :].mean(axis=1)))
@@ -163,7 +163,7 @@ def compare_cut(
 
     The half is cut into windows of ``length`` bytes, and the second half of each of them counts: bytes with at least half
     of that context. A window of N / 2^k bytes starts at a multiple of its length, so the bytes keep their places in every
-    segment that divides it, and what is compared is the context, not the luck of lying early or late in a segment.
+    segment that divides it. The comparison is of contexts, not of places in a segment.
 
     Args:
         bits: (W, N), the whole windows' bits.

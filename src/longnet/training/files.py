@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, flushed to disk, then renamed into it."""
+"""Atomic writes: a file is written beside its target, flushed to disk, then renamed to it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _WINDOWS = os.name == "nt"
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary file in the folder of ``path``, then rename it to ``path``.
 
-    Killed at any moment, ``path`` is the old file or the new one. The temporary name is fixed, so what a kill leaves behind
-    is overwritten by the next write.
+    After a kill at any moment ``path`` is the old file or the new one. The temporary name is fixed, so the next write
+    overwrites what a kill leaves behind.
 
     Raises:
-        OSError: whatever writing raised (a full disk, say); ``path`` is as it was and the temporary file gone.
+        OSError: raised by the write (a full disk, for example); ``path`` is unchanged and the temporary file gone.
     """
     temporary = path.with_name(f".{path.name}.partial")
     try:
         write(temporary)
-        # For writing, though nothing is written: Windows flushes no other file.
+        # Opened for writing: Windows flushes no other file.
         with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         _replace(temporary, path)
@@ -44,7 +44,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` as UTF-8, atomically. Bytes of a path that are no UTF-8 are written as ``\\udc..``."""
+    """Write ``text`` as UTF-8, atomically. Bytes of a path that are not UTF-8 are written as ``\\udc..``."""
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
@@ -70,7 +70,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _replace(temporary: Path, path: Path) -> None:
-    # Windows refuses while another program has the file open: a virus scanner, or a reader of the model, for a moment.
+    # Windows refuses while another program (a virus scanner, a reader of the model) has the file open for a moment.
     for seconds in (0.05, 0.1, 0.2, 0.4, 0.8, 1.6) if _WINDOWS else ():
         try:
             os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""The run folder: which file holds what, and reading a finished model back."""
+"""The run folder: its files, and loading a trained model from them."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ MODEL = StateKind("model", "longnet-model", {}, digest_since=2)
 
 
 class RunFolder:
-    """Paths and files of one run; making it touches nothing.
+    """Paths and files of one run. The constructor touches no file.
 
-    ``run.json`` (settings, versions, data) makes a folder a run; ``config.json`` and ``model.safetensors`` are the model,
-    ``metrics.jsonl`` the curve, ``checkpoint/state.safetensors`` what ``--resume`` goes on from, and ``evaluation.json``,
+    ``run.json`` (settings, versions, data) makes a folder a run. ``config.json`` and ``model.safetensors`` are the model,
+    ``metrics.jsonl`` the curve, ``checkpoint/state.safetensors`` the state that ``--resume`` reads, and ``evaluation.json``,
     ``report.html`` and the PNGs the result.
     """
 
@@ -53,7 +53,7 @@ class RunFolder:
             raise ValueError(f"out={str(self.path)!r} is a file: expected a folder to be made")
         if self.settings_file.exists():
             raise ValueError(
-                f"out={str(self.path)!r} already holds a run: expected another folder, or --resume to go on with this one"
+                f"out={str(self.path)!r} already holds a run: expected another folder, or --resume to continue this one"
             )
         own = (self.config_file, self.model_file, self.metrics_file, self.evaluation_file, self.report_file)
         there = [file.name for file in own if file.exists()]
@@ -65,13 +65,13 @@ class RunFolder:
     def require_run(self) -> None:
         """Raise ValueError unless a run was started here."""
         if not self.settings_file.is_file():
-            reason = "holds no run (no run.json)" if self.path.is_dir() else "is no folder"
+            reason = "holds no run (no run.json)" if self.path.is_dir() else "is not a folder"
             raise ValueError(f"{str(self.path)!r} {reason}: expected the --out folder of longnet train")
 
     def write_start(self, settings: dict[str, Any], data: dict[str, Any], device: torch.device) -> None:
         """Make the folder and write ``run.json`` and ``config.json``.
 
-        ``run.json`` comes first: killed in between, the folder holds a run that can be resumed.
+        ``run.json`` comes first: after a kill in between, the folder holds a run that can be resumed.
         """
         self.checkpoint_file.parent.mkdir(parents=True, exist_ok=True)
         write_json(
@@ -86,7 +86,7 @@ class RunFolder:
         write_json(self.config_file, settings["model"])
 
     def remove(self) -> None:
-        """Remove what a run has written before its first step."""
+        """Remove the files that a run has written before its first step."""
         own = (self.settings_file, self.config_file, self.model_file, self.metrics_file, self.checkpoint_file)
         for file in own:
             file.unlink(missing_ok=True)
@@ -98,9 +98,9 @@ class RunFolder:
         self.write_weights(collect_weights(model), model.config, quantization(model))
 
     def write_weights(self, weights: Mapping[str, Tensor], config: LongNetConfig, scheme: str | None = None) -> None:
-        """The same for weights that ``collect_weights`` named; ``scheme`` is that of quantised ones.
+        """Write weights that ``collect_weights`` named, as ``write_model`` does; ``scheme`` is that of quantised weights.
 
-        The config goes in too: its digest then covers everything that a model is read from.
+        The file holds the config too: its digest then covers everything that a model is loaded from.
         """
         weights = {name: tensor.to("cpu").contiguous() for name, tensor in weights.items()}
         metadata = {"config": json.dumps(config.to_dict())}
@@ -113,7 +113,7 @@ def save_model(model: LongNetLM, path: str | Path) -> None:
     """Write a model, pruned or quantised by ``longnet.compress`` or not, for :func:`load_model` and the commands that read runs.
 
     Args:
-        path: a folder, made if it is not there: ``config.json`` and ``model.safetensors``.
+        path: a folder for ``config.json`` and ``model.safetensors``, made if it is missing.
 
     Raises:
         TypeError: a model of another kind. ValueError: a run or a model is there already.
@@ -131,7 +131,7 @@ def load_model(run: str | Path, device: str | torch.device = "cpu") -> LongNetLM
     """The trained model of a run folder, or one that :func:`save_model` wrote, in evaluation mode.
 
     Args:
-        run: the ``--out`` folder of ``longnet train``; ``config.json`` and ``model.safetensors`` are what is read.
+        run: the ``--out`` folder of ``longnet train``; only ``config.json`` and ``model.safetensors`` are read.
         device: where to put it.
 
     Raises:
@@ -153,7 +153,7 @@ def load_model(run: str | Path, device: str | torch.device = "cpu") -> LongNetLM
     with torch.random.fork_rng(devices=[]):  # Its initial weights are overwritten: leave the caller's generator alone.
         model = LongNetLM(config)
         if (scheme := metadata.get("quantization")) is not None:
-            # Quantised initial weights have the form that the file's tensors belong into.
+            # Quantise the initial weights: the file's tensors then fit them.
             quantize(model, scheme, head=model.head is not None and "head.weight" not in weights)
     restore_weights(model, weights, folder.model_file)
     return model.to(device).eval()
@@ -164,8 +164,8 @@ def _check_config(
 ) -> None:
     """Raise CheckpointError unless ``config.json`` is the config of the weights.
 
-    A model as large as a config says is made only after this: the sizes that a file of version 1 does not tell are those of
-    its tensors.
+    The model is made only after this check, whatever size a wrong config asks for. A file of version 1 holds no config; its
+    tensors give the sizes.
     """
     if "config" in metadata:
         found = LongNetConfig.from_dict(json.loads(metadata["config"])).to_dict()
@@ -185,9 +185,9 @@ def _check_config(
 
 
 def software_versions() -> dict[str, str | None]:
-    """Versions of what a run's numbers depend on; ``None`` for a package run from its source tree."""
+    """Versions of the software that a run's numbers depend on; ``None`` for a package run from its source tree."""
     packages = ("longnet-torch", "numpy", "safetensors")
-    # torch's own word tells which build it is (2.11.0+cu130), its package only the release.
+    # torch.__version__ names the build (2.11.0+cu130), the package's metadata only the release.
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

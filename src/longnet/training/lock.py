@@ -1,4 +1,4 @@
-"""One process at a time writes into a folder. The system lets go of the lock when its process ends, however that happens."""
+"""One process at a time writes into a folder. The system releases the lock when its process ends, however that happens."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ except ImportError:  # Windows has msvcrt instead.
     fcntl = None  # type: ignore[assignment]
 
 _NAME = ".lock"
-# On Windows no process can read a locked byte: the lock is on a byte beyond the number of the process.
+# On Windows no process can read a locked byte: the lock is on a byte after the process number.
 _LOCKED_BYTE = 1 << 20
 _TAKEN = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 
 
 @contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
-    """Hold the lock on ``folder``, which is made if it is not there and removed again if nothing was put into it.
+    """Hold the lock on ``folder``. A missing folder is made, and removed again if it stays empty.
 
     Raises:
-        ValueError: a file is there, or another process holds the lock.
+        ValueError: ``folder`` is a file, or another process holds the lock.
         OSError: the folder cannot be made or written to.
     """
     path = Path(folder)
@@ -95,7 +95,7 @@ def _windows_locking(file: FileIO, mode: str) -> None:
 
 
 def _remove(name: Path, file: FileIO) -> None:
-    """Remove the lock's file, before the lock is let go of where the system can remove what is open."""
+    """Remove the lock's file; before releasing the lock where the system can remove an open file."""
     if fcntl is not None:
         name.unlink(missing_ok=True)
         file.close()

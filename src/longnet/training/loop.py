@@ -1,4 +1,4 @@
-"""Training: check, read, build or restore, then hand over to the trainer."""
+"""Training: check, read, build or restore, then run the trainer."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def train(
 ) -> TrainSummary:
     """Train a byte-level LongNet into a run folder.
 
-    The caller's random generators and thread count are as before when it returns.
+    The caller's random generators and thread count are restored at the end.
 
     Args:
         settings: what to do; ``settings.out`` is the run folder.
-        resume: go on with the run that is there. Given the same settings, its losses are those of a run that was never
+        resume: continue the run in the folder. Given the same settings, its losses are those of a run that was never
             stopped (a schedule driven by ``minutes`` depends on the clock and cannot promise that).
-        corpus: the data of ``settings.data``, if the caller has read it already.
-        reporter: hears what is being done; silent by default.
+        corpus: the data of ``settings.data``, if the caller has already read it.
+        reporter: receives progress messages; silent by default.
         should_stop: asked between steps; once true, the state is saved and the call returns.
         ranks: the processes that train together, see :func:`longnet.training.ranks.joined`; all of them call, the first writes.
 
@@ -82,7 +82,7 @@ def _train(
         checkpoint = read_checkpoint(folder.checkpoint_file) if folder.checkpoint_file.exists() else None
         for note in check_resume(folder, settings, data, checkpoint):
             tell.say(note)
-    # Nobody writes before everybody has looked.
+    # No process writes before all have checked the folder.
     ranks.wait()
     cuda = [device] if device.type == "cuda" else []
     with _threads(_thread_count(settings, device)), torch.random.fork_rng(devices=cuda):
@@ -95,7 +95,7 @@ def _train(
                 ranks.vary_dropout(settings.seed + trainer.step)
                 return trainer.run(should_stop)
         except (ValueError, TypeError, torch.OutOfMemoryError):
-            # Only the first step shows some of what cannot be done, such as a backend that does not take the device.
+            # Some errors appear only in the first step, such as a backend that does not take the device.
             if ranks.is_first and not resume and trainer.step == 0:
                 folder.remove()
             raise
@@ -103,7 +103,7 @@ def _train(
 
 @contextmanager
 def _alone_in(out: str, ranks: Ranks) -> Iterator[None]:
-    """The first process holds the lock on the run folder for all of them; that it cannot reaches all of them."""
+    """The first process holds the lock on the run folder for all processes; if it cannot, all of them raise."""
     with ExitStack() as stack:
         error: Exception | None = None
         if ranks.is_first:
@@ -115,8 +115,8 @@ def _alone_in(out: str, ranks: Ranks) -> Iterator[None]:
         yield
 
 
-# Numbers in the residual stream of a pass, below which a second thread gains a tenth at most on two idle cores. Threads wait
-# for each other at every operation: beside another load they take several times as long as one.
+# With fewer numbers in the residual of a pass, a second thread gains a tenth at most on two idle cores. Threads wait for each
+# other at every operation: beside another load several threads take several times as long as one.
 _SMALL = 1 << 17
 
 

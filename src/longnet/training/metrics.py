@@ -1,4 +1,4 @@
-"""JSON lines that follow a state: one object a line, in the order of a count (``step``, ``position``) that each line has."""
+"""JSON lines beside a saved state: one object a line, ordered by a count (``step``, ``position``) that each line has."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from longnet.training.files import write_bytes
 
 
 class MetricsLog:
-    """Appends lines to a metrics file; a line is handed to the system whole, as soon as it is written.
+    """Appends lines to a metrics file; each line goes to the system whole, as soon as it is written.
 
     Args:
-        path: the file. It is made if it is not there.
-        keep_to: drop every line whose count is past this one first, and a line that a kill left half-written.
+        path: the file, made if it is missing.
+        keep_to: first drop lines with a larger count, and a line that a kill left half-written.
         count: the name of the integer that every line has.
         drop_kind: lines of this kind are dropped too, whatever their count.
 
     Raises:
-        ValueError: a line (other than the last) that is no JSON object with a count; the message names file and line.
+        ValueError: a line (other than the last) that is not a JSON object with a count; the message names file and line.
     """
 
     def __init__(self, path: Path, keep_to: int, count: str = "step", drop_kind: str | None = None) -> None:
@@ -36,7 +36,7 @@ class MetricsLog:
         self._file.flush()
 
     def flush_to_disk(self) -> None:
-        """Return once every line is on the disk: a saved state never knows what the lines lack."""
+        """Return once every line is on disk, so that a saved state is never ahead of the lines."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -47,11 +47,11 @@ def read_metrics(path: Path, count: str = "step") -> list[dict[str, Any]]:
     """The lines of a metrics file, oldest first; a half-written last line is left out.
 
     Raises:
-        ValueError: any other line that is no JSON object with an integer ``count``; the message names file and line.
+        ValueError: any other line that is not a JSON object with an integer ``count``; the message names file and line.
     """
     lines = path.read_bytes().split(b"\n")
     values: list[dict[str, Any]] = []
-    # What follows the last newline is empty, or a line that a kill cut short.
+    # After the last newline there is nothing, or a line that a kill cut short.
     for number, line in enumerate(lines[:-1], start=1):
         try:
             value = json.loads(line)

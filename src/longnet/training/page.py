@@ -42,7 +42,7 @@ class Page:
         self._parts = [f"<h1>{escape(title)}</h1>", f'<p class="soft">{escape(subtitle)}</p>']
 
     def cards(self, cards: Iterable[tuple[str, str]]) -> None:
-        """Figures with what they mean under them; the first one stands out."""
+        """Numbers with labels under them; the first one stands out."""
         boxes = [
             f'<div class="card{"" if number else " main"}"><b>{escape(value)}</b><span>{escape(label)}</span></div>'
             for number, (value, label) in enumerate(cards)

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: one bar on a terminal, a line every few seconds anywhere else."""
+"""Progress of a run: one bar on a terminal, a line every few seconds anywhere else."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 
 class Reporter(Protocol):
-    """Hears what is being done; one task at a time."""
+    """Receives progress; one task at a time."""
 
     def say(self, text: str) -> None:
         """A line that stays."""
 
     def begin(self, title: str, done: float | None = 0.0) -> None:
-        """A task starts, ``done`` (a share in [0, 1]) of it already behind; None if nobody knows how long it is."""
+        """A task starts with a share ``done`` in [0, 1] already done; None if its length is unknown."""
 
     def advance(self, done: float | None, detail: str = "") -> None:
-        """The task is at ``done`` (None as in ``begin``); ``detail`` is how it goes."""
+        """The task is at ``done`` (None as in ``begin``); ``detail`` is shown beside it."""
 
     def end(self) -> None:
         """The task is over."""
 
 
 class SilentReporter:
-    """Says nothing."""
+    """Reports nothing."""
 
     def say(self, text: str) -> None:
         pass
@@ -136,7 +136,7 @@ def format_seconds(seconds: float) -> str:
 
 
 class _Clock:
-    """Time left, from the share done since the start."""
+    """Estimates the time left from the share done since the start."""
 
     def __init__(self, done: float | None = 0.0) -> None:
         self._from = done or 0.0

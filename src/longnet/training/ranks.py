@@ -1,7 +1,7 @@
-"""The processes that train one model together: who holds what of a batch, and what they decide as one.
+"""The processes that train one model together: which part of a batch each holds, and what they decide together.
 
-A batch is the same whatever their number: its windows are shared out over the mesh axis ``dp`` and every window over ``cp``,
-so a run may go on with more or fewer of them.
+A batch does not depend on their number: its windows are split over the mesh axis ``dp`` and every window over ``cp``. So a run
+may continue with more or fewer processes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from longnet.distributed import parallelize, shard_lengths, shard_sequence, unsh
 from longnet.models import LongNetLM
 from longnet.training.roll_call import RollCall
 
-# After so long without an answer a process gives the others up.
+# A process that waits this long for the others gives up.
 _TIMEOUT = timedelta(minutes=10)
 
 
@@ -30,7 +30,7 @@ class Ranks:
     """This process among those of a mesh (dp, cp); alone without one.
 
     Attributes:
-        is_first: whether this process speaks and writes for all.
+        is_first: whether this process prints and writes for all.
         dp, cp: windows trained on side by side, and processes that share each.
     """
 
@@ -40,13 +40,13 @@ class Ranks:
         self.dp, self.cp = (1, 1) if mesh is None else (mesh["dp"].size(), mesh["cp"].size())
 
     def describe(self) -> str:
-        """Words for a person; empty for one process."""
+        """A description for the log; empty for one process."""
         if self._mesh is None:
             return ""
         return f"{self.dp * self.cp} processes: {self.dp} x {self.cp}, windows side by side x shards of each"
 
     def check(self, batch: int, dtype: str) -> None:
-        """Raise ValueError unless a batch can be shared out."""
+        """Raise ValueError unless a batch can be split."""
         if batch % self.dp:
             raise ValueError(
                 f"batch={batch} over {self.dp} groups of processes (cp={self.cp}): expected a multiple of {self.dp}"
@@ -55,12 +55,12 @@ class Ranks:
             raise ValueError("dtype='float16' over several processes: expected 'bfloat16' or 'float32'")
 
     def prepare(self, model: LongNetLM) -> None:
-        """Shard the model, in place; every process comes with the same weights."""
+        """Shard the model, in place; every process passes the same weights."""
         if self._mesh is not None:
             parallelize(model, self._mesh)
 
     def vary_dropout(self, seed: int) -> None:
-        """Random numbers of its own for every process but the first, whose are those of the run."""
+        """Give every process but the first its own random numbers; the first has those of the run."""
         if not self.is_first:
             torch.manual_seed((seed + dist.get_rank() * 1_000_003) % 2**63)
 
@@ -77,7 +77,7 @@ class Ranks:
         if self.cp == 1:
             return x
         assert self._mesh is not None
-        # Shards that begin at multiples of the rates are fastest; a power of two is one of most.
+        # Shards that begin at multiples of the rates are fastest; a power of two is a multiple of most rates.
         unit = 1 << max(0, (x.shape[1] // self.cp).bit_length() - 3)
         return shard_sequence(x, self._mesh["cp"], lengths=shard_lengths(x.shape[1], self.cp, unit))
 
@@ -105,18 +105,18 @@ class Ranks:
             raise said[0]
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes are here."""
         if self._mesh is not None:
             dist.barrier(group=self._control)
 
 
 @contextmanager
 def joined(cp: int, device: str) -> Iterator[tuple[Ranks, str]]:
-    """This process's ranks and device: those that torchrun started, else it alone.
+    """The ranks and the device of this process: among those that torchrun started, or alone.
 
     Args:
         cp: processes that share a window; it divides their number.
-        device: a setting, see ``resolve_device``. Over several processes each gets a GPU of its own.
+        device: a setting, see ``resolve_device``. With several processes each gets its own GPU.
 
     Raises:
         ValueError: a ``cp`` that does not fit.
@@ -159,12 +159,12 @@ def _is_of_a_collective(error: RuntimeError) -> bool:
 
 
 def whole(x: Tensor) -> Tensor:
-    """All of a tensor that may be spread over processes; then all of them call."""
+    """The whole of a tensor; if it is sharded over processes, all of them must call."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def spread_like(x: Tensor, value: Tensor) -> Tensor:
-    """``value``, which every process holds, on the device of ``x`` and spread as it is."""
+    """``value``, whole on every process, moved to the device of ``x`` and sharded as ``x`` is."""
     if isinstance(x, DTensor):
         return distribute_tensor(value.to(x.device), x.device_mesh, x.placements)
     return value.to(x.device)

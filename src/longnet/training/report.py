@@ -1,4 +1,4 @@
-"""What a run came to: held-out bits per byte by position, baselines, figures and a sample, as JSON and one HTML page."""
+"""The report of a run: held-out bits per byte by position, baselines, figures and a sample, as JSON and one HTML page."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from longnet.training.resume import read_settings
 from longnet.training.settings import DTYPES, TrainSettings, resolve_device
 
 SCORED_BYTES = 1 << 20
-"""Most held-out bytes that are scored and compressed; more are sampled in evenly spaced windows."""
+"""Most held-out bytes to score and compress; from more of them, evenly spaced windows are taken."""
 CUT_WINDOWS = 16
-"""Windows that are scored again with their context cut: pairs vary so little that a few will do."""
+"""Windows that are scored again with their context cut: pairs vary little, so a few are enough."""
 SAMPLE_PROMPT, SAMPLE_BYTES = 384, 512
 
 
@@ -49,9 +49,9 @@ class Evaluation:
         bits_per_byte: over all scored bytes.
         context: bytes per window.
         windows: how many were scored.
-        scored_bytes: the bytes that ``bits_per_byte`` and the baselines are about, each scored once.
+        scored_bytes: the number of bytes that ``bits_per_byte`` and the baselines cover, each scored once.
         positions: by bytes of context.
-        cuts: what the whole context is worth against shorter ones, the shortest first; empty for windows too short to cut.
+        cuts: the gain of the whole context over shorter ones, the shortest first; empty for windows too short to cut.
         baselines: of the same bytes.
     """
 
@@ -69,11 +69,11 @@ def write_report(run: str | Path, *, corpus: Corpus | None = None, reporter: Rep
 
     Args:
         run: the ``--out`` folder of a run that has saved a model.
-        corpus: the run's data, if the caller has read it already.
-        reporter: hears what is being done.
+        corpus: the run's data, if the caller has already read it.
+        reporter: receives progress messages.
 
     Raises:
-        ValueError: no finished model there, or data that are not the run's any more.
+        ValueError: no finished model in the folder, or data that have changed since the run.
     """
     folder = RunFolder(run)
     folder.require_run()
@@ -139,7 +139,7 @@ def evaluate_model(
 
 
 def long_context_verdict(evaluation: Evaluation) -> str:
-    """Whether the model uses the long context, in one sentence computed from the data."""
+    """Whether the model uses the long context, as one sentence made from the numbers."""
     cuts = evaluation.cuts
     if not cuts:
         return f"A context of {evaluation.context} bytes is too short to tell whether the model uses a long one."
@@ -177,7 +177,7 @@ def _plot_pattern(config: LongNetConfig, context: int, path: Path) -> None:
 
 
 def _sample(model: LongNetLM, data: Corpus, device: torch.device, reporter: Reporter) -> tuple[str, str]:
-    """Held-out bytes from the middle, from the start of a line if there is one near, and how the model goes on."""
+    """Held-out bytes from the middle (from the start of a line if one is near), and the model's continuation."""
     middle = data.held_out.size // 2
     start = middle + data.held_out[middle : middle + SAMPLE_PROMPT].tobytes().find(b"\n") + 1
     prompt = data.held_out[start : start + SAMPLE_PROMPT].astype(np.int64)
@@ -224,15 +224,15 @@ def _compose(
     )
     page.text(
         f"All bits per byte are about the same {evaluation.scored_bytes:,} held-out bytes. The model reads them in "
-        f"{evaluation.windows:,} windows of {evaluation.context:,} bytes, each from no context at all; lzma reads them as "
-        "one stream, and has seen no training data.",
+        f"{evaluation.windows:,} windows of {evaluation.context:,} bytes, each without earlier context; lzma reads them as "
+        "one stream, without any training data.",
         "soft",
     )
     page.heading("Does it use the long context?")
     page.text(long_context_verdict(evaluation), "verdict")
     page.picture(pictures["positions"], "Held-out bits per byte by bytes of context")
     page.text(
-        "Left: all scored bytes by how many bytes of their window come before them, so every point is about other bytes. "
+        "Left: all scored bytes, by the number of bytes before them in their window; every point has other bytes. "
         f"Right: the same bytes twice, in the second half of {min(CUT_WINDOWS, evaluation.windows)} windows, once with their "
         "context cut to half of that length or more, once whole; 95 % intervals over windows.",
         "soft",
@@ -242,7 +242,7 @@ def _compose(
     page.heading("Attention pattern, per head")
     page.picture(pictures["pattern"], "Which keys each head reads")
     if settings.model.head_numbers is not None:
-        page.text("All heads are drawn, those too that have been pruned from some layers.", "soft")
+        page.text("All heads are drawn, those pruned from some layers too.", "soft")
     page.heading("A sample")
     page.text("Held-out bytes in grey, then the model (temperature 0.8, top-p 0.95).", "soft")
     page.sample(prompt, continuation)

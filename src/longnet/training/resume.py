@@ -1,4 +1,4 @@
-"""Whether a run can go on with the settings it is resumed with, before anything of it is touched."""
+"""Checks that a run can be resumed with given settings, before any of its files is changed."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def read_settings(folder: RunFolder) -> TrainSettings:
 def check_resume(
     folder: RunFolder, settings: TrainSettings, corpus: Corpus, checkpoint: Checkpoint | None
 ) -> list[str]:
-    """Raise unless resuming gives the losses of the run that was started; return what is worth a note.
+    """Raise unless resuming gives the losses of the run that was started; return notes for the user.
 
     Args:
-        folder: holds the run.
-        settings: what it is resumed with.
-        corpus: the data read now.
-        checkpoint: where it stands; ``None`` if it was killed before its first one.
+        folder: of the run.
+        settings: those of the resumed run.
+        corpus: the data as read now.
+        checkpoint: the last one; ``None`` if the run was killed before its first.
 
     Raises:
-        ValueError: settings or data that differ, every one of them named.
+        ValueError: settings or data differ; the message names each of them.
     """
     saved = read_settings(folder)
     changes = changed_settings(saved, settings)
@@ -61,18 +61,18 @@ def check_resume(
 
 
 def _check_origin(folder: RunFolder, saved: TrainSettings, checkpoint: Checkpoint, fingerprint: object) -> None:
-    """A checkpoint copied in from another run may fit in every shape."""
+    """Refuse the checkpoint of another run: all its shapes may fit."""
     changes = changed_settings(saved, TrainSettings.from_dict(checkpoint.progress["settings"]))
     if checkpoint.progress["data"] != fingerprint:
-        changes.append("its data are others")
+        changes.append("its data are different")
     if changes:
         raise CheckpointError(
-            f"{checkpoint.path} is of another run than {folder.settings_file} (run.json first): {'; '.join(changes)}"
+            f"{checkpoint.path} belongs to another run than {folder.settings_file} (run.json first): {'; '.join(changes)}"
         )
 
 
 def _check_length(folder: RunFolder, saved: TrainSettings, settings: TrainSettings, checkpoint: Checkpoint) -> None:
-    """A run may be made longer if no rate of the steps already done would have been another."""
+    """A run may be made longer if that changes no learning rate of the steps already done."""
     step, seconds = checkpoint.progress["step"], checkpoint.progress["seconds"]
     if settings.steps is not None and settings.steps < step:
         raise ValueError(f"steps={settings.steps}: the run has done {step} already, expected at least that many")
@@ -85,7 +85,7 @@ def _check_length(folder: RunFolder, saved: TrainSettings, settings: TrainSettin
     if changes and step > 0 and not flat:
         raise ValueError(
             f"the run in {str(folder.path)!r} cannot be resumed with another length ({', '.join(changes)}): its "
-            f"schedule={saved.schedule!r} would have given the {step} steps already done other learning rates. Expected the "
+            f"schedule={saved.schedule!r} would have given other learning rates to the {step} steps already done. Expected the "
             "same length, or a run with schedule='constant' ('wsd' too, before its decay)"
         )
 

@@ -1,8 +1,8 @@
-"""When a process of a run is lost: the others find out who, say so once, and end.
+"""When a process of a run is lost, the others find out which one, report it once, and end.
 
-A collective over the host fails in all that are left. One over NCCL does not: it waits on the GPU, and with it the main thread,
-while torchrun asks to stop with SIGTERM and half a minute later kills. So a thread of its own listens for that signal, and
-answers the roll calls of others whatever the main thread does: who was not asked to stop, or is busy, is there all the same.
+A collective over the host fails in all other processes. One over NCCL does not: it blocks the main thread, which waits for the
+GPU. torchrun sends SIGTERM, and half a minute later kills. So a separate thread listens for that signal. It also answers the
+roll calls of other processes while the main thread is busy, so a busy process counts as present.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from typing import Self
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-# So long a roll call waits for answers, and so often every process looks for a roll call.
+# Seconds that a roll call waits for answers, and seconds between two looks of a process for a roll call.
 _SECONDS, _LOOK = 5.0, 0.5
 
 
 class LostProcess(RuntimeError):
-    """Another process of the run is gone; the last checkpoint is whole, and any number of processes can go on from it."""
+    """Another process of the run is gone. The last checkpoint is whole, and any number of processes can resume it."""
 
 
 class RollCall:
-    """Every process of the default group enters one, and leaves it when its work is done.
+    """Every process of the default group enters a roll call, and leaves it when its work is done.
 
     Attributes:
-        is_lost: whether one of them is known to be gone; nothing may be asked of the group then.
+        is_lost: whether a process is known to be gone; the group must not be used then.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class RollCall:
 
     def __enter__(self) -> Self:
         self._bell.setblocking(False)
-        # A signal that is ignored rings no bell, so it gets a handler that does nothing: this process ends by itself.
+        # An ignored signal wakes no thread, so it gets a handler that does nothing: this process ends by itself.
         self._handler = signal.signal(signal.SIGTERM, lambda number, frame: None)
         self._descriptor = signal.set_wakeup_fd(self._bell.fileno(), warn_on_full_buffer=False)
         self._listener = threading.Thread(target=self._listen, daemon=True, name="longnet-roll-call")
@@ -53,7 +53,7 @@ class RollCall:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.is_lost:
-            # The thread stays: it ends the process should something on the GPU keep it from ending.
+            # The thread stays: it ends the process if work on the GPU keeps it from ending.
             return
         self._over = True
         if error is None:
@@ -65,7 +65,7 @@ class RollCall:
         self._ear.close()
 
     def lost(self) -> LostProcess | SystemExit | None:
-        """What to raise if a process is gone, once the others were looked for: words on one process, a silent end on the rest."""
+        """Hold a roll call. If a process is gone, return the error to raise: a message on one process, a silent exit elsewhere."""
         with self._lock:
             if self.is_lost:
                 return SystemExit(1)
@@ -82,11 +82,11 @@ class RollCall:
         names = ", ".join(map(str, gone))
         return LostProcess(
             f"process {names} of {self._world} is gone (killed, out of memory, or after an error of its own): training stopped. "
-            "The run can go on from its last checkpoint with --resume, on any number of processes"
+            "--resume continues the run from its last checkpoint, on any number of processes"
         )
 
     def _listen(self) -> None:
-        """Until it is over: answer roll calls, and on SIGTERM hold one."""
+        """Until the work is done, answer roll calls; on SIGTERM hold one."""
         answered = 0
         self._ear.settimeout(_LOOK)
         while not self._over:
@@ -99,11 +99,11 @@ class RollCall:
             except TimeoutError:
                 continue
             if signal.SIGTERM in heard:
-                # A thread of its own, since this one has others' calls to answer.
+                # In another thread, since this one answers roll calls.
                 threading.Thread(target=self._answer, daemon=True, name="longnet-sigterm").start()
 
     def _answer(self) -> None:
-        # The main thread may be about to find out by itself.
+        # The main thread may find out by itself meanwhile.
         time.sleep(2.0)
         if self._over:
             return
@@ -111,6 +111,6 @@ class RollCall:
         if isinstance(error, LostProcess):
             sys.stderr.write(f"longnet: error: {error}\n")
         if error is not None:
-            # What the main thread has to say takes no time.
+            # Enough time for the main thread to report.
             time.sleep(3.0)
             os._exit(1)

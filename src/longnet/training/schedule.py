@@ -1,7 +1,7 @@
 """The learning rate over a run: a linear warm-up in steps times a decay driven by progress.
 
-Progress is the share of the run that is done, in [0, 1): of its steps, of its minutes, or the larger of both. A run that
-stops by the clock so decays its rate in full, however fast the machine turns out to be.
+Progress is the share of the run that is done, in [0, 1): of its steps, of its minutes, or the larger of both. So a
+run that stops by the clock decays its rate in full, on a machine of any speed.
 """
 
 from __future__ import annotations

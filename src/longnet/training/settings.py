@@ -1,4 +1,4 @@
-"""Everything a training run is told, checked before any work is done."""
+"""The settings of a training run, checked before any work is done."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _AT_LEAST = {
     "cp": 1,
 }
 _FREE_TO_CHANGE = frozenset({"out", "data", "device", "threads", "cp", "eval_every", "eval_windows", "save_every"})
-"""What a resumed run may be given anew. ``data`` is compared by content (its fingerprint), not by path."""
+"""Settings that a resumed run may change. ``data`` is compared by content (its fingerprint), not by path."""
 _LENGTH = frozenset({"steps", "minutes"})
 
 
@@ -53,9 +53,9 @@ class TrainSettings:
         dtype: of the forward pass (autocast); weights and optimizer stay float32.
         device: ``"auto"`` (CUDA, else MPS, else the CPU) or a torch device.
         seed: of the initial weights, the windows and dropout.
-        eval_every: steps between two evaluations on ``eval_windows`` held-out windows; 0 for none on the way.
+        eval_every: steps between two evaluations on ``eval_windows`` held-out windows; 0 for none during training.
         save_every: steps between two checkpoints; 0 for one at the end alone.
-        threads: CPU threads of torch; ``None`` takes one for a small model on the CPU, else leaves them as they are.
+        threads: CPU threads of torch; ``None`` takes one for a small model on the CPU, else torch's number.
         cp: processes that share one window, of those that torchrun started.
     """
 
@@ -108,9 +108,9 @@ class TrainSettings:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is unknown: expected one of {tuple(DTYPES)}")
         if self.model.vocab_size != 256:
-            raise ValueError(f"vocab_size={self.model.vocab_size} in the model: expected 256, training is on bytes")
+            raise ValueError(f"vocab_size={self.model.vocab_size} in the model: expected 256, as training is on bytes")
         if not self.model.causal:
-            raise ValueError("causal=False in the model: expected True, it is trained to predict the next byte")
+            raise ValueError("causal=False in the model: expected True, as it is trained to predict the next byte")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; the model as its own dictionary."""
@@ -122,7 +122,7 @@ class TrainSettings:
         """The inverse of ``to_dict``.
 
         Raises:
-            ValueError: a key that is no setting.
+            ValueError: an unknown key.
         """
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(values) - known)
@@ -136,18 +136,18 @@ class TrainSettings:
 
     @property
     def bytes_per_step(self) -> int:
-        """Bytes the model is trained on in one step."""
+        """Bytes that one step trains on."""
         return self.batch * self.accumulate * self.context
 
     def progress(self, step: int, seconds: float) -> float:
-        """Share of the run that ``step`` steps in ``seconds`` are, of its steps or its minutes, whichever is larger."""
+        """Share of the run done after ``step`` steps and ``seconds``: of its steps or its minutes, whichever is larger."""
         by_step = step / self.steps if self.steps is not None else 0.0
         by_clock = seconds / (60.0 * self.minutes) if self.minutes is not None else 0.0
         return max(by_step, by_clock)
 
 
 def changed_settings(saved: TrainSettings, asked: TrainSettings) -> list[str]:
-    """What differs between a run and the settings it is resumed with, and would change its losses, in words.
+    """The differences between a run's settings and those it is resumed with that would change its losses, in words.
 
     The length of the run (``steps``, ``minutes``) is not compared here.
     """
@@ -170,7 +170,7 @@ def resolve_device(device: str, dtype: str) -> torch.device:
     """The torch device of a setting, checked together with the dtype.
 
     Raises:
-        ValueError: no such device, none on this machine, or a dtype that makes no sense on it.
+        ValueError: an unknown device, one that this machine lacks, or a dtype that it does not train in.
     """
     if device == "auto":
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -185,7 +185,7 @@ def resolve_device(device: str, dtype: str) -> torch.device:
     if dtype == "float16" and chosen.type != "cuda":
         raise ValueError(
             f"dtype='float16' on device={chosen.type!r}: expected 'bfloat16' or 'float32'. Gradients in float16 need "
-            "loss scaling, which is done on CUDA only, and CPUs gain nothing from it over bfloat16"
+            "loss scaling, which exists on CUDA only, and on CPUs float16 is not faster than bfloat16"
         )
     return chosen
 

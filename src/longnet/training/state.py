@@ -1,4 +1,4 @@
-"""The state of a run between two steps, as named tensors: out of model, optimizer and generators, and back into them."""
+"""The state of a run between two steps as named tensors: collected from model, optimizer and generators, and restored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from longnet.training.settings import TrainSettings
 
 
 def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW that decays matrices only: norms and biases are left alone."""
+    """AdamW that decays matrices only, not norms and biases."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     groups = [
         {"params": [weight for weight in weights if weight.ndim >= 2], "weight_decay": settings.weight_decay},
@@ -25,9 +25,9 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Ada
 
 
 def collect_state(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> dict[str, Tensor]:
-    """Everything a resumed run needs beyond a few numbers, by the names of ``longnet.training.checkpoint``.
+    """All tensors that a resumed run needs, by the names of ``longnet.training.checkpoint``.
 
-    Tensors are whole, whatever processes they are spread over; then all of these call.
+    Tensors are whole. If they are sharded over processes, all processes must call.
     """
     tensors = {f"model.{name}": whole(tensor) for name, tensor in collect_weights(model).items()}
     for name, weight in model.named_parameters():
@@ -44,7 +44,7 @@ def restore_state(
 ) -> None:
     """The inverse of ``collect_state``. Everything is checked before anything is changed.
 
-    A run that moves between the CPU and CUDA keeps the generators of its new device as the seed left them.
+    A run that moves between the CPU and CUDA starts the generators of its new device from the seed.
 
     Raises:
         CheckpointError: names, shapes or dtypes that do not fit.

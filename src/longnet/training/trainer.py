@@ -1,4 +1,4 @@
-"""One run between its first step and its last: steps until the steps or the minutes are spent, evaluating and saving."""
+"""The loop of one run: steps, evaluations and saves, until the steps or the minutes are used up."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from longnet.training.state import collect_state, make_optimizer, restore_state
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss or its gradient is not finite; the last checkpoint is from before that."""
+    """The loss or its gradient is not finite; the last checkpoint is from an earlier step."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class TrainSummary:
         step: steps done in all.
         tokens: bytes trained on in all.
         seconds: time in the loop in all, over every resumption.
-        bits_per_byte: of the last steps (a running mean); NaN if no step was left to do.
+        bits_per_byte: of the last steps (a running mean); NaN if no step was done.
         finished: False if it was asked to stop before the end.
     """
 
@@ -48,7 +48,7 @@ class TrainSummary:
 
 
 class Trainer:
-    """Holds model, optimizer and clock of one run; ``start``, then ``run``, then ``close`` are called once."""
+    """Model, optimizer and clock of one run. Call ``start``, ``run`` and ``close`` once, in this order."""
 
     def __init__(
         self,
@@ -83,11 +83,11 @@ class Trainer:
 
     @property
     def progress(self) -> float:
-        """Share of the run that is behind it, of its steps or its minutes, whichever is larger."""
+        """Share of the run that is done: of its steps or its minutes, whichever is larger."""
         return min(1.0, self.settings.progress(self.step, self.seconds))
 
     def start(self, checkpoint: Checkpoint | None) -> None:
-        """Describe the run, and put it in the checkpoint's state or save its first one."""
+        """Describe the run, then restore the checkpoint or save a first one."""
         settings, config = self.settings, self.settings.model
         count = sum(weight.numel() for weight in self.model.parameters())
         self.reporter.say(
@@ -167,7 +167,7 @@ class Trainer:
         self._require_finite("loss", loss)
         self.scaler.unscale_(self.optimizer)
         norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip or math.inf)).item()
-        # With loss scaling an infinite gradient is expected now and then: the scaler skips that step.
+        # With loss scaling an infinite gradient can happen: the scaler skips that step.
         if not self.scaler.is_enabled():
             self._require_finite("gradient norm", norm)
         self.scaler.step(self.optimizer)
@@ -236,7 +236,7 @@ class Trainer:
         self.reporter.say(f"Step {self.step:,}: {mean:.4f} bits per held-out byte ({starts.size} windows)")
 
     def save(self) -> None:
-        """Commit the state. The metrics reach the disk first: a checkpoint never knows a step that they lack."""
+        """Commit the state. The metrics reach the disk first, so a checkpoint is never ahead of them."""
         tensors = collect_state(self.model, self.optimizer, self.device)
         if self.metrics is None:
             self.saved_step = self.step
