@@ -42,5 +42,10 @@ def test_the_description_has_no_relative_link_and_its_python_runs() -> None:
     assert names["y"].shape == (4, 1000, 512)  # type: ignore[attr-defined]
 
 
+def test_the_citation_is_of_this_version() -> None:
+    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.findall(r"^version: (.*)$", text, flags=re.MULTILINE) == [PROJECT["version"]]
+
+
 def test_the_project_names_a_page() -> None:
     assert all(url.startswith("https://") for url in PROJECT["urls"].values())

@@ -65,7 +65,7 @@ class RollCall:
         self._ear.close()
 
     def lost(self) -> LostProcess | SystemExit | None:
-        """Hold a roll call. If a process is gone, return the error to raise: a message on one process, a silent exit elsewhere."""
+        """Hold a roll call. If a process is gone, return what to raise: a message on one process, a silent exit on the others."""
         with self._lock:
             if self.is_lost:
                 return SystemExit(1)
