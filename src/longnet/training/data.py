@@ -306,7 +306,7 @@ def _read_files(root: Path, names: list[str]) -> Corpus:
         split = "by file: the one file whose relative path has the lowest hash is held out"
     size = sum((root / name).stat().st_size for name in names)
     too_large = (
-        f"data={str(root)!r} holds {size:,} bytes, more than fits into memory: expected less, or a single file, which is "
+        f"data={str(root)!r} holds {size:,} bytes, more than fits into memory: expected less, or one file alone, which is "
         "read piece by piece"
     )
     if size > (_memory() or size):
