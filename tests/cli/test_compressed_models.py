@@ -10,12 +10,17 @@ from subprocess import CompletedProcess
 import pytest
 
 from longnet.compress import SCHEMES, prune_heads, quantize
+from longnet.compress.quantized import exact_int8_product
 from longnet.training import load_model, save_model
 
 pytest.importorskip("torchao")
 
 
-@pytest.mark.parametrize("scheme", [None, *SCHEMES])
+# On a CPU without VNNI int8 products saturate: int8dyn is refused there.
+HERE = tuple(scheme for scheme in SCHEMES if scheme != "int8dyn" or exact_int8_product())
+
+
+@pytest.mark.parametrize("scheme", [None, *HERE])
 def test_generate_and_stream(
     scheme: str | None, finished_run: Path, tmp_path: Path, call: Callable[..., CompletedProcess[str]]
 ) -> None:
