@@ -121,7 +121,7 @@ def problems() -> st.SearchStrategy[Problem]:
 
 
 @dataclass(frozen=True)
-class Kept:
+class GraphSafeCache:
     """A problem on all heads, and the key/value heads that are kept of it."""
 
     problem: Problem
@@ -156,8 +156,8 @@ class Kept:
 
 
 @st.composite
-def kept_heads(draw: st.DrawFn) -> Kept:
+def kept_heads(draw: st.DrawFn) -> GraphSafeCache:
     problem = draw(problems())
     problem = Problem(**{**vars(problem), "kv_heads": draw(st.integers(1, 9))})
     chosen = draw(st.sets(st.integers(0, problem.kv_heads - 1), min_size=1))
-    return Kept(problem, tuple(sorted(chosen)))
+    return GraphSafeCache(problem, tuple(sorted(chosen)))

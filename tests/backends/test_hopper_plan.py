@@ -82,7 +82,7 @@ def test_filling_up_is_padding_with_zeros(length, channels, unit, dtype, count) 
         room = torch.full((2, length + 3, 4 + number, channels + 7), float("nan"), dtype=dtype)
         view = room[:, 2 : length + 2, number : 3 + number, 5 : channels + 5].transpose(1, 2)
         tensors.append(view.copy_(torch.randn(2, 3, length, channels)))
-    for x, filled in zip(tensors, hopper.fill_up(tensors, dim, unit), strict=True):
+    for x, filled in zip(tensors, hopper.pad_for_tma(tensors, dim, unit), strict=True):
         assert torch.equal(filled, pad(x, (0, dim - channels, 0, -length % unit)))
         assert is_matrix(filled, dim, unit)
         assert view_of(filled).tokens % unit == 0
@@ -136,8 +136,8 @@ def kernels(monkeypatch):
     found = Kernels((name, recorder) for name, (recorder, _) in recorders.items())
     monkeypatch.setattr(hopper, "_kernel", recorders.__getitem__)
     monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 4)
-    monkeypatch.setattr(hopper, "kept_order", found.order)
-    monkeypatch.setattr(hopper, "fill_up", lambda tensors, dim, unit: [
+    monkeypatch.setattr(hopper, "cached_order", found.order)
+    monkeypatch.setattr(hopper, "pad_for_tma", lambda tensors, dim, unit: [
         pad(x, (0, dim - x.shape[-1], 0, -x.shape[2] % unit)) for x in tensors
     ])  # fmt: skip
     hopper._launches.cache_clear()

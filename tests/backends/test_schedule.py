@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from longnet.attention.backends.triton.launches import kernel_arguments
 from longnet.attention.backends.triton.schedule import Schedule, share_out
 from longnet.geometry import Pattern
+from longnet.geometry.needed_rows import needed_by_first
 from longnet.geometry.nests import make_nests
 from longnet.geometry.pattern import head_offset
-from longnet.geometry.wanted import read_by_first
 
 CPU = torch.device("cpu")
 
@@ -131,12 +131,12 @@ def met(nest, level, start, first, last, length, is_causal, sweeps_later):
 def test_items_that_are_left_out_have_no_wanted_row(length, heads, head_offsets, branches):
     lengths, rates = zip(*branches, strict=True)
     (nest,) = make_nests(Pattern.parse(lengths, rates, head_offsets), heads, 64, 64)
-    wanted = read_by_first(Pattern.parse((200, 600, 5000), (1, 4, 8), head_offsets), heads, length)
+    needed = needed_by_first(Pattern.parse((200, 600, 5000), (1, 4, 8), head_offsets), heads, length)
     owned = 32
     tiles, shape = kernel_arguments(nest, nest.classes, min(lengths[0], length), owned)
-    one = Schedule(nest, shape, length, heads, 5, 128, owned, 32, False, False, CPU, wanted, heads, head_offsets)
+    one = Schedule(nest, shape, length, heads, 5, 128, owned, 32, False, False, CPU, needed, heads, head_offsets)
     kept = {item for item in one.order().tolist() if item >= 0}
-    rows = {n for w, r in wanted.runs for n in range(0, min(w, length), r)}
+    rows = {n for w, r in needed.runs for n in range(0, min(w, length), r)}
     segments = -(-length // lengths[0])
     for item in range(one.items):
         tile, segment, head = item % tiles, item // tiles % segments, item // tiles // segments
@@ -148,5 +148,5 @@ def test_items_that_are_left_out_have_no_wanted_row(length, heads, head_offsets,
         end = min(start + lengths[0], length)
         mine = set(range(begin, min(end, begin + owned * step), step))
         assert item in kept or not mine & rows, item
-        if begin >= max(w for w, _ in wanted.runs):
+        if begin >= max(w for w, _ in needed.runs):
             assert item not in kept

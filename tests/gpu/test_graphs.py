@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from longnet.gigapath import SlideEncoder, passes
-from longnet.runtime.cache import Kept
+from longnet.runtime.cache import GraphSafeCache
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -162,7 +162,7 @@ def test_dropout_of_every_replay_is_its_own():
 
 
 def test_what_is_kept_lies_outside_of_a_graphs_memory():
-    kept, pool = Kept(2), torch.cuda.MemPool()
+    kept, pool = GraphSafeCache(2), torch.cuda.MemPool()
     make = lambda: torch.arange(1 << 20, device=DEVICE)  # noqa: E731
     with torch.cuda.use_mem_pool(pool):
         inside, found = make(), kept.get("one", torch.device(DEVICE, 0), make)
@@ -173,7 +173,7 @@ def test_what_is_kept_lies_outside_of_a_graphs_memory():
 
 
 def test_what_a_graph_reads_is_never_given_up():
-    kept, device = Kept(1), torch.device(DEVICE, 0)
+    kept, device = GraphSafeCache(1), torch.device(DEVICE, 0)
     make = {key: lambda key=key: torch.full((1 << 20,), float(key), device=DEVICE) for key in range(4)}
     kept.get(0, device, make[0])
     out, graph = torch.zeros(1 << 20, device=DEVICE), torch.cuda.CUDAGraph()

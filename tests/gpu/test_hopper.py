@@ -84,7 +84,7 @@ def allowed(query, key, value, grad, is_causal):
 def test_equals_the_definition(name, length, heads, kv_heads, dtype, tokens_first, dim, is_causal):
     pattern = PATTERNS[name]
     query, key, value, grad = draw(heads, kv_heads, length, dim, dtype, tokens_first)
-    assert hopper.why_not(query, None, None) is None
+    assert hopper.unsupported_reason(query, None, None) is None
     assert set(nests_that_fit(pattern, query)) == {True}
     check(pattern, is_causal, query, key, value, grad)
 
@@ -255,7 +255,7 @@ def test_rows_that_nobody_reads_are_left_out(length, dim):
             torch.full((1 << 24,), torch.nan, device="cuda")
         ]
         del poison
-        out, lse = torchscale_pattern_attention(*inputs, pattern, return_lse=True, read_by_first=some)
+        out, lse = torchscale_pattern_attention(*inputs, pattern, return_lse=True, needed_by_first=some)
         grads = torch.autograd.grad(out, inputs, grad * read[:, None])
         results.append((out[:, :, read], lse[:, :, read], *grads))
         if some:

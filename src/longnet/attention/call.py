@@ -25,8 +25,8 @@ class AttentionSpec:
         documents: where the documents packed into one row begin, 0 first and N last; None for one sequence. Backends get the
             documents one by one, see :mod:`longnet.attention.packed`.
         needed_by_first: the caller reads only the rows that token 0 attends to in some head, see
-            :func:`longnet.geometry.wanted.read_by_first`. The other rows may hold anything finite, and the caller gives them an
-            lse of inf before the backward pass.
+            :func:`longnet.geometry.needed_rows.needed_by_first`. The other rows may hold anything finite, and the caller
+            gives them an lse of inf before the backward pass.
     """
 
     pattern: Pattern

@@ -13,7 +13,7 @@ from torch import Tensor
 from longnet.attention.backends import select_backend
 from longnet.attention.call import AttentionInputs, checked_inputs
 from longnet.attention.packed import boundaries, packed_attention
-from longnet.attention.sharding import give_up, peers_of, sharded_attention
+from longnet.attention.sharding import broadcast_error, peers_of, sharded_attention
 from longnet.checks import check_flags
 from longnet.geometry import HeadOffsets, Pattern, uncovered_positions
 
@@ -117,7 +117,7 @@ def dilated_attention(
     try:
         pattern = Pattern.parse(segment_lengths, dilation_rates, head_offsets)
     except (TypeError, ValueError) as error:
-        _give_up(group, error)
+        _broadcast_error(group, error)
         raise
     return pattern_attention(
         query,
@@ -165,7 +165,7 @@ def pattern_attention(
         if cu_seqlens is not None:
             inputs = inputs.with_spec(documents=_check_documents(cu_seqlens, inputs, group))
     except (TypeError, ValueError) as error:
-        _give_up(group, error)
+        _broadcast_error(group, error)
         raise
     if not torch.compiler.is_compiling():
         warn_uncovered(pattern, query.shape[1])
@@ -178,10 +178,10 @@ def pattern_attention(
     return (out, lse) if return_lse else out
 
 
-def _give_up(group: Any, error: Exception) -> None:
+def _broadcast_error(group: Any, error: Exception) -> None:
     """Other ranks of the group wait for this one's call: they raise too."""
     if group is not None and (peers := peers_of(group)).size > 1:
-        give_up(peers, error)
+        broadcast_error(peers, error)
 
 
 def _check_documents(cu_seqlens: Tensor | Sequence[int], inputs: AttentionInputs, group: Any) -> tuple[int, ...]:

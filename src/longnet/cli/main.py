@@ -59,7 +59,7 @@ def run() -> None:
         _fail(MemoryError(f"not enough memory: {error}" if str(error) else "not enough memory"), 2)
     except RuntimeError as error:
         from longnet.training import TrainingDiverged
-        from longnet.training.roll_call import LostProcess
+        from longnet.training.liveness import LostProcess
 
         # Any other RuntimeError is a defect and keeps its traceback.
         if not isinstance(error, TrainingDiverged | LostProcess):

@@ -24,10 +24,10 @@ from longnet.attention.call import AttentionInputs, Gradients, SavedForward, che
 from longnet.attention.operators import register_attention
 from longnet.checks import check_flags
 from longnet.geometry import Branch, Pattern
+from longnet.geometry.needed_rows import needed_by_first as rows_needed_by_first
 from longnet.geometry.phantoms import padded_length, phantom_runs, split_shifted
-from longnet.geometry.wanted import read_by_first as rows_read_by_first
-from longnet.nn import fade_
-from longnet.runtime.cache import Kept
+from longnet.nn import rescale_
+from longnet.runtime.cache import GraphSafeCache
 
 # The lse of rows that are not there: every probability in them is 0.
 _FAR = 1e6
@@ -85,25 +85,25 @@ def torchscale_pattern_attention(
     return_lse: bool = False,
     backend: str = "auto",
     group: Any = None,
-    read_by_first: bool = False,
+    needed_by_first: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`torchscale_attention` for a parsed pattern, in the place of :func:`longnet.attention.functional.pattern_attention`.
 
     Args:
-        read_by_first: give the rows alone that the first token attends to in some head, see
-            :func:`longnet.geometry.wanted.read_by_first`; the others are 0, have lse inf and no gradient. Not causal.
+        needed_by_first: give the rows alone that the first token attends to in some head, see
+            :func:`longnet.geometry.needed_rows.needed_by_first`; the others are 0, have lse inf and no gradient. Not causal.
 
     Raises:
         ValueError: also for documents, a relative bias or a group: torchscale's attention has no such things.
     """
-    if read_by_first and (is_causal or key_padding_mask is not None):
-        raise ValueError("read_by_first=True with is_causal or a key_padding_mask: expected neither")
+    if needed_by_first and (is_causal or key_padding_mask is not None):
+        raise ValueError("needed_by_first=True with is_causal or a key_padding_mask: expected neither")
     for name, given in (("cu_seqlens", cu_seqlens), ("distance_bias", distance_bias), ("group", group)):
         if given is not None:
             raise ValueError(f"{name} given with torchscale's attention, which has none: expected None")
     inputs = checked_inputs(query, key, value, pattern, is_causal=is_causal, scale=scale, mask=key_padding_mask)
     check_flags(return_lse=return_lse)
-    inputs = inputs.with_spec(needed_by_first=read_by_first)
+    inputs = inputs.with_spec(needed_by_first=needed_by_first)
     run = _RUN[select_backend(backend, inputs).name]
     out, lse = run(inputs) if key_padding_mask is None else _each_alone(inputs, key_padding_mask, run)
     return (out, lse) if return_lse else out
@@ -131,7 +131,7 @@ def _forward(backend: Backend, inputs: AttentionInputs) -> tuple[Tensor, Tensor]
         shape = (query.shape[1], query.shape[2], query.device, lse.dtype)
         phantoms = None if spec.is_causal else _log_phantoms(in_place, *shape)
         if phantoms is not None:
-            lse = fade_(out, lse, phantoms)
+            lse = rescale_(out, lse, phantoms)
     else:
         out, lse = inputs.empty_outputs()
         out.zero_()
@@ -204,7 +204,7 @@ def _cut_segments(x: Tensor, branch: Branch, length: int) -> Tensor:
 
 
 # One length is in use at a time, by all layers of a model; a table of a million tokens takes 64 MB.
-_PHANTOMS, _UNREAD = Kept(2), Kept(2)
+_PHANTOMS, _UNREAD = GraphSafeCache(2), GraphSafeCache(2)
 
 
 def _log_phantoms(pattern: Pattern, heads: int, length: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
@@ -229,7 +229,7 @@ def _unread(pattern: Pattern, heads: int, length: int, device: torch.device) -> 
     def make() -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
             unread = torch.ones(length, dtype=torch.bool)
-            for end, step in rows_read_by_first(pattern, heads, length).runs:
+            for end, step in rows_needed_by_first(pattern, heads, length).runs:
                 unread[:end:step] = False
             return unread.to(device)
 

@@ -132,7 +132,7 @@ class SlideBlock(Block):
         q, k, v = (one.unflatten(-1, (attention.heads, attention.head_dim)).transpose(1, 2) for one in projected)
         if record is not None:
             record(q[:, :, :1], k)
-        options = {"read_by_first": True} if some and attention.function is torchscale_pattern_attention else {}
+        options = {"needed_by_first": True} if some and attention.function is torchscale_pattern_attention else {}
         out = attention.function(q, k, v, attention.pattern, is_causal=False, backend=attention.backend, **options)
         assert isinstance(out, Tensor)
         return x, out.transpose(1, 2).flatten(-2)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longnet.geometry import Pattern
 from longnet.geometry.first_token import first_keys
-from longnet.geometry.wanted import read_by_first
+from longnet.geometry.needed_rows import needed_by_first
 from longnet.runtime.autocast import no_autocast
 from longnet.runtime.cache import tensor_cache
 
@@ -38,7 +38,7 @@ def first_token_weights(query: Tensor, key: Tensor, times: Tensor) -> Tensor:
 def read_by_first_token(pattern: Pattern, heads: int, length: int, device: torch.device) -> Tensor:
     """The positions whose keys the first token sees in some head, rising, itself among them: no other is ever read."""
     read = torch.zeros(length, dtype=torch.bool, device="cpu")
-    for end, step in read_by_first(pattern, heads, length).runs:
+    for end, step in needed_by_first(pattern, heads, length).runs:
         read[:end:step] = True
     with torch.inference_mode(False):
         return read.nonzero().squeeze(1).to(device)

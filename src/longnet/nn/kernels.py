@@ -177,7 +177,7 @@ def column_sums_kernel(TENSORS, SUMS, rows, PARTS: tl.constexpr, WIDTH: tl.const
 
 
 @triton.jit
-def fade_kernel(
+def rescale_kernel(
     OUT, LSE, OTHER, LSE_OUT, length, tiles, heads, out_at, lse_at,
     CHANNELS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip

@@ -14,7 +14,7 @@ from longnet.runtime.triton_support import HAS_TRITON, power_of_two
 _ROWS = 64
 
 
-def fade_(out: Tensor, lse: Tensor, other: Tensor) -> Tensor:
+def rescale_(out: Tensor, lse: Tensor, other: Tensor) -> Tensor:
     """Mix a branch whose out is 0 into a result: ``out *= exp(lse - merged)``, in place; see :mod:`longnet.attention.merge`.
 
     Args:
@@ -27,7 +27,7 @@ def fade_(out: Tensor, lse: Tensor, other: Tensor) -> Tensor:
     """
     if out.is_cuda and HAS_TRITON and lse.dtype == torch.float32 and out.stride(-1) == 1 and out.numel():
         with torch.cuda.device_of(out):
-            return _fade(out, lse, other)
+            return _rescale(out, lse, other)
     # exp(lse - merged) in one step. The arithmetic is that of the lse, the result stays in out's own dtype.
     share = torch.sub(lse, other).sigmoid_()
     # A row that neither has reached: -inf on both sides.
@@ -36,8 +36,8 @@ def fade_(out: Tensor, lse: Tensor, other: Tensor) -> Tensor:
     return torch.logaddexp(lse, other)
 
 
-def _fade(out: Tensor, lse: Tensor, other: Tensor) -> Tensor:
-    """:func:`fade_` by the kernel."""
+def _rescale(out: Tensor, lse: Tensor, other: Tensor) -> Tensor:
+    """:func:`rescale_` by the kernel."""
     merged = torch.empty_like(lse, memory_format=torch.contiguous_format)
     strides = (out.stride()[:3], lse.stride())
     _launch(tuple(out.shape), strides, out.dtype, out.device).run((out, lse, other, merged), ())
@@ -50,9 +50,9 @@ def _launch(
     shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], dtype: torch.dtype, device: torch.device
 ) -> Launch:
     """The launch for tensors of such shapes and strides. Types and devices have launches of their own."""
-    from longnet.nn.kernels import fade_kernel
+    from longnet.nn.kernels import rescale_kernel
 
     batch, heads, length, channels = shape
     tiles = -(-length // _ROWS)
     options = {"CHANNELS": channels, "D": power_of_two(channels), "ROWS": _ROWS}
-    return Launch(fade_kernel, tiles * heads * batch, (), (length, tiles, heads, *strides), options)
+    return Launch(rescale_kernel, tiles * heads * batch, (), (length, tiles, heads, *strides), options)

@@ -49,7 +49,7 @@ class _Made:
     ready: torch.cuda.Event | None
 
 
-class Kept:
+class GraphSafeCache:
     """The last so many tensors that were asked for, and all that captured graphs read."""
 
     def __init__(self, most: int) -> None:

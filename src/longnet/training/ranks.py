@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from longnet.distributed import parallelize, shard_lengths, shard_sequence, unshard_sequence
 from longnet.models import LongNetLM
-from longnet.training.roll_call import RollCall
+from longnet.training.liveness import Liveness
 
 # A process that waits this long for the others gives up.
 _TIMEOUT = timedelta(minutes=10)
@@ -133,18 +133,18 @@ def joined(cp: int, device: str) -> Iterator[tuple[Ranks, str]]:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(torch.device(device))
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
-    roll_call = RollCall()
+    liveness = Liveness()
     try:
-        with roll_call:
+        with liveness:
             try:
                 yield _made(cp, world, on_gpu), device
             except RuntimeError as error:
-                if not _is_of_a_collective(error) or (lost := roll_call.lost()) is None:
+                if not _is_of_a_collective(error) or (lost := liveness.lost()) is None:
                     raise
                 raise lost from error
     finally:
         # Over NCCL this would wait for the process that is gone.
-        if not roll_call.is_lost:
+        if not liveness.is_lost:
             dist.destroy_process_group()
 
 

@@ -1,7 +1,7 @@
 """One sequence over many ranks: each holds a contiguous shard, and only selected rows of shared segments travel."""
 
-from longnet.attention.sharding.group import Peers, give_up, lengths_of, peers_of
+from longnet.attention.sharding.group import Peers, broadcast_error, lengths_of, peers_of
 from longnet.attention.sharding.loss import mean_over
 from longnet.attention.sharding.operators import sharded_attention
 
-__all__ = ["Peers", "give_up", "lengths_of", "mean_over", "peers_of", "sharded_attention"]
+__all__ = ["Peers", "broadcast_error", "lengths_of", "mean_over", "peers_of", "sharded_attention"]

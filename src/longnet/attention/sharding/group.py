@@ -123,7 +123,7 @@ def agree(peers: Peers, length: int, terms: Terms) -> Shards:
     return Shards(tuple(table[:, 0].tolist()))
 
 
-def give_up(peers: Peers, error: Exception) -> None:
+def broadcast_error(peers: Peers, error: Exception) -> None:
     """Tell the other ranks, which wait in :func:`agree`, that this one raises ``error``; they raise it too."""
     _gather(peers, [-1, *[0] * len(fields(Terms))])
     _raise_together(peers, error)

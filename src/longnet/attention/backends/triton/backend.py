@@ -22,8 +22,8 @@ from longnet.attention.backends.triton.all_heads import backward_among_all_heads
 from longnet.attention.backends.triton.launches import Blocks, plan_launches
 from longnet.attention.backends.views import signed, sum_heads
 from longnet.attention.call import AttentionInputs, Gradients, SavedForward
+from longnet.geometry.needed_rows import needed_by_first
 from longnet.geometry.nests import Nest, make_nests
-from longnet.geometry.wanted import read_by_first
 from longnet.runtime.triton_support import HAS_TRITON, interpreting, power_of_two
 
 _log = logging.getLogger("longnet")
@@ -153,7 +153,11 @@ class _Call:
         cuts = [blocks_for(name, self.dim, self.q.dtype) for name in ("forward", "query", "key_value")]
         unit = min(hopper.UNIT, *(cut.swept for both in cuts for cut in both))
         nests = make_nests(self.spec.pattern, self.heads, unit, LEAST_ROWS)
-        reason = hopper.why_not(self.q, self.padding, self.bias) if use_hopper else "the general ones were asked for"
+        reason = (
+            hopper.unsupported_reason(self.q, self.padding, self.bias)
+            if use_hopper
+            else "the general ones were asked for"
+        )
         if reason is not None:
             _log.debug("triton: Hopper kernels passed over: %s", reason)
             return (), nests
@@ -174,8 +178,8 @@ class _Call:
             return None
         pattern, is_causal = self.spec.pattern, self.spec.is_causal
         some = self.spec.needed_by_first and not is_causal
-        wanted = read_by_first(pattern, self.heads, self.length) if some else None
-        return hopper.Work(self.for_hopper, self.scale, is_causal, pattern.head_offsets, wanted)
+        needed = needed_by_first(pattern, self.heads, self.length) if some else None
+        return hopper.Work(self.for_hopper, self.scale, is_causal, pattern.head_offsets, needed)
 
 
 def _bias_gradient(call: _Call, tensors: tuple[Tensor, ...], strides: tuple[Any, ...]) -> Tensor:

@@ -1,6 +1,6 @@
 """The Hopper kernels' launches: what they take, and how they are cut.
 
-They serve the Triton backend where they fit (:func:`why_not`), and compute what its portable kernels compute.
+They serve the Triton backend where they fit (:func:`unsupported_reason`), and compute what its portable kernels compute.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from longnet.attention.backends.triton.launches import kernel_arguments
-from longnet.attention.backends.triton.schedule import Schedule, kept_limits, kept_order
+from longnet.attention.backends.triton.schedule import Schedule, cached_limits, cached_order
+from longnet.geometry.needed_rows import NeededRows
 from longnet.geometry.nests import Nest
 from longnet.geometry.pattern import HeadOffsets
-from longnet.geometry.wanted import WantedRows
 from longnet.runtime.tma import VIEWS, Launch, View, descriptors, is_matrix, view_of
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -64,7 +64,7 @@ def _has_gluon() -> bool:
     return importlib.util.find_spec("triton.experimental.gluon") is not None
 
 
-def why_not(query: Tensor, padding: Tensor | None, bias: Tensor | None) -> str | None:
+def unsupported_reason(query: Tensor, padding: Tensor | None, bias: Tensor | None) -> str | None:
     """Why these kernels cannot run on such tensors, or None when they can."""
     if not query.is_cuda or _capability(query.device)[0] != 9:
         return "they need a GPU of compute capability 9 (Hopper)"
@@ -87,7 +87,7 @@ def split_nests(nests: tuple[Nest, ...], length: int) -> tuple[tuple[Nest, ...],
     ours: list[Nest] = []
     others: list[tuple[Nest, str]] = []
     for nest in nests:
-        reason = _why_not_nest(nest, length, _unit(ours))
+        reason = _unsupported_nest(nest, length, _unit(ours))
         if reason is None:
             ours.append(nest)
         else:
@@ -95,7 +95,7 @@ def split_nests(nests: tuple[Nest, ...], length: int) -> tuple[tuple[Nest, ...],
     return tuple(ours), tuple(others)
 
 
-def _why_not_nest(nest: Nest, length: int, unit: int) -> str | None:
+def _unsupported_nest(nest: Nest, length: int, unit: int) -> str | None:
     if len(nest.branches) > VIEWS:
         return f"they take nests of up to {VIEWS} branches, not {len(nest.branches)}"
     coarsest = nest.dilation_rates[-1]
@@ -125,14 +125,14 @@ class Work:
 
     Queries and gradients of out are (B, H, N, D), keys and values (B, Hk, N, D). They are read through copies with zeros at the
     end of their channels and tokens where the kernels cannot read them as they are. What is written has its own shape.
-    Of the query's rows only those that are ``wanted`` need be right, None for all; others may not be written at all.
+    Of the query's rows only those that are ``needed`` need be right, None for all; others may not be written at all.
     """
 
     nests: tuple[Nest, ...]
     scale: float
     is_causal: bool
     head_offsets: HeadOffsets
-    wanted: WantedRows | None = None
+    needed: NeededRows | None = None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor) -> None:
         """Write out like the query and lse (B, H, N) float32."""
@@ -177,7 +177,7 @@ class Work:
             if not is_matrix(x, dim, unit):
                 by_shape.setdefault(x.shape, []).append(number)
         for numbers in by_shape.values():
-            for number, x in zip(numbers, fill_up([tensors[number] for number in numbers], dim, unit), strict=True):
+            for number, x in zip(numbers, pad_for_tma([tensors[number] for number in numbers], dim, unit), strict=True):
                 found[number] = x
         return tuple(found)
 
@@ -197,9 +197,9 @@ class Work:
         for one, schedule, part in _launches(
             self, kernel, tuple(shape), key_heads, dim, views, strides, query.dtype, query.device
         ):
-            order = kept_order(schedule)
+            order = cached_order(schedule)
             pointers = (*statistics, *written, order if part is None else order[part])
-            one.run((*pointers, kept_limits(schedule)) if kernel == "key_value" else pointers, inputs)
+            one.run((*pointers, cached_limits(schedule)) if kernel == "key_value" else pointers, inputs)
 
 
 # For so many different shapes of tensors, kernels and patterns.
@@ -235,7 +235,7 @@ def _launches(
         several = len(rates) > 1
         schedule = Schedule(
             nest, nest_shape, length, heads * batch, _multiprocessors(device), rounds, _OWNED, swept,
-            work.is_causal, kernel == "key_value", device, work.wanted, heads, work.head_offsets,
+            work.is_causal, kernel == "key_value", device, work.needed, heads, work.head_offsets,
         )  # fmt: skip
         templates = tuple(descriptors(view, dtype, dim, rates, count) for view, count in zip(views, rows, strict=True))
         options = {
@@ -244,7 +244,7 @@ def _launches(
             "CAUSAL": work.is_causal, "MERGE": number > 0, "STAGES": stages, "num_warps": 4, "maxnreg": _REGISTERS,
         }  # fmt: skip
         if kernel == "key_value":
-            options["LIMITED"] = work.wanted is not None
+            options["LIMITED"] = work.needed is not None
         segments = -(-length // nest.segment_lengths[0])
         each = schedule.per_launch
         for first in range(0, schedule.items, each):
@@ -269,7 +269,7 @@ def _kernel(name: str) -> tuple[Any, tuple[int, ...]]:
     }[name]
 
 
-def fill_up(tensors: Sequence[Tensor], dim: int, unit: int) -> tuple[Tensor, ...]:
+def pad_for_tma(tensors: Sequence[Tensor], dim: int, unit: int) -> tuple[Tensor, ...]:
     """Up to four tensors (B, H, N, D) of one shape, channels side by side, with zeros after N and D.
 
     Returns:
@@ -295,7 +295,7 @@ def _filling(
     device: torch.device,
 ) -> tuple[Launch, tuple[int, ...]]:
     """(the launch that fills up ``count`` tensors, the shape of the room). Types and devices have launches of their own."""
-    from longnet.attention.backends.triton.kernels.fill_up import fill_up_kernel
+    from longnet.attention.backends.triton.kernels.pad_for_tma import pad_for_tma_kernel
 
     batch, heads, length, channels = shape
     filled = -(-length // unit) * unit
@@ -303,4 +303,4 @@ def _filling(
     programs = tiles * heads * batch
     rest = (*strides, length, filled, heads, tiles, programs)
     options = {"CHANNELS": channels, "D": dim, "ROWS": _FILLED_ROWS}
-    return Launch(fill_up_kernel, programs * count, (), rest, options), (count, batch, heads, filled, dim)
+    return Launch(pad_for_tma_kernel, programs * count, (), rest, options), (count, batch, heads, filled, dim)

@@ -15,10 +15,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from longnet.geometry.needed_rows import NeededRows, swept_limits
 from longnet.geometry.nests import Nest
 from longnet.geometry.pattern import HeadOffsets, head_offset
-from longnet.geometry.wanted import WantedRows, swept_limits
-from longnet.runtime.cache import Kept
+from longnet.runtime.cache import GraphSafeCache
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Schedule:
         rounds: items of a program in one launch, at most.
         owned, swept: rows of an item, and of a block that it meets.
         sweeps_later: a causal item meets what comes after it (keys), not before (queries). Items are keys then, else queries.
-        wanted: the query rows whose results are read, None for all; not causal.
-        heads, head_offsets: of the call, which only ``wanted`` needs.
+        needed: the query rows whose results are read, None for all; not causal.
+        heads, head_offsets: of the call, which only ``needed`` needs.
     """
 
     nest: Nest
@@ -47,7 +47,7 @@ class Schedule:
     is_causal: bool
     sweeps_later: bool
     device: torch.device
-    wanted: WantedRows | None = None
+    needed: NeededRows | None = None
     heads: int = 1
     head_offsets: HeadOffsets = "interleaved"
 
@@ -71,27 +71,27 @@ class Schedule:
         return -(-self.items // (launches * self.programs)) * self.programs
 
     def costs(self) -> Tensor:
-        """Of all items, in their order: :meth:`head_costs`, or -1 of an item none of whose rows is wanted."""
-        if self.wanted is None:
+        """Of all items, in their order: :meth:`head_costs`, or -1 of an item none of whose rows is needed."""
+        if self.needed is None:
             return self.head_costs().repeat(self.copies)
         if self.sweeps_later:
-            limits = swept_limits(self.nest, self.wanted, self.head_offsets, self.heads, self.length)
+            limits = swept_limits(self.nest, self.needed, self.head_offsets, self.heads, self.length)
             by_head = [self.head_costs(limits[head]) for head in range(self.heads)]
         else:
             all_of_them = self.head_costs()
-            by_head = [torch.where(self._wanted_tiles(head), all_of_them, -1) for head in range(self.heads)]
+            by_head = [torch.where(self._needed_tiles(head), all_of_them, -1) for head in range(self.heads)]
         return torch.cat(by_head).repeat(self.copies // self.heads)
 
-    def _wanted_tiles(self, head: int) -> Tensor:
-        """Whether some row of each tile of each segment of a head is wanted, (segments * tiles,)."""
-        assert self.wanted is not None
+    def _needed_tiles(self, head: int) -> Tensor:
+        """Whether some row of each tile of each segment of a head is needed, (segments * tiles,)."""
+        assert self.needed is not None
         lengths, _, _, inners, steps, _, counts = self.shape
         starts = range(0, self.length, lengths[0])
         by_class = []
         for one, inner, step, count in zip(self.nest.classes, inners, steps, counts, strict=True):
             residue = head_offset(self.head_offsets, head, self.heads, step)
             firsts = [[start + (residue + (1 + c) * inner) % step for c in range(one.residues)] for start in starts]
-            limits = [[self.wanted.limit(first, step) for first in row] for row in firsts]
+            limits = [[self.needed.limit(first, step) for first in row] for row in firsts]
             first, limit = (torch.tensor(rows, device=self.device)[..., None] for rows in (firsts, limits))
             tiles = torch.arange(count, device=self.device) * (self.owned * step)
             by_class.append((first + tiles < limit).flatten(1))
@@ -145,7 +145,7 @@ class Schedule:
         orders += torch.arange(0, whole, each, dtype=torch.int32, device=self.device)[:, None]
         rest = share_out(costs[None, whole:], self.programs) + whole
         order = torch.cat((orders.flatten(), rest.flatten()))
-        return order if self.wanted is None else torch.where(costs[order] < 0, -1, order)
+        return order if self.needed is None else torch.where(costs[order] < 0, -1, order)
 
 
 def share_out(costs: Tensor, programs: int) -> Tensor:
@@ -164,21 +164,21 @@ def share_out(costs: Tensor, programs: int) -> Tensor:
     return dealt.sort(1).values.flatten(1)[:, :items]
 
 
-_ORDERS = Kept(64)
+_ORDERS = GraphSafeCache(64)
 
 
-def kept_order(schedule: Schedule) -> Tensor:
+def cached_order(schedule: Schedule) -> Tensor:
     """The schedule's order, made when it is first asked for; for work on the current stream of a CUDA device."""
     return _ORDERS.get(schedule, schedule.device, schedule.order)
 
 
-_LIMITS = Kept(64)
+_LIMITS = GraphSafeCache(64)
 
 
-def kept_limits(schedule: Schedule) -> Tensor:
-    """:func:`swept_limits` as (heads, branches) int32, or, where all rows are wanted, the order, of which nothing is read."""
-    if schedule.wanted is None:
-        return kept_order(schedule)
-    limits = swept_limits(schedule.nest, schedule.wanted, schedule.head_offsets, schedule.heads, schedule.length)
+def cached_limits(schedule: Schedule) -> Tensor:
+    """:func:`swept_limits` as (heads, branches) int32, or, where all rows are needed, the order, of which nothing is read."""
+    if schedule.needed is None:
+        return cached_order(schedule)
+    limits = swept_limits(schedule.nest, schedule.needed, schedule.head_offsets, schedule.heads, schedule.length)
     make = lambda: torch.tensor(limits, dtype=torch.int32).to(schedule.device)  # noqa: E731
     return _LIMITS.get(schedule, schedule.device, make)

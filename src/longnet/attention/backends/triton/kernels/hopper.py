@@ -110,7 +110,7 @@ def swept_range(
 
 @gluon.jit
 def limited(count, LIMITS, branch, begin, step, head, SHAPE: gl.constexpr, LIMITED: gl.constexpr):
-    """How many of ``count`` swept rows lie before the branch's limit, see :func:`longnet.geometry.wanted.swept_limits`."""
+    """How many of ``count`` swept rows lie before the branch's limit, see :func:`longnet.geometry.needed_rows.swept_limits`."""
     if LIMITED:
         limit = gl.load(LIMITS + head * len(SHAPE[1]) + branch)
         return gl.minimum(count, gl.cdiv(gl.maximum(limit - begin, 0), step))

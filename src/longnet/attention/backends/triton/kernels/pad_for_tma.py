@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 @triton.jit
-def fill_up_kernel(
+def pad_for_tma_kernel(
     A, B, C, E, ROOM, a_at, b_at, c_at, e_at, length, filled, heads, tiles, programs,
     CHANNELS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip

@@ -13,38 +13,38 @@ from longnet.geometry.pattern import HeadOffsets, Pattern, head_offset
 
 
 @dataclass(frozen=True)
-class WantedRows:
+class NeededRows:
     """Rows 0, r, 2r, ... below w, for each (w, r) of ``runs``."""
 
     runs: tuple[tuple[int, int], ...]
 
     def limit(self, first: int, step: int) -> int:
-        """At or past which none of the rows ``first``, ``first + step``, ... is wanted."""
+        """At or past which none of the rows ``first``, ``first + step``, ... is needed."""
         return max((end for end, rate in self.runs if first % gcd(step, rate) == 0), default=0)
 
 
-def read_by_first(pattern: Pattern, heads: int, length: int) -> WantedRows:
+def needed_by_first(pattern: Pattern, heads: int, length: int) -> NeededRows:
     """The rows that the first token attends to in some head."""
-    return WantedRows(tuple((keys.end, keys.step) for keys in first_keys(pattern, heads, length)))
+    return NeededRows(tuple((keys.end, keys.step) for keys in first_keys(pattern, heads, length)))
 
 
 @lru_cache(maxsize=1024)
 def swept_limits(
-    nest: Nest, wanted: WantedRows, head_offsets: HeadOffsets, heads: int, length: int
+    nest: Nest, needed: NeededRows, head_offsets: HeadOffsets, heads: int, length: int
 ) -> tuple[tuple[int, ...], ...]:
-    """By head and branch of a nest: at or past which none of the rows that the branch selects is wanted, at most ``length``."""
+    """By head and branch of a nest: at or past which none of the rows that the branch selects is needed, at most ``length``."""
     return tuple(
         tuple(
-            min(length, _limit(nest, wanted, head_offset(head_offsets, head, heads, rate), rate, length))
+            min(length, _limit(nest, needed, head_offset(head_offsets, head, heads, rate), rate, length))
             for rate in nest.dilation_rates
         )
         for head in range(heads)
     )
 
 
-def _limit(nest: Nest, wanted: WantedRows, offset: int, rate: int, length: int) -> int:
+def _limit(nest: Nest, needed: NeededRows, offset: int, rate: int, length: int) -> int:
     starts: Sequence[int] = [width for width in nest.segment_lengths if width < length]
-    if any(width % gcd(rate, other) for width in starts for _, other in wanted.runs):
+    if any(width % gcd(rate, other) for width in starts for _, other in needed.runs):
         # Segments do not all begin at the same residue.
         return length
-    return wanted.limit(offset, rate)
+    return needed.limit(offset, rate)

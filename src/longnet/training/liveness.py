@@ -27,7 +27,7 @@ class LostProcess(RuntimeError):
     """Another process of the run is gone. The last checkpoint is whole, and any number of processes can resume it."""
 
 
-class RollCall:
+class Liveness:
     """Every process of the default group enters a roll call, and leaves it when its work is done.
 
     Attributes:
@@ -37,14 +37,14 @@ class RollCall:
     def __init__(self) -> None:
         self._store = distributed_c10d._get_default_store()
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        self._bell, self._ear = socket.socketpair()
+        self._wakeup_send, self._wakeup_recv = socket.socketpair()
         self._over, self._lock, self.is_lost = False, threading.Lock(), False
 
     def __enter__(self) -> Self:
-        self._bell.setblocking(False)
+        self._wakeup_send.setblocking(False)
         # An ignored signal wakes no thread, so it gets a handler that does nothing: this process ends by itself.
         self._handler = signal.signal(signal.SIGTERM, lambda number, frame: None)
-        self._descriptor = signal.set_wakeup_fd(self._bell.fileno(), warn_on_full_buffer=False)
+        self._descriptor = signal.set_wakeup_fd(self._wakeup_send.fileno(), warn_on_full_buffer=False)
         self._listener = threading.Thread(target=self._listen, daemon=True, name="longnet-roll-call")
         self._listener.start()
         return self
@@ -61,8 +61,8 @@ class RollCall:
         signal.set_wakeup_fd(self._descriptor)
         signal.signal(signal.SIGTERM, self._handler)
         self._listener.join()
-        self._bell.close()
-        self._ear.close()
+        self._wakeup_send.close()
+        self._wakeup_recv.close()
 
     def lost(self) -> LostProcess | SystemExit | None:
         """Hold a roll call. If a process is gone, return what to raise: a message on one process, a silent exit on the others."""
@@ -88,14 +88,14 @@ class RollCall:
     def _listen(self) -> None:
         """Until the work is done, answer roll calls; on SIGTERM hold one."""
         answered = 0
-        self._ear.settimeout(_LOOK)
+        self._wakeup_recv.settimeout(_LOOK)
         while not self._over:
             calls = self._store.add("longnet/calls", 0)
             for call in range(answered + 1, calls + 1):
                 self._store.set(f"longnet/here/{call}/{self._rank}", "yes")
             answered = calls
             try:
-                heard = self._ear.recv(64)
+                heard = self._wakeup_recv.recv(64)
             except TimeoutError:
                 continue
             if signal.SIGTERM in heard:

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import longnet
-from longnet.runtime.cache import Kept, tensor_cache
+from longnet.runtime.cache import GraphSafeCache, tensor_cache
 
 CPU = torch.device("cpu")
 
@@ -18,17 +18,17 @@ CPU = torch.device("cpu")
 def test_a_key_is_made_once_and_the_last_asked_for_stay():
     made: list[int] = []
 
-    def ask(kept: Kept, key: int) -> float:
+    def ask(kept: GraphSafeCache, key: int) -> float:
         return float(kept.get(key, CPU, lambda: made.append(key) or torch.tensor(float(key))))  # type: ignore[func-returns-value]
 
-    kept = Kept(2)
+    kept = GraphSafeCache(2)
     assert [ask(kept, key) for key in (1, 2, 1, 3, 1, 2)] == [1.0, 2.0, 1.0, 3.0, 1.0, 2.0]
     # 2 was the one asked for longest ago when 3 came.
     assert made == [1, 2, 3, 2]
 
 
 def test_nothing_fake_is_kept():
-    kept = Kept(2)
+    kept = GraphSafeCache(2)
     make = lambda: torch.arange(3)  # noqa: E731
     for _ in range(2):
         with FakeTensorMode():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longnet.nn import fade_
+from longnet.nn import rescale_
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALLOWED = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
@@ -48,8 +48,8 @@ def test_it_is_the_definition(batch, heads, length, channels, dtype, by_kernel, 
     if by_kernel and dtype != torch.float64:
         if not HAS_TRITON:
             pytest.skip("needs triton")
-        found = sys.modules["longnet.nn.rescale"]._fade(out, lse, other)
+        found = sys.modules["longnet.nn.rescale"]._rescale(out, lse, other)
     else:
-        found = fade_(out, lse, other)
+        found = rescale_(out, lse, other)
     assert (out.double() - wanted).abs().max() <= ALLOWED[dtype] * 5
     torch.testing.assert_close(found.double(), merged, rtol=1e-6, atol=1e-6)

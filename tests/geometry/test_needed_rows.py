@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longnet.geometry import Pattern
+from longnet.geometry.needed_rows import needed_by_first, swept_limits
 from longnet.geometry.nests import make_nests
-from longnet.geometry.wanted import read_by_first, swept_limits
 
 BRANCHES = st.sampled_from(
     [
@@ -29,13 +29,13 @@ def read(pattern: Pattern, length: int) -> set[int]:
 @given(branches=BRANCHES, first=st.integers(0, 300), step=st.integers(1, 24), length=st.integers(1, 400))
 def test_no_row_past_a_limit_is_wanted_and_one_shortly_before_it_is(branches, first, step, length):
     pattern = Pattern.parse(*zip(*branches, strict=True), "blocked")
-    limit = read_by_first(pattern, 4, length).limit(first, step)
-    wanted = set(range(first, length, step)) & read(pattern, length)
-    assert all(n < limit for n in wanted)
+    limit = needed_by_first(pattern, 4, length).limit(first, step)
+    needed = set(range(first, length, step)) & read(pattern, length)
+    assert all(n < limit for n in needed)
     # Of two progressions the common rows lie a common multiple apart.
     apart = max(lcm(step, rate) for _, rate in branches)
-    assert wanted or limit - apart <= first
-    assert not wanted or max(wanted) >= limit - apart
+    assert needed or limit - apart <= first
+    assert not needed or max(needed) >= limit - apart
 
 
 @given(
@@ -47,11 +47,11 @@ def test_no_row_past_a_limit_is_wanted_and_one_shortly_before_it_is(branches, fi
 def test_what_branches_select_past_their_limits_is_not_wanted(branches, length, heads, head_offsets):
     lengths, rates = zip(*branches, strict=True)
     pattern = Pattern.parse(lengths, rates, head_offsets)
-    wanted = read(pattern, length)
+    needed = read(pattern, length)
     for nest in make_nests(pattern, heads, 64, 1):
-        limits = swept_limits(nest, read_by_first(pattern, heads, length), head_offsets, heads, length)
+        limits = swept_limits(nest, needed_by_first(pattern, heads, length), head_offsets, heads, length)
         for head, row in enumerate(limits):
             for branch, limit in zip(nest.branches, row, strict=True):
                 assert 0 <= limit <= length
                 selected = {n for n in range(length) if pattern.selects(branch, head, heads, n)}
-                assert not {n for n in selected if n >= limit} & wanted
+                assert not {n for n in selected if n >= limit} & needed
