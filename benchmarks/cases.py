@@ -1,29 +1,19 @@
-"""The registry of cases: what is measured, at which sizes, against which limits."""
+"""A case: one call of attention, its random inputs, and what it counts."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from longnet.geometry import Pattern, score_pairs
 
-# Ratios of time, multiples of the output's size, and seconds; each is an upper limit.
-LIMITS: dict[str, Any] = {
-    "speed": {"forward": 1.15, "forward_backward": 1.25},
-    "memory": {
-        "forward": {"float32": 2.5, "bfloat16": 4.0},
-        "forward_backward": {"float32": 7.0, "bfloat16": 7.0},
-    },
-    "growth": 0.20,
-    "stream": 0.02,
-    "import_seconds": 0.2,
-}
 PASSES = ("forward", "forward_backward")
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -97,6 +87,16 @@ class Case:
         return f"N={self.length} {self.dtype}"
 
     @property
+    def label(self) -> str:
+        causal = "causal" if self.is_causal else "not causal"
+        return f"N={self.length} H={self.heads} D={self.head_dim} {causal} {self.dtype}"
+
+    @property
+    def cases(self) -> tuple[Case, ...]:
+        """The calls of attention of a cell of a suite: here this one."""
+        return (self,)
+
+    @property
     def tensor_bytes(self) -> int:
         """Bytes of one (B, H, N, D) tensor."""
         return math.prod(self.shape) * self.torch_dtype.itemsize
@@ -156,76 +156,40 @@ def draw_shape(shape: tuple[int, ...], dtype: torch.dtype, seed: int, device: to
     return Tensors(normal(), normal(), normal(), normal())
 
 
-@dataclass(frozen=True)
-class Reading:
-    """A stream: so many tokens, a chunk at a time, read by a small model of this pattern."""
+class Call(NamedTuple):
+    """A case and one of :data:`PASSES`."""
 
-    tokens: int
-    chunk: int
-    segment_lengths: tuple[int, ...]
-    dilation_rates: tuple[int, ...]
+    case: Case
+    which: str
 
+    @property
+    def cases(self) -> tuple[Case, ...]:
+        return (self.case,)
 
-@dataclass(frozen=True)
-class Sizes:
-    """What one run of the benchmark covers.
-
-    Repetitions are as many as fit into ``budget_seconds``, between the two numbers. ``slow_seconds``: dense attention is
-    left out of the speed table when a call is expected to take longer than the first, and the curves of dense attention
-    and peers end where it would take longer than the second.
-    """
-
-    base: Case
-    dtypes: tuple[str, ...]
-    speed_lengths: tuple[int, ...]
-    memory_lengths: tuple[int, ...]
-    growth_lengths: tuple[int, ...]
-    repetitions: tuple[int, int]
-    budget_seconds: float
-    growth_repetitions: int
-    import_repetitions: int
-    noise_repetitions: int
-    slow_seconds: tuple[float, float]
-    reading: Reading
-    judged: bool
-
-    def memory_processes(self, length: int) -> int:
-        """Long sequences take long and vary little: what malloc keeps is bounded."""
-        return 3 if self.judged and length <= 32768 else 1
-
-    def case(self, length: int, dtype: str) -> Case:
-        return replace(self.base, length=length, dtype=dtype)
+    @property
+    def label(self) -> str:
+        return f"{self.case.label} {self.which}"
 
 
-FULL = Sizes(
-    base=Case(length=8192, dtype="float32"),
-    dtypes=("float32", "bfloat16"),
-    speed_lengths=(8192, 32768),
-    memory_lengths=(8192, 32768, 131072),
-    growth_lengths=tuple(8192 * 2**i for i in range(6)),
-    repetitions=(7, 15),
-    budget_seconds=20.0,
-    growth_repetitions=5,
-    import_repetitions=7,
-    noise_repetitions=10,
-    slow_seconds=(3.0, 12.0),
-    reading=Reading(10_000_000, 8000, (256, 1024, 4096, 16384, 65536), (1, 4, 16, 64, 256)),
-    judged=True,
-)
+def grid(base: Case, lengths: tuple[int, ...], dims: tuple[int, ...] = (64,)) -> tuple[Case, ...]:
+    """Every length and head dimension, causal and not."""
+    sizes = [(length, dim, is_causal) for length in lengths for dim in dims for is_causal in (True, False)]
+    return tuple(replace(base, length=length, head_dim=dim, is_causal=is_causal) for length, dim, is_causal in sizes)
 
-# Too small to say anything about speed: it shows that the benchmark itself works.
-QUICK = Sizes(
-    base=Case(length=256, dtype="float32", heads=4, head_dim=16, segment_lengths=(32, 64, 128)),
-    dtypes=("float32", "bfloat16"),
-    speed_lengths=(256,),
-    memory_lengths=(256,),
-    growth_lengths=(256, 512),
-    repetitions=(3, 3),
-    budget_seconds=1.0,
-    growth_repetitions=3,
-    import_repetitions=1,
-    noise_repetitions=3,
-    slow_seconds=(math.inf, math.inf),
-    reading=Reading(4000, 100, (32, 64), (1, 2)),
-    judged=False,
-)
+
+# On a CPU the default pattern; on a GPU the paper's series; small ones that only show that the benchmark works.
+CPU = Case(8192, "float32")
+CPU_QUICK = Case(256, "float32", heads=4, head_dim=16, segment_lengths=(32, 64, 128))
+GPU_SEGMENTS, GPU_RATES = (2048, 4096, 8192, 16384, 32768), (1, 2, 4, 8, 16)
+GPU = Case(1048576, "bfloat16", heads=16, segment_lengths=GPU_SEGMENTS, dilation_rates=GPU_RATES)
+GPU_QUICK = Case(512, "bfloat16", heads=4, head_dim=64, segment_lengths=(128, 256), dilation_rates=(1, 2))
+GIGAPATH = Case(10001, "float16", 16, 48, (1024, 5792, 32768, 185363, 1048576), GPU_RATES, is_causal=False)
+BASES = {"cpu": CPU, "cpu-quick": CPU_QUICK, "cuda": GPU, "cuda-quick": GPU_QUICK}
+
+
+def both_dtypes(*cases: Case) -> tuple[Case, ...]:
+    return tuple(replace(case, dtype=dtype) for case in cases for dtype in ("float32", "bfloat16"))
+
+
+def lengths_of(base: Case, *lengths: int) -> tuple[Case, ...]:
+    return tuple(replace(base, length=length) for length in lengths)

@@ -9,22 +9,15 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import environment, present, terminal
-from benchmarks.cases import FULL, QUICK, Sizes
+from benchmarks import environment, harness, report, results, terminal
+from benchmarks.cases import Record
 from benchmarks.checks import CheckFailed
+from benchmarks.device import Cpu, Cuda, Device, no_cuda_reason
 from benchmarks.documents import BadMarker, documents, rewrite
-from benchmarks.gpu import cases as gpu_cases
-from benchmarks.gpu.machine import Cuda, Machine, why_no_cuda
-from benchmarks.gpu.runner import Checkouts, GpuBenchmark
+from benchmarks.environment import ROOT
 from benchmarks.plot import plot
-from benchmarks.runner import SECTIONS, Benchmark
-from benchmarks.verdicts import Result
-
-_ROOT = Path(__file__).resolve().parents[1]
-_RESULTS = _ROOT / "benchmarks" / "results"
 
 
 class Refused(ValueError):
@@ -41,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command: Callable[[argparse.Namespace], int] = options.command
         return command(options)
-    except (Refused, present.NoResult, BadMarker) as error:
+    except (Refused, results.NoResult, BadMarker) as error:
         print(f"python -m benchmarks: {error}", file=sys.stderr)
         return 2
     except CheckFailed as error:
@@ -62,12 +55,18 @@ def parser() -> argparse.ArgumentParser:
         return one
 
     one = add("cpu", cpu, "Measure on this CPU: prints tables, writes JSON and a picture.")
-    one.add_argument("--section", action="append", choices=SECTIONS, help="only this part; may be repeated")
+    one.add_argument(
+        "--section", action="append", choices=harness.sections("cpu"), help="only this part; may be repeated"
+    )
     one.add_argument("--length", action="append", type=int, help="only this N for speed and memory; may be repeated")
-    one.add_argument("--dtype", action="append", choices=FULL.dtypes, help="only this dtype; may be repeated")
+    one.add_argument(
+        "--dtype", action="append", choices=("float32", "bfloat16"), help="only this dtype; may be repeated"
+    )
     _add_common(one)
     one = add("gpu", gpu, "Measure on this CUDA device: prints tables, writes JSON after every step, and a picture.")
-    one.add_argument("--section", action="append", choices=gpu_cases.SECTIONS, help="only this part; may be repeated")
+    one.add_argument(
+        "--section", action="append", choices=harness.sections("cuda"), help="only this part; may be repeated"
+    )
     one.add_argument("--length", action="append", type=int, help="only this N for speed; may be repeated")
     one.add_argument("--head-dim", action="append", type=int, help="only this D for speed; may be repeated")
     one.add_argument("--dilated-attention-pytorch", type=Path, help="a checkout of fkodom's, timed beside")
@@ -99,44 +98,49 @@ def _add_common(one: argparse.ArgumentParser) -> None:
 
 
 def cpu(options: argparse.Namespace) -> int:
-    sizes = _sizes(QUICK if options.quick else FULL, options.length, options.dtype)
-    sections = tuple(options.section or SECTIONS)
-    whole = sizes == FULL and set(sections) == set(SECTIONS)
-    benchmark = Benchmark(sizes, sections, options.torchscale)
-    terminal.run(benchmark.steps())
-    kind = "quick" if options.quick else "cpu" if whole else "partial"
-    path = options.out or _RESULTS / f"{kind}-{benchmark.result['date'][:10]}.json"
-    present.save(benchmark.result, path)
-    _finish(path, options.plot)
-    return 0
+    return _measure(Cpu(), options)
 
 
-def gpu(options: argparse.Namespace, machine: Machine | None = None) -> int:
-    if machine is None:
-        reason = why_no_cuda()
+def gpu(options: argparse.Namespace, device: Device | None = None) -> int:
+    if device is None:
+        reason = no_cuda_reason()
         if reason is not None:
             raise Refused(f"the GPU benchmark needs a CUDA device: {reason}. On this machine: python -m benchmarks cpu")
-        machine = Cuda()
-    sizes = gpu_cases.QUICK if options.quick else gpu_cases.FULL
-    checkouts = Checkouts(options.torchscale, options.dilated_attention_pytorch, options.alexisrozhkov)
-    sections = tuple(options.section or gpu_cases.SECTIONS)
+        device = Cuda()
+    return _measure(device, options)
+
+
+def _measure(device: Device, options: argparse.Namespace) -> int:
+    scale = f"{device.kind}-quick" if options.quick else device.kind
     try:
-        sizes = gpu_cases.only(sizes, options.length, options.head_dim)
-        benchmark = GpuBenchmark(machine, sizes, sections, checkouts, options.commit)
+        cells = harness.cells(scale, options.section)
+        if device.kind == "cuda":
+            cells = harness.only(cells, scale, options.length, options.head_dim)
+            others = harness.Checkouts(options.torchscale, options.dilated_attention_pytorch, options.alexisrozhkov)
+        else:
+            cells = harness.at_lengths(cells, options.length) if options.length else cells
+            cells = harness.of_dtypes(cells, options.dtype) if options.dtype else cells
+            others = harness.Checkouts(options.torchscale)
+        run = harness.new_run(device, scale, cells, getattr(options, "commit", None))
     except ValueError as error:
         raise Refused(str(error)) from None
-    whole = sizes == gpu_cases.FULL and set(sections) == set(gpu_cases.SECTIONS)
-    kind = "gpu-quick" if options.quick else "gpu" if whole else "gpu-partial"
-    path = options.out or _RESULTS / f"{kind}-{benchmark.result['date'][:10]}.json"
-    terminal.run(benchmark.steps(), after=lambda: present.save(benchmark.result, path))
+    names = ("gpu-quick", "gpu", "gpu-partial") if device.kind == "cuda" else ("quick", "cpu", "partial")
+    name = names[0] if options.quick else names[1] if cells == harness.cells(scale) else names[2]
+    path = options.out or ROOT / "benchmarks" / "results" / f"{name}-{run.result['date'][:10]}.json"
+    if device.kind == "cuda":
+        # Hours on a machine that may be taken away: complete enough to be written after every step.
+        terminal.run(harness.steps(run, others), after=lambda: results.save(run.result, path))
+    else:
+        terminal.run(harness.steps(run, others))
+        results.save(run.result, path)
     _finish(path, options.plot)
     return 0
 
 
 def show(options: argparse.Namespace) -> int:
-    result = present.load(options.file)
+    result = results.load(options.file)
     if options.markdown:
-        print(present.markdown(result))
+        print(report.markdown(result))
     else:
         terminal.show(result)
     if options.plot is not None:
@@ -145,26 +149,26 @@ def show(options: argparse.Namespace) -> int:
 
 
 def merge(options: argparse.Namespace) -> int:
-    result = present.merge({str(path): present.load(path) for path in options.files})
+    result = results.merge({str(path): results.load(path) for path in options.files})
     # A copy that was measured elsewhere may not know its commit; a checkout of the same sources does.
     here = environment.commit()
     if here["dirty"] is False and here["sources"] == result["commit"]["sources"]:
         result["commit"] = here
-    present.save(result, options.out)
+    results.save(result, options.out)
     _finish(options.out, True)
     return 0
 
 
 def tables(options: argparse.Namespace) -> int:
     stale = []
-    for path in documents(_ROOT):
+    for path in documents(ROOT):
         text = path.read_text()
         try:
-            made = rewrite(text, _ROOT)
+            made = rewrite(text, ROOT)
         except BadMarker as error:
-            raise BadMarker(f"{path.relative_to(_ROOT)}: {error}") from None
+            raise BadMarker(f"{path.relative_to(ROOT)}: {error}") from None
         if made != text:
-            stale.append(str(path.relative_to(_ROOT)))
+            stale.append(str(path.relative_to(ROOT)))
             if not options.check:
                 path.write_text(made)
     for name in stale:
@@ -172,23 +176,12 @@ def tables(options: argparse.Namespace) -> int:
     return 1 if options.check and stale else 0
 
 
-def _sizes(sizes: Sizes, lengths: list[int] | None, dtypes: list[str] | None) -> Sizes:
-    if lengths:
-        for length in lengths:
-            if length < sizes.base.block:
-                raise Refused(f"--length {length} is below {sizes.base.block}, one block of the kernel")
-        sizes = replace(sizes, speed_lengths=tuple(lengths), memory_lengths=tuple(lengths))
-    if dtypes:
-        sizes = replace(sizes, dtypes=tuple(dtypes))
-    return sizes
-
-
 def _finish(path: Path, draw: bool) -> None:
     # From the file: what is printed now is what `show` prints later.
-    result = present.load(path)
+    result = results.load(path)
     terminal.show(result)
     print(f"Written: {path}")
-    if not draw or not (result["curves"] if "curves" in result else result["growth"]):
+    if not draw or not result.get("curves"):
         return
     picture = path.with_suffix(".png")
     if importlib.util.find_spec("matplotlib") is None:
@@ -198,7 +191,7 @@ def _finish(path: Path, draw: bool) -> None:
     print(f"Written: {picture}")
 
 
-def _plot(result: Result, path: Path) -> None:
+def _plot(result: Record, path: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise Refused("--plot needs matplotlib, which is not installed: pip install matplotlib")
     try:

@@ -1,4 +1,4 @@
-"""What is timed: this project, the same-FLOP kernel on the CPU, dense attention."""
+"""What is timed: this project, and torch's dense attention as the reference."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import Case, Tensors, draw_shape
+from benchmarks.cases import Case, Tensors
 from benchmarks.checks import Attend, attend_dilated
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+from benchmarks.device import Device
 
 
 @dataclass(frozen=True)
@@ -43,28 +41,52 @@ def ours(case: Case, tensors: Tensors, name: str = "ours") -> Contender:
     return contender(name, attend_dilated(case), tensors)
 
 
-def same_flop(case: Case) -> Contender:
-    """torch's CPU flash kernel, called bare, on dense (blocks, H, block, D): scale its time by ``case.flop_ratio``.
-
-    What dilation would cost if reading strided rows, looping and mixing were free.
-    """
-    shape = (case.batch * case.blocks, case.heads, case.block, case.head_dim)
-    query, key, value, grad_out = draw_shape(shape, case.torch_dtype, seed=2).all
-
-    def forward() -> tuple[Tensor, ...]:
-        return tuple(_flash(query, key, value, 0.0, case.is_causal))
-
-    def forward_backward() -> tuple[Tensor, ...]:
-        out, lse = _flash(query, key, value, 0.0, case.is_causal)
-        return (out, *_flash_backward(grad_out, query, key, value, out, lse, 0.0, case.is_causal))
-
-    return Contender("same_flop", {"forward": forward, "forward_backward": forward_backward})
-
-
-def dense(case: Case, tensors: Tensors) -> Contender:
+def sdpa(case: Case, tensors: Tensors) -> Contender:
     """``F.scaled_dot_product_attention`` over the whole sequence: quadratic, and another function."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, is_causal=case.is_causal)
 
     return contender("dense", attend, tensors)
+
+
+def bare_dense(device: Device, tensors: Tensors, is_causal: bool, name: str = "dense") -> Contender:
+    """The device's fastest dense attention on (B, H, N, D), forward and backward called without autograd."""
+    query, key, value, grad_out = tensors.all
+
+    def forward() -> tuple[Tensor, ...]:
+        return device.attend(query, key, value, is_causal)[:1]
+
+    def forward_backward() -> tuple[Tensor, ...]:
+        saved = device.attend(query, key, value, is_causal)
+        return (saved[0], *device.attend_backward(grad_out, query, key, value, saved, is_causal))
+
+    return Contender(name, {"forward": forward, "forward_backward": forward_backward})
+
+
+def dense(device: Device, case: Case, tensors: Tensors) -> Contender:
+    """Dense attention over the whole sequence: cuDNN's on a GPU, through autograd on a CPU."""
+    return bare_dense(device, tensors, case.is_causal) if device.kind == "cuda" else sdpa(case, tensors)
+
+
+def reference_kind(device: Device, case: Case) -> str:
+    """What a case is compared with: on a GPU dense attention over the whole sequence where that is short."""
+    short = device.kind == "cuda" and case.length < max(case.segment_lengths)
+    return "dense" if short else "same_flop"
+
+
+def reference_ratio(device: Device, case: Case) -> float:
+    """What the reference's time is multiplied by."""
+    return float(case.flop_ratio) if reference_kind(device, case) == "same_flop" else 1.0
+
+
+def reference(device: Device, case: Case, tensors: Tensors) -> Contender:
+    """torch's fastest dense attention on the same random numbers.
+
+    As (blocks, H, block, D), one block as long as the rows of a segment: what dilation would cost if reading strided rows
+    and mixing were free, its time to be scaled by ``case.flop_ratio``. Short sequences on a GPU: as (B, H, N, D).
+    """
+    kind = reference_kind(device, case)
+    if kind == "same_flop":
+        tensors = tensors.first(case.batch * case.blocks, case.heads, case.block, case.head_dim)
+    return bare_dense(device, tensors, case.is_causal, kind)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from benchmarks import present
+from benchmarks import report, results
 
 _BLOCK = re.compile(
     r"^(?P<open><!-- table: (?P<name>\S+) (?P<file>\S+) -->)\n(?P<body>.*?)^(?P<close><!-- end -->)$",
@@ -52,21 +52,21 @@ def table(name: str, file: Path) -> str:
         BadMarker: there is no table of this name.
         NoResult: a file that is no result.
     """
-    result = present.load(file)
-    wanted, _, rest = name.partition("/")
+    result = results.load(file)
+    title, _, rest = name.partition("/")
     if rest not in ("", "all"):
         raise BadMarker(f"{name}: expected NAME or NAME/all")
-    if wanted == "header":
-        return present.header(result)
-    if wanted == "summary":
-        return "\n".join(f"- {line}" for line in present.summary(result))
-    found = {slug(one.title): one for one in present.tables(result)}
-    if wanted not in found:
-        raise BadMarker(f"{file.name} has no table {wanted!r}: expected header, summary or one of {', '.join(found)}")
+    if title == "header":
+        return report.header(result)
+    if title == "summary":
+        return "\n".join(f"- {line}" for line in report.summary(result))
+    found = {slug(one.title): one for one in report.tables(result)}
+    if title not in found:
+        raise BadMarker(f"{file.name} has no table {title!r}: expected header, summary or one of {', '.join(found)}")
     if not rest:
-        return found[wanted].markdown(brief=True)
-    notes = "\n".join(f"- {note}" for note in found[wanted].notes)
-    return "\n\n".join(filter(None, (found[wanted].markdown(), notes)))
+        return found[title].markdown(brief=True)
+    notes = "\n".join(f"- {note}" for note in found[title].notes)
+    return "\n\n".join(filter(None, (found[title].markdown(), notes)))
 
 
 def slug(title: str) -> str:

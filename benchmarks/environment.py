@@ -59,25 +59,6 @@ def gpu_versions() -> dict[str, str | None]:
     }
 
 
-def device() -> dict[str, Any]:
-    """The processor as the system names it, cores this process may use, torch's threads, the load before the run."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "kind": "cpu",
-        "model": _cpu_model(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": cores,
-        "threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "load_average": load_average(),
-    }
-
-
-def load_average() -> float:
-    """Processes that ran or waited to, mean of the last minute."""
-    return round(os.getloadavg()[0], 2)
-
-
 def child_environment() -> dict[str, str]:
     """For processes started here: this checkout's sources first, and byte code kept from one to the next."""
     paths = [str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")]
@@ -91,13 +72,3 @@ def _git(*arguments: str) -> str | None:
     except FileNotFoundError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or "unknown"

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.stand_ins import lent, torchscale_flash
+from benchmarks.stand_ins import Modules, importable, torchscale_flash
 from longnet.gigapath import SlideEncoder
 from longnet.gigapath.positions import axis_table, position_embedding
 
@@ -31,7 +26,7 @@ def _itself(x: Any, *_: Any, **__: Any) -> Any:
     return x
 
 
-_LENT: dict[str, dict[str, Any]] = {
+_LENT: Modules = {
     "timm": {},
     "timm.models": {},
     "timm.models.layers": {"drop_path": drop_path},
@@ -54,7 +49,9 @@ def load_upstream(
     Raises:
         ModuleNotFoundError: it needs a package that is not there and is not lent. KeyError, RuntimeError: weights that differ.
     """
-    with _importable(*(path for path in (torchscale, gigapath, gigapath / "gigapath") if path is not None)) as missing:
+    paths = [path for path in (torchscale, gigapath, gigapath / "gigapath") if path is not None]
+    # Versions of timm differ in what they still have, and nothing of it matters to the result.
+    with importable(*paths, more=_LENT, always=("timm", "fairscale")) as missing:
         encoder = importlib.import_module("gigapath.slide_encoder")
         attention = importlib.import_module("torchscale.component.multihead_attention")
     if "flash_attn" in missing or attention.flash_attn_func is None:
@@ -78,28 +75,3 @@ def load_upstream(
         place.copy_(position_embedding(part, table))
     remarks = [f"torch's own operations stand in for {', '.join(missing)}"] if missing else []
     return model, [*remarks, "its table of positions is filled on the device"]
-
-
-@contextmanager
-def _importable(*paths: Path) -> Iterator[tuple[str, ...]]:
-    tops = dict.fromkeys(name.partition(".")[0] for name in _LENT)
-    # Versions of timm differ in what they still have, and nothing of it matters to the result.
-    absent = tuple(top for top in tops if top in ("timm", "fairscale") or importlib.util.find_spec(top) is None)
-    names = [name for name in _LENT if name.partition(".")[0] in absent]
-    before = list(sys.path)
-    replaced = {name: sys.modules[name] for name in names if name in sys.modules}
-    sys.path[:0] = [str(path) for path in paths]
-    for name in names:
-        module = ModuleType(name)
-        module.__path__ = []
-        vars(module).update(_LENT[name])
-        sys.modules[name] = module
-    try:
-        with lent() as packages:
-            yield (*packages, *absent)
-    finally:
-        # Its module appends to sys.path itself.
-        sys.path[:] = before
-        for name in names:
-            del sys.modules[name]
-        sys.modules.update(replaced)

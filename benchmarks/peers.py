@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import Case, Tensors, draw
-from benchmarks.checks import Attend, allowed_errors, oracle_out, relative_error, with_gradients
+from benchmarks.checks import NAMES, Attend, allowed_errors, oracle_out, relative_error, with_gradients
 from benchmarks.contenders import Contender, contender
-from benchmarks.stand_ins import lent, torchscale_flash
+from benchmarks.stand_ins import importable, lent, torchscale_flash
 
 # A peer may round its mixing weights to half precision: allowed errors, in those that longnet is allowed.
 _HALF_PRECISION_ALLOWANCE = 3.0
@@ -61,7 +59,7 @@ def load_torchscale(path: Path | None, case: Case, device: torch.device | str = 
     if not (path / "torchscale" / "component" / "dilated_attention.py").is_file():
         return Peer(name, None, f"{path.name} has no torchscale/component/dilated_attention.py")
     try:
-        with _importable(path) as packages:
+        with importable(path) as packages:
             module = importlib.import_module("torchscale.component.dilated_attention")
             attention = importlib.import_module("torchscale.component.multihead_attention")
     except ModuleNotFoundError as error:
@@ -92,18 +90,13 @@ def load_dilated_attention_pytorch(path: Path | None) -> Peer:
     if path is None:
         return Peer(name, None, "no checkout given: --dilated-attention-pytorch PATH")
     try:
-        with _importable(path) as packages:
+        with importable(path) as packages:
             module = importlib.import_module("dilated_attention_pytorch.dilated_attention")
     except ModuleNotFoundError as error:
         return Peer(name, None, f"{path.name}: its import needs {error.name}, which is not there")
 
     def make(case: Case, rows: Tensors) -> Contender:
-        attention = module.DilatedAttention(case.segment_lengths, case.dilation_rates)
-
-        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            out: Tensor = attention(query, key, value, is_causal=case.is_causal)
-            return out
-
+        attend = partial(module.DilatedAttention(case.segment_lengths, case.dilation_rates), is_causal=case.is_causal)
         return contender(name, attend, rows.view(case.batch, case.length, case.heads, case.head_dim))
 
     remark = "computes another function: each head attends in one branch only, outputs are divided by their own sum"
@@ -116,7 +109,7 @@ def load_alexisrozhkov(path: Path | None) -> Peer:
     if path is None:
         return Peer(name, None, "no checkout given: --alexisrozhkov PATH")
     try:
-        with _importable(path) as packages:
+        with importable(path) as packages:
             found = importlib.import_module("dilated_self_attention.multihead_dilated_self_attention")
     except ModuleNotFoundError as error:
         return Peer(name, None, f"{path.name}: its import needs {error.name}, which is not there")
@@ -174,22 +167,15 @@ def _peer_errors(make: Make, small: Case, device: torch.device | str) -> dict[st
     tensors = draw(small, device=device)
     got = make(small, tensors.rows()).passes["forward_backward"]()
     expected = with_gradients(lambda q, k, v: oracle_out(small, q, k, v, "blocked"), tensors.to(torch.float64))
-    names = ("out", "grad_query", "grad_key", "grad_value")
-    pairs = zip(names, got, expected, strict=True)
+    pairs = zip(NAMES, got, expected, strict=True)
     return {name: relative_error(one, other.transpose(1, 2).flatten(2)) for name, one, other in pairs}
 
 
 def _torchscale_attend(attention: Any, case: Case) -> Attend:
     """Its attention module, the projections left out, so that attention alone is compared."""
-    settings = Namespace(
-        multiway=False,
-        xpos_rel_pos=False,
-        layernorm_eps=1e-5,
-        flash_attention=True,
-        seq_parallel=False,
-        segment_length=list(case.segment_lengths),
-        dilated_ratio=list(case.dilation_rates),
-    )
+    lists = {"segment_length": list(case.segment_lengths), "dilated_ratio": list(case.dilation_rates)}
+    fixed = {"multiway": False, "xpos_rel_pos": False, "flash_attention": True, "seq_parallel": False}
+    settings = Namespace(**fixed, **lists, layernorm_eps=1e-5)
     module = attention(settings, case.heads * case.head_dim, case.heads, self_attention=True)
     for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
         setattr(module, name, nn.Identity())
@@ -199,13 +185,3 @@ def _torchscale_attend(attention: Any, case: Case) -> Attend:
         return out
 
     return attend
-
-
-@contextmanager
-def _importable(path: Path) -> Iterator[tuple[str, ...]]:
-    sys.path.insert(0, str(path))
-    try:
-        with lent() as packages:
-            yield packages
-    finally:
-        sys.path.remove(str(path))

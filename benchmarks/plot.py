@@ -3,51 +3,37 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from benchmarks.verdicts import pass_name
+from benchmarks.cases import Record
+from benchmarks.verdicts import on_gpu, pass_name
 
 _STYLES = {"longnet": ("#1f5fbf", "o", "-"), "dense": ("#b3261e", "s", "--")}
 _LABELS = {"dense": "dense attention"}
 
 
-@dataclass(frozen=True)
-class _Panel:
-    """Median seconds by length, by name."""
-
-    title: str
-    curves: dict[str, dict[int, float]]
-
-
-def plot(result: dict[str, Any], path: Path) -> None:
+def plot(result: Record, path: Path) -> None:
     """Write a PNG: longnet, dense attention and peers, as far as each was timed; a panel per dtype, on a GPU per pass.
 
     Raises:
         ValueError: the result has no growth section.
     """
-    device = result["device"]
-    if device["kind"] == "cuda":
-        panels = [_panel(pass_name(one["pass"]), one["seconds"]) for one in result["curves"]]
-        where = str(device["model"])
-    else:
-        panels = [_panel(one["dtype"], {"longnet": one["seconds"], **one["curves"]}) for one in result["growth"]]
-        where = f"{device['threads']} threads of {device['model']}"
+    device, gpu = result["device"], on_gpu(result)
+    where = device["model"] if gpu else f"{device['threads']} threads of {device['model']}"
+    panels = {}
+    for record in result.get("curves", ()):
+        medians = {
+            name: {int(length): statistics.median(seconds) for length, seconds in curve.items()}
+            for name, curve in record["seconds"].items()
+        }
+        panels[pass_name(record) if gpu else record["case"]["dtype"]] = medians
     if not panels:
         raise ValueError("the result has no growth section: expected a run that includes it")
     _draw(panels, f"Causal attention on {where}", path)
 
 
-def _panel(title: str, curves: dict[str, dict[str, list[float]]]) -> _Panel:
-    medians = {
-        name: {int(length): statistics.median(seconds) for length, seconds in curve.items()}
-        for name, curve in curves.items()
-    }
-    return _Panel(title, medians)
-
-
-def _draw(records: list[_Panel], title: str, path: Path) -> None:
+def _draw(records: dict[str, dict[str, dict[int, float]]], title: str, path: Path) -> None:
+    """``records``: seconds by length, by name, by the title of a panel."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -56,17 +42,17 @@ def _draw(records: list[_Panel], title: str, path: Path) -> None:
     figure, panels = pyplot.subplots(
         1, len(records), figsize=(5.2 * len(records), 4.2), sharey=True, squeeze=False, layout="constrained"
     )
-    for panel, record in zip(panels[0], records, strict=True):
-        for name, curve in record.curves.items():
+    for panel, (heading, curves) in zip(panels[0], records.items(), strict=True):
+        for name, curve in curves.items():
             colour, marker, line = _STYLES.get(name, ("#5f6368", "^", ":"))
             label = _LABELS.get(name, name)
             panel.plot(list(curve), list(curve.values()), marker=marker, linestyle=line, color=colour, label=label)
-        lengths = sorted({length for curve in record.curves.values() for length in curve})
+        lengths = sorted({length for curve in curves.values() for length in curve})
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         panel.set_xticks(lengths, [_thousands(length) for length in lengths])
         panel.minorticks_off()
-        panel.set_title(record.title)
+        panel.set_title(heading)
         panel.set_xlabel("tokens")
         panel.grid(alpha=0.3)
         panel.legend(frameon=False)

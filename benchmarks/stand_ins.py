@@ -6,11 +6,14 @@ A package that is installed is never replaced.
 from __future__ import annotations
 
 import importlib.util
+import math
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -78,57 +81,26 @@ def rearrange(x: Tensor, pattern: str, **sizes: int) -> Tensor:
     """einops' ``rearrange``: split axes, permute, merge axes. Axes in brackets belong together, ``1`` is a new axis."""
     inputs, outputs = _parse(pattern)
     if len(inputs) != x.dim():
-        raise ValueError(
-            f"{pattern!r} has {len(inputs)} axes on its left side, the tensor {tuple(x.shape)} another number"
-        )
-    shape: list[int] = []
+        shape = tuple(x.shape)
+        raise ValueError(f"{pattern!r} has {len(inputs)} axes on its left side, the tensor {shape} another number")
+    lengths: dict[str, int] = {}
     for group, size in zip(inputs, x.shape, strict=True):
-        known = [1 if name == "1" else sizes.get(name, -1) for name in group]
-        if known.count(-1) > 1:
+        known = math.prod(sizes.get(name, 1) for name in group)
+        if sum(name not in sizes for name in group if name != "1") > 1:
             raise ValueError(f"{pattern!r}: the sizes of {group} are not all known")
-        rest = 1
-        for one in known:
-            rest *= max(one, 1)
-        if size % rest:
-            raise ValueError(f"{pattern!r}: an axis of {size} cannot be split by {rest}")
-        shape += [size // rest if one == -1 else one for one in known]
-    names = [name for group in inputs for name in group]
-    lengths = {name: length for name, length in zip(names, shape, strict=True) if name != "1"}
-    kept = [index for index, name in enumerate(names) if name != "1"]
-    order = [name for group in outputs for name in group if name != "1"]
-    parts = x.reshape([shape[index] for index in kept])
-    parts = parts.permute([list(lengths).index(name) for name in order])
-    merged = []
-    for group in outputs:
-        length = 1
-        for name in group:
-            length *= lengths.get(name, 1)
-        merged.append(length)
-    return parts.reshape(merged)
-
-
-Axes = tuple[tuple[str, ...], ...]
+        if size % known:
+            raise ValueError(f"{pattern!r}: an axis of {size} cannot be split by {known}")
+        lengths |= {name: sizes.get(name, size // known) for name in group if name != "1"}
+    order = [list(lengths).index(name) for group in outputs for name in group if name != "1"]
+    merged = [math.prod(lengths.get(name, 1) for name in group) for group in outputs]
+    return x.reshape(list(lengths.values())).permute(order).reshape(merged)
 
 
 @lru_cache(maxsize=256)
-def _parse(pattern: str) -> tuple[Axes, Axes]:
-    def side(text: str) -> Axes:
-        groups: list[tuple[str, ...]] = []
-        inside: list[str] | None = None
-        for word in text.replace("(", " ( ").replace(")", " ) ").split():
-            if word == "(":
-                inside = []
-            elif word == ")":
-                groups.append(tuple(inside or ()))
-                inside = None
-            elif inside is not None:
-                inside.append(word)
-            else:
-                groups.append((word,))
-        return tuple(groups)
-
-    left, right = pattern.split("->")
-    return side(left), side(right)
+def _parse(pattern: str) -> list[list[list[str]]]:
+    """Groups of names, left and right of the arrow."""
+    sides = (re.findall(r"\(([^)]*)\)|(\S+)", side) for side in pattern.split("->"))
+    return [[(inside or alone).split() for inside, alone in side] for side in sides]
 
 
 def _flash_attn_func(
@@ -149,7 +121,8 @@ def _only_whole_segments(*_: object) -> Any:
     raise ValueError("segments that do not divide the length need flash-attn's own padding functions")
 
 
-_LENT: dict[str, dict[str, Callable[..., Any] | type]] = {
+Modules = dict[str, dict[str, Any]]
+_LENT: Modules = {
     "einops": {"rearrange": rearrange},
     "flash_attn": {},
     "flash_attn.flash_attn_interface": {
@@ -168,7 +141,11 @@ _LENT: dict[str, dict[str, Callable[..., Any] | type]] = {
 
 def missing() -> tuple[str, ...]:
     """The packages that :func:`lent` would stand in for."""
-    tops = dict.fromkeys(name.partition(".")[0] for name in _LENT)
+    return _absent(_LENT)
+
+
+def _absent(table: Modules) -> tuple[str, ...]:
+    tops = dict.fromkeys(name.partition(".")[0] for name in table)
     return tuple(name for name in tops if importlib.util.find_spec(name) is None)
 
 
@@ -176,18 +153,44 @@ def missing() -> tuple[str, ...]:
 def lent() -> Iterator[tuple[str, ...]]:
     """While it lasts, missing packages can be imported as stand-ins; gives their names."""
     packages = missing()
-    names = [name for name in _LENT if name.partition(".")[0] in packages]
-    for name in names:
-        module = ModuleType(name, f"Lent by longnet's benchmark: {name} is not installed.")
+    with _modules({name: names for name, names in _LENT.items() if name.partition(".")[0] in packages}):
+        yield packages
+
+
+@contextmanager
+def importable(*paths: Path, more: Modules | None = None, always: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """While it lasts, modules are found in ``paths`` first, and missing packages are lent; gives the names of these.
+
+    Args:
+        more: modules to lend besides. always: packages among them that are replaced where they are installed.
+    """
+    more, before = more or {}, list(sys.path)
+    absent = (*_absent({name: {} for name in more if name.partition(".")[0] not in always}), *always)
+    sys.path[:0] = [str(path) for path in paths]
+    try:
+        with lent() as packages, _modules({name: x for name, x in more.items() if name.partition(".")[0] in absent}):
+            yield (*packages, *absent)
+    finally:
+        # What is imported may append to sys.path itself.
+        sys.path[:] = before
+
+
+@contextmanager
+def _modules(table: Modules) -> Iterator[None]:
+    """While it lasts, these modules have these names; what they replace comes back."""
+    replaced = {name: sys.modules[name] for name in table if name in sys.modules}
+    for name, names in table.items():
+        module = ModuleType(name, f"Lent by longnet's benchmark in place of {name}.")
         module.__spec__ = ModuleSpec(name, None, is_package=True)
         module.__path__ = []
-        vars(module).update(_LENT[name])
+        vars(module).update(names)
         parent, _, child = name.rpartition(".")
         if parent:
             setattr(sys.modules[parent], child, module)
         sys.modules[name] = module
     try:
-        yield packages
+        yield
     finally:
-        for name in names:
+        for name in table:
             del sys.modules[name]
+        sys.modules.update(replaced)

@@ -7,9 +7,9 @@ import sys
 import time
 from collections.abc import Callable
 
-from benchmarks import present
-from benchmarks.runner import Step
-from benchmarks.verdicts import Result
+from benchmarks import report
+from benchmarks.cases import Record
+from benchmarks.harness import Step
 
 
 def has_rich() -> bool:
@@ -48,17 +48,17 @@ def _run_with_rich(steps: list[Step], after: Callable[[], None]) -> None:
             after()
 
 
-def show(result: Result) -> None:
+def show(result: Record) -> None:
     """The tables and what they say, on stdout; into a pipe or a file, which have no width to fold them to, in lines."""
     if not has_rich() or not sys.stdout.isatty():
-        print(present.plain(result))
+        print(report.plain(result))
         return
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    console.print(present.header(result), markup=False)
-    for table in present.tables(result):
+    console.print(report.header(result), markup=False)
+    for table in report.tables(result):
         shown = Table(title=table.title, title_justify="left")
         for column in table.columns:
             shown.add_column(column, overflow="fold")
@@ -67,5 +67,5 @@ def show(result: Result) -> None:
         console.print(shown)
         for note in table.notes:
             console.print(note, markup=False)
-    for line in present.summary(result):
+    for line in report.summary(result):
         console.print(line, markup=False)

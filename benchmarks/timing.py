@@ -1,4 +1,4 @@
-"""Side-by-side timing in one process: a, b, a, b, ..., warmed up, every repetition kept."""
+"""Side-by-side timing: a, b, a, b, ..., warmed up, every repetition recorded, on the device's own clock."""
 
 from __future__ import annotations
 
@@ -6,39 +6,96 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from itertools import cycle
 
-Functions = Mapping[str, Callable[[], object]]
+from benchmarks.contenders import Contender
+from benchmarks.device import Device
+
+Function = Callable[[], object]
+
+# Rounds shorter than this could run dry while the host launches the next call.
+_SHORT_SECONDS = 0.02
 
 
-def interleave(functions: Functions, least: int, most: int, budget_seconds: float) -> dict[str, list[float]]:
-    """Seconds of every call, by name; a slow drift of the machine then hits all of them alike.
+def interleave(
+    device: Device, functions: Mapping[str, Function], least: int, most: int, budget_seconds: float = 0.0
+) -> dict[str, list[float]]:
+    """Seconds of every call, by name; a slow drift of the device then hits all of them alike.
 
     Args:
-        functions: what is compared, each called once for warming up and then once a round.
+        device: where a device queues work, some is queued before a short round, so that the device is timed and not the
+            host's launching.
+        functions: what is compared, each warmed up and then called once a round.
         least, most: rounds; as many as fit into the budget, judged by the warm-up.
         budget_seconds: for all rounds together.
     """
-    warm_up = sum(call(function) for function in functions.values())
-    rounds = least if least == most else max(least, min(most, int(budget_seconds / warm_up)))
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    expected = sum(warm_up(device, function) for function in functions.values())
+    rounds = least if least == most else max(least, min(most, int(budget_seconds / expected)))
+    marks: dict[str, list[tuple[object, object]]] = {name: [] for name in functions}
     gc.collect()
     gc.disable()
     try:
         for _ in range(rounds):
+            if expected < _SHORT_SECONDS:
+                device.occupy()
             for name, function in functions.items():
-                seconds[name].append(call(function))
+                start = device.start()
+                result = function()
+                marks[name].append((start, device.stop()))
+                # Freed after the clock is read.
+                del result
+        device.finish()
     finally:
         gc.enable()
-    return seconds
+    return {name: [device.seconds(*pair) for pair in pairs] for name, pairs in marks.items()}
 
 
-def call(function: Callable[[], object]) -> float:
-    """Seconds of one call; its result is freed after the clock is read."""
+def warm_up(device: Device, function: Function) -> float:
+    """Seconds of the last of the calls that count for nothing: one, or two where the first one only fills queues."""
+    took = 0.0
+    for _ in range(2 if device.queues else 1):
+        took = host_seconds(device, function)
+    return took
+
+
+def host_seconds(device: Device, function: Function, calls: int = 1) -> float:
+    """Seconds a call by the host's clock, calls back to back: what launching costs shows here alone."""
+    device.finish()
     start = time.perf_counter()
-    result = function()
-    stop = time.perf_counter()
-    del result
-    return stop - start
+    for _ in range(calls):
+        result = function()
+        del result
+    device.finish()
+    return (time.perf_counter() - start) / calls
+
+
+def settle(device: Device, function: Function, seconds: float) -> None:
+    """Call at least twice and for some seconds: host and device settle after compiling."""
+    began, calls = time.perf_counter(), 0
+    while calls < 2 or time.perf_counter() - began < seconds:
+        host_seconds(device, function)
+        calls += 1
+
+
+def repeated(function: Function, calls: int) -> Callable[[], None]:
+    """One function of several calls."""
+
+    def run() -> None:
+        for _ in range(calls):
+            function()
+
+    return run
+
+
+def rotated(contenders: list[Contender]) -> Contender:
+    """One contender that takes the next one's inputs at every call, so that they are not in the cache already."""
+
+    def turn(which: str) -> Callable[[], tuple[object, ...]]:
+        functions = cycle([one.passes[which] for one in contenders])
+        return lambda: next(functions)()
+
+    first = contenders[0]
+    return Contender(first.name, {which: turn(which) for which in first.passes})  # type: ignore[misc]
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from statistics import median
 
-Result = dict[str, Any]
+from benchmarks.cases import Record
+
+_GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -30,86 +31,163 @@ class Verdict:
         return "reached" if self.reached else "missed"
 
 
-def verdicts(result: Result) -> list[Verdict]:
-    """Every figure of the sections that the run covered."""
-    found = [speed_verdict(result, record, which) for record in result["speed"] for which in record["passes"]]
-    found += [memory_verdict(result, record) for record in result["memory"]]
-    found += [growth_verdict(result, record) for record in result["growth"]]
-    found += [stream_verdict(result, record) for record in result.get("stream", [])]
-    return [*found, import_verdict(result)] if result["import"] else found
+def verdicts(result: Record) -> list[Verdict]:
+    """Every figure of the sections that the run covered, as far as it has a limit."""
+    found: list[Verdict | None] = []
+    for record in result["speed"]:
+        found += [speed(result, record), torchscale(result, record)]
+    found += [memory(result, record) for record in result["memory"]]
+    found += [gigapath(result, record) for record in result.get("gigapath", ())]
+    found += [growth(result, record) for record in result["growth"]]
+    for record in result.get("stream", ()):
+        if not on_gpu(result):
+            found.append(reading(result, record))
+        elif record["pass"] == "decode":
+            found += [position(result, record), dense_decoding(result, record)]
+    if result.get("import"):
+        found.append(import_time(result))
+    return [one for one in found if one is not None]
 
 
-def summary(result: Result) -> Iterator[str]:
+def summary(result: Record) -> Iterator[str]:
     """Reached or missed, plainly, and what makes a figure doubtful."""
     device = result["device"]
-    before, after, cores = device["load_average"], device["load_average_after"], device["cores"]
-    # The run itself keeps every core busy, so afterwards only what exceeds them is somebody else's.
-    if before > cores / 2 or after > cores + 1:
-        yield (
-            f"The machine was busy with something else (load average {before} before the run and {after} after it on "
-            f"{cores} cores): times are not to be relied on."
-        )
-    yield from summary_of(verdicts(result), result["judged"])
-
-
-def summary_of(found: list[Verdict], judged: bool) -> Iterator[str]:
-    """How many limits are reached, and each that is not."""
-    if not judged:
+    if not on_gpu(result):
+        before, after, cores = device["load_average"], device["load_average_after"], device["cores"]
+        # The run itself keeps every core busy, so afterwards only what exceeds them is somebody else's.
+        if before > cores / 2 or after > cores + 1:
+            yield (
+                f"The machine was busy with something else (load average {before} before the run and {after} after it on "
+                f"{cores} cores): times are not to be relied on."
+            )
+    if not result["judged"]:
         yield "Sizes too small to judge: nothing is reached or missed."
         return
+    found = verdicts(result)
     yield f"{sum(one.reached for one in found)} of {len(found)} limits reached."
     for one in found:
         if not one.reached:
             yield f"Missed: {one.what}: {one.value:.3g}, limit {'at least ' if one.at_least else ''}{one.limit:g}."
 
 
-def flop_scaled_ratio(record: Result, seconds: dict[str, list[float]], name: str = "ours") -> float:
-    """Median time over the same-FLOP kernel's, which is scaled to the same score FLOPs."""
-    return statistics.median(seconds[name]) / statistics.median(seconds["same_flop"]) / float(record["flop_ratio"])
+def on_gpu(result: Record) -> bool:
+    return bool(result["device"]["kind"] == "cuda")
 
 
-def speed_verdict(result: Result, record: Result, which: str) -> Verdict:
-    value = flop_scaled_ratio(record, record["passes"][which]["judged"])
-    what = f"time over the same-FLOP kernel, {place(record['case'], which)}"
-    return Verdict(what, value, result["limits"]["speed"][which], result["judged"])
+def reference_seconds(record: Record) -> float:
+    """Median seconds of the reference, scaled to the pattern's score pairs where it is the same-FLOP kernel."""
+    return median(record["judged"][record["reference"]]) * float(record["ratio"])
 
 
-def memory_verdict(result: Result, record: Result) -> Verdict:
-    """Peak resident bytes beyond the inputs, in sizes of the output."""
-    limit = result["limits"]["memory"][record["pass"]][record["case"]["dtype"]]
-    value = statistics.median(record["peak_bytes"]) / record["output_bytes"]
-    what = f"memory beyond the inputs in outputs, {place(record['case'], record['pass'])}"
-    return Verdict(what, value, limit, result["judged"])
+def against_reference(record: Record) -> float:
+    """Our median time over the reference's: the tax, or what is left of dense attention's time."""
+    return median(record["judged"]["ours"]) / reference_seconds(record)
 
 
-def growth_verdict(result: Result, record: Result) -> Verdict:
+def factor(record: Record, name: str) -> float | None:
+    """A peer's median time over ours in the same rounds; None when it was not timed."""
+    seconds = record["beside"].get(name)
+    return None if seconds is None else median(seconds) / median(record["beside"]["ours"])
+
+
+def limit(result: Record, record: Record, kind: str) -> float | None:
+    """The limit of this kind for a speed record, or None."""
+    limits = result["limits"]["speed"]
+    if isinstance(limits, dict):
+        return float(limits[record["pass"]]) if kind == "tax" else None
+    fields = {**record["case"], "pass": record["pass"]}
+    for entry in limits:
+        names = entry.keys() - {"kind", "limit"}
+        if entry["kind"] == kind and all(fields[name] in entry[name] for name in names):
+            return float(entry["limit"])
+    return None
+
+
+def speed(result: Record, record: Record) -> Verdict | None:
+    kind = "tax" if record["reference"] == "same_flop" else "dense"
+    at_most = limit(result, record, kind)
+    if at_most is None:
+        return None
+    what = {"tax": "time over the same-FLOP kernel", "dense": "time over dense attention"}[kind]
+    return Verdict(f"{what}, {place(result, record)}", against_reference(record), at_most, result["judged"])
+
+
+def torchscale(result: Record, record: Record) -> Verdict | None:
+    least = limit(result, record, "torchscale")
+    return None if least is None else _torchscale(result, record, least)
+
+
+def gigapath(result: Record, record: Record) -> Verdict | None:
+    return _torchscale(result, record, result["limits"]["gigapath"])
+
+
+def _torchscale(result: Record, record: Record, least: float) -> Verdict | None:
+    value = factor(record, "torchscale")
+    if value is None:
+        return None
+    what = f"torchscale's time over ours, {place(result, record)}"
+    return Verdict(what, value, least, result["judged"], at_least=True)
+
+
+def memory(result: Record, record: Record) -> Verdict:
+    """Peak bytes beyond the inputs: on a CPU in sizes of the output, on a GPU in GiB."""
+    at_most = result["limits"]["memory"][record["pass"]]
+    if on_gpu(result):
+        what, value, at_most = "GiB beyond q, k, v", record["peak_bytes"] / _GIB, at_most / _GIB
+    else:
+        what, at_most = "memory beyond the inputs in outputs", at_most[record["case"]["dtype"]]
+        value = median(record["peak_bytes"]) / record["output_bytes"]
+    return Verdict(f"{what}, {place(result, record)}", value, at_most, result["judged"])
+
+
+def growth(result: Record, record: Record) -> Verdict:
     """The largest median time per token over the smallest, less 1."""
-    values = per_token(record).values()
-    what = f"growth of the time per token, {record['dtype']}"
+    values = per_token(result, record).values()
+    what = f"growth of the time per token, {record['pass'] if on_gpu(result) else record['case']['dtype']}"
     return Verdict(what, max(values) / min(values) - 1, result["limits"]["growth"], result["judged"])
 
 
-def stream_verdict(result: Result, record: Result) -> Verdict:
+def per_token(result: Record, record: Record) -> dict[int, float]:
+    """By length, median microseconds per token; on a GPU nanoseconds per token and head."""
+    unit = 1e9 / record["case"]["heads"] if on_gpu(result) else 1e6
+    return {length: median(record["seconds"][str(length)]) / length * unit for length in record["lengths"]}
+
+
+def reading(result: Record, record: Record) -> Verdict:
     """Peak resident memory of the last tenth of a stream over that of the second, which has nothing left to load, less 1."""
     value = record["peak_bytes"][-1] / record["peak_bytes"][1] - 1
     what = f"growth of the memory over {record['read']:,} tokens read"
     return Verdict(what, value, result["limits"]["stream"], result["judged"])
 
 
-def import_verdict(result: Result) -> Verdict:
-    value = statistics.median(result["import"]["longnet_seconds"])
+def position(result: Record, record: Record) -> Verdict:
+    """Time of a token at the last position over that at the first, all phases of the pattern together, less 1."""
+    first, last = (sum(record["seconds"][str(record["positions"][index])]) for index in (0, -1))
+    what = f"a token's time at position {record['positions'][-1]:,} over that at {record['positions'][0]:,}, less 1"
+    return Verdict(what, abs(last / first - 1), result["limits"]["stream"]["position"], result["judged"])
+
+
+def dense_decoding(result: Record, record: Record) -> Verdict:
+    ours = sum(record["seconds"][str(record["positions"][-1])]) / len(record["phases"])
+    what = f"time of dense decoding with {record['dense_tokens']:,} tokens cached over ours"
+    least = result["limits"]["stream"]["dense_decoding"]
+    return Verdict(what, median(record["seconds"]["dense"]) / ours, least, result["judged"], at_least=True)
+
+
+def import_time(result: Record) -> Verdict:
+    value = median(result["import"]["longnet_seconds"])
     what = "import longnet beyond import torch, seconds"
     return Verdict(what, value, result["limits"]["import_seconds"], result["judged"])
 
 
-def per_token(record: Result) -> dict[int, float]:
-    """Median microseconds per token by length."""
-    return {length: statistics.median(record["seconds"][str(length)]) / length * 1e6 for length in record["lengths"]}
+def place(result: Record, record: Record) -> str:
+    """A cell in words."""
+    case = record["case"]
+    if not on_gpu(result):
+        return f"N={case['length']} {case['dtype']} {pass_name(record)}"
+    causal = "causal" if case["is_causal"] else "not causal"
+    return f"N={case['length']} H={case['heads']} D={case['head_dim']} {causal} {pass_name(record)}"
 
 
-def place(case: Result, which: str) -> str:
-    return f"N={case['length']} {case['dtype']} {pass_name(which)}"
-
-
-def pass_name(which: str) -> str:
-    return {"forward": "forward", "forward_backward": "fwd+bwd"}[which]
+def pass_name(record: Record) -> str:
+    return {"forward": "forward", "forward_backward": "fwd+bwd"}[record["pass"]]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import json
 import math
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench_tools import run
 
-from benchmarks import checks, cli, contenders, memory, peers, present, report, verdicts
-from benchmarks.cases import FULL, QUICK, Case, draw
+from benchmarks import checks, cli, contenders, peers, report, verdicts
+from benchmarks.cases import CPU_QUICK, Case, draw
+from benchmarks.device import Cpu, no_peak_reason
+from benchmarks.suites import speed
 from benchmarks.timing import interleave, quartiles
 
 
@@ -45,21 +47,18 @@ def test_a_run_writes_every_repetition_and_what_it_depends_on(quick, result):
     assert set(result["commit"]) == {"sha", "dirty", "sources"}
     assert result["device"]["threads"] == torch.get_num_threads()
     assert result["limits"]["speed"] == {"forward": 1.15, "forward_backward": 1.25}
-    (record,) = result["speed"]
-    for which in ("forward", "forward_backward"):
-        assert {name: len(seconds) for name, seconds in record["passes"][which]["judged"].items()} == {
-            "same_flop": 3,
-            "ours": 3,
-        }
-        assert set(record["passes"][which]["beside"]) == {"same_flop", "ours_tokens_first", "dense"}
+    assert [record["pass"] for record in result["speed"]] == ["forward", "forward_backward"]
+    for record in result["speed"]:
+        assert {name: len(seconds) for name, seconds in record["judged"].items()} == {"same_flop": 3, "ours": 3}
+        assert set(record["beside"]) == {"same_flop", "ours_tokens_first", "dense"}
     assert len(result["import"]["longnet_seconds"]) == 1
     assert set(result["growth"][0]["seconds"]) == {"256", "512"}
-    if memory.why_not() is None:
+    if no_peak_reason() is None:
         assert [one["pass"] for one in result["memory"]] == ["forward", "forward_backward"]
         # The result is part of the peak: out, and after a backward pass three gradients too.
         for one, least in zip(result["memory"], (1, 4), strict=True):
             assert one["live_peak_bytes"] >= least * one["output_bytes"]
-    every = result["checks"] + record["checks"] + result["growth"][0]["checks"]
+    every = result["checks"] + result["speed"][0]["checks"] + result["growth"][0]["checks"]
     assert all(0 <= check["error"] <= check["allowed"] for check in every)
     assert quick[0].with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
@@ -75,7 +74,7 @@ def test_the_tables_are_printed_from_the_json(quick, result):
         for row in table.rows:
             assert len(row) == len(table.columns)
             assert f"| {' | '.join(row)} |" in text
-    assert text.rstrip() == present.markdown(result)
+    assert text.rstrip() == report.markdown(result)
 
 
 def test_without_a_command_everything_is_measured(monkeypatch):
@@ -155,10 +154,9 @@ def test_allowed_errors_of_half_precision_are_twice_torchs_own():
     assert all(1e-3 < error < 2e-2 for error in gradients)
 
 
-@pytest.mark.parametrize("length", FULL.speed_lengths)
-def test_the_same_flop_kernel_is_scaled_by_seven_quarters(length):
-    case = FULL.case(length, "float32")
-    assert (case.block, case.blocks) == (2048, length // 2048)
+@pytest.mark.parametrize("case", speed.CELLS["cpu"], ids=str)
+def test_the_same_flop_kernel_is_scaled_by_seven_quarters(case):
+    assert (case.block, case.blocks) == (2048, case.length // 2048)
     assert case.flop_ratio == Fraction(7, 4)
 
 
@@ -173,7 +171,7 @@ def test_the_flop_ratio_counts_pairs(is_causal):
 
 def test_repetitions_are_interleaved_after_one_warm_up_each():
     calls: list[str] = []
-    seconds = interleave({name: lambda name=name: calls.append(name) for name in "ab"}, 3, 3, 0.0)
+    seconds = interleave(Cpu(), {name: lambda name=name: calls.append(name) for name in "ab"}, 3, 3, 0.0)
     assert calls == ["a", "b"] * 4
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
 
@@ -183,20 +181,20 @@ def test_quartiles_enclose_the_median():
     assert quartiles([7.0]) == (7.0, 7.0, 7.0)
 
 
-@pytest.mark.skipif(memory.why_not() is not None, reason="needs Linux's /proc/self/clear_refs")
+@pytest.mark.skipif(no_peak_reason() is not None, reason="needs Linux's /proc/self/clear_refs")
 def test_the_peak_is_seen_after_it_was_freed():
-    size = 64 << 20
+    size, device = 64 << 20, Cpu()
     # What earlier tests freed and malloc kept would be used again without being seen.
-    ctypes.CDLL(None).malloc_trim(0)
-    memory.reset_peak()
-    before = memory.resident("VmRSS")
+    device.release()
+    device.reset_peak()
+    before = device.allocated()
     torch.ones(size // 4, dtype=torch.float32)
     # The kernel counts resident pages per processor and adds them up now and then.
-    assert 0.99 * size < memory.resident("VmHWM") - before < 1.5 * size
+    assert 0.99 * size < device.peak() - before < 1.5 * size
 
 
 def test_drawn_tensors_are_random_and_the_same_every_time():
-    case = QUICK.case(256, "bfloat16")
+    case = replace(CPU_QUICK, dtype="bfloat16")
     first, second = draw(case), draw(case)
     for one, other in zip(first.all, second.all, strict=True):
         assert one.shape == case.shape
@@ -208,9 +206,9 @@ def test_drawn_tensors_are_random_and_the_same_every_time():
 
 def test_missed_limits_are_said(result):
     result["judged"] = True
-    for name, speed in {"same_flop": 0.1, "ours": 0.1 * 1.75 * 1.2}.items():
-        for measured in result["speed"][0]["passes"].values():
-            measured["judged"][name] = [speed] * 3
+    for name, seconds in {"same_flop": 0.1, "ours": 0.1 * 1.75 * 1.2}.items():
+        for record in result["speed"]:
+            record["judged"][name] = [seconds] * 3
     said = {one.what: str(one) for one in verdicts.verdicts(result)}
     assert said["time over the same-FLOP kernel, N=256 float32 forward"] == "missed"
     assert said["time over the same-FLOP kernel, N=256 float32 fwd+bwd"] == "reached"
@@ -238,10 +236,10 @@ def torchscale(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_peer_that_cannot_be_imported_says_why(torchscale):
-    assert "no checkout given" in str(peers.load_torchscale(None, QUICK.base).why_not)
-    assert "has no torchscale/component" in str(peers.load_torchscale(torchscale, QUICK.base).why_not)
+    assert "no checkout given" in str(peers.load_torchscale(None, CPU_QUICK).why_not)
+    assert "has no torchscale/component" in str(peers.load_torchscale(torchscale, CPU_QUICK).why_not)
     (torchscale / "torchscale" / "component" / "dilated_attention.py").write_text("import a_package_nobody_has\n")
-    peer = peers.load_torchscale(torchscale, QUICK.base)
+    peer = peers.load_torchscale(torchscale, CPU_QUICK)
     assert peer.why_not == "its import needs the package a_package_nobody_has, which is not installed"
     assert str(torchscale) not in sys.path
 
@@ -274,6 +272,6 @@ def test_a_peer_is_checked_before_it_is_timed(torchscale):
     assert peer.make is not None
     (out,) = peer.make(plain, draw(plain).rows()).passes["forward"]()
     assert out.shape == (1, 64, 16)
-    wrong = peers.load_torchscale(torchscale, QUICK.base)
+    wrong = peers.load_torchscale(torchscale, CPU_QUICK)
     assert wrong.make is None
     assert "its out is off by" in str(wrong.why_not)

@@ -9,7 +9,9 @@ from statistics import median
 import pytest
 import torch
 
-from benchmarks import compress
+from benchmarks import report
+from benchmarks.checks import CheckFailed
+from benchmarks.suites import compress
 from longnet import LongNetConfig
 from longnet.compress.quantized import exact_int8_product
 from longnet.training import TrainSettings, train
@@ -55,7 +57,9 @@ def test_the_page_shows_the_committed_result() -> None:
     root = Path(__file__).parents[2]
     result = json.loads((root / "benchmarks" / "results" / "compress-cpu-2026-11-25.json").read_text())
     assert not result["commit"]["dirty"]
-    assert f"\n\n{compress.table(result)}\n\n" in (root / "docs" / "compress.md").read_text(encoding="utf-8")
+    assert f"\n\n{report.tables(result)[0].markdown()}\n\n" in (root / "docs" / "compress.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_other_text_is_refused_unless_it_is_named(run: Path) -> None:
@@ -75,5 +79,5 @@ def test_a_model_that_reads_back_otherwise_is_not_measured(run: Path, monkeypatc
     with torch.no_grad():
         other.embedding.weight.add_(0.1)
     monkeypatch.setattr(compress, "load_model", lambda path: other)
-    with pytest.raises(RuntimeError, match="the model that was read back gives other logits"):
+    with pytest.raises(CheckFailed, match="the model that was read back gives other logits"):
         compress.saved_size(model, torch.zeros(1, 8, dtype=torch.int64))

@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench_tools import run
 
-from benchmarks import cli, documents, present
-from benchmarks.tables import Table
+from benchmarks import cli, documents, report, results
+from benchmarks.table import Table
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = "benchmarks/results/cpu-2026-11-23.json"
@@ -26,7 +26,7 @@ def test_the_documents_are_up_to_date():
 def test_a_block_is_made_anew_and_nothing_else_changes():
     text = f"before\n<!-- table: speed {CPU} -->\nold\n| x |\n<!-- end -->\nafter\n"
     made = documents.rewrite(text, ROOT)
-    table = next(one for one in present.tables(present.load(ROOT / CPU)) if one.title == "Speed")
+    table = next(one for one in report.tables(results.load(ROOT / CPU)) if one.title == "Speed")
     assert made == f"before\n<!-- table: speed {CPU} -->\n{table.markdown(brief=True)}\n<!-- end -->\nafter\n"
     assert documents.rewrite(made, ROOT) == made
     everything = documents.table("speed/all", ROOT / CPU)
@@ -57,12 +57,12 @@ def test_markers_that_say_nothing_are_refused(text, message):
 
 
 def test_a_missing_result_is_named():
-    with pytest.raises(present.NoResult, match="missing.json"):
+    with pytest.raises(results.NoResult, match="missing.json"):
         documents.rewrite("<!-- table: speed missing.json -->\n<!-- end -->\n", ROOT)
 
 
 def test_the_command_writes_and_checks(monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "_ROOT", tmp_path)
+    monkeypatch.setattr(cli, "ROOT", tmp_path)
     (tmp_path / "docs").mkdir()
     (tmp_path / "result.json").write_text((ROOT / CPU).read_text())
     page = tmp_path / "docs" / "page.md"

@@ -18,9 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench_tools import CpuMachine, measure, run
 
-from benchmarks import checks, cli, contenders, present, terminal
-from benchmarks.cases import Case, draw
-from benchmarks.gpu import cases, longest, machine, report, runner, speed, timing, warm
+from benchmarks import checks, cli, compiling, contenders, device, harness, report, results, terminal, timing
+from benchmarks.cases import GPU, GPU_QUICK, Case, draw
+from benchmarks.environment import child_environment
+from benchmarks.run import Run
+from benchmarks.suites import longest, speed
 from longnet.geometry.nests import make_nests
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +53,7 @@ def test_a_run_holds_every_section_and_every_repetition(result):
 
 
 def test_tables_and_summary_are_made_from_the_json(result):
-    text = present.plain(result)
+    text = report.plain(result)
     for table in report.tables(result):
         assert table.title in text
         assert set(table.brief) <= set(table.columns)
@@ -74,15 +76,15 @@ def test_tables_and_summary_are_made_from_the_json(result):
 def test_the_command_writes_after_every_step_and_prints(monkeypatch, tmp_path):
     path = tmp_path / "new" / "result.json"
     saved: list[set[str]] = []
-    save = present.save
+    save = results.save
 
     def spy(result: dict[str, Any], where: Path) -> None:
-        saved.append({section for section in cases.SECTIONS if result[section]})
+        saved.append({section for section in harness.sections("cuda") if result[section]})
         save(result, where)
 
-    monkeypatch.setattr(present, "save", spy)
-    monkeypatch.setattr(runner.GpuBenchmark, "_compile", lambda self: None)
-    monkeypatch.setattr(cli, "why_no_cuda", lambda: None)
+    monkeypatch.setattr(results, "save", spy)
+    monkeypatch.setattr(harness, "compile_all", lambda run: None)
+    monkeypatch.setattr(cli, "no_cuda_reason", lambda: None)
     monkeypatch.setattr(cli, "Cuda", CpuMachine)
     done = run("gpu", "--quick", "--section", "gigapath", "--section", "memory", "--out", path)
     assert done.exit_code == 0, done.stderr
@@ -95,12 +97,12 @@ def test_the_command_writes_after_every_step_and_prints(monkeypatch, tmp_path):
 
 def test_without_rich_everything_is_printed_in_plain_lines(monkeypatch, capsys, result):
     monkeypatch.setattr(terminal, "has_rich", lambda: False)
-    terminal.run([runner.Step("one", lambda: None)])
+    terminal.run([harness.Step("one", lambda: None)])
     terminal.show(result)
     printed = capsys.readouterr()
     assert "rich is not installed" in printed.err
     assert "[1/1] one" in printed.err
-    assert printed.out.rstrip() == present.plain(result)
+    assert printed.out.rstrip() == report.plain(result)
 
 
 def test_the_gpu_command_needs_neither_typer_nor_rich_nor_matplotlib():
@@ -112,7 +114,7 @@ def test_the_gpu_command_needs_neither_typer_nor_rich_nor_matplotlib():
         "sys.exit(main(['gpu']))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, env=warm.child_environment()
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, env=child_environment()
     )
     if torch.cuda.is_available():
         pytest.skip("there is a GPU to measure")
@@ -125,7 +127,7 @@ def test_what_cannot_be_measured_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert "nvidia-smi" in run("gpu").stderr
-    monkeypatch.setattr(cli, "why_no_cuda", lambda: None)
+    monkeypatch.setattr(cli, "no_cuda_reason", lambda: None)
     monkeypatch.setattr(cli, "Cuda", CpuMachine)
     done = run("gpu", "--length", 4096)
     assert done.exit_code == 2
@@ -136,8 +138,8 @@ def test_what_cannot_be_measured_is_refused(monkeypatch):
 
 
 def test_only_chosen_cells_are_measured():
-    chosen = cases.only(cases.FULL, [32768], [128])
-    assert [(case.length, case.head_dim, case.is_causal) for case in chosen.speed] == [
+    chosen = harness.only(harness.cells("cuda"), "cuda", [32768], [128])
+    assert [(case.length, case.head_dim, case.is_causal) for case in chosen["speed"]] == [
         (32768, 128, True),
         (32768, 128, False),
     ]
@@ -156,27 +158,26 @@ def test_a_wrong_result_gets_no_number(monkeypatch, tmp_path):
 
 
 def test_the_reference_is_scaled_to_the_patterns_pairs():
-    for case in cases.FULL.speed:
-        if case.length == 8192:
-            assert (speed.reference_kind(case), speed.reference_ratio(case)) == ("dense", 1.0)
-        else:
-            assert (speed.reference_kind(case), speed.reference_ratio(case)) == ("same_flop", 1.9375)
-    case = replace(cases.QUICK.base, length=512)
+    machine = CpuMachine()
+    for case in speed.CELLS["cuda"]:
+        found = contenders.reference_kind(machine, case), contenders.reference_ratio(machine, case)
+        assert found == (("dense", 1.0) if case.length == 8192 else ("same_flop", 1.9375))
+    case = replace(GPU_QUICK, length=512)
     tensors = draw(case)
-    (out,) = speed.reference(CpuMachine(), case, tensors).passes["forward"]()
+    (out,) = contenders.reference(machine, case, tensors).passes["forward"]()
     assert out.shape == (4, 4, 128, 64)
-    results = speed.reference(CpuMachine(), case, tensors).passes["forward_backward"]()
-    assert [x.shape for x in results] == [(4, 4, 128, 64)] * 4
+    found = contenders.reference(machine, case, tensors).passes["forward_backward"]()
+    assert [x.shape for x in found] == [(4, 4, 128, 64)] * 4
 
 
 def test_inputs_rotate_where_they_would_stay_in_the_cache():
-    small = replace(cases.QUICK.base, length=128)
-    device = CpuMachine()
-    sets = speed.input_sets(device, small)
-    assert 4 * small.tensor_bytes * len(sets) >= 4 * device.cache_bytes
+    small = replace(GPU_QUICK, length=128)
+    machine = CpuMachine()
+    sets = speed.input_sets(machine, small)
+    assert 4 * small.tensor_bytes * len(sets) >= 4 * machine.cache_bytes
     assert not torch.equal(sets[0].query, sets[1].query)
-    device.cache_bytes = 1
-    assert len(speed.input_sets(device, small)) == 1
+    machine.cache_bytes = 1
+    assert len(speed.input_sets(machine, small)) == 1
     calls: list[int] = []
     turn = timing.rotated([contenders.Contender("x", {"forward": lambda n=n: calls.append(n)}) for n in range(3)])
     for _ in range(4):
@@ -201,20 +202,24 @@ class Bounded(CpuMachine):
         self.length = length
 
 
+def given(machine: CpuMachine) -> Run:
+    return harness.new_run(machine, "cuda-quick", {})
+
+
 def test_the_longest_sequence_is_found_by_doubling_and_halving(monkeypatch):
-    sizes = replace(cases.QUICK, longest=replace(cases.QUICK.base, length=100), longest_step=10, longest_seconds=1e9)
+    search = longest.Search(replace(GPU_QUICK, length=100), "forward", step=10, seconds=1e9)
 
     def call(device: Bounded, case: Case, which: str) -> list[checks.Check] | None:
         return [] if case.length <= device.length else None
 
     monkeypatch.setattr(longest, "_run", call)
     for limit in (100, 109, 110, 399, 731):
-        record = longest.longest(Bounded(limit), "forward", sizes)
+        record = longest.measure(given(Bounded(limit)), search)
         assert record["length"] == limit // 10 * 10
         assert record["fails_at"] - record["length"] == 10
     with pytest.raises(RuntimeError, match="does not fit"):
-        longest.longest(Bounded(99), "forward", sizes)
-    stopped = longest.longest(Bounded(731), "forward", replace(sizes, longest_seconds=0.0))
+        longest.measure(given(Bounded(99)), search)
+    stopped = longest.measure(given(Bounded(731)), replace(search, seconds=0.0))
     assert (stopped["length"], stopped["fails_at"]) == (100, None)
 
 
@@ -223,7 +228,7 @@ def test_out_of_memory_is_a_length_that_does_not_fit(monkeypatch):
         raise torch.OutOfMemoryError("nothing left")
 
     monkeypatch.setattr(longest, "_draw", nothing_left)
-    assert longest._run(CpuMachine(), cases.QUICK.base, "forward") is None
+    assert longest._run(CpuMachine(), GPU_QUICK, "forward") is None
 
 
 def test_kernels_are_compiled_side_by_side_within_memory_and_failures_are_told(monkeypatch):
@@ -236,44 +241,47 @@ def test_kernels_are_compiled_side_by_side_within_memory_and_failures_are_told(m
             [sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
 
-    monkeypatch.setattr(warm, "_start", start)
-    small, large = cases.QUICK.base, replace(cases.FULL.base, length=2**26)
+    monkeypatch.setattr(compiling, "_start", start)
+    small, large = GPU_QUICK, replace(GPU, length=2**26)
     # The shorter of two that need the same kernels, and not what no memory holds.
-    assert warm.compile_kernels([small, large, replace(small, length=1024)], 1 << 34) == 1
+    assert compiling.compile_kernels([small, large, replace(small, length=1024)], 1 << 34) == 1
     assert started == [small]
     with pytest.raises(RuntimeError, match="no kernel"):
-        warm.compile_kernels([replace(small, heads=3)], 1 << 34)
+        compiling.compile_kernels([replace(small, heads=3)], 1 << 34)
 
 
 def test_the_full_run_compiles_no_kernel_twice():
     """Sequences of 64 blocks and of 512 share kernels; a ragged one and one beyond 32 bits do not."""
-    base = cases.FULL.base
-    keys = {n: warm._specialisation(replace(base, length=n)) for n in (2500, 8192, 131072, 1048576, 2097152)}
+    base = GPU
+    keys = {n: compiling._specialisation(replace(base, length=n)) for n in (2500, 8192, 131072, 1048576, 2097152)}
     assert keys[131072] == keys[1048576]
     assert len(set(keys.values())) == 4
-    assert len({warm._specialisation(case) for case in cases.FULL.of(cases.SECTIONS)}) < 24
+    assert len({compiling._specialisation(case) for case in harness.kernel_cases(harness.cells("cuda"))}) < 24
 
 
 def test_every_case_of_the_chosen_sections_is_compiled():
-    everything = set(cases.FULL.of(cases.SECTIONS))
-    assert {*cases.FULL.oracle, *cases.FULL.speed, *cases.FULL.gigapath, *cases.FULL.growth} <= everything
-    assert set(cases.FULL.of(("gigapath",))) == {*cases.FULL.oracle, *cases.FULL.gigapath}
+    full = harness.cells("cuda")
+    everything = set(harness.kernel_cases(full))
+    assert {*full["checks"], *full["speed"], *full["gigapath"], *full["growth"][0].cases} <= everything
+    assert set(harness.kernel_cases(harness.cells("cuda", ["gigapath"]))) == {*full["checks"], *full["gigapath"]}
 
 
 def test_oracle_cases_are_one_nest_as_the_timed_ones_are():
-    for case in cases.FULL.oracle[:4]:
+    for case in harness.cells("cuda")["checks"][:4]:
         assert len(make_nests(case.pattern, case.heads, 64, 64)) == 1
         assert case.length % min(case.segment_lengths)
 
 
-def test_the_machine_that_is_measured_has_every_method():
-    needed = {name for name in vars(machine.Machine) if not name.startswith("_")}
-    assert needed <= set(dir(machine.Cuda))
-    assert needed <= set(dir(CpuMachine))
+def test_every_device_has_every_method():
+    needed = {name for name in vars(device.Device) if not name.startswith("_")} | set(device.Device.__annotations__)
+    for made in (device.Cpu(), device.HostClock(torch.device("cpu")), CpuMachine()):
+        assert needed <= set(dir(made))
+    # Its attributes of an instance need a GPU.
+    assert needed - {"device", "cache_bytes"} <= set(dir(device.Cuda))
 
 
 def test_gpu_takes_a_machine(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner.GpuBenchmark, "_compile", lambda self: None)
+    monkeypatch.setattr(harness, "compile_all", lambda run: None)
     options = Namespace(
         quick=True, torchscale=None, dilated_attention_pytorch=None, alexisrozhkov=None, section=["ceilings"],
         length=[512], head_dim=None, commit=None, out=tmp_path / "c.json", plot=True,

@@ -16,8 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench_tools import run
 
-from benchmarks import checks
-from benchmarks.gpu import cases, report, verdicts, visited
+from benchmarks import cases, checks, harness, report, verdicts, visited
 from longnet.geometry import Pattern
 from longnet.geometry.nests import Nest, make_nests
 
@@ -35,8 +34,8 @@ def judged(result: dict[str, Any], length: int, head_dim: int, is_causal: bool, 
     record["ratio"] = 1.0 if length == 8192 else 1.9375
     record["judged"] = {record["reference"]: [1.0] * 3, "ours": [seconds["ours"]] * 3}
     record["beside"] = {"ours": [seconds["ours"]] * 3, "torchscale": [seconds["torchscale"]] * 3}
-    result |= {"judged": True, "limits": json.loads(json.dumps(cases.LIMITS))}
-    return verdicts.reference_verdict(result, record), verdicts.torchscale_verdict(result, record)
+    result |= {"judged": True, "limits": json.loads(json.dumps(harness.limits("cuda")))}
+    return verdicts.speed(result, record), verdicts.torchscale(result, record)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +115,7 @@ def test_visited_pairs_by_counting(segments, rates, length, head_offsets, is_cau
 
 
 def test_the_papers_series_visits_a_part_of_its_pairs():
-    case = replace(cases.FULL.base, is_causal=False)
+    case = replace(cases.GPU, is_causal=False)
     # Of every branch after the first half the keys lie outside the finer segment.
     share = Fraction(1) + Fraction(1, 2) * (Fraction(1, 2) + Fraction(1, 4) + Fraction(1, 8) + Fraction(1, 16))
     assert visited.visited_share(case) == pytest.approx(float(share / Fraction(31, 16)))

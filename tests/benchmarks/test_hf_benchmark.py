@@ -10,7 +10,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import hf
+from benchmarks.checks import CheckFailed
+from benchmarks.suites import hf
 from longnet import LongNetConfig, LongNetLM
 from longnet.hf import LongNetForCausalLM
 
@@ -35,7 +36,7 @@ def test_it_refuses_to_time_what_is_not_the_same(monkeypatch):
         from_longnet = staticmethod(other)
 
     monkeypatch.setattr(hf, "LongNetForCausalLM", Other)
-    with pytest.raises(RuntimeError, match="computes something else"):
+    with pytest.raises(CheckFailed, match="computes something else"):
         hf.measure(NANO, 40, torch.device("cpu"), rounds=2)
 
 

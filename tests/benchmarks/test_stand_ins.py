@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import peers, stand_ins
 from benchmarks.cases import Case, draw
-from benchmarks.gpu import cases
+from benchmarks.suites import speed
 
 
 def test_rearrange_splits_permutes_and_merges():
@@ -62,7 +62,7 @@ def test_only_what_is_missing_is_lent_and_only_for_a_while(monkeypatch):
 
 
 def test_peers_say_what_they_cannot_run():
-    by_length = {case.length: case for case in cases.FULL.speed if case.head_dim == 64 and case.is_causal}
+    by_length = {case.length: case for case in speed.CELLS["cuda"] if case.head_dim == 64 and case.is_causal}
     assert peers._whole_segments(by_length[8192]) == "it needs lengths that every segment divides"
     assert peers._whole_segments(by_length[1048576]) is None
     for load in (peers.load_dilated_attention_pytorch, peers.load_alexisrozhkov):
@@ -96,7 +96,7 @@ def test_a_causal_peer_is_loaded_and_says_where_it_ends(tmp_path):
         passes = peer.make(case, draw(case).rows()).passes
         assert [x.shape for x in passes["forward"]()] == [(1, 64, 16)]
         assert [x.shape for x in passes["forward_backward"]()] == [(1, 64, 16)] * 2
-        long = {(c.length, c.is_causal): peer.refuses(c) for c in cases.FULL.speed if c.head_dim == 64}
+        long = {(c.length, c.is_causal): peer.refuses(c) for c in speed.CELLS["cuda"] if c.head_dim == 64}
         assert long[131072, True] is None
         assert long[131072, False] == "it is causal only"
         assert "gather indices alone take 248 GiB" in str(long[1048576, True])

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import present, stream_record
+from benchmarks import report, results
+from benchmarks.suites import stream_record
 
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "billion-2026-11-25.json"
 
@@ -32,7 +33,7 @@ def write_record(folder: Path, bits: list[float], peaks: list[int]) -> None:
 def test_figures_are_the_records(tmp_path: Path) -> None:
     write_record(tmp_path, [2.0] * 4 + [3.0] * 4 + [9.0] * 2, [2**30] * 10)
     result = stream_record.collect(tmp_path, tmp_path, "a GPU", "abc", 800)
-    found = {row[0]: row[1:] for row in stream_record.tables(result)[1].rows}
+    found = {row[0]: row[1:] for row in report.tables(result)[1].rows}
     assert found["seconds"] == ("20", "600", "reached")
     assert found["peak GPU memory GiB"] == ("1.00", "16", "reached")
     assert found["bits per byte of its slices, mean"][0] == "2.500"
@@ -43,7 +44,7 @@ def test_figures_are_the_records(tmp_path: Path) -> None:
 def test_memory_that_grows_is_missed(tmp_path: Path) -> None:
     write_record(tmp_path, [2.0] * 10, [2**30] * 9 + [2**31])
     result = stream_record.collect(tmp_path, tmp_path, "a GPU", "abc", 1000)
-    assert stream_record.summary(result) == ["missed: last tenth's peak over the first's, less 1"]
+    assert list(report.summary(result)) == ["missed: last tenth's peak over the first's, less 1"]
 
 
 def test_an_unfinished_record_is_refused(tmp_path: Path) -> None:
@@ -55,6 +56,6 @@ def test_an_unfinished_record_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_committed_pass_reached_its_limits() -> None:
-    result = present.load(RESULT)
+    result = results.load(RESULT)
     assert result["result"]["position"] == 1_000_000_000
-    assert list(present.summary(result)) == ["all limits reached"]
+    assert list(report.summary(result)) == ["all limits reached"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 Row = tuple[str, ...]
 
@@ -23,7 +23,7 @@ class Table:
         chosen = self.brief if brief and self.brief else self.columns
         places = [self.columns.index(name) for name in chosen]
         rows = [tuple(row[place] for place in places) for row in self.rows]
-        return "\n".join(map(_line, (chosen, ("---",) * len(chosen), *rows)))
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in (chosen, ("---",) * len(chosen), *rows))
 
     def plain(self) -> str:
         """For a terminal: the title, aligned columns, the notes."""
@@ -32,11 +32,10 @@ class Table:
         return "\n".join((self.title, *lines, *self.notes))
 
 
-def commit_name(commit: dict[str, Any]) -> str:
-    """A result's commit in words."""
-    sha = "no commit" if commit["sha"] is None else str(commit["sha"])[:12]
-    return f"{sha} with uncommitted changes" if commit["dirty"] else sha
-
-
-def _line(cells: Row) -> str:
-    return f"| {' | '.join(cells)} |"
+def table(
+    title: str, rows: Iterable[Mapping[str, str]], notes: Iterable[str] = (), brief: Row = (), columns: Row = ()
+) -> Table:
+    """A table of rows that name their columns, all alike; ``columns`` are those of one without rows."""
+    found = list(rows)
+    columns = tuple(found[0]) if found else columns
+    return Table(title, columns, tuple(tuple(row.values()) for row in found), tuple(notes), brief)

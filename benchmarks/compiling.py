@@ -13,13 +13,11 @@ import sys
 import time
 from collections.abc import Hashable, Iterable
 from dataclasses import replace
-from pathlib import Path
 
 from benchmarks.cases import PASSES, Case, draw
 from benchmarks.checks import attend_dilated, with_gradients
-from benchmarks.environment import child_environment
+from benchmarks.environment import ROOT, child_environment
 
-_ROOT = Path(__file__).resolve().parents[2]
 # A call holds inputs, outputs and gradients: so many tensors of the case's size, and what a process takes by itself.
 _TENSORS, _PROCESS_BYTES = 10, 2**30
 
@@ -70,8 +68,8 @@ def _specialisation(case: Case) -> tuple[Hashable, ...]:
 
 def _start(case: Case) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.gpu.warm", json.dumps(case.to_dict())],
-        cwd=_ROOT,
+        [sys.executable, "-m", "benchmarks.compiling", json.dumps(case.to_dict())],
+        cwd=ROOT,
         env=child_environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

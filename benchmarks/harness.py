@@ -1,0 +1,185 @@
+"""A run: suites and their cells become steps, and steps one result that can be written after each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks import compiling, environment, results
+from benchmarks.cases import BASES, Call, Case, Record
+from benchmarks.device import Device, load_average, no_peak_reason
+from benchmarks.peers import load_alexisrozhkov, load_dilated_attention_pytorch, load_torchscale
+from benchmarks.run import EFFORTS, Run, Suite
+from benchmarks.suites import (
+    ceilings,
+    gigapath,
+    growth,
+    imports,
+    longest,
+    memory,
+    noise,
+    oracle,
+    reading,
+    speed,
+    stream,
+)
+
+SUITES: tuple[Suite, ...] = (
+    *(one.SUITE for one in (oracle, noise, ceilings, speed, memory, imports, gigapath, growth)),
+    growth.CURVES_SUITE,
+    *(one.SUITE for one in (longest, reading, stream)),
+)
+# Part of every run, or of a run that has another section.
+_ALONG = ("checks", "curves")
+Cells = dict[str, tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part of the run: ``run`` adds its records to the result."""
+
+    label: str
+    run: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Checkouts:
+    """Where other implementations lie, each or none."""
+
+    torchscale: Path | None = None
+    dilated_attention_pytorch: Path | None = None
+    alexisrozhkov: Path | None = None
+
+
+def suites(kind: str) -> dict[str, Suite]:
+    """Those of a kind of device, by name."""
+    return {suite.name: suite for suite in SUITES if kind in suite.cells}
+
+
+def sections(kind: str) -> tuple[str, ...]:
+    return tuple(name for name in suites(kind) if name not in _ALONG)
+
+
+def limits(kind: str) -> dict[str, Any]:
+    return {name: limit for suite in SUITES for name, limit in suite.limits.get(kind, {}).items()}
+
+
+def cells(scale: str, chosen: Iterable[str] | None = None) -> Cells:
+    """What is measured at a scale (``cpu``, ``cuda``, each also with ``-quick``): of all sections, or of the chosen ones.
+
+    Raises:
+        ValueError: there is no such section.
+    """
+    kind = scale.removesuffix("-quick")
+    names = set(sections(kind) if chosen is None else chosen)
+    for section in names - set(sections(kind)):
+        raise ValueError(f"section={section!r} is unknown: expected some of {sections(kind)}")
+    names |= {"checks"} | ({"curves"} if "growth" in names else set())
+    return {name: suite.cells[scale] for name, suite in suites(kind).items() if name in names}
+
+
+def at_lengths(found: Cells, lengths: list[int]) -> Cells:
+    """Speed, memory and noise of a CPU at these lengths instead.
+
+    Raises:
+        ValueError: a length below one block of the kernel.
+    """
+    changed = dict(found)
+    for name, sizes in (("noise", [min(lengths)]), ("speed", lengths), ("memory", lengths)):
+        every = [_at(cell, length) for length in sizes for cell in found.get(name, ())]
+        changed |= {name: tuple(dict.fromkeys(every))} if every else {}
+    return changed
+
+
+def _at(cell: Any, length: int) -> Any:
+    if isinstance(cell, Call):
+        return Call(_at(cell.case, length), cell.which)
+    if length < cell.block:
+        raise ValueError(f"--length {length} is below {cell.block}, one block of the kernel")
+    return replace(cell, length=length)
+
+
+def of_dtypes(found: Cells, dtypes: list[str]) -> Cells:
+    """The cells of these dtypes, and those that have none."""
+    return {name: tuple(x for x in every if all(c.dtype in dtypes for c in _cases(x))) for name, every in found.items()}
+
+
+def only(found: Cells, scale: str, lengths: list[int] | None, dims: list[int] | None) -> Cells:
+    """The speed cells of these lengths and head dimensions.
+
+    Raises:
+        ValueError: there are none.
+    """
+    every: tuple[Case, ...] = speed.CELLS[scale]
+    left = tuple(x for x in every if (not lengths or x.length in lengths) and (not dims or x.head_dim in dims))
+    if not left:
+        have = sorted({case.length for case in every}), sorted({case.head_dim for case in every})
+        raise ValueError(
+            f"length={lengths} and head_dim={dims} leave no cell: expected some of {have[0]} and {have[1]}"
+        )
+    return found | {"speed": left} if "speed" in found else found
+
+
+def kernel_cases(found: Cells) -> list[Case]:
+    """Every different call of attention of these cells."""
+    return list(dict.fromkeys(case for every in found.values() for cell in every for case in _cases(cell)))
+
+
+def _cases(cell: Any) -> tuple[Case, ...]:
+    return getattr(cell, "cases", ())
+
+
+def new_run(device: Device, scale: str, found: Cells, commit: str | None = None) -> Run:
+    """A run with an empty result. Raises ValueError where git names another commit."""
+    base, effort = BASES[scale], EFFORTS[scale]
+    result = results.started(commit)
+    result["versions"] |= environment.gpu_versions() if device.kind == "cuda" else {}
+    pattern = {"segment_lengths": list(base.segment_lengths), "dilation_rates": list(base.dilation_rates)}
+    result |= {"device": device.describe(), "limits": limits(device.kind), "judged": effort.judged, "pattern": pattern}
+    result |= {"peers": []} | {name: None if one.single else [] for name, one in suites(device.kind).items()}
+    if device.kind == "cpu":
+        reason = no_peak_reason() if {"memory", "stream"} & set(found) else None
+        result["memory_why_not"] = reason
+        found = {name: every for name, every in found.items() if reason is None or name not in ("memory", "stream")}
+    return Run(device, effort, found, result=result)
+
+
+def steps(run: Run, checkouts: Checkouts = Checkouts()) -> list[Step]:
+    """Kernels first, then the definition: a wrong result ends the run before anything is timed."""
+    on_gpu, found = run.device.kind == "cuda", []
+    if on_gpu:
+        found.append(Step("compiling kernels", lambda: compile_all(run)))
+    for name, suite in suites(run.device.kind).items():
+        for cell in run.cells.get(name, ()):
+            label = getattr(cell, "label", "")
+            found.append(Step(f"{name}: {label}" if label else name, partial(_measure, run, suite, cell)))
+        if name == "checks":
+            found.append(Step("loading other implementations", partial(_load, run, checkouts)))
+    if not on_gpu:
+        found.append(Step("done", lambda: run.result["device"].update(load_average_after=load_average())))
+    return found
+
+
+def compile_all(run: Run) -> None:
+    compiling.compile_kernels(kernel_cases(run.cells), run.device.describe()["memory_bytes"])
+
+
+def _measure(run: Run, suite: Suite, cell: Any) -> None:
+    found: Record | list[Record] = suite.measure(run, cell)
+    if suite.single:
+        run.result[suite.name] = found
+    else:
+        run.result[suite.name].extend(found if isinstance(found, list) else [found])
+    run.device.release()
+
+
+def _load(run: Run, checkouts: Checkouts) -> None:
+    base = BASES[run.device.kind if run.effort.judged else f"{run.device.kind}-quick"]
+    run.peers = [load_torchscale(checkouts.torchscale, base, run.device.device)]
+    if run.device.kind == "cuda":
+        run.peers.append(load_dilated_attention_pytorch(checkouts.dilated_attention_pytorch))
+        run.peers.append(load_alexisrozhkov(checkouts.alexisrozhkov))
+    run.result["peers"] = [peer.to_dict() for peer in run.peers]

@@ -1,0 +1,116 @@
+"""Results: started, written, read and merged. One writer for every suite."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks import environment
+from benchmarks.cases import Record
+
+SCHEMA = 1
+_LISTS = ("speed", "memory", "gigapath", "growth", "curves", "longest", "stream")
+_BY_CASE = ("speed", "memory", "gigapath")
+_SAME = ("schema", "commit", "versions", "device", "limits", "judged", "pattern")
+
+
+class NoResult(ValueError):
+    """A file that is no result of this benchmark, or results that cannot be merged."""
+
+
+def started(commit: str | None = None, **fields: Any) -> Record:
+    """What every result begins with: when, of which sources, with which versions. ``fields`` come after it."""
+    return {
+        "schema": SCHEMA,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": environment.commit(commit or os.environ.get("LONGNET_COMMIT")),
+        "versions": environment.versions(),
+        **fields,
+    }
+
+
+def save(result: Record, path: Path | None) -> None:
+    """As JSON; a run killed meanwhile leaves the file as it was. Without a path nothing is written."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(part, path)
+
+
+def load(path: Path) -> Record:
+    """Raises :class:`NoResult` for a file that is missing or something else."""
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise NoResult(f"{path}: {error}") from None
+    # Results of one suite alone had no schema at first, but always a kind.
+    if not isinstance(result, dict) or (result.get("schema") != SCHEMA and "kind" not in result):
+        raise NoResult(f"{path} is no result of this benchmark: expected schema {SCHEMA}")
+    return result if "kind" in result else _upgraded(result)
+
+
+def _upgraded(result: Record) -> Record:
+    """CPU results of before there was one record per pass, and curves apart from growth."""
+    speed: list[Record] = []
+    for record in result["speed"]:
+        checks = record["checks"]
+        for which, measured in record.pop("passes", {}).items():
+            head = {"case": record["case"], "pass": which, "reference": "same_flop", "ratio": record["flop_ratio"]}
+            speed.append(head | {"checks": checks} | measured)
+            checks = []
+    result["speed"] = speed or result["speed"]
+    for record in result["growth"]:
+        if "curves" in record:
+            record |= {"case": {"dtype": record["dtype"]}, "pass": "forward"}
+            seconds = {"longnet": record["seconds"], **record.pop("curves")}
+            result.setdefault("curves", []).append({"case": record["case"], "pass": "forward", "seconds": seconds})
+    return result
+
+
+def merge(results: dict[str, Record]) -> Record:
+    """Sections, or cells of one, of several GPU runs as one result.
+
+    Args:
+        results: by the name to use in messages, usually a path. The first one's date is taken.
+
+    Raises:
+        NoResult: results that differ in commit, versions, device or limits, or that hold the same cell twice.
+    """
+    (first_name, first), *others = results.items()
+    for name, result in results.items():
+        if result["device"]["kind"] != "cuda":
+            raise NoResult(f"{name} is a result of kind {result['device']['kind']!r}: only GPU results can be merged")
+    for name, result in others:
+        for key in _SAME:
+            if result[key] != first[key]:
+                raise NoResult(f"{first_name} and {name} differ in {key}: {first[key]} and {result[key]}")
+    merged: Record = {**first, "dates": [result["date"] for result in results.values()]}
+    peers: dict[str, Record] = {}
+    checks: dict[str, Record] = {}
+    for result in results.values():
+        # One that was there in any of the runs says more than one that was not.
+        for peer in result["peers"]:
+            if peer["name"] not in peers or peers[peer["name"]]["why_not"] is not None:
+                peers[peer["name"]] = peer
+        checks |= {f"{check['what']} {check['error']}": check for check in result["checks"]}
+    merged |= {"peers": list(peers.values()), "checks": list(checks.values())}
+    merged["ceilings"] = next((result["ceilings"] for result in results.values() if result["ceilings"]), None)
+    for section in _LISTS:
+        merged[section] = []
+        seen: dict[str, str] = {}
+        for name, result in results.items():
+            for record in result.get(section, []):
+                cell = [record["case"], record["pass"]] if section in _BY_CASE else [record["pass"]]
+                key = json.dumps(cell)
+                if key in seen:
+                    raise NoResult(f"{seen[key]} and {name} both hold the cell {key} of {section}")
+                seen[key] = name
+                merged[section].append(record)
+    # As in a run of its own, whatever the order of the parts.
+    merged["speed"].sort(key=lambda record: (record["case"]["length"], record["case"]["head_dim"]))
+    return merged

@@ -1,0 +1,147 @@
+"""Time against the same-FLOP kernel (on a GPU, at short lengths, dense attention), and beside other implementations."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from benchmarks.cases import CPU, CPU_QUICK, GPU, GPU_QUICK, PASSES, Case, Record, Tensors, both_dtypes, draw, grid
+from benchmarks.cases import lengths_of as at
+from benchmarks.checks import Check, allowed_at_size, as_json, compare, rows_at_size, window_at_size
+from benchmarks.contenders import Contender, dense, ours, reference, reference_ratio
+from benchmarks.device import Device
+from benchmarks.run import Run, Suite
+from benchmarks.timing import Function, host_seconds, rotated, warm_up
+from benchmarks.visited import visited_share
+
+CELLS = {
+    "cpu": both_dtypes(*at(CPU, 8192, 32768)),
+    "cpu-quick": both_dtypes(CPU_QUICK),
+    "cuda": grid(GPU, (8192, 32768, 131072, 1048576), (64, 128)),
+    "cuda-quick": at(GPU_QUICK, 128, 512),
+}
+_LONG, _ONCE, _BOTH = (131072, 1048576), ("forward",), ("forward_backward",)
+
+
+def _limit(kind: str, length: tuple[int, ...], head_dim: tuple[int, ...], which: tuple[str, ...], limit: float) -> Any:
+    found = {"kind": kind, "length": length, "head_dim": head_dim, "pass": which, "limit": limit}
+    return {"is_causal": (True,)} | found if kind == "torchscale" else found
+
+
+# "tax": time over the same-FLOP kernel's, at most. "dense": time over dense cuDNN attention's, at most. "torchscale":
+# torchscale's time over ours, at least. A limit holds for the cells whose fields are all in its lists.
+LIMITS: dict[str, dict[str, Any]] = {
+    "cpu": {"speed": {"forward": 1.15, "forward_backward": 1.25}},
+    "cuda": {
+        "speed": [
+            _limit("tax", _LONG, (64,), _ONCE, 1.00),
+            _limit("tax", _LONG, (128,), _ONCE, 1.05),
+            _limit("tax", (32768,), (64, 128), _ONCE, 1.10),
+            _limit("tax", _LONG, (64, 128), _BOTH, 1.05),
+            _limit("dense", (8192,), (64,), _BOTH, 1.00),
+            _limit("torchscale", _LONG, (64,), _ONCE, 5.5),
+            _limit("torchscale", _LONG, (128,), _ONCE, 7.0),
+            _limit("torchscale", (32768,), (64, 128), _ONCE, 6.0),
+            _limit("torchscale", _LONG, (64,), _BOTH, 3.8),
+            _limit("torchscale", _LONG, (128,), _BOTH, 4.5),
+        ]
+    },
+}
+# Inputs that together are so many times the size of the device's cache.
+_CACHES, _MOST_COPIES, _SHORT_SECONDS = 4, 16, 0.01
+
+
+def measure(run: Run, case: Case) -> list[Record]:
+    """Seconds of every call: a record for each pass. The judged pair runs alone; others have rounds of their own.
+
+    Raises:
+        CheckFailed: before anything is timed, see :mod:`benchmarks.checks`.
+    """
+    device, on_gpu, records = run.device, run.device.kind == "cuda", []
+    sets = input_sets(device, case)
+    us = rotated([ours(case, tensors) for tensors in sets])
+    base = rotated([reference(device, case, tensors) for tensors in sets])
+    others = [] if on_gpu else [ours(case, sets[0].tokens_first(), "ours_tokens_first"), dense(device, case, sets[0])]
+    checks = gate(case, sets[0], others[:1])
+    device.release()
+    for which in PASSES:
+        judged = {base.name: base.passes[which], "ours": us.passes[which]}
+        seconds = run.time(judged)
+        record: Record = {
+            "case": case.to_dict(),
+            "pass": which,
+            "reference": base.name,
+            "ratio": reference_ratio(device, case),
+            "input_sets": len(sets),
+            "checks": as_json(checks),
+            "judged": seconds,
+        }
+        if on_gpu:
+            record["visited"] = visited_share(case)
+        if device.queues and sum(min(one) for one in seconds.values()) < _SHORT_SECONDS:
+            record["wall"] = {name: host_seconds(device, function, 20) for name, function in judged.items()}
+        first = us if on_gpu else base
+        functions = {one.name: one.passes[which] for one in (first, *others)}
+        expected = statistics.median(seconds["ours"]) * float(case.dense_ratio)
+        left_out = {}
+        if "dense" in functions and expected > run.effort.slow_seconds:
+            del functions["dense"]
+            left_out["dense"] = f"about {expected:.0f} s a call expected"
+        record |= beside(run, case, which, functions, sets)
+        record["left_out"] |= left_out
+        records.append(record)
+        device.release()
+    return records
+
+
+def input_sets(device: Device, case: Case) -> list[Tensors]:
+    """Enough different inputs that none is still in the cache when its turn comes again."""
+    copies = min(_MOST_COPIES, max(1, math.ceil(_CACHES * device.cache_bytes / (4 * case.tensor_bytes))))
+    return [draw(case, seed, device.device) for seed in range(copies)]
+
+
+def gate(case: Case, tensors: Tensors, others: list[Contender]) -> list[Check]:
+    """Rows anywhere, a whole window with its gradients; the forward alone and other memory layouts give the same."""
+    us, allowed = ours(case, tensors), allowed_at_size(case, tensors)
+    got = us.passes["forward_backward"]()
+    found = rows_at_size(case, tensors, got[0], allowed[0])
+    found += window_at_size(case, tensors, got, allowed)
+    found += compare(f"forward alone, {case}", us.passes["forward"](), got, allowed)
+    for other in others:
+        found += compare(f"(B, N, H, D) memory, {case}", other.passes["forward_backward"](), got, allowed)
+    return found
+
+
+def beside(run: Run, case: Case, which: str, first: Mapping[str, Function], sets: list[Tensors]) -> Record:
+    """``first`` once more, now with other implementations, in rounds of their own; and why one is left out."""
+    peers: dict[str, Function] = {}
+    left_out = {}
+    for peer in run.peers:
+        if peer.make is None:
+            continue
+        refusal = peer.refuses(case)
+        if refusal is None:
+            try:
+                rows = [tensors.view(case.batch, case.length, case.heads * case.head_dim) for tensors in sets]
+                function = rotated([peer.make(case, one) for one in rows]).passes[which]
+                warm_up(run.device, function)
+                peers[peer.name] = function
+            except torch.OutOfMemoryError:
+                refusal = "out of memory"
+        if refusal is not None:
+            left_out[peer.name] = refusal
+        run.device.release()
+    seconds: dict[str, list[float]] = {}
+    if len(first) + len(peers) > 1:
+        try:
+            seconds = run.time({**first, **peers}, run.effort.beside_rounds)
+        except torch.OutOfMemoryError:
+            left_out |= dict.fromkeys(peers, "out of memory in turn with longnet")
+    return {"beside": seconds, "left_out": left_out}
+
+
+SUITE = Suite("speed", CELLS, measure, LIMITS)

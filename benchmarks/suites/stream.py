@@ -1,0 +1,180 @@
+"""Streams with a bounded cache on a GPU: their rows against the definition, and the time of a single token."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.cases import GPU, GPU_QUICK, Case, Record, draw
+from benchmarks.checks import CheckFailed, as_json, rows_at_size
+from benchmarks.device import Device
+from benchmarks.run import Run, Suite
+from longnet import DilatedCache, stream_attention
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A sequence read in chunks, its last ``tail`` tokens one by one."""
+
+    case: Case
+    chunk: int
+    tail: int
+
+    @property
+    def label(self) -> str:
+        return f"N={self.case.length} in chunks of {self.chunk}, then {self.tail} single tokens"
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Single tokens at several positions, and how they are timed."""
+
+    case: Case
+    positions: tuple[int, ...]
+    dense_tokens: int
+    layers: int
+    rounds: int
+    replays: int
+    label: str = "single tokens, timed"
+
+
+CELLS: dict[str, tuple[Rows | Decoding, ...]] = {
+    "cuda": (
+        Rows(GPU, 65536, 0),
+        Rows(replace(GPU, length=262144), 65536, 128),
+        # 100,007,936 is the first multiple of the period past 100 million.
+        Decoding(GPU, (65536, 100007936), dense_tokens=65536, layers=8, rounds=16, replays=32),
+    ),
+    "cuda-quick": (
+        Rows(GPU_QUICK, 100, 0),
+        Rows(replace(GPU_QUICK, length=300), 100, 5),
+        Decoding(GPU_QUICK, (256, 2560), dense_tokens=64, layers=2, rounds=2, replays=3),
+    ),
+}
+
+
+def measure(run: Run, cell: Rows | Decoding) -> Record:
+    """Raises :class:`CheckFailed` for a row further from the definition, or from its twin, than allowed."""
+    return _rows(run.device, cell) if isinstance(cell, Rows) else _decode(run.device, cell)
+
+
+def _rows(device: Device, cell: Rows) -> Record:
+    """Random rows of what was read one by one, or in chunks where nothing was."""
+    case, tail = cell.case, cell.tail
+    tensors = draw(case, 0, device.device)
+    cache, out = _cache(case, device.device), torch.empty_like(tensors.query)
+    whole = case.length - tail
+    cuts = [*range(0, whole, cell.chunk), *range(whole, case.length), case.length]
+    for start, stop in pairwise(cuts):
+        query, key, value = (x[:, :, start:stop] for x in tensors.all[:3])
+        out[:, :, start:stop] = stream_attention(query, key, value, cache)
+    checks = rows_at_size(case, tensors, out, first=whole if tail else 0)
+    return {
+        "case": case.to_dict(),
+        "pass": "single tokens" if tail else "chunks",
+        "chunk": cell.chunk,
+        "tail": tail,
+        "cache_bytes": cache.nbytes,
+        "checks": as_json(checks),
+    }
+
+
+def _decode(device: Device, cell: Decoding) -> Record:
+    """Seconds a token and layer of a captured step at several positions, and of dense decoding, in turn.
+
+    A step reads as many rows as its segments hold by then, so positions compare at the same phase of the pattern: every
+    round has another phase, and all positions are multiples of the period away from it.
+    """
+    case, positions = cell.case, cell.positions
+    for position in positions:
+        if position % case.pattern.period:
+            raise ValueError(f"position {position} is no multiple of the pattern's period {case.pattern.period}")
+    layers = [_Layer(case, device.device, number) for number in range(cell.layers)]
+    step = device.capture(lambda: [layer.step() for layer in layers])
+    dense = device.capture(_dense(device, cell))
+    chosen = random.Random(0)
+    phases = [chosen.randrange(case.pattern.period - cell.replays) for _ in range(cell.rounds)]
+    seconds: dict[str, list[float]] = {name: [] for name in (*map(str, positions), "dense")}
+    for phase in phases:
+        outs = []
+        for position in positions:
+            for layer in layers:
+                layer.cache.moved(position + phase - layer.cache.position)
+            seconds[str(position)].append(_seconds(device, step, cell))
+            outs.append(layers[0].out.clone())
+        seconds["dense"].append(_seconds(device, dense, cell))
+        for out, position in zip(outs[1:], positions[1:], strict=True):
+            if not torch.equal(out, outs[0]):
+                raise CheckFailed(f"the token at {position + phase} differs from that at {positions[0] + phase}")
+    return {
+        "case": case.to_dict(),
+        "pass": "decode",
+        "layers": cell.layers,
+        "replays": cell.replays,
+        "positions": list(positions),
+        "phases": phases,
+        "dense_tokens": cell.dense_tokens,
+        "dense_bytes": 2 * case.batch * case.heads * cell.dense_tokens * case.head_dim * case.torch_dtype.itemsize,
+        "cache_bytes": layers[0].cache.nbytes,
+        "seconds": seconds,
+        "checks": [],
+    }
+
+
+class _Layer:
+    """A layer's cache, full of random rows, and its next token."""
+
+    def __init__(self, case: Case, device: torch.device, seed: int) -> None:
+        generator = torch.Generator(device).manual_seed(seed)
+        self.cache = _cache(case, device)
+        for x in (self.cache.keys, self.cache.values):
+            x.normal_(generator=generator)
+        shape = (case.batch, case.heads, 1, case.head_dim)
+        self.token = [torch.randn(shape, generator=generator, device=device).to(case.torch_dtype) for _ in range(3)]
+        self.out = torch.empty_like(self.token[0])
+
+    def step(self) -> Tensor:
+        query, key, value = self.token
+        return self.out.copy_(stream_attention(query, key, value, self.cache))
+
+
+def _cache(case: Case, device: torch.device) -> DilatedCache:
+    sizes = {"batch_size": case.batch, "heads": case.heads, "head_dim": case.head_dim}
+    return DilatedCache(case.segment_lengths, case.dilation_rates, **sizes, dtype=case.torch_dtype, device=device)
+
+
+def _dense(device: Device, cell: Decoding) -> Callable[[], list[Tensor]]:
+    """Dense decoding with so many tokens cached, every layer its own."""
+    case = cell.case
+    generator = torch.Generator(device.device).manual_seed(0)
+
+    def normal(tokens: int) -> Tensor:
+        shape = (case.batch, case.heads, tokens, case.head_dim)
+        return torch.randn(shape, generator=generator, device=device.device).to(case.torch_dtype)
+
+    query = normal(1)
+    cached = [(normal(cell.dense_tokens), normal(cell.dense_tokens)) for _ in range(cell.layers)]
+    return lambda: [F.scaled_dot_product_attention(query, key, value) for key, value in cached]
+
+
+def _seconds(device: Device, step: Callable[[], object], cell: Decoding) -> float:
+    """Seconds a step and layer."""
+    step()
+    device.occupy()
+    start = device.start()
+    for _ in range(cell.replays - 1):
+        step()
+    stop = device.stop()
+    device.finish()
+    return device.seconds(start, stop) / (cell.replays - 1) / cell.layers
+
+
+# "position": time of a token at the last position over the first, less 1, at most. "dense_decoding": time of a dense
+# decoding step over ours, at least.
+SUITE = Suite("stream", CELLS, measure, {"cuda": {"stream": {"position": 0.05, "dense_decoding": 4.0}}})
