@@ -132,13 +132,13 @@ def small_against_oracle(small: Case, device: torch.device | str, backends: Sequ
     tensors = draw(small, seed=1, device=device)
     double = tensors.to(torch.float64)
     expected = with_gradients(lambda q, k, v: oracle_out(small, q, k, v), double)
-    found = []
+    checks = []
     for backend in backends:
         what = f"oracle, N={small.length} float64, {backend}"
         got = with_gradients(attend_dilated(small, backend), double)
-        found += compare(what, got, expected, allowed_errors(double, small.is_causal))
+        checks += compare(what, got, expected, allowed_errors(double, small.is_causal))
     got = with_gradients(attend_dilated(small), tensors)
-    return found + compare(f"oracle, {small}", got, expected, allowed_errors(tensors, small.is_causal))
+    return checks + compare(f"oracle, {small}", got, expected, allowed_errors(tensors, small.is_causal))
 
 
 def oracle_out(case: Case, query: Tensor, key: Tensor, value: Tensor, head_offsets: str = "interleaved") -> Tensor:

@@ -10,6 +10,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import environment, harness, report, results, terminal
 from benchmarks.cases import Record
@@ -43,11 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
+    root = argparse.ArgumentParser(
         "python -m benchmarks",
         description="What longnet costs: time, memory, growth, each checked first and judged by its limit.",
     )
-    commands = found.add_subparsers(metavar="COMMAND", required=True)
+    commands = root.add_subparsers(metavar="COMMAND", required=True)
 
     def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         one = commands.add_parser(name, help=text, description=text)
@@ -55,20 +56,14 @@ def parser() -> argparse.ArgumentParser:
         return one
 
     one = add("cpu", cpu, "Measure on this CPU: prints tables, writes JSON and a picture.")
-    one.add_argument(
-        "--section", action="append", choices=harness.sections("cpu"), help="only this part; may be repeated"
-    )
-    one.add_argument("--length", action="append", type=int, help="only this N for speed and memory; may be repeated")
-    one.add_argument(
-        "--dtype", action="append", choices=("float32", "bfloat16"), help="only this dtype; may be repeated"
-    )
+    _only(one, "--section", "part", choices=harness.sections("cpu"))
+    _only(one, "--length", "N for speed and memory", type=int)
+    _only(one, "--dtype", "dtype", choices=("float32", "bfloat16"))
     _add_common(one)
     one = add("gpu", gpu, "Measure on this CUDA device: prints tables, writes JSON after every step, and a picture.")
-    one.add_argument(
-        "--section", action="append", choices=harness.sections("cuda"), help="only this part; may be repeated"
-    )
-    one.add_argument("--length", action="append", type=int, help="only this N for speed; may be repeated")
-    one.add_argument("--head-dim", action="append", type=int, help="only this D for speed; may be repeated")
+    _only(one, "--section", "part", choices=harness.sections("cuda"))
+    _only(one, "--length", "N for speed", type=int)
+    _only(one, "--head-dim", "D for speed", type=int)
     one.add_argument("--dilated-attention-pytorch", type=Path, help="a checkout of fkodom's, timed beside")
     one.add_argument("--alexisrozhkov", type=Path, help="a checkout of dilated-self-attention, timed beside")
     one.add_argument("--commit", help="the commit of these sources, where git cannot say")
@@ -78,16 +73,16 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--markdown", action="store_true", help="as markdown")
     one.add_argument("--plot", type=Path, help="also draw time against length into this PNG")
     one = add("merge", merge, "Join parts of a GPU run: of one commit, one kind of device, no cell twice.")
-    one.add_argument(
-        "files",
-        nargs="+",
-        type=Path,
-        help="JSON of the parts, or of a run in a copy of this checkout, which then gets its commit",
-    )
+    text = "JSON of the parts, or of a run in a copy of this checkout, which then gets its commit"
+    one.add_argument("files", nargs="+", type=Path, help=text)
     one.add_argument("--out", required=True, type=Path, help="JSON to write, its picture beside it")
     one = add("tables", tables, "Write the marked tables of README.md and docs from the results that they name.")
     one.add_argument("--check", action="store_true", help="change nothing; exit 1 where a table is out of date")
-    return found
+    return root
+
+
+def _only(one: argparse.ArgumentParser, flag: str, what: str, **options: Any) -> None:
+    one.add_argument(flag, action="append", help=f"only this {what}; may be repeated", **options)
 
 
 def _add_common(one: argparse.ArgumentParser) -> None:

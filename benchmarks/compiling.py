@@ -18,7 +18,7 @@ from benchmarks.cases import PASSES, Case, draw
 from benchmarks.checks import attend_dilated, with_gradients
 from benchmarks.environment import ROOT, child_environment
 
-# A call holds inputs, outputs and gradients: so many tensors of the case's size, and what a process takes by itself.
+# Tensors of the case's size that a call holds (inputs, outputs, gradients), and memory of a process by itself.
 _TENSORS, _PROCESS_BYTES = 10, 2**30
 
 
@@ -28,7 +28,7 @@ def compile_kernels(cases: Iterable[Case], memory_bytes: int) -> int:
     The shortest of the cases that need the same kernels, and no more at a time than there are cores and memory for.
 
     Raises:
-        RuntimeError: a process failed; the message has its last words.
+        RuntimeError: a process failed; the message has its last lines.
     """
     different = {_specialisation(case): case for case in sorted(cases, key=lambda case: -case.length)}
     needed = {case: _TENSORS * case.tensor_bytes + _PROCESS_BYTES for case in different.values()}

@@ -69,14 +69,10 @@ class Cpu:
         """The model as the system names it, cores that this process may use, torch's threads, the load before the run."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         return {
-            "kind": "cpu",
-            "model": _cpu_model(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-            "cores": cores,
-            "threads": torch.get_num_threads(),
-            "system": f"{platform.system()} {platform.machine()}",
+            "kind": "cpu", "model": _cpu_model(), "capability": torch.backends.cpu.get_cpu_capability(), "cores": cores,
+            "threads": torch.get_num_threads(), "system": f"{platform.system()} {platform.machine()}",
             "load_average": load_average(),
-        }
+        }  # fmt: skip
 
     def start(self) -> float:
         return time.perf_counter()
@@ -134,13 +130,10 @@ class Cuda:
     def describe(self) -> dict[str, Any]:
         one = self._properties
         return {
-            "kind": "cuda",
-            "model": one.name,
-            "capability": f"{one.major}.{one.minor}",
-            "multiprocessors": one.multi_processor_count,
-            "memory_bytes": one.total_memory,
+            "kind": "cuda", "model": one.name, "capability": f"{one.major}.{one.minor}",
+            "multiprocessors": one.multi_processor_count, "memory_bytes": one.total_memory,
             "cache_bytes": self.cache_bytes,
-        }
+        }  # fmt: skip
 
     def start(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)

@@ -60,13 +60,13 @@ def table(name: str, file: Path) -> str:
         return report.header(result)
     if title == "summary":
         return "\n".join(f"- {line}" for line in report.summary(result))
-    found = {slug(one.title): one for one in report.tables(result)}
-    if title not in found:
-        raise BadMarker(f"{file.name} has no table {title!r}: expected header, summary or one of {', '.join(found)}")
+    by_name = {slug(one.title): one for one in report.tables(result)}
+    if title not in by_name:
+        raise BadMarker(f"{file.name} has no table {title!r}: expected header, summary or one of {', '.join(by_name)}")
     if not rest:
-        return found[title].markdown(brief=True)
-    notes = "\n".join(f"- {note}" for note in found[title].notes)
-    return "\n\n".join(filter(None, (found[title].markdown(), notes)))
+        return by_name[title].markdown(brief=True)
+    notes = "\n".join(f"- {note}" for note in by_name[title].notes)
+    return "\n\n".join(filter(None, (by_name[title].markdown(), notes)))
 
 
 def slug(title: str) -> str:

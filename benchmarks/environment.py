@@ -60,10 +60,10 @@ def gpu_versions() -> dict[str, str | None]:
 
 
 def child_environment() -> dict[str, str]:
-    """For processes started here: this checkout's sources first, and byte code kept from one to the next."""
+    """For processes started here: this checkout's sources first, and byte code stays from one to the next."""
     paths = [str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")]
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    return {**kept, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    rest = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {**rest, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
 def _git(*arguments: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Prov-GigaPath's own slide encoder from a checkout, when there is one: what it imports is lent, its results are its own."""
+"""Prov-GigaPath's own slide encoder from a checkout; stand-ins replace what it imports besides torch."""
 
 from __future__ import annotations
 

@@ -81,15 +81,15 @@ def cells(scale: str, chosen: Iterable[str] | None = None) -> Cells:
     return {name: suite.cells[scale] for name, suite in suites(kind).items() if name in names}
 
 
-def at_lengths(found: Cells, lengths: list[int]) -> Cells:
+def at_lengths(chosen: Cells, lengths: list[int]) -> Cells:
     """Speed, memory and noise of a CPU at these lengths instead.
 
     Raises:
         ValueError: a length below one block of the kernel.
     """
-    changed = dict(found)
+    changed = dict(chosen)
     for name, sizes in (("noise", [min(lengths)]), ("speed", lengths), ("memory", lengths)):
-        every = [_at(cell, length) for length in sizes for cell in found.get(name, ())]
+        every = [_at(cell, length) for length in sizes for cell in chosen.get(name, ())]
         changed |= {name: tuple(dict.fromkeys(every))} if every else {}
     return changed
 
@@ -102,12 +102,14 @@ def _at(cell: Any, length: int) -> Any:
     return replace(cell, length=length)
 
 
-def of_dtypes(found: Cells, dtypes: list[str]) -> Cells:
+def of_dtypes(chosen: Cells, dtypes: list[str]) -> Cells:
     """The cells of these dtypes, and those that have none."""
-    return {name: tuple(x for x in every if all(c.dtype in dtypes for c in _cases(x))) for name, every in found.items()}
+    return {
+        name: tuple(x for x in every if all(c.dtype in dtypes for c in _cases(x))) for name, every in chosen.items()
+    }
 
 
-def only(found: Cells, scale: str, lengths: list[int] | None, dims: list[int] | None) -> Cells:
+def only(chosen: Cells, scale: str, lengths: list[int] | None, dims: list[int] | None) -> Cells:
     """The speed cells of these lengths and head dimensions.
 
     Raises:
@@ -120,19 +122,19 @@ def only(found: Cells, scale: str, lengths: list[int] | None, dims: list[int] | 
         raise ValueError(
             f"length={lengths} and head_dim={dims} leave no cell: expected some of {have[0]} and {have[1]}"
         )
-    return found | {"speed": left} if "speed" in found else found
+    return chosen | {"speed": left} if "speed" in chosen else chosen
 
 
-def kernel_cases(found: Cells) -> list[Case]:
+def kernel_cases(cells: Cells) -> list[Case]:
     """Every different call of attention of these cells."""
-    return list(dict.fromkeys(case for every in found.values() for cell in every for case in _cases(cell)))
+    return list(dict.fromkeys(case for every in cells.values() for cell in every for case in _cases(cell)))
 
 
 def _cases(cell: Any) -> tuple[Case, ...]:
     return getattr(cell, "cases", ())
 
 
-def new_run(device: Device, scale: str, found: Cells, commit: str | None = None) -> Run:
+def new_run(device: Device, scale: str, chosen: Cells, commit: str | None = None) -> Run:
     """A run with an empty result. Raises ValueError where git names another commit."""
     base, effort = BASES[scale], EFFORTS[scale]
     result = results.started(commit)
@@ -141,26 +143,26 @@ def new_run(device: Device, scale: str, found: Cells, commit: str | None = None)
     result |= {"device": device.describe(), "limits": limits(device.kind), "judged": effort.judged, "pattern": pattern}
     result |= {"peers": []} | {name: None if one.single else [] for name, one in suites(device.kind).items()}
     if device.kind == "cpu":
-        reason = no_peak_reason() if {"memory", "stream"} & set(found) else None
+        reason = no_peak_reason() if {"memory", "stream"} & set(chosen) else None
         result["memory_why_not"] = reason
-        found = {name: every for name, every in found.items() if reason is None or name not in ("memory", "stream")}
-    return Run(device, effort, found, result=result)
+        chosen = {name: every for name, every in chosen.items() if reason is None or name not in ("memory", "stream")}
+    return Run(device, effort, chosen, result=result)
 
 
 def steps(run: Run, checkouts: Checkouts = Checkouts()) -> list[Step]:
     """Kernels first, then the definition: a wrong result ends the run before anything is timed."""
-    on_gpu, found = run.device.kind == "cuda", []
+    on_gpu, planned = run.device.kind == "cuda", []
     if on_gpu:
-        found.append(Step("compiling kernels", lambda: compile_all(run)))
+        planned.append(Step("compiling kernels", lambda: compile_all(run)))
     for name, suite in suites(run.device.kind).items():
         for cell in run.cells.get(name, ()):
             label = getattr(cell, "label", "")
-            found.append(Step(f"{name}: {label}" if label else name, partial(_measure, run, suite, cell)))
+            planned.append(Step(f"{name}: {label}" if label else name, partial(_measure, run, suite, cell)))
         if name == "checks":
-            found.append(Step("loading other implementations", partial(_load, run, checkouts)))
+            planned.append(Step("loading other implementations", partial(_load, run, checkouts)))
     if not on_gpu:
-        found.append(Step("done", lambda: run.result["device"].update(load_average_after=load_average())))
-    return found
+        planned.append(Step("done", lambda: run.result["device"].update(load_average_after=load_average())))
+    return planned
 
 
 def compile_all(run: Run) -> None:
@@ -168,11 +170,11 @@ def compile_all(run: Run) -> None:
 
 
 def _measure(run: Run, suite: Suite, cell: Any) -> None:
-    found: Record | list[Record] = suite.measure(run, cell)
+    records: Record | list[Record] = suite.measure(run, cell)
     if suite.single:
-        run.result[suite.name] = found
+        run.result[suite.name] = records
     else:
-        run.result[suite.name].extend(found if isinstance(found, list) else [found])
+        run.result[suite.name].extend(records if isinstance(records, list) else [records])
     run.device.release()
 
 

@@ -48,25 +48,33 @@ class Peer:
         return {"name": self.name, "why_not": self.why_not, "errors": self.errors, "remarks": list(self.remarks)}
 
 
+def _imported(name: str, path: Path | None, *modules: str) -> Peer | tuple[list[Any], tuple[str, ...]]:
+    """Modules of a checkout, and the packages that were lent to them; or a peer that says why it cannot be run."""
+    if path is None:
+        return Peer(name, None, f"no checkout given: --{name} PATH")
+    try:
+        with importable(path) as packages:
+            return [importlib.import_module(module) for module in modules], packages
+    except ModuleNotFoundError as error:
+        return Peer(name, None, f"its import needs the package {error.name}, which is not installed")
+
+
 def load_torchscale(path: Path | None, case: Case, device: torch.device | str = "cpu") -> Peer:
     """torchscale's ``DilatedAttention`` (the authors' code) from a checkout, with torch's flash kernel lent to it.
 
     Its forward must be the definition with blocked head offsets; how far its gradients are off is recorded.
     """
     name = "torchscale"
-    if path is None:
-        return Peer(name, None, "no checkout given: --torchscale PATH")
-    if not (path / "torchscale" / "component" / "dilated_attention.py").is_file():
+    if path is not None and not (path / "torchscale" / "component" / "dilated_attention.py").is_file():
         return Peer(name, None, f"{path.name} has no torchscale/component/dilated_attention.py")
-    try:
-        with importable(path) as packages:
-            module = importlib.import_module("torchscale.component.dilated_attention")
-            attention = importlib.import_module("torchscale.component.multihead_attention")
-    except ModuleNotFoundError as error:
-        return Peer(name, None, f"its import needs the package {error.name}, which is not installed")
+    parts = ("torchscale.component.dilated_attention", "torchscale.component.multihead_attention")
+    imported = _imported(name, path, *parts)
+    if isinstance(imported, Peer):
+        return imported
+    (module, attention), packages = imported
     # On a CPU torchscale looks for no kernel at all.
     if "flash_attn" in packages or attention.flash_attn_func is None:
-        attention.flash_attn_func = torchscale_flash  # type: ignore[attr-defined]
+        attention.flash_attn_func = torchscale_flash
 
     attend = partial(_torchscale_attend, module.DilatedAttention)
 
@@ -87,13 +95,10 @@ def load_torchscale(path: Path | None, case: Case, device: torch.device | str = 
 def load_dilated_attention_pytorch(path: Path | None) -> Peer:
     """fkodom's ``DilatedAttention``: every head attends in one branch only, so it is timed, not checked."""
     name = "dilated-attention-pytorch"
-    if path is None:
-        return Peer(name, None, "no checkout given: --dilated-attention-pytorch PATH")
-    try:
-        with importable(path) as packages:
-            module = importlib.import_module("dilated_attention_pytorch.dilated_attention")
-    except ModuleNotFoundError as error:
-        return Peer(name, None, f"{path.name}: its import needs {error.name}, which is not there")
+    imported = _imported(name, path, "dilated_attention_pytorch.dilated_attention")
+    if isinstance(imported, Peer):
+        return imported
+    (module,), packages = imported
 
     def make(case: Case, rows: Tensors) -> Contender:
         attend = partial(module.DilatedAttention(case.segment_lengths, case.dilation_rates), is_causal=case.is_causal)
@@ -106,17 +111,14 @@ def load_dilated_attention_pytorch(path: Path | None) -> Peer:
 def load_alexisrozhkov(path: Path | None) -> Peer:
     """alexisrozhkov's ``MultiheadDilatedSelfAttention``: a causal module whose projections cannot be left out."""
     name = "alexisrozhkov"
-    if path is None:
-        return Peer(name, None, "no checkout given: --alexisrozhkov PATH")
-    try:
-        with importable(path) as packages:
-            found = importlib.import_module("dilated_self_attention.multihead_dilated_self_attention")
-    except ModuleNotFoundError as error:
-        return Peer(name, None, f"{path.name}: its import needs {error.name}, which is not there")
+    upstream = _imported(name, path, "dilated_self_attention.multihead_dilated_self_attention")
+    if isinstance(upstream, Peer):
+        return upstream
+    (loaded,), packages = upstream
 
     def make(case: Case, rows: Tensors) -> Contender:
         width = case.heads * case.head_dim
-        module = found.MultiheadDilatedSelfAttention(
+        module = loaded.MultiheadDilatedSelfAttention(
             list(case.segment_lengths), list(case.dilation_rates), width, case.heads, flash=True
         ).to(rows.query.device)
         module.requires_grad_(False)
@@ -141,7 +143,7 @@ def load_alexisrozhkov(path: Path | None) -> Peer:
             return "it is causal only"
         if len({w // r for w, r in zip(case.segment_lengths, case.dilation_rates, strict=True)}) > 1:
             return "it needs one and the same w / r in every branch"
-        # An int64 index for every channel of every selected row, of every head, kept from call to call.
+        # An int64 index for every channel of every selected row, of every head, cached between calls.
         index = sum(case.length // r for r in case.dilation_rates) * case.heads**2 * case.head_dim * 8
         if index > _MOST_INDEX_BYTES:
             return f"its gather indices alone take {index / 2**30:.0f} GiB"

@@ -52,12 +52,12 @@ def tables(result: Record) -> list[Table]:
         "longest": _longest,
         "stream": _stream if on_gpu(result) else _reading,
     }
-    found = [make(result) for section, make in makers.items() if result.get(section)]
+    made = [make(result) for section, make in makers.items() if result.get(section)]
     if not on_gpu(result) and result.get("stream"):
-        found.append(_prefix(result))
+        made.append(_prefix(result))
     if result.get("memory_why_not"):
-        found.append(Table("Memory", ("not measured",), ((result["memory_why_not"],),)))
-    return found
+        made.append(Table("Memory", ("not measured",), ((result["memory_why_not"],),)))
+    return made
 
 
 def summary(result: Record) -> Iterator[str]:
@@ -93,10 +93,6 @@ def _verdict(verdict: Verdict | None, form: str = ".4g", prefix: str = "") -> Ce
     return dict(zip((f"{prefix}limit", f"{prefix}verdict"), shown, strict=True))
 
 
-def _number(value: float, on_gpu: bool) -> str:
-    return f"{value:,}" if on_gpu else str(value)
-
-
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.3g}" if seconds < 0.1 else f"{seconds * 1e3:.0f}"
 
@@ -107,6 +103,15 @@ def _tenths(seconds: Iterable[float]) -> str:
 
 def _causal(record: Record) -> str:
     return "yes" if record["case"]["is_causal"] else "no"
+
+
+def _cell(result: Record, record: Record) -> Cells:
+    """The first columns of a table of cells."""
+    case = record["case"]
+    if not on_gpu(result):
+        return {"N": str(case["length"]), "dtype": case["dtype"], "pass": pass_name(record)}
+    cells = {"N": f"{case['length']:,}", "D": str(case["head_dim"]), "causal": _causal(record)}
+    return cells | {"pass": pass_name(record)}
 
 
 def _where(record: Record) -> str:
@@ -139,36 +144,34 @@ def _noise(result: Record) -> Table:
         first, second = record["seconds"]["first"], record["seconds"]["second"]
         both = first + second
         return {
-            "N": str(record["case"]["length"]),
-            "dtype": record["case"]["dtype"],
-            "runs": f"{len(first)} + {len(second)}",
-            "median ms": _tenths(both),
+            "N": str(record["case"]["length"]), "dtype": record["case"]["dtype"],
+            "runs": f"{len(first)} + {len(second)}", "median ms": _tenths(both),
             "ratio of its two medians": f"{median(second) / median(first):.3f}",
             "(max - min) / median": f"{(max(both) - min(both)) / median(both):.1%}",
-        }
+        }  # fmt: skip
 
     return table("Noise: one and the same forward timed as two", map(row, result["noise"]))
 
 
 def _ceilings(result: Record) -> Table:
-    found = result["ceilings"]
+    ceilings = result["ceilings"]
     flops, size = (
-        found[f"{name}_{unit}"] / median(found["seconds"][name]) / 1e12
+        ceilings[f"{name}_{unit}"] / median(ceilings["seconds"][name]) / 1e12
         for name, unit in (("matrix", "flops"), ("copy", "bytes"))
     )
-    name = f"bf16 matrix product, {found['matrix_side']} cubed, TFLOP/s"
+    name = f"bf16 matrix product, {ceilings['matrix_side']} cubed, TFLOP/s"
     cells = {name: f"{flops:.0f}", "copy, read plus written, TB/s": f"{size:.2f}"}
     return table("Ceilings, measured in the same run", [cells])
 
 
 def _speed(result: Record) -> Table:
     make, notes = (_gpu_speed, _gpu_notes) if on_gpu(result) else (_cpu_speed, _cpu_notes)
-    rows = [make(result, record) for record in result["speed"]]
-    shown = [name for name in rows[0] if name.startswith("torchscale ")] if on_gpu(result) else ["dense SDPA ms"]
-    first = ("N", "D", "causal") if on_gpu(result) else ("N", "dtype")
-    middle = ("longnet ms", "against", "its ms") if on_gpu(result) else ("same-FLOP kernel ms", "longnet ms")
-    last = ("ratio", "limit", "verdict", *(("visited",) if on_gpu(result) else ()))
-    return table("Speed", rows, notes(result), (*first, "pass", *middle, *last, *shown))
+    rows = [_cell(result, record) | make(result, record) for record in result["speed"]]
+    others = {f"{name} {what}" for name in _peers(result) for what in ("ms", "/ longnet") if name != "torchscale"}
+    left_out = {"quartiles of pairs", "quartiles ms", "ratio in (B, N, H, D) memory", *others}
+    if not on_gpu(result):
+        left_out.add("torchscale ms")
+    return table("Speed", rows, notes(result), tuple(name for name in rows[0] if name not in left_out))
 
 
 def _pairs(record: Record) -> str:
@@ -182,17 +185,13 @@ def _cpu_speed(result: Record, record: Record) -> Cells:
     tokens_first = median(beside["ours_tokens_first"]) / median(beside["same_flop"]) / record["ratio"]
     others = {"dense SDPA ms": "dense", **{f"{name} ms": name for name in _peers(result)}}
     return {
-        "N": str(record["case"]["length"]),
-        "dtype": record["case"]["dtype"],
-        "pass": pass_name(record),
         "same-FLOP kernel ms": f"{verdicts.reference_seconds(record) * 1e3:.1f}",
         "longnet ms": _tenths(record["judged"]["ours"]),
-        "ratio": f"{verdicts.against_reference(record):.3f}",
-        "quartiles of pairs": _pairs(record),
+        "ratio": f"{verdicts.against_reference(record):.3f}", "quartiles of pairs": _pairs(record),
         **_verdict(verdicts.speed(result, record)),
         "ratio in (B, N, H, D) memory": f"{tokens_first:.3f}",
         **{title: _tenths(beside[name]) if name in beside else _NONE for title, name in others.items()},
-    }
+    }  # fmt: skip
 
 
 def _cpu_notes(result: Record) -> Iterator[str]:
@@ -213,19 +212,11 @@ def _gpu_speed(result: Record, record: Record) -> Cells:
     ours = record["judged"]["ours"]
     low, _, high = quartiles(ours)
     cells = {
-        "N": f"{record['case']['length']:,}",
-        "D": str(record["case"]["head_dim"]),
-        "causal": _causal(record),
-        "pass": pass_name(record),
-        "longnet ms": _ms(median(ours)),
-        "quartiles ms": f"{_ms(low)} to {_ms(high)}",
-        "against": _REFERENCES[record["reference"]],
-        "its ms": _ms(verdicts.reference_seconds(record)),
-        "ratio": f"{verdicts.against_reference(record):.3f}",
-        "quartiles of pairs": _pairs(record),
-        **_verdict(verdicts.speed(result, record)),
-        "visited": f"{record['visited']:.0%}",
-    }
+        "longnet ms": _ms(median(ours)), "quartiles ms": f"{_ms(low)} to {_ms(high)}",
+        "against": _REFERENCES[record["reference"]], "its ms": _ms(verdicts.reference_seconds(record)),
+        "ratio": f"{verdicts.against_reference(record):.3f}", "quartiles of pairs": _pairs(record),
+        **_verdict(verdicts.speed(result, record)), "visited": f"{record['visited']:.0%}",
+    }  # fmt: skip
     for name in _peers(result):
         value = factor(record, name)
         cells[f"{name} ms"] = _NONE if value is None else _ms(median(record["beside"][name]))
@@ -277,16 +268,12 @@ def _memory(result: Record) -> Table:
         output, peak = record["output_bytes"], median(record["peak_bytes"])
         verdict = verdicts.memory(result, record)
         return {
-            "N": str(record["case"]["length"]),
-            "dtype": record["case"]["dtype"],
-            "pass": pass_name(record),
-            "output MiB": f"{output / _MIB:.1f}",
-            "peak beyond the inputs MiB": f"{peak / _MIB:.1f}",
-            "in outputs": f"{verdict.value:.2f}",
-            **_verdict(verdict),
+            **_cell(result, record),
+            "output MiB": f"{output / _MIB:.1f}", "peak beyond the inputs MiB": f"{peak / _MIB:.1f}",
+            "in outputs": f"{verdict.value:.2f}", **_verdict(verdict),
             "live alone, in outputs": f"{record['live_peak_bytes'] / output:.2f}",
             "with the given gradient, in outputs": f"{(peak + record['grad_out_bytes']) / output:.2f}",
-        }
+        }  # fmt: skip
 
     note = (
         "Resident memory at its peak (VmHWM, Linux), the result included, median of fresh processes. Inputs are q, k, v "
@@ -304,15 +291,10 @@ def _gpu_memory(result: Record) -> Table:
         verdict = verdicts.memory(result, record)
         sizes = {name: record["beside"].get(name) for name in peers}
         return {
-            "N": f"{record['case']['length']:,}",
-            "D": str(record["case"]["head_dim"]),
-            "causal": _causal(record),
-            "pass": pass_name(record),
-            "output GiB": f"{record['output_bytes'] / _GIB:.3g}",
-            "beyond q, k, v GiB": f"{verdict.value:.2f}",
-            **_verdict(verdict),
+            **_cell(result, record), "output GiB": f"{record['output_bytes'] / _GIB:.3g}",
+            "beyond q, k, v GiB": f"{verdict.value:.2f}", **_verdict(verdict),
             **{f"{x} GiB": "out of memory" if size is None else f"{size / _GIB:.1f}" for x, size in sizes.items()},
-        }
+        }  # fmt: skip
 
     note = (
         "Most bytes that torch's allocator held at once, the output and, for fwd+bwd, the gradient given for it, three "
@@ -322,10 +304,10 @@ def _gpu_memory(result: Record) -> Table:
 
 
 def _import(result: Record) -> Table:
-    found, verdict = result["import"], verdicts.import_time(result)
+    times, verdict = result["import"], verdicts.import_time(result)
     cells = {
-        "processes": str(len(found["longnet_seconds"])),
-        "import torch s": f"{median(found['torch_seconds']):.2f}",
+        "processes": str(len(times["longnet_seconds"])),
+        "import torch s": f"{median(times['torch_seconds']):.2f}",
         "import longnet beyond it s": f"{verdict.value:.3f}",
     }
     return table("Import", [cells | _verdict(verdict)])
@@ -338,15 +320,12 @@ def _gigapath(result: Record) -> Table:
         case, beside, (low, middle, high) = record["case"], record["beside"], quartiles(record["seconds"])
         value = factor(record, "torchscale")
         return {
-            "N": f"{case['length']:,}",
-            "D": str(case["head_dim"]),
-            "dtype": case["dtype"],
-            "longnet ms": _ms(middle),
-            "quartiles ms": f"{_ms(low)} to {_ms(high)}",
+            "N": f"{case['length']:,}", "D": str(case["head_dim"]), "dtype": case["dtype"],
+            "longnet ms": _ms(middle), "quartiles ms": f"{_ms(low)} to {_ms(high)}",
             **{f"{name} ms": _ms(median(beside[name])) if name in beside else _NONE for name in peers},
             "torchscale / longnet": _NONE if value is None else f"{value:.2f}",
             **_verdict(verdicts.gigapath(result, record)),
-        }
+        }  # fmt: skip
 
     note = (
         f"Forward, not causal, {_pattern(result['gigapath'][0]['case'])}. At lengths that segments do not divide torchscale "
@@ -364,7 +343,7 @@ def _growth(result: Record) -> Table:
         times = verdicts.per_token(result, record).items()
         return {
             **({"pass": pass_name(record)} if gpu else {"dtype": record["case"]["dtype"]}),
-            **{f"N={_number(length, gpu)}": f"{value:.3f}" if gpu else f"{value:.2f}" for length, value in times},
+            **({f"N={n:,}": f"{x:.3f}" for n, x in times} if gpu else {f"N={n}": f"{x:.2f}" for n, x in times}),
             "largest over smallest, less 1": f"{verdict.value:.1%}",
             **_verdict(verdict, ".0%"),
         }
@@ -379,12 +358,10 @@ def _growth(result: Record) -> Table:
 def _longest(result: Record) -> Table:
     def row(record: Record) -> Cells:
         return {
-            "H": str(record["case"]["heads"]),
-            "D": str(record["case"]["head_dim"]),
-            "pass": pass_name(record),
+            "H": str(record["case"]["heads"]), "D": str(record["case"]["head_dim"]), "pass": pass_name(record),
             "longest N that fits": f"{record['length']:,}",
             "N that does not": _NONE if record["fails_at"] is None else f"{record['fails_at']:,}",
-        }
+        }  # fmt: skip
 
     note = "One sequence, causal, q, k, v and all results held at once."
     return table("Longest sequence", map(row, result["longest"]), (note,))
@@ -395,16 +372,11 @@ def _reading(result: Record) -> Table:
         verdict, peaks = verdicts.reading(result, record), [f"{peak / _MIB:.0f}" for peak in record["peak_bytes"]]
         speeds = [f"{record['read'] / len(peaks) / seconds:,.0f}" for seconds in record["seconds"]]
         return {
-            "tokens": f"{record['read']:,}",
-            "cache MiB": f"{record['cache_bytes'] / _MIB:.1f}",
-            "tokens/s, first tenth": speeds[0],
-            "tokens/s, last tenth": speeds[-1],
-            "peak MiB, first tenth": peaks[0],
-            "peak MiB, second": peaks[1],
-            "peak MiB, last": peaks[-1],
-            "last over second, less 1": f"{verdict.value:.1%}",
-            **_verdict(verdict, ".0%"),
-        }
+            "tokens": f"{record['read']:,}", "cache MiB": f"{record['cache_bytes'] / _MIB:.1f}",
+            "tokens/s, first tenth": speeds[0], "tokens/s, last tenth": speeds[-1],
+            "peak MiB, first tenth": peaks[0], "peak MiB, second": peaks[1], "peak MiB, last": peaks[-1],
+            "last over second, less 1": f"{verdict.value:.1%}", **_verdict(verdict, ".0%"),
+        }  # fmt: skip
 
     record = result["stream"][0]
     note = (
@@ -416,15 +388,12 @@ def _reading(result: Record) -> Table:
 
 def _prefix(result: Record) -> Table:
     def row(record: Record) -> Cells:
-        kept = record["kept"]
-        clone, save, load = (f"{kept[f'{name}_seconds'] * 1e3:.1f}" for name in ("clone", "save", "load"))
-        cells = {
-            "tokens": f"{record['read']:,}",
-            "reading them s": f"{sum(record['seconds']):.1f}",
-            "clone() ms": clone,
-        }
-        cells |= {"to a file ms": save, "from the file ms": load}
-        return cells | {"file MiB": f"{kept['file_bytes'] / _MIB:.1f}"}
+        cache = record["kept"]
+        clone, save, load = (f"{cache[f'{name}_seconds'] * 1e3:.1f}" for name in ("clone", "save", "load"))
+        return {
+            "tokens": f"{record['read']:,}", "reading them s": f"{sum(record['seconds']):.1f}", "clone() ms": clone,
+            "to a file ms": save, "from the file ms": load, "file MiB": f"{cache['file_bytes'] / _MIB:.1f}",
+        }  # fmt: skip
 
     return table("A prefix kept", map(row, result["stream"]))
 
@@ -433,15 +402,15 @@ def _stream(result: Record) -> Table:
     rows: list[Cells] = []
     notes = []
 
-    def add(what: str, size: str, found: str, verdict: Verdict | None = None) -> None:
-        rows.append({"what": what, "cache MiB": size, "found": found, **_verdict(verdict)})
+    def add(what: str, size: str, figure: str, verdict: Verdict | None = None) -> None:
+        rows.append({"what": what, "cache MiB": size, "found": figure, **_verdict(verdict)})
 
     for record in result["stream"]:
         cache = f"{record['cache_bytes'] / _MIB:.1f}"
         if record["pass"] != "decode":
             worst = max(record["checks"], key=lambda check: check["error"] / check["allowed"])
-            found = f"error {worst['error']:.2g}, allowed {worst['allowed']:.2g}"
-            add(f"N={record['case']['length']:,}, {record['pass']}", cache, found)
+            figure = f"error {worst['error']:.2g}, allowed {worst['allowed']:.2g}"
+            add(f"N={record['case']['length']:,}, {record['pass']}", cache, figure)
             continue
         first, last = record["positions"][0], record["positions"][-1]
         times = {name: f"{median(seconds) * 1e6:.1f} us" for name, seconds in record["seconds"].items()}
@@ -450,8 +419,8 @@ def _stream(result: Record) -> Table:
             add(f"a token near position {position:,}", cache, times[str(position)], verdict)
         dense = verdicts.dense_decoding(result, record)
         what = f"dense decoding, {record['dense_tokens']:,} tokens cached"
-        found = f"{times['dense']}, {dense.value:.2f} times ours"
-        add(what, f"{record['dense_bytes'] / _MIB:.0f}", found, dense)
+        figure = f"{times['dense']}, {dense.value:.2f} times ours"
+        add(what, f"{record['dense_bytes'] / _MIB:.0f}", figure, dense)
         notes.append(
             f"A token's time by layer: a CUDA graph of {record['layers']} layers, {record['replays']} replays, medians of "
             f"{len(record['phases'])} phases of the pattern, the same ones after position {first:,} and {last:,}. A step reads "
@@ -462,20 +431,20 @@ def _stream(result: Record) -> Table:
 
 def _long_stream(result: Record) -> list[Table]:
     """Bits per byte by decade of position; time and memory against their limits."""
-    found, limits, slices = result["result"], result["limits"], result["slices"]
+    whole, limits, slices = result["result"], result["limits"], result["slices"]
     bits = [one["bits_per_byte"] for one in slices if one["position"] <= result["text_bytes"]]
     quarter = len(bits) // 4
     memory = max(one["memory_peak"] for one in slices) / _GIB
-    growth = found["last_tenth"]["memory_peak"] / found["first_tenth"]["memory_peak"] - 1
+    growth = whole["last_tenth"]["memory_peak"] / whole["first_tenth"]["memory_peak"] - 1
     rows: list[Cells] = []
 
     def add(what: str, shown: str, value: float = 0.0, limit: str = "", form: str = "") -> None:
         verdict = Verdict(what, value, limits[limit]) if limit else None
         rows.append({"what": what, "found": shown, **_verdict(verdict, form)})
 
-    add("tokens", f"{found['position']:,}")
-    add("seconds", f"{found['seconds']:.0f}", found["seconds"], "seconds")
-    add("tokens/s", f"{found['tokens_per_second']:,.0f}")
+    add("tokens", f"{whole['position']:,}")
+    add("seconds", f"{whole['seconds']:.0f}", whole["seconds"], "seconds")
+    add("tokens/s", f"{whole['tokens_per_second']:,.0f}")
     add("peak GPU memory GiB", f"{memory:.2f}", memory, "memory_gib")
     add("last tenth's peak over the first's, less 1", f"{growth:.1%}", growth, "growth", ".0%")
     add("text at the start, bytes", f"{result['text_bytes']:,}")
@@ -485,7 +454,7 @@ def _long_stream(result: Record) -> list[Table]:
     add("cache MiB", f"{result['stream']['cache_bytes'] / _MIB:.0f}")
     decades = (
         (f"{one['first']:,} to {one['last']:,}", f"{one['bytes']:,}", f"{one['bits_per_byte']:.3f}")
-        for one in found["decades"]
+        for one in whole["decades"]
     )
     columns: Row = ("position", "bytes", "bits per byte")
     return [Table("Bits per byte, by position", columns, tuple(decades)), table("A long stream", rows)]
@@ -506,40 +475,48 @@ def _slide_encoder(result: Record) -> list[Table]:
     rows: list[Cells] = []
     columns = ("tiles", "what", "the encoder", "here", "original", "ratio", "limit", "verdict")
 
-    def add(*cells: str) -> None:
-        rows.append(dict(zip(columns, cells, strict=True)))
+    def add(measured: Record, *cells: str) -> None:
+        rows.append(dict(zip(columns, (f"{measured['tiles']:,}", *cells), strict=True)))
 
-    for found in result["parts"].values():
-        if "ratios" in found:
-            for what, (title, part, field, unit) in _ENCODER_PARTS.items():
-                for name, mode in _ENCODERS.items():
-                    # Results of before there were graphs have the memory of tensors alone.
-                    own = (
-                        ENCODER_MEMORY[name]
-                        if field == "bytes" and ENCODER_MEMORY[name] in found[name][part]
-                        else field
-                    )
-                    one, other = found[name][part][own] / unit, found["gigapath"][part][field] / unit
-                    ratio, limit = found["ratios"][name][what], found["limits"][what]
-                    verdict = judged_ratio(ratio, limit) if name == found["judged"] else ""
-                    cells = (f"{one:.1f}", f"{other:.1f}", f"{ratio:.3f}", f"{limit:.3f}", verdict)
-                    add(f"{found['tiles']:,}", title, mode, *cells)
-        elif "forward" in found:
-            milliseconds, size = f"{found['forward']['median']:,.0f}", f"{found['forward']['bytes'] / _GIB:.1f} GiB"
-            add(f"{found['tiles']:,}", "forward ms", "as it comes", milliseconds, *("-",) * 3, size)
-    return [table("Slide encoder", rows)] if rows else []
+    def compare(measured: Record, what: str, name: str) -> None:
+        title, pass_of, field, unit = _ENCODER_PARTS[what]
+        one, other = (measured[encoder][pass_of] for encoder in (name, "gigapath"))
+        own = ENCODER_MEMORY[name] if field == "bytes" else field
+        # Results of before there were graphs have the memory of tensors alone.
+        times = (one.get(own, one[field]) / unit, other[field] / unit)
+        ratio, limit = measured["ratios"][name][what], measured["limits"][what]
+        verdict = judged_ratio(ratio, limit) if name == measured["judged"] else ""
+        cells = (*(f"{x:.1f}" for x in times), f"{ratio:.3f}", f"{limit:.3f}", verdict)
+        add(measured, title, _ENCODERS[name], *cells)
+
+    for measured in result["parts"].values():
+        if "ratios" in measured:
+            for what in _ENCODER_PARTS:
+                for name in _ENCODERS:
+                    compare(measured, what, name)
+        elif "forward" in measured:
+            milliseconds, size = measured["forward"]["median"], measured["forward"]["bytes"] / _GIB
+            add(measured, "forward ms", "as it comes", f"{milliseconds:,.0f}", *("-",) * 3, f"{size:.1f} GiB")
+    on_cpu = [_encoder_on_cpu(measured) for measured in result["parts"].values() if "seconds" in measured]
+    both = {"Slide encoder": rows, "Slide encoder on a CPU": on_cpu}
+    return [table(title, cells) for title, cells in both.items() if cells]
+
+
+def _encoder_on_cpu(measured: Record) -> Cells:
+    memory = f"{measured['resident_peak_bytes'] / 1e9:.1f}"
+    cells = {"tiles": f"{measured['tiles']:,}", "dtype": measured["dtype"], "forward s": f"{measured['seconds']:.1f}"}
+    return cells | {"resident GB": memory, "verdict": "reached" if measured["reached"] else "missed"}
 
 
 def _compressed(result: Record) -> list[Table]:
     def row(record: Record) -> Cells:
         return {
             "model": record["name"],
-            "file MB": f"{record['file_bytes'] / 1e6:.2f}",
-            "weights MB": f"{record['memory_bytes'] / 1e6:.2f}",
+            "file MB": f"{record['file_bytes'] / 1e6:.2f}", "weights MB": f"{record['memory_bytes'] / 1e6:.2f}",
             "forward ms": f"{median(record['forward_seconds']) * 1e3:.0f}",
             "tokens/s": f"{result['decoded'] / median(record['decode_seconds']):.0f}",
             "bits per byte": f"{record['bits_per_byte']:.4f}",
-        }
+        }  # fmt: skip
 
     return [table("Compressed models", map(row, result["variants"]))]
 
@@ -570,13 +547,14 @@ def _hf(result: Record) -> list[Table]:
 
 def _longest_training(result: Record) -> list[Table]:
     def row(one: Record) -> Cells:
-        fits = one["fits"]
-        return {
-            "devices": str(result["ranks"]),
-            "tokens": f"{one['tokens']:,}",
-            "seconds a step": f"{one['seconds']:.2f}" if fits else "out of memory",
-            "tokens/s": f"{one['tokens'] / one['seconds']:,.0f}" if fits else _NONE,
-            "GiB a device": f"{one['gib']:.1f}" if fits else _NONE,
+        cells = {"devices": str(result["ranks"]), "tokens": f"{one['tokens']:,}"}
+        if not one["fits"]:
+            return cells | {"seconds a step": "out of memory", "tokens/s": _NONE, "GiB a device": _NONE}
+        seconds, speed = one["seconds"], one["tokens"] / one["seconds"]
+        return cells | {
+            "seconds a step": f"{seconds:.2f}",
+            "tokens/s": f"{speed:,.0f}",
+            "GiB a device": f"{one['gib']:.1f}",
         }
 
     return [table("Longest training", map(row, result["tried"]))]

@@ -36,6 +36,6 @@ def table(
     title: str, rows: Iterable[Mapping[str, str]], notes: Iterable[str] = (), brief: Row = (), columns: Row = ()
 ) -> Table:
     """A table of rows that name their columns, all alike; ``columns`` are those of one without rows."""
-    found = list(rows)
-    columns = tuple(found[0]) if found else columns
-    return Table(title, columns, tuple(tuple(row.values()) for row in found), tuple(notes), brief)
+    listed = list(rows)
+    columns = tuple(listed[0]) if listed else columns
+    return Table(title, columns, tuple(tuple(row.values()) for row in listed), tuple(notes), brief)

@@ -33,20 +33,20 @@ class Verdict:
 
 def verdicts(result: Record) -> list[Verdict]:
     """Every figure of the sections that the run covered, as far as it has a limit."""
-    found: list[Verdict | None] = []
+    figures: list[Verdict | None] = []
     for record in result["speed"]:
-        found += [speed(result, record), torchscale(result, record)]
-    found += [memory(result, record) for record in result["memory"]]
-    found += [gigapath(result, record) for record in result.get("gigapath", ())]
-    found += [growth(result, record) for record in result["growth"]]
+        figures += [speed(result, record), torchscale(result, record)]
+    figures += [memory(result, record) for record in result["memory"]]
+    figures += [gigapath(result, record) for record in result.get("gigapath", ())]
+    figures += [growth(result, record) for record in result["growth"]]
     for record in result.get("stream", ()):
         if not on_gpu(result):
-            found.append(reading(result, record))
+            figures.append(reading(result, record))
         elif record["pass"] == "decode":
-            found += [position(result, record), dense_decoding(result, record)]
+            figures += [position(result, record), dense_decoding(result, record)]
     if result.get("import"):
-        found.append(import_time(result))
-    return [one for one in found if one is not None]
+        figures.append(import_time(result))
+    return [one for one in figures if one is not None]
 
 
 def summary(result: Record) -> Iterator[str]:
@@ -63,9 +63,9 @@ def summary(result: Record) -> Iterator[str]:
     if not result["judged"]:
         yield "Sizes too small to judge: nothing is reached or missed."
         return
-    found = verdicts(result)
-    yield f"{sum(one.reached for one in found)} of {len(found)} limits reached."
-    for one in found:
+    figures = verdicts(result)
+    yield f"{sum(one.reached for one in figures)} of {len(figures)} limits reached."
+    for one in figures:
         if not one.reached:
             yield f"Missed: {one.what}: {one.value:.3g}, limit {'at least ' if one.at_least else ''}{one.limit:g}."
 
@@ -181,7 +181,7 @@ def import_time(result: Record) -> Verdict:
 
 
 def place(result: Record, record: Record) -> str:
-    """A cell in words."""
+    """A cell as text."""
     case = record["case"]
     if not on_gpu(result):
         return f"N={case['length']} {case['dtype']} {pass_name(record)}"

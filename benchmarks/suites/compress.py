@@ -143,17 +143,14 @@ def measure(
     for name, model in models.items():
         bits = score_windows(model, data.held_out, context, starts, device=torch.device("cpu"))
         weights = collect_weights(model)
-        records.append(
-            {
-                "name": name,
-                "file_bytes": saved_size(model, tokens[:, :64]),
-                "memory_bytes": sum(x.nbytes for x in weights.values()),
-                "zeros": sum(int((x == 0).sum()) for key, x in weights.items() if key.endswith("weight")),
-                "bits_per_byte": float(bits.mean(dtype=np.float64)),
-                "scored_bytes": int(bits.size),
-            }
-        )
-        print(f"{name}: {records[-1]['bits_per_byte']:.4f} bits per byte", flush=True)
+        record = {
+            "name": name, "file_bytes": saved_size(model, tokens[:, :64]),
+            "memory_bytes": sum(x.nbytes for x in weights.values()),
+            "zeros": sum(int((x == 0).sum()) for key, x in weights.items() if key.endswith("weight")),
+            "bits_per_byte": float(bits.mean(dtype=np.float64)), "scored_bytes": int(bits.size),
+        }  # fmt: skip
+        records.append(record)
+        print(f"{name}: {record['bits_per_byte']:.4f} bits per byte", flush=True)
     prompt = tokens[:, : max(1, context // 2)]
     forwards = {name: forward(model, tokens) for name, model in models.items()}
     decodes = {name: decoding(model, prompt, decoded) for name, model in models.items()}
@@ -177,15 +174,10 @@ def run(folder: Path, out: Path | None, *, data: str | None, steps: int, held_ou
     torch.manual_seed(0)
     models = {name: model.eval() for name, model in variants(load_model(folder), corpus, settings, steps)}
     result = results.started(
-        kind="compress",
-        device=Cpu().describe(),
-        model=settings.model.to_dict(),
-        context=settings.context,
-        same_data=corpus.fingerprint == trained_on,
-        recovery_steps=steps,
-        decoded=decoded,
+        kind="compress", device=Cpu().describe(), model=settings.model.to_dict(), context=settings.context,
+        same_data=corpus.fingerprint == trained_on, recovery_steps=steps, decoded=decoded,
         variants=measure(models, corpus, settings, held_out, decoded),
-    )
+    )  # fmt: skip
     result["versions"]["torchao"] = version("torchao")
     print("\n" + report.tables(result)[0].markdown())
     results.save(result, out)

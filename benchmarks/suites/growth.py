@@ -63,18 +63,15 @@ def measure(run: Run, series: Series) -> Record:
     run.device.release()
     seconds = run.time(functions, (run.effort.growth_rounds, run.effort.growth_rounds))
     return {
-        "case": series.cases[0].to_dict(),
-        "pass": series.which,
-        "lengths": [case.length for case in series.cases],
-        "checks": as_json(checks),
-        "calls": calls,
-        "seconds": {length: [one / calls[length] for one in found] for length, found in seconds.items()},
-    }
+        "case": series.cases[0].to_dict(), "pass": series.which, "lengths": [case.length for case in series.cases],
+        "checks": as_json(checks), "calls": calls,
+        "seconds": {length: [one / calls[length] for one in times] for length, times in seconds.items()},
+    }  # fmt: skip
 
 
 def curves(run: Run, series: Series) -> Record:
     """Time by name and length: ours, dense attention and the same function by others, each until a call takes too long."""
-    found: dict[str, dict[str, list[float]]] = {}
+    timed: dict[str, dict[str, list[float]]] = {}
     for case in series.cases:
         tensors = draw(case, 0, run.device.device)
         makers: dict[str, Callable[[], Contender]] = {
@@ -87,13 +84,13 @@ def curves(run: Run, series: Series) -> Record:
         }
         functions = {}
         for name, make in makers.items():
-            expected = _expected(found.get(name, {}), case.length, 2 if name == "dense" else 1)
+            expected = _expected(timed.get(name, {}), case.length, 2 if name == "dense" else 1)
             if name == "longnet" or expected <= run.effort.curve_seconds:
                 functions[name] = make().passes[series.which]
         for name, seconds in run.time(functions, (run.effort.curve_rounds, run.effort.curve_rounds)).items():
-            found.setdefault(name, {})[str(case.length)] = seconds
+            timed.setdefault(name, {})[str(case.length)] = seconds
         run.device.release()
-    return {"case": series.cases[0].to_dict(), "pass": series.which, "seconds": found}
+    return {"case": series.cases[0].to_dict(), "pass": series.which, "seconds": timed}
 
 
 def _expected(curve: dict[str, list[float]], length: int, power: int) -> float:

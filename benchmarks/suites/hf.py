@@ -1,4 +1,4 @@
-"""What Hugging Face's clothes cost: a training step of longnet.hf.LongNetForCausalLM against the plain LongNetLM.
+"""The overhead of the Hugging Face model: a training step of longnet.hf.LongNetForCausalLM against the plain LongNetLM.
 
     python -m benchmarks.hf --out hf.json
 
@@ -55,10 +55,10 @@ def measure(config: LongNetConfig, length: int, device: torch.device, rounds: in
 
     def step(loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
         def run() -> Tensor:
-            found = loss()
-            found.backward()
+            value = loss()
+            value.backward()
             plain.zero_grad(set_to_none=True)
-            return found
+            return value
 
         return run
 
@@ -74,14 +74,14 @@ def measure(config: LongNetConfig, length: int, device: torch.device, rounds: in
 
 
 def _differences(plain: LongNetLM, first: Callable[[], Tensor], second: Callable[[], Tensor]) -> dict[str, float]:
-    found = []
+    both = []
     for loss_of in (first, second):
         value = loss_of()
         value.backward()
         grads = torch.cat([p.grad.flatten() for p in plain.parameters() if p.grad is not None])
         plain.zero_grad(set_to_none=True)
-        found.append((value, grads))
-    (loss, grads), (expected_loss, expected_grads) = found
+        both.append((value, grads))
+    (loss, grads), (expected_loss, expected_grads) = both
     pairs = {"loss": (loss, expected_loss), "gradients": (grads, expected_grads)}
     errors = {name: checks.relative_error(*pair) for name, pair in pairs.items()}
     return checks.require("longnet.hf computes something else than the plain model", errors, ALLOWED)

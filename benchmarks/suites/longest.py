@@ -16,7 +16,7 @@ from benchmarks.run import Run, Suite
 
 @dataclass(frozen=True)
 class Search:
-    """From a case that fits, to ``step`` tokens, for so many seconds."""
+    """From a case that fits to the longest one, to ``step`` tokens; stops after ``seconds``."""
 
     case: Case
     which: str
@@ -55,11 +55,11 @@ def measure(run: Run, search: Search) -> Record:
 
     def fits(length: int) -> bool:
         start = time.monotonic()
-        found = _run(run.device, replace(search.case, length=length), search.which)
+        passed = _run(run.device, replace(search.case, length=length), search.which)
         run.device.release()
-        tried.append({"length": length, "fits": found is not None, "seconds": time.monotonic() - start})
-        checks.extend(found or ())
-        return found is not None
+        tried.append({"length": length, "fits": passed is not None, "seconds": time.monotonic() - start})
+        checks.extend(passed or ())
+        return passed is not None
 
     step, low, high = search.step, search.case.length, None
     if not fits(low):
@@ -71,14 +71,9 @@ def measure(run: Run, search: Search) -> Record:
         else:
             high = middle
     return {
-        "case": replace(search.case, length=low).to_dict(),
-        "pass": search.which,
-        "length": low,
-        "fails_at": high,
-        "step": step,
-        "tried": tried,
-        "checks": as_json(checks),
-    }
+        "case": replace(search.case, length=low).to_dict(), "pass": search.which, "length": low, "fails_at": high,
+        "step": step, "tried": tried, "checks": as_json(checks),
+    }  # fmt: skip
 
 
 def _run(device: Device, case: Case, which: str) -> list[Check] | None:
@@ -99,8 +94,9 @@ def _draw(case: Case, which: str, device: Device) -> Tensors:
         return draw(case, 0, device.device)
     # A forward needs no gradient; the check of the one block on which errors are judged does.
     generator = torch.Generator(device.device).manual_seed(0)
-    options = {"dtype": case.torch_dtype, "device": device.device}
-    query, key, value = (torch.randn(case.shape, generator=generator, **options) for _ in range(3))
+    query, key, value = (
+        torch.randn(case.shape, generator=generator, dtype=case.torch_dtype, device=device.device) for _ in range(3)
+    )
     return Tensors(query, key, value, draw(replace(case, length=case.block), 1, device.device).grad_out)
 
 

@@ -55,7 +55,7 @@ def config(small: bool) -> LongNetConfig:
 
 
 def train(tokens: int, out: Path) -> None:
-    """Two steps on ``tokens`` random bytes over all ranks; the first rank writes what it found."""
+    """Two steps on ``tokens`` random bytes over all ranks; the first rank writes a :class:`Try`."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -86,15 +86,15 @@ def train(tokens: int, out: Path) -> None:
     most = torch.tensor([float(torch.cuda.max_memory_reserved(device) if on_gpu else 0)], dtype=torch.float64)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     if dist.get_rank() == 0:
-        found = Try(tokens, True, time.perf_counter() - begun, float(most) / 2**30, tuple(losses))
-        out.write_text(json.dumps(asdict(found)))
+        best = Try(tokens, True, time.perf_counter() - begun, float(most) / 2**30, tuple(losses))
+        out.write_text(json.dumps(asdict(best)))
     dist.destroy_process_group()
 
 
 def attempt(tokens: int, ranks: int, seconds: float) -> Try:
     """``train`` in processes of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "found.json"
+        out = Path(folder) / "try.json"
         launch = [
             sys.executable,
             "-m",
@@ -157,14 +157,9 @@ def main() -> None:
     # The context and NCCL take memory that is not the allocator's.
     memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30 - 2.0 if on_gpu else 0.0
     result = results.started(
-        kind="longest training",
-        device=torch.cuda.get_device_name(0) if on_gpu else "cpu",
-        ranks=options.ranks,
-        model=config(not on_gpu).to_dict(),
-        limit=LIMIT if options.ranks == 1 and on_gpu else None,
-        tried=[],
-        longest=None,
-    )
+        kind="longest training", device=torch.cuda.get_device_name(0) if on_gpu else "cpu", ranks=options.ranks,
+        model=config(not on_gpu).to_dict(), limit=LIMIT if options.ranks == 1 and on_gpu else None, tried=[], longest=None,
+    )  # fmt: skip
     if options.only is None:
         tries = search(options.ranks, memory_gib, options.start * options.ranks, STEP, options.seconds)
     else:

@@ -30,13 +30,8 @@ CELLS = {
 }
 # On a CPU in sizes of the output, on a GPU in bytes.
 LIMITS: dict[str, dict[str, Any]] = {
-    "cpu": {
-        "memory": {
-            "forward": {"float32": 2.5, "bfloat16": 4.0},
-            "forward_backward": {"float32": 7.0, "bfloat16": 7.0},
-        }
-    },
-    "cuda": {"memory": {"forward": 2.2 * 2**30, "forward_backward": 10.5 * 2**30}},
+    "cpu": {"forward": {"float32": 2.5, "bfloat16": 4.0}, "forward_backward": {"float32": 7.0, "bfloat16": 7.0}},
+    "cuda": {"forward": 2.2 * 2**30, "forward_backward": 10.5 * 2**30},
 }
 
 
@@ -54,22 +49,18 @@ def measure(run: Run, call: Call) -> Record:
     peak, out = _peak(run.device, _call(attend_dilated(case), tensors, which))
     checks = rows_at_size(case, tensors, out[0])
     del out
-    found: dict[str, int | None] = {}
+    others: dict[str, int | None] = {}
     rows = tensors.view(case.batch, case.length, case.heads * case.head_dim)
     for peer in run.peers:
         if peer.attend is not None:
             try:
-                found[peer.name] = _peak(run.device, _call(peer.attend(case), rows, which))[0]
+                others[peer.name] = _peak(run.device, _call(peer.attend(case), rows, which))[0]
             except torch.OutOfMemoryError:
-                found[peer.name] = None
+                others[peer.name] = None
     return {
-        "case": case.to_dict(),
-        "pass": which,
-        "peak_bytes": peak,
-        "output_bytes": case.tensor_bytes,
-        "checks": as_json(checks),
-        "beside": found,
-    }
+        "case": case.to_dict(), "pass": which, "peak_bytes": peak, "output_bytes": case.tensor_bytes,
+        "checks": as_json(checks), "beside": others,
+    }  # fmt: skip
 
 
 def _call(attend: Attend, tensors: Tensors, which: str) -> Callable[[], tuple[Tensor, ...]]:
@@ -123,16 +114,13 @@ def probe(argument: Record) -> Record:
     tensors = draw(case)
     peak, results = _peak(Cpu(), ours(case, tensors).passes[which])
     return {
-        "case": case.to_dict(),
-        "pass": which,
-        "peak_bytes": peak,
-        "output_bytes": results[0].nbytes,
+        "case": case.to_dict(), "pass": which, "peak_bytes": peak, "output_bytes": results[0].nbytes,
         "grad_out_bytes": tensors.grad_out.nbytes if which == "forward_backward" else 0,
         "checks": as_json(rows_at_size(case, tensors, results[0])),
-    }
+    }  # fmt: skip
 
 
-SUITE = Suite("memory", CELLS, measure, LIMITS)
+SUITE = Suite("memory", CELLS, measure, {kind: {"memory": limits} for kind, limits in LIMITS.items()})
 
 if __name__ == "__main__":
     serve(probe)

@@ -46,8 +46,10 @@ def probe(reading: Record) -> Record:
 
     from longnet import LongNetConfig, LongNetLM
 
-    lists = {name: tuple(reading[name]) for name in ("segment_lengths", "dilation_rates")}
-    config = LongNetConfig(vocab_size=256, dim=64, heads=4, layers=2, use_xpos=True, **lists)
+    segments, rates = (tuple(reading[name]) for name in ("segment_lengths", "dilation_rates"))
+    config = LongNetConfig(
+        vocab_size=256, dim=64, heads=4, layers=2, segment_lengths=segments, dilation_rates=rates, use_xpos=True
+    )
     generator, device, finite = torch.Generator().manual_seed(0), Cpu(), True
     seconds, peaks = [], []
     with torch.inference_mode():
@@ -69,14 +71,14 @@ def probe(reading: Record) -> Record:
     other = cache.clone()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "prefix.safetensors"
-        kept = {
+        prefix = {
             "clone_seconds": host_seconds(device, cache.clone),
             "save_seconds": host_seconds(device, lambda: save_file(cache.state_dict(), path)),
             "load_seconds": host_seconds(device, lambda: other.load_state_dict(load_file(path))),
             "file_bytes": path.stat().st_size,
         }
-    found = {"read": cache.position, "cache_bytes": cache.nbytes, "seconds": seconds, "peak_bytes": peaks, "kept": kept}
-    return reading | found
+    memory = {"cache_bytes": cache.nbytes, "peak_bytes": peaks}
+    return reading | memory | {"read": cache.position, "seconds": seconds, "kept": prefix}
 
 
 # Growth of the peak memory from the second tenth to the last, at most.

@@ -89,16 +89,11 @@ def run(out: Path | None) -> Record:
         "together, forward": lambda: together(*shard.all[:3]),
     }
     seconds = interleave(Ranks(device), functions, ROUNDS, ROUNDS)
+    name, limit = (torch.cuda.get_device_name(device), LIMIT) if on_gpu else ("cpu", None)
     result = results.started(
-        kind="scaling",
-        device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
-        ranks=ranks,
-        shard=case.to_dict(),
-        errors=worst,
-        seconds=seconds,
-        ratio=median(seconds["together"]) / median(seconds["alone"]),
-        limit=LIMIT if on_gpu else None,
-    )
+        kind="scaling", device=name, ranks=ranks, shard=case.to_dict(), errors=worst, seconds=seconds,
+        ratio=median(seconds["together"]) / median(seconds["alone"]), limit=limit,
+    )  # fmt: skip
     if rank == 0:
         print(report.plain(result))
         results.save(result, out)

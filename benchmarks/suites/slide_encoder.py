@@ -90,12 +90,12 @@ def on_gpu(tiles: int, gigapath: Path | None, torchscale: Path | None) -> Record
     device = Cuda()
     ours = make(device.device)
     models: dict[str, nn.Module] = {"longnet": ours, "longnet compiled": ours}
-    found: Record = {"tiles": tiles, "dtype": "float16 autocast", "limits": LIMITS, "judged": "longnet compiled"}
+    record: Record = {"tiles": tiles, "dtype": "float16 autocast", "limits": LIMITS, "judged": "longnet compiled"}
     x, coords = slide(tiles, device.device)
     if gigapath is None:
-        found["why_not"] = "no checkout given: --gigapath PATH"
+        record["why_not"] = "no checkout given: --gigapath PATH"
     else:
-        models["gigapath"], found["remarks"] = load_upstream(gigapath, torchscale, ours, device.device)
+        models["gigapath"], record["remarks"] = load_upstream(gigapath, torchscale, ours, device.device)
     outs = {}
     for name, model in models.items():
         choose(ours, name)
@@ -104,30 +104,33 @@ def on_gpu(tiles: int, gigapath: Path | None, torchscale: Path | None) -> Record
             outs[name] = forward(model.eval(), x, coords)
             step(model.train(), x, coords)
 
-        found[name] = {"first_seconds": host_seconds(device, first)}
+        record[name] = {"first_seconds": host_seconds(device, first)}
         model.zero_grad(set_to_none=True)
     errors = {name: checks.relative_error(out, list(outs.values())[-1]) for name, out in outs.items()}
-    found["errors"] = checks.require("results of the encoders", errors, ALLOWED)
+    record["errors"] = checks.require("results of the encoders", errors, ALLOWED)
     for name, model in models.items():
         # Alone on the device, so that the peak is its own.
         for other in models.values():
             other.to("cpu")
         model.to(device.device)
         choose(ours, name)
-        calls = {"forward": partial(forward, model, x, coords), "step": partial(step, model, x, coords)}
+        calls: dict[str, Callable[[], object]] = {
+            "forward": partial(forward, model, x, coords),
+            "step": partial(step, model, x, coords),
+        }
         for what, call in calls.items():
             # The memory of earlier graphs is not this one's.
             passes.REPLAYS.forget(ours)
             device.release()
             model.train(what == "step")
-            found[name][what] = measure(call, ROUNDS[what])
+            record[name][what] = measure(call, ROUNDS[what])
         model.zero_grad(set_to_none=True)
     passes.REPLAYS.forget(ours)
     if "gigapath" in models:
         memory = report.ENCODER_MEMORY
-        found["ratios"] = {name: ratios(found[name], found["gigapath"], memory[name]) for name in memory}
-        found["reached"] = {name: found["ratios"][found["judged"]][name] <= limit for name, limit in LIMITS.items()}
-    return found
+        record["ratios"] = {name: ratios(record[name], record["gigapath"], memory[name]) for name in memory}
+        record["reached"] = {name: record["ratios"][record["judged"]][name] <= limit for name, limit in LIMITS.items()}
+    return record
 
 
 def choose(model: SlideEncoder, name: str) -> None:
@@ -137,8 +140,8 @@ def choose(model: SlideEncoder, name: str) -> None:
 
 
 def ratios(one: Record, other: Record, memory: str = "bytes") -> dict[str, float]:
-    found = {what: one[what]["median"] / other[what]["median"] for what in ("forward", "step")}
-    return found | {"step_bytes": one["step"][memory] / other["step"]["bytes"]}
+    times = {what: one[what]["median"] / other[what]["median"] for what in ("forward", "step")}
+    return times | {"step_bytes": one["step"][memory] / other["step"]["bytes"]}
 
 
 def largest_slide(side: int = 1000) -> Record:
@@ -159,12 +162,12 @@ def on_cpu(kind: str, tiles: int = TILES[0]) -> Record:
     with torch.no_grad(), half(device.device) if kind == "bfloat16" else nullcontext():
         start = device.start()
         out = model(x, coords)[0]
-        found = {"seconds": device.seconds(start, device.stop())}
-    found["resident_peak_bytes"] = device.peak()
+        record = {"seconds": device.seconds(start, device.stop())}
+    record["resident_peak_bytes"] = device.peak()
     require_finite(out)
-    reached = all(found[name] < limit for name, limit in CPU_LIMITS.items())
+    reached = all(record[name] < limit for name, limit in CPU_LIMITS.items())
     dtype = f"{kind}{' autocast' if kind == 'bfloat16' else ''}"
-    return {"tiles": tiles, "dtype": dtype, **found, "limits": CPU_LIMITS, "reached": reached}
+    return {"tiles": tiles, "dtype": dtype, **record, "limits": CPU_LIMITS, "reached": reached}
 
 
 def require_finite(out: Tensor) -> None:
@@ -191,18 +194,18 @@ def run(out: Path, parts: dict[str, Part]) -> Record:
     return result
 
 
-def summary(found: Any) -> Any:
+def summary(part: Any) -> Any:
     """The numbers without the single rounds."""
-    if isinstance(found, dict):
-        return {name: summary(value) for name, value in found.items() if name != "milliseconds"}
-    return found
+    if isinstance(part, dict):
+        return {name: summary(value) for name, value in part.items() if name != "milliseconds"}
+    return part
 
 
 def parts(gigapath: Path | None, torchscale: Path | None) -> dict[str, Part]:
     if not torch.cuda.is_available():
         return {f"cpu {kind}": partial(on_cpu, kind) for kind in ("float32", "bfloat16")}
-    found: dict[str, Part] = {f"{tiles} tiles": partial(on_gpu, tiles, gigapath, torchscale) for tiles in TILES}
-    return {**found, "largest slide": largest_slide}
+    chosen: dict[str, Part] = {f"{tiles} tiles": partial(on_gpu, tiles, gigapath, torchscale) for tiles in TILES}
+    return {**chosen, "largest slide": largest_slide}
 
 
 def main() -> None:
@@ -212,10 +215,10 @@ def main() -> None:
     parser.add_argument("--torchscale", type=Path, help="torchscale to use instead of the one in prov-gigapath")
     parser.add_argument("--part", action="append", help="only this part, as its line of output begins; may be repeated")
     options = parser.parse_args()
-    found = parts(options.gigapath, options.torchscale)
-    if unknown := set(options.part or ()) - set(found):
-        parser.error(f"--part {', '.join(sorted(unknown))}: expected one of {', '.join(found)}")
-    result = run(options.out, {name: part for name, part in found.items() if name in (options.part or found)})
+    chosen = parts(options.gigapath, options.torchscale)
+    if unknown := set(options.part or ()) - set(chosen):
+        parser.error(f"--part {', '.join(sorted(unknown))}: expected one of {', '.join(chosen)}")
+    result = run(options.out, {name: part for name, part in chosen.items() if name in (options.part or chosen)})
     if any("ratios" in part for part in result["parts"].values()):
         print(report.tables(result)[0].markdown())
     raise SystemExit(1 if result["errors"] else 0)

@@ -28,8 +28,8 @@ _LONG, _ONCE, _BOTH = (131072, 1048576), ("forward",), ("forward_backward",)
 
 
 def _limit(kind: str, length: tuple[int, ...], head_dim: tuple[int, ...], which: tuple[str, ...], limit: float) -> Any:
-    found = {"kind": kind, "length": length, "head_dim": head_dim, "pass": which, "limit": limit}
-    return {"is_causal": (True,)} | found if kind == "torchscale" else found
+    entry = {"kind": kind, "length": length, "head_dim": head_dim, "pass": which, "limit": limit}
+    return {"is_causal": (True,)} | entry if kind == "torchscale" else entry
 
 
 # "tax": time over the same-FLOP kernel's, at most. "dense": time over dense cuDNN attention's, at most. "torchscale":
@@ -51,7 +51,8 @@ LIMITS: dict[str, dict[str, Any]] = {
         ]
     },
 }
-# Inputs that together are so many times the size of the device's cache.
+# The size of all inputs together, in sizes of the device's cache; copies at most; seconds of a round that is timed by
+# the host's clock too.
 _CACHES, _MOST_COPIES, _SHORT_SECONDS = 4, 16, 0.01
 
 
@@ -72,14 +73,9 @@ def measure(run: Run, case: Case) -> list[Record]:
         judged = {base.name: base.passes[which], "ours": us.passes[which]}
         seconds = run.time(judged)
         record: Record = {
-            "case": case.to_dict(),
-            "pass": which,
-            "reference": base.name,
-            "ratio": reference_ratio(device, case),
-            "input_sets": len(sets),
-            "checks": as_json(checks),
-            "judged": seconds,
-        }
+            "case": case.to_dict(), "pass": which, "reference": base.name, "ratio": reference_ratio(device, case),
+            "input_sets": len(sets), "checks": as_json(checks), "judged": seconds,
+        }  # fmt: skip
         if on_gpu:
             record["visited"] = visited_share(case)
         if device.queues and sum(min(one) for one in seconds.values()) < _SHORT_SECONDS:
@@ -108,12 +104,12 @@ def gate(case: Case, tensors: Tensors, others: list[Contender]) -> list[Check]:
     """Rows anywhere, a whole window with its gradients; the forward alone and other memory layouts give the same."""
     us, allowed = ours(case, tensors), allowed_at_size(case, tensors)
     got = us.passes["forward_backward"]()
-    found = rows_at_size(case, tensors, got[0], allowed[0])
-    found += window_at_size(case, tensors, got, allowed)
-    found += compare(f"forward alone, {case}", us.passes["forward"](), got, allowed)
+    checks = rows_at_size(case, tensors, got[0], allowed[0])
+    checks += window_at_size(case, tensors, got, allowed)
+    checks += compare(f"forward alone, {case}", us.passes["forward"](), got, allowed)
     for other in others:
-        found += compare(f"(B, N, H, D) memory, {case}", other.passes["forward_backward"](), got, allowed)
-    return found
+        checks += compare(f"(B, N, H, D) memory, {case}", other.passes["forward_backward"](), got, allowed)
+    return checks
 
 
 def beside(run: Run, case: Case, which: str, first: Mapping[str, Function], sets: list[Tensors]) -> Record:

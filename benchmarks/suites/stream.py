@@ -76,13 +76,9 @@ def _rows(device: Device, cell: Rows) -> Record:
         out[:, :, start:stop] = stream_attention(query, key, value, cache)
     checks = rows_at_size(case, tensors, out, first=whole if tail else 0)
     return {
-        "case": case.to_dict(),
-        "pass": "single tokens" if tail else "chunks",
-        "chunk": cell.chunk,
-        "tail": tail,
-        "cache_bytes": cache.nbytes,
-        "checks": as_json(checks),
-    }
+        "case": case.to_dict(), "pass": "single tokens" if tail else "chunks", "chunk": cell.chunk, "tail": tail,
+        "cache_bytes": cache.nbytes, "checks": as_json(checks),
+    }  # fmt: skip
 
 
 def _decode(device: Device, cell: Decoding) -> Record:
@@ -92,9 +88,8 @@ def _decode(device: Device, cell: Decoding) -> Record:
     round has another phase, and all positions are multiples of the period away from it.
     """
     case, positions = cell.case, cell.positions
-    for position in positions:
-        if position % case.pattern.period:
-            raise ValueError(f"position {position} is no multiple of the pattern's period {case.pattern.period}")
+    if odd := [position for position in positions if position % case.pattern.period]:
+        raise ValueError(f"positions {odd} are no multiples of the pattern's period {case.pattern.period}")
     layers = [_Layer(case, device.device, number) for number in range(cell.layers)]
     step = device.capture(lambda: [layer.step() for layer in layers])
     dense = device.capture(_dense(device, cell))
@@ -113,18 +108,11 @@ def _decode(device: Device, cell: Decoding) -> Record:
             if not torch.equal(out, outs[0]):
                 raise CheckFailed(f"the token at {position + phase} differs from that at {positions[0] + phase}")
     return {
-        "case": case.to_dict(),
-        "pass": "decode",
-        "layers": cell.layers,
-        "replays": cell.replays,
-        "positions": list(positions),
-        "phases": phases,
-        "dense_tokens": cell.dense_tokens,
-        "dense_bytes": 2 * case.batch * case.heads * cell.dense_tokens * case.head_dim * case.torch_dtype.itemsize,
-        "cache_bytes": layers[0].cache.nbytes,
-        "seconds": seconds,
-        "checks": [],
-    }
+        "case": case.to_dict(), "pass": "decode", "layers": cell.layers, "replays": cell.replays,
+        "positions": list(positions), "phases": phases, "dense_tokens": cell.dense_tokens,
+        "dense_bytes": 2 * replace(case, length=cell.dense_tokens).tensor_bytes,
+        "cache_bytes": layers[0].cache.nbytes, "seconds": seconds, "checks": [],
+    }  # fmt: skip
 
 
 class _Layer:
@@ -145,12 +133,14 @@ class _Layer:
 
 
 def _cache(case: Case, device: torch.device) -> DilatedCache:
-    sizes = {"batch_size": case.batch, "heads": case.heads, "head_dim": case.head_dim}
-    return DilatedCache(case.segment_lengths, case.dilation_rates, **sizes, dtype=case.torch_dtype, device=device)
+    return DilatedCache(
+        case.segment_lengths, case.dilation_rates, batch_size=case.batch, heads=case.heads, head_dim=case.head_dim,
+        dtype=case.torch_dtype, device=device,
+    )  # fmt: skip
 
 
 def _dense(device: Device, cell: Decoding) -> Callable[[], list[Tensor]]:
-    """Dense decoding with so many tokens cached, every layer its own."""
+    """Dense decoding, every layer with ``cell.dense_tokens`` cached tokens of its own."""
     case = cell.case
     generator = torch.Generator(device.device).manual_seed(0)
 

@@ -1,4 +1,4 @@
-"""What a long run of ``longnet stream`` found, as a result that the documents can show.
+"""The record of a long run of ``longnet stream``, as a result that the documents can show.
 
     python -m benchmarks.stream_record RUN/stream --run RUN --commit SHA --device "NVIDIA H100 80GB HBM3" --out result.json
 
@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.stream_record", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("stream", type=Path, help="the folder that longnet stream wrote")
     parser.add_argument("--run", type=Path, required=True, help="the folder of the model")
-    parser.add_argument("--device", required=True, help="what it ran on, in words")
+    parser.add_argument("--device", required=True, help="what it ran on")
     parser.add_argument("--commit", required=True, help="of the sources that ran")
     parser.add_argument("--text-bytes", type=int, required=True, help="of the data's start, as scripts/corpus.py says")
     parser.add_argument("--out", type=Path, required=True)

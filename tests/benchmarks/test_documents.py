@@ -79,6 +79,25 @@ def test_the_command_writes_and_checks(monkeypatch, tmp_path):
     assert "docs/page.md" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("compress-cpu-2026-11-25", "Compressed models"),
+        ("gigapath-cpu-2026-11-26", "Slide encoder on a CPU"),
+        ("gigapath-gpu-2026-11-26", "Slide encoder"),
+        ("hf-cpu-2026-11-25", "Hugging Face"),
+        ("longest-training-1-2026-11-25", "Longest training"),
+        ("scaling-2026-11-25", "Scaling"),
+    ],
+)
+def test_results_of_one_suite_can_be_shown_and_marked(name, title):
+    file = ROOT / "benchmarks" / "results" / f"{name}.json"
+    printed = run("show", file).stdout
+    assert title in printed.splitlines()
+    assert documents.table("header", file) == printed.splitlines()[0]
+    assert documents.table(documents.slug(title), file).startswith("| ")
+
+
 def test_names_of_tables():
     assert documents.slug("GigaPath's shape") == "gigapaths-shape"
     assert documents.slug("Growth: forward, microseconds per token") == "growth"
