@@ -49,7 +49,12 @@ def variants(dense: LongNetLM, data: Corpus, settings: TrainSettings, steps: int
     yield "as trained", dense
     names = {"int8wo": "int8 weights", "int8dyn": "int8 weights and activations", "float8wo": "float8 weights"}
     for scheme in SCHEMES:
-        yield names[scheme], _quantized(dense, scheme)
+        try:
+            model = _quantized(dense, scheme)
+        except ValueError as refused:
+            print(f"{names[scheme]} left out: {refused}", flush=True)
+        else:
+            yield names[scheme], model
     batches = (_windows(data, settings, _SEED + i, 1) for i in range(WINDOWS))
     scores = head_importance(dense, [torch.cat((tokens, targets[:, -1:]), 1) for tokens, targets in batches])
     pruned = prune_heads(dense, least_important(dense, scores, HEADS))
