@@ -67,8 +67,9 @@ def summary(result: Record) -> Iterator[str]:
         return
     judged = [table for table in tables(result) if "verdict" in table.columns]
     for one in judged:
-        missed = [row[0] for row in one.rows if row[one.columns.index("verdict")] == "missed"]
-        yield from [f"missed: {name}" for name in missed] or ["all limits reached"]
+        said = [(row[0], row[one.columns.index("verdict")]) for row in one.rows]
+        missed = [f"missed: {name}" for name, verdict in said if verdict == "missed"]
+        yield from missed or ["all limits reached"] * any(verdict == "reached" for _, verdict in said)
 
 
 def markdown(result: Record) -> str:
