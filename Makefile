@@ -9,8 +9,8 @@ INSTALLED := .venv/.installed
 export OMP_WAIT_POLICY ?= PASSIVE
 export KMP_BLOCKTIME ?= 0
 
-# Two workers more than there are processors: some tests wait for processes or for the clock.
-PYTEST = $(BIN)/python -m pytest -n $$(( $$(getconf _NPROCESSORS_ONLN) + 2 )) --maxprocesses 8 --dist loadgroup
+# One worker more than there are processors: some tests wait for processes or for the clock.
+PYTEST = $(BIN)/python -m pytest -n $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )) --maxprocesses 8 --dist loadgroup
 
 DEMO := --preset tiny --context 8192 --minutes 8 --lr 3e-3 --clip 0.3 --schedule linear --warmup 40
 

@@ -17,7 +17,8 @@ from longnet.training.lock import locked
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 STEPS = 14
-PATIENCE = 120
+# A busy machine takes minutes to start five processes.
+PATIENCE = 300
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,9 @@ def finish(process):
     try:
         return process.communicate(timeout=PATIENCE)[0]
     except subprocess.TimeoutExpired:
+        # They hold its output open, and would outlive it.
+        for pid in workers(process):
+            os.kill(pid, signal.SIGKILL)
         process.kill()
         raise AssertionError(process.communicate()[0]) from None
 
