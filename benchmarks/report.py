@@ -463,7 +463,7 @@ def _long_stream(result: Record) -> list[Table]:
 
 # The memory of CUDA graphs belongs to no tensor.
 ENCODER_MEMORY = {"longnet": "bytes", "longnet compiled": "reserved"}
-_ENCODERS = {"longnet": "as it comes", "longnet compiled": "compiled"}
+_ENCODERS = {"longnet": "eager", "longnet compiled": "compiled"}
 _ENCODER_PARTS = {
     "forward": ("forward ms", "forward", "median", 1.0),
     "step": ("training step ms", "step", "median", 1.0),
@@ -497,7 +497,7 @@ def _slide_encoder(result: Record) -> list[Table]:
                     compare(measured, what, name)
         elif "forward" in measured:
             milliseconds, size = measured["forward"]["median"], measured["forward"]["bytes"] / _GIB
-            add(measured, "forward ms", "as it comes", f"{milliseconds:,.0f}", *("-",) * 3, f"{size:.1f} GiB")
+            add(measured, "forward ms", "eager", f"{milliseconds:,.0f}", *("-",) * 3, f"{size:.1f} GiB")
     on_cpu = [_encoder_on_cpu(measured) for measured in result["parts"].values() if "seconds" in measured]
     both = {"Slide encoder": rows, "Slide encoder on a CPU": on_cpu}
     return [table(title, cells) for title, cells in both.items() if cells]

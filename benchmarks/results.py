@@ -22,7 +22,7 @@ class NoResult(ValueError):
 
 
 def started(commit: str | None = None, **fields: Any) -> Record:
-    """What every result begins with: when, of which sources, with which versions. ``fields`` come after it."""
+    """The head of every result (date, commit, versions), followed by ``fields``."""
     return {
         "schema": SCHEMA,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -80,7 +80,7 @@ def reference_seconds(record: Record) -> float:
 
 
 def against_reference(record: Record) -> float:
-    """Our median time over the reference's: the tax, or what is left of dense attention's time."""
+    """Our median time over the reference's."""
     return median(record["judged"]["ours"]) / reference_seconds(record)
 
 

@@ -224,7 +224,7 @@ def _log_phantoms(pattern: Pattern, heads: int, length: int, device: torch.devic
 
 
 def _unread(pattern: Pattern, heads: int, length: int, device: torch.device) -> Tensor:
-    """Which rows nobody reads where :class:`longnet.attention.call.AttentionSpec` says ``needed_by_first``, (N,) bool."""
+    """Which rows are not needed under ``needed_by_first`` of :class:`longnet.attention.call.AttentionSpec`, (N,) bool."""
 
     def make() -> Tensor:
         with torch.inference_mode(False), torch.no_grad():

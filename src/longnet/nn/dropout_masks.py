@@ -16,7 +16,7 @@ from longnet.runtime.operators import define
 from longnet.runtime.tma import Launch
 from longnet.runtime.triton_support import HAS_TRITON
 
-# Probabilities are multiples of one of so many.
+# A probability is a multiple of 1 / STEPS.
 STEPS = 1 << 16
 
 # Groups of eight of a program.
@@ -51,7 +51,7 @@ def _run(seed: Tensor, shape: Sequence[int], threshold: int) -> Tensor:
     return room.view(torch.bool)[:count].view(shape)
 
 
-# For so many different sizes.
+# One entry per size.
 @lru_cache(maxsize=512)
 def _launch(groups: int, threshold: int, device: torch.device) -> Launch:
     """Launches of one size. Devices have launches of their own."""

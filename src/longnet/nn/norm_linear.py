@@ -109,7 +109,7 @@ class _NormedLinear(torch.autograd.Function):
         upstream = [grad @ one for grad, one in zip(grads, weights, strict=True)]
         grad_x, normed, sums = norm_backward(upstream, x, weight, bias, beside, *ctx.norm)
         kinds = ctx.types
-        # Of what is compiled, that which nobody wants is left out afterwards.
+        # torch.compile removes unused gradients.
         if not torch.compiler.is_compiling():
             wanted = ctx.needs_input_grad[-len(kinds) :]
             kinds = [kind if needed else None for kind, needed in zip(kinds, wanted, strict=True)]

@@ -113,7 +113,7 @@ def _run_sums(tensors: Sequence[Tensor]) -> Tensor:
     return sums.sum(1)
 
 
-# For so many different numbers of rows.
+# One entry per number of rows.
 @lru_cache(maxsize=512)
 def _launch(
     kind: str,

@@ -44,7 +44,7 @@ def _rescale(out: Tensor, lse: Tensor, other: Tensor) -> Tensor:
     return merged
 
 
-# For so many different shapes.
+# One entry per combination of shape and strides.
 @lru_cache(maxsize=512)
 def _launch(
     shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], dtype: torch.dtype, device: torch.device

@@ -50,7 +50,7 @@ class _Made:
 
 
 class GraphSafeCache:
-    """The last so many tensors that were asked for, and all that captured graphs read."""
+    """The ``most`` tensors that were asked for last, and all that captured graphs read."""
 
     def __init__(self, most: int) -> None:
         self._most = most

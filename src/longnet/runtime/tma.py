@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Kernels take so many views of every tensor, one per branch of a nest; the others are None.
+# The views of a tensor that a kernel takes, one per branch of a nest; unused ones are None.
 VIEWS = 5
 
 # What a kernel is given of tensors: one, several as one argument, or none.
@@ -76,7 +76,7 @@ def _is_matrix(shape: tuple[int, ...], stride: tuple[int, ...], dim: int, unit: 
 
 
 def descriptors(view: View, dtype: torch.dtype, dim: int, rates: tuple[int, ...], rows: int) -> tuple[Any, ...]:
-    """Of tensors with this view, one per rate, for copies of so many rows; None up to ``VIEWS``. See :class:`Launch`."""
+    """One descriptor per rate of a tensor with this view, for copies of ``rows`` rows; None up to ``VIEWS``."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 

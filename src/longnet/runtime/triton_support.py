@@ -15,5 +15,5 @@ def interpreting() -> bool:
 
 
 def power_of_two(rows: int, least: int = 16) -> int:
-    """The smallest power of two that holds so many rows; a matrix product needs 16."""
+    """The smallest power of two that is at least ``rows``, and at least 16, as a matrix product needs."""
     return max(least, 1 << max(0, rows - 1).bit_length())

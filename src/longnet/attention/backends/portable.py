@@ -55,10 +55,10 @@ def _rows(tile: Tile, inputs: AttentionInputs) -> Rows:
 
 
 def _by_query_head(inputs: AttentionInputs) -> AttentionInputs:
-    """Keys and values repeated for each query head, 0 where they are padding: a NaN there must not reach 0 * key."""
+    """Keys and values repeated for each query head. Keys are 0 where they are padding: a NaN must not reach 0 * key."""
     key, value = (repeat_heads(x, inputs.group) for x in (inputs.key, inputs.value))
     if inputs.mask is not None:
-        key, value = (x.masked_fill(inputs.mask[:, None, :, None], 0.0) for x in (key, value))
+        key = key.masked_fill(inputs.mask[:, None, :, None], 0.0)
     return replace(inputs, key=key, value=value)
 
 

@@ -88,7 +88,7 @@ def _attend(
     )
     hidden = (number > last[:, None]) | (number < padded[..., None])  # (B, lanes, width)
     scores = (key @ (query.to(kind) * scale).unsqueeze(-1)).squeeze(-1).masked_fill_(hidden, -torch.inf)
-    # Rows that nobody may see hold anything, a NaN perhaps, that must not reach 0 * value.
+    # Hidden rows may hold anything, a NaN perhaps, which must not reach 0 * value.
     value = value.masked_fill_(hidden.unsqueeze(-1), 0.0)
     lse = scores.logsumexp(-1)
     weights = scores.sub_(merge.lse_for_backward(lse).unsqueeze(-1)).exp_()

@@ -202,7 +202,7 @@ class Work:
             one.run((*pointers, cached_limits(schedule)) if kernel == "key_value" else pointers, inputs)
 
 
-# For so many different shapes of tensors, kernels and patterns.
+# One entry per shape of tensors, kernel and pattern.
 @lru_cache(maxsize=512)
 def _launches(
     work: Work,

@@ -136,7 +136,7 @@ class Schedule:
     def order(self) -> Tensor:
         """All items, (items,) int32, launch after launch; of a launch's program p takes those at p, p + programs, ...
 
-        In the place of an item that nobody wants stands -1, of which kernels make one without rows.
+        An item none of whose rows is needed is -1: kernels treat it as an item without rows.
         """
         costs = self.costs()
         each = self.per_launch
@@ -176,7 +176,7 @@ _LIMITS = GraphSafeCache(64)
 
 
 def cached_limits(schedule: Schedule) -> Tensor:
-    """:func:`swept_limits` as (heads, branches) int32, or, where all rows are needed, the order, of which nothing is read."""
+    """:func:`swept_limits` as (heads, branches) int32. If all rows are needed, the order: kernels do not read it then."""
     if schedule.needed is None:
         return cached_order(schedule)
     limits = swept_limits(schedule.nest, schedule.needed, schedule.head_offsets, schedule.heads, schedule.length)
