@@ -54,7 +54,7 @@ def devices(backend: Backend) -> str:
 def takes(backend: Backend, device: str, dtype: torch.dtype = torch.float32, dim: int = 64, bias: bool = False) -> bool:
     # Of a call, the question looks at no more; most of these devices are not there.
     query = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 1, 1, dim))
-    inputs: Any = SimpleNamespace(query=query, bias=query if bias else None)
+    inputs: Any = SimpleNamespace(query=query, bias=query if bias else None, spec=SimpleNamespace(scale=1.0))
     return backend.kernels.unsupported_reason(inputs) is None
 
 

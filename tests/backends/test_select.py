@@ -39,6 +39,23 @@ def test_an_unknown_name_lists_the_known_ones():
         dilated_attention(q, q, q, 2, 1, backend="flash3")
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("scale", [1e5, -1e10, 1e30])
+def test_huge_scales_have_right_gradients(scale, is_causal):
+    """Each query then reads its best key alone: its value has the whole gradient, and scores have none."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 20, 8, generator=draw).requires_grad_() for _ in range(3))
+    out = dilated_attention(q, k, v, 32, 1, is_causal=is_causal, scale=scale)
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    hidden = torch.ones(20, 20).triu(1).bool() & is_causal
+    best = (q @ k.transpose(-1, -2) * (1 if scale > 0 else -1)).masked_fill(hidden, -torch.inf).argmax(-1)
+    counts = torch.nn.functional.one_hot(best, 20).sum(-2).float()
+    torch.testing.assert_close(grads[2], counts[..., None].expand_as(v))
+    assert all(grad.isfinite().all() for grad in grads)
+    with pytest.raises(ValueError, match="cpu_flash: its gradients lose their digits for scales above 100"):
+        dilated_attention(q, k, v, 32, 1, scale=scale, backend="cpu_flash")
+
+
 def test_names_are_unique():
     assert len(set(NAMES)) == len(NAMES) == 1 + len(BACKENDS) + len(VARIANTS)
 

@@ -7,7 +7,8 @@ the kernel takes two; the two largest go into one call and the others are looped
 Traps of ``aten._scaled_dot_product_flash_attention_for_cpu`` that this file guards against: a last-dimension stride
 other than 1 gives wrong numbers silently; an empty query kills the process; a row without keys returns lse 0, not
 -inf; its backward divides by ``exp(lse)``, which must not be ``exp(-inf)``; its causal forward writes -inf into the
-scores before it multiplies them by the scale, which must be above 0 (its backward takes any scale).
+scores before it multiplies them by the scale, which must be above 0 (its backward takes negative ones); its backward
+loses all digits where scores are huge.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+# The kernel's backward pass subtracts a rounded lse from scores that it computes in another order: at ten times this scale a
+# float32 gradient is off by about 1e-3, at 1e5 by percents.
+LARGEST_SCALE = 100.0
+
 # A block's accumulators aim at this many elements: they then stay in the caches of a core or two while the branches'
 # results are mixed into them, and are a fraction of the tensors.
 _BLOCK = 1 << 20
@@ -45,6 +50,8 @@ def unsupported_reason(inputs: AttentionInputs) -> str | None:
         return f"it takes {', '.join(map(str, DTYPES))}, not {query.dtype}"
     if inputs.bias is not None:
         return "torch's CPU flash kernel gives no gradient for a score bias"
+    if abs(inputs.spec.scale) > LARGEST_SCALE:
+        return f"its gradients lose their digits for scales above {LARGEST_SCALE:g}, not {inputs.spec.scale:g}"
     return None
 
 
