@@ -15,7 +15,7 @@ PACKAGE = SOURCE / "longnet"
 
 # A unit (a module or folder of longnet) may import units of lower rungs and itself, never its neighbours on the rung.
 LADDER: tuple[tuple[str, ...], ...] = (
-    ("checks",),
+    ("checks", "compat.spellings"),
     ("geometry",),
     ("runtime",),
     ("nn",),
@@ -24,6 +24,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("attention.backends",),
     ("attention.sharding",),
     ("attention.packed", "attention.padding"),
+    ("attention.definition",),
     ("attention.functional",),
     ("attention.streaming",),
     ("attention.module",),

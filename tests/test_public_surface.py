@@ -134,7 +134,7 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
 
 # Public methods and properties of the classes, their own and those of their bases in this package.
 MEMBERS = {
-    DilatedAttention: {"extra_repr", "forward", "reset_parameters"},
+    DilatedAttention: {"attend", "definition", "extra_repr", "forward", "reset_parameters"},
     DilatedCache: {
         *("clone", "device", "dtype", "load_state_dict", "moved", "nbytes", "position", "reorder", "reset"),
         "state_dict",

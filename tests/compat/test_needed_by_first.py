@@ -8,7 +8,8 @@ import interpreted
 import pytest
 import torch
 
-from longnet.compat.attention import torchscale_pattern_attention
+from longnet.attention.functional import pattern_attention
+from longnet.compat.attention import TORCHSCALE
 from longnet.geometry import Pattern
 
 BACKENDS = ["portable", "cpu_flash"]
@@ -39,8 +40,8 @@ def test_wanted_rows_are_as_always_and_the_others_nothing(name: str, backend: st
     inputs = [x.requires_grad_() for x in (q, k, v)]
     results = []
     for some in (False, True):
-        out, lse = torchscale_pattern_attention(
-            *inputs, pattern, return_lse=True, backend=backend, needed_by_first=some
+        out, lse = pattern_attention(
+            *inputs, pattern, return_lse=True, backend=backend, needed_by_first=some, definition=TORCHSCALE
         )
         grads = torch.autograd.grad(out, inputs, towards * (1.0 if some else read[:, None].to(dtype)))
         results.append((out[:, :, read], lse[:, :, read], *grads))
@@ -54,7 +55,9 @@ def test_wanted_rows_are_as_always_and_the_others_nothing(name: str, backend: st
 def test_it_takes_no_mask_and_nothing_causal() -> None:
     q, pattern = torch.zeros(1, 4, 20, 8), Pattern.parse((8, 20), (1, 2), "blocked")
     with pytest.raises(ValueError, match="needed_by_first"):
-        torchscale_pattern_attention(q, q, q, pattern, is_causal=True, needed_by_first=True)
+        pattern_attention(q, q, q, pattern, is_causal=True, needed_by_first=True, definition=TORCHSCALE)
     mask = torch.zeros(1, 20, dtype=torch.bool)
     with pytest.raises(ValueError, match="needed_by_first"):
-        torchscale_pattern_attention(q, q, q, pattern, key_padding_mask=mask, needed_by_first=True)
+        pattern_attention(q, q, q, pattern, key_padding_mask=mask, needed_by_first=True, definition=TORCHSCALE)
+    with pytest.raises(ValueError, match="LongNet's attention"):
+        pattern_attention(q, q, q, pattern, needed_by_first=True)

@@ -12,7 +12,8 @@ from longnet.attention.backends import portable
 from longnet.attention.backends.triton import backend as triton_flash
 from longnet.attention.backends.triton import hopper
 from longnet.attention.call import SavedForward
-from longnet.compat.attention import torchscale_pattern_attention
+from longnet.attention.functional import pattern_attention
+from longnet.compat.attention import TORCHSCALE
 from longnet.geometry import Pattern
 from longnet.geometry.nests import make_nests
 
@@ -255,7 +256,7 @@ def test_rows_that_nobody_reads_are_left_out(length, dim):
             torch.full((1 << 24,), torch.nan, device="cuda")
         ]
         del poison
-        out, lse = torchscale_pattern_attention(*inputs, pattern, return_lse=True, needed_by_first=some)
+        out, lse = pattern_attention(*inputs, pattern, return_lse=True, needed_by_first=some, definition=TORCHSCALE)
         grads = torch.autograd.grad(out, inputs, grad * read[:, None])
         results.append((out[:, :, read], lse[:, :, read], *grads))
         if some:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, Literal, overload
 
-import torch
 from torch import Tensor
 
 from longnet.attention.backends import select_backend
 from longnet.attention.call import AttentionInputs, checked_inputs
-from longnet.attention.packed import boundaries, packed_attention
-from longnet.attention.sharding import broadcast_error, peers_of, sharded_attention
+from longnet.attention.definition import LONGNET, AttentionDefinition
+from longnet.attention.packed import boundaries
+from longnet.attention.sharding import broadcast_error, peers_of
 from longnet.checks import check_flags
-from longnet.geometry import HeadOffsets, Pattern, uncovered_positions
-
-# Positions that are counted for a warning where a pattern's selection does not repeat early enough to count them all.
-_COUNTED = 1 << 20
+from longnet.geometry import HeadOffsets, Pattern
 
 
 @overload
@@ -148,33 +143,40 @@ def pattern_attention(
     return_lse: bool = False,
     backend: str = "auto",
     group: Any = None,
+    needed_by_first: bool = False,
+    definition: AttentionDefinition = LONGNET,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`dilated_attention` for a parsed pattern, with a relative bias.
 
     Args:
         distance_bias: (H, 2L - 1) or None. Added to the scaled score of a query at p and a key at k by head ``j`` is
             ``distance_bias[j, k - p + L - 1]``; L is at least the largest distance plus one.
+        needed_by_first: give the rows alone that the first token attends to in some head, see
+            :func:`longnet.geometry.needed_rows.needed_by_first`; the others are 0, have lse inf and no gradient. Neither causal
+            nor masked, and for definitions that take it.
+        definition: which attention.
     """
+    if needed_by_first and (is_causal or key_padding_mask is not None or not definition.takes_needed_by_first):
+        raise ValueError(
+            f"needed_by_first=True with is_causal, a key_padding_mask or {definition.name}: expected none of them"
+        )
+    for name, given in (("cu_seqlens", cu_seqlens), ("distance_bias", distance_bias), ("group", group)):
+        if given is not None and not definition.is_longnets:
+            raise ValueError(f"{name} given with {definition.name}, which has none: expected None")
     peers = None if group is None else peers_of(group)
     try:
         inputs = checked_inputs(
             query, key, value, pattern, is_causal=is_causal, scale=scale, mask=key_padding_mask, bias=distance_bias
         )
         check_flags(return_lse=return_lse)
+        inputs = inputs.with_spec(needed_by_first=needed_by_first)
         chosen = select_backend(backend, inputs)
         if cu_seqlens is not None:
             inputs = inputs.with_spec(documents=_check_documents(cu_seqlens, inputs, group))
     except (TypeError, ValueError) as error:
         _broadcast_error(group, error)
         raise
-    if not torch.compiler.is_compiling():
-        warn_uncovered(pattern, query.shape[1])
-    if inputs.spec.documents is not None:
-        out, lse = packed_attention(inputs, chosen)
-    elif peers is not None and peers.size > 1:
-        out, lse = sharded_attention(inputs, chosen, peers)
-    else:
-        out, lse = chosen.run(inputs)
+    out, lse = definition.run(inputs, chosen, peers)
     return (out, lse) if return_lse else out
 
 
@@ -194,23 +196,3 @@ def _check_documents(cu_seqlens: Tensor | Sequence[int], inputs: AttentionInputs
     if batch != 1:
         raise ValueError(f"query has B = {batch} with cu_seqlens: expected documents packed into one row, B = 1")
     return boundaries(cu_seqlens, inputs.length)
-
-
-@lru_cache(maxsize=256)
-def warn_uncovered(pattern: Pattern, heads: int) -> None:
-    """Warn, once per pattern and number of heads, of positions that no head ever reaches."""
-    counted = "all"
-    try:
-        uncovered = uncovered_positions(pattern, heads)
-    except ValueError:
-        # The selection repeats too late to be counted. A warning must not stop a valid call: count the first positions.
-        uncovered = uncovered_positions(pattern, heads, _COUNTED)
-        counted = f"the first {_COUNTED:,}"
-    if uncovered:
-        warnings.warn(
-            f"segment_lengths={pattern.segment_lengths} and dilation_rates={pattern.dilation_rates} with {heads} heads "
-            f"leave {uncovered.description} to no head ({float(uncovered.fraction):.1%} of {counted}): they get zero "
-            "attention. Use at least as many heads as the rate, or add a branch of rate 1.",
-            UserWarning,
-            stacklevel=4,
-        )

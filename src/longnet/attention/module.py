@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from longnet.attention.functional import pattern_attention, warn_uncovered
+from longnet.attention.definition import LONGNET, AttentionDefinition, warn_uncovered
+from longnet.attention.functional import pattern_attention
 from longnet.attention.packed import boundaries, positions
-from longnet.attention.padding import warn_left_padding, warn_moved_rows
-from longnet.attention.sharding import lengths_of, peers_of
-from longnet.attention.streaming import DilatedCache, most_padding, stream_attention
+from longnet.attention.padding import warn_left_padding
+from longnet.attention.sharding import group_of, peers_of, shard_place
+from longnet.attention.streaming import DilatedCache, stream_attention_warned
 from longnet.checks import check_flags, check_ints, check_number
+from longnet.compat.spellings import accept_spellings
 from longnet.geometry import HeadOffsets, Pattern
-from longnet.nn.norm import PartialNorm, make_norm
-from longnet.nn.position import RelativeBias, XPos, rotate
-from longnet.runtime.tracing import untraced
+from longnet.nn.norm import PartialNorm, make_norm, make_sub_norm
+from longnet.nn.position import Positions, RelativeBias, XPos
 
 
 class DilatedAttention(nn.Module):
@@ -53,12 +54,17 @@ class DilatedAttention(nn.Module):
         backend: as in :func:`longnet.dilated_attention`.
         device, dtype: of the parameters.
 
+    Attributes:
+        definition: which attention it computes, the paper's or another one; may be set, see :mod:`longnet.compat`.
+
     Raises:
         TypeError: a number or flag of the wrong type. ValueError: any other bad value; both name the argument.
     """
 
+    definition: AttentionDefinition = LONGNET
     _mask_seen = False
 
+    @accept_spellings(casual="causal", Distributed="distributed")
     def __init__(
         self,
         dim: int,
@@ -71,8 +77,6 @@ class DilatedAttention(nn.Module):
         use_rel_pos_bias: bool = False,
         distributed: Any = False,
         *,
-        casual: bool | None = None,
-        Distributed: Any = None,  # noqa: N803
         qk_norm: bool = False,
         kv_heads: int | None = None,
         bias: bool = True,
@@ -89,75 +93,33 @@ class DilatedAttention(nn.Module):
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
         check_ints(1, dim=dim, heads=heads, kv_heads=kv_heads)
-        if dim % heads:
-            raise ValueError(f"dim={dim} is not divisible by heads={heads}")
-        if heads % kv_heads:
-            raise ValueError(f"heads={heads} is not divisible by kv_heads={kv_heads}")
-        causal = _one_spelling("causal", causal, "casual", casual)
-        if isinstance(distributed, bool) and (Distributed is None or isinstance(Distributed, bool)):
-            distributed = _one_spelling("distributed", distributed, "Distributed", Distributed)
-        elif Distributed is not None:
-            if distributed is not False:
-                raise ValueError(
-                    f"distributed={distributed} and Distributed={Distributed} both given: give one of them"
-                )
-            distributed = Distributed
         check_flags(causal=causal, use_xpos=use_xpos, use_rel_pos_bias=use_rel_pos_bias, qk_norm=qk_norm, bias=bias)
-        check_number("dropout", dropout)
-        if not 0.0 <= dropout <= 1.0:
-            raise ValueError(f"dropout={dropout}: expected a probability in [0, 1]")
-        if sub_norm == "batch" and causal:
-            raise ValueError(
-                "sub_norm='batch' with causal=True: batch statistics run over the whole sequence, so every token would "
-                "see later ones; expected 'layer' or 'rms'"
-            )
+        _check_sizes(dim, heads, kv_heads, dropout)
+        _check_sub_norm(sub_norm, causal, distributed)
         if distributed is not False:
-            peers_of(_group(distributed))
-            if sub_norm == "batch":
-                raise ValueError(
-                    "sub_norm='batch' with distributed: batch statistics run over the whole sequence, of which every rank has "
-                    "a shard; expected 'layer' or 'rms'"
-                )
+            peers_of(group_of(distributed))
         self.pattern = _parse_pattern(segment_size, dilation_rate, head_offsets, head_numbers, heads)
         self.dim, self.head_dim = dim, dim // heads
         if (numbers := self.pattern.head_numbers) is not None:
             heads, kv_heads = len(numbers.numbers), numbers.kv_heads(kv_heads)
         warn_uncovered(self.pattern, heads)
-
         self.heads, self.kv_heads = heads, kv_heads
         self.causal, self.distributed, self.backend = causal, distributed, backend
-        # What computes attention; longnet.compat puts another definition in its place.
-        self.function: Callable[..., Tensor | tuple[Tensor, Tensor]] = pattern_attention
         inner, kv_dim = heads * self.head_dim, kv_heads * self.head_dim
-        self.q_proj = nn.Linear(dim, inner, bias=bias, device=device, dtype=dtype)
-        self.k_proj = nn.Linear(dim, kv_dim, bias=bias, device=device, dtype=dtype)
-        self.v_proj = nn.Linear(dim, kv_dim, bias=bias, device=device, dtype=dtype)
-        self.out_proj = nn.Linear(inner, dim, bias=bias, device=device, dtype=dtype)
-        self.q_norm = make_norm("rms", self.head_dim, device=device, dtype=dtype) if qk_norm else None
-        self.k_norm = make_norm("rms", self.head_dim, device=device, dtype=dtype) if qk_norm else None
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(dim, inner, bias=bias, **made)
+        self.k_proj = nn.Linear(dim, kv_dim, bias=bias, **made)
+        self.v_proj = nn.Linear(dim, kv_dim, bias=bias, **made)
+        self.out_proj = nn.Linear(inner, dim, bias=bias, **made)
+        self.q_norm = make_norm("rms", self.head_dim, **made) if qk_norm else None
+        self.k_norm = make_norm("rms", self.head_dim, **made) if qk_norm else None
         self.xpos = XPos(self.head_dim, self.pattern, causal, xpos_scale_base) if use_xpos else None
-        self.rel_pos_bias = (
-            RelativeBias(
-                heads,
-                is_causal=causal,
-                num_buckets=rel_pos_buckets,
-                max_distance=rel_pos_max_distance,
-                device=device,
-                dtype=dtype,
-            )
-            if use_rel_pos_bias
-            else None
-        )
-        self.sub_norm: nn.Module | None = None
-        if sub_norm is not None and inner < dim:
-            self.sub_norm = PartialNorm(sub_norm, inner, dim, device=device, dtype=dtype)
-        elif sub_norm is not None:
-            self.sub_norm = make_norm(sub_norm, dim, device=device, dtype=dtype)
-        # A layer norm moves zeros: all pruned heads' channels to one number a token, less what its bias adds. Through
-        # ``out_proj`` they came to this vector times that number (0), and to this vector (1).
-        self.absent: nn.Parameter | None = None
-        if sub_norm == "layer" and inner < dim:
-            self.absent = nn.Parameter(torch.zeros(2, dim, device=device, dtype=dtype))
+        buckets: dict[str, Any] = {"num_buckets": rel_pos_buckets, "max_distance": rel_pos_max_distance}
+        self.rel_pos_bias = RelativeBias(heads, is_causal=causal, **buckets, **made) if use_rel_pos_bias else None
+        self.sub_norm = make_sub_norm(sub_norm, inner, dim, **made)
+        # What pruned heads' channels, which a layer norm moves away from zero, come to after ``out_proj``.
+        absent = sub_norm == "layer" and inner < dim
+        self.absent = nn.Parameter(torch.zeros(2, dim, **made)) if absent else None
         self.dropout = nn.Dropout(dropout)
         self.reset_parameters()
 
@@ -203,96 +165,66 @@ class DilatedAttention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        bounds = None if cu_seqlens is None else self._documents(cu_seqlens, x, cache)
-        if cache is not None:
-            return self._finish(self._stream(q, k, v, key_padding_mask, cache), key_padding_mask)
-        if key_padding_mask is not None and not torch.compiler.is_compiling():
-            self._warn_left_padding(key_padding_mask, bounds)
-        group = _group(self.distributed)
-        start, whole = 0, x.shape[1]
-        if group is not None and (self.xpos is not None or self.rel_pos_bias is not None):
-            start, whole = _place(group, x.shape[1])
+        _check_cache(self, cache, cu_seqlens)
+        bounds = None if cu_seqlens is None else boundaries(cu_seqlens, x.shape[1])
+        group = group_of(self.distributed)
+        at = self._positions(x, bounds, cache, group)
         if self.xpos is not None:
-            if bounds is None:
-                tables = self.xpos.tables(x.shape[1], q.dtype, x.device, start, whole=whole)
-            else:
-                place = positions(bounds, x.device)
-                longest = max((stop - start for start, stop in pairwise(bounds)), default=0)
-                once = self.xpos.tables(longest, q.dtype, x.device)
-                tables = once[0][place], once[1][place], once[2][place], once[3][place]
-            q, k = rotate(q, *tables[:2]), rotate(k, *tables[2:])
-        bias = None
-        if self.rel_pos_bias is not None:
-            bias = self.rel_pos_bias(torch.sym_max(1, torch.sym_min(whole, max(self.pattern.segment_lengths))))
-        out = self.function(
-            q,
-            k,
-            v,
-            self.pattern,
-            is_causal=self.causal,
-            key_padding_mask=key_padding_mask,
-            cu_seqlens=bounds,
-            distance_bias=bias,
-            backend=self.backend,
-            group=group,
+            q, k = self.xpos(q, k, at)
+        if cache is not None:
+            out = stream_attention_warned(q, k, v, cache, key_padding_mask=key_padding_mask)
+            return self._finish(out, key_padding_mask)
+        self._warn_left_padding(key_padding_mask, bounds)
+        longest = max(self.pattern.segment_lengths)
+        bias = (
+            None if self.rel_pos_bias is None else self.rel_pos_bias(torch.sym_max(1, torch.sym_min(at.whole, longest)))
         )
-        assert isinstance(out, Tensor)
+        out = self.attend(
+            q, k, v, key_padding_mask=key_padding_mask, cu_seqlens=bounds, distance_bias=bias, group=group
+        )
         return self._finish(out, key_padding_mask)
 
-    def _warn_left_padding(self, key_padding_mask: Tensor, bounds: tuple[int, ...] | None) -> None:
-        # torchscale leaves padding out before it counts, and a rank has a part of each row.
-        if self.function is pattern_attention and self.distributed is False:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """What the module's definition and pattern compute, (B, H, N, D); ``options`` as of ``pattern_attention``."""
+        settings: dict[str, Any] = {"is_causal": self.causal, "backend": self.backend, "definition": self.definition}
+        out = pattern_attention(query, key, value, self.pattern, **settings, **options)
+        assert isinstance(out, Tensor)
+        return out
+
+    def _positions(
+        self, x: Tensor, bounds: tuple[int, ...] | None, cache: DilatedCache | None, group: Any
+    ) -> Positions:
+        length = x.shape[1]
+        if cache is not None:
+            return Positions(cache.position, length, streaming=True, counter=cache.position_tensor)
+        if bounds is not None and self.xpos is not None:
+            longest = max((stop - start for start, stop in pairwise(bounds)), default=0)
+            return Positions(0, length, in_document=positions(bounds, x.device), longest=longest)
+        if group is None or (self.xpos is None and self.rel_pos_bias is None):
+            return Positions(0, length)
+        return Positions(*shard_place(group, length))
+
+    def _warn_left_padding(self, key_padding_mask: Tensor | None, bounds: tuple[int, ...] | None) -> None:
+        # A rank has a part of each row.
+        if key_padding_mask is None or self.distributed is not False or not self.definition.is_longnets:
+            return
+        if not torch.compiler.is_compiling():
             warn_left_padding(key_padding_mask, self.pattern, bounds, first=not self._mask_seen)
             self._mask_seen = True
-
-    def _documents(self, cu_seqlens: Tensor | Sequence[int], x: Tensor, cache: DilatedCache | None) -> tuple[int, ...]:
-        if cache is not None:
-            raise ValueError("cu_seqlens given with a cache: a cache reads one stream, expected one of the two")
-        if self.distributed is not False:
-            raise ValueError(
-                f"cu_seqlens given with distributed={self.distributed!r}: ranks share one sequence, expected whole documents "
-                "on each rank of a module that is not distributed"
-            )
-        return boundaries(cu_seqlens, x.shape[1])
-
-    def _stream(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, cache: DilatedCache) -> Tensor:
-        if self.function is not pattern_attention:
-            raise ValueError("cache given with torchscale_compat=True: a cache computes the exact definition alone")
-        if not self.causal:
-            raise ValueError("cache given with causal=False: a cache holds what came before, expected a causal module")
-        if self.rel_pos_bias is not None:
-            raise ValueError("cache given with use_rel_pos_bias=True: cached attention takes no relative bias yet")
-        if cache.pattern.head_numbers != self.pattern.head_numbers:
-            raise ValueError(
-                f"cache is of head_numbers={cache.pattern.head_numbers}: expected the module's {self.pattern.head_numbers}"
-            )
-        if self.xpos is not None:
-            if not self.xpos.endless and q.is_cuda and torch.cuda.is_current_stream_capturing():
-                raise ValueError(
-                    f"segment_lengths={self.pattern.segment_lengths} have no near common boundary, so xPos must stop this stream "
-                    "before its scales overflow, which a captured step cannot: expected lengths that divide each other"
-                )
-            tables = self.xpos.tables(
-                q.shape[2], q.dtype, q.device, cache.position, streaming=True, counter=cache.position_tensor
-            )
-            q, k = rotate(q, *tables[:2]), rotate(k, *tables[2:])
-        padding = most_padding(cache)
-        out = stream_attention(q, k, v, cache, key_padding_mask=key_padding_mask)
-        if most_padding(cache) > padding:
-            warn_moved_rows(((count, None) for count in cache.padding.tolist()), self.pattern)
-        return out
 
     def _finish(self, out: Tensor, key_padding_mask: Tensor | None) -> Tensor:
         """(B, heads, N, D) to the module's (B, N, dim)."""
         out = out.transpose(1, 2).flatten(-2)
+        absent = None
         if isinstance(self.sub_norm, PartialNorm):
-            out, zero = self.sub_norm(out)
-            out = self.out_proj(self.dropout(out))
-            # Rounded as the projection's result is.
-            return out if self.absent is None else out + (zero * self.absent[0] + self.absent[1]).to(out.dtype)
-        if self.sub_norm is not None:
+            out, absent = self.sub_norm(out)
+        elif self.sub_norm is not None:
             out = self.sub_norm(out, key_padding_mask)
-        return self.out_proj(self.dropout(out))
+        out = self.out_proj(self.dropout(out))
+        if absent is None or self.absent is None:
+            return out
+        # Rounded as the projection's result is.
+        return out + (absent * self.absent[0] + self.absent[1]).to(out.dtype)
 
     def extra_repr(self) -> str:
         pattern = self.pattern
@@ -304,16 +236,6 @@ class DilatedAttention(nn.Module):
         )
 
 
-def _one_spelling(name: str, value: bool, other_name: str, other: bool | None) -> bool:
-    """An option that has two accepted spellings, of which a caller uses one."""
-    if other is None:
-        return value
-    check_flags(**{name: value, other_name: other})
-    if value and not other:
-        raise ValueError(f"{name}={value} and {other_name}={other} contradict each other: give one of them")
-    return other
-
-
 def _parse_pattern(segment_size: int | Sequence[int], dilation_rate: int | Sequence[int], *heads: Any) -> Pattern:
     try:
         return Pattern.parse(segment_size, dilation_rate, *heads)
@@ -323,30 +245,50 @@ def _parse_pattern(segment_size: int | Sequence[int], dilation_rate: int | Seque
         raise type(error)(said) from None
 
 
-def _group(distributed: Any) -> Any:
-    """The group that an option ``distributed`` stands for, None for none.
+def _check_sizes(dim: int, heads: int, kv_heads: int, dropout: float) -> None:
+    check_ints(1, dim=dim, heads=heads, kv_heads=kv_heads)
+    if dim % heads:
+        raise ValueError(f"dim={dim} is not divisible by heads={heads}")
+    if heads % kv_heads:
+        raise ValueError(f"heads={heads} is not divisible by kv_heads={kv_heads}")
+    check_number("dropout", dropout)
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout={dropout}: expected a probability in [0, 1]")
 
-    Raises:
-        ValueError: True, and no default process group.
-    """
-    if distributed is False:
-        return None
-    if distributed is not True:
-        return distributed
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+
+def _check_sub_norm(sub_norm: str | None, causal: bool, distributed: Any) -> None:
+    if sub_norm != "batch":
+        return
+    if causal:
         raise ValueError(
-            "distributed=True needs a process group and none is initialised: call "
-            "torch.distributed.init_process_group first, or start with torchrun"
+            "sub_norm='batch' with causal=True: batch statistics run over the whole sequence, so every token would "
+            "see later ones; expected 'layer' or 'rms'"
         )
-    return torch.distributed.group.WORLD
+    if distributed is not False:
+        raise ValueError(
+            "sub_norm='batch' with distributed: batch statistics run over the whole sequence, of which every rank has "
+            "a shard; expected 'layer' or 'rms'"
+        )
 
 
-# Ranks talk here: nothing that a graph could hold.
-@untraced
-def _place(group: Any, length: int) -> tuple[int, int]:
-    """(where this rank's shard begins, the length of the whole sequence)."""
-    peers = peers_of(group)
-    if peers.size == 1:
-        return 0, length
-    shards = lengths_of(peers, length)
-    return shards.start(peers.rank), shards.total
+def _check_cache(module: DilatedAttention, cache: DilatedCache | None, cu_seqlens: Any) -> None:
+    """Raises ValueError for what a call cannot combine."""
+    if cache is None:
+        if cu_seqlens is not None and module.distributed is not False:
+            raise ValueError(
+                f"cu_seqlens given with distributed={module.distributed!r}: ranks share one sequence, expected whole documents "
+                "on each rank of a module that is not distributed"
+            )
+        return
+    if cu_seqlens is not None:
+        raise ValueError("cu_seqlens given with a cache: a cache reads one stream, expected one of the two")
+    if not module.definition.is_longnets:
+        raise ValueError("cache given with torchscale_compat=True: a cache computes the exact definition alone")
+    if not module.causal:
+        raise ValueError("cache given with causal=False: a cache holds what came before, expected a causal module")
+    if module.rel_pos_bias is not None:
+        raise ValueError("cache given with use_rel_pos_bias=True: cached attention takes no relative bias yet")
+    if cache.pattern.head_numbers != module.pattern.head_numbers:
+        raise ValueError(
+            f"cache is of head_numbers={cache.pattern.head_numbers}: expected the module's {module.pattern.head_numbers}"
+        )

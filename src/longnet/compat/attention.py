@@ -12,17 +12,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from longnet.attention import merge
-from longnet.attention.backends import BACKENDS, VARIANTS, Backend, select_backend
-from longnet.attention.call import AttentionInputs, Gradients, SavedForward, checked_inputs
+from longnet.attention.backends import BACKENDS, VARIANTS, Backend
+from longnet.attention.call import AttentionInputs, Gradients, SavedForward
+from longnet.attention.definition import AttentionDefinition
+from longnet.attention.functional import pattern_attention
 from longnet.attention.operators import register_attention
-from longnet.checks import check_flags
+from longnet.attention.sharding import Peers
 from longnet.geometry import Branch, Pattern
 from longnet.geometry.needed_rows import needed_by_first as rows_needed_by_first
 from longnet.geometry.phantoms import padded_length, phantom_runs, split_shifted
@@ -58,7 +59,7 @@ def torchscale_attention(
 
     Returns, Raises: as :func:`longnet.dilated_attention`.
     """
-    return torchscale_pattern_attention(
+    return pattern_attention(
         query,
         key,
         value,
@@ -68,45 +69,16 @@ def torchscale_attention(
         key_padding_mask=key_padding_mask,
         return_lse=return_lse,
         backend=backend,
+        definition=TORCHSCALE,
     )
 
 
-def torchscale_pattern_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pattern: Pattern,
-    *,
-    is_causal: bool = False,
-    scale: float | None = None,
-    key_padding_mask: Tensor | None = None,
-    cu_seqlens: Tensor | Sequence[int] | None = None,
-    distance_bias: Tensor | None = None,
-    return_lse: bool = False,
-    backend: str = "auto",
-    group: Any = None,
-    needed_by_first: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`torchscale_attention` for a parsed pattern, in the place of :func:`longnet.attention.functional.pattern_attention`.
+def _run(inputs: AttentionInputs, backend: Backend, peers: Peers | None) -> tuple[Tensor, Tensor]:
+    run = _RUN[backend.name]
+    return run(inputs) if inputs.mask is None else _each_alone(inputs, inputs.mask, run)
 
-    Args:
-        needed_by_first: give the rows alone that the first token attends to in some head, see
-            :func:`longnet.geometry.needed_rows.needed_by_first`; the others are 0, have lse inf and no gradient. Not causal.
 
-    Raises:
-        ValueError: also for documents, a relative bias or a group: torchscale's attention has no such things.
-    """
-    if needed_by_first and (is_causal or key_padding_mask is not None):
-        raise ValueError("needed_by_first=True with is_causal or a key_padding_mask: expected neither")
-    for name, given in (("cu_seqlens", cu_seqlens), ("distance_bias", distance_bias), ("group", group)):
-        if given is not None:
-            raise ValueError(f"{name} given with torchscale's attention, which has none: expected None")
-    inputs = checked_inputs(query, key, value, pattern, is_causal=is_causal, scale=scale, mask=key_padding_mask)
-    check_flags(return_lse=return_lse)
-    inputs = inputs.with_spec(needed_by_first=needed_by_first)
-    run = _RUN[select_backend(backend, inputs).name]
-    out, lse = run(inputs) if key_padding_mask is None else _each_alone(inputs, key_padding_mask, run)
-    return (out, lse) if return_lse else out
+TORCHSCALE = AttentionDefinition("torchscale's attention", _run, is_longnets=False, takes_needed_by_first=True)
 
 
 def _each_alone(

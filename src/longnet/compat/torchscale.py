@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from longnet.attention import DilatedAttention
-from longnet.compat.attention import torchscale_pattern_attention
+from longnet.compat.attention import TORCHSCALE
 from longnet.compat.names import load_theirs, module_names, to_theirs
 from longnet.models import LongNetConfig, LongNetEncoder, LongNetLM
 
@@ -246,7 +246,7 @@ def _finish(
         model.embedding_scale = 1.0
     for module in model.modules():
         if compat and isinstance(module, DilatedAttention) and not _is_the_definition(module):
-            module.function = torchscale_pattern_attention
+            module.definition = TORCHSCALE
     model.eval()
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from longnet.checks import check_ints
-from longnet.compat.attention import torchscale_pattern_attention
+from longnet.compat.attention import TORCHSCALE
 from longnet.compat.names import load_theirs, module_names, to_theirs
 from longnet.gigapath.architectures import ARCHITECTURES, DILATION_RATES, HEADS, TILE_CHANNELS, segment_lengths
 from longnet.gigapath.batches import batched_slides, check_slides
@@ -115,7 +115,7 @@ class SlideEncoder(Encoder):
         self.norm = LayerNorm(dim, eps=1e-6, device=device, dtype=dtype)
         if torchscale_compat:
             for block in self.blocks:
-                block.attention.function = torchscale_pattern_attention  # type: ignore[union-attr]
+                block.attention.definition = TORCHSCALE  # type: ignore[union-attr]
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from longnet.attention import DilatedAttention
-from longnet.compat.attention import torchscale_pattern_attention
 from longnet.gigapath.readout import first_token_weights
 from longnet.models import LongNetConfig
 from longnet.models.layers import Block, feed_residual
@@ -132,9 +131,7 @@ class SlideBlock(Block):
         q, k, v = (one.unflatten(-1, (attention.heads, attention.head_dim)).transpose(1, 2) for one in projected)
         if record is not None:
             record(q[:, :, :1], k)
-        options = {"needed_by_first": True} if some and attention.function is torchscale_pattern_attention else {}
-        out = attention.function(q, k, v, attention.pattern, is_causal=False, backend=attention.backend, **options)
-        assert isinstance(out, Tensor)
+        out = attention.attend(q, k, v, needed_by_first=some and attention.definition.takes_needed_by_first)
         return x, out.transpose(1, 2).flatten(-2)
 
     def _after(

@@ -100,7 +100,7 @@ def _call(
 
 def _settings(model: Encoder) -> Hashable:
     """What :func:`read_out` depends on besides tensors."""
-    names = ("training", "p", "drop_path", "recompute", "chunk", "eps", "function")
+    names = ("training", "p", "drop_path", "recompute", "chunk", "eps", "definition")
     modules = tuple(tuple(getattr(module, name, None) for name in names) for module in model.modules())
     return model.global_pool, modules
 

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.generation.configuration_utils import GenerationMode
 
 from longnet.attention.backends import NAMES
-from longnet.attention.functional import warn_uncovered
+from longnet.attention.definition import warn_uncovered
 from longnet.checks import is_int
 from longnet.geometry import HeadOffsets, Pattern
 from longnet.hf import saving

@@ -7,7 +7,7 @@ needs it.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,13 @@ def make_norm(
     if kind == "rms":
         return RMSNorm(dim, eps=eps, device=device, dtype=dtype)
     return BatchNorm(dim, eps=eps, device=device, dtype=dtype)
+
+
+def make_sub_norm(kind: str | None, dim: int, width: int, **made: Any) -> nn.Module | None:
+    """MAGNETO's norm before an output projection, None for no ``kind``; of ``width`` channels the first ``dim`` are there."""
+    if kind is None:
+        return None
+    return PartialNorm(kind, dim, width, **made) if dim < width else make_norm(kind, width, **made)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -3,5 +3,15 @@
 from longnet.attention.sharding.group import Peers, broadcast_error, lengths_of, peers_of
 from longnet.attention.sharding.loss import mean_over
 from longnet.attention.sharding.operators import sharded_attention
+from longnet.attention.sharding.place import group_of, shard_place
 
-__all__ = ["Peers", "broadcast_error", "lengths_of", "mean_over", "peers_of", "sharded_attention"]
+__all__ = [
+    "Peers",
+    "broadcast_error",
+    "group_of",
+    "lengths_of",
+    "mean_over",
+    "peers_of",
+    "shard_place",
+    "sharded_attention",
+]

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from longnet.attention.call import check_scale, refuse_tracing
+from longnet.attention.padding import warn_moved_rows
 from longnet.attention.streaming.cache import DilatedCache
 from longnet.attention.streaming.chunk import attend_chunk
 from longnet.attention.streaming.fused import fits, fused_step
@@ -65,6 +66,15 @@ def stream_attention(
             # Memory may run out, say: the tokens have not been read then, and neither has their padding.
             cache._set_padding(*before)
             raise
+
+
+def stream_attention_warned(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, **options: Any) -> Tensor:
+    """:func:`stream_attention`, and a warning where padding on the left has moved a row's segments."""
+    before = cache._most_padding
+    out = stream_attention(query, key, value, cache, **options)
+    if cache._most_padding > before:
+        warn_moved_rows(((count, None) for count in cache.padding.tolist()), cache.pattern)
+    return out
 
 
 def _read(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, scale: float) -> Tensor:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from longnet.attention.functional import warn_uncovered
+from longnet.attention.definition import warn_uncovered
 from longnet.attention.streaming.tables import StepTables
 from longnet.checks import check_ints
 from longnet.geometry import HEAD_OFFSETS, HeadOffsets, Pattern

@@ -9,6 +9,7 @@ positions sharing a segment have in common: they then stay finite however far th
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,26 @@ _HALF_LIMIT = 8.0
 def float64_device(device: torch.device) -> torch.device:
     """Where float64 numbers for ``device`` are computed: there, or on the CPU if it may have no float64, as Apple's GPUs."""
     return device if device.type in ("cpu", "cuda") else torch.device("cpu")
+
+
+class Positions(NamedTuple):
+    """Where the N tokens of a call stand.
+
+    Args:
+        start: position of the first.
+        whole: tokens of the sequence that they are part of.
+        in_document: (N,) int64, each token's position in its document, where several are packed into one row. None for one.
+        longest: tokens of the longest of these documents.
+        streaming: the sequence goes on, nobody knows how far.
+        counter: ``start`` as a () int64 tensor, which a captured CUDA graph reads anew at every replay.
+    """
+
+    start: int
+    whole: int
+    in_document: Tensor | None = None
+    longest: int = 0
+    streaming: bool = False
+    counter: Tensor | None = None
 
 
 class XPos:
@@ -65,7 +86,28 @@ class XPos:
         # Segments of all branches share a boundary every `period` tokens; a pattern without near common boundaries
         # has one window from position 0, as wide as the scale allows.
         self.window = pattern.period
+        self._lengths = pattern.segment_lengths
         self.endless = pattern.period <= reach
+
+    def __call__(self, query: Tensor, key: Tensor, at: Positions) -> tuple[Tensor, Tensor]:
+        """Query and key (B, H, N, D) rotated and scaled.
+
+        Raises:
+            ValueError: as :meth:`tables`, or a captured stream that would have to stop at some length.
+        """
+        dtype, device = query.dtype, query.device
+        if at.in_document is not None:
+            tables = tuple(table[at.in_document] for table in self.tables(at.longest, dtype, device))
+        elif at.streaming:
+            if not self.endless and query.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise ValueError(
+                    f"segment_lengths={self._lengths} have no near common boundary, so xPos must stop this stream "
+                    "before its scales overflow, which a captured step cannot: expected lengths that divide each other"
+                )
+            tables = self.tables(query.shape[2], dtype, device, at.start, streaming=True, counter=at.counter)
+        else:
+            tables = self.tables(query.shape[2], dtype, device, at.start, whole=at.whole)
+        return rotate(query, *tables[:2]), rotate(key, *tables[2:])
 
     def _reach(self, limit: float) -> int:
         """The widest window, in tokens, whose scales relative to its centre stay within the limit."""

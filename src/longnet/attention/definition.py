@@ -1,0 +1,72 @@
+"""Which attention a call computes: the paper's, or another one that takes the same arguments."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from longnet.attention.backends import Backend
+from longnet.attention.call import AttentionInputs
+from longnet.attention.packed import packed_attention
+from longnet.attention.sharding import Peers, sharded_attention
+from longnet.geometry import Pattern, uncovered_positions
+
+# Positions that are counted for a warning where a pattern's selection does not repeat early enough to count them all.
+_COUNTED = 1 << 20
+
+
+@dataclass(frozen=True)
+class AttentionDefinition:
+    """What is computed from query, key and value, and what else it can be asked for.
+
+    Args:
+        name: for errors.
+        run: (checked inputs, backend, the ranks of a shared sequence or None) to (out, lse).
+        is_longnets: documents, shards, a relative bias and a :class:`longnet.DilatedCache` are part of it, and padded tokens
+            count as positions.
+        takes_needed_by_first: it can leave out rows, see :class:`longnet.attention.call.AttentionSpec`.
+    """
+
+    name: str
+    run: Callable[[AttentionInputs, Backend, Peers | None], tuple[Tensor, Tensor]]
+    is_longnets: bool = True
+    takes_needed_by_first: bool = False
+
+
+def _run(inputs: AttentionInputs, backend: Backend, peers: Peers | None) -> tuple[Tensor, Tensor]:
+    if not torch.compiler.is_compiling():
+        warn_uncovered(inputs.spec.pattern, inputs.query.shape[1])
+    if inputs.spec.documents is not None:
+        return packed_attention(inputs, backend)
+    if peers is not None and peers.size > 1:
+        return sharded_attention(inputs, backend, peers)
+    return backend.run(inputs)
+
+
+# arXiv 2307.02486, sections 2.2 to 2.4.
+LONGNET = AttentionDefinition("LongNet's attention", _run)
+
+
+@lru_cache(maxsize=256)
+def warn_uncovered(pattern: Pattern, heads: int) -> None:
+    """Warn, once per pattern and number of heads, of positions that no head ever reaches."""
+    counted = "all"
+    try:
+        uncovered = uncovered_positions(pattern, heads)
+    except ValueError:
+        # The selection repeats too late to be counted. A warning must not stop a valid call: count the first positions.
+        uncovered = uncovered_positions(pattern, heads, _COUNTED)
+        counted = f"the first {_COUNTED:,}"
+    if uncovered:
+        warnings.warn(
+            f"segment_lengths={pattern.segment_lengths} and dilation_rates={pattern.dilation_rates} with {heads} heads "
+            f"leave {uncovered.description} to no head ({float(uncovered.fraction):.1%} of {counted}): they get zero "
+            "attention. Use at least as many heads as the rate, or add a branch of rate 1.",
+            UserWarning,
+            stacklevel=5,
+        )
