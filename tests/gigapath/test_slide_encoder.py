@@ -362,3 +362,12 @@ def test_a_feed_forward_that_is_replaced_or_hooked_is_called() -> None:
     model.blocks[2].feed_forward.chunk = 16
     assert error(model(x, coords)[0], expected) < 1e-12
     assert calls == [0, 1]
+
+
+def test_shapes_alone_on_the_meta_device():
+    model = SlideEncoder(32, 2, 4, in_dim=24, slide_ngrids=20, device="meta")
+    x, coords = torch.randn(2, 30, 24, device="meta"), torch.zeros(2, 30, 2, device="meta")
+    (out,) = model(x, coords)
+    assert out.is_meta and out.shape == (2, 32)
+    with pytest.raises(ValueError, match="padding_mask is on the meta device"):
+        model(x, coords, padding_mask=torch.zeros(2, 30, dtype=torch.bool, device="meta"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -210,7 +211,8 @@ def check_scale(scale: float | None, head_dim: int, dtype: torch.dtype) -> float
     check_number("scale", scale)
     kind = torch.finfo(lse_dtype(dtype))
     if not abs(scale) <= kind.max:
-        raise ValueError(f"scale={scale} is not finite in {kind.dtype}: expected at most {kind.max:g} in magnitude")
+        shown = scale if isinstance(scale, float) else f"{Decimal(scale):.6g}"
+        raise ValueError(f"scale={shown} is not finite in {kind.dtype}: expected at most {kind.max:g} in magnitude")
     # Kernels would round a smaller one to 0 themselves, after they have looked at its sign.
     return float(scale) if abs(scale) >= kind.smallest_normal * kind.eps else 0.0
 

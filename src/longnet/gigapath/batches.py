@@ -34,6 +34,8 @@ def check_slides(x: Tensor, coords: Tensor, padding_mask: Tensor | None, embed: 
     check_coords(coords)
     if padding_mask is None:
         return
+    if padding_mask.is_meta:
+        raise ValueError("padding_mask is on the meta device, so which tiles are absent is not known: expected None")
     if padding_mask.dtype != torch.bool:
         raise TypeError(
             f"padding_mask has dtype {padding_mask.dtype}: expected torch.bool, True where a tile is absent"

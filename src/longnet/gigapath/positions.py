@@ -64,14 +64,14 @@ class Check:
 
 
 def check_cells(outside: Tensor) -> bool:
-    """Whether the check of :func:`cells` is left to the graph that torch traces: it has no values to look at yet.
+    """Whether the check of :func:`cells` is left to the graph that torch traces, or out on the meta device: there are no values.
 
     What is exported raises RuntimeError when it meets a tile outside of the grid.
     """
     if torch.compiler.is_exporting() or (is_traced() and not torch.compiler.is_compiling()):
         torch._assert_async(~outside, "coords: a tile is outside of the grid")
         return True
-    return False
+    return outside.is_meta
 
 
 def position_embedding(cell: Tensor, table: Tensor) -> Tensor:
