@@ -185,6 +185,32 @@ def test_the_check_sees_a_private_name() -> None:
     assert private_names(name, "from longnet.training.files import _write\nself._x = torch._C") == []
 
 
+# Where torch's operators are defined: they take flat arguments.
+FLAT = {("longnet", "runtime", "operators"), ("longnet", "attention", "operators")}
+
+
+def arguments_by_place(source: str) -> list[str]:
+    """Functions that take what it may be, by place (``*settings: Any``); autograd's own and wrappers (``*args``) apart."""
+    functions = [one for one in ast.walk(ast.parse(source)) if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return [
+        function.name
+        for function in functions
+        if (more := function.args.vararg) is not None
+        and more.arg != "args"
+        and isinstance(more.annotation, ast.Name)
+        and more.annotation.id == "Any"
+        and (not function.args.args or function.args.args[0].arg != "ctx")
+    ]
+
+
+def test_no_function_takes_a_tuple_of_settings() -> None:
+    # Methods in hf stand for transformers' own, whatever these take.
+    looked_at = [path for path in MODULES if NAMES[path] not in FLAT and NAMES[path][1] != "hf"]
+    found = {path: arguments_by_place(path.read_text(encoding="utf-8")) for path in looked_at}
+    assert {str(path): names for path, names in found.items() if names} == {}
+    assert arguments_by_place("def f(x, *settings: Any): ...\ndef g(ctx, *grads: Any): ...") == ["f"]
+
+
 @pytest.mark.parametrize(
     ("module", "source"),
     [

@@ -236,9 +236,15 @@ class DilatedAttention(nn.Module):
         )
 
 
-def _parse_pattern(segment_size: int | Sequence[int], dilation_rate: int | Sequence[int], *heads: Any) -> Pattern:
+def _parse_pattern(
+    segment_size: int | Sequence[int],
+    dilation_rate: int | Sequence[int],
+    head_offsets: HeadOffsets,
+    head_numbers: Sequence[int] | None,
+    heads: int,
+) -> Pattern:
     try:
-        return Pattern.parse(segment_size, dilation_rate, *heads)
+        return Pattern.parse(segment_size, dilation_rate, head_offsets, head_numbers, heads)
     except (TypeError, ValueError) as error:
         # Name the arguments as this constructor calls them.
         said = str(error).replace("segment_lengths", "segment_size").replace("dilation_rates", "dilation_rate")

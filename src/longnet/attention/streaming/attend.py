@@ -90,7 +90,7 @@ def _step(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, scale:
     return out
 
 
-def _check_transforms(*tensors: Any) -> None:
+def _check_transforms(*tensors: Tensor) -> None:
     """A cache is written to: it can hold neither a transform's tensors nor tangents."""
     refuse_tracing()
     if torch.compiler.is_compiling():
