@@ -134,8 +134,8 @@ def _backward(backend: Backend, saved: SavedForward, grad_out: Tensor, grad_lse:
         more = padded.length - length
         rows = (F.pad(grad_out, (0, 0, 0, more)), None if grad_lse is None else F.pad(grad_lse, (0, more)))
         mixed = (F.pad(saved.out, (0, 0, 0, more)), F.pad(saved.lse, (0, more), value=_FAR))
-        found = backend.kernels.backward(SavedForward(padded, *mixed), *rows)
-        for grad, x in zip(grads[:3], found, strict=False):
+        branch_grads = backend.kernels.backward(SavedForward(padded, *mixed), *rows)
+        for grad, x in zip(grads[:3], branch_grads, strict=False):
             grad += _cut_segments(x, branch, length)
     return grads
 

@@ -29,10 +29,10 @@ def module_names(layers: int, prefix: str = "", ours: str = "", **more: str) -> 
         prefix, ours: of torchscale's ``layers`` and of our ``blocks``, ``"encoder."`` say.
         more: modules (or parameters) outside of the stack, ours to theirs.
     """
-    found = dict(more)
+    names = dict(more)
     for layer in range(layers):
-        found |= {f"{ours}blocks.{layer}.{one}": f"{prefix}layers.{layer}.{other}" for one, other in _LAYER.items()}
-    return found
+        names |= {f"{ours}blocks.{layer}.{one}": f"{prefix}layers.{layer}.{other}" for one, other in _LAYER.items()}
+    return names
 
 
 def to_theirs(model: nn.Module, names: Mapping[str, str]) -> dict[str, Tensor]:
@@ -41,7 +41,7 @@ def to_theirs(model: nn.Module, names: Mapping[str, str]) -> dict[str, Tensor]:
     Raises:
         ValueError: a module that is not there, or that holds more than its own parameters: it was wrapped or has an adapter.
     """
-    found = {}
+    tensors = {}
     for ours, theirs in names.items():
         parent, _, name = ours.rpartition(".")
         try:
@@ -49,13 +49,13 @@ def to_theirs(model: nn.Module, names: Mapping[str, str]) -> dict[str, Tensor]:
         except AttributeError as error:
             raise ValueError(f"{ours} is not in the model ({error}): expected no wrapped or replaced blocks") from None
         if isinstance(one, nn.Parameter):
-            found[theirs] = one.detach()
+            tensors[theirs] = one.detach()
         elif one is not None:
             for name, tensor in one.state_dict().items():
                 if "." in name:
                     raise ValueError(f"{ours} holds {name}: torchscale has no such parameter, expected merged adapters")
-                found[f"{theirs}.{name}"] = tensor
-    return found
+                tensors[f"{theirs}.{name}"] = tensor
+    return tensors
 
 
 def load_theirs(model: nn.Module, weights: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
@@ -77,7 +77,7 @@ def load_theirs(model: nn.Module, weights: Mapping[str, Tensor], names: Mapping[
         if name in weights and weights[name].shape != tensor.shape
     ]
     lists = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
-    if said := "; ".join(f"{kind}: {', '.join(found)}" for kind, found in lists.items() if found):
+    if said := "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in lists.items() if keys):
         raise ValueError(f"weights do not fit the model; {said}")
     with torch.no_grad():
         for name, tensor in expected.items():

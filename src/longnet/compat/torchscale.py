@@ -31,7 +31,7 @@ def encoder_from_torchscale(
     scale_embedding: bool = False,
     xpos_scale_base: float = 512.0,
 ) -> LongNetEncoder:
-    """A ``LongNetEncoder`` of torchscale with sub-LayerNorm, as it comes by default; in evaluation mode.
+    """A ``LongNetEncoder`` of torchscale with sub-LayerNorm, its default; in evaluation mode.
 
     Without ``embed_tokens`` it takes embeddings only; without ``layer_norm`` (``normalize_output=False``) there is no last norm.
 
@@ -156,12 +156,12 @@ def to_torchscale(model: LongNetEncoder | LongNetLM | LongViT) -> dict[str, Tens
     if differing:
         said = ", ".join(f"{name}={getattr(config, name)!r}" for name in differing)
         raise ValueError(f"config has {said}: torchscale has no such LongNet")
-    found = to_theirs(model, _names(model))
+    weights = to_theirs(model, _names(model))
     if isinstance(model, LongNetLM) and model.head is None:
-        found["output_projection.weight"] = found["embed_tokens.weight"]
+        weights["output_projection.weight"] = weights["embed_tokens.weight"]
     if config.use_xpos:
-        found |= {f"layers.{layer}.{_XPOS}": _xpos_scale(config.head_dim) for layer in range(config.layers)}
-    return found
+        weights |= {f"layers.{layer}.{_XPOS}": _xpos_scale(config.head_dim) for layer in range(config.layers)}
+    return weights
 
 
 class NoNorm(nn.Module):
@@ -210,7 +210,7 @@ def _config(
     table = weights.get("embed_tokens.weight")
     has_xpos = f"{layers}0.{_XPOS}" in weights
     return LongNetConfig(
-        # Without a vocabulary there still is a table, of one token that nobody asks for.
+        # Without a vocabulary there still is a table, of one token that is never read.
         vocab_size=table.shape[0] if isinstance(table, Tensor) else 1,
         dim=hidden.shape[1],
         heads=heads,
@@ -226,11 +226,11 @@ def _config(
 
 
 def _tensor(weights: Mapping[str, Tensor], name: str, dimensions: int) -> Tensor:
-    found = weights.get(name)
-    if not isinstance(found, Tensor) or found.dim() != dimensions:
-        said = "missing" if found is None else f"{tuple(getattr(found, 'shape', ()))}"
+    tensor = weights.get(name)
+    if not isinstance(tensor, Tensor) or tensor.dim() != dimensions:
+        said = "missing" if tensor is None else f"{tuple(getattr(tensor, 'shape', ()))}"
         raise ValueError(f"weights[{name!r}] is {said}: expected a tensor of {dimensions} dimensions")
-    return found
+    return tensor
 
 
 def _finish(

@@ -1,7 +1,7 @@
-"""What slides of one size launch on a GPU, captured as CUDA graphs and replayed: a short slide otherwise waits for Python.
+"""CUDA graphs of the encoder, one for each size of slide: at short slides it is limited by launch overhead.
 
 Torch's own graphs of compiled functions (``mode="reduce-overhead"``) hand out gradients that lie in a graph's memory, where the
-next replay overwrites them: gradients of several slides do not add up. Here whatever leaves a graph is copied.
+next replay overwrites them: gradients of several slides do not add up. Here all that leaves a graph is copied.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from longnet.runtime.autocast import autocast_dtype
 
-# Sizes of slides that a model keeps graphs of, the last ones that came.
+# How many graphs a model keeps: those of the sizes that came last.
 _MOST = 8
 # Calls before a capture: what is made or compiled once is made then.
 _WARM_CALLS = 3
@@ -44,15 +44,15 @@ class Replays:
         where = tuple((one.data_ptr(), one.requires_grad) for one in parameters)
         key = (settings, mode, x.shape, x.dtype, x.device, x.requires_grad, where)
         known = self._by_model.setdefault(model, OrderedDict())
-        found = known.get(key)
-        if found is None:
+        captured = known.get(key)
+        if captured is None:
             with torch.cuda.device(x.device), _stand_ins(model):
-                found = known[key] = Captured(function, x, list(model.parameters()))
+                captured = known[key] = Captured(function, x, list(model.parameters()))
             if len(known) > _MOST:
                 known.popitem(last=False)
         known.move_to_end(key)
         # The graph's memory still holds what the backward pass of the slide before needs.
-        return function(x) if found.waiting else found(x, parameters)
+        return function(x) if captured.waiting else captured(x, parameters)
 
     def forget(self, model: nn.Module) -> None:
         """Give back the memory of a model's graphs."""
@@ -64,7 +64,7 @@ class _Turn:
 
 
 class Captured:
-    """``function(x)`` for x of one shape, and its gradients where some are wanted."""
+    """``function(x)`` for x of one shape, and its gradients where some are needed."""
 
     def __init__(self, function: Run, x: Tensor, parameters: Sequence[Tensor]) -> None:
         """Run and capture it; the parameters have no part in any other pass, see :func:`_stand_ins`."""
@@ -72,30 +72,30 @@ class Captured:
         self._function = function
         self._x = x.detach().clone().requires_grad_(x.requires_grad and torch.is_grad_enabled())
         inputs = (self._x, *parameters)
-        wanted = [one for one in inputs if one.requires_grad] if torch.is_grad_enabled() else []
-        self._differentiates = bool(wanted)
+        differentiated = [one for one in inputs if one.requires_grad] if torch.is_grad_enabled() else []
+        self._differentiates = bool(differentiated)
         self._turn: weakref.ref[_Turn] | None = None
         current, side = torch.cuda.current_stream(x.device), torch.cuda.Stream(x.device)
         side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(_WARM_CALLS):
                 outs = function(self._x)
-                if wanted:
-                    _gradients(outs, wanted, [torch.zeros_like(out) for out in outs])
+                if differentiated:
+                    _gradients(outs, differentiated, [torch.zeros_like(out) for out in outs])
                 del outs
         current.wait_stream(side)
         self._forward = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._forward):
             outs = function(self._x)
         self._outs = [out.detach() for out in outs]
-        # Results that depend on nothing whose gradient is wanted.
+        # Results that depend on nothing whose gradient is needed.
         self._without = [place for place, out in enumerate(outs) if not out.requires_grad]
-        if not wanted:
+        if not differentiated:
             return
         self._upstream = [torch.zeros_like(out) for out in self._outs]
         self._backward = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._backward, pool=self._forward.pool()):
-            grads = _gradients(outs, wanted, self._upstream)
+            grads = _gradients(outs, differentiated, self._upstream)
         self._grads = [grad.detach() for grad in grads if grad is not None]
         given = iter(range(len(self._grads)))
         places = iter([None if grad is None else next(given) for grad in grads])
@@ -194,7 +194,7 @@ def _stand_ins(model: nn.Module) -> Iterator[None]:
 
 def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies, those of one dtype made by one launch into one block of memory."""
-    found: list[Tensor] = list(tensors)
+    copies: list[Tensor] = list(tensors)
     for dtype in {one.dtype for one in tensors}:
         places = [place for place, one in enumerate(tensors) if one.dtype == dtype]
         same = [tensors[place] for place in places]
@@ -202,5 +202,5 @@ def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
         parts = [part.view(one.shape) for part, one in zip(block.split([x.numel() for x in same]), same, strict=True)]
         torch._foreach_copy_(parts, same)
         for place, part in zip(places, parts, strict=True):
-            found[place] = part
-    return found
+            copies[place] = part
+    return copies

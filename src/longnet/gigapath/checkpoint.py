@@ -18,12 +18,12 @@ def read_weights(source: str | Path | Mapping[str, object]) -> Mapping[str, Tens
     Raises:
         TypeError: something else. ValueError: a file that is neither. OSError: a file that cannot be read.
     """
-    found: Any = load_tensors(Path(source)) if isinstance(source, str | Path) else source
-    if isinstance(found, Mapping) and isinstance(found.get("model"), Mapping):
-        found = found["model"]
-    if not isinstance(found, Mapping):
-        raise TypeError(f"{source!r} holds a {type(found).__name__}: expected tensors by name, or a file of them")
-    return found
+    weights: Any = load_tensors(Path(source)) if isinstance(source, str | Path) else source
+    if isinstance(weights, Mapping) and isinstance(weights.get("model"), Mapping):
+        weights = weights["model"]
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"{source!r} holds a {type(weights).__name__}: expected tensors by name, or a file of them")
+    return weights
 
 
 def load_tensors(path: Path) -> Any:

@@ -246,12 +246,12 @@ class SlideEncoder(Encoder):
         order: list[Tensor] = []
         for rows, place in batched_slides(padding_mask):
             order.append(rows)
-            for found, one in zip(outcomes, self._encode(x[rows, place], coords[rows, place], chosen), strict=True):
-                found.append(one)
+            for parts, part in zip(outcomes, self._encode(x[rows, place], coords[rows, place], chosen), strict=True):
+                parts.append(part)
         if not order:
-            return [found[0] for found in outcomes]
+            return [parts[0] for parts in outcomes]
         back = torch.cat(order, dim=0).flatten().argsort()
-        return [torch.cat(found[1:])[back] for found in outcomes]
+        return [torch.cat(parts[1:])[back] for parts in outcomes]
 
     @torch.no_grad()
     def attention_weights(self, x: Tensor, coords: Tensor, padding_mask: Tensor | None = None) -> Tensor:
@@ -269,9 +269,9 @@ class SlideEncoder(Encoder):
         kind = torch.promote_types(self.cls_token.dtype, torch.float32)
         weights = x.new_zeros(len(self.blocks), x.shape[0], self.config.heads, x.shape[1], dtype=kind)
         for rows, place in batched_slides(padding_mask):
-            found = self._weights(x[rows, place], coords[rows, place])
+            some = self._weights(x[rows, place], coords[rows, place])
             for number, row in enumerate(rows.flatten().tolist()):
-                weights[:, row].index_copy_(2, place[number], found[:, number])
+                weights[:, row].index_copy_(2, place[number], some[:, number])
         return weights
 
     def _encode(self, x: Tensor, coords: Tensor, layers: Layers) -> list[Tensor]:
@@ -293,17 +293,17 @@ class SlideEncoder(Encoder):
         length, device = 1 + x.shape[1], x.device
         x, outside = embed(self, Slide(x, coords, self._table(device), None, None))
         Check(outside).finish(coords, self.tile_size, self.slide_ngrids)
-        found: list[Tensor] = []
+        weights: list[Tensor] = []
         for number, block in enumerate(self.blocks, 1):
             attention = block.attention
             times = log_times(attention.pattern, attention.heads, length, device, kind)  # type: ignore[union-attr, arg-type]
 
             def record(query: Tensor, key: Tensor, times: Tensor = times) -> None:
-                found.append(first_token_weights(query, key, times)[:, :, 1:])
+                weights.append(first_token_weights(query, key, times)[:, :, 1:])
 
             last = number == len(self.blocks) and gives_first_row(block)
             x = block(x, times=times, record=record) if last else block(x, record=record)
-        return torch.stack(found)
+        return torch.stack(weights)
 
     def _table(self, device: torch.device) -> Tensor:
         return axis_table(self.slide_ngrids, self.config.dim // 2, self.cls_token.dtype, device)

@@ -1,8 +1,8 @@
 """The layers of the slide encoder: attention, and what happens to each token by itself before it and after it.
 
-Training memory. Of a layer of C channels, fp16 autocast keeps for the backward pass, in bytes per token and channel: x 4 (the
-residual stream is float32), its norm 2, q, k, v 6, the attention's result 2; 14 in all, and 4 bytes per token and head. What
-comes after attention (inner norm, output projection, feed-forward) is computed again, in chunks of tokens, from x and the
+Training memory. Under fp16 autocast a layer keeps for the backward pass, in bytes per token and channel: x 4 (the residual
+stream is float32), its norm 2, q, k, v 6, the attention's result 2; 14 in all, and 4 bytes per token and head. What comes
+after attention (inner norm, output projection, feed-forward) is computed again, in chunks of tokens, from x and the
 attention's result. To keep what its matrix products give adds 2 for the output projection and 4 * 2 for ``fc1``; to keep
 everything 6 for the inner norm, 4 for x, 4 * (2 + 2 + 4 + 2) for the feed-forward, and dropout's masks, 2; compiled layers keep
 the masks always. On a GPU these norms' results are not kept, see :mod:`longnet.nn.projections`: 12 in all.
@@ -157,24 +157,24 @@ class SlideBlock(Block):
             return None, None
         shape = (2, x.shape[0], tokens, x.shape[2])
         if can_draw(x.device):
-            kept = keep_masks(shape, self.dropout.p, x.device)
+            keep = keep_masks(shape, self.dropout.p, x.device)
         else:
-            kept = torch.rand(shape, device=x.device) >= self.dropout.p
-        return kept[0], kept[1]
+            keep = torch.rand(shape, device=x.device) >= self.dropout.p
+        return keep[0], keep[1]
 
-    def _drop(self, branch: Tensor, kept: Tensor | None) -> Tensor:
-        """The block's dropout, of a mask that is there already or else drawn here."""
-        if kept is None:
+    def _drop(self, branch: Tensor, keep: Tensor | None) -> Tensor:
+        """The block's dropout: by the mask ``keep``, or by one that is drawn here."""
+        if keep is None:
             dropped: Tensor = self.dropout(branch)
             return dropped
-        return branch * kept * (1.0 / (1.0 - self.dropout.p)) if self.dropout.p < 1.0 else branch * 0.0
+        return branch * keep * (1.0 / (1.0 - self.dropout.p)) if self.dropout.p < 1.0 else branch * 0.0
 
     def _scales(self, x: Tensor) -> Scales:
         """For each of the two branches 0 or 1 / (1 - p) for every sample, (B, 1, 1); None where nothing is dropped."""
         if self.drop_path == 0.0 or not self.training:
             return None, None
-        kept = torch.rand(2, x.shape[0], 1, 1, device=x.device) >= self.drop_path
-        first, second = (kept.to(x.dtype) / (1.0 - self.drop_path)).unbind()
+        keep = torch.rand(2, x.shape[0], 1, 1, device=x.device) >= self.drop_path
+        first, second = (keep.to(x.dtype) / (1.0 - self.drop_path)).unbind()
         return first, second
 
 

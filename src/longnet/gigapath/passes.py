@@ -77,14 +77,14 @@ def encode(model: Encoder, slide: Slide, layers: Layers) -> list[Tensor]:
     function = partial(_call, run, weakref.ref(model), slide.read, slide.times, pooled, hooks)
     graphed = model.compiled and model.cuda_graphs and on_gpu and slide.tiles.shape[1] <= MOST_GRAPHED_TILES
     if graphed and _replays_all(model):
-        found = REPLAYS.run(model, (pooled, _settings(model)), function, x)
+        states = REPLAYS.run(model, (pooled, _settings(model)), function, x)
     else:
-        found = function(x)
+        states = function(x)
     if check is not None and on_gpu:
         check.finish(slide.coords, model.tile_size, model.slide_ngrids)
     if layers is None:
-        return found
-    by_layer = dict(zip(sorted(set(layers)), found, strict=True))
+        return states
+    by_layer = dict(zip(sorted(set(layers)), states, strict=True))
     return [by_layer[layer] for layer in layers]
 
 
@@ -107,7 +107,7 @@ def _settings(model: Encoder) -> Hashable:
 
 def _hooks(model: Encoder) -> str:
     """The hooks of all modules within: torch.compile does not notice by itself that there are others than before."""
-    hooks = [(number, found) for number, module in enumerate(model.modules()) if (found := hooks_of(module))]
+    hooks = [(number, some) for number, module in enumerate(model.modules()) if (some := hooks_of(module))]
     return str(hooks) if hooks else ""
 
 
@@ -139,7 +139,7 @@ def read_out(
 
     Args:
         pooled: whether to read out the embedding and each layer's result, up to the last layer that is computed; None as in
-            :func:`encode`. Of numbers torch.compile would make symbols.
+            :func:`encode`. Flags, because torch.compile would make symbols of numbers.
     """
     _depend_on(hooks)
     pool = _mean_of_tiles if model.global_pool else _class_token
@@ -185,7 +185,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     One compilation serves slides of any size. They are compiled apart: the GPU begins with the one while the other's arguments
     are looked at.
     """
-    # torch 2.11 gets the room for norms' gradients wrong where the number of rows is an expression; it gains nothing here.
+    # torch 2.11 makes the buffer of norms' gradients too small where the number of rows is an expression; it gains nothing here.
     return compile_for_any_size(function, options={"triton.mix_order_reduction": False})
 
 

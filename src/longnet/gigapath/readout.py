@@ -33,7 +33,7 @@ def first_token_weights(query: Tensor, key: Tensor, times: Tensor) -> Tensor:
         return (scores + times).softmax(-1)
 
 
-# Of one length at a time.
+# One length is in use at a time.
 @tensor_cache(2)
 def read_by_first_token(pattern: Pattern, heads: int, length: int, device: torch.device) -> Tensor:
     """The positions whose keys the first token sees in some head, rising, itself among them: no other is ever read."""
@@ -44,7 +44,7 @@ def read_by_first_token(pattern: Pattern, heads: int, length: int, device: torch
         return read.nonzero().squeeze(1).to(device)
 
 
-# Of one length at a time, for all layers.
+# One length is in use at a time, by all layers.
 @tensor_cache(2)
 def log_times(
     pattern: Pattern, heads: int, length: int, device: torch.device, dtype: torch.dtype, some: bool = False
@@ -57,7 +57,7 @@ def log_times(
     with torch.inference_mode(False), torch.no_grad():
         times = torch.zeros(heads, length, device=device, dtype=dtype)
         place = torch.arange(length, device=device)
-        # Of the longest sequence: a length that torch traces has no value to compare.
+        # The longest sequence stands for all: a length that torch traces has no value to compare.
         for keys in first_keys(pattern, heads, sys.maxsize):
             times[list(keys.heads)] += (place < keys.end) & (place % keys.step == 0)
         times = times.log_()

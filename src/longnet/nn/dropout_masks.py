@@ -30,8 +30,8 @@ def keep_masks(shape: Sequence[int], probability: float, device: torch.device) -
         device: of a GPU, with triton: see :func:`can_draw`.
     """
     seed = torch.randint(0, 1 << 62, (1,), device=device)
-    kept: Tensor = _draw(seed, list(shape), round(probability * STEPS))
-    return kept
+    mask: Tensor = _draw(seed, list(shape), round(probability * STEPS))
+    return mask
 
 
 def can_draw(device: torch.device) -> bool:
@@ -44,11 +44,11 @@ def _run(seed: Tensor, shape: Sequence[int], threshold: int) -> Tensor:
     for size in shape:
         count *= size
     groups = -(-count // 8)
-    room = torch.empty(groups, dtype=torch.int64, device=seed.device)
+    bits = torch.empty(groups, dtype=torch.int64, device=seed.device)
     if count:
         with torch.cuda.device_of(seed):
-            _launch(groups, threshold, seed.device).run((seed, room), ())
-    return room.view(torch.bool)[:count].view(shape)
+            _launch(groups, threshold, seed.device).run((seed, bits), ())
+    return bits.view(torch.bool)[:count].view(shape)
 
 
 # One entry per size.

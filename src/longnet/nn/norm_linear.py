@@ -1,4 +1,4 @@
-"""A layer norm and the projections that read it, as one step of autograd: the norm's result is not kept.
+"""A layer norm and the projections that read it, as one step of autograd: the norm's result is not saved.
 
 A projection's gradient of its weight needs what it read. The kernel of the norm's backward pass has that in registers, and
 writes it again. Gradients of biases are sums of columns, of which torch.compile makes slow kernels.
@@ -111,8 +111,8 @@ class _NormedLinear(torch.autograd.Function):
         kinds = ctx.types
         # torch.compile removes unused gradients.
         if not torch.compiler.is_compiling():
-            wanted = ctx.needs_input_grad[-len(kinds) :]
-            kinds = [kind if needed else None for kind, needed in zip(kinds, wanted, strict=True)]
+            needs_grad = ctx.needs_input_grad[-len(kinds) :]
+            kinds = [kind if needed else None for kind, needed in zip(kinds, needs_grad, strict=True)]
         given, rows = [grad.flatten(0, -2) for grad in grads], normed.flatten(0, -2)
         pairs = list(zip(given, kinds[: len(given)], kinds[len(given) :], strict=True))
         of_weights = [None if kind is None else (grad.t() @ rows).to(kind) for grad, kind, _ in pairs]

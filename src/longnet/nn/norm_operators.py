@@ -22,7 +22,7 @@ from longnet.runtime.triton_support import HAS_TRITON, power_of_two
 
 DTYPES = (torch.bfloat16, torch.float16)
 
-# A row is up to so many parts of so many channels.
+# The most parts of a row, and the channels of each.
 _MOST_PARTS = 4
 _WIDTHS = (256, 512, 1024, 2048, 4096)
 _LARGEST_ROW = 8192
@@ -63,8 +63,8 @@ def norm_backward(
         x: (..., C), of any dtype.
         beside: what x's gradient is besides, of x's shape and dtype; None for nothing.
     """
-    found: tuple[Tensor, Tensor, Tensor] = _backward(grads, x, weight, bias, beside, eps, gelu)
-    return found
+    grads_of: tuple[Tensor, Tensor, Tensor] = _backward(grads, x, weight, bias, beside, eps, gelu)
+    return grads_of
 
 
 def column_sums(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -95,7 +95,7 @@ def _run_backward(
     types = (x.dtype, weight.dtype, bias.dtype, None if beside is None else x.dtype, *[grad.dtype for grad in grads])
     launch = _launch("norm_backward", x.shape, (eps, gelu), types, x.device)
     with torch.cuda.device_of(x):
-        # Of each program what its rows give to the gradients of weight and bias.
+        # What the rows of each program add to the gradients of weight and bias.
         sums = x.new_empty(2, launch.programs, x.shape[-1], dtype=torch.float32)
         launch.run((grads, x, weight.contiguous(), bias.contiguous(), beside, grad_x, normed, sums), ())
     return grad_x, normed, sums.sum(1)

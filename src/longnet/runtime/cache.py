@@ -1,4 +1,4 @@
-"""Tensors that depend on shapes alone: made when they are first asked for, and kept for later calls.
+"""Tensors that depend on shapes alone: made when they are first needed, and cached for later calls.
 
 On a GPU three things can go wrong with such a tensor. Another stream may ask for it before it is there, so an event says when it
 will be. While torch warms up for a CUDA graph, what this thread allocates lies in the graph's own memory, which is used again
@@ -72,34 +72,34 @@ class GraphSafeCache:
             return self._get_on_cuda(key, make)
 
     def _find(self, key: Hashable, make: Callable[[], _Made]) -> _Made:
-        found = self._made.get(key) or self._captured.get(key)
-        if found is None:
-            found = self._made[key] = make()
+        entry = self._made.get(key) or self._captured.get(key)
+        if entry is None:
+            entry = self._made[key] = make()
             if len(self._made) > self._most:
                 self._made.popitem(last=False)
         elif key in self._made:
             self._made.move_to_end(key)
-        return found
+        return entry
 
     def _get_on_cuda(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
         capturing = torch.cuda.is_current_stream_capturing()
         if capturing and key not in self._made and key not in self._captured:
             # The graph makes it itself, at every replay.
             return make()
-        found = self._find(key, lambda: _elsewhere(make))
+        entry = self._find(key, lambda: _elsewhere(make))
         if capturing:
-            self._captured[key] = found
-            if found.ready is not None:
-                torch.cuda.current_stream().wait_event(found.ready)
-            return found.tensor
-        if found.ready is not None:
-            if found.ready.query():
-                found.ready = None
+            self._captured[key] = entry
+            if entry.ready is not None:
+                torch.cuda.current_stream().wait_event(entry.ready)
+            return entry.tensor
+        if entry.ready is not None:
+            if entry.ready.query():
+                entry.ready = None
             else:
-                torch.cuda.current_stream().wait_event(found.ready)
+                torch.cuda.current_stream().wait_event(entry.ready)
         # Given up, its memory must not be used again before this stream has read it.
-        found.tensor.record_stream(torch.cuda.current_stream())
-        return found.tensor
+        entry.tensor.record_stream(torch.cuda.current_stream())
+        return entry.tensor
 
 
 def _elsewhere(make: Callable[[], Tensor]) -> _Made:
@@ -109,9 +109,9 @@ def _elsewhere(make: Callable[[], Tensor]) -> _Made:
     def inside() -> _Made:
         with torch.cuda.stream(stream):
             # A graph that is captured later may wait for it.
-            found = _Made(make(), torch.cuda.Event(external=True))
-            found.ready.record()  # type: ignore[union-attr]
-        return found
+            entry = _Made(make(), torch.cuda.Event(external=True))
+            entry.ready.record()  # type: ignore[union-attr]
+        return entry
 
     with ThreadPoolExecutor(max_workers=1) as thread:
         return thread.submit(inside).result()

@@ -20,7 +20,7 @@ _BASE = 10_000.0
 _GAMMA = 0.4
 # |log zeta| of the slowest channel, the one whose scale grows fastest.
 _STEEPEST = math.log((1 + _GAMMA) / _GAMMA)
-# The largest exponent a scale may reach: float32's and bfloat16's range with room for the values themselves.
+# The largest exponent a scale may reach: float32's and bfloat16's range, less that of the values themselves.
 _LIMIT = 81.0
 # float16's.
 _HALF_LIMIT = 8.0
@@ -39,7 +39,7 @@ class Positions(NamedTuple):
         whole: tokens of the sequence that they are part of.
         in_document: (N,) int64, each token's position in its document, where several are packed into one row. None for one.
         longest: tokens of the longest of these documents.
-        streaming: the sequence goes on, nobody knows how far.
+        streaming: the sequence goes on, and its end is not known.
         counter: ``start`` as a () int64 tensor, which a captured CUDA graph reads anew at every replay.
     """
 
