@@ -1,8 +1,8 @@
 """Tables of the documents, written from committed results: between ``<!-- table: NAME FILE -->`` and ``<!-- end -->``.
 
-NAME is a table's title in lower case with dashes (``speed``, ``gigapaths-shape``): the columns that a README shows; with
-``/all`` behind it every column, and the notes. ``header`` is the line with commit, versions and device, ``summary`` says
-which limits are missed. FILE is a path from the root of the checkout.
+NAME is a table's title in lower case with dashes (``speed``, ``gigapaths-shape``); with ``/all`` behind it the notes follow.
+``header`` is the line with commit, versions and device, ``summary`` says which limits are missed. FILE is a path from the
+root of the checkout.
 """
 
 from __future__ import annotations
@@ -63,9 +63,7 @@ def table(name: str, file: Path) -> str:
     by_name = {slug(one.title): one for one in report.tables(result)}
     if title not in by_name:
         raise BadMarker(f"{file.name} has no table {title!r}: expected header, summary or one of {', '.join(by_name)}")
-    if not rest:
-        return by_name[title].markdown(brief=True)
-    notes = "\n".join(f"- {note}" for note in by_name[title].notes)
+    notes = "\n".join(f"- {note}" for note in by_name[title].notes) if rest else ""
     return "\n\n".join(filter(None, (by_name[title].markdown(), notes)))
 
 

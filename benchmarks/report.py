@@ -1,20 +1,93 @@
-"""Every kind of result as tables: what is printed and what stands in the documents is computed from the JSON alone."""
+"""Every kind of result as tables: what is printed and what stands in the documents is computed from the JSON alone.
+
+A table is data: columns are templates that every row, a record and the figures computed from it, fills.
+"""
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from statistics import fmean, median
+from typing import Any
 
 from benchmarks import verdicts
 from benchmarks.cases import Record
-from benchmarks.table import Row, Table, table
 from benchmarks.timing import quartiles
-from benchmarks.verdicts import Verdict, factor, on_gpu, pass_name
+from benchmarks.verdicts import Verdict, factor, on_gpu, records
 
-Cells = dict[str, str]
-_NONE, _MIB, _GIB = "-", 2**20, 2**30
-_REFERENCES = {"same_flop": "same-FLOP kernel", "dense": "dense cuDNN"}
-_CHECKED = ("noise", "speed", "memory", "gigapath", "growth", "longest", "stream")
+Row = tuple[str, ...]
+Columns = dict[str, str]
+_UNITS = {"ms": 1e3, "us": 1e6, "MB": 1e-6, "GB": 1e-9, "MiB": 2**-20, "GiB": 2**-30}
+_NAMES = {"forward_backward": "fwd+bwd", "same_flop": "same-FLOP kernel", "dense": "dense cuDNN"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text."""
+
+    title: str
+    columns: Row
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+    def markdown(self) -> str:
+        """The table alone, without its title and notes."""
+        lines = (self.columns, ("---",) * len(self.columns), *self.rows)
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+    def plain(self) -> str:
+        """For a terminal: the title, aligned columns, the notes."""
+        widths = [max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
+        lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in (self.columns, *self.rows))
+        return "\n".join((self.title, *lines, *self.notes))
+
+
+class _Template(string.Formatter):
+    """``{seconds:.1f ms}``: the median of a list, in a unit; without a number, three digits.
+
+    ``quartiles`` and ``count`` are formats of a list. None, and a field that a row lacks, is a dash.
+    """
+
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
+        try:
+            return super().get_field(field_name, args, kwargs)
+        except KeyError:
+            return None, field_name
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if value is None:
+            return "-"
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        if isinstance(value, str):
+            return _NAMES.get(value, value)
+        if format_spec == "count":
+            return str(len(value))
+        if format_spec.startswith("quartiles "):
+            low, _, high = (self.format_field(one, format_spec.removeprefix("quartiles ")) for one in quartiles(value))
+            return f"{low} to {high}"
+        value = median(value) if isinstance(value, list) else value
+        form, _, unit = format_spec.rpartition(" ")
+        if unit not in _UNITS:
+            return format(value, format_spec)
+        value *= _UNITS[unit]
+        return format(value, form or (".3g" if value < 100 else ".0f"))
+
+
+_fill = _Template().vformat
+_JUDGED = {"limit": "{limit:.4g}", "verdict": "{verdict}"}
+_SHARE = {"limit": "{limit:.0%}", "verdict": "{verdict}"}
+_CPU_CELL = {"N": "{case[length]}", "dtype": "{case[dtype]}", "pass": "{pass}"}
+_GPU_CELL = {"N": "{case[length]:,}", "D": "{case[head_dim]}", "causal": "{case[is_causal]}", "pass": "{pass}"}
+_WHERE = "N={case[length]} D={case[head_dim]} causal {case[is_causal]} {pass}"
+
+
+def table(title: str, columns: Columns, rows: Iterable[Record], *notes: str) -> Table:
+    """``columns``: by title, the template that each row fills."""
+    cells = tuple(tuple(_fill(form, (), row) for form in columns.values()) for row in rows)
+    return Table(title, tuple(columns), cells, notes)
 
 
 def header(result: Record) -> str:
@@ -27,7 +100,7 @@ def header(result: Record) -> str:
         return f"{sha}; torch {versions['torch']}, {model}"
     if on_gpu(result):
         listed = ", ".join(f"{name} {versions[name]}" for name in ("longnet", "torch", "triton", "cuda", "cudnn"))
-        size = f"{device['multiprocessors']} multiprocessors, {device['memory_bytes'] / _GIB:.0f} GiB"
+        size = f"{device['multiprocessors']} multiprocessors, {device['memory_bytes'] / 2**30:.0f} GiB"
         return f"{sha}, {result['date']}; {listed}; {device['model']} ({size})"
     return (
         f"{sha}, {result['date']}; longnet {versions['longnet']}, torch {versions['torch']}, "
@@ -39,22 +112,9 @@ def header(result: Record) -> str:
 def tables(result: Record) -> list[Table]:
     """Every section that the run covered."""
     if "kind" in result:
-        return list(_KINDS.get(result["kind"], lambda result: [])(result))
-    makers: dict[str, Callable[[Record], Table]] = {
-        "checks": _checks,
-        "noise": _noise,
-        "ceilings": _ceilings,
-        "speed": _speed,
-        "memory": _memory,
-        "import": _import,
-        "gigapath": _gigapath,
-        "growth": _growth,
-        "longest": _longest,
-        "stream": _stream if on_gpu(result) else _reading,
-    }
-    made = [make(result) for section, make in makers.items() if result.get(section)]
-    if not on_gpu(result) and result.get("stream"):
-        made.append(_prefix(result))
+        return _KINDS.get(result["kind"], lambda result: [])(result)
+    makers = _GPU_TABLES if on_gpu(result) else _CPU_TABLES
+    made = [make(result) for section, make in makers if result.get(section)]
     if result.get("memory_why_not"):
         made.append(Table("Memory", ("not measured",), ((result["memory_why_not"],),)))
     return made
@@ -65,11 +125,11 @@ def summary(result: Record) -> Iterator[str]:
     if "kind" not in result:
         yield from verdicts.summary(result)
         return
-    judged = [table for table in tables(result) if "verdict" in table.columns]
-    for one in judged:
-        said = [(row[0], row[one.columns.index("verdict")]) for row in one.rows]
-        missed = [f"missed: {name}" for name, verdict in said if verdict == "missed"]
-        yield from missed or ["all limits reached"] * any(verdict == "reached" for _, verdict in said)
+    for one in tables(result):
+        if "verdict" in one.columns:
+            said = [(row[0], row[one.columns.index("verdict")]) for row in one.rows]
+            missed = [f"missed: {name}" for name, verdict in said if verdict == "missed"]
+            yield from missed or ["all limits reached"] * any(verdict == "reached" for _, verdict in said)
 
 
 def markdown(result: Record) -> str:
@@ -85,45 +145,25 @@ def plain(result: Record) -> str:
     return "\n\n".join([header(result), *(one.plain() for one in tables(result)), "\n".join(summary(result))])
 
 
-def judged_ratio(ratio: float, limit: float) -> str:
-    return "reached" if ratio <= limit else "missed"
+def _judged(verdict: Verdict | None) -> Record:
+    """The fields of a row that say whether a limit is reached."""
+    fields = (None,) * 3 if verdict is None else (verdict.value, verdict.limit, str(verdict))
+    return dict(zip(("value", "limit", "verdict"), fields, strict=True))
 
 
-def _verdict(verdict: Verdict | None, form: str = ".4g", prefix: str = "") -> Cells:
-    shown = (_NONE, _NONE) if verdict is None else (format(verdict.limit, form), str(verdict))
-    return dict(zip((f"{prefix}limit", f"{prefix}verdict"), shown, strict=True))
+def _rows(
+    result: Record, section: str, judge: verdicts.Judge | None = None, **figures: Callable[[Record], Any]
+) -> Iterator[Record]:
+    """The records of a section, each with its verdict and further figures."""
+    for record in records(result, section):
+        judged = {} if judge is None else _judged(judge(result, record))
+        yield record | judged | {name: figure(record) for name, figure in figures.items()}
 
 
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g}" if seconds < 0.1 else f"{seconds * 1e3:.0f}"
-
-
-def _tenths(seconds: Iterable[float]) -> str:
-    return f"{median(seconds) * 1e3:.1f}"
-
-
-def _causal(record: Record) -> str:
-    return "yes" if record["case"]["is_causal"] else "no"
-
-
-def _cell(result: Record, record: Record) -> Cells:
-    """The first columns of a table of cells."""
-    case = record["case"]
-    if not on_gpu(result):
-        return {"N": str(case["length"]), "dtype": case["dtype"], "pass": pass_name(record)}
-    cells = {"N": f"{case['length']:,}", "D": str(case["head_dim"]), "causal": _causal(record)}
-    return cells | {"pass": pass_name(record)}
-
-
-def _where(record: Record) -> str:
-    case = record["case"]
-    return f"N={case['length']} D={case['head_dim']} causal {_causal(record)} {pass_name(record)}"
-
-
-def _peers(result: Record, section: str | None = None) -> list[str]:
-    """Other implementations that were loaded, in a section: that it has a figure of."""
+def _peers(result: Record, section: str) -> list[str]:
+    """Other implementations that were loaded and of which the section has a figure; all that were loaded for speed."""
     names = [peer["name"] for peer in result["peers"] if peer["why_not"] is None]
-    return [name for name in names if section is None or any(name in one["beside"] for one in result[section])]
+    return [name for name in names if section == "speed" or any(name in one["beside"] for one in result[section])]
 
 
 def _pattern(record: Record) -> str:
@@ -131,68 +171,74 @@ def _pattern(record: Record) -> str:
     return f"segments {' at rates '.join(lists)}"
 
 
+def _errors(errors: Record, form: str) -> str:
+    return ", ".join(f"{name} {error:{form}}" for name, error in errors.items())
+
+
+def _worst(checks: Iterable[Record]) -> Record:
+    return max(checks, key=lambda check: check["error"] / check["allowed"])
+
+
 def _checks(result: Record) -> Table:
-    every = list(result["checks"])
-    for section in _CHECKED:
-        every += [check for record in result.get(section) or () for check in record.get("checks", ())]
-    worst = max(every, key=lambda check: check["error"] / check["allowed"])
-    cells = {"checks": str(len(every)), "nearest to its limit": worst["what"], "error": f"{worst['error']:.2g}"}
-    return table("Checks against the float64 definition, all passed", [cells | {"allowed": f"{worst['allowed']:.2g}"}])
+    sections = ("noise", "speed", "memory", "gigapath", "growth", "longest", "stream")
+    every = [check for name in sections for one in records(result, name) for check in one.get("checks", ())]
+    every = [*result["checks"], *every]
+    columns = {
+        "checks": "{count}",
+        "nearest to its limit": "{what}",
+        "error": "{error:.2g}",
+        "allowed": "{allowed:.2g}",
+    }
+    row = _worst(every) | {"count": len(every)}
+    return table("Checks against the float64 definition, all passed", columns, [row])
 
 
 def _noise(result: Record) -> Table:
-    def row(record: Record) -> Cells:
+    columns = {
+        "N": "{case[length]}", "dtype": "{case[dtype]}", "runs": "{seconds[first]:count} + {seconds[second]:count}",
+        "median ms": "{both:.1f ms}", "ratio of its two medians": "{ratio:.3f}",
+        "(max - min) / median": "{spread:.1%}",
+    }  # fmt: skip
+    rows = []
+    for record in result["noise"]:
         first, second = record["seconds"]["first"], record["seconds"]["second"]
-        both = first + second
-        return {
-            "N": str(record["case"]["length"]), "dtype": record["case"]["dtype"],
-            "runs": f"{len(first)} + {len(second)}", "median ms": _tenths(both),
-            "ratio of its two medians": f"{median(second) / median(first):.3f}",
-            "(max - min) / median": f"{(max(both) - min(both)) / median(both):.1%}",
-        }  # fmt: skip
-
-    return table("Noise: one and the same forward timed as two", map(row, result["noise"]))
+        both, ratio = first + second, median(second) / median(first)
+        rows.append(record | {"both": both, "ratio": ratio, "spread": (max(both) - min(both)) / median(both)})
+    return table("Noise: one and the same forward timed as two", columns, rows)
 
 
 def _ceilings(result: Record) -> Table:
-    ceilings = result["ceilings"]
-    flops, size = (
-        ceilings[f"{name}_{unit}"] / median(ceilings["seconds"][name]) / 1e12
-        for name, unit in (("matrix", "flops"), ("copy", "bytes"))
-    )
-    name = f"bf16 matrix product, {ceilings['matrix_side']} cubed, TFLOP/s"
-    cells = {name: f"{flops:.0f}", "copy, read plus written, TB/s": f"{size:.2f}"}
-    return table("Ceilings, measured in the same run", [cells])
+    one = result["ceilings"]
+    speeds = (one[key] / median(one["seconds"][key.split("_")[0]]) / 1e12 for key in ("matrix_flops", "copy_bytes"))
+    row = dict(zip(("flops", "bytes"), speeds, strict=True))
+    product = f"bf16 matrix product, {one['matrix_side']} cubed, TFLOP/s"
+    columns = {product: "{flops:.0f}", "copy, read plus written, TB/s": "{bytes:.2f}"}
+    return table("Ceilings, measured in the same run", columns, [row])
 
 
-def _speed(result: Record) -> Table:
-    make, notes = (_gpu_speed, _gpu_notes) if on_gpu(result) else (_cpu_speed, _cpu_notes)
-    rows = [_cell(result, record) | make(result, record) for record in result["speed"]]
-    others = {f"{name} {what}" for name in _peers(result) for what in ("ms", "/ longnet") if name != "torchscale"}
-    left_out = {"quartiles of pairs", "quartiles ms", "ratio in (B, N, H, D) memory", *others}
-    if not on_gpu(result):
-        left_out.add("torchscale ms")
-    return table("Speed", rows, notes(result), tuple(name for name in rows[0] if name not in left_out))
-
-
-def _pairs(record: Record) -> str:
+def _pairs(record: Record) -> list[float]:
+    """Our time over the reference's, call by call."""
     both = zip(record["judged"]["ours"], record["judged"][record["reference"]], strict=True)
-    low, _, high = quartiles([one / other / record["ratio"] for one, other in both])
-    return f"{low:.3f} to {high:.3f}"
+    return [ours / other / record["ratio"] for ours, other in both]
 
 
-def _cpu_speed(result: Record, record: Record) -> Cells:
-    beside = record["beside"]
-    tokens_first = median(beside["ours_tokens_first"]) / median(beside["same_flop"]) / record["ratio"]
-    others = {"dense SDPA ms": "dense", **{f"{name} ms": name for name in _peers(result)}}
-    return {
-        "same-FLOP kernel ms": f"{verdicts.reference_seconds(record) * 1e3:.1f}",
-        "longnet ms": _tenths(record["judged"]["ours"]),
-        "ratio": f"{verdicts.against_reference(record):.3f}", "quartiles of pairs": _pairs(record),
-        **_verdict(verdicts.speed(result, record)),
-        "ratio in (B, N, H, D) memory": f"{tokens_first:.3f}",
-        **{title: _tenths(beside[name]) if name in beside else _NONE for title, name in others.items()},
+def _speed_rows(result: Record, **figures: Callable[[Record], Any]) -> Iterator[Record]:
+    figures |= {"pairs": _pairs, "tax": verdicts.against_reference, "reference_seconds": verdicts.reference_seconds}
+    return _rows(result, "speed", verdicts.speed, **figures)
+
+
+def _cpu_speed(result: Record) -> Table:
+    def tokens_first(record: Record) -> float:
+        ours, other = (median(record["beside"][name]) for name in ("ours_tokens_first", "same_flop"))
+        return ours / other / record["ratio"]
+
+    columns = _CPU_CELL | {
+        "same-FLOP kernel ms": "{reference_seconds:.1f ms}", "longnet ms": "{judged[ours]:.1f ms}",
+        "ratio": "{tax:.3f}", "quartiles of pairs": "{pairs:quartiles .3f}", **_JUDGED,
+        "ratio in (B, N, H, D) memory": "{tokens_first:.3f}", "dense SDPA ms": "{beside[dense]:.1f ms}",
+        **{f"{name} ms": f"{{beside[{name}]:.1f ms}}" for name in _peers(result, "speed")},
     }  # fmt: skip
+    return table("Speed", columns, _speed_rows(result, tokens_first=tokens_first), *_cpu_notes(result))
 
 
 def _cpu_notes(result: Record) -> Iterator[str]:
@@ -205,26 +251,27 @@ def _cpu_notes(result: Record) -> Iterator[str]:
         if peer["why_not"]:
             yield f"{peer['name']} not timed: {peer['why_not']}."
         else:
-            errors = ", ".join(f"{name} {error:.2g}" for name, error in peer["errors"].items())
+            errors = _errors(peer["errors"], ".2g")
             yield f"{peer['name']} with torch's CPU flash kernel lent to it; relative errors in float32: {errors}."
 
 
-def _gpu_speed(result: Record, record: Record) -> Cells:
-    ours = record["judged"]["ours"]
-    low, _, high = quartiles(ours)
-    cells = {
-        "longnet ms": _ms(median(ours)), "quartiles ms": f"{_ms(low)} to {_ms(high)}",
-        "against": _REFERENCES[record["reference"]], "its ms": _ms(verdicts.reference_seconds(record)),
-        "ratio": f"{verdicts.against_reference(record):.3f}", "quartiles of pairs": _pairs(record),
-        **_verdict(verdicts.speed(result, record)), "visited": f"{record['visited']:.0%}",
+def _gpu_speed(result: Record) -> Table:
+    peers = _peers(result, "speed")
+    columns = _GPU_CELL | {
+        "longnet ms": "{judged[ours]:ms}", "quartiles ms": "{judged[ours]:quartiles ms}", "against": "{reference}",
+        "its ms": "{reference_seconds:ms}", "ratio": "{tax:.3f}", "quartiles of pairs": "{pairs:quartiles .3f}",
+        **_JUDGED, "visited": "{visited:.0%}",
     }  # fmt: skip
-    for name in _peers(result):
-        value = factor(record, name)
-        cells[f"{name} ms"] = _NONE if value is None else _ms(median(record["beside"][name]))
-        cells[f"{name} / longnet"] = _NONE if value is None else f"{value:.2f}"
+    for name in peers:
+        columns |= {f"{name} ms": f"{{beside[{name}]:ms}}", f"{name} / longnet": f"{{factors[{name}]:.2f}}"}
         if name == "torchscale":
-            cells |= _verdict(verdicts.torchscale(result, record), prefix="torchscale ")
-    return cells
+            columns |= {"torchscale limit": "{theirs[limit]:.4g}", "torchscale verdict": "{theirs[verdict]}"}
+    rows = _speed_rows(
+        result,
+        factors=lambda record: {name: factor(record, name) for name in peers},
+        theirs=lambda record: _judged(verdicts.torchscale(result, record)),
+    )
+    return table("Speed", columns, rows, *_gpu_notes(result))
 
 
 def _gpu_notes(result: Record) -> Iterator[str]:
@@ -236,12 +283,13 @@ def _gpu_notes(result: Record) -> Iterator[str]:
         "key that several branches share is computed once with a weight. So the ratio is no measure of how well the "
         "hardware is used."
     )
+    wall = (
+        _WHERE + ", calls back to back by the host's clock: longnet {wall[ours]:ms} ms, "
+        "{reference} {theirs:ms} ms (not scaled)."
+    )
     for record in result["speed"]:
         if "wall" in record:
-            yield (
-                f"{_where(record)}, calls back to back by the host's clock: longnet {_ms(record['wall']['ours'])} ms, "
-                f"{_REFERENCES[record['reference']]} {_ms(record['wall'][record['reference']])} ms (not scaled)."
-            )
+            yield _fill(wall, (), record | {"theirs": record["wall"][record["reference"]]})
     yield from _peer_notes(result, "speed")
 
 
@@ -256,178 +304,150 @@ def _peer_notes(result: Record, section: str) -> Iterator[str]:
         reasons: dict[str, list[str]] = {}
         for record in result[section]:
             if peer["name"] in record["left_out"]:
-                reasons.setdefault(record["left_out"][peer["name"]], []).append(_where(record))
+                reasons.setdefault(record["left_out"][peer["name"]], []).append(_fill(_WHERE, (), record))
         for reason, places in reasons.items():
             yield f"{peer['name']} left out at {'; '.join(places)}: {reason}."
 
 
-def _memory(result: Record) -> Table:
-    if on_gpu(result):
-        return _gpu_memory(result)
+def _cpu_memory(result: Record) -> Table:
+    def with_gradient(record: Record) -> float:
+        return float((median(record["peak_bytes"]) + record["grad_out_bytes"]) / record["output_bytes"])
 
-    def row(record: Record) -> Cells:
-        output, peak = record["output_bytes"], median(record["peak_bytes"])
-        verdict = verdicts.memory(result, record)
-        return {
-            **_cell(result, record),
-            "output MiB": f"{output / _MIB:.1f}", "peak beyond the inputs MiB": f"{peak / _MIB:.1f}",
-            "in outputs": f"{verdict.value:.2f}", **_verdict(verdict),
-            "live alone, in outputs": f"{record['live_peak_bytes'] / output:.2f}",
-            "with the given gradient, in outputs": f"{(peak + record['grad_out_bytes']) / output:.2f}",
-        }  # fmt: skip
-
+    columns = _CPU_CELL | {
+        "output MiB": "{output_bytes:.1f MiB}", "peak beyond the inputs MiB": "{peak_bytes:.1f MiB}",
+        "in outputs": "{value:.2f}", **_JUDGED, "live alone, in outputs": "{live:.2f}",
+        "with the given gradient, in outputs": "{with_gradient:.2f}",
+    }  # fmt: skip
+    live = lambda record: record["live_peak_bytes"] / record["output_bytes"]  # noqa: E731
+    rows = _rows(result, "memory", verdicts.memory, live=live, with_gradient=with_gradient)
     note = (
         "Resident memory at its peak (VmHWM, Linux), the result included, median of fresh processes. Inputs are q, k, v "
         "and, for fwd+bwd, the gradient given for out; the last column counts that gradient too. Live alone: one more "
         "process, with a malloc that keeps little of what is freed."
     )
-    brief = ("N", "dtype", "pass", "in outputs", "limit", "verdict")
-    return table("Memory", map(row, result["memory"]), (note,), brief)
+    return table("Memory", columns, rows, note)
 
 
 def _gpu_memory(result: Record) -> Table:
     peers = _peers(result, "memory")
 
-    def row(record: Record) -> Cells:
-        verdict = verdicts.memory(result, record)
-        sizes = {name: record["beside"].get(name) for name in peers}
-        return {
-            **_cell(result, record), "output GiB": f"{record['output_bytes'] / _GIB:.3g}",
-            "beyond q, k, v GiB": f"{verdict.value:.2f}", **_verdict(verdict),
-            **{f"{x} GiB": "out of memory" if size is None else f"{size / _GIB:.1f}" for x, size in sizes.items()},
-        }  # fmt: skip
+    def sizes(record: Record) -> Record:
+        return {name: record["beside"].get(name) or "out of memory" for name in peers}
 
+    columns = _GPU_CELL | {"output GiB": "{output_bytes:.3g GiB}", "beyond q, k, v GiB": "{value:.2f}", **_JUDGED}
+    columns |= {f"{name} GiB": f"{{sizes[{name}]:.1f GiB}}" for name in peers}
     note = (
         "Most bytes that torch's allocator held at once, the output and, for fwd+bwd, the gradient given for it, three "
         "gradients and statistics included."
     )
-    return table("Memory", map(row, result["memory"]), (note,))
+    return table("Memory", columns, _rows(result, "memory", verdicts.memory, sizes=sizes), note)
 
 
 def _import(result: Record) -> Table:
-    times, verdict = result["import"], verdicts.import_time(result)
-    cells = {
-        "processes": str(len(times["longnet_seconds"])),
-        "import torch s": f"{median(times['torch_seconds']):.2f}",
-        "import longnet beyond it s": f"{verdict.value:.3f}",
-    }
-    return table("Import", [cells | _verdict(verdict)])
+    columns = {
+        "processes": "{longnet_seconds:count}", "import torch s": "{torch_seconds:.2f}",
+        "import longnet beyond it s": "{longnet_seconds:.3f}", **_JUDGED,
+    }  # fmt: skip
+    return table("Import", columns, _rows(result, "import", verdicts.import_time))
 
 
 def _gigapath(result: Record) -> Table:
-    peers = _peers(result, "gigapath")
-
-    def row(record: Record) -> Cells:
-        case, beside, (low, middle, high) = record["case"], record["beside"], quartiles(record["seconds"])
-        value = factor(record, "torchscale")
-        return {
-            "N": f"{case['length']:,}", "D": str(case["head_dim"]), "dtype": case["dtype"],
-            "longnet ms": _ms(middle), "quartiles ms": f"{_ms(low)} to {_ms(high)}",
-            **{f"{name} ms": _ms(median(beside[name])) if name in beside else _NONE for name in peers},
-            "torchscale / longnet": _NONE if value is None else f"{value:.2f}",
-            **_verdict(verdicts.gigapath(result, record)),
-        }  # fmt: skip
-
+    columns = {
+        "N": "{case[length]:,}", "D": "{case[head_dim]}", "dtype": "{case[dtype]}", "longnet ms": "{seconds:ms}",
+        "quartiles ms": "{seconds:quartiles ms}",
+        **{f"{name} ms": f"{{beside[{name}]:ms}}" for name in _peers(result, "gigapath")},
+        "torchscale / longnet": "{factor:.2f}", **_JUDGED,
+    }  # fmt: skip
     note = (
         f"Forward, not causal, {_pattern(result['gigapath'][0]['case'])}. At lengths that segments do not divide torchscale "
         "attends to the zeros that it pads them with."
     )
-    notes = (note, *_peer_notes(result, "gigapath"))
-    return table("GigaPath's shape", map(row, result["gigapath"]), notes)
+    rows = _rows(result, "gigapath", verdicts.gigapath, factor=lambda record: factor(record, "torchscale"))
+    return table("GigaPath's shape", columns, rows, note, *_peer_notes(result, "gigapath"))
 
 
 def _growth(result: Record) -> Table:
-    gpu, case = on_gpu(result), result["growth"][0]["case"]
-
-    def row(record: Record) -> Cells:
-        verdict = verdicts.growth(result, record)
-        times = verdicts.per_token(result, record).items()
-        return {
-            **({"pass": pass_name(record)} if gpu else {"dtype": record["case"]["dtype"]}),
-            **({f"N={n:,}": f"{x:.3f}" for n, x in times} if gpu else {f"N={n}": f"{x:.2f}" for n, x in times}),
-            "largest over smallest, less 1": f"{verdict.value:.1%}",
-            **_verdict(verdict, ".0%"),
-        }
-
-    rows = map(row, result["growth"])
-    if not gpu:
-        return table("Growth: forward, microseconds per token", rows)
-    note = f"H={case['heads']}, D={case['head_dim']}, causal, the same heads at every length."
-    return table("Growth: nanoseconds per token and head", rows, (note,))
+    lengths, case = (result["growth"][0][name] for name in ("lengths", "case"))
+    if on_gpu(result):
+        columns = {"pass": "{pass}", **{f"N={n:,}": f"{{times[{n}]:.3f}}" for n in lengths}}
+        title = "Growth: nanoseconds per token and head"
+        notes = [f"H={case['heads']}, D={case['head_dim']}, causal, the same heads at every length."]
+    else:
+        columns = {"dtype": "{case[dtype]}", **{f"N={n}": f"{{times[{n}]:.2f}}" for n in lengths}}
+        title, notes = "Growth: forward, microseconds per token", []
+    columns |= {"largest over smallest, less 1": "{value:.1%}", **_SHARE}
+    rows = _rows(result, "growth", verdicts.growth, times=partial(verdicts.per_token, result))
+    return table(title, columns, rows, *notes)
 
 
 def _longest(result: Record) -> Table:
-    def row(record: Record) -> Cells:
-        return {
-            "H": str(record["case"]["heads"]), "D": str(record["case"]["head_dim"]), "pass": pass_name(record),
-            "longest N that fits": f"{record['length']:,}",
-            "N that does not": _NONE if record["fails_at"] is None else f"{record['fails_at']:,}",
-        }  # fmt: skip
-
+    columns = {
+        "H": "{case[heads]}", "D": "{case[head_dim]}", "pass": "{pass}", "longest N that fits": "{length:,}",
+        "N that does not": "{fails_at:,}",
+    }  # fmt: skip
     note = "One sequence, causal, q, k, v and all results held at once."
-    return table("Longest sequence", map(row, result["longest"]), (note,))
+    return table("Longest sequence", columns, result["longest"], note)
 
 
 def _reading(result: Record) -> Table:
-    def row(record: Record) -> Cells:
-        verdict, peaks = verdicts.reading(result, record), [f"{peak / _MIB:.0f}" for peak in record["peak_bytes"]]
-        speeds = [f"{record['read'] / len(peaks) / seconds:,.0f}" for seconds in record["seconds"]]
-        return {
-            "tokens": f"{record['read']:,}", "cache MiB": f"{record['cache_bytes'] / _MIB:.1f}",
-            "tokens/s, first tenth": speeds[0], "tokens/s, last tenth": speeds[-1],
-            "peak MiB, first tenth": peaks[0], "peak MiB, second": peaks[1], "peak MiB, last": peaks[-1],
-            "last over second, less 1": f"{verdict.value:.1%}", **_verdict(verdict, ".0%"),
-        }  # fmt: skip
+    columns = {
+        "tokens": "{read:,}", "cache MiB": "{cache_bytes:.1f MiB}",
+        "tokens/s, first tenth": "{first:,.0f}", "tokens/s, last tenth": "{last:,.0f}",
+        "peak MiB, first tenth": "{peak_bytes[0]:.0f MiB}", "peak MiB, second": "{peak_bytes[1]:.0f MiB}",
+        "peak MiB, last": "{peak_bytes[9]:.0f MiB}", "last over second, less 1": "{value:.1%}", **_SHARE,
+    }  # fmt: skip
+
+    def speed(tenth: int) -> Callable[[Record], float]:
+        return lambda record: record["read"] / len(record["seconds"]) / record["seconds"][tenth]
 
     record = result["stream"][0]
     note = (
         f"A model of 2 layers, 64 wide, {_pattern(record)}, reads random bytes {record['chunk']:,} at a time "
         "and gives logits for each. Resident memory of the whole process."
     )
-    return table("Streaming", map(row, result["stream"]), (note,))
+    rows = _rows(result, "stream", verdicts.reading, first=speed(0), last=speed(-1))
+    return table("Streaming", columns, rows, note)
 
 
 def _prefix(result: Record) -> Table:
-    def row(record: Record) -> Cells:
-        cache = record["kept"]
-        clone, save, load = (f"{cache[f'{name}_seconds'] * 1e3:.1f}" for name in ("clone", "save", "load"))
-        return {
-            "tokens": f"{record['read']:,}", "reading them s": f"{sum(record['seconds']):.1f}", "clone() ms": clone,
-            "to a file ms": save, "from the file ms": load, "file MiB": f"{cache['file_bytes'] / _MIB:.1f}",
-        }  # fmt: skip
-
-    return table("A prefix kept", map(row, result["stream"]))
+    columns = {
+        "tokens": "{read:,}", "reading them s": "{total:.1f}", "clone() ms": "{kept[clone_seconds]:.1f ms}",
+        "to a file ms": "{kept[save_seconds]:.1f ms}", "from the file ms": "{kept[load_seconds]:.1f ms}",
+        "file MiB": "{kept[file_bytes]:.1f MiB}",
+    }  # fmt: skip
+    return table("A prefix kept", columns, _rows(result, "stream", total=lambda record: sum(record["seconds"])))
 
 
 def _stream(result: Record) -> Table:
-    rows: list[Cells] = []
+    rows: list[Record] = []
     notes = []
 
-    def add(what: str, size: str, figure: str, verdict: Verdict | None = None) -> None:
-        rows.append({"what": what, "cache MiB": size, "found": figure, **_verdict(verdict)})
+    def add(what: str, size: str, form: str, fields: Record, verdict: Verdict | None = None) -> None:
+        judged = _judged(verdict)
+        rows.append({"what": what, "size": size, "found": _fill(form, (), fields | judged), **judged})
 
     for record in result["stream"]:
-        cache = f"{record['cache_bytes'] / _MIB:.1f}"
+        cache = f"{record['cache_bytes'] / 2**20:.1f}"
         if record["pass"] != "decode":
-            worst = max(record["checks"], key=lambda check: check["error"] / check["allowed"])
-            figure = f"error {worst['error']:.2g}, allowed {worst['allowed']:.2g}"
-            add(f"N={record['case']['length']:,}, {record['pass']}", cache, figure)
+            what = f"N={record['case']['length']:,}, {record['pass']}"
+            add(what, cache, "error {error:.2g}, allowed {allowed:.2g}", _worst(record["checks"]))
             continue
         first, last = record["positions"][0], record["positions"][-1]
-        times = {name: f"{median(seconds) * 1e6:.1f} us" for name, seconds in record["seconds"].items()}
         for position in record["positions"]:
             verdict = verdicts.position(result, record) if position == last else None
-            add(f"a token near position {position:,}", cache, times[str(position)], verdict)
-        dense = verdicts.dense_decoding(result, record)
-        what = f"dense decoding, {record['dense_tokens']:,} tokens cached"
-        figure = f"{times['dense']}, {dense.value:.2f} times ours"
-        add(what, f"{record['dense_bytes'] / _MIB:.0f}", figure, dense)
+            took = {"seconds": record["seconds"][str(position)]}
+            add(f"a token near position {position:,}", cache, "{seconds:.1f us} us", took, verdict)
+        add(
+            f"dense decoding, {record['dense_tokens']:,} tokens cached", f"{record['dense_bytes'] / 2**20:.0f}",
+            "{dense:.1f us} us, {value:.2f} times ours", record["seconds"], verdicts.dense_decoding(result, record),
+        )  # fmt: skip
         notes.append(
             f"A token's time by layer: a CUDA graph of {record['layers']} layers, {record['replays']} replays, medians of "
             f"{len(record['phases'])} phases of the pattern, the same ones after position {first:,} and {last:,}. A step reads "
             "the rows that its segments hold by then, so positions compare at the same phase."
         )
-    return table("Streaming", rows, notes)
+    columns = {"what": "{what}", "cache MiB": "{size}", "found": "{found}", **_JUDGED}
+    return table("Streaming", columns, rows, *notes)
 
 
 def _long_stream(result: Record) -> list[Table]:
@@ -435,137 +455,130 @@ def _long_stream(result: Record) -> list[Table]:
     whole, limits, slices = result["result"], result["limits"], result["slices"]
     bits = [one["bits_per_byte"] for one in slices if one["position"] <= result["text_bytes"]]
     quarter = len(bits) // 4
-    memory = max(one["memory_peak"] for one in slices) / _GIB
+    memory = max(one["memory_peak"] for one in slices) / 2**30
     growth = whole["last_tenth"]["memory_peak"] / whole["first_tenth"]["memory_peak"] - 1
-    rows: list[Cells] = []
-
-    def add(what: str, shown: str, value: float = 0.0, limit: str = "", form: str = "") -> None:
-        verdict = Verdict(what, value, limits[limit]) if limit else None
-        rows.append({"what": what, "found": shown, **_verdict(verdict, form)})
-
-    add("tokens", f"{whole['position']:,}")
-    add("seconds", f"{whole['seconds']:.0f}", whole["seconds"], "seconds")
-    add("tokens/s", f"{whole['tokens_per_second']:,.0f}")
-    add("peak GPU memory GiB", f"{memory:.2f}", memory, "memory_gib")
-    add("last tenth's peak over the first's, less 1", f"{growth:.1%}", growth, "growth", ".0%")
-    add("text at the start, bytes", f"{result['text_bytes']:,}")
-    add("bits per byte of its slices, mean", f"{fmean(bits):.3f}")
-    add("least and most", f"{min(bits):.3f} and {max(bits):.3f}")
-    add("first and last quarter", f"{fmean(bits[:quarter]):.3f} and {fmean(bits[-quarter:]):.3f}")
-    add("cache MiB", f"{result['stream']['cache_bytes'] / _MIB:.0f}")
-    decades = (
-        (f"{one['first']:,} to {one['last']:,}", f"{one['bytes']:,}", f"{one['bits_per_byte']:.3f}")
-        for one in whole["decades"]
-    )
-    columns: Row = ("position", "bytes", "bits per byte")
-    return [Table("Bits per byte, by position", columns, tuple(decades)), table("A long stream", rows)]
+    judged = {
+        name: _judged(Verdict(name, value, limits[name])) | {"limit": format(limits[name], form)}
+        for name, value, form in (
+            ("seconds", whole["seconds"], ""), ("memory_gib", memory, ""), ("growth", growth, ".0%"),
+        )
+    }  # fmt: skip
+    rows = [
+        ("tokens", f"{whole['position']:,}"),
+        ("seconds", f"{whole['seconds']:.0f}", "seconds"),
+        ("tokens/s", f"{whole['tokens_per_second']:,.0f}"),
+        ("peak GPU memory GiB", f"{memory:.2f}", "memory_gib"),
+        ("last tenth's peak over the first's, less 1", f"{growth:.1%}", "growth"),
+        ("text at the start, bytes", f"{result['text_bytes']:,}"),
+        ("bits per byte of its slices, mean", f"{fmean(bits):.3f}"),
+        ("least and most", f"{min(bits):.3f} and {max(bits):.3f}"),
+        ("first and last quarter", f"{fmean(bits[:quarter]):.3f} and {fmean(bits[-quarter:]):.3f}"),
+        ("cache MiB", f"{result['stream']['cache_bytes'] / 2**20:.0f}"),
+    ]
+    found = [{"what": what, "found": shown, **judged.get("".join(name), {})} for what, shown, *name in rows]
+    decades = {"position": "{first:,} to {last:,}", "bytes": "{bytes:,}", "bits per byte": "{bits_per_byte:.3f}"}
+    columns = {"what": "{what}", "found": "{found}", "limit": "{limit}", "verdict": "{verdict}"}
+    return [table("Bits per byte, by position", decades, whole["decades"]), table("A long stream", columns, found)]
 
 
 # The memory of CUDA graphs belongs to no tensor.
 ENCODER_MEMORY = {"longnet": "bytes", "longnet compiled": "reserved"}
-_ENCODERS = {"longnet": "eager", "longnet compiled": "compiled"}
-_ENCODER_PARTS = {
-    "forward": ("forward ms", "forward", "median", 1.0),
-    "step": ("training step ms", "step", "median", 1.0),
-    "step_bytes": ("training memory GiB", "step", "bytes", _GIB),
-}
 
 
 def _slide_encoder(result: Record) -> list[Table]:
-    """The slide encoder on a GPU, by default and compiled, beside the original."""
-    rows: list[Cells] = []
-    columns = ("tiles", "what", "the encoder", "here", "original", "ratio", "limit", "verdict")
-
-    def add(measured: Record, *cells: str) -> None:
-        rows.append(dict(zip(columns, (f"{measured['tiles']:,}", *cells), strict=True)))
-
-    def compare(measured: Record, what: str, name: str) -> None:
-        title, pass_of, field, unit = _ENCODER_PARTS[what]
-        one, other = (measured[encoder][pass_of] for encoder in (name, "gigapath"))
-        own = ENCODER_MEMORY[name] if field == "bytes" else field
-        # Results of before there were graphs have the memory of tensors alone.
-        times = (one.get(own, one[field]) / unit, other[field] / unit)
-        ratio, limit = measured["ratios"][name][what], measured["limits"][what]
-        verdict = judged_ratio(ratio, limit) if name == measured["judged"] else ""
-        cells = (*(f"{x:.1f}" for x in times), f"{ratio:.3f}", f"{limit:.3f}", verdict)
-        add(measured, title, _ENCODERS[name], *cells)
-
-    for measured in result["parts"].values():
-        if "ratios" in measured:
-            for what in _ENCODER_PARTS:
-                for name in _ENCODERS:
-                    compare(measured, what, name)
-        elif "forward" in measured:
-            milliseconds, size = measured["forward"]["median"], measured["forward"]["bytes"] / _GIB
-            add(measured, "forward ms", "eager", f"{milliseconds:,.0f}", *("-",) * 3, f"{size:.1f} GiB")
-    on_cpu = [_encoder_on_cpu(measured) for measured in result["parts"].values() if "seconds" in measured]
-    both = {"Slide encoder": rows, "Slide encoder on a CPU": on_cpu}
-    return [table(title, cells) for title, cells in both.items() if cells]
+    """The slide encoder on a GPU, by default and compiled, beside the original; on a CPU by itself."""
+    rows: list[Record] = []
+    for part in result["parts"].values():
+        if "ratios" in part:
+            whats = ("forward ms", "forward"), ("training step ms", "step"), ("training memory GiB", "step_bytes")
+            rows += [_compared(part, *what, name) for what in whats for name in ENCODER_MEMORY]
+        elif "forward" in part:
+            size, time = f"{part['forward']['bytes'] / 2**30:.1f} GiB", f"{part['forward']['median']:,.0f}"
+            rows.append(part | {"what": "forward ms", "encoder": "eager", "here": time, "verdict": size})
+    columns = {
+        "tiles": "{tiles:,}", "what": "{what}", "the encoder": "{encoder}", "here": "{here:.1f}",
+        "original": "{original:.1f}", "ratio": "{ratio:.3f}", "limit": "{limit:.3f}", "verdict": "{verdict}",
+    }  # fmt: skip
+    cpu_columns = {
+        "tiles": "{tiles:,}", "dtype": "{dtype}", "forward s": "{seconds:.1f}",
+        "resident GB": "{resident_peak_bytes:.1f GB}", "verdict": "{verdict}",
+    }  # fmt: skip
+    on_cpu = [part for part in result["parts"].values() if "seconds" in part]
+    cpu_rows = [part | {"verdict": "reached" if part["reached"] else "missed"} for part in on_cpu]
+    both = table("Slide encoder", columns, rows), table("Slide encoder on a CPU", cpu_columns, cpu_rows)
+    return [one for one in both if one.rows]
 
 
-def _encoder_on_cpu(measured: Record) -> Cells:
-    memory = f"{measured['resident_peak_bytes'] / 1e9:.1f}"
-    cells = {"tiles": f"{measured['tiles']:,}", "dtype": measured["dtype"], "forward s": f"{measured['seconds']:.1f}"}
-    return cells | {"resident GB": memory, "verdict": "reached" if measured["reached"] else "missed"}
+def _compared(part: Record, title: str, what: str, name: str) -> Record:
+    """A row: one figure of the encoder in one form beside the original's."""
+    of_memory = what == "step_bytes"
+    fields, unit = ((ENCODER_MEMORY[name], "bytes"), 2**30) if of_memory else (("median", "median"), 1)
+    encoders = (part[encoder]["step" if of_memory else what] for encoder in (name, "gigapath"))
+    here, original = (encoder[field] / unit for encoder, field in zip(encoders, fields, strict=True))
+    ratio, limit = part["ratios"][name][what], part["limits"][what]
+    verdict = str(Verdict(what, ratio, limit)) if name == part["judged"] else ""
+    return {
+        "tiles": part["tiles"], "what": title, "encoder": "compiled" if name == "longnet compiled" else "eager",
+        "here": here, "original": original, "ratio": ratio, "limit": limit, "verdict": verdict,
+    }  # fmt: skip
 
 
 def _compressed(result: Record) -> list[Table]:
-    def row(record: Record) -> Cells:
-        return {
-            "model": record["name"],
-            "file MB": f"{record['file_bytes'] / 1e6:.2f}", "weights MB": f"{record['memory_bytes'] / 1e6:.2f}",
-            "forward ms": f"{median(record['forward_seconds']) * 1e3:.0f}",
-            "tokens/s": f"{result['decoded'] / median(record['decode_seconds']):.0f}",
-            "bits per byte": f"{record['bits_per_byte']:.4f}",
-        }  # fmt: skip
-
-    return [table("Compressed models", map(row, result["variants"]))]
+    columns = {
+        "model": "{name}", "file MB": "{file_bytes:.2f MB}", "weights MB": "{memory_bytes:.2f MB}",
+        "forward ms": "{forward_seconds:.0f ms}", "tokens/s": "{speed:.0f}", "bits per byte": "{bits_per_byte:.4f}",
+    }  # fmt: skip
+    speed = lambda record: result["decoded"] / median(record["decode_seconds"])  # noqa: E731
+    return [table("Compressed models", columns, _rows(result, "variants", speed=speed))]
 
 
 def _scaling(result: Record) -> list[Table]:
-    def row(name: str) -> Cells:
+    rows = []
+    for name, which in (("", "forward_backward"), (", forward", "forward")):
         alone, together = (median(result["seconds"][f"{one}{name}"]) for one in ("alone", "together"))
-        cells = {"pass": "forward" if name else "fwd+bwd", "one device ms": f"{alone * 1e3:.2f}"}
-        cells |= {f"{result['ranks']} devices ms": f"{together * 1e3:.2f}", "ratio": f"{together / alone:.3f}"}
         limit = None if name else result["limit"]
-        return cells | _verdict(None if limit is None else Verdict("ratio", together / alone, limit))
-
-    errors = ", ".join(f"{name} {error:.1e}" for name, error in result["errors"].items())
-    return [table("Scaling", map(row, ("", ", forward")), (f"Largest errors against one device: {errors}.",))]
+        verdict = None if limit is None else Verdict("ratio", together / alone, limit)
+        times = {"pass": which, "alone": alone, "together": together, "ratio": together / alone}
+        rows.append(times | _judged(verdict))
+    columns = {
+        "pass": "{pass}", "one device ms": "{alone:.2f ms}", f"{result['ranks']} devices ms": "{together:.2f ms}",
+        "ratio": "{ratio:.3f}", **_JUDGED,
+    }  # fmt: skip
+    return [table("Scaling", columns, rows, f"Largest errors against one device: {_errors(result['errors'], '.1e')}.")]
 
 
 def _hf(result: Record) -> list[Table]:
-    times = {name: median(seconds) for name, seconds in result["seconds"].items()}
-    rows = [{"step": name, "ms": f"{x * 1e3:.2f}", "ratio": f"{x / times['plain']:.3f}"} for name, x in times.items()]
-    (low, _, high), errors = result["quartiles"], result["errors"]
+    times, (low, _, high) = result["seconds"], result["quartiles"]
+    rows = [{"step": name, "seconds": x, "ratio": median(x) / median(times["plain"])} for name, x in times.items()]
     notes = (
         f"A step of {result['tokens']:,} tokens. Quartiles of pairs {low:.3f} to {high:.3f}; limit {result['limit']}: "
-        f"{judged_ratio(result['ratio'], result['limit'])}.",
-        f"Relative differences: {', '.join(f'{name} {error:.1e}' for name, error in errors.items())}.",
+        f"{Verdict('ratio', result['ratio'], result['limit'])}.",
+        f"Relative differences: {_errors(result['errors'], '.1e')}.",
     )
-    return [table("Hugging Face", rows, notes)]
+    return [table("Hugging Face", {"step": "{step}", "ms": "{seconds:.2f ms}", "ratio": "{ratio:.3f}"}, rows, *notes)]
 
 
 def _longest_training(result: Record) -> list[Table]:
-    def row(one: Record) -> Cells:
-        cells = {"devices": str(result["ranks"]), "tokens": f"{one['tokens']:,}"}
-        if not one["fits"]:
-            return cells | {"seconds a step": "out of memory", "tokens/s": _NONE, "GiB a device": _NONE}
-        seconds, speed = one["seconds"], one["tokens"] / one["seconds"]
-        return cells | {
-            "seconds a step": f"{seconds:.2f}",
-            "tokens/s": f"{speed:,.0f}",
-            "GiB a device": f"{one['gib']:.1f}",
-        }
-
-    return [table("Longest training", map(row, result["tried"]))]
+    columns = {
+        "devices": "{ranks}", "tokens": "{tokens:,}", "seconds a step": "{seconds:.2f}", "tokens/s": "{speed:,.0f}",
+        "GiB a device": "{gib:.1f}",
+    }  # fmt: skip
+    rows = []
+    for one in result["tried"]:
+        figures = {"speed": one["tokens"] / one["seconds"]} if one["fits"] else {"seconds": "out of memory"}
+        rows.append(one | {"ranks": result["ranks"]} | figures)
+    return [table("Longest training", columns, rows)]
 
 
+_CPU_TABLES = (
+    ("checks", _checks), ("noise", _noise), ("speed", _cpu_speed), ("memory", _cpu_memory), ("import", _import),
+    ("growth", _growth), ("stream", _reading), ("stream", _prefix),
+)  # fmt: skip
+_GPU_TABLES = (
+    ("checks", _checks), ("ceilings", _ceilings), ("speed", _gpu_speed), ("memory", _gpu_memory),
+    ("gigapath", _gigapath), ("growth", _growth), ("longest", _longest), ("stream", _stream),
+)  # fmt: skip
 _KINDS: dict[str, Callable[[Record], list[Table]]] = {
-    "stream record": _long_stream,
-    "gigapath": _slide_encoder,
-    "compress": _compressed,
-    "scaling": _scaling,
-    "hf": _hf,
+    "stream record": _long_stream, "gigapath": _slide_encoder, "compress": _compressed, "scaling": _scaling, "hf": _hf,
     "longest training": _longest_training,
-}
+}  # fmt: skip

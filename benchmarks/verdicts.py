@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
 
@@ -31,22 +31,28 @@ class Verdict:
         return "reached" if self.reached else "missed"
 
 
+Judge = Callable[[Record, Record], Verdict | None]
+
+
 def verdicts(result: Record) -> list[Verdict]:
     """Every figure of the sections that the run covered, as far as it has a limit."""
-    figures: list[Verdict | None] = []
-    for record in result["speed"]:
-        figures += [speed(result, record), torchscale(result, record)]
-    figures += [memory(result, record) for record in result["memory"]]
-    figures += [gigapath(result, record) for record in result.get("gigapath", ())]
-    figures += [growth(result, record) for record in result["growth"]]
-    for record in result.get("stream", ()):
-        if not on_gpu(result):
-            figures.append(reading(result, record))
-        elif record["pass"] == "decode":
-            figures += [position(result, record), dense_decoding(result, record)]
-    if result.get("import"):
-        figures.append(import_time(result))
-    return [one for one in figures if one is not None]
+    judges: dict[str, tuple[Judge, ...]] = {
+        "speed": (speed, torchscale), "memory": (memory,), "gigapath": (gigapath,), "growth": (growth,),
+        "stream": (position, dense_decoding) if on_gpu(result) else (reading,), "import": (import_time,),
+    }  # fmt: skip
+    every = (
+        judge(result, record)
+        for section, those in judges.items()
+        for record in records(result, section)
+        for judge in those
+    )
+    return [one for one in every if one is not None]
+
+
+def records(result: Record, section: str) -> list[Record]:
+    """What a section holds, as a list also where it is one record or was not run."""
+    found = result.get(section) or []
+    return [found] if isinstance(found, dict) else found
 
 
 def summary(result: Record) -> Iterator[str]:
@@ -103,41 +109,39 @@ def limit(result: Record, record: Record, kind: str) -> float | None:
     return None
 
 
-def speed(result: Record, record: Record) -> Verdict | None:
-    kind = "tax" if record["reference"] == "same_flop" else "dense"
-    at_most = limit(result, record, kind)
-    if at_most is None:
+def _at(
+    result: Record, record: Record, what: str, value: float | None, limit: float | None, at_least: bool = False
+) -> Verdict | None:
+    """The verdict on a cell, which its name says; None where there is no figure or no limit."""
+    if value is None or limit is None:
         return None
-    what = {"tax": "time over the same-FLOP kernel", "dense": "time over dense attention"}[kind]
-    return Verdict(f"{what}, {place(result, record)}", against_reference(record), at_most, result["judged"])
+    return Verdict(f"{what}, {place(result, record)}", value, limit, result["judged"], at_least)
+
+
+def speed(result: Record, record: Record) -> Verdict | None:
+    kind, other = (
+        ("tax", "the same-FLOP kernel") if record["reference"] == "same_flop" else ("dense", "dense attention")
+    )
+    return _at(result, record, f"time over {other}", against_reference(record), limit(result, record, kind))
 
 
 def torchscale(result: Record, record: Record) -> Verdict | None:
-    least = limit(result, record, "torchscale")
-    return None if least is None else _torchscale(result, record, least)
+    what, least = "torchscale's time over ours", limit(result, record, "torchscale")
+    return _at(result, record, what, factor(record, "torchscale"), least, at_least=True)
 
 
 def gigapath(result: Record, record: Record) -> Verdict | None:
-    return _torchscale(result, record, result["limits"]["gigapath"])
+    what, least = "torchscale's time over ours", result["limits"]["gigapath"]
+    return _at(result, record, what, factor(record, "torchscale"), least, at_least=True)
 
 
-def _torchscale(result: Record, record: Record, least: float) -> Verdict | None:
-    value = factor(record, "torchscale")
-    if value is None:
-        return None
-    what = f"torchscale's time over ours, {place(result, record)}"
-    return Verdict(what, value, least, result["judged"], at_least=True)
-
-
-def memory(result: Record, record: Record) -> Verdict:
+def memory(result: Record, record: Record) -> Verdict | None:
     """Peak bytes beyond the inputs: on a CPU in sizes of the output, on a GPU in GiB."""
     at_most = result["limits"]["memory"][record["pass"]]
     if on_gpu(result):
-        what, value, at_most = "GiB beyond q, k, v", record["peak_bytes"] / _GIB, at_most / _GIB
-    else:
-        what, at_most = "memory beyond the inputs in outputs", at_most[record["case"]["dtype"]]
-        value = median(record["peak_bytes"]) / record["output_bytes"]
-    return Verdict(f"{what}, {place(result, record)}", value, at_most, result["judged"])
+        return _at(result, record, "GiB beyond q, k, v", record["peak_bytes"] / _GIB, at_most / _GIB)
+    value = median(record["peak_bytes"]) / record["output_bytes"]
+    return _at(result, record, "memory beyond the inputs in outputs", value, at_most[record["case"]["dtype"]])
 
 
 def growth(result: Record, record: Record) -> Verdict:
@@ -160,23 +164,26 @@ def reading(result: Record, record: Record) -> Verdict:
     return Verdict(what, value, result["limits"]["stream"], result["judged"])
 
 
-def position(result: Record, record: Record) -> Verdict:
+def position(result: Record, record: Record) -> Verdict | None:
     """Time of a token at the last position over that at the first, all phases of the pattern together, less 1."""
+    if record["pass"] != "decode":
+        return None
     first, last = (sum(record["seconds"][str(record["positions"][index])]) for index in (0, -1))
     what = f"a token's time at position {record['positions'][-1]:,} over that at {record['positions'][0]:,}, less 1"
     return Verdict(what, abs(last / first - 1), result["limits"]["stream"]["position"], result["judged"])
 
 
-def dense_decoding(result: Record, record: Record) -> Verdict:
+def dense_decoding(result: Record, record: Record) -> Verdict | None:
+    if record["pass"] != "decode":
+        return None
     ours = sum(record["seconds"][str(record["positions"][-1])]) / len(record["phases"])
     what = f"time of dense decoding with {record['dense_tokens']:,} tokens cached over ours"
     least = result["limits"]["stream"]["dense_decoding"]
     return Verdict(what, median(record["seconds"]["dense"]) / ours, least, result["judged"], at_least=True)
 
 
-def import_time(result: Record) -> Verdict:
-    value = median(result["import"]["longnet_seconds"])
-    what = "import longnet beyond import torch, seconds"
+def import_time(result: Record, record: Record) -> Verdict:
+    value, what = median(record["longnet_seconds"]), "import longnet beyond import torch, seconds"
     return Verdict(what, value, result["limits"]["import_seconds"], result["judged"])
 
 
