@@ -10,8 +10,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from benchmarks import hf
 from benchmarks.checks import CheckFailed
-from benchmarks.suites import hf
 from longnet import LongNetConfig, LongNetLM
 from longnet.hf import LongNetForCausalLM
 

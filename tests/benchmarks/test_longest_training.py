@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.suites import longest_training
-from benchmarks.suites.longest_training import Try
+from benchmarks import longest_training
+from benchmarks.longest_training import Try
 
 
 @pytest.mark.parametrize(("room", "spare"), [(70.0, 0.0), (70.0, 6.0)])

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report, results
-from benchmarks.suites import stream_record
+from benchmarks import report, results, stream_record
 
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "billion-2026-11-25.json"
 
