@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -112,27 +113,34 @@ class Tensors:
     grad_out: Tensor
 
     @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.query, self.key, self.value
+
+    @property
     def all(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.query, self.key, self.value, self.grad_out
+        return *self.inputs, self.grad_out
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Tensors:
+        return Tensors(*map(change, self.all))
 
     def tokens_first(self) -> Tensors:
         """The same values in (B, N, H, D) memory: what a module has after its projections."""
-        return Tensors(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in self.all))
+        return self.map(lambda x: x.transpose(1, 2).contiguous().transpose(1, 2))
 
     def rows(self) -> Tensors:
         """The same values as (B, N, H * D), copied: what torchscale and others take."""
-        return Tensors(*(x.transpose(1, 2).flatten(2).contiguous() for x in self.all))
+        return self.map(lambda x: x.transpose(1, 2).flatten(2).contiguous())
 
     def view(self, *shape: int) -> Tensors:
         """The same memory in another shape: as good as any random numbers, and no copy."""
-        return Tensors(*(x.view(shape) for x in self.all))
+        return self.map(lambda x: x.view(shape))
 
     def first(self, *shape: int) -> Tensors:
         """Contiguous tensors of this shape in the memory of longer ones."""
-        return Tensors(*(x.view(-1)[: math.prod(shape)].view(shape) for x in self.all))
+        return self.map(lambda x: x.view(-1)[: math.prod(shape)].view(shape))
 
-    def to(self, dtype: torch.dtype) -> Tensors:
-        return Tensors(*(x.to(dtype) for x in self.all))
+    def double(self) -> Tensors:
+        return self.map(Tensor.double)
 
 
 def draw(case: Case, seed: int = 0, device: torch.device | str = "cpu") -> Tensors:

@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +22,7 @@ from longnet import dilated_attention
 _ROWS = 256
 _PIECE = 1 << 26
 NAMES = ("out", "grad_query", "grad_key", "grad_value")
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[..., Tensor]
 
 
 class CheckFailed(RuntimeError):
@@ -80,7 +80,7 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 
 def with_gradients(attend: Attend, tensors: Tensors) -> tuple[Tensor, ...]:
     """(out, grad_query, grad_key, grad_value)."""
-    leaves = tuple(x.detach().requires_grad_() for x in tensors.all[:3])
+    leaves = tuple(x.detach().requires_grad_() for x in tensors.inputs)
     out = attend(*leaves)
     return (out.detach(), *torch.autograd.grad(out, leaves, tensors.grad_out.to(out.dtype)))
 
@@ -97,10 +97,8 @@ def allowed_errors(tensors: Tensors, is_causal: bool) -> tuple[float, float, flo
     if dtype == torch.float32:
         return (1e-5, 1e-4, 1e-4, 1e-4)
 
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
-
-    pairs = zip(with_gradients(attend, tensors), with_gradients(attend, tensors.to(torch.float64)), strict=True)
+    attend = attend_dense(is_causal)
+    pairs = zip(with_gradients(attend, tensors), with_gradients(attend, tensors.double()), strict=True)
     out, query, key, value = (2 * relative_error(got, expected) for got, expected in pairs)
     return out, query, key, value
 
@@ -112,15 +110,15 @@ def compare(what: str, got: Sequence[Tensor], expected: Sequence[Tensor], allowe
     return [Check(f"{what}: {name}", relative_error(*pair), limit).require() for name, *pair, limit in parts]
 
 
+def attend_dense(is_causal: bool) -> Attend:
+    """``F.scaled_dot_product_attention`` over the whole sequence."""
+    return partial(F.scaled_dot_product_attention, is_causal=is_causal)
+
+
 def attend_dilated(case: Case, backend: str = "auto") -> Attend:
     """``dilated_attention`` with the case's pattern."""
-
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return dilated_attention(
-            query, key, value, case.segment_lengths, case.dilation_rates, is_causal=case.is_causal, backend=backend
-        )
-
-    return attend
+    lists = {"segment_lengths": case.segment_lengths, "dilation_rates": case.dilation_rates}
+    return partial(dilated_attention, **lists, is_causal=case.is_causal, backend=backend)
 
 
 def small_against_oracle(small: Case, device: torch.device | str, backends: Sequence[str]) -> list[Check]:
@@ -130,7 +128,7 @@ def small_against_oracle(small: Case, device: torch.device | str, backends: Sequ
     case's own dtype.
     """
     tensors = draw(small, seed=1, device=device)
-    double = tensors.to(torch.float64)
+    double = tensors.double()
     expected = with_gradients(lambda q, k, v: oracle_out(small, q, k, v), double)
     checks = []
     for backend in backends:
@@ -154,7 +152,7 @@ def oracle_out(case: Case, query: Tensor, key: Tensor, value: Tensor, head_offse
 def allowed_at_size(case: Case, tensors: Tensors) -> tuple[float, float, float, float]:
     """:func:`allowed_errors` judged on one dense block of the case's own inputs."""
     # Copies: torch's own attention reads wild memory where heads lie more than 2**31 elements apart.
-    return allowed_errors(Tensors(*(x[:, :4, : case.block].contiguous() for x in tensors.all)), case.is_causal)
+    return allowed_errors(tensors.map(lambda x: x[:, :4, : case.block].contiguous()), case.is_causal)
 
 
 def rows_at_size(
@@ -199,7 +197,7 @@ def window_at_size(case: Case, tensors: Tensors, got: Sequence[Tensor], allowed:
     def part(x: Tensor) -> Tensor:
         return x[:, head : head + heads, token : token + period]
 
-    window = Tensors(*(part(x).double() for x in tensors.all))
+    window = tensors.map(part).double()
     expected = with_gradients(attend_dilated(case, "portable"), window)
     what = f"window at {token}, heads {head} to {min(case.heads, head + heads) - 1}, {case}"
     return compare(what, [part(x) for x in got], expected, allowed)

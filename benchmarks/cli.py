@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def _add_common(one: argparse.ArgumentParser) -> None:
 
 
 def cpu(options: argparse.Namespace) -> int:
-    return _measure(Cpu(), options)
+    return _measure(Cpu(), options, ("torchscale",))
 
 
 def gpu(options: argparse.Namespace, device: Device | None = None) -> int:
@@ -102,32 +103,27 @@ def gpu(options: argparse.Namespace, device: Device | None = None) -> int:
         if reason is not None:
             raise Refused(f"the GPU benchmark needs a CUDA device: {reason}. On this machine: python -m benchmarks cpu")
         device = Cuda()
-    return _measure(device, options)
+    return _measure(device, options, ("torchscale", "dilated_attention_pytorch", "alexisrozhkov"))
 
 
-def _measure(device: Device, options: argparse.Namespace) -> int:
-    scale = f"{device.kind}-quick" if options.quick else device.kind
+def _measure(device: Device, options: argparse.Namespace, others: tuple[str, ...]) -> int:
+    on_gpu, scale = device.kind == "cuda", f"{device.kind}-quick" if options.quick else device.kind
     try:
         cells = harness.cells(scale, options.section)
-        if device.kind == "cuda":
+        if on_gpu:
             cells = harness.only(cells, scale, options.length, options.head_dim)
-            others = harness.Checkouts(options.torchscale, options.dilated_attention_pytorch, options.alexisrozhkov)
         else:
-            cells = harness.at_lengths(cells, options.length) if options.length else cells
-            cells = harness.of_dtypes(cells, options.dtype) if options.dtype else cells
-            others = harness.Checkouts(options.torchscale)
+            cells = harness.of_dtypes(harness.at_lengths(cells, options.length), options.dtype)
         run = harness.new_run(device, scale, cells, getattr(options, "commit", None))
     except ValueError as error:
         raise Refused(str(error)) from None
-    names = ("gpu-quick", "gpu", "gpu-partial") if device.kind == "cuda" else ("quick", "cpu", "partial")
+    names = ("gpu-quick", "gpu", "gpu-partial") if on_gpu else ("quick", "cpu", "partial")
     name = names[0] if options.quick else names[1] if cells == harness.cells(scale) else names[2]
     path = options.out or ROOT / "benchmarks" / "results" / f"{name}-{run.result['date'][:10]}.json"
-    if device.kind == "cuda":
-        # Hours on a machine that may be taken away: complete enough to be written after every step.
-        terminal.run(harness.steps(run, others), after=lambda: results.save(run.result, path))
-    else:
-        terminal.run(harness.steps(run, others))
-        results.save(run.result, path)
+    save = partial(results.save, run.result, path)
+    # Hours on a machine that may be taken away: a GPU's result is complete enough to be written after every step.
+    terminal.run(harness.steps(run, **{name: getattr(options, name) for name in others}), save if on_gpu else None)
+    save()
     _finish(path, options.plot)
     return 0
 
@@ -176,9 +172,9 @@ def _finish(path: Path, draw: bool) -> None:
     result = results.load(path)
     terminal.show(result)
     print(f"Written: {path}")
+    picture = path.with_suffix(".png")
     if not draw or not result.get("curves"):
         return
-    picture = path.with_suffix(".png")
     if importlib.util.find_spec("matplotlib") is None:
         print(f"No picture: matplotlib is not installed. Later: python -m benchmarks show {path} --plot {picture}")
         return

@@ -85,7 +85,7 @@ def main() -> None:
     attend = attend_dilated(case)
     for which in PASSES:
         if which == "forward":
-            attend(*tensors.all[:3])
+            attend(*tensors.inputs)
         else:
             with_gradients(attend, tensors)
     torch.cuda.synchronize()

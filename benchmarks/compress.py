@@ -9,7 +9,6 @@ what the whole model gains from as many steps.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import tempfile
 from collections.abc import Callable, Iterator
@@ -190,9 +189,8 @@ def run(folder: Path, out: Path | None, *, data: str | None, steps: int, held_ou
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compress", description=(__doc__ or "").splitlines()[0])
+    parser = results.program("compress", __doc__)
     parser.add_argument("run", type=Path, help="the --out folder of longnet train")
-    parser.add_argument("--out", type=Path, help="where the result is written as JSON")
     parser.add_argument("--data", help="the text, where the run's own is elsewhere now")
     parser.add_argument("--steps", type=int, default=100, help="of recovery")
     parser.add_argument("--held-out", type=int, default=1 << 18, help="bytes to score")
@@ -200,3 +198,7 @@ def main() -> None:
     options = parser.parse_args()
     sizes = {"steps": options.steps, "held_out": options.held_out, "decoded": options.decoded}
     run(options.run, options.out, data=options.data, **sizes)
+
+
+if __name__ == "__main__":
+    main()

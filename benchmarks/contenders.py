@@ -6,11 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cases import Case, Tensors
-from benchmarks.checks import Attend, attend_dilated
+from benchmarks.checks import Attend, attend_dense, attend_dilated
 from benchmarks.device import Device
 
 
@@ -24,10 +23,10 @@ class Contender:
 
 def contender(name: str, attend: Attend, tensors: Tensors) -> Contender:
     """A differentiable function of q, k, v on given tensors."""
-    leaves = tuple(x.detach().requires_grad_() for x in tensors.all[:3])
+    leaves = tuple(x.detach().requires_grad_() for x in tensors.inputs)
 
     def forward() -> tuple[Tensor, ...]:
-        return (attend(tensors.query, tensors.key, tensors.value),)
+        return (attend(*tensors.inputs),)
 
     def forward_backward() -> tuple[Tensor, ...]:
         out = attend(*leaves)
@@ -41,32 +40,24 @@ def ours(case: Case, tensors: Tensors, name: str = "ours") -> Contender:
     return contender(name, attend_dilated(case), tensors)
 
 
-def sdpa(case: Case, tensors: Tensors) -> Contender:
-    """``F.scaled_dot_product_attention`` over the whole sequence: quadratic, and another function."""
-
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=case.is_causal)
-
-    return contender("dense", attend, tensors)
-
-
 def bare_dense(device: Device, tensors: Tensors, is_causal: bool, name: str = "dense") -> Contender:
     """The device's fastest dense attention on (B, H, N, D), forward and backward called without autograd."""
-    query, key, value, grad_out = tensors.all
 
     def forward() -> tuple[Tensor, ...]:
-        return device.attend(query, key, value, is_causal)[:1]
+        return device.attend(tensors, is_causal)[:1]
 
     def forward_backward() -> tuple[Tensor, ...]:
-        saved = device.attend(query, key, value, is_causal)
-        return (saved[0], *device.attend_backward(grad_out, query, key, value, saved, is_causal))
+        saved = device.attend(tensors, is_causal)
+        return (saved[0], *device.attend_backward(tensors, saved, is_causal))
 
     return Contender(name, {"forward": forward, "forward_backward": forward_backward})
 
 
 def dense(device: Device, case: Case, tensors: Tensors) -> Contender:
-    """Dense attention over the whole sequence: cuDNN's on a GPU, through autograd on a CPU."""
-    return bare_dense(device, tensors, case.is_causal) if device.kind == "cuda" else sdpa(case, tensors)
+    """Dense attention over the whole sequence, quadratic, another function: cuDNN's on a GPU, through autograd on a CPU."""
+    if device.kind == "cuda":
+        return bare_dense(device, tensors, case.is_causal)
+    return contender("dense", attend_dense(case.is_causal), tensors)
 
 
 def reference_kind(device: Device, case: Case) -> str:

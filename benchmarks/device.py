@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from benchmarks.cases import Tensors
+
 _cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _cudnn_forward = torch.ops.aten._scaled_dot_product_cudnn_attention.default
@@ -43,12 +45,10 @@ class Device(Protocol):
     def reset_peak(self) -> None: ...
     def peak(self) -> int: ...  # most bytes in use since reset_peak()
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> tuple[Any, ...]:
+    def attend(self, tensors: Tensors, is_causal: bool) -> tuple[Any, ...]:
         """torch's fastest dense attention without autograd, (B, H, N, D): out, lse and what the backward pass needs."""
 
-    def attend_backward(
-        self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, saved: tuple[Any, ...], is_causal: bool
-    ) -> tuple[Tensor, ...]:
+    def attend_backward(self, tensors: Tensors, saved: tuple[Any, ...], is_causal: bool) -> tuple[Tensor, ...]:
         """Gradients of query, key and value, from what :meth:`attend` returned."""
 
 
@@ -107,13 +107,11 @@ class Cpu:
     def peak(self) -> int:
         return _resident("VmHWM")
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> tuple[Any, ...]:
-        return tuple(_cpu_forward(query, key, value, 0.0, is_causal))
+    def attend(self, tensors: Tensors, is_causal: bool) -> tuple[Any, ...]:
+        return tuple(_cpu_forward(*tensors.inputs, 0.0, is_causal))
 
-    def attend_backward(
-        self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, saved: tuple[Any, ...], is_causal: bool
-    ) -> tuple[Tensor, ...]:
-        return tuple(_cpu_backward(grad_out, query, key, value, *saved, 0.0, is_causal))
+    def attend_backward(self, tensors: Tensors, saved: tuple[Any, ...], is_causal: bool) -> tuple[Tensor, ...]:
+        return tuple(_cpu_backward(tensors.grad_out, *tensors.inputs, *saved, 0.0, is_causal))
 
 
 class Cuda:
@@ -179,17 +177,13 @@ class Cuda:
     def peak(self) -> int:
         return torch.cuda.max_memory_allocated(self.device)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> tuple[Any, ...]:
-        return tuple(_cudnn_forward(query, key, value, None, True, 0.0, is_causal, False))
+    def attend(self, tensors: Tensors, is_causal: bool) -> tuple[Any, ...]:
+        return tuple(_cudnn_forward(*tensors.inputs, None, True, 0.0, is_causal, False))
 
-    def attend_backward(
-        self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, saved: tuple[Any, ...], is_causal: bool
-    ) -> tuple[Tensor, ...]:
-        out, lse, cum_q, cum_k, max_q, max_k, seed, offset = saved[:8]
-        shapes = (cum_q, cum_k, max_q, max_k)
-        return tuple(
-            _cudnn_backward(grad_out, query, key, value, out, lse, seed, offset, None, *shapes, 0.0, is_causal)
-        )
+    def attend_backward(self, tensors: Tensors, saved: tuple[Any, ...], is_causal: bool) -> tuple[Tensor, ...]:
+        out, lse, *shapes, seed, offset = saved[:8]
+        given = (tensors.grad_out, *tensors.inputs)
+        return tuple(_cudnn_backward(*given, out, lse, seed, offset, None, *shapes, 0.0, is_causal))
 
 
 class HostClock(Cpu):

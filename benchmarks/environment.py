@@ -8,8 +8,12 @@ import importlib.util
 import os
 import platform
 import subprocess
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -72,3 +76,14 @@ def _git(*arguments: str) -> str | None:
     except FileNotFoundError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def in_child(probe: Callable[[Any], dict[str, Any]], argument: Any, **settings: str) -> dict[str, Any]:
+    """``probe(argument)`` in a fresh process, with these settings in its environment.
+
+    Raises:
+        CheckFailed: as the probe does. BrokenProcessPool: the process died.
+    """
+    # Only a process that starts anew reads them.
+    with mock.patch.dict(os.environ, settings), ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(probe, argument).result()

@@ -12,7 +12,6 @@ torch had reserved. The file is written after every part, and a part that fails 
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 import traceback
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from benchmarks import checks, environment, report, results
 from benchmarks.cases import Record
 from benchmarks.device import Cpu, Cuda, HostClock, here
-from benchmarks.gigapath_peer import load_upstream
+from benchmarks.peers import load_gigapath
 from benchmarks.timing import host_seconds, interleave, repeated, settle
 from longnet.gigapath import SlideEncoder, passes
 
@@ -95,7 +94,7 @@ def on_gpu(tiles: int, gigapath: Path | None, torchscale: Path | None) -> Record
     if gigapath is None:
         record["why_not"] = "no checkout given: --gigapath PATH"
     else:
-        models["gigapath"], record["remarks"] = load_upstream(gigapath, torchscale, ours, device.device)
+        models["gigapath"], record["remarks"] = load_gigapath(gigapath, torchscale, ours, device.device)
     outs = {}
     for name, model in models.items():
         choose(ours, name)
@@ -209,8 +208,7 @@ def parts(gigapath: Path | None, torchscale: Path | None) -> dict[str, Part]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gigapath", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="where the result is written as JSON")
+    parser = results.program("gigapath", __doc__, out_required=True)
     parser.add_argument("--gigapath", type=Path, help="a checkout of prov-gigapath to compare with")
     parser.add_argument("--torchscale", type=Path, help="torchscale to use instead of the one in prov-gigapath")
     parser.add_argument("--part", action="append", help="only this part, as its line of output begins; may be repeated")
@@ -222,3 +220,7 @@ def main() -> None:
     if any("ratios" in part for part in result["parts"].values()):
         print(report.tables(result)[0].markdown())
     raise SystemExit(1 if result["errors"] else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,55 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import compiling, environment, results
 from benchmarks.cases import BASES, Call, Case, Record
 from benchmarks.device import Device, load_average, no_peak_reason
 from benchmarks.peers import load_alexisrozhkov, load_dilated_attention_pytorch, load_torchscale
 from benchmarks.run import EFFORTS, Run, Suite
-from benchmarks.suites import (
-    ceilings,
-    gigapath,
-    growth,
-    imports,
-    longest,
-    memory,
-    noise,
-    oracle,
-    reading,
-    speed,
-    stream,
-)
+from benchmarks.suites import growth, longest, machine, memory, reading, speed, stream
 
 SUITES: tuple[Suite, ...] = (
-    *(one.SUITE for one in (oracle, noise, ceilings, speed, memory, imports, gigapath, growth)),
-    growth.CURVES_SUITE,
-    *(one.SUITE for one in (longest, reading, stream)),
-)
+    machine.CHECKS, machine.NOISE, machine.CEILINGS, speed.SUITE, memory.SUITE, machine.IMPORT, speed.GIGAPATH_SUITE,
+    growth.SUITE, growth.CURVES_SUITE, longest.SUITE, reading.SUITE, stream.SUITE,
+)  # fmt: skip
 # Part of every run, or of a run that has another section.
 _ALONG = ("checks", "curves")
 Cells = dict[str, tuple[Any, ...]]
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """A part of the run: ``run`` adds its records to the result."""
 
     label: str
     run: Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Checkouts:
-    """Where other implementations lie, each or none."""
-
-    torchscale: Path | None = None
-    dilated_attention_pytorch: Path | None = None
-    alexisrozhkov: Path | None = None
 
 
 def suites(kind: str) -> dict[str, Suite]:
@@ -75,38 +52,39 @@ def cells(scale: str, chosen: Iterable[str] | None = None) -> Cells:
     """
     kind = scale.removesuffix("-quick")
     names = set(sections(kind) if chosen is None else chosen)
-    for section in names - set(sections(kind)):
-        raise ValueError(f"section={section!r} is unknown: expected some of {sections(kind)}")
+    if unknown := names - set(sections(kind)):
+        raise ValueError(f"section={unknown.pop()!r} is unknown: expected some of {sections(kind)}")
     names |= {"checks"} | ({"curves"} if "growth" in names else set())
     return {name: suite.cells[scale] for name, suite in suites(kind).items() if name in names}
 
 
-def at_lengths(chosen: Cells, lengths: list[int]) -> Cells:
-    """Speed, memory and noise of a CPU at these lengths instead.
+def at_lengths(chosen: Cells, lengths: list[int] | None) -> Cells:
+    """Speed, memory and noise of a CPU at these lengths instead, if there are any.
 
     Raises:
         ValueError: a length below one block of the kernel.
     """
-    changed = dict(chosen)
-    for name, sizes in (("noise", [min(lengths)]), ("speed", lengths), ("memory", lengths)):
-        every = [_at(cell, length) for length in sizes for cell in chosen.get(name, ())]
-        changed |= {name: tuple(dict.fromkeys(every))} if every else {}
-    return changed
+
+    def at(cell: Any, length: int) -> Any:
+        if isinstance(cell, Call):
+            return Call(at(cell.case, length), cell.which)
+        if length < cell.block:
+            raise ValueError(f"--length {length} is below {cell.block}, one block of the kernel")
+        return replace(cell, length=length)
+
+    def change(name: str, every: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not lengths or name not in ("noise", "speed", "memory"):
+            return every
+        sizes = [min(lengths)] if name == "noise" else lengths
+        return tuple(dict.fromkeys(at(cell, length) for length in sizes for cell in every))
+
+    return {name: change(name, every) for name, every in chosen.items()}
 
 
-def _at(cell: Any, length: int) -> Any:
-    if isinstance(cell, Call):
-        return Call(_at(cell.case, length), cell.which)
-    if length < cell.block:
-        raise ValueError(f"--length {length} is below {cell.block}, one block of the kernel")
-    return replace(cell, length=length)
-
-
-def of_dtypes(chosen: Cells, dtypes: list[str]) -> Cells:
-    """The cells of these dtypes, and those that have none."""
-    return {
-        name: tuple(x for x in every if all(c.dtype in dtypes for c in _cases(x))) for name, every in chosen.items()
-    }
+def of_dtypes(chosen: Cells, dtypes: list[str] | None) -> Cells:
+    """The cells of these dtypes, if there are any, and those that have none."""
+    fits = lambda cell: not dtypes or all(case.dtype in dtypes for case in _cases(cell))  # noqa: E731
+    return {name: tuple(filter(fits, every)) for name, every in chosen.items()}
 
 
 def only(chosen: Cells, scale: str, lengths: list[int] | None, dims: list[int] | None) -> Cells:
@@ -149,8 +127,12 @@ def new_run(device: Device, scale: str, chosen: Cells, commit: str | None = None
     return Run(device, effort, chosen, result=result)
 
 
-def steps(run: Run, checkouts: Checkouts = Checkouts()) -> list[Step]:
-    """Kernels first, then the definition: a wrong result ends the run before anything is timed."""
+def steps(run: Run, **checkouts: Path | None) -> list[Step]:
+    """Kernels first, then the definition: a wrong result ends the run before anything is timed.
+
+    Args:
+        checkouts: where other implementations lie, see :func:`_load`.
+    """
     on_gpu, planned = run.device.kind == "cuda", []
     if on_gpu:
         planned.append(Step("compiling kernels", lambda: compile_all(run)))
@@ -159,7 +141,7 @@ def steps(run: Run, checkouts: Checkouts = Checkouts()) -> list[Step]:
             label = getattr(cell, "label", "")
             planned.append(Step(f"{name}: {label}" if label else name, partial(_measure, run, suite, cell)))
         if name == "checks":
-            planned.append(Step("loading other implementations", partial(_load, run, checkouts)))
+            planned.append(Step("loading other implementations", partial(_load, run, **checkouts)))
     if not on_gpu:
         planned.append(Step("done", lambda: run.result["device"].update(load_average_after=load_average())))
     return planned
@@ -178,10 +160,15 @@ def _measure(run: Run, suite: Suite, cell: Any) -> None:
     run.device.release()
 
 
-def _load(run: Run, checkouts: Checkouts) -> None:
+def _load(
+    run: Run,
+    torchscale: Path | None = None,
+    dilated_attention_pytorch: Path | None = None,
+    alexisrozhkov: Path | None = None,
+) -> None:
     base = BASES[run.device.kind if run.effort.judged else f"{run.device.kind}-quick"]
-    run.peers = [load_torchscale(checkouts.torchscale, base, run.device.device)]
+    run.peers = [load_torchscale(torchscale, base, run.device.device)]
     if run.device.kind == "cuda":
-        run.peers.append(load_dilated_attention_pytorch(checkouts.dilated_attention_pytorch))
-        run.peers.append(load_alexisrozhkov(checkouts.alexisrozhkov))
+        run.peers.append(load_dilated_attention_pytorch(dilated_attention_pytorch))
+        run.peers.append(load_alexisrozhkov(alexisrozhkov))
     run.result["peers"] = [peer.to_dict() for peer in run.peers]

@@ -8,7 +8,6 @@ plain one with the same loss function on its logits, and, for information, with 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -107,6 +106,8 @@ def run(out: Path | None) -> Record:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.hf", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, help="where to write the result as JSON")
-    run(parser.parse_args().out)
+    run(results.program("hf", __doc__).parse_args().out)
+
+
+if __name__ == "__main__":
+    main()

@@ -95,16 +95,8 @@ def attempt(tokens: int, ranks: int, seconds: float) -> Try:
     """``train`` in processes of its own."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "try.json"
-        launch = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            str(ranks),
-            "--master-port",
-            "29617",
-        ]
-        command = [*launch, "-m", "benchmarks.longest_training", "--tokens", str(tokens), "--out", str(out)]
+        launch = f"-m torch.distributed.run --nproc-per-node {ranks} --master-port 29617 -m benchmarks.longest_training"
+        command = [sys.executable, *launch.split(), "--tokens", str(tokens), "--out", str(out)]
         environ = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": "4", **os.environ}
         ended = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=seconds, check=False)
         if out.is_file():
@@ -136,14 +128,12 @@ def search(ranks: int, memory_gib: float, start: int, step: int, seconds: float)
 
 
 def main() -> None:
-    name, text = "python -m benchmarks.longest_training", (__doc__ or "").splitlines()[0]
-    parser = argparse.ArgumentParser(prog=name, description=text)
+    parser = results.program("longest_training", __doc__, out_required=True)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=200.0, help="after which no further length is tried")
     parser.add_argument("--start", type=int, default=LIMIT // 2, help="tokens a rank to begin with")
     parser.add_argument("--only", type=int, help="this many tokens, and no search")
     parser.add_argument("--tokens", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     if options.tokens is not None:
         try:
@@ -173,3 +163,7 @@ def main() -> None:
     print(report.plain(result))
     if result["longest"] is None:
         print(f"not even {options.start:,} tokens a rank fit on {result['device']}")
+
+
+if __name__ == "__main__":
+    main()

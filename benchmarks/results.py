@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from datetime import UTC, datetime
@@ -19,6 +20,13 @@ _SAME = ("schema", "commit", "versions", "device", "limits", "judged", "pattern"
 
 class NoResult(ValueError):
     """A file that is no result of this benchmark, or results that cannot be merged."""
+
+
+def program(name: str, text: str | None, *, out_required: bool = False) -> argparse.ArgumentParser:
+    """The options of ``python -m benchmarks.NAME``: ``--out``, and what the caller adds."""
+    parser = argparse.ArgumentParser(f"python -m benchmarks.{name}", description=(text or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=out_required, help="where the result is written as JSON")
+    return parser
 
 
 def started(commit: str | None = None, **fields: Any) -> Record:
@@ -51,24 +59,6 @@ def load(path: Path) -> Record:
     # Results of one suite alone had no schema at first, but always a kind.
     if not isinstance(result, dict) or (result.get("schema") != SCHEMA and "kind" not in result):
         raise NoResult(f"{path} is no result of this benchmark: expected schema {SCHEMA}")
-    return result if "kind" in result else _upgraded(result)
-
-
-def _upgraded(result: Record) -> Record:
-    """CPU results of before there was one record per pass, and curves apart from growth."""
-    speed: list[Record] = []
-    for record in result["speed"]:
-        checks = record["checks"]
-        for which, measured in record.pop("passes", {}).items():
-            head = {"case": record["case"], "pass": which, "reference": "same_flop", "ratio": record["flop_ratio"]}
-            speed.append(head | {"checks": checks} | measured)
-            checks = []
-    result["speed"] = speed or result["speed"]
-    for record in result["growth"]:
-        if "curves" in record:
-            record |= {"case": {"dtype": record["dtype"]}, "pass": "forward"}
-            seconds = {"longnet": record["seconds"], **record.pop("curves")}
-            result.setdefault("curves", []).append({"case": record["case"], "pass": "forward", "seconds": seconds})
     return result
 
 

@@ -9,22 +9,20 @@ ranks first, and a round counts the slowest.
 
 from __future__ import annotations
 
-import argparse
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from benchmarks import checks, report, results
-from benchmarks.cases import Case, Record, Tensors, draw
+from benchmarks.cases import Case, Record, draw
 from benchmarks.device import HostClock
 from benchmarks.timing import Function, interleave
-from longnet import dilated_attention
 
 # Time of the sharded call over that of one device with as many tokens.
 LIMIT, ROUNDS = 1.05, 9
@@ -57,14 +55,6 @@ def sizes(on_gpu: bool, ranks: int) -> Case:
     return Case(shard, kind, heads=heads, segment_lengths=tuple(lengths), dilation_rates=rates)
 
 
-def attend(case: Case, group: Any) -> checks.Attend:
-    def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        lists = (case.segment_lengths, case.dilation_rates)
-        return dilated_attention(query, key, value, *lists, is_causal=case.is_causal, group=group)
-
-    return call
-
-
 def run(out: Path | None) -> Record:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     on_gpu = torch.cuda.is_available()
@@ -72,8 +62,9 @@ def run(out: Path | None) -> Record:
     case = sizes(on_gpu, ranks)
     whole = draw(replace(case, length=case.length * ranks), 0, device)
     mine = slice(rank * case.length, (rank + 1) * case.length)
-    shard = Tensors(*(x[:, :, mine].clone() for x in whole.all))
-    alone, together = attend(case, None), attend(case, dist.group.WORLD)
+    shard = whole.map(lambda x: x[:, :, mine].clone())
+    alone = checks.attend_dilated(case)
+    together = partial(alone, group=dist.group.WORLD)
     expected = checks.with_gradients(alone, whole)
     pairs = zip(checks.NAMES, checks.with_gradients(together, shard), expected, strict=True)
     errors = {name: checks.relative_error(got, want[:, :, mine]) for name, got, want in pairs}
@@ -85,8 +76,8 @@ def run(out: Path | None) -> Record:
     functions: dict[str, Function] = {
         "alone": lambda: checks.with_gradients(alone, shard),
         "together": lambda: checks.with_gradients(together, shard),
-        "alone, forward": lambda: alone(*shard.all[:3]),
-        "together, forward": lambda: together(*shard.all[:3]),
+        "alone, forward": lambda: alone(*shard.inputs),
+        "together, forward": lambda: together(*shard.inputs),
     }
     seconds = interleave(Ranks(device), functions, ROUNDS, ROUNDS)
     name, limit = (torch.cuda.get_device_name(device), LIMIT) if on_gpu else ("cpu", None)
@@ -101,8 +92,7 @@ def run(out: Path | None) -> Record:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, help="where the first rank writes the result as JSON")
+    parser = results.program("scaling", __doc__)
     options = parser.parse_args()
     if "WORLD_SIZE" not in os.environ:
         parser.error("start with torchrun --nproc-per-node K -m benchmarks.scaling")
@@ -113,3 +103,7 @@ def main() -> None:
         run(options.out)
     finally:
         dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -139,58 +139,40 @@ _LENT: Modules = {
 }
 
 
-def missing() -> tuple[str, ...]:
-    """The packages that :func:`lent` would stand in for."""
-    return _absent(_LENT)
-
-
-def _absent(table: Modules) -> tuple[str, ...]:
-    tops = dict.fromkeys(name.partition(".")[0] for name in table)
+def missing(*more: Modules) -> tuple[str, ...]:
+    """The packages that :func:`lent` would stand in for, those of ``more`` included."""
+    tops = dict.fromkeys(name.partition(".")[0] for modules in (_LENT, *more) for name in modules)
     return tuple(name for name in tops if importlib.util.find_spec(name) is None)
 
 
 @contextmanager
-def lent() -> Iterator[tuple[str, ...]]:
-    """While it lasts, missing packages can be imported as stand-ins; gives their names."""
-    packages = missing()
-    with _modules({name: names for name, names in _LENT.items() if name.partition(".")[0] in packages}):
-        yield packages
-
-
-@contextmanager
-def importable(*paths: Path, more: Modules | None = None, always: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """While it lasts, modules are found in ``paths`` first, and missing packages are lent; gives the names of these.
+def lent(*paths: Path, more: Modules | None = None, always: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """While it lasts, modules are found in ``paths`` first, and missing packages are stood in for; gives their names.
 
     Args:
         more: modules to lend besides. always: packages among them that are replaced where they are installed.
     """
-    more, before = more or {}, list(sys.path)
-    absent = (*_absent({name: {} for name in more if name.partition(".")[0] not in always}), *always)
-    sys.path[:0] = [str(path) for path in paths]
+    before, replaced, table = list(sys.path), {}, {}
+    sys.path[:0] = map(str, paths)
     try:
-        with lent() as packages, _modules({name: x for name, x in more.items() if name.partition(".")[0] in absent}):
-            yield (*packages, *absent)
-    finally:
-        # What is imported may append to sys.path itself.
-        sys.path[:] = before
-
-
-@contextmanager
-def _modules(table: Modules) -> Iterator[None]:
-    """While it lasts, these modules have these names; what they replace comes back."""
-    replaced = {name: sys.modules[name] for name in table if name in sys.modules}
-    for name, names in table.items():
-        module = ModuleType(name, f"Lent by longnet's benchmark in place of {name}.")
-        module.__spec__ = ModuleSpec(name, None, is_package=True)
-        module.__path__ = []
-        vars(module).update(names)
-        parent, _, child = name.rpartition(".")
-        if parent:
-            setattr(sys.modules[parent], child, module)
-        sys.modules[name] = module
-    try:
-        yield
+        absent = missing(more) if more else missing()
+        packages = (*(name for name in absent if name not in always), *always)
+        every = {**_LENT, **(more or {})}
+        table = {name: names for name, names in every.items() if name.partition(".")[0] in packages}
+        replaced = {name: sys.modules[name] for name in table if name in sys.modules}
+        for name, names in table.items():
+            module = ModuleType(name, f"Lent by longnet's benchmark in place of {name}.")
+            module.__spec__ = ModuleSpec(name, None, is_package=True)
+            module.__path__ = []
+            vars(module).update(names)
+            parent, _, child = name.rpartition(".")
+            if parent:
+                setattr(sys.modules[parent], child, module)
+            sys.modules[name] = module
+        yield packages
     finally:
         for name in table:
-            del sys.modules[name]
+            sys.modules.pop(name, None)
         sys.modules.update(replaced)
+        # What is imported may append to sys.path itself.
+        sys.path[:] = before

@@ -7,7 +7,6 @@ Reads the record that the command wrote; nothing is measured here.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -56,14 +55,17 @@ def _slice(lines: list[Record]) -> Record:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m benchmarks.stream_record", description=(__doc__ or "").splitlines()[0])
+    parser = results.program("stream_record", __doc__, out_required=True)
     parser.add_argument("stream", type=Path, help="the folder that longnet stream wrote")
     parser.add_argument("--run", type=Path, required=True, help="the folder of the model")
     parser.add_argument("--device", required=True, help="what it ran on")
     parser.add_argument("--commit", required=True, help="of the sources that ran")
     parser.add_argument("--text-bytes", type=int, required=True, help="of the data's start, as scripts/corpus.py says")
-    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     result = collect(options.stream, options.run, options.device, options.commit, options.text_bytes)
     results.save(result, options.out)
     print(report.plain(result))
+
+
+if __name__ == "__main__":
+    main()

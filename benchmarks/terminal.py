@@ -1,4 +1,4 @@
-"""Printing: with rich where it is installed, in plain lines where it is not (GPU machines need torch and triton alone)."""
+"""Printing: tables with rich where it is installed, else in plain lines (GPU machines need torch and triton alone)."""
 
 from __future__ import annotations
 
@@ -16,35 +16,19 @@ def has_rich() -> bool:
     return importlib.util.find_spec("rich") is not None
 
 
-def run(steps: list[Step], after: Callable[[], None] = lambda: None) -> None:
+def run(steps: list[Step], after: Callable[[], None] | None = None) -> None:
     """Every step in turn, its name on stderr; ``after`` is called when one is done.
 
     Nothing is drawn while a step runs: it would take time from what is timed.
     """
-    if has_rich() and sys.stderr.isatty():
-        _run_with_rich(steps, after)
-        return
     if not has_rich():
-        print("rich is not installed: progress and tables in plain lines", file=sys.stderr, flush=True)
+        print("rich is not installed: tables in plain lines", file=sys.stderr, flush=True)
     for number, step in enumerate(steps, 1):
         print(f"[{number}/{len(steps)}] {step.label} ...", end="", file=sys.stderr, flush=True)
         start = time.perf_counter()
         step.run()
         print(f" {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
-        after()
-
-
-def _run_with_rich(steps: list[Step], after: Callable[[], None]) -> None:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as progress:
-        task = progress.add_task("", total=len(steps))
-        for step in steps:
-            progress.update(task, description=step.label, refresh=True)
-            step.run()
-            progress.update(task, advance=1, refresh=True)
+        if after is not None:
             after()
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from benchmarks.cases import CPU, CPU_QUICK, GPU, GPU_QUICK, PASSES, Call, Case, Record, Tensors, draw, grid, lengths_of
 from benchmarks.checks import Attend, as_json, attend_dilated, rows_at_size
-from benchmarks.child import in_child, serve
 from benchmarks.contenders import ours
 from benchmarks.device import Cpu, Device
+from benchmarks.environment import in_child
 from benchmarks.run import Run, Suite
 
 
@@ -64,7 +64,7 @@ def measure(run: Run, call: Call) -> Record:
 
 
 def _call(attend: Attend, tensors: Tensors, which: str) -> Callable[[], tuple[Tensor, ...]]:
-    leaves = [x.detach().requires_grad_(which == "forward_backward") for x in tensors.all[:3]]
+    leaves = [x.detach().requires_grad_(which == "forward_backward") for x in tensors.inputs]
 
     def run() -> tuple[Tensor, ...]:
         out = attend(leaves[0], leaves[1], leaves[2])
@@ -94,20 +94,19 @@ def _in_processes(case: Case, which: str, processes: int) -> Record:
     process. ``live_peak_bytes`` is from one more process whose malloc maps every block from 64 KiB up by itself and so
     returns it when it is freed: what the call holds at once.
     """
-    argument = {"case": case.to_dict(), "which": which}
-    records = [in_child(__name__, argument) for _ in range(processes)]
-    live = in_child(__name__, argument, {"MALLOC_MMAP_THRESHOLD_": "65536"})
+    records = [in_child(probe, Call(case, which)) for _ in range(processes)]
+    live = in_child(probe, Call(case, which), MALLOC_MMAP_THRESHOLD_="65536")
     peaks = [record.pop("peak_bytes") for record in records]
     return {**records[0], "peak_bytes": peaks, "live_peak_bytes": live["peak_bytes"]}
 
 
-def probe(argument: Record) -> Record:
+def probe(call: Call) -> Record:
     """Peak resident bytes of one call beyond q, k, v (and, for the backward pass, the gradient given for out).
 
     A call on fewer heads and at most one longest segment first, so that libraries loaded on first use and the buffers
     that they hold for good (matrix products of this size have their own) do not count. The result itself counts.
     """
-    case, which = Case.from_dict(argument["case"]), argument["which"]
+    case, which = call
     heads, length = min(case.heads, max(case.dilation_rates)), min(case.length, max(case.segment_lengths))
     warm = replace(case, heads=heads, length=length)
     ours(warm, draw(warm)).passes[which]()
@@ -121,6 +120,3 @@ def probe(argument: Record) -> Record:
 
 
 SUITE = Suite("memory", CELLS, measure, {kind: {"memory": limits} for kind, limits in LIMITS.items()})
-
-if __name__ == "__main__":
-    serve(probe)

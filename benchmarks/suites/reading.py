@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.cases import Record
-from benchmarks.child import in_child, serve
 from benchmarks.device import Cpu
+from benchmarks.environment import in_child
 from benchmarks.run import Run, Suite
 from benchmarks.timing import host_seconds
 
@@ -36,20 +36,20 @@ CELLS = {
 
 
 def measure(run: Run, reading: Reading) -> Record:
-    return in_child(__name__, asdict(reading))
+    return in_child(probe, reading)
 
 
-def probe(reading: Record) -> Record:
+def probe(reading: Reading) -> Record:
     """Seconds and peak resident bytes of every tenth, logits of every byte included; then the cost of a copy of the cache."""
     import torch
     from safetensors.torch import load_file, save_file
 
     from longnet import LongNetConfig, LongNetLM
 
-    segments, rates = (tuple(reading[name]) for name in ("segment_lengths", "dilation_rates"))
     config = LongNetConfig(
-        vocab_size=256, dim=64, heads=4, layers=2, segment_lengths=segments, dilation_rates=rates, use_xpos=True
-    )
+        vocab_size=256, dim=64, heads=4, layers=2, segment_lengths=reading.segment_lengths,
+        dilation_rates=reading.dilation_rates, use_xpos=True,
+    )  # fmt: skip
     generator, device, finite = torch.Generator().manual_seed(0), Cpu(), True
     seconds, peaks = [], []
     with torch.inference_mode():
@@ -58,8 +58,8 @@ def probe(reading: Record) -> Record:
 
         def read() -> None:
             nonlocal finite
-            for _ in range(reading["tokens"] // _PARTS // reading["chunk"]):
-                tokens = torch.randint(256, (1, reading["chunk"]), generator=generator)
+            for _ in range(reading.tokens // _PARTS // reading.chunk):
+                tokens = torch.randint(256, (1, reading.chunk), generator=generator)
                 finite &= bool(model(tokens, cache=cache)[0, -1].isfinite().all())
 
         for _ in range(_PARTS):
@@ -78,11 +78,8 @@ def probe(reading: Record) -> Record:
             "file_bytes": path.stat().st_size,
         }
     memory = {"cache_bytes": cache.nbytes, "peak_bytes": peaks}
-    return reading | memory | {"read": cache.position, "seconds": seconds, "kept": prefix}
+    return asdict(reading) | memory | {"read": cache.position, "seconds": seconds, "kept": prefix}
 
 
 # Growth of the peak memory from the second tenth to the last, at most.
 SUITE = Suite("stream", CELLS, measure, {"cpu": {"stream": 0.02}})
-
-if __name__ == "__main__":
-    serve(probe)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from benchmarks.cases import CPU, CPU_QUICK, GPU, GPU_QUICK, PASSES, Case, Record, Tensors, both_dtypes, draw, grid
-from benchmarks.cases import lengths_of as at
+from benchmarks import cases
+from benchmarks.cases import GPU_QUICK, PASSES, Case, Record, Tensors, draw
 from benchmarks.checks import Check, allowed_at_size, as_json, compare, rows_at_size, window_at_size
 from benchmarks.contenders import Contender, dense, ours, reference, reference_ratio
 from benchmarks.device import Device
@@ -19,10 +20,15 @@ from benchmarks.timing import Function, host_seconds, rotated, warm_up
 from benchmarks.visited import visited_share
 
 CELLS = {
-    "cpu": both_dtypes(*at(CPU, 8192, 32768)),
-    "cpu-quick": both_dtypes(CPU_QUICK),
-    "cuda": grid(GPU, (8192, 32768, 131072, 1048576), (64, 128)),
-    "cuda-quick": at(GPU_QUICK, 128, 512),
+    "cpu": cases.both_dtypes(*cases.lengths_of(cases.CPU, 8192, 32768)),
+    "cpu-quick": cases.both_dtypes(cases.CPU_QUICK),
+    "cuda": cases.grid(cases.GPU, (8192, 32768, 131072, 1048576), (64, 128)),
+    "cuda-quick": cases.lengths_of(GPU_QUICK, 128, 512),
+}
+# The shape of a slide encoder's attention, at lengths that no segment divides.
+GIGAPATH_CELLS = {
+    "cuda": cases.lengths_of(cases.GIGAPATH, 10001, 45681),
+    "cuda-quick": (replace(GPU_QUICK, length=301, head_dim=48, dtype="float16", is_causal=False),),
 }
 _LONG, _ONCE, _BOTH = (131072, 1048576), ("forward",), ("forward_backward",)
 
@@ -140,4 +146,15 @@ def beside(run: Run, case: Case, which: str, first: Mapping[str, Function], sets
     return {"beside": seconds, "left_out": left_out}
 
 
+def gigapath(run: Run, case: Case) -> Record:
+    """A forward pass beside other implementations; torchscale's time over ours has a limit."""
+    sets = input_sets(run.device, case)
+    functions = {"ours": rotated([ours(case, tensors) for tensors in sets]).passes["forward"]}
+    checks = rows_at_size(case, sets[0], ours(case, sets[0]).passes["forward"]()[0])
+    seconds = run.time(functions)["ours"]
+    record = {"case": case.to_dict(), "pass": "forward", "checks": as_json(checks), "seconds": seconds}
+    return record | beside(run, case, "forward", functions, sets)
+
+
 SUITE = Suite("speed", CELLS, measure, LIMITS)
+GIGAPATH_SUITE = Suite("gigapath", GIGAPATH_CELLS, gigapath, {"cuda": {"gigapath": 3.0}})

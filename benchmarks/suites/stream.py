@@ -72,7 +72,7 @@ def _rows(device: Device, cell: Rows) -> Record:
     whole = case.length - tail
     cuts = [*range(0, whole, cell.chunk), *range(whole, case.length), case.length]
     for start, stop in pairwise(cuts):
-        query, key, value = (x[:, :, start:stop] for x in tensors.all[:3])
+        query, key, value = (x[:, :, start:stop] for x in tensors.inputs)
         out[:, :, start:stop] = stream_attention(query, key, value, cache)
     checks = rows_at_size(case, tensors, out, first=whole if tail else 0)
     return {
