@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from longnet.geometry import Pattern, score_pairs
 
-PASSES = ("forward", "forward_backward")
+PASSES, DTYPES = ("forward", "forward_backward"), ("float32", "bfloat16")
 Record = dict[str, Any]
 
 
@@ -179,10 +180,9 @@ class Call(NamedTuple):
         return f"{self.case.label} {self.which}"
 
 
-def grid(base: Case, lengths: tuple[int, ...], dims: tuple[int, ...] = (64,)) -> tuple[Case, ...]:
-    """Every length and head dimension, causal and not."""
-    sizes = [(length, dim, is_causal) for length in lengths for dim in dims for is_causal in (True, False)]
-    return tuple(replace(base, length=length, head_dim=dim, is_causal=is_causal) for length, dim, is_causal in sizes)
+def variants(base: Case, **axes: Sequence[Any]) -> tuple[Case, ...]:
+    """The case with every combination of these values of its fields, the last one changing fastest."""
+    return tuple(replace(base, **dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values()))
 
 
 # On a CPU the default pattern; on a GPU the paper's series; small ones that only show that the benchmark works.
@@ -193,11 +193,3 @@ GPU = Case(1048576, "bfloat16", heads=16, segment_lengths=GPU_SEGMENTS, dilation
 GPU_QUICK = Case(512, "bfloat16", heads=4, head_dim=64, segment_lengths=(128, 256), dilation_rates=(1, 2))
 GIGAPATH = Case(10001, "float16", 16, 48, (1024, 5792, 32768, 185363, 1048576), GPU_RATES, is_causal=False)
 BASES = {"cpu": CPU, "cpu-quick": CPU_QUICK, "cuda": GPU, "cuda-quick": GPU_QUICK}
-
-
-def both_dtypes(*cases: Case) -> tuple[Case, ...]:
-    return tuple(replace(case, dtype=dtype) for case in cases for dtype in ("float32", "bfloat16"))
-
-
-def lengths_of(base: Case, *lengths: int) -> tuple[Case, ...]:
-    return tuple(replace(base, length=length) for length in lengths)

@@ -13,11 +13,11 @@ from benchmarks.cases import BASES, Call, Case, Record
 from benchmarks.device import Device, load_average, no_peak_reason
 from benchmarks.peers import load_alexisrozhkov, load_dilated_attention_pytorch, load_torchscale
 from benchmarks.run import EFFORTS, Run, Suite
-from benchmarks.suites import growth, longest, machine, memory, reading, speed, stream
+from benchmarks.suites import growth, machine, memory, speed, stream
 
 SUITES: tuple[Suite, ...] = (
     machine.CHECKS, machine.NOISE, machine.CEILINGS, speed.SUITE, memory.SUITE, machine.IMPORT, speed.GIGAPATH_SUITE,
-    growth.SUITE, growth.CURVES_SUITE, longest.SUITE, reading.SUITE, stream.SUITE,
+    growth.SUITE, growth.CURVES_SUITE, memory.LONGEST, stream.SUITE,
 )  # fmt: skip
 # Part of every run, or of a run that has another section.
 _ALONG = ("checks", "curves")

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from benchmarks.cases import Case, Tensors, draw
 from benchmarks.checks import NAMES, Attend, allowed_errors, oracle_out, relative_error, with_gradients
-from benchmarks.contenders import Contender, contender
 from benchmarks.stand_ins import Modules, lent, torchscale_flash
+from benchmarks.timing import Contender, contender
 from longnet.gigapath import SlideEncoder
 from longnet.gigapath.positions import axis_table, position_embedding
 

@@ -23,16 +23,9 @@ DEVICES = ("cpu", "cuda", "mps", "xpu")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LARGEST = 1024
 COLUMNS = (
-    "backend",
-    "devices",
-    "dtypes",
-    "D",
-    "relative bias",
-    "padding",
-    "lse",
-    "same bits twice",
+    "backend", "devices", "dtypes", "D", "relative bias", "padding", "lse", "same bits twice",
     "memory, forward / with backward",
-)
+)  # fmt: skip
 # Held by tests for every backend, on the CPU; on GPUs by tests/gpu. The portable backend uses torch's matrix products there.
 SAME = {
     "cpu_flash": "yes",
@@ -62,30 +55,17 @@ def row(backend: Backend) -> list[str]:
     home = next(device for device in DEVICES if takes(backend, device))
     dims = [dim for dim in range(1, LARGEST + 1) if takes(backend, home, dim=dim)]
     return [
-        f"`{backend.name}`",
-        devices(backend),
-        names(tuple(dtype for dtype in DTYPES if takes(backend, home, dtype))),
-        "any" if len(dims) == LARGEST else f"{dims[0]} to {dims[-1]}",
-        "yes" if takes(backend, home, bias=True) else "no",
-        "yes",
-        "yes, differentiable",
-        SAME[backend.name],
-        memory(backend.name),
-    ]
+        f"`{backend.name}`", devices(backend), names(tuple(dtype for dtype in DTYPES if takes(backend, home, dtype))),
+        "any" if len(dims) == LARGEST else f"{dims[0]} to {dims[-1]}", "yes" if takes(backend, home, bias=True) else "no",
+        "yes", "yes, differentiable", SAME[backend.name], memory(backend.name),
+    ]  # fmt: skip
 
 
 def hopper_row() -> list[str]:
-    """Of the kernels that the Triton backend prefers on such GPUs, nest by nest."""
+    """The kernels that the Triton backend prefers on Hopper GPUs, nest by nest."""
     dims = ", ".join(map(str, hopper.HEAD_DIMS))
-    return [
-        "`triton` on Hopper GPUs prefers",
-        "cuda, capability 9",
-        names(hopper.DTYPES),
-        dims,
-        "no",
-        "no",
-        *["as above"] * 3,
-    ]
+    name, device = "`triton` on Hopper GPUs prefers", "cuda, capability 9"
+    return [name, device, names(hopper.DTYPES), dims, "no", "no", *["as above"] * 3]
 
 
 def names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -100,9 +80,8 @@ def memory(name: str) -> str:
     entries = json.loads((RESULTS / file).read_text(encoding="utf-8"))["memory"]
     found = []
     for kind in ("forward", "forward_backward"):
-        entry = next(
-            e for e in entries if e["pass"] == kind and e["case"]["length"] == length and e["case"]["is_causal"]
-        )
+        cell = {"pass": kind, "length": length, "is_causal": True}
+        entry = next(e for e in entries if cell.items() <= {**e["case"], "pass": e["pass"]}.items())
         peak = entry["peak_bytes"]
         peak = sorted(peak)[len(peak) // 2] if isinstance(peak, list) else peak
         found.append((peak + entry.get("grad_out_bytes", 0)) / entry["output_bytes"])
@@ -111,11 +90,7 @@ def memory(name: str) -> str:
 
 def table() -> list[str]:
     """Lines of Markdown."""
-    rows = []
-    for backend in BACKENDS:
-        rows.append(row(backend))
-        if backend.name == "triton":
-            rows.append(hopper_row())
+    rows = [made for b in BACKENDS for made in (row(b), *([hopper_row()] if b.name == "triton" else []))]
     return [f"| {' | '.join(cells)} |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *rows)]
 
 

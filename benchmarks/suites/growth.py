@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from benchmarks.cases import CPU, CPU_QUICK, GPU, GPU_QUICK, PASSES, Case, Record, draw, lengths_of
+from benchmarks.cases import CPU, CPU_QUICK, DTYPES, GPU, GPU_QUICK, PASSES, Case, Record, draw, variants
 from benchmarks.checks import as_json, rows_at_size
-from benchmarks.contenders import Contender, dense, ours
 from benchmarks.run import Run, Suite
-from benchmarks.timing import repeated
+from benchmarks.timing import Contender, dense, ours, repeated
 
 
 @dataclass(frozen=True)
@@ -26,20 +25,19 @@ class Series:
         return f"{self.cases[0]} to N={self.cases[-1].length} {self.which}"
 
 
-def _on_cpu(base: Case, *lengths: int) -> tuple[Series, ...]:
-    dtypes = ("float32", "bfloat16")
-    return tuple(Series(lengths_of(replace(base, dtype=dtype), *lengths), "forward") for dtype in dtypes)
+def _on_cpu(base: Case, lengths: Sequence[int]) -> tuple[Series, ...]:
+    return tuple(Series(variants(base, dtype=(dtype,), length=lengths), "forward") for dtype in DTYPES)
 
 
-def _on_gpu(base: Case, *lengths: int) -> tuple[Series, ...]:
-    return tuple(Series(lengths_of(base, *lengths), which) for which in PASSES)
+def _on_gpu(base: Case, lengths: Sequence[int]) -> tuple[Series, ...]:
+    return tuple(Series(variants(base, length=lengths), which) for which in PASSES)
 
 
-_CPU = {"cpu": _on_cpu(CPU, *(8192 * 2**i for i in range(6))), "cpu-quick": _on_cpu(CPU_QUICK, 256, 512)}
+_CPU = {"cpu": _on_cpu(CPU, [8192 * 2**i for i in range(6)]), "cpu-quick": _on_cpu(CPU_QUICK, [256, 512])}
 # Eight heads, so that 16M tokens fit: the same heads at every length, or they would not be comparable.
 _EIGHT = replace(GPU, heads=8)
-CELLS = _CPU | {"cuda": _on_gpu(_EIGHT, *(2**i for i in range(17, 25))), "cuda-quick": _on_gpu(GPU_QUICK, 512, 1024)}
-CURVES = _CPU | {"cuda": _on_gpu(GPU, *(2**i for i in range(13, 21))), "cuda-quick": _on_gpu(GPU_QUICK, 256, 512)}
+CELLS = _CPU | {"cuda": _on_gpu(_EIGHT, [2**i for i in range(17, 25)]), "cuda-quick": _on_gpu(GPU_QUICK, [512, 1024])}
+CURVES = _CPU | {"cuda": _on_gpu(GPU, [2**i for i in range(13, 21)]), "cuda-quick": _on_gpu(GPU_QUICK, [256, 512])}
 
 
 def measure(run: Run, series: Series) -> Record:

@@ -8,19 +8,18 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.cases import CPU, CPU_QUICK, GIGAPATH, GPU, GPU_QUICK, Case, Record, both_dtypes, draw, draw_shape, grid
+from benchmarks.cases import CPU, CPU_QUICK, DTYPES, GIGAPATH, GPU, GPU_QUICK, Case, Record, draw, draw_shape, variants
 from benchmarks.checks import as_json, rows_at_size, small_against_oracle
-from benchmarks.contenders import ours
 from benchmarks.environment import child_environment
 from benchmarks.run import Run, Suite
-from benchmarks.timing import Function
+from benchmarks.timing import Function, ours
 
 # Half the segments leave enough rows for all branches to be one nest, and 2,500 tokens divide by none of them.
 _HALVED = replace(GPU, length=2500, segment_lengths=tuple(w // 2 for w in GPU.segment_lengths))
-_ON_CPU = {"cpu": both_dtypes(CPU), "cpu-quick": both_dtypes(CPU_QUICK)}
-_ORACLE = {name: tuple(case.small() for case in cases) for name, cases in _ON_CPU.items()} | {
-    "cuda": (*grid(_HALVED, (2500,), (64, 128)), replace(GIGAPATH, length=2500)), "cuda-quick": (GPU_QUICK,),
-}  # fmt: skip
+_ON_CPU = {"cpu": variants(CPU, dtype=DTYPES), "cpu-quick": variants(CPU_QUICK, dtype=DTYPES)}
+_ON_GPU = (*variants(_HALVED, head_dim=(64, 128), is_causal=(True, False)), replace(GIGAPATH, length=2500))
+_ORACLE = {name: tuple(case.small() for case in cases) for name, cases in _ON_CPU.items()}
+_ORACLE |= {"cuda": _ON_GPU, "cuda-quick": (GPU_QUICK,)}
 # Side of the matrices, bytes of the copy.
 _CEILINGS = {"cuda": ((8192, 4 * 2**30),), "cuda-quick": ((256, 2**20),)}
 _IMPORT = """

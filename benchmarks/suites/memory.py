@@ -1,32 +1,33 @@
-"""Peak memory beyond the inputs: of tensors on a GPU, of a fresh process on a CPU."""
+"""Peak memory beyond the inputs, of tensors on a GPU and of a fresh process on a CPU; the longest sequence on a GPU."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import CPU, CPU_QUICK, GPU, GPU_QUICK, PASSES, Call, Case, Record, Tensors, draw, grid, lengths_of
-from benchmarks.checks import Attend, as_json, attend_dilated, rows_at_size
-from benchmarks.contenders import ours
+from benchmarks.cases import CPU, CPU_QUICK, DTYPES, GPU, GPU_QUICK, PASSES, Call, Case, Record, Tensors, draw, variants
+from benchmarks.checks import Attend, Check, as_json, attend_dilated, rows_at_size
 from benchmarks.device import Cpu, Device
 from benchmarks.environment import in_child
 from benchmarks.run import Run, Suite
+from benchmarks.timing import ours
 
 
-def _cells(*cases: Case, dtypes: tuple[str, ...] = ("bfloat16",)) -> tuple[Call, ...]:
-    sizes = [(dtype, which, case) for dtype in dtypes for which in PASSES for case in cases]
-    return tuple(Call(replace(case, dtype=dtype), which) for dtype, which, case in sizes)
+def _cells(base: Case, lengths: tuple[int, ...]) -> tuple[Call, ...]:
+    sizes = [(dtype, which) for dtype in DTYPES for which in PASSES]
+    return tuple(Call(x, which) for dtype, which in sizes for x in variants(base, length=lengths, dtype=(dtype,)))
 
 
 CELLS = {
-    "cpu": _cells(*lengths_of(CPU, 8192, 32768, 131072), dtypes=("float32", "bfloat16")),
-    "cpu-quick": _cells(CPU_QUICK, dtypes=("float32", "bfloat16")),
-    "cuda": tuple(Call(case, which) for case in grid(GPU, (1048576,)) for which in PASSES),
-    "cuda-quick": _cells(GPU_QUICK),
+    "cpu": _cells(CPU, (8192, 32768, 131072)),
+    "cpu-quick": _cells(CPU_QUICK, (CPU_QUICK.length,)),
+    "cuda": tuple(Call(case, which) for case in variants(GPU, is_causal=(True, False)) for which in PASSES),
+    "cuda-quick": tuple(Call(GPU_QUICK, which) for which in PASSES),
 }
 # On a CPU in sizes of the output, on a GPU in bytes.
 LIMITS: dict[str, dict[str, Any]] = {
@@ -119,4 +120,91 @@ def probe(call: Call) -> Record:
     }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Search:
+    """From a case that fits to the longest one, to ``step`` tokens; stops after ``seconds``."""
+
+    case: Case
+    which: str
+    step: int
+    seconds: float
+
+    @property
+    def cases(self) -> tuple[Case, ...]:
+        # Beyond 2**31 elements strides are wider integers, which are other kernels.
+        return variants(self.case, length=(self.case.length, 2 * self.case.length))
+
+    @property
+    def label(self) -> str:
+        return self.which
+
+
+LONGEST_CELLS = {
+    "cuda": tuple(Search(GPU, which, 65536, 90.0) for which in PASSES),
+    "cuda-quick": tuple(Search(GPU_QUICK, which, 65536, 1.0) for which in PASSES),
+}
+
+
+def longest(run: Run, search: Search) -> Record:
+    """Doubling from a length that fits until memory ends, then halving the gap down to a step.
+
+    q, k, v, out (and for a backward pass its gradient and three gradients) are held, as at the end of a call. When time
+    is up the search stops: ``fails_at`` is then further above ``length`` than a step.
+
+    Raises:
+        CheckFailed: a result that is not the definition's, at any length tried.
+        RuntimeError: not even the first length fits.
+    """
+    stop_at = time.monotonic() + search.seconds
+    tried: list[Record] = []
+    checks: list[Check] = []
+
+    def fits(length: int) -> bool:
+        start = time.monotonic()
+        passed = _run(run.device, replace(search.case, length=length), search.which)
+        run.device.release()
+        tried.append({"length": length, "fits": passed is not None, "seconds": time.monotonic() - start})
+        checks.extend(passed or ())
+        return passed is not None
+
+    step, low, high = search.step, search.case.length, None
+    if not fits(low):
+        raise RuntimeError(f"{search.case} does not fit into this device's memory: {search.which}")
+    while time.monotonic() < stop_at and (high is None or high - low > step):
+        middle = 2 * low if high is None else low + max(1, (high - low) // (2 * step)) * step
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
+    return {
+        "case": replace(search.case, length=low).to_dict(), "pass": search.which, "length": low, "fails_at": high,
+        "step": step, "tried": tried, "checks": as_json(checks),
+    }  # fmt: skip
+
+
+def _run(device: Device, case: Case, which: str) -> list[Check] | None:
+    """One call and its check, or None where memory ends. Nothing of a failed call outlives it."""
+    try:
+        tensors = _draw(case, which, device)
+        result = ours(case, tensors).passes[which]()
+        device.finish()
+        out = result[0].detach()
+        del result
+        return rows_at_size(case, tensors, out)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _draw(case: Case, which: str, device: Device) -> Tensors:
+    if which == "forward_backward":
+        return draw(case, 0, device.device)
+    # A forward needs no gradient; the check of the one block on which errors are judged does.
+    generator = torch.Generator(device.device).manual_seed(0)
+    query, key, value = (
+        torch.randn(case.shape, generator=generator, dtype=case.torch_dtype, device=device.device) for _ in range(3)
+    )
+    return Tensors(query, key, value, draw(replace(case, length=case.block), 1, device.device).grad_out)
+
+
 SUITE = Suite("memory", CELLS, measure, {kind: {"memory": limits} for kind, limits in LIMITS.items()})
+LONGEST = Suite("longest", LONGEST_CELLS, longest)

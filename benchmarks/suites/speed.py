@@ -11,23 +11,32 @@ from typing import Any
 import torch
 
 from benchmarks import cases
-from benchmarks.cases import GPU_QUICK, PASSES, Case, Record, Tensors, draw
+from benchmarks.cases import DTYPES, GPU_QUICK, PASSES, Case, Record, Tensors, draw, variants
 from benchmarks.checks import Check, allowed_at_size, as_json, compare, rows_at_size, window_at_size
-from benchmarks.contenders import Contender, dense, ours, reference, reference_ratio
 from benchmarks.device import Device
 from benchmarks.run import Run, Suite
-from benchmarks.timing import Function, host_seconds, rotated, warm_up
+from benchmarks.timing import (
+    Contender,
+    Function,
+    dense,
+    host_seconds,
+    ours,
+    reference,
+    reference_ratio,
+    rotated,
+    warm_up,
+)
 from benchmarks.visited import visited_share
 
 CELLS = {
-    "cpu": cases.both_dtypes(*cases.lengths_of(cases.CPU, 8192, 32768)),
-    "cpu-quick": cases.both_dtypes(cases.CPU_QUICK),
-    "cuda": cases.grid(cases.GPU, (8192, 32768, 131072, 1048576), (64, 128)),
-    "cuda-quick": cases.lengths_of(GPU_QUICK, 128, 512),
+    "cpu": variants(cases.CPU, length=(8192, 32768), dtype=DTYPES),
+    "cpu-quick": variants(cases.CPU_QUICK, dtype=DTYPES),
+    "cuda": variants(cases.GPU, length=(8192, 32768, 131072, 1048576), head_dim=(64, 128), is_causal=(True, False)),
+    "cuda-quick": variants(GPU_QUICK, length=(128, 512)),
 }
 # The shape of a slide encoder's attention, at lengths that no segment divides.
 GIGAPATH_CELLS = {
-    "cuda": cases.lengths_of(cases.GIGAPATH, 10001, 45681),
+    "cuda": variants(cases.GIGAPATH, length=(10001, 45681)),
     "cuda-quick": (replace(GPU_QUICK, length=301, head_dim=48, dtype="float16", is_causal=False),),
 }
 _LONG, _ONCE, _BOTH = (131072, 1048576), ("forward",), ("forward_backward",)

@@ -1,11 +1,14 @@
-"""Streams with a bounded cache on a GPU: their rows against the definition, and the time of a single token."""
+"""Streams with a bounded cache. On a GPU: their rows against the definition, and the time of a single token. On a CPU: a
+language model that reads millions of bytes, its time and memory by tenth, in a fresh process."""
 
 from __future__ import annotations
 
 import random
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +16,13 @@ from torch import Tensor
 
 from benchmarks.cases import GPU, GPU_QUICK, Case, Record, draw
 from benchmarks.checks import CheckFailed, as_json, rows_at_size
-from benchmarks.device import Device
+from benchmarks.device import Cpu, Device
+from benchmarks.environment import in_child
 from benchmarks.run import Run, Suite
-from longnet import DilatedCache, stream_attention
+from benchmarks.timing import host_seconds
+from longnet import DilatedCache, LongNetConfig, LongNetLM, stream_attention
+
+_PARTS = 10
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,23 @@ class Decoding:
     label: str = "single tokens, timed"
 
 
-CELLS: dict[str, tuple[Rows | Decoding, ...]] = {
+@dataclass(frozen=True)
+class Reading:
+    """A stream of tokens, a chunk at a time, read by a small model of this pattern."""
+
+    tokens: int
+    chunk: int
+    segment_lengths: tuple[int, ...]
+    dilation_rates: tuple[int, ...]
+
+    @property
+    def label(self) -> str:
+        return f"{self.tokens} tokens"
+
+
+CELLS: dict[str, tuple[Rows | Decoding | Reading, ...]] = {
+    "cpu": (Reading(10_000_000, 8000, (256, 1024, 4096, 16384, 65536), (1, 4, 16, 64, 256)),),
+    "cpu-quick": (Reading(4000, 100, (32, 64), (1, 2)),),
     "cuda": (
         Rows(GPU, 65536, 0),
         Rows(replace(GPU, length=262144), 65536, 128),
@@ -59,8 +82,10 @@ CELLS: dict[str, tuple[Rows | Decoding, ...]] = {
 }
 
 
-def measure(run: Run, cell: Rows | Decoding) -> Record:
+def measure(run: Run, cell: Rows | Decoding | Reading) -> Record:
     """Raises :class:`CheckFailed` for a row further from the definition, or from its twin, than allowed."""
+    if isinstance(cell, Reading):
+        return in_child(_read, cell)
     return _rows(run.device, cell) if isinstance(cell, Rows) else _decode(run.device, cell)
 
 
@@ -165,6 +190,46 @@ def _seconds(device: Device, step: Callable[[], object], cell: Decoding) -> floa
     return device.seconds(start, stop) / (cell.replays - 1) / cell.layers
 
 
-# "position": time of a token at the last position over the first, less 1, at most. "dense_decoding": time of a dense
-# decoding step over ours, at least.
-SUITE = Suite("stream", CELLS, measure, {"cuda": {"stream": {"position": 0.05, "dense_decoding": 4.0}}})
+def _read(reading: Reading) -> Record:
+    """Seconds and peak resident bytes of every tenth, logits of every byte included; then the cost of a copy of the cache."""
+    from safetensors.torch import load_file, save_file
+
+    config = LongNetConfig(
+        vocab_size=256, dim=64, heads=4, layers=2, segment_lengths=reading.segment_lengths,
+        dilation_rates=reading.dilation_rates, use_xpos=True,
+    )  # fmt: skip
+    generator, device, finite = torch.Generator().manual_seed(0), Cpu(), True
+    seconds, peaks = [], []
+    with torch.inference_mode():
+        model = LongNetLM(config).eval()
+        cache = model.new_cache(1)
+
+        def read() -> None:
+            nonlocal finite
+            for _ in range(reading.tokens // _PARTS // reading.chunk):
+                tokens = torch.randint(256, (1, reading.chunk), generator=generator)
+                finite &= bool(model(tokens, cache=cache)[0, -1].isfinite().all())
+
+        for _ in range(_PARTS):
+            device.reset_peak()
+            seconds.append(host_seconds(device, read))
+            peaks.append(device.peak())
+    if not finite:
+        raise RuntimeError("a logit is not finite")
+    other = cache.clone()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "prefix.safetensors"
+        prefix = {
+            "clone_seconds": host_seconds(device, cache.clone),
+            "save_seconds": host_seconds(device, lambda: save_file(cache.state_dict(), path)),
+            "load_seconds": host_seconds(device, lambda: other.load_state_dict(load_file(path))),
+            "file_bytes": path.stat().st_size,
+        }
+    memory = {"cache_bytes": cache.nbytes, "peak_bytes": peaks}
+    return asdict(reading) | memory | {"read": cache.position, "seconds": seconds, "kept": prefix}
+
+
+# On a CPU the growth of the peak memory from the second tenth to the last, at most. "position": time of a token at the last
+# position over the first, less 1, at most. "dense_decoding": time of a dense decoding step over ours, at least.
+LIMITS = {"cpu": {"stream": 0.02}, "cuda": {"stream": {"position": 0.05, "dense_decoding": 4.0}}}
+SUITE = Suite("stream", CELLS, measure, LIMITS)

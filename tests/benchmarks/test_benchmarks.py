@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench_tools import run
 
-from benchmarks import checks, cli, contenders, peers, report, verdicts
+from benchmarks import checks, cli, peers, report, timing, verdicts
 from benchmarks.cases import CPU_QUICK, Case, draw
 from benchmarks.device import Cpu, no_peak_reason
 from benchmarks.suites import speed
@@ -123,7 +123,7 @@ def corrupt(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor, Tensor], 
         attend = right(case, backend)
         return lambda query, key, value: change(attend(query, key, value), query)
 
-    monkeypatch.setattr(contenders, "attend_dilated", attend_dilated)
+    monkeypatch.setattr(timing, "attend_dilated", attend_dilated)
 
 
 def test_wrong_rows_at_the_timed_size_get_no_number(monkeypatch, tmp_path):

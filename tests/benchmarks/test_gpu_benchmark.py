@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench_tools import CpuMachine, measure, run
 
-from benchmarks import checks, cli, compiling, contenders, device, harness, report, results, terminal, timing
+from benchmarks import checks, cli, compiling, device, harness, report, results, terminal, timing
 from benchmarks.cases import GPU, GPU_QUICK, Case, draw
 from benchmarks.environment import child_environment
 from benchmarks.run import Run
-from benchmarks.suites import longest, speed
+from benchmarks.suites import memory, speed
 from longnet.geometry.nests import make_nests
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -151,7 +151,7 @@ def test_a_wrong_result_gets_no_number(monkeypatch, tmp_path):
         attend = right(case, backend)
         return lambda query, key, value: attend(query, key, value) * 1.05
 
-    monkeypatch.setattr(contenders, "attend_dilated", attend_dilated)
+    monkeypatch.setattr(timing, "attend_dilated", attend_dilated)
     with pytest.raises(checks.CheckFailed, match="rows, N=128"):
         measure(("speed",))
 
@@ -159,13 +159,13 @@ def test_a_wrong_result_gets_no_number(monkeypatch, tmp_path):
 def test_the_reference_is_scaled_to_the_patterns_pairs():
     machine = CpuMachine()
     for case in speed.CELLS["cuda"]:
-        found = contenders.reference_kind(machine, case), contenders.reference_ratio(machine, case)
+        found = timing.reference_kind(machine, case), timing.reference_ratio(machine, case)
         assert found == (("dense", 1.0) if case.length == 8192 else ("same_flop", 1.9375))
     case = replace(GPU_QUICK, length=512)
     tensors = draw(case)
-    (out,) = contenders.reference(machine, case, tensors).passes["forward"]()
+    (out,) = timing.reference(machine, case, tensors).passes["forward"]()
     assert out.shape == (4, 4, 128, 64)
-    found = contenders.reference(machine, case, tensors).passes["forward_backward"]()
+    found = timing.reference(machine, case, tensors).passes["forward_backward"]()
     assert [x.shape for x in found] == [(4, 4, 128, 64)] * 4
 
 
@@ -178,7 +178,7 @@ def test_inputs_rotate_where_they_would_stay_in_the_cache():
     machine.cache_bytes = 1
     assert len(speed.input_sets(machine, small)) == 1
     calls: list[int] = []
-    turn = timing.rotated([contenders.Contender("x", {"forward": lambda n=n: calls.append(n)}) for n in range(3)])
+    turn = timing.rotated([timing.Contender("x", {"forward": lambda n=n: calls.append(n)}) for n in range(3)])
     for _ in range(4):
         turn.passes["forward"]()
     assert calls == [0, 1, 2, 0]
@@ -206,19 +206,19 @@ def given(machine: CpuMachine) -> Run:
 
 
 def test_the_longest_sequence_is_found_by_doubling_and_halving(monkeypatch):
-    search = longest.Search(replace(GPU_QUICK, length=100), "forward", step=10, seconds=1e9)
+    search = memory.Search(replace(GPU_QUICK, length=100), "forward", step=10, seconds=1e9)
 
     def call(device: Bounded, case: Case, which: str) -> list[checks.Check] | None:
         return [] if case.length <= device.length else None
 
-    monkeypatch.setattr(longest, "_run", call)
+    monkeypatch.setattr(memory, "_run", call)
     for limit in (100, 109, 110, 399, 731):
-        record = longest.measure(given(Bounded(limit)), search)
+        record = memory.longest(given(Bounded(limit)), search)
         assert record["length"] == limit // 10 * 10
         assert record["fails_at"] - record["length"] == 10
     with pytest.raises(RuntimeError, match="does not fit"):
-        longest.measure(given(Bounded(99)), search)
-    stopped = longest.measure(given(Bounded(731)), replace(search, seconds=0.0))
+        memory.longest(given(Bounded(99)), search)
+    stopped = memory.longest(given(Bounded(731)), replace(search, seconds=0.0))
     assert (stopped["length"], stopped["fails_at"]) == (100, None)
 
 
@@ -226,8 +226,8 @@ def test_out_of_memory_is_a_length_that_does_not_fit(monkeypatch):
     def nothing_left(case: Case, which: str, device: CpuMachine) -> None:
         raise torch.OutOfMemoryError("nothing left")
 
-    monkeypatch.setattr(longest, "_draw", nothing_left)
-    assert longest._run(CpuMachine(), GPU_QUICK, "forward") is None
+    monkeypatch.setattr(memory, "_draw", nothing_left)
+    assert memory._run(CpuMachine(), GPU_QUICK, "forward") is None
 
 
 def test_kernels_are_compiled_side_by_side_within_memory_and_failures_are_told(monkeypatch):
