@@ -67,9 +67,10 @@ class Cpu:
 
     def describe(self) -> dict[str, Any]:
         """The model as the system names it, cores that this process may use, torch's threads, the load before the run."""
+        model = _fields(Path("/proc/cpuinfo")).get("model name") or platform.processor() or "unknown"
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         return {
-            "kind": "cpu", "model": _cpu_model(), "capability": torch.backends.cpu.get_cpu_capability(), "cores": cores,
+            "kind": "cpu", "model": model, "capability": torch.backends.cpu.get_cpu_capability(), "cores": cores,
             "threads": torch.get_num_threads(), "system": f"{platform.system()} {platform.machine()}",
             "load_average": load_average(),
         }  # fmt: skip
@@ -77,8 +78,7 @@ class Cpu:
     def start(self) -> float:
         return time.perf_counter()
 
-    def stop(self) -> float:
-        return time.perf_counter()
+    stop = start
 
     def seconds(self, start: float, stop: float) -> float:
         return stop - start
@@ -236,15 +236,11 @@ def load_average() -> float:
 
 def _resident(field: str) -> int:
     """A field of /proc/self/status in bytes."""
-    for line in _STATUS.read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return int(value.split()[0]) * 1024
-    raise RuntimeError(f"/proc/self/status has no field {field}")
+    return int(_fields(_STATUS)[field].split()[0]) * 1024
 
 
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
+def _fields(path: Path) -> dict[str, str]:
+    """The first value of every name in a file of lines ``name: value``; nothing where there is no such file."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    pairs = (line.partition(":") for line in reversed(lines))
+    return {name.strip(): value.strip() for name, _, value in pairs}

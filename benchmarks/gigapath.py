@@ -113,16 +113,13 @@ def on_gpu(tiles: int, gigapath: Path | None, torchscale: Path | None) -> Record
             other.to("cpu")
         model.to(device.device)
         choose(ours, name)
-        calls: dict[str, Callable[[], object]] = {
-            "forward": partial(forward, model, x, coords),
-            "step": partial(step, model, x, coords),
-        }
+        calls: dict[str, Callable[..., object]] = {"forward": forward, "step": step}
         for what, call in calls.items():
             # The memory of earlier graphs is not this one's.
             passes.REPLAYS.forget(ours)
             device.release()
             model.train(what == "step")
-            record[name][what] = measure(call, ROUNDS[what])
+            record[name][what] = measure(partial(call, model, x, coords), ROUNDS[what])
         model.zero_grad(set_to_none=True)
     passes.REPLAYS.forget(ours)
     if "gigapath" in models:
@@ -138,7 +135,7 @@ def choose(model: SlideEncoder, name: str) -> None:
     model.recompute = "elementwise" if model.compiled else "ffn"
 
 
-def ratios(one: Record, other: Record, memory: str = "bytes") -> dict[str, float]:
+def ratios(one: Record, other: Record, memory: str) -> dict[str, float]:
     times = {what: one[what]["median"] / other[what]["median"] for what in ("forward", "step")}
     return times | {"step_bytes": one["step"][memory] / other["step"]["bytes"]}
 

@@ -143,19 +143,16 @@ def main() -> None:
             # At once: the other ranks wait in a collective that this one will never enter.
             os._exit(1)
         return
-    on_gpu = torch.cuda.is_available()
+    on_gpu, ranks = torch.cuda.is_available(), options.ranks
     # The context and NCCL take memory that is not the allocator's.
     memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30 - 2.0 if on_gpu else 0.0
     result = results.started(
-        kind="longest training", device=torch.cuda.get_device_name(0) if on_gpu else "cpu", ranks=options.ranks,
-        model=config(not on_gpu).to_dict(), limit=LIMIT if options.ranks == 1 and on_gpu else None, tried=[], longest=None,
+        kind="longest training", device=torch.cuda.get_device_name(0) if on_gpu else "cpu", ranks=ranks,
+        model=config(not on_gpu).to_dict(), limit=LIMIT if ranks == 1 and on_gpu else None, tried=[], longest=None,
     )  # fmt: skip
-    if options.only is None:
-        tries = search(options.ranks, memory_gib, options.start * options.ranks, STEP, options.seconds)
-    else:
-        tries = iter([attempt(options.only, options.ranks, _TRY_SECONDS)])
-    for one in tries:
-        print(f"{options.ranks} rank(s), {one.tokens:,} tokens: {one}", flush=True)
+    tries = search(ranks, memory_gib, options.start * ranks, STEP, options.seconds)
+    for one in tries if options.only is None else [attempt(options.only, ranks, _TRY_SECONDS)]:
+        print(f"{ranks} rank(s), {one.tokens:,} tokens: {one}", flush=True)
         result["tried"].append(asdict(one))
         if one.fits and one.tokens > (result["longest"] or {"tokens": 0})["tokens"]:
             result["longest"] = asdict(one)

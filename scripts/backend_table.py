@@ -90,7 +90,11 @@ def memory(name: str) -> str:
 
 def table() -> list[str]:
     """Lines of Markdown."""
-    rows = [made for b in BACKENDS for made in (row(b), *([hopper_row()] if b.name == "triton" else []))]
+    rows = []
+    for backend in BACKENDS:
+        rows.append(row(backend))
+        if backend.name == "triton":
+            rows.append(hopper_row())
     return [f"| {' | '.join(cells)} |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *rows)]
 
 
