@@ -32,15 +32,16 @@ def compile_kernels(cases: Iterable[Case], memory_bytes: int) -> int:
     """
     different = {_specialisation(case): case for case in sorted(cases, key=lambda case: -case.length)}
     needed = {case: _TENSORS * case.tensor_bytes + _PROCESS_BYTES for case in different.values()}
-    # What does not fit beside anything compiles when it is measured.
-    waiting = sorted((case for case in needed if needed[case] < memory_bytes), key=lambda case: -needed[case])
+    budget = 0.9 * memory_bytes
+    # What does not fit even alone compiles when it is measured.
+    waiting = sorted((case for case in needed if needed[case] < budget), key=lambda case: -needed[case])
     count, cores = len(waiting), os.cpu_count() or 1
     running: dict[Case, subprocess.Popen[str]] = {}
     try:
         while waiting or running:
             held = sum(needed[case] for case in running)
             for case in list(waiting):
-                if len(running) < cores and held + needed[case] < 0.9 * memory_bytes:
+                if len(running) < cores and held + needed[case] < budget:
                     running[case] = _start(case)
                     waiting.remove(case)
                     held += needed[case]
