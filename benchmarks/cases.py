@@ -146,16 +146,12 @@ class Tensors:
 
 def draw(case: Case, seed: int = 0, device: torch.device | str = "cpu") -> Tensors:
     """Standard normal tensors (B, H, N, D); never zeros, whose products some hardware computes faster."""
-    return draw_shape(case.shape, case.torch_dtype, seed, device)
-
-
-def draw_shape(shape: tuple[int, ...], dtype: torch.dtype, seed: int, device: torch.device | str = "cpu") -> Tensors:
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal() -> Tensor:
         if generator.device.type != "cpu":
-            return torch.randn(shape, dtype=dtype, device=device, generator=generator)
-        x = torch.empty(shape, dtype=dtype)
+            return torch.randn(case.shape, dtype=case.torch_dtype, device=device, generator=generator)
+        x = torch.empty(case.shape, dtype=case.torch_dtype)
         # Slices of 64 KiB: freeing a large one would raise the size from which malloc maps memory by itself, and so
         # what the process keeps of memory freed later.
         for part in torch.split(x.view(-1), 1 << 14):

@@ -78,15 +78,27 @@ def load_torchscale(path: Path | None, case: Case, device: torch.device | str = 
     if "flash_attn" in packages or attention.flash_attn_func is None:
         attention.flash_attn_func = torchscale_flash
 
-    attend = partial(_torchscale_attend, module.DilatedAttention)
+    def attend(case: Case) -> Attend:
+        """Its attention module, the projections left out, so that attention alone is compared."""
+        lists = {"segment_length": list(case.segment_lengths), "dilated_ratio": list(case.dilation_rates)}
+        fixed = {"multiway": False, "xpos_rel_pos": False, "flash_attention": True, "seq_parallel": False}
+        settings = Namespace(**fixed, **lists, layernorm_eps=1e-5)
+        one = module.DilatedAttention(settings, case.heads * case.head_dim, case.heads, self_attention=True)
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            setattr(one, part, nn.Identity())
+        return lambda query, key, value: one(query, key, value, is_causal=case.is_causal)[0]
 
     def make(case: Case, rows: Tensors) -> Contender:
         return contender(name, attend(case), rows)
 
     small = case.small(length=max(case.small().segment_lengths))
-    errors = _peer_errors(make, small, device)
+    tensors = draw(small, device=device)
+    got = make(small, tensors.rows()).passes["forward_backward"]()
+    expected = with_gradients(lambda q, k, v: oracle_out(small, q, k, v, "blocked"), tensors.double())
+    pairs = zip(NAMES, got, expected, strict=True)
+    errors = {what: relative_error(one, other.transpose(1, 2).flatten(2)) for what, one, other in pairs}
     factor = 1.0 if case.torch_dtype == torch.float32 else _HALF_PRECISION_ALLOWANCE
-    allowed = factor * allowed_errors(draw(small, device=device), case.is_causal)[0]
+    allowed = factor * allowed_errors(tensors, case.is_causal)[0]
     if not errors["out"] <= allowed:
         return Peer(name, None, f"its out is off by {errors['out']:.2g}, allowed {allowed:.2g}", errors)
     listed = ", ".join(f"{what} {error:.2g}" for what, error in errors.items())
@@ -164,31 +176,6 @@ def _whole_segments(case: Case) -> str | None:
 def _lent_remark(missing: tuple[str, ...], *used: str) -> tuple[str, ...]:
     names = [name for name in used if name in missing]
     return (f"torch's own operations stand in for {' and '.join(names)}",) if names else ()
-
-
-def _peer_errors(make: Make, small: Case, device: torch.device | str) -> dict[str, float]:
-    """Relative errors of a peer's out and gradients against the oracle."""
-    tensors = draw(small, device=device)
-    got = make(small, tensors.rows()).passes["forward_backward"]()
-    expected = with_gradients(lambda q, k, v: oracle_out(small, q, k, v, "blocked"), tensors.double())
-    pairs = zip(NAMES, got, expected, strict=True)
-    return {name: relative_error(one, other.transpose(1, 2).flatten(2)) for name, one, other in pairs}
-
-
-def _torchscale_attend(attention: Any, case: Case) -> Attend:
-    """Its attention module, the projections left out, so that attention alone is compared."""
-    lists = {"segment_length": list(case.segment_lengths), "dilated_ratio": list(case.dilation_rates)}
-    fixed = {"multiway": False, "xpos_rel_pos": False, "flash_attention": True, "seq_parallel": False}
-    settings = Namespace(**fixed, **lists, layernorm_eps=1e-5)
-    module = attention(settings, case.heads * case.head_dim, case.heads, self_attention=True)
-    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-        setattr(module, name, nn.Identity())
-
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out: Tensor = module(query, key, value, is_causal=case.is_causal)[0]
-        return out
-
-    return attend
 
 
 def drop_path(x: Tensor, drop_prob: float = 0.0, training: bool = False) -> Tensor:

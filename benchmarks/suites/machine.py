@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.cases import CPU, CPU_QUICK, DTYPES, GIGAPATH, GPU, GPU_QUICK, Case, Record, draw, draw_shape, variants
+from benchmarks.cases import CPU, CPU_QUICK, DTYPES, GIGAPATH, GPU, GPU_QUICK, Case, Record, draw, variants
 from benchmarks.checks import as_json, rows_at_size, small_against_oracle
 from benchmarks.environment import child_environment
 from benchmarks.run import Run, Suite
@@ -50,7 +50,7 @@ def noise(run: Run, case: Case) -> Record:
 def ceilings(run: Run, cell: tuple[int, int]) -> Record:
     """What a GPU can do today: a bf16 matrix product of random data, and a copy counted as read plus written."""
     (side, size), device = cell, run.device.device
-    one, other, *_ = draw_shape((side, side), torch.bfloat16, 0, device).all
+    one, other = torch.randn(2, side, side, dtype=torch.bfloat16, device=device)
     source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     functions: dict[str, Function] = {"matrix": lambda: torch.mm(one, other), "copy": lambda: target.copy_(source)}

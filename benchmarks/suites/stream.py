@@ -232,5 +232,8 @@ def _read(reading: Reading) -> Record:
 
 # On a CPU the growth of the peak memory from the second tenth to the last, at most. "position": time of a token at the last
 # position over the first, less 1, at most. "dense_decoding": time of a dense decoding step over ours, at least.
-LIMITS: dict[str, dict[str, Any]] = {"cpu": {"stream": 0.02}, "cuda": {"stream": {"position": 0.05, "dense_decoding": 4.0}}}
+LIMITS: dict[str, dict[str, Any]] = {
+    "cpu": {"stream": 0.02},
+    "cuda": {"stream": {"position": 0.05, "dense_decoding": 4.0}},
+}
 SUITE = Suite("stream", CELLS, measure, LIMITS)
