@@ -14,7 +14,7 @@ import time
 from collections.abc import Hashable, Iterable
 from dataclasses import replace
 
-from benchmarks.cases import PASSES, Case, draw
+from benchmarks.cases import Case, draw
 from benchmarks.checks import attend_dilated, with_gradients
 from benchmarks.environment import ROOT, child_environment
 
@@ -84,11 +84,8 @@ def main() -> None:
     case = Case.from_dict(json.loads(sys.argv[1]))
     tensors = draw(case, 0, torch.device("cuda"))
     attend = attend_dilated(case)
-    for which in PASSES:
-        if which == "forward":
-            attend(*tensors.inputs)
-        else:
-            with_gradients(attend, tensors)
+    attend(*tensors.inputs)
+    with_gradients(attend, tensors)
     torch.cuda.synchronize()
     # The kernels are in Triton's cache. Leaving the usual way, torch's threads have aborted a process now and then.
     sys.stdout.flush()

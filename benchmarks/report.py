@@ -248,11 +248,13 @@ def _cpu_notes(result: Record) -> Iterator[str]:
         for name, reason in record["left_out"].items():
             yield f"{name} left out at {verdicts.place(result, record)}: {reason}."
     for peer in result["peers"]:
-        if peer["why_not"]:
-            yield f"{peer['name']} not timed: {peer['why_not']}."
-        else:
-            errors = _errors(peer["errors"], ".2g")
-            yield f"{peer['name']} with torch's CPU flash kernel lent to it; relative errors in float32: {errors}."
+        yield from _remarks(peer)
+
+
+def _remarks(peer: Record) -> list[str]:
+    if peer["why_not"]:
+        return [f"{peer['name']} not timed: {peer['why_not']}."]
+    return [f"{peer['name']}: {remark}." for remark in peer["remarks"]]
 
 
 def _gpu_speed(result: Record) -> Table:
@@ -295,12 +297,9 @@ def _gpu_notes(result: Record) -> Iterator[str]:
 
 def _peer_notes(result: Record, section: str) -> Iterator[str]:
     for peer in result["peers"]:
-        if peer["why_not"]:
-            yield f"{peer['name']} not timed: {peer['why_not']}."
-            continue
-        # Once, with the first table that has it.
-        for remark in peer["remarks"] if section == "speed" or not result["speed"] else ():
-            yield f"{peer['name']}: {remark}."
+        # Remarks once, with the first table that has it.
+        if peer["why_not"] or section == "speed" or not result["speed"]:
+            yield from _remarks(peer)
         reasons: dict[str, list[str]] = {}
         for record in result[section]:
             if peer["name"] in record["left_out"]:
@@ -483,6 +482,10 @@ def _long_stream(result: Record) -> list[Table]:
 
 # The memory of CUDA graphs belongs to no tensor.
 ENCODER_MEMORY = {"longnet": "bytes", "longnet compiled": "reserved"}
+_ENCODER_FIGURES = {
+    "forward": ("forward ms", "forward"), "step": ("training step ms", "step"),
+    "step_bytes": ("training memory GiB", "step"),
+}  # fmt: skip
 
 
 def _slide_encoder(result: Record) -> list[Table]:
@@ -490,8 +493,7 @@ def _slide_encoder(result: Record) -> list[Table]:
     rows: list[Record] = []
     for part in result["parts"].values():
         if "ratios" in part:
-            whats = ("forward ms", "forward"), ("training step ms", "step"), ("training memory GiB", "step_bytes")
-            rows += [_compared(part, *what, name) for what in whats for name in ENCODER_MEMORY]
+            rows += [_compared(part, what, name) for what in _ENCODER_FIGURES for name in ENCODER_MEMORY]
         elif "forward" in part:
             size, time = f"{part['forward']['bytes'] / 2**30:.1f} GiB", f"{part['forward']['median']:,.0f}"
             rows.append(part | {"what": "forward ms", "encoder": "eager", "here": time, "verdict": size})
@@ -509,18 +511,18 @@ def _slide_encoder(result: Record) -> list[Table]:
     return [one for one in both if one.rows]
 
 
-def _compared(part: Record, title: str, what: str, name: str) -> Record:
+def _compared(part: Record, what: str, name: str) -> Record:
     """A row: one figure of the encoder in one form beside the original's."""
-    of_memory = what == "step_bytes"
-    fields, unit = ((ENCODER_MEMORY[name], "bytes"), 2**30) if of_memory else (("median", "median"), 1)
-    encoders = (part[encoder]["step" if of_memory else what] for encoder in (name, "gigapath"))
-    here, original = (encoder[field] / unit for encoder, field in zip(encoders, fields, strict=True))
-    ratio, limit = part["ratios"][name][what], part["limits"][what]
-    verdict = str(Verdict(what, ratio, limit)) if name == part["judged"] else ""
-    return {
-        "tiles": part["tiles"], "what": title, "encoder": "compiled" if name == "longnet compiled" else "eager",
-        "here": here, "original": original, "ratio": ratio, "limit": limit, "verdict": verdict,
-    }  # fmt: skip
+    title, pass_of = _ENCODER_FIGURES[what]
+    here, original = part[name][pass_of], part["gigapath"][pass_of]
+    if what == "step_bytes":
+        shown = {"here": here[ENCODER_MEMORY[name]] / 2**30, "original": original["bytes"] / 2**30}
+    else:
+        shown = {"here": here["median"], "original": original["median"]}
+    verdict = Verdict(what, part["ratios"][name][what], part["limits"][what])
+    row = {"tiles": part["tiles"], "what": title, "encoder": "compiled" if name == "longnet compiled" else "eager"}
+    judged = {"ratio": verdict.value, "limit": verdict.limit, "verdict": str(verdict) if name == part["judged"] else ""}
+    return row | shown | judged
 
 
 def _compressed(result: Record) -> list[Table]:
