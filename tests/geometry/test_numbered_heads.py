@@ -17,7 +17,7 @@ from longnet.geometry import (
     score_pairs,
     uncovered_positions,
 )
-from longnet.geometry.shards import Shards, lanes
+from longnet.geometry.shards import Shards, shared_rows
 
 
 @st.composite
@@ -118,9 +118,9 @@ def test_shards_send_the_rows_of_these_heads() -> None:
     whole = Pattern.parse((64,), (4,))
     some = Pattern.parse((64,), (4,), "interleaved", (1, 3, 6), 8)
     shards = Shards((32, 32))
-    sent = {(lane.kv_head, lane.offset, lane.rows) for lane in lanes(some, 3, 3, shards, 0, 1, True)}
-    among_all = lanes(whole, 8, 8, shards, 0, 1, True)
-    assert sent == {((1, 3, 6).index(x.kv_head), x.offset, x.rows) for x in among_all if x.kv_head in (1, 3, 6)}
+    sent = {(x.kv_head, x.keys) for x in shared_rows(some, 3, 3, shards, 0, 1, True)}
+    among_all = shared_rows(whole, 8, 8, shards, 0, 1, True)
+    assert sent == {((1, 3, 6).index(x.kv_head), x.keys) for x in among_all if x.kv_head in (1, 3, 6)}
 
 
 def test_what_is_left_uncovered_is_said() -> None:

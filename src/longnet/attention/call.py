@@ -263,9 +263,14 @@ def _check_mask(mask: Tensor | None, query: Tensor) -> None:
 def _check_bias(bias: Tensor, query: Tensor, pattern: Pattern) -> None:
     if bias.dim() != 2 or bias.shape[0] != query.shape[1] or bias.shape[1] % 2 != 1:
         raise ValueError(f"distance_bias has shape {tuple(bias.shape)}: expected (H, 2L - 1) with H={query.shape[1]}")
-    reach = min(max(pattern.segment_lengths), max(1, query.shape[2]))
-    if bias.shape[1] < 2 * reach - 1:
-        raise ValueError(f"distance_bias holds {bias.shape[1]} distances: expected at least {2 * reach - 1}")
+    check_distances(bias, pattern, query.shape[2])
+
+
+def check_distances(bias: Tensor, pattern: Pattern, length: int) -> None:
+    """Refuse a bias (H, 2L - 1) without all distances in a segment of ``length`` tokens."""
+    least = 2 * pattern.span(length) - 1
+    if bias.shape[1] < least:
+        raise ValueError(f"distance_bias holds {bias.shape[1]} distances: expected at least {least}")
 
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

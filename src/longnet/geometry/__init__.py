@@ -2,8 +2,9 @@
 
 from longnet.geometry.cost import Cost, KeysPerQuery, Work, cost, keys_per_query, score_pairs
 from longnet.geometry.coverage import Coverage, LayerReach, Uncovered, coverage, receptive_field, uncovered_positions
-from longnet.geometry.pattern import HEAD_OFFSETS, Branch, HeadNumbers, HeadOffsets, Pattern
+from longnet.geometry.pattern import HEAD_OFFSETS, HeadNumbers, HeadOffsets, Pattern
 from longnet.geometry.plan import BranchPlan, Plan, Tile, make_plan
+from longnet.geometry.rows import Branch
 from longnet.geometry.suggest import suggest_pattern
 
 __all__ = [

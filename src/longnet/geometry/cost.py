@@ -13,7 +13,8 @@ from functools import cache
 from itertools import pairwise
 
 from longnet.checks import check_int
-from longnet.geometry.pattern import Branch, Pattern
+from longnet.geometry.pattern import Pattern
+from longnet.geometry.rows import Branch
 
 _DIGIT_STEPS = 1 << 20
 _SCAN_STEPS = 1 << 22
@@ -67,10 +68,9 @@ def score_pairs(pattern: Pattern, heads: int, length: int, is_causal: bool = Fal
     check_int("length", length, 1)
     total = 0
     for branch in pattern.branches:
-        segments, rest = divmod(length, branch.segment_length)
         for offset, count in Counter(pattern.offset(branch, head, heads) for head in range(heads)).items():
-            whole = _square(branch.rows(branch.segment_length, offset), is_causal)
-            total += count * (segments * whole + _square(branch.rows(rest, offset), is_causal))
+            for _, segments, tokens in branch.spans(length):
+                total += count * segments * _square(branch.rows(tokens, offset), is_causal)
     return total
 
 
@@ -229,9 +229,8 @@ def _extremes_by_digits(chain: list[Branch], offsets: tuple[int, ...], length: i
 def _extremes_by_scan(chain: list[Branch], offsets: tuple[int, ...], length: int, is_causal: bool) -> tuple[int, int]:
     keys = [0] * length
     for branch, offset in zip(chain, offsets, strict=True):
-        for start in range(0, length, branch.segment_length):
-            end = min(start + branch.segment_length, length)
-            rows = branch.rows(end - start, offset)
-            for row, position in enumerate(range(start + offset, end, branch.dilation_rate), 1):
-                keys[position] += row if is_causal else rows
+        for start in branch.starts(length):
+            rows = branch.selected(start, min(branch.segment_stop(start), length), offset)
+            for row, position in enumerate(rows.positions, 1):
+                keys[position] += row if is_causal else rows.count
     return min(keys), max(keys)

@@ -13,7 +13,8 @@ from functools import cache
 
 from longnet.checks import check_int
 from longnet.geometry.cost import digit_steps
-from longnet.geometry.pattern import Branch, Pattern
+from longnet.geometry.pattern import Pattern
+from longnet.geometry.rows import Branch
 
 LONGEST_REACH = 1 << 20
 _DIGIT_STEPS = 1 << 20
@@ -133,7 +134,7 @@ def reach(
     if not 0 <= position < length:
         raise ValueError(f"position={position} is outside the sequence: expected 0 <= position < length={length}")
     # Every branch starts a segment at a multiple of the period, so nothing is reached across one.
-    start = position - position % pattern.period
+    start = pattern.window_start(position)
     size = (position + 1 if is_causal else min(start + pattern.period, length)) - start
     if size > LONGEST_REACH:
         raise ValueError(f"length={length} asks to follow {size} tokens: expected at most {LONGEST_REACH}")

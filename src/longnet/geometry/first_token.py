@@ -22,4 +22,4 @@ def first_keys(pattern: Pattern, heads: int, length: int) -> Iterator[FirstKeys]
     for branch in pattern.branches:
         selecting = tuple(head for head in range(heads) if pattern.offset(branch, head, heads) == 0)
         if selecting:
-            yield FirstKeys(selecting, min(branch.segment_length, length), branch.dilation_rate)
+            yield FirstKeys(selecting, branch.longest(length), branch.dilation_rate)

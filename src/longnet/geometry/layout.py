@@ -7,12 +7,12 @@ blocks of all branches lie one behind the other in one tensor, and heads whose n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
-from longnet.geometry.pattern import Branch, Pattern
+from longnet.geometry.pattern import Pattern
+from longnet.geometry.rows import Branch
 
 # Heads, as an index of a tensor's head axis: a slice where they lie at equal steps (a view), else a list (a copy).
 Heads = slice | list[int]
@@ -67,30 +67,22 @@ def make_layout(pattern: Pattern, heads: int, kv_heads: int) -> Layout:
     branches, first = [], 0
     for branch in pattern.branches:
         blocks = []
-        for offset, readers in _readers(pattern, branch, heads, heads // kv_heads):
-            for share in sorted({len(members) for members in readers.values()}):
-                # Key/value heads that equally many query heads read fit one rectangle.
-                chosen = {kv: members for kv, members in readers.items() if len(members) == share}
-                numbers = [head for members in chosen.values() for head in members]
-                rows = branch.rows(branch.segment_length, offset)
-                block = Block(offset, _index(numbers), _index(list(chosen)), len(chosen), share, first, rows)
-                blocks.append(block)
-                first += block.size
+        # Key/value heads that equally many query heads read fit one rectangle.
+        rectangles: dict[tuple[int, int], dict[int, list[int]]] = {}
+        for (offset, kv_head), readers in pattern.readers(branch, heads, kv_heads).items():
+            rectangles.setdefault((offset, len(readers)), {})[kv_head] = readers
+        for (offset, share), chosen in sorted(rectangles.items()):
+            numbers = [head for readers in chosen.values() for head in readers]
+            rows = branch.rows(branch.segment_length, offset)
+            block = Block(offset, _index(numbers), _index(list(chosen)), len(chosen), share, first, rows)
+            blocks.append(block)
+            first += block.size
         branches.append((branch, tuple(blocks)))
     return Layout(pattern, heads, kv_heads, tuple(branches), first)
 
 
 def head_numbers(heads: Heads) -> list[int]:
     return list(range(heads.start, heads.stop, heads.step)) if isinstance(heads, slice) else heads
-
-
-def _readers(pattern: Pattern, branch: Branch, heads: int, group: int) -> Iterator[tuple[int, dict[int, list[int]]]]:
-    """(offset, key/value head -> query heads that read it with this offset), by offset."""
-    found: dict[int, dict[int, list[int]]] = {}
-    for head in range(heads):
-        offset = pattern.offset(branch, head, heads)
-        found.setdefault(offset, {}).setdefault(head // group, []).append(head)
-    yield from sorted(found.items())
 
 
 def _index(numbers: list[int]) -> Heads:

@@ -1,4 +1,4 @@
-"""The pattern: which (segment length, dilation rate) branches, and each head's offset in them.
+"""The pattern: which branches, each head's offset in them, and what all of them share.
 
 Source: LongNet, arXiv 2307.02486, sections 2.2 (dilation), 2.3 (mixture) and 2.4 (heads). Integers only.
 """
@@ -6,29 +6,18 @@ Source: LongNet, arXiv 2307.02486, sections 2.2 (dilation), 2.3 (mixture) and 2.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, get_args
 
 from longnet.checks import is_int
+from longnet.geometry.rows import Branch
 
 HeadOffsets = Literal["interleaved", "blocked"]
 # Tokens, 2**40. Times the stride of a token (up to 2**22 elements) it fits into the 64 bits of torch's own strides.
 LONGEST_SEGMENT = 1 << 40
 HEAD_OFFSETS: tuple[HeadOffsets, ...] = get_args(HeadOffsets)
-
-
-@dataclass(frozen=True)
-class Branch:
-    """One dilated attention: segments of ``segment_length`` tokens, of which every ``dilation_rate``-th is kept."""
-
-    segment_length: int
-    dilation_rate: int
-
-    def rows(self, length: int, offset: int) -> int:
-        """How many positions of a segment of ``length`` tokens a head with this ``offset`` selects."""
-        return max(0, -(-(length - offset) // self.dilation_rate))
 
 
 @dataclass(frozen=True)
@@ -146,6 +135,23 @@ class Pattern:
         """The shortest distance after which every branch starts a new segment: no key is ever read across it."""
         return math.lcm(*self.segment_lengths)
 
+    def window_start(self, position: int) -> int:
+        """The last position up to this one at which every branch starts a segment: no earlier key is read."""
+        return position - position % self.period
+
+    def windows(self, length: int, most: int) -> Iterator[tuple[int, int]]:
+        """``length`` tokens in parts across which no key is read: (start, stop). Each has ``most`` tokens, or one period."""
+        step = max(1, most // self.period) * self.period
+        return ((start, min(start + step, length)) for start in range(0, length, step))
+
+    def same_segments(self, position: int, other: int) -> bool:
+        """Whether both positions lie in one segment of every branch."""
+        return all(branch.segment_number(position) == branch.segment_number(other) for branch in self.branches)
+
+    def span(self, length: int) -> int:
+        """The most tokens of a sequence of ``length`` that lie in one segment, at least 1: distances in it are below."""
+        return max(1, *(branch.longest(length) for branch in self.branches))
+
     def of(self, *branches: Branch) -> Pattern:
         """These branches alone, for the same heads."""
         return replace(self, branches=branches)
@@ -165,8 +171,15 @@ class Pattern:
 
     def selects(self, branch: Branch, head: int, heads: int, position: int) -> bool:
         """Whether ``head`` takes part at the absolute ``position`` in ``branch``."""
-        local = position % branch.segment_length
-        return local % branch.dilation_rate == self.offset(branch, head, heads)
+        return branch.selects(position, self.offset(branch, head, heads))
+
+    def readers(self, branch: Branch, heads: int, kv_heads: int) -> dict[tuple[int, int], list[int]]:
+        """The query heads by (offset, the key/value head that they read): they read the same rows of keys."""
+        found: dict[tuple[int, int], list[int]] = {}
+        for head in range(heads):
+            key = self.offset(branch, head, heads), head // (heads // kv_heads)
+            found.setdefault(key, []).append(head)
+        return found
 
 
 def head_offset(head_offsets: HeadOffsets, head: int, heads: int, rate: int) -> int:

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from longnet.geometry.pattern import Branch, Pattern
+from longnet.geometry.pattern import Pattern
+from longnet.geometry.rows import Branch
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class PhantomRun:
 
 def padded_length(branch: Branch) -> int:
     """A segment's length up to a multiple of the rate."""
-    return -(-branch.segment_length // branch.dilation_rate) * branch.dilation_rate
+    return branch.rows(branch.segment_length, 0) * branch.dilation_rate
 
 
 @lru_cache(maxsize=256)
@@ -48,11 +49,10 @@ def phantom_runs(pattern: Pattern, heads: int, length: int) -> tuple[PhantomRun,
 
 def _runs(pattern: Pattern, branch: Branch, heads: int, length: int) -> Iterator[PhantomRun]:
     rate = branch.dilation_rate
-    width = min(branch.segment_length, length)
-    if not width:
+    if not length:
         return
-    start = (length - 1) // width * width
-    slots = -(-width // rate)
+    start = branch.segment_start(length - 1)
+    slots = branch.rows(branch.longest(length), 0)
     offsets = [pattern.offset(branch, head, heads) for head in range(heads)]
     first = 0
     for head in range(1, heads + 1):

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from longnet.geometry.pattern import Branch, Pattern
+from longnet.geometry.pattern import Pattern
+from longnet.geometry.rows import Branch
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,7 @@ def make_plan(pattern: Pattern, heads: int, length: int, first_head: int = 0, la
 
 
 def _tiles(pattern: Pattern, branch: Branch, heads: int, length: int, first: int, last: int) -> Iterator[Tile]:
-    whole, tail = divmod(length, branch.segment_length)
-    spans = ((0, whole, branch.segment_length), (whole * branch.segment_length, 1, tail))
-    for start, segments, span in spans:
-        if segments == 0 or span == 0:
-            continue
+    for start, segments, span in branch.spans(length):
         for head, offset, offsets, per_offset, per_head, group in _head_rectangles(pattern, branch, heads, first, last):
             for low, high, rows in _row_classes(branch, span, offset, offset + offsets):
                 yield Tile(

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from longnet.geometry.pattern import Branch, Pattern
+from longnet.geometry.pattern import Pattern
+from longnet.geometry.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -33,76 +34,30 @@ class Shards:
 
 
 @dataclass(frozen=True)
-class OwnPart:
-    """Tokens ``first`` to ``last`` of a shard that these branches treat as a sequence of its own."""
+class SharedRows:
+    """Rows of a segment that one shard owns and the queries of another see.
 
-    first: int
-    last: int
-    branches: tuple[Branch, ...]
-
-
-@dataclass(frozen=True)
-class OwnRows:
-    """The end of a segment of ``branch`` that the shard continues, where it begins between the branch's rows.
-
-    Of the shard's first ``last`` tokens, head ``j`` selects those at ``first_rows[j]`` and every ``rate`` after it.
-    """
-
-    branch: Branch
-    last: int
-    first_rows: tuple[int, ...]
-
-    def rows(self, head: int) -> int:
-        return self.branch.rows(self.last, self.first_rows[head])
-
-
-@dataclass(frozen=True)
-class Lane:
-    """Rows of one key/value head that one offset of a branch selects: ``rows`` from row ``row`` of the segment on.
-
-    The row ``t`` stands at ``segment + offset + t * rate``. ``before`` if the owner lies before the receiver.
+    Args:
+        branch: its number in the pattern.
+        before: the owner lies before the receiver.
+        kv_head: whose keys they are.
+        keys: the owner's rows.
+        heads: the query heads that read them.
+        queries: the receiver's rows.
     """
 
     branch: int
-    segment: int
-    kv_head: int
-    offset: int
-    row: int
-    rows: int
     before: bool
-
-
-def own_parts(pattern: Pattern, heads: int, start: int, length: int) -> tuple[tuple[OwnPart, ...], tuple[OwnRows, ...]]:
-    """What ``length`` tokens from position ``start`` on say to each other, as ordinary calls and as selected rows.
-
-    The first part is the largest: all branches for which the shard is a sequence that begins at its first token.
-    """
-    whole: list[Branch] = []
-    parts: dict[tuple[int, int], list[Branch]] = {}
-    rows = []
-    for branch in pattern.branches:
-        inside = start % branch.segment_length
-        continued = min(length, branch.segment_length - inside)
-        aligned = inside % branch.dilation_rate == 0
-        if inside == 0 or (aligned and continued == length):
-            whole.append(branch)
-            continue
-        if aligned:
-            parts.setdefault((0, continued), []).append(branch)
-        else:
-            first = [(pattern.offset(branch, j, heads) - inside) % branch.dilation_rate for j in range(heads)]
-            rows.append(OwnRows(branch, continued, tuple(first)))
-        if continued < length:
-            parts.setdefault((continued, length), []).append(branch)
-    found = [OwnPart(0, length, tuple(whole))] if whole else []
-    found += [OwnPart(first, last, tuple(branches)) for (first, last), branches in parts.items()]
-    return tuple(found), tuple(rows)
+    kv_head: int
+    keys: Rows
+    heads: tuple[int, ...]
+    queries: Rows
 
 
 @lru_cache(maxsize=65536)
-def lanes(
+def shared_rows(
     pattern: Pattern, heads: int, kv_heads: int, shards: Shards, owner: int, receiver: int, is_causal: bool
-) -> tuple[Lane, ...]:
+) -> tuple[SharedRows, ...]:
     """The rows of shard ``owner`` that queries of shard ``receiver`` see, in the order in which they travel. Cached.
 
     Rows that no query of the receiver reads are not among them: they travel once for each key/value head and offset.
@@ -113,23 +68,19 @@ def lanes(
     start, end = shards.span(receiver)
     if own == own_end or start == end:
         return ()
-    before, group, found = owner < receiver, heads // kv_heads, []
+    before, found = owner < receiver, []
     for index, branch in enumerate(pattern.branches):
         # The one segment that both may share: the receiver's first or last.
         shared = start if before else end - 1
-        segment = shared // branch.segment_length * branch.segment_length
-        stop = min(segment + branch.segment_length, shards.total)
-        low, high = max(segment, own) - segment, min(stop, own_end) - segment
-        if low >= high:
+        segment, stop = branch.segment_start(shared), branch.segment_stop(shared)
+        first, last = max(segment, own), min(stop, own_end)
+        if first >= last:
             continue
-        seen = set()
-        for head in range(heads):
-            offset = pattern.offset(branch, head, heads)
-            queries = branch.rows(min(stop, end) - segment, offset) - branch.rows(max(segment, start) - segment, offset)
-            row, last = branch.rows(low, offset), branch.rows(high, offset)
-            if queries > 0 and last > row and (head // group, offset) not in seen:
-                seen.add((head // group, offset))
-                found.append(Lane(index, segment, head // group, offset, row, last - row, before))
+        for (offset, kv_head), readers in pattern.readers(branch, heads, kv_heads).items():
+            keys = branch.selected(first, last, offset)
+            queries = branch.selected(max(segment, start), min(stop, end), offset)
+            if keys.count and queries.count:
+                found.append(SharedRows(index, before, kv_head, keys, tuple(readers), queries))
     return tuple(found)
 
 
@@ -137,9 +88,9 @@ def rows_sent(
     pattern: Pattern, heads: int, kv_heads: int, shards: Shards, rank: int, is_causal: bool
 ) -> dict[int, int]:
     """Rows of keys, and as many of values, that a shard sends in a forward pass, by receiver (those with none left out)."""
-    found = {}
+    counts = {}
     for receiver in range(len(shards.lengths)):
-        count = sum(lane.rows for lane in lanes(pattern, heads, kv_heads, shards, rank, receiver, is_causal))
-        if count:
-            found[receiver] = count
-    return found
+        rows = shared_rows(pattern, heads, kv_heads, shards, rank, receiver, is_causal)
+        if rows:
+            counts[receiver] = sum(one.keys.count for one in rows)
+    return counts

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from longnet.checks import check_int
 from longnet.geometry.coverage import offsets_taken
-from longnet.geometry.pattern import Branch, Pattern
+from longnet.geometry.pattern import Pattern
+from longnet.geometry.rows import Branch
 
 
 def suggest_pattern(

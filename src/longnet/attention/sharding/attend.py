@@ -19,7 +19,7 @@ from longnet.attention.call import AttentionInputs, Gradients, SavedForward, lse
 from longnet.attention.chunked import Rows
 from longnet.attention.sharding.exchange import pack, send
 from longnet.attention.sharding.plan import Place, RowGroup, ShardPlan, make_plan
-from longnet.geometry.shards import OwnPart
+from longnet.geometry.chunks import OwnPart
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,16 @@ class Shard:
 
     def _part(self, part: OwnPart) -> AttentionInputs:
         """An ordinary call."""
-        own = self.inputs.tokens(slice(part.first, part.last))
+        own = self.inputs.tokens(part.tokens)
         return own.with_spec(pattern=own.spec.pattern.of(*part.branches))
 
     def _run(self, part: OwnPart) -> tuple[Tensor, Tensor]:
         return self.backend.run(self._part(part))
 
     def _run_backward(self, part: OwnPart, saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
-        tokens = slice(part.first, part.last)
-        own = SavedForward(self._part(part), saved.out[:, :, tokens], saved.lse[:, :, tokens])
-        grad_lse = None if grad_lse is None else grad_lse[:, :, tokens]
-        return self.backend.run_backward(own, grad_out[:, :, tokens], grad_lse)
+        out, lse, grad_out = (x[:, :, part.tokens] for x in (saved.out, saved.lse, grad_out))
+        grad_lse = None if grad_lse is None else grad_lse[:, :, part.tokens]
+        return self.backend.run_backward(SavedForward(self._part(part), out, lse), grad_out, grad_lse)
 
     def _rows(self, rows: RowGroup, received: Tensor) -> Rows:
         """The call that a group of rows is. ``received`` is (rows, B, channels)."""
@@ -60,7 +59,7 @@ class Shard:
             if mask is not None:
                 padded = mask[:, rows.key_tokens]
         else:
-            # (lanes, b, B, channels) to (B, lanes, b, channels)
+            # (h, b, B, channels) to (B, h, b, channels)
             found = received[rows.received].movedim(2, 0)
             key, value = found[..., :dim].to(kind), found[..., dim : 2 * dim].to(kind)
             if mask is not None:
@@ -86,8 +85,7 @@ class Shard:
             out = torch.zeros_like(own.query, dtype=kind)
             lse = own.query.new_full(own.query.shape[:-1], -torch.inf, dtype=kind)
             for part in plan.parts:
-                tokens = slice(part.first, part.last)
-                merge.merge_(out[:, :, tokens], lse[:, :, tokens], *self._run(part))
+                merge.merge_(out[:, :, part.tokens], lse[:, :, part.tokens], *self._run(part))
         nothing = own.query.new_empty(0)
         for rows in plan.own:
             self._mix(out, lse, rows, nothing)
@@ -110,7 +108,7 @@ class Shard:
         query_grads = []
 
         def rows_backward(rows: RowGroup) -> Tensor:
-            """Gradients of the group's keys and values, (B, lanes / share, b, 2 D); those of its queries are kept."""
+            """Gradients of the group's keys and values, (B, h / share, b, 2 D); those of its queries go to ``query_grads``."""
             index = (slice(None), rows.heads, rows.tokens)
             # Of these rows alone: over a whole shard it would cost as much as an eighth of the attention.
             given, mixed = (x[index].to(kind).flatten(0, 1) for x in (grad_out, saved.out))
@@ -147,7 +145,7 @@ class Shard:
                 grads = found
             else:
                 for grad, more in zip(grads, found, strict=True):
-                    grad[:, :, part.first : part.last] += more
+                    grad[:, :, part.tokens] += more
             if own_bias is not None:
                 grad_bias += found_bias
         for rows in plan.own:

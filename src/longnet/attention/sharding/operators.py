@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from longnet.attention.backends import Backend, select_backend
-from longnet.attention.call import AttentionInputs, Gradients, SavedForward
+from longnet.attention.call import AttentionInputs, Gradients, SavedForward, check_distances
 from longnet.attention.operators import register_attention
 from longnet.attention.sharding.attend import Shard
 from longnet.attention.sharding.group import Peers, Terms, agree
@@ -34,9 +34,8 @@ def sharded_attention(inputs: AttentionInputs, backend: Backend, peers: Peers) -
         0 if bias is None else bias.shape[1], gradients, spec.scale, spec.pattern,
     )  # fmt: skip
     shards = agree(peers, inputs.length, terms)
-    reach = min(max(spec.pattern.segment_lengths), max(1, shards.total))
-    if bias is not None and bias.shape[1] < 2 * reach - 1:
-        raise ValueError(f"distance_bias holds {bias.shape[1]} distances: expected at least {2 * reach - 1}")
+    if bias is not None:
+        check_distances(bias, spec.pattern, shards.total)
     out, lse, _ = _PAIR.run(inputs, backend.name, shards.lengths, peers.rank, peers.group.group_name)
     return out, lse
 

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longnet.geometry import Pattern
-from longnet.geometry.shards import Lane, OwnPart, Shards, lanes, own_parts
+from longnet.geometry import Branch, Pattern
+from longnet.geometry.chunks import OwnPart, own_parts
+from longnet.geometry.rows import Rows, distances
+from longnet.geometry.shards import SharedRows, Shards, shared_rows
 from longnet.runtime.cache import tensor_cache
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Lanes that hold equally many rows, so that one call takes them all.
+    """Rows of h heads, equally many of each, so that one call takes them all.
 
     Args:
-        heads: (lanes, 1) query heads.
-        tokens: (lanes, a) the shard's tokens that are queries.
-        share: neighbouring lanes that read the same keys (grouped-query attention).
-        key_heads: (lanes / share, 1) and key_tokens: (lanes / share, b), the shard's own keys; None where ``received`` holds
-            them. No key is in it twice.
-        received: (lanes / share, b) rows of what has been received, or None.
+        heads: (h, 1) query heads.
+        tokens: (h, a) the shard's tokens that are queries.
+        share: neighbouring heads that read the same keys (grouped-query attention).
+        key_heads: (h / share, 1) and key_tokens: (h / share, b), the shard's own keys; None where ``received`` holds them.
+            No key is in it twice.
+        received: (h / share, b) rows of what has been received, or None.
         is_causal: of the rows among themselves.
         distance: tokens from the first query to the first key.
         step: tokens from row to row.
@@ -48,9 +51,8 @@ class RowGroup:
         """Of a bias by distance (H, 2L - 1), whose distance 0 is at ``centre``: those of the rows, in order."""
         keys = self.key_tokens if self.received is None else self.received
         assert keys is not None
-        lowest = centre + self.distance - (self.tokens.shape[1] - 1) * self.step
-        count = self.tokens.shape[1] + keys.shape[1] - 1
-        return slice(lowest, lowest + (count - 1) * self.step + 1, self.step)
+        found = distances(self.tokens.shape[1], keys.shape[1], self.step, self.distance)
+        return slice(centre + found.start, centre + found.stop, found.step)
 
 
 @dataclass(frozen=True)
@@ -94,125 +96,96 @@ class Place:
     rank: int
     is_causal: bool
 
-    def lanes(self, owner: int, receiver: int) -> tuple[Lane, ...]:
-        return lanes(self.pattern, self.heads, self.kv_heads, self.shards, owner, receiver, self.is_causal)
+    def shared_rows(self, owner: int, receiver: int) -> tuple[SharedRows, ...]:
+        return shared_rows(self.pattern, self.heads, self.kv_heads, self.shards, owner, receiver, self.is_causal)
 
     @property
     def rows_received(self) -> int:
         """Rows of keys, and as many of values, that come from other ranks."""
-        return sum(lane.rows for owner in range(len(self.shards.lengths)) for lane in self.lanes(owner, self.rank))
+        return sum(_count(self.shared_rows(owner, self.rank)) for owner in range(len(self.shards.lengths)))
 
 
 @tensor_cache(64)
 def make_plan(place: Place, device: torch.device) -> ShardPlan:
     """The plan of a place, with its tensors on ``device``. Cached."""
-    shards, rank = place.shards, place.rank
-    start, end = shards.span(rank)
-    ranks = range(len(shards.lengths))
-    parts, own = own_parts(place.pattern, place.heads, start, end - start)
-    group = place.heads // place.kv_heads
+    start, end = place.shards.span(place.rank)
+    ranks = range(len(place.shards.lengths))
+    parts, unaligned = own_parts(place.pattern, start, end - start)
+    outgoing = [place.shared_rows(place.rank, receiver) for receiver in ranks]
+    incoming = [place.shared_rows(owner, place.rank) for owner in ranks]
 
-    own_groups = []
-    for one in own:
-        readers: dict[tuple[int, int], list[int]] = {}
-        for head in range(place.heads):
-            if one.rows(head):
-                readers.setdefault((head // group, one.first_rows[head]), []).append(head)
-        alike: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        for key, heads in readers.items():
-            alike.setdefault((one.rows(heads[0]), len(heads)), []).append(key)
-        for (count, share), keys in alike.items():
-            heads, rate = [head for key in keys for head in readers[key]], one.branch.dilation_rate
-            tokens = _arithmetic([first for _, first in keys], rate, count)
-            queries = tokens.repeat_interleave(share, 0)
-            key_heads = _column([kv_head for kv_head, _ in keys])
-            own_groups.append(
-                RowGroup(_column(heads), queries, share, key_heads, tokens, None, place.is_causal, 0, rate)
-            )
-
-    send_heads, send_tokens, sent, runs = [], [], [], []
-    for receiver in ranks:
-        found = place.lanes(rank, receiver)
-        sent.append(sum(lane.rows for lane in found))
-        # Lanes of one branch are of different heads or offsets.
-        runs += [sum(lane.rows for lane in lanes) for _, lanes in groupby(found, key=lambda lane: lane.branch)]
-        for lane in found:
-            rate = place.pattern.branches[lane.branch].dilation_rate
-            first = lane.segment + lane.offset + lane.row * rate - start
-            send_heads.append(torch.full((lane.rows,), lane.kv_head))
-            send_tokens.append(first + rate * torch.arange(lane.rows))
-
-    # Where the rows of every lane lie in what is received: owners in rank order hold neighbouring rows of a segment.
-    at: dict[tuple[int, bool, int, int], list[tuple[int, int]]] = {}
-    segments: dict[tuple[int, bool], tuple[int, dict[tuple[int, int], int]]] = {}
-    received, row = [], 0
-    for owner in ranks:
-        found = place.lanes(owner, rank)
-        received.append(sum(lane.rows for lane in found))
-        for lane in found:
-            at.setdefault((lane.branch, lane.before, lane.kv_head, lane.offset), []).append((row, lane.rows))
-            segments.setdefault((lane.branch, lane.before), (lane.segment, {}))[1].setdefault(
-                (lane.kv_head, lane.offset), lane.row
-            )
-            row += lane.rows
-    remote_groups = []
-    for (index, before), (segment, first_rows) in segments.items():
-        remote_groups += _remote_groups(place, index, segment, before, first_rows, at)
-
+    # Rows of one branch are of different heads or offsets.
+    runs = [_count(rows) for shared in outgoing for _, rows in groupby(shared, key=lambda one: one.branch)]
+    sent = [one for shared in outgoing for one in shared]
     nothing = torch.zeros(0, dtype=torch.int64)
-    heads_sent, tokens_sent = torch.cat([nothing, *send_heads]), torch.cat([nothing, *send_tokens])
-    places, place_of = torch.unique(torch.stack((heads_sent, tokens_sent), 1), dim=0, return_inverse=True)
+    send_heads = torch.cat([nothing, *(torch.full((one.keys.count,), one.kv_head) for one in sent)])
+    send_tokens = torch.cat([nothing, *(_tokens([one.keys], start)[0] for one in sent)])
+    places, place_of = torch.unique(torch.stack((send_heads, send_tokens), 1), dim=0, return_inverse=True)
     return ShardPlan(
         parts,
-        tuple(one.to(device) for one in own_groups),
-        tuple(one.to(device) for one in remote_groups),
-        tuple(sent),
-        tuple(received),
-        heads_sent.to(device),
-        tokens_sent.to(device),
+        tuple(group.to(device) for branch in unaligned for group in _own_groups(place, branch, start, end)),
+        tuple(group.to(device) for group in _remote_groups(incoming, start)),
+        tuple(map(_count, outgoing)),
+        tuple(map(_count, incoming)),
+        send_heads.to(device),
+        send_tokens.to(device),
         places.to(device),
         place_of.to(device),
         tuple(runs),
     )
 
 
-def _remote_groups(
-    place: Place,
-    index: int,
-    segment: int,
-    before: bool,
-    first_rows: dict[tuple[int, int], int],
-    at: dict[tuple[int, bool, int, int], list[tuple[int, int]]],
-) -> list[RowGroup]:
-    """The shard's queries in a shared segment and the rows that others hold of it, by how many there are of both."""
-    branch = place.pattern.branches[index]
-    start, end = place.shards.span(place.rank)
-    low, high = max(segment, start) - segment, min(segment + branch.segment_length, end) - segment
-    rate, group = branch.dilation_rate, place.heads // place.kv_heads
-    readers: dict[tuple[int, int], list[int]] = {}
-    for head in range(place.heads):
-        readers.setdefault((head // group, place.pattern.offset(branch, head, place.heads)), []).append(head)
-    alike: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-    for key in first_rows:
-        first, last = branch.rows(low, key[1]), branch.rows(high, key[1])
-        keys = sum(count for _, count in at[index, before, *key])
-        distance = (first_rows[key] - first) * rate
-        alike.setdefault((last - first, keys, distance, len(readers[key])), []).append(key)
-    found = []
-    for (count, _, distance, share), members in alike.items():
-        heads = [head for key in members for head in readers[key]]
-        tokens = [segment + offset + branch.rows(low, offset) * rate - start for _, offset in members]
-        received = [torch.cat([torch.arange(row, row + n) for row, n in at[index, before, *key]]) for key in members]
-        queries = _arithmetic(tokens, rate, count).repeat_interleave(share, 0)
-        key_heads = _column([kv_head for kv_head, _ in members])
-        group_received = torch.stack(received)
-        found.append(RowGroup(_column(heads), queries, share, key_heads, None, group_received, False, distance, rate))
-    return found
+def _own_groups(place: Place, branch: Branch, start: int, end: int) -> list[RowGroup]:
+    """The shard's rows of the segment in which it starts, by how many a head selects and how many heads share them."""
+    stop = min(branch.segment_stop(start), end)
+    alike: dict[tuple[int, int], list[tuple[int, Rows, list[int]]]] = {}
+    for (offset, kv_head), heads in place.pattern.readers(branch, place.heads, place.kv_heads).items():
+        rows = branch.selected(start, stop, offset)
+        if rows.count:
+            alike.setdefault((rows.count, len(heads)), []).append((kv_head, rows, heads))
+    groups = []
+    for (_, share), members in alike.items():
+        tokens = _tokens([rows for _, rows, _ in members], start)
+        heads = _column(head for _, _, readers in members for head in readers)
+        kv_heads, queries = _column(kv_head for kv_head, _, _ in members), tokens.repeat_interleave(share, 0)
+        groups.append(RowGroup(heads, queries, share, kv_heads, tokens, None, place.is_causal, 0, branch.dilation_rate))
+    return groups
 
 
-def _column(numbers: list[int]) -> Tensor:
-    return torch.tensor(numbers)[:, None]
+def _remote_groups(incoming: list[tuple[SharedRows, ...]], start: int) -> list[RowGroup]:
+    """The shard's queries and the rows of others that they see, by how many there are of both."""
+    # Owners in rank order hold neighbouring rows of a segment.
+    pieces: dict[tuple[int, bool, tuple[int, ...]], list[tuple[SharedRows, Tensor]]] = {}
+    row = 0
+    for one in chain.from_iterable(incoming):
+        received = torch.arange(row, row + one.keys.count)
+        pieces.setdefault((one.branch, one.before, one.heads), []).append((one, received))
+        row += one.keys.count
+    alike: dict[tuple[int, ...], list[tuple[SharedRows, Tensor]]] = {}
+    for (branch, before, readers), found in pieces.items():
+        first, received = found[0][0], torch.cat([rows for _, rows in found])
+        distance = first.keys.first - first.queries.first
+        shape = (branch, before, first.queries.count, len(received), len(readers), distance)
+        alike.setdefault(shape, []).append((first, received))
+    groups = []
+    for (*_, share, distance), members in alike.items():
+        heads = _column(head for one, _ in members for head in one.heads)
+        queries = _tokens([one.queries for one, _ in members], start).repeat_interleave(share, 0)
+        kv_heads = _column(one.kv_head for one, _ in members)
+        received, step = torch.stack([rows for _, rows in members]), members[0][0].queries.step
+        groups.append(RowGroup(heads, queries, share, kv_heads, None, received, False, distance, step))
+    return groups
 
 
-def _arithmetic(first: list[int], step: int, count: int) -> Tensor:
-    return _column(first) + step * torch.arange(count)
+def _count(shared: Iterable[SharedRows]) -> int:
+    return sum(one.keys.count for one in shared)
+
+
+def _column(numbers: Iterable[int]) -> Tensor:
+    return torch.tensor(list(numbers))[:, None]
+
+
+def _tokens(rows: list[Rows], start: int) -> Tensor:
+    """Equally many rows each as tokens of a shard that begins at ``start``, (len(rows), count)."""
+    first, one = _column(row.first - start for row in rows), rows[0]
+    return first + one.step * torch.arange(one.count)

@@ -7,8 +7,7 @@ them: a rectangle without a diagonal. The parts are mixed by their softmax denom
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,35 +19,9 @@ from longnet.attention.call import AttentionInputs, AttentionSpec, lse_dtype
 from longnet.attention.streaming.cache import DilatedCache
 from longnet.attention.streaming.rectangle import rectangle_attention
 from longnet.geometry import Branch, Pattern, Tile, make_plan
+from longnet.geometry.chunks import own_parts
 from longnet.geometry.layout import Block, Heads
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """The next T tokens: tensors (B, H or Hk, T, D), which of them are padding, (B, T) or None, and where they stand."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    padded: Tensor | None
-    start: int
-    scale: float
-
-    @property
-    def length(self) -> int:
-        return self.query.shape[2]
-
-    def rows(self, heads: Heads, kv_heads: Heads, tokens: slice) -> _Chunk:
-        """Some of the heads and tokens; ``start`` loses its meaning."""
-        padded = None if self.padded is None else self.padded[:, tokens]
-        q, k, v = self.query[:, heads, tokens], self.key[:, kv_heads, tokens], self.value[:, kv_heads, tokens]
-        return _Chunk(q, k, v, padded, self.start, self.scale)
-
-    def attend(self, pattern: Pattern) -> tuple[Tensor, Tensor]:
-        """The causal operation on the chunk as if it were a whole sequence: (out, lse)."""
-        spec = AttentionSpec(pattern, True, self.scale)
-        inputs = AttentionInputs(self.query, self.key, self.value, self.padded, None, spec)
-        return select_backend("auto", inputs).run(inputs)
+from longnet.geometry.rows import Rows
 
 
 class _Mixture:
@@ -86,7 +59,7 @@ def attend_chunk(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache,
     padded = None
     if cache._most_padding > start:
         padded = torch.arange(start, start + length, device=query.device) < cache.padding[:, None]
-    chunk = _Chunk(query, key, value, padded, start, scale)
+    chunk = AttentionInputs(query, key, value, padded, None, AttentionSpec(cache.pattern, True, scale))
     out = _attend(chunk, cache)
     with cache._writing():
         _keep(chunk, cache)
@@ -94,93 +67,83 @@ def attend_chunk(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache,
     return out
 
 
-def _attend(chunk: _Chunk, cache: DilatedCache) -> Tensor:
-    pattern, every = cache.pattern, slice(None)
+def _run(inputs: AttentionInputs, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the tokens as if they were a whole sequence."""
+    inputs = inputs.with_spec(pattern=pattern)
+    return select_backend("auto", inputs).run(inputs)
+
+
+def _attend(chunk: AttentionInputs, cache: DilatedCache) -> Tensor:
+    pattern, start = cache.pattern, cache.position
+    if pattern.window_start(start) == start:
+        return _run(chunk, pattern)[0]
+    parts, unaligned = own_parts(pattern, start, chunk.length)
     # Branches that can be computed in one go are: backends visit keys that nested branches share once.
-    together = tuple(branch for branch in pattern.branches if _on_the_grid(branch, chunk))
-    if together:
-        out, lse = chunk.attend(pattern.of(*together))
-        if all(chunk.start % branch.segment_length == 0 for branch in pattern.branches):
-            return out
-        mixture = _Mixture(out, lse)
+    if parts and parts[0].tokens == slice(0, chunk.length):
+        mixture = _Mixture(*_run(chunk, pattern.of(*parts[0].branches)))
+        parts = parts[1:]
     else:
         mixture = _Mixture.of_nothing(chunk.query)
-    crossing: dict[int, list[Branch]] = {}
+    for part in parts:
+        mixture.add(slice(None), part.tokens, *_run(chunk.tokens(part.tokens), pattern.of(*part.branches)))
     for branch, blocks in cache.layout.branches:
-        before = chunk.start % branch.segment_length
-        if before == 0:
+        segment, stop = branch.segment_start(start), min(branch.segment_stop(start), start + chunk.length)
+        if segment == start:
             continue
-        # The first tokens, as many as this, go on with the segment that began before the chunk.
-        continued = min(chunk.length, branch.segment_length - before)
-        if branch not in together:
-            if continued < chunk.length:
-                crossing.setdefault(continued, []).append(branch)
-            if before % branch.dilation_rate == 0:
-                tokens = slice(0, continued)
-                part = chunk.rows(every, every, tokens).attend(pattern.of(branch))
-                mixture.add(every, tokens, *part)
-            else:
-                _add_own_rows(mixture, chunk, branch, blocks, before, continued)
-        _add_cached_rows(mixture, chunk, cache, branch, blocks, before, continued)
-    for first, branches in crossing.items():
-        tokens = slice(first, None)
-        rest = chunk.rows(every, every, tokens)
-        mixture.add(every, tokens, *rest.attend(pattern.of(*branches)))
+        # The chunk's rows of the segment that began before it.
+        rows = [(block, found) for block in blocks if (found := branch.selected(start, stop, block.offset)).count]
+        if branch in unaligned:
+            for block, found in rows:
+                _add_own_rows(mixture, chunk, block, found.tokens(start))
+        _add_cached_rows(mixture, chunk, cache, branch, blocks, rows, stop - start)
     return mixture.out.to(chunk.query.dtype)
 
 
-def _rows_in_chunk(
-    branch: Branch, blocks: tuple[Block, ...], before: int, continued: int
-) -> Iterator[tuple[Block, int, slice]]:
-    """Blocks that have rows among the tokens that go on with a segment: (block, rows before the chunk, those tokens)."""
-    for block in blocks:
-        row = branch.rows(before, block.offset)
-        tokens = slice(block.offset + row * branch.dilation_rate - before, continued, branch.dilation_rate)
-        if tokens.start < continued:
-            yield block, row, tokens
-
-
-def _add_own_rows(
-    mixture: _Mixture, chunk: _Chunk, branch: Branch, blocks: tuple[Block, ...], before: int, continued: int
-) -> None:
-    """What the chunk's rows of a segment that began before it say to each other: plain causal attention in a block."""
-    for block, _, tokens in _rows_in_chunk(branch, blocks, before, continued):
-        rows = chunk.rows(block.heads, block.kv_heads, tokens)
-        if rows.length == 1:
-            part = rectangle_attention(rows.query, rows.key, rows.value, rows.scale, rows.padded)
-        else:
-            part = rows.attend(Pattern((Branch(rows.length, 1),)))
-        mixture.add(block.heads, tokens, *part)
+def _add_own_rows(mixture: _Mixture, chunk: AttentionInputs, block: Block, tokens: slice) -> None:
+    """What a block's rows among these tokens say to each other: plain causal attention."""
+    query, key, value = (
+        x[:, heads, tokens]
+        for x, heads in ((chunk.query, block.heads), (chunk.key, block.kv_heads), (chunk.value, block.kv_heads))
+    )
+    padded = None if chunk.mask is None else chunk.mask[:, tokens]
+    if query.shape[2] == 1:
+        part = rectangle_attention(query, key, value, chunk.spec.scale, padded)
+    else:
+        inputs = replace(chunk, query=query, key=key, value=value, mask=padded)
+        part = _run(inputs, Pattern((Branch(query.shape[2], 1),)))
+    mixture.add(block.heads, tokens, *part)
 
 
 def _add_cached_rows(
     mixture: _Mixture,
-    chunk: _Chunk,
+    chunk: AttentionInputs,
     cache: DilatedCache,
     branch: Branch,
     blocks: tuple[Block, ...],
-    before: int,
+    rows: list[tuple[Block, Rows]],
     continued: int,
 ) -> None:
-    """What the chunk's rows of a segment see of the rows that were read before."""
-    segment, rate = chunk.start - before, branch.dilation_rate
-    if before % rate == 0 and cache._most_padding <= segment:
+    """What the chunk's ``rows`` of a segment, among its first ``continued`` tokens, see of the rows that were read before."""
+    start, scale = cache.position, chunk.spec.scale
+    segment = branch.segment_start(start)
+    if branch.is_aligned(start) and cache._most_padding <= segment:
         tile = _one_tile(cache, branch, blocks, continued)
         if tile is not None:
             # Offset by offset and head by head, as the blocks lie: one call for all of them.
             query = tile_view(chunk.query, tile)
             whole = replace(blocks[0], kv_count=len(blocks) * blocks[0].kv_count)
-            cached = cache._rows_of(whole, 0, before // rate)
-            out, lse = rectangle_attention(query.flatten(1, 3), *cached, chunk.scale, None)
+            cached = cache._rows_of(whole, 0, rows[0][1].number)
+            out, lse = rectangle_attention(query.flatten(1, 3), *cached, scale, None)
             mixed = tile_view(mixture.out, tile), tile_view(mixture.lse, tile)
             merge.merge_(*mixed, out.view(query.shape), lse.view(query.shape[:-1]))
             return
-    for block, row, tokens in _rows_in_chunk(branch, blocks, before, continued):
-        if row:
-            hidden = _padded_rows(cache, segment + block.offset, rate, row)
-            query = chunk.query[:, block.heads, tokens]
-            cached = cache._rows_of(block, 0, row)
-            mixture.add(block.heads, tokens, *rectangle_attention(query, *cached, chunk.scale, hidden))
+    for block, queries in rows:
+        if queries.number:
+            padded = _padded_rows(cache, branch.selected(segment, start, block.offset))
+            tokens = queries.tokens(start)
+            cached = cache._rows_of(block, 0, queries.number)
+            part = rectangle_attention(chunk.query[:, block.heads, tokens], *cached, scale, padded)
+            mixture.add(block.heads, tokens, *part)
 
 
 def _one_tile(cache: DilatedCache, branch: Branch, blocks: tuple[Block, ...], length: int) -> Tile | None:
@@ -190,31 +153,23 @@ def _one_tile(cache: DilatedCache, branch: Branch, blocks: tuple[Block, ...], le
     return tiles[0] if len(tiles) == len(shapes) == 1 and tiles[0].offsets == len(blocks) else None
 
 
-def _padded_rows(cache: DilatedCache, first: int, step: int, count: int) -> Tensor | None:
-    """Which of ``count`` rows, that stand at ``first`` and every ``step`` tokens after it, are padding: (B, count)."""
-    if cache._most_padding <= first:
+def _padded_rows(cache: DilatedCache, rows: Rows) -> Tensor | None:
+    """Which rows are padding: (B, rows)."""
+    if cache._most_padding <= rows.first:
         return None
-    return torch.arange(first, first + count * step, step, device=cache.device) < cache.padding[:, None]
+    at = rows.positions
+    return torch.arange(at.start, at.stop, at.step, device=cache.device) < cache.padding[:, None]
 
 
-def _on_the_grid(branch: Branch, chunk: _Chunk) -> bool:
-    """Whether the chunk's own keys are selected as those of a sequence that begins with the chunk."""
-    before = chunk.start % branch.segment_length
-    return before == 0 or (before % branch.dilation_rate == 0 and before + chunk.length <= branch.segment_length)
-
-
-def _keep(chunk: _Chunk, cache: DilatedCache) -> None:
+def _keep(chunk: AttentionInputs, cache: DilatedCache) -> None:
     """Write the chunk's rows of the segment that goes on after it."""
-    end = chunk.start + chunk.length
+    start, end = cache.position, cache.position + chunk.length
     for branch, blocks in cache.layout.branches:
-        inside = end % branch.segment_length
-        segment = end - inside
+        first = max(start, branch.segment_start(end))
         for block in blocks:
-            first = branch.rows(max(0, chunk.start - segment), block.offset)
-            last = branch.rows(inside, block.offset)
-            if first >= last:
-                continue
-            token = segment + block.offset + first * branch.dilation_rate - chunk.start
-            index = (slice(None), block.kv_heads, slice(token, None, branch.dilation_rate))
-            for kept, new in zip(cache._rows_of(block, first, last), (chunk.key, chunk.value), strict=True):
-                kept.copy_(new[index])
+            rows = branch.selected(first, end, block.offset)
+            if rows.count:
+                index = (slice(None), block.kv_heads, rows.tokens(start))
+                stored = cache._rows_of(block, rows.number, rows.number + rows.count)
+                for target, new in zip(stored, (chunk.key, chunk.value), strict=True):
+                    target.copy_(new[index])

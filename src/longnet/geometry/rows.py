@@ -1,0 +1,119 @@
+"""The rows of a branch: which segment holds a position, and which of its positions a head selects.
+
+Source: LongNet, arXiv 2307.02486, section 2.2. All other files ask this one. It is plain arithmetic on integers: a ``T`` is an
+int, or an array or tensor of ints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+
+class Rows(NamedTuple):
+    """Rows ``number``, ``number + 1``, ... of those that a head selects in a segment, ``count`` of them, ``step`` apart.
+
+    ``first`` is the position of row ``number``.
+    """
+
+    number: int
+    first: int
+    step: int
+    count: int
+
+    @property
+    def positions(self) -> range:
+        return range(self.first, self.first + self.count * self.step, self.step)
+
+    def tokens(self, start: int) -> slice:
+        """The rows as an index of tokens that begin at position ``start``."""
+        return slice(self.first - start, self.first - start + self.count * self.step, self.step)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One dilated attention: segments of ``segment_length`` tokens, of which every ``dilation_rate``-th is kept."""
+
+    segment_length: int
+    dilation_rate: int
+
+    def segment_number(self, position: T) -> T:
+        """Which segment holds a position."""
+        return position // self.segment_length  # type: ignore[operator]
+
+    def segment_start(self, position: T) -> T:
+        """Where the segment that holds a position begins."""
+        return position - position % self.segment_length  # type: ignore[operator]
+
+    def segment_stop(self, position: T) -> T:
+        """Where the segment after it begins."""
+        return self.segment_start(position) + self.segment_length  # type: ignore[operator]
+
+    def starts(self, length: int) -> range:
+        """Where the segments of ``length`` tokens begin."""
+        return range(0, length, self.segment_length)
+
+    def spans(self, length: int) -> list[tuple[int, int, int]]:
+        """The segments of ``length`` tokens as runs of equally long ones: (where the run begins, segments, tokens of each)."""
+        whole, rest = divmod(length, self.segment_length)
+        runs = ((0, whole, self.segment_length), (whole * self.segment_length, 1, rest))
+        return [run for run in runs if run[1] and run[2]]
+
+    def longest(self, length: int) -> int:
+        """Tokens of the longest of these segments."""
+        return min(self.segment_length, length)
+
+    def rows(self, length: T, offset: int) -> T:
+        """How many positions of a segment of ``length`` tokens a head with this ``offset`` selects."""
+        return row_count(length - offset, self.dilation_rate)  # type: ignore[operator]
+
+    def selects(self, position: Any, offset: int) -> Any:
+        """Whether a head with this ``offset`` selects a position; for an array or tensor, as many answers."""
+        return position % self.segment_length % self.dilation_rate == offset
+
+    def selected(self, start: int, stop: int, offset: int) -> Rows:
+        """What a head with this ``offset`` selects of the positions from ``start`` to ``stop``, all of one segment."""
+        segment = self.segment_start(start)
+        number = self.rows(start - segment, offset)
+        first = segment + offset + number * self.dilation_rate
+        return Rows(number, first, self.dilation_rate, self.rows(stop - segment, offset) - number)
+
+    def is_aligned(self, position: int) -> bool:
+        """Whether the offset 0 selects a position: from there on offsets are those of the segment."""
+        selected: bool = self.selects(position, 0)
+        return selected
+
+    def begins_anew(self, start: int, length: int | None) -> bool:
+        """Whether ``length`` tokens from ``start`` on have the rows that they would have as a sequence of their own.
+
+        A ``length`` of None is a sequence that goes on forever.
+        """
+        if start == self.segment_start(start):
+            return True
+        return length is not None and self.is_aligned(start) and start + length <= self.segment_stop(start)
+
+
+def row_count(tokens: T, rate: T | int) -> T:
+    """How many of the tokens 0, rate, 2 rate, ... there are below ``tokens``, which is above ``-rate``."""
+    return (tokens + rate - 1) // rate  # type: ignore[operator]
+
+
+def locate(position: T, lengths: T, rates: T) -> tuple[T, T, T]:
+    """(the offset that selects a position, the number of its row, where row 0 of this offset stands in the segment)."""
+    local = position % lengths  # type: ignore[operator]
+    number = local // rates
+    offset = local - number * rates
+    return offset, number, position - local + offset
+
+
+def distances(queries: int, keys: int, step: int, between: int = 0) -> range:
+    """The distances from any of ``queries`` rows to any of ``keys`` rows, in tokens, rising.
+
+    Args:
+        step: tokens from row to row.
+        between: tokens from the first query to the first key.
+    """
+    lowest = between - (queries - 1) * step
+    return range(lowest, lowest + (queries + keys - 2) * step + 1, step)
