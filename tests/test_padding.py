@@ -39,6 +39,7 @@ def warned(given: Tensor, pattern: Pattern = PATTERN, **options: object) -> bool
         (("-" * 8 + "x" * 30,), True),
         (("--xxxx",), False),  # all inside the first segments, moved by a whole step of the dilation
         (("-xxxxx",), True),
+        (("-" * 10 + "x" * 4,), False),  # all inside one segment of each branch, moved by a whole step
         (("", ""), False),
     ],
 )
@@ -46,7 +47,7 @@ def test_only_padding_that_moves_segments_is_told(rows: tuple[str, ...], expecte
     assert warned(mask(*rows)) is expected
 
 
-@pytest.mark.parametrize("rows", ["--xxxx", "-" * 24 + "x" * 30])
+@pytest.mark.parametrize("rows", ["--xxxx", "-" * 24 + "x" * 30, "-" * 10 + "x" * 4])
 def test_what_is_not_told_changes_nothing(rows: str) -> None:
     module, given = attention(), mask(rows)
     x = torch.randn(1, len(rows), 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -78,10 +78,7 @@ def test_tokens_begin_anew_where_pairs_are_those_of_a_sequence_of_their_own(bran
         same = branch.segment_number
         every = range(branch.dilation_rate)
         return {
-            (p - first, offset)
-            for p in range(first, first + length)
-            for offset in every
-            if _selects(branch, offset, p)
+            (p - first, offset) for p in range(first, first + length) for offset in every if _selects(branch, offset, p)
         } | {(p - first, -1) for p in range(first + 1, first + length) if same(p) != same(p - 1)}
 
     same = pairs(start) == pairs(0)
@@ -108,7 +105,9 @@ def test_a_chunks_own_parts_are_its_pairs_each_once(pattern: Pattern, heads: int
     )
     found = []
     parts, unaligned = own_parts(pattern, start, length)
-    numbers = {branch: [i for i, other in enumerate(pattern.branches) if other == branch] for branch in pattern.branches}
+    numbers = {
+        branch: [i for i, other in enumerate(pattern.branches) if other == branch] for branch in pattern.branches
+    }
     for part in parts:
         for branch in dict.fromkeys(part.branches):
             # Of a sequence that begins with the part.

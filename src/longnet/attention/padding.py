@@ -55,14 +55,8 @@ def warn_moved_rows(rows: Iterable[tuple[int, int | None]], pattern: Pattern) ->
 
 
 def _moves(padding: int, tokens: int | None, pattern: Pattern) -> bool:
-    if padding == tokens:
-        return False
-    # Inside its first segment a row can move by whole steps of the dilation.
-    return any(
-        padding
-        % (branch.dilation_rate if tokens is not None and tokens <= branch.segment_length else branch.segment_length)
-        for branch in pattern.branches
-    )
+    length = None if tokens is None else tokens - padding
+    return length != 0 and not all(branch.begins_anew(padding, length) for branch in pattern.branches)
 
 
 def _may_look(mask: Tensor, first: bool) -> bool:

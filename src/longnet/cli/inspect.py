@@ -14,7 +14,7 @@ from rich.table import Table
 from longnet.geometry.cost import Cost, KeysPerQuery, cost, keys_per_query
 from longnet.geometry.coverage import LONGEST_REACH, Coverage, LayerReach, coverage, receptive_field
 from longnet.geometry.pattern import Pattern
-from longnet.geometry.suggest import suggest_pattern
+from longnet.geometry.suggest import spanning_pattern, suggest_pattern
 
 Found = TypeVar("Found")
 
@@ -51,7 +51,7 @@ def inspect(
     keys = _or_reason(lambda: keys_per_query(pattern, heads, length, causal))
     covered = _or_reason(lambda: coverage(pattern, heads, length))
 
-    spanning = _spanning(pattern, heads, length)
+    spanning = spanning_pattern(pattern, heads, length)
     if as_json:
         found = _as_dict(pattern, heads, length, causal, spent, keys, covered, seen, followed, spanning)
         typer.echo(json.dumps(found | {"figure": str(figure)}, indent=2))
@@ -98,18 +98,6 @@ def _or_reason(compute: Callable[[], Found]) -> Found | str:
 def _options(pattern: Pattern) -> str:
     segments, rates = (",".join(map(str, values)) for values in (pattern.segment_lengths, pattern.dilation_rates))
     return f"--segments {segments} --rates {rates}"
-
-
-def _spanning(pattern: Pattern, heads: int, length: int) -> Pattern | None:
-    """A pattern that spans the sequence, from the least power-of-two multiple of this one's keys; None if this one does."""
-    if pattern.period >= length:
-        return None
-    budget = sum(branch.segment_length // branch.dilation_rate for branch in pattern.branches)
-    while True:
-        try:
-            return suggest_pattern(length, budget, heads=heads, head_offsets=pattern.head_offsets)
-        except ValueError:
-            budget *= 2
 
 
 def _fail(message: str) -> NoReturn:

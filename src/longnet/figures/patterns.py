@@ -12,7 +12,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from longnet.checks import check_int
 from longnet.figures.style import EMPTY, FAINT, INK, branch_colors, legend, new_figure, quiet, save, ticks
-from longnet.geometry.pattern import Branch, Pattern
+from longnet.geometry import Branch, Pattern
 
 EXACT_TOKENS = 128
 _WINDOW = 48
@@ -107,7 +107,7 @@ def plot_selection(pattern: Pattern, heads: int, length: int, path: str | Path) 
             np.arange(length + 1), np.arange(heads + 1), np.array(taken), cmap=ListedColormap([EMPTY, colors[index]]),
             vmin=0, vmax=1, edgecolors="white", linewidth=0.6,
         )  # fmt: skip
-        for end in range(branch.segment_length, length, branch.segment_length):
+        for end in branch.starts(length)[1:]:
             axes.axvline(end, color=INK, linewidth=1.6)
         axes.set_ylim(heads, 0)
         axes.set_yticks(np.arange(heads) + 0.5, [str(head) for head in range(heads)])
@@ -126,9 +126,8 @@ def _draw_window(
     positions = np.arange(window.start, window.stop)
     cells = np.zeros((len(positions), len(positions)), dtype=np.int64)
     for index, branch in enumerate(branches, 1):
-        local = positions % branch.segment_length
-        taken = local % branch.dilation_rate == pattern.offset(branch, members[0], heads)
-        segment = positions // branch.segment_length
+        taken = branch.selects(positions, pattern.offset(branch, members[0], heads))
+        segment = branch.segment_number(positions)
         cells[taken[:, None] & taken & (segment[:, None] == segment)] = index
     if is_causal:
         cells[positions[:, None] < positions] = -1
@@ -146,7 +145,7 @@ def _draw_window(
 
 def _corner(branches: list[Branch], length: int) -> range:
     """A window around the end of the first shortest segment, where branches begin to differ."""
-    start = min(max(0, branches[0].segment_length - _WINDOW // 2), length - _WINDOW)
+    start = min(max(0, branches[0].segment_stop(0) - _WINDOW // 2), length - _WINDOW)
     return range(start, start + _WINDOW)
 
 
@@ -188,9 +187,9 @@ def _cell_pairs(branch: Branch, offset: int, edges: np.ndarray) -> np.ndarray:
     last segment times what the later bin holds of its first.
     """
     starts, ends = edges[:-1], edges[1:]
-    first, last = starts // branch.segment_length, (ends - 1) // branch.segment_length
-    head_part = _selected(branch, offset, starts, np.minimum(ends, (first + 1) * branch.segment_length))
-    tail_part = _selected(branch, offset, np.maximum(starts, last * branch.segment_length), ends)
+    first, last = branch.segment_number(starts), branch.segment_number(ends - 1)
+    head_part = _selected(branch, offset, starts, np.minimum(ends, branch.segment_stop(starts)))
+    tail_part = _selected(branch, offset, np.maximum(starts, branch.segment_start(ends - 1)), ends)
     pairs = np.where(first[:, None] == last, np.outer(head_part, tail_part).astype(float), 0.0)
     pairs = np.tril(pairs, -1)
     whole = float(branch.rows(branch.segment_length, offset)) ** 2
@@ -200,8 +199,6 @@ def _cell_pairs(branch: Branch, offset: int, edges: np.ndarray) -> np.ndarray:
 
 
 def _selected(branch: Branch, offset: int, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Selected positions in [start, end), which lies in one segment."""
-    base = starts // branch.segment_length * branch.segment_length + offset
-    before, through = (np.maximum(0, -(-(edge - base) // branch.dilation_rate)) for edge in (starts, ends))
-    counts: np.ndarray = through - before
-    return counts
+    """How many positions in [start, end), which lies in one segment, are selected."""
+    segments = branch.segment_start(starts)
+    return branch.rows(ends - segments, offset) - branch.rows(starts - segments, offset)

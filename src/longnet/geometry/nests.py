@@ -35,6 +35,10 @@ class RowClass:
     step: int
     residues: int
 
+    def first_rows(self, offset: int) -> list[int]:
+        """Where the rows of a head start, by residue; ``offset`` is that in the ``step``."""
+        return [(offset + c * self.inner) % self.step for c in range(1, self.residues + 1)]
+
 
 @dataclass(frozen=True)
 class Nest:

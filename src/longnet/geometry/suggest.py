@@ -68,6 +68,18 @@ def suggest_pattern(
     )
 
 
+def spanning_pattern(pattern: Pattern, heads: int, length: int) -> Pattern | None:
+    """A pattern that spans ``length`` tokens, from the least power-of-two multiple of this one's keys; None if this one does."""
+    if pattern.period >= length:
+        return None
+    budget = sum(branch.segment_length // branch.dilation_rate for branch in pattern.branches)
+    while True:
+        try:
+            return suggest_pattern(length, budget, heads=heads, head_offsets=pattern.head_offsets)
+        except ValueError:
+            budget *= 2
+
+
 def _largest_rate(heads: int, ratio: int, head_offsets: str, max_length: int) -> int:
     rate = 1
     while rate < max_length:

@@ -81,29 +81,31 @@ def _blocks(inputs: AttentionInputs) -> Iterator[_Block]:
     """
     batch, heads, length, dim = inputs.query.shape
     group, pattern = inputs.group, inputs.spec.pattern
-    # Every branch starts a segment at a multiple of the period, so windows of whole periods are independent.
-    period = min(pattern.period, length)
-    tokens = min(length, max(1, _BLOCK // (period * dim)) * period)
-    segments = min(-(-tokens // width) for width in pattern.segment_lengths)
+    windows = list(pattern.windows(length, _BLOCK // dim))
+    tokens = windows[0][1]
+    segments = min(len(branch.starts(tokens)) for branch in pattern.branches)
     head_count = max(_BLOCK // (tokens * dim), -(-torch.get_num_threads() // segments))
     head_count = min(heads, max(group, head_count // group * group))
     batch_count = max(1, min(batch, _BLOCK // (tokens * dim * heads)))
     for row in range(0, batch, batch_count):
         for head in range(0, heads, head_count):
             last = min(heads, head + head_count)
-            for token in range(0, length, tokens):
-                width = min(tokens, length - token)
+            for start, stop in windows:
                 yield _Block(
                     slice(row, min(batch, row + batch_count)),
                     slice(head, last),
                     slice(head // group, last // group),
-                    slice(token, token + width),
-                    make_plan(pattern, heads, width, head, last),
+                    slice(start, stop),
+                    make_plan(pattern, heads, stop - start, head, last),
                 )
 
 
+# Into the (batch, segment, offset, head) axes of a tile.
+_Index = tuple[Any, ...]
+
+
 @lru_cache(maxsize=4096)
-def _calls(tile: Tile, batch: int) -> tuple[tuple[Any, ...], ...]:
+def _calls(tile: Tile, batch: int) -> tuple[_Index, ...]:
     """Kernel calls that cover a tile: indices into its (batch, segment, offset, head) axes that leave two of them."""
     sizes = (batch, *tile.shape[:3])
     looped = sorted(range(4), key=sizes.__getitem__)[:2]
@@ -123,16 +125,19 @@ class _Padding:
         self.mask = padding
         self.bias = torch.zeros_like(padding, dtype=dtype).masked_fill_(padding, -torch.inf)
         self.is_causal = is_causal
+        self._empty: dict[Tile, Tensor] = {}
 
-    def call(self, tile: Tile, index: tuple[Any, ...]) -> Tensor:
+    def call(self, tile: Tile, index: _Index) -> Tensor:
         shape = (self.mask.shape[0], *tile.shape)
         view = padding_view(self.bias, tile).expand(shape)[index]
         # One row of keys for all queries: (a, b, 1, rows).
         return view.unsqueeze(-2)
 
-    def empty_rows(self, tile: Tile) -> Tensor:
-        empty = rows_without_keys(padding_view(self.mask, tile), self.is_causal)
-        return empty.expand(self.mask.shape[0], *tile.shape)
+    def empty_rows(self, tile: Tile, index: _Index) -> Tensor:
+        if tile not in self._empty:
+            empty = rows_without_keys(padding_view(self.mask, tile), self.is_causal)
+            self._empty[tile] = empty.expand(self.mask.shape[0], *tile.shape)
+        return self._empty[tile][index]
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -171,30 +176,32 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-_Index = tuple[Any, ...]
+def _kernel_calls(
+    tensors: tuple[Tensor, ...], masks: _Padding | None, plan: Plan
+) -> Iterator[tuple[bool, Tile, _Index, list[Tensor], Tensor | None]]:
+    """(whether the call may assign, its tile and index, its rows of the tensors, its mask) for all calls of a block.
+
+    Calls of a first branch that covers everything may assign, the others mix or add.
+    """
+    for number, branch in enumerate(plan.branches):
+        assign = number == 0 and branch.covers_all
+        for tile in branch.tiles:
+            views = [tile_view(x, tile) for x in tensors]
+            for index in _calls(tile, views[0].shape[0]):
+                mask = None if masks is None else masks.call(tile, index)
+                yield assign, tile, index, [view[index] for view in views], mask
 
 
 def _forward_block(
     tensors: tuple[Tensor, ...], masks: _Padding | None, plan: Plan, spec: AttentionSpec
 ) -> list[tuple[bool, Tile, _Index, tuple[Tensor, Tensor]]]:
-    """The kernel's (out, lse) for every call, from (q, k, v) of a block; q carries the scale's sign.
-
-    A part of a first branch that covers everything may assign, the others mix.
-    """
+    """The kernel's (out, lse) for every call, from (q, k, v) of a block; q carries the scale's sign."""
     parts = []
-    for number, branch in enumerate(plan.branches):
-        assign = number == 0 and branch.covers_all
-        for tile in branch.tiles:
-            views = [tile_view(x, tile) for x in tensors]
-            empty = None if masks is None else masks.empty_rows(tile)
-            for index in _calls(tile, views[0].shape[0]):
-                mask = None if masks is None else masks.call(tile, index)
-                part, part_lse = _flash(
-                    *(view[index] for view in views), 0.0, spec.is_causal, attn_mask=mask, scale=abs(spec.scale) or 1.0
-                )
-                if empty is not None:
-                    part_lse = part_lse.masked_fill(empty[index], -torch.inf)
-                parts.append((assign, tile, index, (part, part_lse)))
+    for assign, tile, index, views, mask in _kernel_calls(tensors, masks, plan):
+        out, lse = _flash(*views, 0.0, spec.is_causal, attn_mask=mask, scale=abs(spec.scale) or 1.0)
+        if masks is not None:
+            lse = lse.masked_fill(masks.empty_rows(tile, index), -torch.inf)
+        parts.append((assign, tile, index, (out, lse)))
     return parts
 
 
@@ -246,22 +253,11 @@ def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None) -> 
 def _backward_block(
     tensors: tuple[Tensor, ...], masks: _Padding | None, plan: Plan, spec: AttentionSpec
 ) -> list[tuple[bool, Tile, _Index, tuple[Tensor, ...]]]:
-    """The kernel's gradients of q, k and v for every call, from (grad_out, q, k, v, out, lse) of a block.
-
-    A part of a first branch that covers everything may assign, the others add.
-    """
-    parts = []
-    for number, branch in enumerate(plan.branches):
-        assign = number == 0 and branch.covers_all
-        for tile in branch.tiles:
-            views = [tile_view(x, tile) for x in tensors]
-            for index in _calls(tile, views[0].shape[0]):
-                mask = None if masks is None else masks.call(tile, index)
-                part = _flash_backward(
-                    *(view[index] for view in views), 0.0, spec.is_causal, attn_mask=mask, scale=spec.scale
-                )
-                parts.append((assign, tile, index, part))
-    return parts
+    """The kernel's gradients of q, k and v for every call, from (grad_out, q, k, v, out, lse) of a block."""
+    return [
+        (assign, tile, index, _flash_backward(*views, 0.0, spec.is_causal, attn_mask=mask, scale=spec.scale))
+        for assign, tile, index, views, mask in _kernel_calls(tensors, masks, plan)
+    ]
 
 
 def _add_up(total: Tensor, parts: list[tuple[bool, Tile, _Index, Tensor]]) -> None:

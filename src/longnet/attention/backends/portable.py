@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longnet.attention import merge
-from longnet.attention.backends.views import padding_view, repeat_heads, sum_heads, tile_view
+from longnet.attention.backends.views import bias_columns, padding_view, repeat_heads, sum_heads, tile_view
 from longnet.attention.call import AttentionInputs, Gradients, SavedForward, lse_dtype
 from longnet.attention.chunked import Rows
 from longnet.geometry import Tile, make_plan
@@ -31,12 +31,6 @@ def _gathered(x: Tensor, tile: Tile) -> Tensor:
     return tile_view(x, tile).to(lse_dtype(x.dtype)).flatten(0, 3)
 
 
-def _bias_columns(tile: Tile, bias: Tensor) -> slice:
-    """The columns of a bias (H, 2L - 1) at the distances of the tile's rows."""
-    centre, span = bias.shape[-1] // 2, (tile.rows - 1) * tile.row_step
-    return slice(centre - span, centre + span + 1, tile.row_step)
-
-
 def _bias_heads(tile: Tile, device: torch.device) -> Tensor:
     """The head of each (offset, head) pair of the tile."""
     by_offset = torch.arange(tile.offsets, device=device)[:, None] * tile.head_step_per_offset
@@ -50,7 +44,9 @@ def _rows(tile: Tile, inputs: AttentionInputs) -> Rows:
         shape = (inputs.query.shape[0], *tile.shape)
         padded = padding_view(inputs.mask, tile).expand(shape).reshape(-1, tile.rows)
     if inputs.bias is not None:
-        bias = inputs.bias[_bias_heads(tile, query.device), _bias_columns(tile, inputs.bias)].to(query.dtype)
+        bias = inputs.bias[
+            _bias_heads(tile, query.device), bias_columns(inputs.bias, tile.rows, tile.rows, tile.row_step)
+        ].to(query.dtype)
     return Rows(query, key, value, inputs.spec.scale, inputs.spec.is_causal, padded, bias)
 
 
@@ -99,7 +95,9 @@ def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None) -> 
                 rows.add_(part.view(rows.shape))
             if grad_bias is not None and by_distance is not None:
                 # A tile's heads are distinct, so no index occurs twice.
-                grad_bias[_bias_heads(tile, query.device), _bias_columns(tile, grad_bias)] += by_distance
+                grad_bias[
+                    _bias_heads(tile, query.device), bias_columns(grad_bias, tile.rows, tile.rows, tile.row_step)
+                ] += by_distance
     for grad, total, shared in zip(grads, totals, (1, group, group), strict=False):
         grad.copy_(sum_heads(total, shared))
     if grad_bias is not None:

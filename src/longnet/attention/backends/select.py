@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class Backend:
         automatic: the device types on which ``"auto"`` considers it, None for all.
     """
 
-    def __init__(self, name: str, kernels: Any, automatic: tuple[str, ...] | None = None) -> None:
+    def __init__(self, name: str, kernels: Kernels, automatic: tuple[str, ...] | None = None) -> None:
         self.name, self.kernels, self.automatic = name, kernels, automatic
         run, self.run_backward = register_attention(name.replace(":", "_"), kernels.forward, kernels.backward)
         self.run = exportable(run)

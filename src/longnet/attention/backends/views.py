@@ -1,4 +1,4 @@
-"""Rows of a tile as strided views, and heads that share keys."""
+"""Rows of a tile as strided views, columns of a bias, and heads that share keys."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from longnet.geometry import Tile
+from longnet.geometry.rows import distances
 
 
 def tile_view(x: Tensor, tile: Tile) -> Tensor:
@@ -28,6 +29,12 @@ def padding_view(padding: Tensor, tile: Tile) -> Tensor:
         (batch, segment, offset, 0, row),
         padding.storage_offset() + tile.origin(0, token),
     )
+
+
+def bias_columns(bias: Tensor, queries: int, keys: int, step: int, between: int = 0) -> slice:
+    """The columns of a bias (..., 2L - 1) at these :func:`longnet.geometry.rows.distances`."""
+    found, centre = distances(queries, keys, step, between), bias.shape[-1] // 2
+    return slice(centre + found.start, centre + found.stop, step)
 
 
 def rows_without_keys(padded: Tensor, is_causal: bool) -> Tensor:

@@ -68,7 +68,7 @@ class Shard:
         padded = None if padded is None else padded.repeat_interleave(rows.share, 1)
         bias = None
         if own_bias is not None:
-            bias = own_bias[rows.heads[:, 0], rows.distances(own_bias.shape[-1] // 2)].to(kind)
+            bias = own_bias[rows.heads[:, 0], rows.bias_columns(own_bias)].to(kind)
         query, key, value = (x.flatten(0, 1) for x in (query, key, value))
         padded = None if padded is None else padded.flatten(0, 1)
         return Rows(query, key, value, self.inputs.spec.scale, rows.is_causal, padded, bias)
@@ -124,8 +124,7 @@ class Shard:
             batch = len(own_query)
             query_grads.append((rows, grad_q.unflatten(0, (batch, -1))))
             if by_distance is not None:
-                where = rows.distances(grad_bias.shape[-1] // 2)
-                grad_bias[rows.heads[:, 0], where] += by_distance
+                grad_bias[rows.heads[:, 0], rows.bias_columns(grad_bias)] += by_distance
             return torch.cat((grad_k, grad_v), -1).unflatten(0, (batch, -1, rows.share)).sum(2)
 
         # What others wait for comes first, and travels while the rest is computed.

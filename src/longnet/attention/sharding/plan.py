@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longnet.attention.backends.views import bias_columns
 from longnet.geometry import Branch, Pattern
 from longnet.geometry.chunks import OwnPart, own_parts
-from longnet.geometry.rows import Rows, distances
-from longnet.geometry.shards import SharedRows, Shards, shared_rows
+from longnet.geometry.rows import Rows
+from longnet.geometry.shards import Shards, SharedRows, shared_rows
 from longnet.runtime.cache import tensor_cache
 
 
@@ -47,12 +48,11 @@ class RowGroup:
         tensors: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, **tensors)
 
-    def distances(self, centre: int) -> slice:
-        """Of a bias by distance (H, 2L - 1), whose distance 0 is at ``centre``: those of the rows, in order."""
+    def bias_columns(self, bias: Tensor) -> slice:
+        """The columns of a bias (H, 2L - 1) at the distances of the rows."""
         keys = self.key_tokens if self.received is None else self.received
         assert keys is not None
-        found = distances(self.tokens.shape[1], keys.shape[1], self.step, self.distance)
-        return slice(centre + found.start, centre + found.stop, found.step)
+        return bias_columns(bias, self.tokens.shape[1], keys.shape[1], self.step, self.distance)
 
 
 @dataclass(frozen=True)

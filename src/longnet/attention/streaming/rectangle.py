@@ -29,9 +29,6 @@ def rectangle_attention(
     batch, heads, count, dim = query.shape
     # Without a diagonal it does not matter which query a row is: heads that share keys become more rows.
     rows = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-    if padded is not None:
-        # Whatever a padded value holds (a NaN, say) must not reach 0 * value.
-        key, value = (x.masked_fill(padded[:, None, :, None], 0.0) for x in (key, value))
     compute = _by_cpu_flash if query.device.type == "cpu" else _by_products
     out, lse = compute(rows, key, value, scale, padded)
     return out.reshape(batch, heads, count, dim), lse.reshape(batch, heads, count)
@@ -44,6 +41,8 @@ def _by_cpu_flash(
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     mask = None
     if padded is not None:
+        # The kernel multiplies padded values by 0, which leaves a NaN.
+        key, value = (x.masked_fill(padded[:, None, :, None], 0.0) for x in (key, value))
         bias = torch.zeros_like(padded, dtype=query.dtype).masked_fill_(padded, -torch.inf)
         mask = bias[:, None, None, :].expand(-1, query.shape[1], -1, -1)
     out, lse = _flash(query, key, value, 0.0, False, attn_mask=mask, scale=scale)

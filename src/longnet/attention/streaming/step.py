@@ -14,6 +14,7 @@ from torch import Tensor
 from longnet.attention import merge
 from longnet.attention.call import lse_dtype
 from longnet.attention.streaming.cache import DilatedCache
+from longnet.geometry.rows import locate, row_count
 
 
 def step(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, scale: float) -> Tensor:
@@ -28,10 +29,7 @@ def step(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, scale: 
     """
     tables, heads = cache.tables, cache.heads
     kind = lse_dtype(query.dtype)
-    local = cache.position_tensor % tables.lengths  # (branches,)
-    row = local // tables.rates
-    offset = local - row * tables.rates
-
+    offset, row, start = locate(cache.position_tensor, tables.lengths, tables.rates)  # (branches,)
     listed = torch.minimum(offset, tables.last_offsets)
     lane_offset, lane_row = (x.index_select(0, tables.lane_branch) for x in (listed, row))  # (lanes,)
     head = tables.head_at.index_select(0, tables.lane_starts + lane_offset)
@@ -43,11 +41,9 @@ def step(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, scale: 
     _write(key, cache.keys, first + lane_row, head, taken, cache)
     _write(value, cache.values, first + lane_row, head, taken, cache)
 
-    start = cache.position_tensor - local + offset  # where the segment's first selected row stands
     # How many rows of the segment are padding, by batch row: (B, lanes).
     before = cache.padding[:, None] - start.index_select(0, tables.lane_branch)
-    rate = tables.rates.index_select(0, tables.lane_branch)
-    padded = (before + rate - 1).clamp_(min=0) // rate
+    padded = row_count(before.clamp_(min=0), tables.rates.index_select(0, tables.lane_branch))
     queries = query[:, :, 0].index_select(1, head)  # (B, lanes, D)
     outs, lses, low = [], [], 0
     for count, width in tables.families:

@@ -20,7 +20,7 @@ from torch import Tensor
 from longnet.attention.backends.triton import hopper
 from longnet.attention.backends.triton.all_heads import backward_among_all_heads, forward_among_all_heads
 from longnet.attention.backends.triton.launches import Blocks, plan_launches
-from longnet.attention.backends.views import signed, sum_heads
+from longnet.attention.backends.views import bias_columns, signed, sum_heads
 from longnet.attention.call import AttentionInputs, Gradients, SavedForward
 from longnet.geometry.needed_rows import needed_by_first
 from longnet.geometry.nests import Nest, make_nests
@@ -187,16 +187,15 @@ def _bias_gradient(call: _Call, tensors: tuple[Tensor, ...], strides: tuple[Any,
     from longnet.attention.backends.triton.kernels.bias import bias_kernel
 
     grad = torch.zeros_like(call.table)
-    centre, is_causal = grad.shape[-1] // 2, call.spec.is_causal
     # As large as registers hold a block by two blocks of sums.
     most = 16 if call.q.dtype == torch.float32 else 64 if call.dim <= 128 else 32
     for branch in call.spec.pattern.branches:
-        rate, width = branch.dilation_rate, min(branch.segment_length, call.length)
-        rows = -(-width // rate)
+        rows = branch.rows(branch.longest(call.length), 0)
         # A causal query meets no key after itself.
-        distances = rows if is_causal else 2 * rows - 1
+        keys = 1 if call.spec.is_causal else rows
+        distances = rows + keys - 1
         size = min(power_of_two(rows), most)
-        blocks, segments = -(-distances // size), -(-call.length // branch.segment_length)
+        blocks, segments = -(-distances // size), len(branch.starts(call.length))
         units = segments * call.batch
         # Long sequences of short segments have few distances: their segments are shared out among programs.
         share = -(-units // max(1, _BIAS_PROGRAMS // (blocks * call.heads)))
@@ -204,11 +203,10 @@ def _bias_gradient(call: _Call, tensors: tuple[Tensor, ...], strides: tuple[Any,
         parts = grad.new_empty(shares, call.heads, distances)
         bias_kernel[(blocks * call.heads * shares,)](
             *tensors, parts, *strides, call.length, call.heads, call.group, call.scale,
-            branch.segment_length, rate, segments, units, share, blocks, rows, distances,
+            branch.segment_length, branch.dilation_rate, segments, units, share, blocks, rows, distances,
             M=size, num_warps=8 if size == 64 else 4, **call.options,
         )  # fmt: skip
-        lowest = centre - (rows - 1) * rate
-        grad[:, lowest : lowest + (distances - 1) * rate + 1 : rate] += parts.sum(0)
+        grad[:, bias_columns(grad, rows, keys, branch.dilation_rate)] += parts.sum(0)
     return grad
 
 
@@ -296,6 +294,14 @@ def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None, use
 class General:
     """The backend with the general kernels alone, also where those for Hopper GPUs would fit."""
 
-    unsupported_reason = staticmethod(unsupported_reason)
-    forward = staticmethod(partial(forward, use_hopper=False))
-    backward = staticmethod(partial(backward, use_hopper=False))
+    @staticmethod
+    def unsupported_reason(inputs: AttentionInputs, /) -> str | None:
+        return unsupported_reason(inputs)
+
+    @staticmethod
+    def forward(inputs: AttentionInputs, /) -> tuple[Tensor, Tensor]:
+        return forward(inputs, use_hopper=False)
+
+    @staticmethod
+    def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None, /) -> Gradients:
+        return backward(saved, grad_out, grad_lse, use_hopper=False)

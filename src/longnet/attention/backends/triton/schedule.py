@@ -62,7 +62,7 @@ class Schedule:
     @property
     def items(self) -> int:
         tiles = sum(count * one.residues for count, one in zip(self.shape[-1], self.nest.classes, strict=True))
-        return tiles * -(-self.length // self.nest.segment_lengths[0]) * self.copies
+        return tiles * len(self.nest.branches[0].starts(self.length)) * self.copies
 
     @property
     def per_launch(self) -> int:
@@ -85,15 +85,14 @@ class Schedule:
     def _needed_tiles(self, head: int) -> Tensor:
         """Whether some row of each tile of each segment of a head is needed, (segments * tiles,)."""
         assert self.needed is not None
-        lengths, _, _, inners, steps, _, counts = self.shape
-        starts = range(0, self.length, lengths[0])
+        starts = self.nest.branches[0].starts(self.length)
         by_class = []
-        for one, inner, step, count in zip(self.nest.classes, inners, steps, counts, strict=True):
-            residue = head_offset(self.head_offsets, head, self.heads, step)
-            firsts = [[start + (residue + (1 + c) * inner) % step for c in range(one.residues)] for start in starts]
-            limits = [[self.needed.limit(first, step) for first in row] for row in firsts]
+        for one, count in zip(self.nest.classes, self.shape[-1], strict=True):
+            rows = one.first_rows(head_offset(self.head_offsets, head, self.heads, one.step))
+            firsts = [[start + row for row in rows] for start in starts]
+            limits = [[self.needed.limit(first, one.step) for first in row] for row in firsts]
             first, limit = (torch.tensor(rows, device=self.device)[..., None] for rows in (firsts, limits))
-            tiles = torch.arange(count, device=self.device) * (self.owned * step)
+            tiles = torch.arange(count, device=self.device) * (self.owned * one.step)
             by_class.append((first + tiles < limit).flatten(1))
         return torch.cat(by_class, 1).flatten()
 
@@ -103,31 +102,30 @@ class Schedule:
         Args:
             limits: by branch, the position at which what is met ends.
         """
-        lengths, rates = self.nest.segment_lengths, self.nest.dilation_rates
-        levels, _, steps, _, counts = self.shape[2:]
-        start = torch.arange(0, self.length, lengths[0], device=self.device)[:, None]
-        size = (self.length - start).clamp(max=lengths[0])
+        finest, *coarser = self.nest.branches
+        ends = [self.length] * len(self.nest.branches) if limits is None else limits
+        start = torch.tensor(finest.starts(self.length), device=self.device)[:, None]
+        size = (self.length - start).clamp(max=finest.segment_length)
+        met = torch.minimum(size, (ends[0] - start).clamp(min=0))
         by_class = []
-        for one, level, step, count in zip(self.nest.classes, levels, steps, counts, strict=True):
+        for one, count in zip(self.nest.classes, self.shape[-1], strict=True):
             # Every residue of the class has as many tiles.
             first_row = (torch.arange(count, device=self.device) * self.owned).repeat(one.residues)
-            met = size if limits is None else torch.minimum(size, (limits[0] - start).clamp(min=0))
-            own = -(-met // rates[0])
+            own = finest.rows(met, 0)
             if self.is_causal:
-                before = first_row * step // rates[0]
-                own = own - before if self.sweeps_later else torch.minimum(own, before + self.owned * step // rates[0])
+                # Rows of the finest branch, of which every one of the class is some.
+                ratio = one.step // finest.dilation_rate
+                before = first_row * ratio
+                own = own - before if self.sweeps_later else torch.minimum(own, before + self.owned * ratio)
             cost = 1 + self._blocks(own)
-            for branch in range(1, level):
-                low = start // lengths[branch] * lengths[branch]
-                middle = start // lengths[branch - 1] * lengths[branch - 1]
-                end = self.length if limits is None else limits[branch]
-                after = (low + lengths[branch]).clamp(max=end) - (middle + lengths[branch - 1])
-                middle = middle.clamp(max=end)
+            for finer, branch, end in zip(self.nest.branches, coarser[: one.level - 1], ends[1:], strict=False):
                 if not self.is_causal or self.sweeps_later:
-                    cost = cost + self._blocks(-(-after // rates[branch]))
+                    after = branch.segment_stop(start).clamp(max=end) - finer.segment_stop(start)
+                    cost = cost + self._blocks(branch.rows(after, 0))
                 if not self.is_causal or not self.sweeps_later:
-                    cost = cost + self._blocks(-(-(middle - low) // rates[branch]))
-            by_class.append(torch.where(first_row * step < size, cost, 0))
+                    before = finer.segment_start(start).clamp(max=end) - branch.segment_start(start)
+                    cost = cost + self._blocks(branch.rows(before, 0))
+            by_class.append(torch.where(first_row * one.step < size, cost, 0))
         return torch.cat(by_class, 1).flatten()
 
     def _blocks(self, rows: Tensor) -> Tensor:
