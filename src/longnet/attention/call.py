@@ -179,7 +179,8 @@ def checked_inputs(
         raise ValueError(
             f"query has {query.shape[1]} heads: expected those of head_numbers={pattern.head_numbers.numbers}"
         )
-    _check_mask(mask, query)
+    if mask is not None:
+        check_mask(mask, query)
     check_flags(is_causal=is_causal)
     scale = check_scale(scale, query.shape[-1], query.dtype)
     if bias is not None:
@@ -217,15 +218,19 @@ def check_scale(scale: float | None, head_dim: int, dtype: torch.dtype) -> float
     return float(scale) if abs(scale) >= kind.smallest_normal * kind.eps else 0.0
 
 
+def check_tensor(name: str, x: object, axes: str, dtypes: str) -> None:
+    """Raises TypeError, ValueError: no tensor of four ``axes`` and of a floating type; ``dtypes`` is for the message."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} has type {type(x).__name__}: expected a torch.Tensor")
+    if x.dim() != 4:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}: expected 4 dimensions {axes}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} has dtype {x.dtype}: expected {dtypes}")
+
+
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = {"query": query, "key": key, "value": value}
-    for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} has type {type(x).__name__}: expected a torch.Tensor")
-        if x.dim() != 4:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}: expected 4 dimensions (B, H, N, D)")
-        if not x.is_floating_point():
-            raise TypeError(f"{name} has dtype {x.dtype}: expected float64, float32, bfloat16 or float16")
+    for name, x in {"query": query, "key": key, "value": value}.items():
+        check_tensor(name, x, "(B, H, N, D)", "float64, float32, bfloat16 or float16")
     query, key, value = _autocast(query, key, value)
     batch, heads, length, dim = query.shape
     for name, x in (("key", key), ("value", value)):
@@ -246,16 +251,15 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, T
     return query, key, value
 
 
-def _check_mask(mask: Tensor | None, query: Tensor) -> None:
-    if mask is None:
-        return
+def check_mask(mask: object, query: Tensor, axes: str = "(B, N)") -> None:
+    """Raises TypeError, ValueError: no bool tensor of the query's batch and tokens, on its device."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"key_padding_mask has type {type(mask).__name__}: expected a bool torch.Tensor or None")
     if mask.dtype != torch.bool:
         raise TypeError(f"key_padding_mask has dtype {mask.dtype}: expected torch.bool, True where a key is ignored")
     expected = (query.shape[0], query.shape[2])
     if mask.dim() != 2 or mask.shape[0] != expected[0] or mask.shape[1] != expected[1]:
-        raise ValueError(f"key_padding_mask has shape {tuple(mask.shape)}: expected (B, N) = {expected}")
+        raise ValueError(f"key_padding_mask has shape {tuple(mask.shape)}: expected {axes} = {expected}")
     if mask.device != query.device:
         raise ValueError(f"key_padding_mask is on {mask.device}: expected the query's device {query.device}")
 

@@ -91,16 +91,16 @@ def positions(bounds: tuple[int, ...], device: torch.device) -> Tensor:
 def make_buckets(bounds: tuple[int, ...], long: int) -> tuple[Bucket, ...]:
     """The documents that have tokens, in buckets; those of ``long`` tokens and more only beside others of their length."""
     documents = [(start, stop - start) for start, stop in pairwise(bounds) if stop > start]
-    found: list[list[tuple[int, int]]] = []
+    alike: list[list[tuple[int, int]]] = []
     for document in sorted(documents, key=lambda document: -document[1]):
-        longest = found[-1][0][1] if found else 0
+        longest = alike[-1][0][1] if alike else 0
         tokens = document[1]
         similar = longest < long and (longest <= _SHORT or 4 * tokens >= 3 * longest)
-        if found and (tokens == longest or similar):
-            found[-1].append(document)
+        if alike and (tokens == longest or similar):
+            alike[-1].append(document)
         else:
-            found.append([document])
-    buckets = [Bucket(tuple(sorted(bucket)), bucket[0][1]) for bucket in found]
+            alike.append([document])
+    buckets = [Bucket(tuple(sorted(bucket)), bucket[0][1]) for bucket in alike]
     return tuple(sorted(buckets, key=lambda bucket: bucket.documents))
 
 

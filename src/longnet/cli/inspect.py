@@ -53,8 +53,8 @@ def inspect(
 
     spanning = spanning_pattern(pattern, heads, length)
     if as_json:
-        found = _as_dict(pattern, heads, length, causal, spent, keys, covered, seen, followed, spanning)
-        typer.echo(json.dumps(found | {"figure": str(figure)}, indent=2))
+        answer = _as_dict(pattern, heads, length, causal, spent, keys, covered, seen, followed, spanning)
+        typer.echo(json.dumps(answer | {"figure": str(figure)}, indent=2))
         return
     console = Console()
     title = "Suggested pattern" if suggest_budget else "Pattern"

@@ -27,8 +27,8 @@ def plot_receptive_field(
     """
     position = length - 1
     start, masks = reach(pattern, heads, length, layers, is_causal)
-    found = receptive_field(pattern, heads, length, layers, is_causal)
-    visible = found[-1].visible
+    reached = receptive_field(pattern, heads, length, layers, is_causal)
+    visible = reached[-1].visible
     cells = min(visible, 512)
     edges = np.linspace(0, visible, cells + 1).astype(np.int64)
     share = np.stack([_bit_counts(mask, start, edges) for mask in masks]) / np.diff(edges)
@@ -52,7 +52,7 @@ def plot_receptive_field(
         detail = f"reduced resolution; darkness: share reached of each {about}{round(visible / cells):,} tokens"
     strips.set_title(detail, loc="left", fontsize=9, color=FAINT)
 
-    tokens = [1, *(layer.tokens for layer in found)]
+    tokens = [1, *(layer.tokens for layer in reached)]
     growth.plot(range(layers + 1), tokens, color="#12485a", marker="o", markersize=4, linewidth=1.6)
     growth.axhline(visible, color=FAINT, linewidth=1, linestyle=(0, (4, 3)))
     growth.annotate(

@@ -42,6 +42,6 @@ def own_parts(pattern: Pattern, start: int, length: int) -> tuple[tuple[OwnPart,
                 unaligned.append(branch)
         if continued < length:
             parts.setdefault((continued, length), []).append(branch)
-    found = [OwnPart(0, length, tuple(whole))] if whole else []
-    found += [OwnPart(first, last, tuple(branches)) for (first, last), branches in parts.items()]
-    return tuple(found), tuple(unaligned)
+    calls = [OwnPart(0, length, tuple(whole))] if whole else []
+    calls += [OwnPart(first, last, tuple(branches)) for (first, last), branches in parts.items()]
+    return tuple(calls), tuple(unaligned)

@@ -92,7 +92,7 @@ def keys_per_query(pattern: Pattern, heads: int, length: int, is_causal: bool = 
     offsets = sorted({tuple(pattern.offset(branch, head, heads) for branch in chain) for head in range(heads)})
     common = math.lcm(*(branch.dilation_rate for branch in chain))
     if len(offsets) * digit_steps(chain, common) <= _DIGIT_STEPS:
-        found = [_extremes_by_digits(chain, own, length, is_causal) for own in offsets]
+        extremes = [_extremes_by_digits(chain, own, length, is_causal) for own in offsets]
     else:
         spans = (min(length, pattern.period), length % pattern.period if length > pattern.period else 0)
         if len(offsets) * sum(spans) > _SCAN_STEPS:
@@ -101,8 +101,8 @@ def keys_per_query(pattern: Pattern, heads: int, length: int, is_causal: bool = 
                 f"dilation_rates={pattern.dilation_rates}: expected segment lengths that each divide the next longer "
                 f"one and rates with a small common multiple, or at most {_SCAN_STEPS // len(offsets)} tokens"
             )
-        found = [_extremes_by_scan(chain, own, span, is_causal) for own in offsets for span in spans if span]
-    return KeysPerQuery(min(low for low, _ in found), mean, max(high for _, high in found))
+        extremes = [_extremes_by_scan(chain, own, span, is_causal) for own in offsets for span in spans if span]
+    return KeysPerQuery(min(low for low, _ in extremes), mean, max(high for _, high in extremes))
 
 
 def cost(
@@ -221,8 +221,8 @@ def _extremes_by_digits(chain: list[Branch], offsets: tuple[int, ...], length: i
             highs.append(constant + weight * step * whole + inner[1])
         return (min(lows), max(highs)) if lows else None
 
-    found = [extremes(len(chain), residue, 0, length) for residue in range(common)]
-    lows, highs = zip(*(pair for pair in found if pair is not None), strict=True)
+    by_residue = [extremes(len(chain), residue, 0, length) for residue in range(common)]
+    lows, highs = zip(*(pair for pair in by_residue if pair is not None), strict=True)
     return min(lows) // common, max(highs) // common
 
 

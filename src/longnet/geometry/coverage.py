@@ -82,14 +82,14 @@ def coverage(pattern: Pattern, heads: int, length: int | None = None) -> Coverag
         TypeError, ValueError: ``heads`` or ``length`` no int or below 1; as in :func:`uncovered_positions`.
     """
     per_offsets: dict[tuple[Offsets, ...], Uncovered] = {}
-    found = []
+    per_head = []
     for head in range(check_int("heads", heads, 1)):
         offsets = [pattern.offset(branch, head, heads) for branch in pattern.branches]
         taken = tuple((offset,) for offset in offsets)
         if taken not in per_offsets:
             per_offsets[taken] = _uncovered(pattern, taken, length)
-        found.append(per_offsets[taken])
-    return Coverage(tuple(found), uncovered_positions(pattern, heads, length))
+        per_head.append(per_offsets[taken])
+    return Coverage(tuple(per_head), uncovered_positions(pattern, heads, length))
 
 
 def uncovered_positions(pattern: Pattern, heads: int, length: int | None = None) -> Uncovered:
@@ -168,11 +168,11 @@ def receptive_field(
     start, masks = reach(pattern, heads, length, layers, is_causal, position)
     local = masks[0].bit_length() - 1
     visible = start + local + 1 if is_causal else length
-    found = []
+    layers_reached = []
     for layer, mask in enumerate(masks[1:], 1):
         lowest, highest = (mask & -mask).bit_length() - 1, mask.bit_length() - 1
-        found.append(LayerReach(layer, mask.bit_count(), visible, max(local - lowest, highest - local)))
-    return tuple(found)
+        layers_reached.append(LayerReach(layer, mask.bit_count(), visible, max(local - lowest, highest - local)))
+    return tuple(layers_reached)
 
 
 def _step(reached: int, branch: Branch, offsets: Offsets, size: int, is_causal: bool) -> int:
@@ -185,12 +185,12 @@ def _step(reached: int, branch: Branch, offsets: Offsets, size: int, is_causal: 
         queries = reached >> start & ones
         if not queries:
             continue
-        found = 0
+        in_segment = 0
         for members in classes:
             own = queries & members
             if own:
-                found |= members & ((1 << own.bit_length()) - 1) if is_causal else members
-        keys |= found << start
+                in_segment |= members & ((1 << own.bit_length()) - 1) if is_causal else members
+        keys |= in_segment << start
     return keys & ((1 << size) - 1)
 
 
@@ -276,15 +276,15 @@ def _count_by_digits(
 
 def _describe(branches: list[tuple[Branch, Offsets]]) -> str:
     """Words for the positions that no branch takes, without the conditions that another one implies."""
-    kept = list(dict.fromkeys(branches))
-    for entry in tuple(kept):
-        if any(other is not entry and _implies(other, entry) for other in kept):
-            kept.remove(entry)
-    return "positions p with " + " and ".join(_condition(branch, offsets) for branch, offsets in kept)
+    conditions = list(dict.fromkeys(branches))
+    for entry in tuple(conditions):
+        if any(other is not entry and _implies(other, entry) for other in conditions):
+            conditions.remove(entry)
+    return "positions p with " + " and ".join(_condition(branch, offsets) for branch, offsets in conditions)
 
 
-def _implies(given: tuple[Branch, Offsets], then: tuple[Branch, Offsets]) -> bool:
-    (first, taken), (second, also_taken) = given, then
+def _implies(one: tuple[Branch, Offsets], other: tuple[Branch, Offsets]) -> bool:
+    (first, taken), (second, also_taken) = one, other
     cycle = math.lcm(first.dilation_rate, second.dilation_rate)
     if any(branch.segment_length != branch.dilation_rate for branch in (first, second)) or cycle > 4096:
         return False

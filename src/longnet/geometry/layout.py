@@ -51,14 +51,14 @@ class Layout:
 
     def first_rows(self) -> list[list[int]]:
         """The storage row where each query head's rows begin, by branch and head."""
-        found = []
+        first_rows = []
         for _, blocks in self.branches:
             first = [0] * self.heads
             for block in blocks:
                 for number, head in enumerate(head_numbers(block.heads)):
                     first[head] = block.first + number // block.share * block.rows
-            found.append(first)
-        return found
+            first_rows.append(first)
+        return first_rows
 
 
 @lru_cache(maxsize=256)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from longnet.geometry.pattern import Pattern
-from longnet.geometry.rows import Branch
+from longnet.geometry.rows import Branch, Branches
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class RowClass:
 
 
 @dataclass(frozen=True)
-class Nest:
+class Nest(Branches):
     """Nested branches, finest first."""
 
     branches: tuple[Branch, ...]
@@ -52,24 +52,16 @@ class Nest:
         return self.branches[0].dilation_rate == 1
 
     @property
-    def segment_lengths(self) -> tuple[int, ...]:
-        return tuple(branch.segment_length for branch in self.branches)
-
-    @property
-    def dilation_rates(self) -> tuple[int, ...]:
-        return tuple(branch.dilation_rate for branch in self.branches)
-
-    @property
     def classes(self) -> tuple[RowClass, ...]:
         """Every row of the finest branch, by level. Empty classes (two branches of one rate) are left out."""
-        found = []
+        classes = []
         for level, (branch, coarser) in enumerate(zip(self.branches, (*self.branches[1:], None), strict=True), 1):
             inner = branch.dilation_rate
             step = inner if coarser is None else coarser.dilation_rate
             residues = 1 if coarser is None else step // inner - 1
             if residues:
-                found.append(RowClass(level, inner, step, residues))
-        return tuple(found)
+                classes.append(RowClass(level, inner, step, residues))
+        return tuple(classes)
 
 
 @lru_cache(maxsize=1024)

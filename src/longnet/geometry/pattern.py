@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Literal, get_args
 
 from longnet.checks import is_int
-from longnet.geometry.rows import Branch
+from longnet.geometry.rows import Branch, Branches
 
 HeadOffsets = Literal["interleaved", "blocked"]
 # Tokens, 2**40. Times the stride of a token (up to 2**22 elements) it fits into the 64 bits of torch's own strides.
@@ -37,12 +37,12 @@ class HeadNumbers:
         Raises:
             TypeError: numbers that are no ints. ValueError: none, or not rising, or out of range.
         """
-        given = _integers("head_numbers", numbers)
-        if not given or any(a >= b for a, b in pairwise((-1, *given, total))):
+        numbers = _integers("head_numbers", numbers)
+        if not numbers or any(a >= b for a, b in pairwise((-1, *numbers, total))):
             raise ValueError(
-                f"head_numbers={given}: expected at least one of the heads 0 to {total - 1}, each once, in rising order"
+                f"head_numbers={numbers}: expected at least one of the heads 0 to {total - 1}, each once, in rising order"
             )
-        return cls(given, total)
+        return cls(numbers, total)
 
     def kv_heads(self, kv_heads: int) -> int:
         """How many of ``kv_heads`` key/value heads these heads read, which must do so in whole groups.
@@ -61,7 +61,7 @@ class HeadNumbers:
 
 
 @dataclass(frozen=True)
-class Pattern:
+class Pattern(Branches):
     """An ordered mixture of branches and the convention that gives every head its offset. Hashable.
 
     With ``head_numbers`` it is a pattern of these heads alone, as many as there are numbers.
@@ -123,14 +123,6 @@ class Pattern:
         return cls(branches, head_offsets, numbers)
 
     @property
-    def segment_lengths(self) -> tuple[int, ...]:
-        return tuple(branch.segment_length for branch in self.branches)
-
-    @property
-    def dilation_rates(self) -> tuple[int, ...]:
-        return tuple(branch.dilation_rate for branch in self.branches)
-
-    @property
     def period(self) -> int:
         """The shortest distance after which every branch starts a new segment: no key is ever read across it."""
         return math.lcm(*self.segment_lengths)
@@ -175,11 +167,11 @@ class Pattern:
 
     def readers(self, branch: Branch, heads: int, kv_heads: int) -> dict[tuple[int, int], list[int]]:
         """The query heads by (offset, the key/value head that they read): they read the same rows of keys."""
-        found: dict[tuple[int, int], list[int]] = {}
+        readers: dict[tuple[int, int], list[int]] = {}
         for head in range(heads):
             key = self.offset(branch, head, heads), head // (heads // kv_heads)
-            found.setdefault(key, []).append(head)
-        return found
+            readers.setdefault(key, []).append(head)
+        return readers
 
 
 def head_offset(head_offsets: HeadOffsets, head: int, heads: int, rate: int) -> int:

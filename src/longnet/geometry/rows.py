@@ -95,6 +95,20 @@ class Branch:
         return length is not None and self.is_aligned(start) and start + length <= self.segment_stop(start)
 
 
+class Branches:
+    """What several ``branches`` have, as lists."""
+
+    branches: tuple[Branch, ...]
+
+    @property
+    def segment_lengths(self) -> tuple[int, ...]:
+        return tuple(branch.segment_length for branch in self.branches)
+
+    @property
+    def dilation_rates(self) -> tuple[int, ...]:
+        return tuple(branch.dilation_rate for branch in self.branches)
+
+
 def row_count(tokens: T, rate: T | int) -> T:
     """How many of the tokens 0, rate, 2 rate, ... there are below ``tokens``, which is above ``-rate``."""
     return (tokens + rate - 1) // rate  # type: ignore[operator]

@@ -68,7 +68,7 @@ def shared_rows(
     start, end = shards.span(receiver)
     if own == own_end or start == end:
         return ()
-    before, found = owner < receiver, []
+    before, rows = owner < receiver, []
     for index, branch in enumerate(pattern.branches):
         # The one segment that both may share: the receiver's first or last.
         shared = start if before else end - 1
@@ -80,8 +80,8 @@ def shared_rows(
             keys = branch.selected(first, last, offset)
             queries = branch.selected(max(segment, start), min(stop, end), offset)
             if keys.count and queries.count:
-                found.append(SharedRows(index, before, kv_head, keys, tuple(readers), queries))
-    return tuple(found)
+                rows.append(SharedRows(index, before, kv_head, keys, tuple(readers), queries))
+    return tuple(rows)
 
 
 def rows_sent(

@@ -33,8 +33,8 @@ def padding_view(padding: Tensor, tile: Tile) -> Tensor:
 
 def bias_columns(bias: Tensor, queries: int, keys: int, step: int, between: int = 0) -> slice:
     """The columns of a bias (..., 2L - 1) at these :func:`longnet.geometry.rows.distances`."""
-    found, centre = distances(queries, keys, step, between), bias.shape[-1] // 2
-    return slice(centre + found.start, centre + found.stop, step)
+    columns, centre = distances(queries, keys, step, between), bias.shape[-1] // 2
+    return slice(centre + columns.start, centre + columns.stop, step)
 
 
 def rows_without_keys(padded: Tensor, is_causal: bool) -> Tensor:

@@ -60,10 +60,10 @@ class Shard:
                 padded = mask[:, rows.key_tokens]
         else:
             # (h, b, B, channels) to (B, h, b, channels)
-            found = received[rows.received].movedim(2, 0)
-            key, value = found[..., :dim].to(kind), found[..., dim : 2 * dim].to(kind)
+            remote = received[rows.received].movedim(2, 0)
+            key, value = remote[..., :dim].to(kind), remote[..., dim : 2 * dim].to(kind)
             if mask is not None:
-                padded = found[..., 2 * dim] != 0
+                padded = remote[..., 2 * dim] != 0
         key, value = (x.repeat_interleave(rows.share, 1) for x in (key, value))
         padded = None if padded is None else padded.repeat_interleave(rows.share, 1)
         bias = None
@@ -111,16 +111,16 @@ class Shard:
             """Gradients of the group's keys and values, (B, h / share, b, 2 D); those of its queries go to ``query_grads``."""
             index = (slice(None), rows.heads, rows.tokens)
             # Of these rows alone: over a whole shard it would cost as much as an eighth of the attention.
-            given, mixed = (x[index].to(kind).flatten(0, 1) for x in (grad_out, saved.out))
-            given_lse = None if grad_lse is None else grad_lse[index].flatten(0, 1)
+            grad_rows, mixed = (x[index].to(kind).flatten(0, 1) for x in (grad_out, saved.out))
+            grad_lse_rows = None if grad_lse is None else grad_lse[index].flatten(0, 1)
             call = self._rows(rows, received)
             query, mixed, mixed_lse = merge.rows_for_backward(
-                given, given_lse, call.query, mixed, saved.lse[index].flatten(0, 1)
+                grad_rows, grad_lse_rows, call.query, mixed, saved.lse[index].flatten(0, 1)
             )
-            delta = (given * mixed).sum(-1)
-            if given_lse is not None:
-                delta -= given_lse
-            grad_q, grad_k, grad_v, by_distance = replace(call, query=query).backward(given, mixed_lse, delta)
+            delta = (grad_rows * mixed).sum(-1)
+            if grad_lse_rows is not None:
+                delta -= grad_lse_rows
+            grad_q, grad_k, grad_v, by_distance = replace(call, query=query).backward(grad_rows, mixed_lse, delta)
             batch = len(own_query)
             query_grads.append((rows, grad_q.unflatten(0, (batch, -1))))
             if by_distance is not None:
@@ -139,14 +139,14 @@ class Shard:
         inputs = (own_query, self.inputs.key, self.inputs.value)
         grads = [] if plan.is_simple else [torch.zeros_like(x, dtype=kind) for x in inputs]
         for part in plan.parts:
-            *found, found_bias = self._run_backward(part, saved, grad_out, grad_lse)
+            *part_grads, part_bias = self._run_backward(part, saved, grad_out, grad_lse)
             if plan.is_simple:
-                grads = found
+                grads = part_grads
             else:
-                for grad, more in zip(grads, found, strict=True):
+                for grad, more in zip(grads, part_grads, strict=True):
                     grad[:, :, part.tokens] += more
             if own_bias is not None:
-                grad_bias += found_bias
+                grad_bias += part_bias
         for rows in plan.own:
             assert rows.key_tokens is not None
             more = rows_backward(rows)

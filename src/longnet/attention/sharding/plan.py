@@ -162,8 +162,8 @@ def _remote_groups(incoming: list[tuple[SharedRows, ...]], start: int) -> list[R
         pieces.setdefault((one.branch, one.before, one.heads), []).append((one, received))
         row += one.keys.count
     alike: dict[tuple[int, ...], list[tuple[SharedRows, Tensor]]] = {}
-    for (branch, before, readers), found in pieces.items():
-        first, received = found[0][0], torch.cat([rows for _, rows in found])
+    for (branch, before, readers), same_heads in pieces.items():
+        first, received = same_heads[0][0], torch.cat([rows for _, rows in same_heads])
         distance = first.keys.first - first.queries.first
         shape = (branch, before, first.queries.count, len(received), len(readers), distance)
         alike.setdefault(shape, []).append((first, received))

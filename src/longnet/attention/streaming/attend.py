@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from longnet.attention.call import check_scale, refuse_tracing
+from longnet.attention.call import check_mask, check_scale, check_tensor, refuse_tracing
 from longnet.attention.padding import warn_moved_rows
 from longnet.attention.streaming.cache import DilatedCache
 from longnet.attention.streaming.chunk import attend_chunk
@@ -111,12 +111,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCach
     cache._check_whole()
     tensors = {"query": query, "key": key, "value": value}
     for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} has type {type(x).__name__}: expected a torch.Tensor")
-        if x.dim() != 4:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}: expected 4 dimensions (B, H, T, D)")
-        if not x.is_floating_point():
-            raise TypeError(f"{name} has dtype {x.dtype}: expected the cache's {cache.dtype}")
+        check_tensor(name, x, "(B, H, T, D)", f"the cache's {cache.dtype}")
         if torch.is_grad_enabled() and x.requires_grad:
             raise ValueError(
                 f"{name} requires a gradient and a cache holds no graph: call under torch.no_grad() or "
@@ -146,15 +141,7 @@ def _autocast(x: Tensor) -> Tensor:
 
 def _check_mask(mask: Tensor, query: Tensor, cache: DilatedCache) -> tuple[Tensor, int]:
     """Where each row's first real token stands once this chunk has been read, and the largest of these."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"key_padding_mask has type {type(mask).__name__}: expected a bool torch.Tensor or None")
-    if mask.dtype != torch.bool:
-        raise TypeError(f"key_padding_mask has dtype {mask.dtype}: expected torch.bool, True where a key is ignored")
-    expected = (query.shape[0], query.shape[2])
-    if tuple(mask.shape) != expected:
-        raise ValueError(f"key_padding_mask has shape {tuple(mask.shape)}: expected (B, T) = {expected}")
-    if mask.device != query.device:
-        raise ValueError(f"key_padding_mask is on {mask.device}: expected the query's device {query.device}")
+    check_mask(mask, query, "(B, T)")
     started = cache.padding < cache.position  # (B,) a real token has been read
     real = (~mask).cumsum(1) > 0  # (B, T) ... or stands here or before
     holes = (mask & (real | started[:, None])).nonzero()

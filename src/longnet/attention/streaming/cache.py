@@ -234,8 +234,8 @@ class DilatedCache:
             "heads": torch.tensor([self.heads, self.kv_heads]),
             "head_offsets": torch.tensor(HEAD_OFFSETS.index(self.pattern.head_offsets)),
         }
-        if (given := self.pattern.head_numbers) is not None:
-            described["head_numbers"] = torch.tensor([*given.numbers, given.total])
+        if (numbers := self.pattern.head_numbers) is not None:
+            described["head_numbers"] = torch.tensor([*numbers.numbers, numbers.total])
         return described
 
     def _check_state(self, state: Mapping[str, Tensor]) -> None:
@@ -249,17 +249,17 @@ class DilatedCache:
             if not isinstance(x, Tensor):
                 raise TypeError(f"state[{name!r}] has type {type(x).__name__}: expected a torch.Tensor")
         for name, expected in described.items():
-            found = state[name]
-            if found.dtype != torch.int64 or found.tolist() != expected.tolist():
-                raise ValueError(f"state[{name!r}] is {found.tolist()}: expected this cache's {expected.tolist()}")
+            saved = state[name]
+            if saved.dtype != torch.int64 or saved.tolist() != expected.tolist():
+                raise ValueError(f"state[{name!r}] is {saved.tolist()}: expected this cache's {expected.tolist()}")
         for name in ("keys", "values"):
-            found, own = state[name], self.keys
-            if found.shape != own.shape:
+            saved, own = state[name], self.keys
+            if saved.shape != own.shape:
                 raise ValueError(
-                    f"state[{name!r}] has shape {tuple(found.shape)}: expected (B, rows, D) = {tuple(own.shape)}"
+                    f"state[{name!r}] has shape {tuple(saved.shape)}: expected (B, rows, D) = {tuple(own.shape)}"
                 )
-            if found.dtype != own.dtype:
-                raise ValueError(f"state[{name!r}] has dtype {found.dtype}: expected this cache's {own.dtype}")
+            if saved.dtype != own.dtype:
+                raise ValueError(f"state[{name!r}] has dtype {saved.dtype}: expected this cache's {own.dtype}")
         for name, shape in (("position", ()), ("padding", (self.batch_size,))):
             if state[name].shape != shape or state[name].dtype != torch.int64:
                 raise ValueError(

@@ -62,7 +62,7 @@ def attend_chunk(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache,
     chunk = AttentionInputs(query, key, value, padded, None, AttentionSpec(cache.pattern, True, scale))
     out = _attend(chunk, cache)
     with cache._writing():
-        _keep(chunk, cache)
+        _store(chunk, cache)
         cache.moved(length)
     return out
 
@@ -91,10 +91,10 @@ def _attend(chunk: AttentionInputs, cache: DilatedCache) -> Tensor:
         if segment == start:
             continue
         # The chunk's rows of the segment that began before it.
-        rows = [(block, found) for block in blocks if (found := branch.selected(start, stop, block.offset)).count]
+        rows = [(block, queries) for block in blocks if (queries := branch.selected(start, stop, block.offset)).count]
         if branch in unaligned:
-            for block, found in rows:
-                _add_own_rows(mixture, chunk, block, found.tokens(start))
+            for block, queries in rows:
+                _add_own_rows(mixture, chunk, block, queries.tokens(start))
         _add_cached_rows(mixture, chunk, cache, branch, blocks, rows, stop - start)
     return mixture.out.to(chunk.query.dtype)
 
@@ -161,7 +161,7 @@ def _padded_rows(cache: DilatedCache, rows: Rows) -> Tensor | None:
     return torch.arange(at.start, at.stop, at.step, device=cache.device) < cache.padding[:, None]
 
 
-def _keep(chunk: AttentionInputs, cache: DilatedCache) -> None:
+def _store(chunk: AttentionInputs, cache: DilatedCache) -> None:
     """Write the chunk's rows of the segment that goes on after it."""
     start, end = cache.position, cache.position + chunk.length
     for branch, blocks in cache.layout.branches:

@@ -38,15 +38,7 @@ def fits(cache: DilatedCache) -> bool:
 
 
 def fused_step(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, scale: float) -> Tensor:
-    """Attention of the next token, which is then in the cache; ``cache.position_tensor`` counts it, ``cache.position`` not.
-
-    Args:
-        query: (B, H, 1, D).
-        key, value: (B, Hk, 1, D).
-
-    Returns:
-        (B, H, 1, D) in the query's dtype.
-    """
+    """What :func:`longnet.attention.streaming.step.step` computes."""
     import triton.language as tl  # the kernels' types; triton is there, or this is not called
 
     from longnet.attention.streaming.kernels import lanes_kernel, mix_kernel

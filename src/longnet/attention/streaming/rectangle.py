@@ -57,6 +57,6 @@ def _by_products(
 ) -> tuple[Tensor, Tensor]:
     heads = query.shape[1]
     q, k, v = (x.to(lse_dtype(x.dtype)).flatten(0, 1) for x in (query, key, value))
-    found = Rows(q, k, v, scale, padded=None if padded is None else padded.repeat_interleave(heads, 0)).forward()
-    out, lse = (x.unflatten(0, (-1, heads)) for x in found)
+    padded = None if padded is None else padded.repeat_interleave(heads, 0)
+    out, lse = (x.unflatten(0, (-1, heads)) for x in Rows(q, k, v, scale, padded=padded).forward())
     return out, lse

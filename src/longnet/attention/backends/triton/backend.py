@@ -84,7 +84,7 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if _side_by_side(x) else x.contiguous()
 
 
-def _room(x: Tensor) -> Tensor:
+def _output_buffer(x: Tensor) -> Tensor:
     """Where kernels write what becomes ``x``: itself if they can."""
     return x if _side_by_side(x) else x.new_empty(x.shape)
 
@@ -219,20 +219,20 @@ def forward(inputs: AttentionInputs, use_hopper: bool = True) -> tuple[Tensor, T
     out, lse = inputs.empty_outputs()
     if out.numel() == 0:
         return out, lse.fill_(-torch.inf)
-    call, room = _Call(inputs, use_hopper), _room(out)
+    call, buffer = _Call(inputs, use_hopper), _output_buffer(out)
     if not call.covered:
-        room.zero_()
+        buffer.zero_()
         lse.fill_(-torch.inf)
     with _device(out):
         if work := call.work:
-            work.forward(*call.tensors(), room, lse)
+            work.forward(*call.tensors(), buffer, lse)
         for grid, arguments, options in call.launches("forward"):
             forward_kernel[grid](
-                *call.tensors(), room, lse, call.mask, call.table,
-                *call.strides(*call.tensors(), room, lse), *call.extra_strides(), *arguments, **options,
+                *call.tensors(), buffer, lse, call.mask, call.table,
+                *call.strides(*call.tensors(), buffer, lse), *call.extra_strides(), *arguments, **options,
             )  # fmt: skip
-    if room is not out:
-        out.copy_(room)
+    if buffer is not out:
+        out.copy_(buffer)
     return out, lse
 
 
@@ -248,18 +248,18 @@ def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None, use
         return grads.zeroed()
     grad_out, out, lse = _unit_stride(grad_out), _unit_stride(saved.out), saved.lse.contiguous()
     call = _Call(inputs, use_hopper)
-    # Query heads that share a key head have room of their own and are added up afterwards.
+    # Query heads that share a key head write apart and are added up afterwards.
     by_head = grads[1:3] if call.group == 1 else (torch.empty_like(inputs.query), torch.empty_like(inputs.query))
-    # Kernels that own keys multiply with whole blocks of queries, where a dead row has to be 0. Their queries lie in the room
-    # of the queries' gradients, which are written last.
-    rooms = [_room(grad) for grad in (grads.query, *by_head)]
-    queries, of_keys = rooms[0], rooms[1:]
+    # Kernels that own keys multiply with whole blocks of queries, where a dead row has to be 0. Their queries lie in the buffer
+    # of the query's gradient, which is written last.
+    buffers = [_output_buffer(grad) for grad in (grads.query, *by_head)]
+    queries, of_keys = buffers[0], buffers[1:]
     statistics = row_lse, delta = torch.empty_like(lse), torch.empty_like(lse)
     extra = lse if grad_lse is None else grad_lse
     rows = min(64, 4096 // power_of_two(call.dim))
     if not call.covered:
-        for room in of_keys:
-            room.zero_()
+        for buffer in of_keys:
+            buffer.zero_()
     with _device(out):
         prepare_kernel[(-(-call.length // rows) * call.batch * call.heads,)](
             call.q, grad_out, out, lse, extra, queries, row_lse, delta,
@@ -285,9 +285,9 @@ def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None, use
             query_kernel[grid](*shared, queries, *strides, *call.strides(queries), *arguments, **options)
         if inputs.bias is not None:
             grads.bias.copy_(_bias_gradient(call, shared, strides))
-    for grad, room, group in zip(grads, rooms, (1, call.group, call.group), strict=False):
-        if room is not grad:
-            grad.copy_(sum_heads(room, group))
+    for grad, buffer, group in zip(grads, buffers, (1, call.group, call.group), strict=False):
+        if buffer is not grad:
+            grad.copy_(sum_heads(buffer, group))
     return grads._replace(query=signed(grads.query, inputs.spec.scale))
 
 
