@@ -237,3 +237,17 @@ class _Count(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         self.work += [(str(func), x.numel()) for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
         return result
+
+
+@pytest.mark.parametrize("by_products", [False, True])
+def test_what_padded_rows_hold_does_not_reach_the_others(monkeypatch, by_products):
+    if by_products:
+        monkeypatch.setattr(rectangle, "_by_cpu_flash", rectangle._by_products)
+    query, key, value = (torch.randn(2, 2, count, 4, dtype=torch.float64) for count in (3, 5, 5))
+    padded = torch.tensor([[True, True, False, False, False], [True] * 5])
+    expected = rectangle.rectangle_attention(query, key, value, 0.5, padded)
+    for x in (key, value):
+        x.masked_fill_(padded[:, None, :, None], torch.nan)
+    got = rectangle.rectangle_attention(query, key, value, 0.5, padded)
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+    assert got[0].isfinite().all() and (got[0][1] == 0).all() and (got[1][1] == -torch.inf).all()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from longnet.attention import DilatedAttention
 from longnet.compat.attention import TORCHSCALE
 from longnet.compat.names import load_theirs, module_names, to_theirs
+from longnet.geometry.phantoms import padded_length
 from longnet.models import LongNetConfig, LongNetEncoder, LongNetLM
 
 _XPOS = "self_attn.xpos.scale"
@@ -252,7 +253,9 @@ def _finish(
 
 def _is_the_definition(attention: DilatedAttention) -> bool:
     """Whether torchscale's padding cannot show: phantoms come after all queries, and no segment is padded."""
-    return attention.causal and all(b.segment_length % b.dilation_rate == 0 for b in attention.pattern.branches)
+    return attention.causal and all(
+        padded_length(branch) == branch.segment_length for branch in attention.pattern.branches
+    )
 
 
 def _xpos_scale(head_dim: int) -> Tensor:

@@ -156,7 +156,7 @@ def _with_past(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Queries of the last T of S positions as queries of all that the pattern lets them reach: the others are dropped later."""
     before = key.shape[2] - query.shape[2]
-    start = before - before % pattern.period
+    start = pattern.window_start(before)
     # Random-looking rows are as good as any; these are at hand, and never NaN.
     missing = query[:, :, :1].detach().expand(-1, -1, before - start, -1)
     query = torch.cat((missing, query), 2)

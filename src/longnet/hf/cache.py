@@ -142,7 +142,7 @@ class LongNetCache(Cache):
         # Later states have read what never was.
         states = [state for state in self._states if state.position <= keep]
         since = [read.until(keep) for read in self._since if read.position < keep]
-        if all(keep // width == position // width for width in self._plain.layers[0].pattern.segment_lengths):
+        if self._plain.layers[0].pattern.same_segments(keep, position):
             # No segment has ended since: rows after the position are written before they are read.
             with self._plain._writing():
                 self._plain.moved(keep - position)

@@ -114,7 +114,7 @@ class Schedule:
             own = finest.rows(met, 0)
             if self.is_causal:
                 # Rows of the finest branch, of which every one of the class is some.
-                ratio = one.step // finest.dilation_rate
+                ratio = finest.rows(one.step, 0)
                 before = first_row * ratio
                 own = own - before if self.sweeps_later else torch.minimum(own, before + self.owned * ratio)
             cost = 1 + self._blocks(own)
