@@ -232,5 +232,5 @@ def _extremes_by_scan(chain: list[Branch], offsets: tuple[int, ...], length: int
         for start in branch.starts(length):
             rows = branch.selected(start, min(branch.segment_stop(start), length), offset)
             for row, position in enumerate(rows.positions, 1):
-                keys[position] += row if is_causal else rows.count
+                keys[position] += row if is_causal else rows.size
     return min(keys), max(keys)

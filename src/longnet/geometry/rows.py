@@ -1,19 +1,32 @@
 """The rows of a branch: which segment holds a position, and which of its positions a head selects.
 
-Source: LongNet, arXiv 2307.02486, section 2.2. All other files ask this one. It is plain arithmetic on integers: a ``T`` is an
-int, or an array or tensor of ints.
+Source: LongNet, arXiv 2307.02486, section 2.2. All other files ask this one. It is plain arithmetic, so where a ``T`` is taken
+it may be an int, or an array or tensor of ints.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-T = TypeVar("T")
+
+class Integers(Protocol):
+    """An int, or an array or tensor of ints."""
+
+    def __add__(self, other: Any, /) -> Any: ...
+
+    def __sub__(self, other: Any, /) -> Any: ...
+
+    def __floordiv__(self, other: Any, /) -> Any: ...
+
+    def __mod__(self, other: Any, /) -> Any: ...
+
+
+T = TypeVar("T", bound=Integers)
 
 
 class Rows(NamedTuple):
-    """Rows ``number``, ``number + 1``, ... of those that a head selects in a segment, ``count`` of them, ``step`` apart.
+    """Rows ``number``, ``number + 1``, ... of those that a head selects in a segment, ``size`` of them, ``step`` apart.
 
     ``first`` is the position of row ``number``.
     """
@@ -21,15 +34,15 @@ class Rows(NamedTuple):
     number: int
     first: int
     step: int
-    count: int
+    size: int
 
     @property
     def positions(self) -> range:
-        return range(self.first, self.first + self.count * self.step, self.step)
+        return range(self.first, self.first + self.size * self.step, self.step)
 
     def tokens(self, start: int) -> slice:
         """The rows as an index of tokens that begin at position ``start``."""
-        return slice(self.first - start, self.first - start + self.count * self.step, self.step)
+        return slice(self.first - start, self.first - start + self.size * self.step, self.step)
 
 
 @dataclass(frozen=True)
@@ -41,15 +54,15 @@ class Branch:
 
     def segment_number(self, position: T) -> T:
         """Which segment holds a position."""
-        return position // self.segment_length  # type: ignore[operator]
+        return position // self.segment_length
 
     def segment_start(self, position: T) -> T:
         """Where the segment that holds a position begins."""
-        return position - position % self.segment_length  # type: ignore[operator]
+        return position - position % self.segment_length
 
     def segment_stop(self, position: T) -> T:
         """Where the segment after it begins."""
-        return self.segment_start(position) + self.segment_length  # type: ignore[operator]
+        return self.segment_start(position) + self.segment_length
 
     def starts(self, length: int) -> range:
         """Where the segments of ``length`` tokens begin."""
@@ -67,7 +80,7 @@ class Branch:
 
     def rows(self, length: T, offset: int) -> T:
         """How many positions of a segment of ``length`` tokens a head with this ``offset`` selects."""
-        return row_count(length - offset, self.dilation_rate)  # type: ignore[operator]
+        return (length - offset + self.dilation_rate - 1) // self.dilation_rate
 
     def selects(self, position: Any, offset: int) -> Any:
         """Whether a head with this ``offset`` selects a position; for an array or tensor, as many answers."""
@@ -111,12 +124,12 @@ class Branches:
 
 def row_count(tokens: T, rate: T | int) -> T:
     """How many of the tokens 0, rate, 2 rate, ... there are below ``tokens``, which is above ``-rate``."""
-    return (tokens + rate - 1) // rate  # type: ignore[operator]
+    return (tokens + rate - 1) // rate
 
 
 def locate(position: T, lengths: T, rates: T) -> tuple[T, T, T]:
     """(the offset that selects a position, the number of its row, where row 0 of this offset stands in the segment)."""
-    local = position % lengths  # type: ignore[operator]
+    local = position % lengths
     number = local // rates
     offset = local - number * rates
     return offset, number, position - local + offset

@@ -79,7 +79,7 @@ def shared_rows(
         for (offset, kv_head), readers in pattern.readers(branch, heads, kv_heads).items():
             keys = branch.selected(first, last, offset)
             queries = branch.selected(max(segment, start), min(stop, end), offset)
-            if keys.count and queries.count:
+            if keys.size and queries.size:
                 rows.append(SharedRows(index, before, kv_head, keys, tuple(readers), queries))
     return tuple(rows)
 
@@ -92,5 +92,5 @@ def rows_sent(
     for receiver in range(len(shards.lengths)):
         rows = shared_rows(pattern, heads, kv_heads, shards, rank, receiver, is_causal)
         if rows:
-            counts[receiver] = sum(one.keys.count for one in rows)
+            counts[receiver] = sum(one.keys.size for one in rows)
     return counts

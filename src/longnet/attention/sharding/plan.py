@@ -118,7 +118,7 @@ def make_plan(place: Place, device: torch.device) -> ShardPlan:
     runs = [_count(rows) for shared in outgoing for _, rows in groupby(shared, key=lambda one: one.branch)]
     sent = [one for shared in outgoing for one in shared]
     nothing = torch.zeros(0, dtype=torch.int64)
-    send_heads = torch.cat([nothing, *(torch.full((one.keys.count,), one.kv_head) for one in sent)])
+    send_heads = torch.cat([nothing, *(torch.full((one.keys.size,), one.kv_head) for one in sent)])
     send_tokens = torch.cat([nothing, *(_tokens([one.keys], start)[0] for one in sent)])
     places, place_of = torch.unique(torch.stack((send_heads, send_tokens), 1), dim=0, return_inverse=True)
     return ShardPlan(
@@ -141,14 +141,15 @@ def _own_groups(place: Place, branch: Branch, start: int, end: int) -> list[RowG
     alike: dict[tuple[int, int], list[tuple[int, Rows, list[int]]]] = {}
     for (offset, kv_head), heads in place.pattern.readers(branch, place.heads, place.kv_heads).items():
         rows = branch.selected(start, stop, offset)
-        if rows.count:
-            alike.setdefault((rows.count, len(heads)), []).append((kv_head, rows, heads))
+        if rows.size:
+            alike.setdefault((rows.size, len(heads)), []).append((kv_head, rows, heads))
     groups = []
     for (_, share), members in alike.items():
+        readers = _column(head for _, _, heads in members for head in heads)
         tokens = _tokens([rows for _, rows, _ in members], start)
-        heads = _column(head for _, _, readers in members for head in readers)
-        kv_heads, queries = _column(kv_head for kv_head, _, _ in members), tokens.repeat_interleave(share, 0)
-        groups.append(RowGroup(heads, queries, share, kv_heads, tokens, None, place.is_causal, 0, branch.dilation_rate))
+        queries, kv_heads = tokens.repeat_interleave(share, 0), _column(kv_head for kv_head, _, _ in members)
+        step = branch.dilation_rate
+        groups.append(RowGroup(readers, queries, share, kv_heads, tokens, None, place.is_causal, 0, step))
     return groups
 
 
@@ -158,14 +159,14 @@ def _remote_groups(incoming: list[tuple[SharedRows, ...]], start: int) -> list[R
     pieces: dict[tuple[int, bool, tuple[int, ...]], list[tuple[SharedRows, Tensor]]] = {}
     row = 0
     for one in chain.from_iterable(incoming):
-        received = torch.arange(row, row + one.keys.count)
+        received = torch.arange(row, row + one.keys.size)
         pieces.setdefault((one.branch, one.before, one.heads), []).append((one, received))
-        row += one.keys.count
+        row += one.keys.size
     alike: dict[tuple[int, ...], list[tuple[SharedRows, Tensor]]] = {}
     for (branch, before, readers), same_heads in pieces.items():
         first, received = same_heads[0][0], torch.cat([rows for _, rows in same_heads])
         distance = first.keys.first - first.queries.first
-        shape = (branch, before, first.queries.count, len(received), len(readers), distance)
+        shape = (branch, before, first.queries.size, len(received), len(readers), distance)
         alike.setdefault(shape, []).append((first, received))
     groups = []
     for (*_, share, distance), members in alike.items():
@@ -178,7 +179,7 @@ def _remote_groups(incoming: list[tuple[SharedRows, ...]], start: int) -> list[R
 
 
 def _count(shared: Iterable[SharedRows]) -> int:
-    return sum(one.keys.count for one in shared)
+    return sum(one.keys.size for one in shared)
 
 
 def _column(numbers: Iterable[int]) -> Tensor:
@@ -188,4 +189,4 @@ def _column(numbers: Iterable[int]) -> Tensor:
 def _tokens(rows: list[Rows], start: int) -> Tensor:
     """Equally many rows each as tokens of a shard that begins at ``start``, (len(rows), count)."""
     first, one = _column(row.first - start for row in rows), rows[0]
-    return first + one.step * torch.arange(one.count)
+    return first + one.step * torch.arange(one.size)

@@ -88,62 +88,54 @@ def _attend(chunk: AttentionInputs, cache: DilatedCache) -> Tensor:
         mixture.add(slice(None), part.tokens, *_run(chunk.tokens(part.tokens), pattern.of(*part.branches)))
     for branch, blocks in cache.layout.branches:
         segment, stop = branch.segment_start(start), min(branch.segment_stop(start), start + chunk.length)
-        if segment == start:
+        if segment == start or (
+            branch.is_aligned(start) and _add_rectangle(mixture, chunk, cache, branch, blocks, stop)
+        ):
             continue
-        # The chunk's rows of the segment that began before it.
-        rows = [(block, queries) for block in blocks if (queries := branch.selected(start, stop, block.offset)).count]
-        if branch in unaligned:
-            for block, queries in rows:
-                _add_own_rows(mixture, chunk, block, queries.tokens(start))
-        _add_cached_rows(mixture, chunk, cache, branch, blocks, rows, stop - start)
+        row_by_row = branch in unaligned
+        for block in blocks:
+            # The chunk's rows of the segment that began before it.
+            rows = branch.selected(start, stop, block.offset)
+            if not rows.size:
+                continue
+            tokens = rows.tokens(start)
+            query = chunk.query[:, block.heads, tokens]
+            if row_by_row:
+                mixture.add(block.heads, tokens, *_own_rows(query, chunk, block, tokens))
+            if rows.number:
+                padded = _padded_rows(cache, branch.selected(segment, start, block.offset))
+                cached = cache._rows_of(block, 0, rows.number)
+                mixture.add(block.heads, tokens, *rectangle_attention(query, *cached, chunk.spec.scale, padded))
     return mixture.out.to(chunk.query.dtype)
 
 
-def _add_own_rows(mixture: _Mixture, chunk: AttentionInputs, block: Block, tokens: slice) -> None:
+def _own_rows(query: Tensor, chunk: AttentionInputs, block: Block, tokens: slice) -> tuple[Tensor, Tensor]:
     """What a block's rows among these tokens say to each other: plain causal attention."""
-    query, key, value = (
-        x[:, heads, tokens]
-        for x, heads in ((chunk.query, block.heads), (chunk.key, block.kv_heads), (chunk.value, block.kv_heads))
-    )
+    key, value = (x[:, block.kv_heads, tokens] for x in (chunk.key, chunk.value))
     padded = None if chunk.mask is None else chunk.mask[:, tokens]
-    if query.shape[2] == 1:
-        part = rectangle_attention(query, key, value, chunk.spec.scale, padded)
-    else:
-        inputs = replace(chunk, query=query, key=key, value=value, mask=padded)
-        part = _run(inputs, Pattern((Branch(query.shape[2], 1),)))
-    mixture.add(block.heads, tokens, *part)
+    count = query.shape[2]
+    if count == 1:
+        return rectangle_attention(query, key, value, chunk.spec.scale, padded)
+    inputs = replace(chunk, query=query, key=key, value=value, mask=padded)
+    return _run(inputs, Pattern((Branch(count, 1),)))
 
 
-def _add_cached_rows(
-    mixture: _Mixture,
-    chunk: AttentionInputs,
-    cache: DilatedCache,
-    branch: Branch,
-    blocks: tuple[Block, ...],
-    rows: list[tuple[Block, Rows]],
-    continued: int,
-) -> None:
-    """What the chunk's ``rows`` of a segment, among its first ``continued`` tokens, see of the rows that were read before."""
-    start, scale = cache.position, chunk.spec.scale
-    segment = branch.segment_start(start)
-    if branch.is_aligned(start) and cache._most_padding <= segment:
-        tile = _one_tile(cache, branch, blocks, continued)
-        if tile is not None:
-            # Offset by offset and head by head, as the blocks lie: one call for all of them.
-            query = tile_view(chunk.query, tile)
-            whole = replace(blocks[0], kv_count=len(blocks) * blocks[0].kv_count)
-            cached = cache._rows_of(whole, 0, rows[0][1].number)
-            out, lse = rectangle_attention(query.flatten(1, 3), *cached, scale, None)
-            mixed = tile_view(mixture.out, tile), tile_view(mixture.lse, tile)
-            merge.merge_(*mixed, out.view(query.shape), lse.view(query.shape[:-1]))
-            return
-    for block, queries in rows:
-        if queries.number:
-            padded = _padded_rows(cache, branch.selected(segment, start, block.offset))
-            tokens = queries.tokens(start)
-            cached = cache._rows_of(block, 0, queries.number)
-            part = rectangle_attention(chunk.query[:, block.heads, tokens], *cached, scale, padded)
-            mixture.add(block.heads, tokens, *part)
+def _add_rectangle(
+    mixture: _Mixture, chunk: AttentionInputs, cache: DilatedCache, branch: Branch, blocks: tuple[Block, ...], stop: int
+) -> bool:
+    """Mix in what the chunk's rows up to ``stop`` see of the rows that were read before, if one call takes all of them."""
+    start = cache.position
+    tile = _one_tile(cache, branch, blocks, stop - start)
+    if tile is None or cache._most_padding > branch.segment_start(start):
+        return False
+    # Offset by offset and head by head, as the blocks lie.
+    query = tile_view(chunk.query, tile)
+    whole = replace(blocks[0], kv_count=len(blocks) * blocks[0].kv_count)
+    cached = cache._rows_of(whole, 0, branch.selected(start, stop, 0).number)
+    out, lse = rectangle_attention(query.flatten(1, 3), *cached, chunk.spec.scale, None)
+    mixed = tile_view(mixture.out, tile), tile_view(mixture.lse, tile)
+    merge.merge_(*mixed, out.view(query.shape), lse.view(query.shape[:-1]))
+    return True
 
 
 def _one_tile(cache: DilatedCache, branch: Branch, blocks: tuple[Block, ...], length: int) -> Tile | None:
@@ -168,8 +160,8 @@ def _store(chunk: AttentionInputs, cache: DilatedCache) -> None:
         first = max(start, branch.segment_start(end))
         for block in blocks:
             rows = branch.selected(first, end, block.offset)
-            if rows.count:
+            if rows.size:
                 index = (slice(None), block.kv_heads, rows.tokens(start))
-                stored = cache._rows_of(block, rows.number, rows.number + rows.count)
+                stored = cache._rows_of(block, rows.number, rows.number + rows.size)
                 for target, new in zip(stored, (chunk.key, chunk.value), strict=True):
                     target.copy_(new[index])
