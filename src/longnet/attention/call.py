@@ -112,6 +112,12 @@ class AttentionInputs:
             self.query.shape[:-1], dtype=lse_dtype(self.query.dtype)
         )
 
+    def mixture_of_nothing(self) -> tuple[Tensor, Tensor]:
+        """out and lse of a softmax over no keys, 0 and -inf, both in the dtype of the statistics."""
+        kind = lse_dtype(self.query.dtype)
+        out = torch.zeros_like(self.query, dtype=kind)
+        return out, out.new_full(out.shape[:-1], -torch.inf)
+
     def empty_gradients(self) -> Gradients:
         """Uninitialised, each like its tensor."""
         bias = self.query.new_empty(0) if self.bias is None else torch.empty_like(self.bias)

@@ -131,16 +131,18 @@ def _draw_window(
         cells[taken[:, None] & taken & (segment[:, None] == segment)] = index
     if is_causal:
         cells[positions[:, None] < positions] = -1
-    edges = (window.start - 0.5, window.stop - 0.5, window.stop - 0.5, window.start - 0.5)
-    axes.imshow(
-        cells, cmap=ListedColormap(["white", EMPTY, *colors]), vmin=-1, vmax=len(branches), interpolation="nearest",
-        extent=edges,
-    )  # fmt: skip
+    _show_cells(axes, cells, colors, window.start - 0.5, window.stop - 0.5)
     name = f"head {members[0]}" if len(members) == 1 else "heads " + ", ".join(map(str, members[:4]))
     axes.set_title(name + (", ..." if len(members) > 4 else ""), loc="left", fontsize=9, color=INK)
     # Panels of a window are narrow; its middle is where a segment ends.
     ticks(axes, window[:: max(1, len(window) // (2 if window.start else 4))])
     quiet(axes)
+
+
+def _show_cells(axes: Axes, cells: np.ndarray, colors: list[str], start: float, stop: float) -> None:
+    """Cells (queries, keys): -1 is white, 0 pale, and i in the colour of branch i."""
+    cmap, extent = ListedColormap(["white", EMPTY, *colors]), (start, stop, stop, start)
+    axes.imshow(cells, cmap=cmap, vmin=-1, vmax=len(colors), interpolation="nearest", extent=extent)
 
 
 def _corner(branches: list[Branch], length: int) -> range:
@@ -163,10 +165,7 @@ def _draw_overview(
     best = np.where(pairs.any(axis=0), pairs.argmax(axis=0) + 1, 0)
     if is_causal:
         best[np.triu_indices(cells, 1)] = -1
-    axes.imshow(
-        best, cmap=ListedColormap(["white", EMPTY, *colors]), vmin=-1, vmax=len(branches), interpolation="nearest",
-        extent=(0, length, length, 0),
-    )  # fmt: skip
+    _show_cells(axes, best, colors, 0, length)
     per_cell = f"{'about ' if length % cells else ''}{round(length / cells):,}"
     about = f"whole sequence at reduced resolution: a cell is {per_cell} x {per_cell.split()[-1]} tokens,\n"
     about += "coloured by the branch with the most pairs in it, over all heads"

@@ -1,28 +1,15 @@
 """The rows of a branch: which segment holds a position, and which of its positions a head selects.
 
-Source: LongNet, arXiv 2307.02486, section 2.2. All other files ask this one. It is plain arithmetic, so where a ``T`` is taken
-it may be an int, or an array or tensor of ints.
+Source: LongNet, arXiv 2307.02486, section 2.2. All other files ask this one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-
-class Integers(Protocol):
-    """An int, or an array or tensor of ints."""
-
-    def __add__(self, other: Any, /) -> Any: ...
-
-    def __sub__(self, other: Any, /) -> Any: ...
-
-    def __floordiv__(self, other: Any, /) -> Any: ...
-
-    def __mod__(self, other: Any, /) -> Any: ...
-
-
-T = TypeVar("T", bound=Integers)
+# An int, or an array or tensor of ints.
+T = TypeVar("T", int, Any)
 
 
 class Rows(NamedTuple):

@@ -61,8 +61,7 @@ def _by_query_head(inputs: AttentionInputs) -> AttentionInputs:
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """out like the query, and lse (B, H, N)."""
     query = inputs.query
-    lse = query.new_full(query.shape[:-1], -torch.inf, dtype=lse_dtype(query.dtype))
-    total = torch.zeros_like(query, dtype=lse.dtype)
+    total, lse = inputs.mixture_of_nothing()
     if query.numel() == 0:
         return torch.empty_like(query), lse
     inputs = _by_query_head(inputs)

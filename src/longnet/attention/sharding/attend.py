@@ -40,9 +40,6 @@ class Shard:
         own = self.inputs.tokens(part.tokens)
         return own.with_spec(pattern=own.spec.pattern.of(*part.branches))
 
-    def _run(self, part: OwnPart) -> tuple[Tensor, Tensor]:
-        return self.backend.run(self._part(part))
-
     def _run_backward(self, part: OwnPart, saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
         out, lse, grad_out = (x[:, :, part.tokens] for x in (saved.out, saved.lse, grad_out))
         grad_lse = None if grad_lse is None else grad_lse[:, :, part.tokens]
@@ -77,15 +74,13 @@ class Shard:
         """(out like query, lse (B, H, n), the rows received, (rows, B, channels))."""
         plan, own = self.plan, self.inputs
         transfer = send(pack(plan, own.key, own.value, own.mask), plan.sent, plan.received, self.group)
-        kind = lse_dtype(own.query.dtype)
         if plan.is_simple:
-            out, lse = self._run(plan.parts[0])
+            out, lse = self.backend.run(self._part(plan.parts[0]))
         else:
             # Many parts, and each would round.
-            out = torch.zeros_like(own.query, dtype=kind)
-            lse = own.query.new_full(own.query.shape[:-1], -torch.inf, dtype=kind)
+            out, lse = own.mixture_of_nothing()
             for part in plan.parts:
-                merge.merge_(out[:, :, part.tokens], lse[:, :, part.tokens], *self._run(part))
+                merge.merge_(out[:, :, part.tokens], lse[:, :, part.tokens], *self.backend.run(self._part(part)))
         nothing = own.query.new_empty(0)
         for rows in plan.own:
             self._mix(out, lse, rows, nothing)

@@ -15,7 +15,7 @@ from torch import Tensor
 from longnet.attention import merge
 from longnet.attention.backends import select_backend
 from longnet.attention.backends.views import tile_view
-from longnet.attention.call import AttentionInputs, AttentionSpec, lse_dtype
+from longnet.attention.call import AttentionInputs, AttentionSpec
 from longnet.attention.streaming.cache import DilatedCache
 from longnet.attention.streaming.rectangle import rectangle_attention
 from longnet.geometry import Branch, Pattern, Tile, make_plan
@@ -29,11 +29,6 @@ class _Mixture:
 
     def __init__(self, out: Tensor, lse: Tensor) -> None:
         self.out, self.lse = out.to(lse.dtype), lse
-
-    @classmethod
-    def of_nothing(cls, query: Tensor) -> _Mixture:
-        kind = lse_dtype(query.dtype)
-        return cls(torch.zeros_like(query, dtype=kind), query.new_full(query.shape[:-1], -torch.inf, dtype=kind))
 
     def add(self, heads: Heads, tokens: slice, out: Tensor, lse: Tensor) -> None:
         """Mix (out, lse) of some heads and tokens in."""
@@ -83,7 +78,7 @@ def _attend(chunk: AttentionInputs, cache: DilatedCache) -> Tensor:
         mixture = _Mixture(*_run(chunk, pattern.of(*parts[0].branches)))
         parts = parts[1:]
     else:
-        mixture = _Mixture.of_nothing(chunk.query)
+        mixture = _Mixture(*chunk.mixture_of_nothing())
     for part in parts:
         mixture.add(slice(None), part.tokens, *_run(chunk.tokens(part.tokens), pattern.of(*part.branches)))
     for branch, blocks in cache.layout.branches:

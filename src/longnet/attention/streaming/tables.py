@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ class StepTables:
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         pattern, heads = layout.pattern, layout.heads
+        # The most rows that a lane has in each branch.
         rows = [branch.rows(branch.segment_length, 0) for branch in pattern.branches]
         order = sorted(range(len(rows)), key=rows.__getitem__)
         offsets = [[pattern.offset(branch, j, heads) for j in range(heads)] for branch in pattern.branches]
@@ -50,14 +51,9 @@ class StepTables:
         self.lane_of = table(lane_of)
         # By branch in the pattern's order, and the most rows that a lane has.
         self.lane_counts, self.most_rows = tuple(most), max(rows)
-        # (lanes, rows): neighbouring branches with equally many rows.
-        self.families: list[tuple[int, int]] = []
-        for index in order:
-            count, width = self.families[-1] if self.families else (0, 0)
-            if width == rows[index]:
-                self.families[-1] = (count + most[index], width)
-            else:
-                self.families.append((most[index], rows[index]))
+        # (lanes, rows) of the branches with equally many rows.
+        alike = groupby(order, key=rows.__getitem__)
+        self.families = [(sum(most[index] for index in indices), width) for width, indices in alike]
 
     @property
     def nbytes(self) -> int:
