@@ -69,8 +69,9 @@ def score_pairs(pattern: Pattern, heads: int, length: int, is_causal: bool = Fal
     total = 0
     for branch in pattern.branches:
         for offset, count in Counter(pattern.offset(branch, head, heads) for head in range(heads)).items():
-            for _, segments, tokens in branch.spans(length):
-                total += count * segments * _square(branch.rows(tokens, offset), is_causal)
+            for start, segments, tokens in branch.spans(length):
+                rows = branch.selected(start, start + tokens, offset).size
+                total += count * segments * _square(rows, is_causal)
     return total
 
 

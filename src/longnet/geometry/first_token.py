@@ -20,6 +20,6 @@ class FirstKeys:
 def first_keys(pattern: Pattern, heads: int, length: int) -> Iterator[FirstKeys]:
     """Branch by branch, where there are such heads. A key that several branches yield for a head counts so often."""
     for branch in pattern.branches:
-        selecting = tuple(head for head in range(heads) if pattern.offset(branch, head, heads) == 0)
+        selecting = tuple(head for head in range(heads) if pattern.selects(branch, head, heads, 0))
         if selecting:
-            yield FirstKeys(selecting, branch.longest(length), branch.dilation_rate)
+            yield FirstKeys(selecting, min(branch.segment_stop(0), length), branch.dilation_rate)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from longnet.geometry.pattern import Pattern
-from longnet.geometry.rows import Branch
+from longnet.geometry.rows import Branch, Rows
 
 
 @dataclass(frozen=True)
@@ -115,29 +115,31 @@ def make_plan(pattern: Pattern, heads: int, length: int, first_head: int = 0, la
 def _tiles(pattern: Pattern, branch: Branch, heads: int, length: int, first: int, last: int) -> Iterator[Tile]:
     for start, segments, span in branch.spans(length):
         for head, offset, offsets, per_offset, per_head, group in _head_rectangles(pattern, branch, heads, first, last):
-            for low, high, rows in _row_classes(branch, span, offset, offset + offsets):
+            of_offsets = [branch.selected(start, start + span, c) for c in range(offset, offset + offsets)]
+            for c, count in _row_classes(of_offsets):
                 yield Tile(
-                    start=start + low,
+                    start=of_offsets[c].first,
                     segments=segments,
                     segment_step=branch.segment_length,
-                    offsets=high - low,
+                    offsets=count,
                     heads=group,
-                    rows=rows,
+                    rows=of_offsets[c].size,
                     row_step=branch.dilation_rate,
-                    head=head + (low - offset) * per_offset - first,
+                    head=head + c * per_offset - first,
                     head_step_per_offset=per_offset,
                     head_step=per_head,
                 )
 
 
-def _row_classes(branch: Branch, span: int, low: int, high: int) -> Iterator[tuple[int, int, int]]:
-    """Offsets [low, high) split where the number of selected rows in a span changes: (from, to, rows)."""
-    short = span % branch.dilation_rate
-    for start, stop in ((low, min(high, short)), (max(low, short), high)):
-        if start < stop:
-            rows = branch.rows(span, start)
-            if rows:
-                yield start, stop, rows
+def _row_classes(of_offsets: list[Rows]) -> Iterator[tuple[int, int]]:
+    """The rows of neighbouring offsets where each begin one token after the last and are as many: (index, how many)."""
+    start = 0
+    for i, rows in enumerate(of_offsets, 1):
+        following = of_offsets[i] if i < len(of_offsets) else None
+        if following is None or (following.first, following.size) != (rows.first + 1, rows.size):
+            if rows.size:
+                yield start, i - start
+            start = i
 
 
 def _head_rectangles(

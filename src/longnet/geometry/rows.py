@@ -108,6 +108,11 @@ class Branches:
     def dilation_rates(self) -> tuple[int, ...]:
         return tuple(branch.dilation_rate for branch in self.branches)
 
+    @property
+    def grid(self) -> tuple[tuple[int, ...], ...]:
+        """What :func:`locate` takes, by branch."""
+        return self.segment_lengths, self.dilation_rates
+
 
 def row_count(tokens: T, rate: T | int) -> T:
     """How many of the tokens 0, rate, 2 rate, ... there are below ``tokens``, which is above ``-rate``."""

@@ -29,7 +29,7 @@ def step(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, scale: 
     """
     tables, heads = cache.tables, cache.heads
     kind = lse_dtype(query.dtype)
-    offset, row, start = locate(cache.position_tensor, tables.lengths, tables.rates)  # (branches,)
+    offset, row, start = locate(cache.position_tensor, *tables.grid)  # (branches,)
     listed = torch.minimum(offset, tables.last_offsets)
     lane_offset, lane_row = (x.index_select(0, tables.lane_branch) for x in (listed, row))  # (lanes,)
     head = tables.head_at.index_select(0, tables.lane_starts + lane_offset)
@@ -43,7 +43,7 @@ def step(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, scale: 
 
     # How many rows of the segment are padding, by batch row: (B, lanes).
     before = cache.padding[:, None] - start.index_select(0, tables.lane_branch)
-    padded = row_count(before.clamp_(min=0), tables.rates.index_select(0, tables.lane_branch))
+    padded = row_count(before.clamp_(min=0), tables.grid[1].index_select(0, tables.lane_branch))
     queries = query[:, :, 0].index_select(1, head)  # (B, lanes, D)
     outs, lses, low = [], [], 0
     for count, width in tables.families:

@@ -41,8 +41,7 @@ class StepTables:
         def table(numbers: object, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.tensor(numbers, dtype=dtype, device=device)
 
-        self.lengths = table(pattern.segment_lengths, torch.int64)
-        self.rates = table(pattern.dilation_rates, torch.int64)
+        self.grid = table(pattern.grid, torch.int64)
         self.offsets = table(offsets)
         self.last_offsets = table([len(by_offset) - 1 for by_offset in members], torch.int64)
         self.first_rows = table(layout.first_rows(), torch.int64)
