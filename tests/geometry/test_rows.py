@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longnet.geometry import HEAD_OFFSETS, Branch, Pattern
-from longnet.geometry.chunks import own_parts
+from longnet.geometry.chunks import own_parts, windows
 from longnet.geometry.rows import distances, locate
 
 Pair = tuple[int, int]
@@ -109,7 +109,7 @@ def test_a_chunks_own_parts_are_its_pairs_each_once(pattern: Pattern, heads: int
         branch: [i for i, other in enumerate(pattern.branches) if other == branch] for branch in pattern.branches
     }
     for part in parts:
-        for branch in dict.fromkeys(part.branches):
+        for branch in dict.fromkeys(part.pattern.branches):
             # Of a sequence that begins with the part.
             rows = [
                 (head, p, p // branch.segment_length)
@@ -136,11 +136,11 @@ def test_a_chunks_own_parts_are_its_pairs_each_once(pattern: Pattern, heads: int
 def test_no_key_is_read_across_a_window(pattern: Pattern, position: int, length: int, most: int) -> None:
     start = pattern.window_start(position)
     assert 0 <= start <= position < start + pattern.period
-    windows = list(pattern.windows(length, most))
-    assert [p for first, last in windows for p in range(first, last)] == list(range(length))
-    for first, last in windows:
-        assert last - first <= max(most, pattern.period)
-        assert all(first % branch.segment_length == 0 for branch in pattern.branches)
+    parts = windows(pattern, length, most)
+    assert [p for part in parts for p in range(length)[part.tokens]] == list(range(length))
+    for part in parts:
+        assert part.last - part.first <= max(most, pattern.period) and part.pattern == pattern
+        assert all(part.first % branch.segment_length == 0 for branch in pattern.branches)
     same = all(position // b.segment_length == length // b.segment_length for b in pattern.branches)
     assert pattern.same_segments(position, length) == same
     assert pattern.span(length) == max(min(b.segment_length, length) for b in pattern.branches)

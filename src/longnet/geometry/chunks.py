@@ -1,4 +1,7 @@
-"""What the tokens of a chunk say to each other, wherever it starts in the sequence: a part of a stream, or a rank's shard."""
+"""Parts of a sequence that are sequences of their own, and what the tokens of a chunk say to each other.
+
+A chunk may start anywhere: it is what a stream reads next, or a rank's shard.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,21 @@ from longnet.geometry.rows import Branch
 
 @dataclass(frozen=True)
 class OwnPart:
-    """Tokens ``first`` to ``last`` of a chunk that these branches treat as a sequence of its own."""
+    """Tokens ``first`` to ``last`` that the branches of ``pattern`` treat as a sequence of its own."""
 
     first: int
     last: int
-    branches: tuple[Branch, ...]
+    pattern: Pattern
 
     @property
     def tokens(self) -> slice:
         return slice(self.first, self.last)
+
+
+def windows(pattern: Pattern, length: int, most: int) -> list[OwnPart]:
+    """``length`` tokens in parts across which no key is read. A part has at most ``most`` tokens, or those of one period."""
+    step = max(1, most // pattern.period) * pattern.period
+    return [OwnPart(start, min(start + step, length), pattern) for start in range(0, length, step)]
 
 
 def own_parts(pattern: Pattern, start: int, length: int) -> tuple[tuple[OwnPart, ...], tuple[Branch, ...]]:
@@ -42,6 +51,6 @@ def own_parts(pattern: Pattern, start: int, length: int) -> tuple[tuple[OwnPart,
                 unaligned.append(branch)
         if continued < length:
             parts.setdefault((continued, length), []).append(branch)
-    calls = [OwnPart(0, length, tuple(whole))] if whole else []
-    calls += [OwnPart(first, last, tuple(branches)) for (first, last), branches in parts.items()]
+    calls = [OwnPart(0, length, pattern.of(*whole))] if whole else []
+    calls += [OwnPart(first, last, pattern.of(*branches)) for (first, last), branches in parts.items()]
     return tuple(calls), tuple(unaligned)

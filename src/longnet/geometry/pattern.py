@@ -6,7 +6,7 @@ Source: LongNet, arXiv 2307.02486, sections 2.2 (dilation), 2.3 (mixture) and 2.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, get_args
@@ -130,11 +130,6 @@ class Pattern(Branches):
     def window_start(self, position: int) -> int:
         """The last position up to this one at which every branch starts a segment: no earlier key is read."""
         return position - position % self.period
-
-    def windows(self, length: int, most: int) -> Iterator[tuple[int, int]]:
-        """``length`` tokens in parts across which no key is read: (start, stop). Each has ``most`` tokens, or one period."""
-        step = max(1, most // self.period) * self.period
-        return ((start, min(start + step, length)) for start in range(0, length, step))
 
     def same_segments(self, position: int, other: int) -> bool:
         """Whether both positions lie in one segment of every branch."""

@@ -26,6 +26,7 @@ from longnet.attention import merge
 from longnet.attention.backends.views import padding_view, repeat_heads, rows_without_keys, signed, sum_heads, tile_view
 from longnet.attention.call import AttentionInputs, AttentionSpec, Gradients, SavedForward
 from longnet.geometry import Plan, Tile, make_plan
+from longnet.geometry.chunks import windows
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -81,8 +82,8 @@ def _blocks(inputs: AttentionInputs) -> Iterator[_Block]:
     """
     batch, heads, length, dim = inputs.query.shape
     group, pattern = inputs.group, inputs.spec.pattern
-    windows = list(pattern.windows(length, _BLOCK // dim))
-    tokens = windows[0][1]
+    parts = windows(pattern, length, _BLOCK // dim)
+    tokens = parts[0].last
     segments = min(len(branch.starts(tokens)) for branch in pattern.branches)
     head_count = max(_BLOCK // (tokens * dim), -(-torch.get_num_threads() // segments))
     head_count = min(heads, max(group, head_count // group * group))
@@ -90,13 +91,13 @@ def _blocks(inputs: AttentionInputs) -> Iterator[_Block]:
     for row in range(0, batch, batch_count):
         for head in range(0, heads, head_count):
             last = min(heads, head + head_count)
-            for start, stop in windows:
+            for part in parts:
                 yield _Block(
                     slice(row, min(batch, row + batch_count)),
                     slice(head, last),
                     slice(head // group, last // group),
-                    slice(start, stop),
-                    make_plan(pattern, heads, stop - start, head, last),
+                    part.tokens,
+                    make_plan(part.pattern, heads, part.last - part.first, head, last),
                 )
 
 

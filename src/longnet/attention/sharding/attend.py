@@ -37,8 +37,7 @@ class Shard:
 
     def _part(self, part: OwnPart) -> AttentionInputs:
         """An ordinary call."""
-        own = self.inputs.tokens(part.tokens)
-        return own.with_spec(pattern=own.spec.pattern.of(*part.branches))
+        return self.inputs.tokens(part.tokens).with_spec(pattern=part.pattern)
 
     def _run_backward(self, part: OwnPart, saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
         out, lse, grad_out = (x[:, :, part.tokens] for x in (saved.out, saved.lse, grad_out))

@@ -75,12 +75,12 @@ def _attend(chunk: AttentionInputs, cache: DilatedCache) -> Tensor:
     parts, unaligned = own_parts(pattern, start, chunk.length)
     # Branches that can be computed in one go are: backends visit keys that nested branches share once.
     if parts and parts[0].tokens == slice(0, chunk.length):
-        mixture = _Mixture(*_run(chunk, pattern.of(*parts[0].branches)))
+        mixture = _Mixture(*_run(chunk, parts[0].pattern))
         parts = parts[1:]
     else:
         mixture = _Mixture(*chunk.mixture_of_nothing())
     for part in parts:
-        mixture.add(slice(None), part.tokens, *_run(chunk.tokens(part.tokens), pattern.of(*part.branches)))
+        mixture.add(slice(None), part.tokens, *_run(chunk.tokens(part.tokens), part.pattern))
     for branch, blocks in cache.layout.branches:
         segment, stop = branch.segment_start(start), min(branch.segment_stop(start), start + chunk.length)
         if segment == start or (
