@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -141,7 +141,7 @@ class Pattern(Branches):
 
     def of(self, *branches: Branch) -> Pattern:
         """These branches alone, for the same heads."""
-        return replace(self, branches=branches)
+        return Pattern(branches, self.head_offsets, self.head_numbers)
 
     def offset(self, branch: Branch, head: int, heads: int) -> int:
         """The offset of ``head`` (of ``heads``) inside every segment of ``branch``.

@@ -49,7 +49,7 @@ class Branch:
 
     def segment_stop(self, position: T) -> T:
         """Where the segment after it begins."""
-        return self.segment_start(position) + self.segment_length
+        return position - position % self.segment_length + self.segment_length
 
     def starts(self, length: int) -> range:
         """Where the segments of ``length`` tokens begin."""
@@ -75,15 +75,13 @@ class Branch:
 
     def selected(self, start: int, stop: int, offset: int) -> Rows:
         """What a head with this ``offset`` selects of the positions from ``start`` to ``stop``, all of one segment."""
-        segment = self.segment_start(start)
-        number = self.rows(start - segment, offset)
-        first = segment + offset + number * self.dilation_rate
-        return Rows(number, first, self.dilation_rate, self.rows(stop - segment, offset) - number)
+        first, rate = start - start % self.segment_length + offset, self.dilation_rate
+        number = -(-(start - first) // rate)
+        return Rows(number, first + number * rate, rate, -(-(stop - first) // rate) - number)
 
     def is_aligned(self, position: int) -> bool:
         """Whether the offset 0 selects a position: from there on offsets are those of the segment."""
-        selected: bool = self.selects(position, 0)
-        return selected
+        return position % self.segment_length % self.dilation_rate == 0
 
     def begins_anew(self, start: int, length: int | None) -> bool:
         """Whether ``length`` tokens from ``start`` on have the rows that they would have as a sequence of their own.

@@ -112,11 +112,14 @@ class DilatedCache:
         own = (self.keys, self.values, self.padding, self.position_tensor)
         return sum(x.nbytes for x in own) + self.tables.nbytes
 
-    def _rows_of(self, block: Block, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Rows ``[first, last)`` of a block's keys and values, (B, Hk of the block, last - first, D) each, as views."""
-        span = slice(block.first, block.first + block.size)
-        keys, values = (x[:, span].unflatten(1, (block.kv_count, block.rows)) for x in (self.keys, self.values))
-        return keys[:, :, first:last], values[:, :, first:last]
+    def _rows_of(self, block: Block, first: int, last: int, blocks: int = 1) -> tuple[Tensor, Tensor]:
+        """Rows ``[first, last)`` of a block's keys and values, (B, Hk of the block, last - first, D) each, as views.
+
+        Of this many ``blocks`` of one shape, one behind the other, if there are several.
+        """
+        span, shape = slice(block.first, block.first + blocks * block.size), (blocks * block.kv_count, block.rows)
+        keys, values = (x[:, span].unflatten(1, shape)[:, :, first:last] for x in (self.keys, self.values))
+        return keys, values
 
     def moved(self, tokens: int, *, on_device: bool = True) -> None:
         """Count tokens whose rows have been written; not ``on_device`` when a step has counted them there itself.

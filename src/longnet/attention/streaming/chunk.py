@@ -7,8 +7,6 @@ them: a rectangle without a diagonal. The parts are mixed by their softmax denom
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -21,7 +19,6 @@ from longnet.attention.streaming.rectangle import rectangle_attention
 from longnet.geometry import Branch, Pattern, Tile, make_plan
 from longnet.geometry.chunks import own_parts
 from longnet.geometry.layout import Block, Heads
-from longnet.geometry.rows import Rows
 
 
 class _Mixture:
@@ -63,13 +60,13 @@ def attend_chunk(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache,
 
 
 def _run(inputs: AttentionInputs, pattern: Pattern) -> tuple[Tensor, Tensor]:
-    """(out, lse) of the tokens as if they were a whole sequence."""
-    inputs = inputs.with_spec(pattern=pattern)
+    """(out, lse) of the tokens as if they were a whole sequence with this pattern."""
+    inputs = AttentionInputs(*inputs.tensors, AttentionSpec(pattern, True, inputs.spec.scale))
     return select_backend("auto", inputs).run(inputs)
 
 
 def _attend(chunk: AttentionInputs, cache: DilatedCache) -> Tensor:
-    pattern, start = cache.pattern, cache.position
+    pattern, start, scale = cache.pattern, cache.position, chunk.spec.scale
     if pattern.window_start(start) == start:
         return _run(chunk, pattern)[0]
     parts, unaligned = own_parts(pattern, start, chunk.length)
@@ -83,9 +80,7 @@ def _attend(chunk: AttentionInputs, cache: DilatedCache) -> Tensor:
         mixture.add(slice(None), part.tokens, *_run(chunk.tokens(part.tokens), part.pattern))
     for branch, blocks in cache.layout.branches:
         segment, stop = branch.segment_start(start), min(branch.segment_stop(start), start + chunk.length)
-        if segment == start or (
-            branch.is_aligned(start) and _add_rectangle(mixture, chunk, cache, branch, blocks, stop)
-        ):
+        if segment == start or _add_rectangle(mixture, chunk, cache, branch, blocks, stop):
             continue
         row_by_row = branch in unaligned
         for block in blocks:
@@ -98,9 +93,9 @@ def _attend(chunk: AttentionInputs, cache: DilatedCache) -> Tensor:
             if row_by_row:
                 mixture.add(block.heads, tokens, *_own_rows(query, chunk, block, tokens))
             if rows.number:
-                padded = _padded_rows(cache, branch.selected(segment, start, block.offset))
+                padded = _padded_rows(cache, branch, block.offset)
                 cached = cache._rows_of(block, 0, rows.number)
-                mixture.add(block.heads, tokens, *rectangle_attention(query, *cached, chunk.spec.scale, padded))
+                mixture.add(block.heads, tokens, *rectangle_attention(query, *cached, scale, padded))
     return mixture.out.to(chunk.query.dtype)
 
 
@@ -111,8 +106,7 @@ def _own_rows(query: Tensor, chunk: AttentionInputs, block: Block, tokens: slice
     count = query.shape[2]
     if count == 1:
         return rectangle_attention(query, key, value, chunk.spec.scale, padded)
-    inputs = replace(chunk, query=query, key=key, value=value, mask=padded)
-    return _run(inputs, Pattern((Branch(count, 1),)))
+    return _run(AttentionInputs(query, key, value, padded, None, chunk.spec), Pattern((Branch(count, 1),)))
 
 
 def _add_rectangle(
@@ -120,13 +114,14 @@ def _add_rectangle(
 ) -> bool:
     """Mix in what the chunk's rows up to ``stop`` see of the rows that were read before, if one call takes all of them."""
     start = cache.position
+    if not branch.is_aligned(start) or cache._most_padding > branch.segment_start(start):
+        return False
     tile = _one_tile(cache, branch, blocks, stop - start)
-    if tile is None or cache._most_padding > branch.segment_start(start):
+    if tile is None:
         return False
     # Offset by offset and head by head, as the blocks lie.
     query = tile_view(chunk.query, tile)
-    whole = replace(blocks[0], kv_count=len(blocks) * blocks[0].kv_count)
-    cached = cache._rows_of(whole, 0, branch.selected(start, stop, 0).number)
+    cached = cache._rows_of(blocks[0], 0, branch.selected(start, stop, 0).number, len(blocks))
     out, lse = rectangle_attention(query.flatten(1, 3), *cached, chunk.spec.scale, None)
     mixed = tile_view(mixture.out, tile), tile_view(mixture.lse, tile)
     merge.merge_(*mixed, out.view(query.shape), lse.view(query.shape[:-1]))
@@ -140,11 +135,12 @@ def _one_tile(cache: DilatedCache, branch: Branch, blocks: tuple[Block, ...], le
     return tiles[0] if len(tiles) == len(shapes) == 1 and tiles[0].offsets == len(blocks) else None
 
 
-def _padded_rows(cache: DilatedCache, rows: Rows) -> Tensor | None:
-    """Which rows are padding: (B, rows)."""
-    if cache._most_padding <= rows.first:
+def _padded_rows(cache: DilatedCache, branch: Branch, offset: int) -> Tensor | None:
+    """Which rows that were read before are padding, of those that the offset selects in the segment: (B, rows)."""
+    segment = branch.segment_start(cache.position)
+    if cache._most_padding <= segment + offset:
         return None
-    at = rows.positions
+    at = branch.selected(segment, cache.position, offset).positions
     return torch.arange(at.start, at.stop, at.step, device=cache.device) < cache.padding[:, None]
 
 
