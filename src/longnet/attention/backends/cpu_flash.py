@@ -14,7 +14,7 @@ loses all digits where scores are huge.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from longnet.attention import merge
 from longnet.attention.backends.views import padding_view, repeat_heads, rows_without_keys, signed, sum_heads, tile_view
-from longnet.attention.call import AttentionInputs, AttentionSpec, Gradients, SavedForward
+from longnet.attention.call import AttentionInputs, Gradients, SavedForward
 from longnet.geometry import Plan, Tile, make_plan
 from longnet.geometry.chunks import windows
 
@@ -170,43 +170,41 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         return out, lse.fill_(-torch.inf)
     for block in _blocks(inputs):
         q, k, v, masks = _rows(block, inputs)
-        parts = _forward_block((signed(q, spec.scale), k, v), masks, block.plan, spec)
-        _mix(block.of(out), block.of(lse), parts)
+        # The kernel takes a scale above 0, so its sign goes into the query.
+        tensors, scale = (signed(q, spec.scale), k, v), abs(spec.scale) or 1.0
+        parts = _parts(_flash, tensors, masks, block.plan, spec.is_causal, scale)
+        _mix(block.of(out), block.of(lse), parts, masks)
         # Before the next block makes its own: a second set would be the peak.
         del parts
     return out, lse
 
 
-def _kernel_calls(
-    tensors: tuple[Tensor, ...], masks: _Padding | None, plan: Plan
-) -> Iterator[tuple[bool, Tile, _Index, list[Tensor], Tensor | None]]:
-    """(whether the call may assign, its tile and index, its rows of the tensors, its mask) for all calls of a block.
+# Whether a part may assign (the others mix or add), its tile and index, and what the kernel gave.
+_Part = tuple[bool, Tile, _Index, tuple[Tensor, ...]]
 
-    Calls of a first branch that covers everything may assign, the others mix or add.
-    """
+
+def _parts(
+    kernel: Callable[..., tuple[Tensor, ...]],
+    tensors: tuple[Tensor, ...],
+    masks: _Padding | None,
+    plan: Plan,
+    is_causal: bool,
+    scale: float,
+) -> list[_Part]:
+    """The kernel's results for all calls of a block. Parts of a first branch that covers everything may assign."""
+    parts = []
     for number, branch in enumerate(plan.branches):
         assign = number == 0 and branch.covers_all
         for tile in branch.tiles:
             views = [tile_view(x, tile) for x in tensors]
             for index in _calls(tile, views[0].shape[0]):
                 mask = None if masks is None else masks.call(tile, index)
-                yield assign, tile, index, [view[index] for view in views], mask
-
-
-def _forward_block(
-    tensors: tuple[Tensor, ...], masks: _Padding | None, plan: Plan, spec: AttentionSpec
-) -> list[tuple[bool, Tile, _Index, tuple[Tensor, Tensor]]]:
-    """The kernel's (out, lse) for every call, from (q, k, v) of a block; q carries the scale's sign."""
-    parts = []
-    for assign, tile, index, views, mask in _kernel_calls(tensors, masks, plan):
-        out, lse = _flash(*views, 0.0, spec.is_causal, attn_mask=mask, scale=abs(spec.scale) or 1.0)
-        if masks is not None:
-            lse = lse.masked_fill(masks.empty_rows(tile, index), -torch.inf)
-        parts.append((assign, tile, index, (out, lse)))
+                results = kernel(*(view[index] for view in views), 0.0, is_causal, attn_mask=mask, scale=scale)
+                parts.append((assign, tile, index, results))
     return parts
 
 
-def _mix(out: Tensor, lse: Tensor, parts: list[tuple[bool, Tile, _Index, tuple[Tensor, Tensor]]]) -> None:
+def _mix(out: Tensor, lse: Tensor, parts: list[_Part], masks: _Padding | None) -> None:
     """Mix the parts into a block's results, which may hold anything before.
 
     After all kernel calls, not between them: the results then stay in cache while they are touched. They are their own
@@ -217,6 +215,8 @@ def _mix(out: Tensor, lse: Tensor, parts: list[tuple[bool, Tile, _Index, tuple[T
         lse.fill_(-torch.inf)
     for assign, tile, index, (part, part_lse) in parts:
         out_rows, lse_rows = tile_view(out, tile)[index], tile_view(lse, tile)[index]
+        if masks is not None:
+            part_lse = part_lse.masked_fill(masks.empty_rows(tile, index), -torch.inf)
         if assign:
             out_rows.copy_(part)
             lse_rows.copy_(part_lse)
@@ -229,7 +229,7 @@ def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None) -> 
     inputs, grads = saved.inputs, saved.inputs.empty_gradients()
     if inputs.query.numel() == 0:
         return grads.zeroed()
-    group, dim = inputs.group, inputs.query.shape[-1]
+    group, dim, spec = inputs.group, inputs.query.shape[-1], inputs.spec
     for block in _blocks(inputs):
         q, k, v, masks = _rows(block, inputs)
         grad_o, o = _dense(block.of(grad_out)), _dense(block.of(saved.out))
@@ -237,13 +237,13 @@ def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None) -> 
         q, o, lse = merge.rows_for_backward(grad_o, grad_l, q, o, block.of(saved.lse))
         if grad_l is not None:
             grad_o, q, k, v, o = merge.fold_lse_gradient(grad_o, q, k, v, o, grad_l)
-        parts = _backward_block((grad_o, q, k, v, o, lse), masks, block.plan, inputs.spec)
+        parts = _parts(_flash_backward, (grad_o, q, k, v, o, lse), masks, block.plan, spec.is_causal, spec.scale)
         for which, shared in enumerate((1, group, group)):
             target = block.of(grads[which]) if which == 0 else block.of_kv(grads[which])
             # Where the gradient can hold the accumulator's precision and shape, it is the accumulator.
             in_place = shared == 1 and grad_lse is None and target.dtype == lse.dtype
             total = target if in_place else torch.empty_like(q, dtype=lse.dtype)
-            _add_up(total, [(assign, tile, index, part[which]) for assign, tile, index, part in parts])
+            _add_up(total, parts, which)
             if not in_place:
                 target.copy_(sum_heads(total[..., :dim], shared))
         # Before the next block makes its own: a second set would be the peak.
@@ -251,23 +251,13 @@ def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None) -> 
     return grads
 
 
-def _backward_block(
-    tensors: tuple[Tensor, ...], masks: _Padding | None, plan: Plan, spec: AttentionSpec
-) -> list[tuple[bool, Tile, _Index, tuple[Tensor, ...]]]:
-    """The kernel's gradients of q, k and v for every call, from (grad_out, q, k, v, out, lse) of a block."""
-    return [
-        (assign, tile, index, _flash_backward(*views, 0.0, spec.is_causal, attn_mask=mask, scale=spec.scale))
-        for assign, tile, index, views, mask in _kernel_calls(tensors, masks, plan)
-    ]
-
-
-def _add_up(total: Tensor, parts: list[tuple[bool, Tile, _Index, Tensor]]) -> None:
-    """Add the parts up in a block's accumulator, which may hold anything before."""
+def _add_up(total: Tensor, parts: list[_Part], which: int) -> None:
+    """Add the parts' gradients of one tensor up in a block's accumulator, which may hold anything before."""
     if not (parts and parts[0][0]):
         total.zero_()
-    for assign, tile, index, part in parts:
+    for assign, tile, index, gradients in parts:
         rows = tile_view(total, tile)[index]
         if assign:
-            rows.copy_(part)
+            rows.copy_(gradients[which])
         else:
-            rows.add_(part)
+            rows.add_(gradients[which])
