@@ -6,9 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longnet.attention.backends.views import bias_columns
 from longnet.geometry import HEAD_OFFSETS, Branch, Pattern
 from longnet.geometry.chunks import own_parts, windows
-from longnet.geometry.rows import distances, locate
+from longnet.geometry.rows import locate
 
 Pair = tuple[int, int]
 
@@ -147,6 +148,9 @@ def test_no_key_is_read_across_a_window(pattern: Pattern, position: int, length:
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 5), st.integers(-40, 40))
-def test_distances_are_those_between_any_two_rows(queries: int, keys: int, step: int, between: int) -> None:
+def test_the_columns_of_a_bias_are_the_distances_of_any_two_rows(
+    queries: int, keys: int, step: int, between: int
+) -> None:
     pairs = {between + k * step - q * step for q in range(queries) for k in range(keys)}
-    assert list(distances(queries, keys, step, between)) == sorted(pairs)
+    bias = torch.arange(-100, 101)
+    assert bias[bias_columns(bias, queries, keys, step, between)].tolist() == sorted(pairs)

@@ -12,7 +12,7 @@ from fractions import Fraction
 from functools import cache
 from itertools import pairwise
 
-from longnet.checks import check_int
+from longnet.checks import check_ints
 from longnet.geometry.pattern import Pattern
 from longnet.geometry.rows import Branch
 
@@ -64,8 +64,7 @@ def score_pairs(pattern: Pattern, heads: int, length: int, is_causal: bool = Fal
         length: tokens N.
         is_causal: keys after the query are left out.
     """
-    check_int("heads", heads, 1)
-    check_int("length", length, 1)
+    check_ints(1, heads=heads, length=length)
     total = 0
     for branch in pattern.branches:
         for offset, count in Counter(pattern.offset(branch, head, heads) for head in range(heads)).items():
@@ -134,15 +133,8 @@ def cost(
         TypeError, ValueError: a number that is no int or below 1, ``heads`` not divisible by ``kv_heads``.
     """
     kv_heads = heads if kv_heads is None else kv_heads
-    for name, value in (
-        ("heads", heads),
-        ("length", length),
-        ("head_dim", head_dim),
-        ("kv_heads", kv_heads),
-        ("batch", batch),
-        ("bytes_per_element", bytes_per_element),
-    ):
-        check_int(name, value, 1)
+    check_ints(1, heads=heads, length=length, head_dim=head_dim, kv_heads=kv_heads, batch=batch)
+    check_ints(1, bytes_per_element=bytes_per_element)
     if heads % kv_heads:
         raise ValueError(f"heads={heads} is not divisible by kv_heads={kv_heads}: expected a divisor of heads")
     query = batch * heads * length * head_dim * bytes_per_element

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 
-from longnet.checks import check_int
+from longnet.checks import check_int, check_ints
 from longnet.geometry.cost import digit_steps
 from longnet.geometry.pattern import Pattern
 from longnet.geometry.rows import Branch
@@ -128,8 +128,7 @@ def reach(
     Raises:
         TypeError, ValueError: numbers out of range, or more than ``LONGEST_REACH`` tokens to follow.
     """
-    for name, value in (("heads", heads), ("length", length), ("layers", layers)):
-        check_int(name, value, 1)
+    check_ints(1, heads=heads, length=length, layers=layers)
     position = length - 1 if position is None else position
     if not 0 <= position < length:
         raise ValueError(f"position={position} is outside the sequence: expected 0 <= position < length={length}")

@@ -123,14 +123,3 @@ def locate(position: T, lengths: T, rates: T) -> tuple[T, T, T]:
     number = local // rates
     offset = local - number * rates
     return offset, number, position - local + offset
-
-
-def distances(queries: int, keys: int, step: int, between: int = 0) -> range:
-    """The distances from any of ``queries`` rows to any of ``keys`` rows, in tokens, rising.
-
-    Args:
-        step: tokens from row to row.
-        between: tokens from the first query to the first key.
-    """
-    lowest = between - (queries - 1) * step
-    return range(lowest, lowest + (queries + keys - 2) * step + 1, step)

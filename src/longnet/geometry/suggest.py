@@ -5,7 +5,7 @@ Source: LongNet, arXiv 2307.02486, section 2.3 (segment lengths and rates grow a
 
 from __future__ import annotations
 
-from longnet.checks import check_int
+from longnet.checks import check_int, check_ints
 from longnet.geometry.coverage import offsets_taken
 from longnet.geometry.pattern import Pattern
 from longnet.geometry.rows import Branch
@@ -41,8 +41,7 @@ def suggest_pattern(
         TypeError: a number that is no int.
         ValueError: a number below 1 (``ratio`` below 2), or no such series within the budget: names the least budget.
     """
-    for name, value in (("max_length", max_length), ("budget", budget), ("ratio", ratio)):
-        check_int(name, value, 1)
+    check_ints(1, max_length=max_length, budget=budget, ratio=ratio)
     if ratio < 2:
         raise ValueError(f"ratio={ratio} does not grow: expected an int of at least 2")
     cap = None if heads is None else _largest_rate(check_int("heads", heads, 1), ratio, head_offsets, max_length)

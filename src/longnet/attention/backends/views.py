@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from longnet.geometry import Tile
-from longnet.geometry.rows import distances
 
 
 def tile_view(x: Tensor, tile: Tile) -> Tensor:
@@ -32,9 +31,14 @@ def padding_view(padding: Tensor, tile: Tile) -> Tensor:
 
 
 def bias_columns(bias: Tensor, queries: int, keys: int, step: int, between: int = 0) -> slice:
-    """The columns of a bias (..., 2L - 1) at these :func:`longnet.geometry.rows.distances`."""
-    columns, centre = distances(queries, keys, step, between), bias.shape[-1] // 2
-    return slice(centre + columns.start, centre + columns.stop, step)
+    """The columns of a bias (..., 2L - 1) at the distances from any of ``queries`` rows to any of ``keys`` rows, rising.
+
+    Args:
+        step: tokens from row to row.
+        between: tokens from the first query to the first key.
+    """
+    lowest = bias.shape[-1] // 2 + between - (queries - 1) * step
+    return slice(lowest, lowest + (queries + keys - 2) * step + 1, step)
 
 
 def rows_without_keys(padded: Tensor, is_causal: bool) -> Tensor:
