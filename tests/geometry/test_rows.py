@@ -74,7 +74,7 @@ def test_a_position_is_the_row_that_locate_says(branch: Branch, position: int) -
 
 
 @given(branches(), st.integers(0, 60), st.integers(0, 60))
-def test_tokens_begin_anew_where_pairs_are_those_of_a_sequence_of_their_own(branch, start: int, length: int) -> None:
+def test_tokens_are_a_sequence_of_their_own_where_its_rows_are_the_same(branch, start: int, length: int) -> None:
     def pairs(first: int) -> set[Pair]:
         same = branch.segment_number
         every = range(branch.dilation_rate)
@@ -83,11 +83,11 @@ def test_tokens_begin_anew_where_pairs_are_those_of_a_sequence_of_their_own(bran
         } | {(p - first, -1) for p in range(first + 1, first + length) if same(p) != same(p - 1)}
 
     same = pairs(start) == pairs(0)
-    assert branch.begins_anew(start, length) <= same
+    assert branch.is_own_sequence(start, length) <= same
     # A cut between rows whose offsets go on may look the same for a few tokens.
     if length > branch.segment_length:
-        assert branch.begins_anew(start, length) == same
-    assert branch.begins_anew(start, None) == (start % branch.segment_length == 0)
+        assert branch.is_own_sequence(start, length) == same
+    assert branch.is_own_sequence(start, None) == (start % branch.segment_length == 0)
 
 
 @given(patterns(), st.integers(1, 4), st.integers(0, 50), st.integers(1, 50))

@@ -56,7 +56,7 @@ def warn_moved_rows(rows: Iterable[tuple[int, int | None]], pattern: Pattern) ->
 
 def _moves(padding: int, tokens: int | None, pattern: Pattern) -> bool:
     length = None if tokens is None else tokens - padding
-    return length != 0 and not all(branch.begins_anew(padding, length) for branch in pattern.branches)
+    return length != 0 and not all(branch.is_own_sequence(padding, length) for branch in pattern.branches)
 
 
 def _may_look(mask: Tensor, first: bool) -> bool:

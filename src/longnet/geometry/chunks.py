@@ -1,6 +1,6 @@
-"""Parts of a sequence that are sequences of their own, and what the tokens of a chunk say to each other.
+"""Parts of a sequence that can be computed as sequences of their own.
 
-A chunk may start anywhere: it is what a stream reads next, or a rank's shard.
+A chunk, the next tokens of a stream or a rank's shard, may start anywhere in a segment.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ class OwnPart:
 
 
 def windows(pattern: Pattern, length: int, most: int) -> list[OwnPart]:
-    """``length`` tokens in parts across which no key is read. A part has at most ``most`` tokens, or those of one period."""
+    """``length`` tokens cut so that no query reads a key of another part: at most ``most`` tokens each, or one period."""
     step = max(1, most // pattern.period) * pattern.period
     return [OwnPart(start, min(start + step, length), pattern) for start in range(0, length, step)]
 
 
 def own_parts(pattern: Pattern, start: int, length: int) -> tuple[tuple[OwnPart, ...], tuple[Branch, ...]]:
-    """What ``length`` tokens from position ``start`` on say to each other: ordinary calls, and branches to take row by row.
+    """The attention of ``length`` tokens, from position ``start`` on, among themselves.
 
-    The first part is the largest: all branches for which the chunk is a sequence that begins at its first token. A branch is
-    taken row by row, up to the end of the segment in which the chunk starts, where the chunk starts between its rows.
+    Returns:
+        The ordinary calls; the one on the whole chunk, if there is one, comes first. And the branches in which the chunk starts
+        between two rows: their rows, up to the end of the segment in which it starts, are no ordinary call.
     """
     whole: list[Branch] = []
     parts: dict[tuple[int, int], list[Branch]] = {}
     unaligned = []
     for branch in pattern.branches:
-        if branch.begins_anew(start, length):
+        if branch.is_own_sequence(start, length):
             whole.append(branch)
             continued = length
         else:

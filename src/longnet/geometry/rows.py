@@ -13,9 +13,13 @@ T = TypeVar("T", int, Any)
 
 
 class Rows(NamedTuple):
-    """Rows ``number``, ``number + 1``, ... of those that a head selects in a segment, ``size`` of them, ``step`` apart.
+    """The rows that one head selects in a part of a segment.
 
-    ``first`` is the position of row ``number``.
+    Args:
+        number: how many rows of the segment come before them.
+        first: the position of the first.
+        step: tokens from row to row.
+        size: how many they are.
     """
 
     number: int
@@ -56,7 +60,7 @@ class Branch:
         return range(0, length, self.segment_length)
 
     def spans(self, length: int) -> list[tuple[int, int, int]]:
-        """The segments of ``length`` tokens as runs of equally long ones: (where the run begins, segments, tokens of each)."""
+        """The segments of ``length`` tokens, equally long ones together: (where the first begins, segments, tokens of each)."""
         whole, rest = divmod(length, self.segment_length)
         runs = ((0, whole, self.segment_length), (whole * self.segment_length, 1, rest))
         return [run for run in runs if run[1] and run[2]]
@@ -80,14 +84,11 @@ class Branch:
         return Rows(number, first + number * rate, rate, -(-(stop - first) // rate) - number)
 
     def is_aligned(self, position: int) -> bool:
-        """Whether the offset 0 selects a position: from there on offsets are those of the segment."""
+        """Whether the offset 0 selects a position: a head then has the same offset after it as in the segment."""
         return position % self.segment_length % self.dilation_rate == 0
 
-    def begins_anew(self, start: int, length: int | None) -> bool:
-        """Whether ``length`` tokens from ``start`` on have the rows that they would have as a sequence of their own.
-
-        A ``length`` of None is a sequence that goes on forever.
-        """
+    def is_own_sequence(self, start: int, length: int | None) -> bool:
+        """Whether a sequence that began at ``start`` would have the same rows. A ``length`` of None means that it never ends."""
         if start == self.segment_start(start):
             return True
         return length is not None and self.is_aligned(start) and start + length <= self.segment_stop(start)

@@ -1,8 +1,7 @@
-"""One sequence in contiguous shards: what a shard computes by itself, and which rows of others it needs. Integers only.
+"""One sequence in contiguous shards: which rows of other shards a shard needs. Integers only.
 
-A branch's segment that lies inside a shard is the shard's own affair. One that crosses a shard's border is shared by
-neighbouring shards, and a shard's queries in it need the keys that the others select there: those of the segment before the
-shard (``before``), and in bidirectional attention those after it. Two shards share at most one segment of a branch.
+Neighbouring shards share a segment that crosses their border. A shard's queries in it need the keys that the others select
+there: those before the shard, and in bidirectional attention those after it. Two shards share at most one segment of a branch.
 """
 
 from __future__ import annotations
