@@ -137,7 +137,7 @@ class Pattern(Branches):
 
     def span(self, length: int) -> int:
         """The most tokens of a sequence of ``length`` that lie in one segment, at least 1: distances in it are below."""
-        return max(1, *(branch.longest(length) for branch in self.branches))
+        return max(1, min(max(self.segment_lengths), length))
 
     def of(self, *branches: Branch) -> Pattern:
         """These branches alone, for the same heads."""
