@@ -10,6 +10,7 @@ from longnet.attention.backends.views import bias_columns
 from longnet.geometry import HEAD_OFFSETS, Branch, Pattern
 from longnet.geometry.chunks import own_parts, windows
 from longnet.geometry.rows import locate
+from longnet.geometry.shards import Shards, shared_rows
 
 Pair = tuple[int, int]
 
@@ -154,3 +155,37 @@ def test_the_columns_of_a_bias_are_the_distances_of_any_two_rows(
     pairs = {between + k * step - q * step for q in range(queries) for k in range(keys)}
     bias = torch.arange(-100, 101)
     assert bias[bias_columns(bias, queries, keys, step, between)].tolist() == sorted(pairs)
+
+
+@given(
+    patterns(),
+    st.integers(1, 3),
+    st.integers(1, 2),
+    st.lists(st.integers(0, 20), min_size=2, max_size=4),
+    st.booleans(),
+)
+@settings(max_examples=200, deadline=None)
+def test_shards_share_the_pairs_that_cross_their_borders(pattern, kv_heads, group, lengths, is_causal) -> None:
+    shards, heads = Shards(tuple(lengths)), kv_heads * group
+    ranks = range(len(lengths))
+    owner_of = [rank for rank in ranks for _ in range(lengths[rank])]
+    expected = sorted(
+        (number, head, q, k)
+        for number, branch in enumerate(pattern.branches)
+        for head in range(heads)
+        for q in range(shards.total)
+        for k in range(q if is_causal else shards.total)
+        if owner_of[q] != owner_of[k]
+        and q // branch.segment_length == k // branch.segment_length
+        and pattern.selects(branch, head, heads, q)
+        and pattern.selects(branch, head, heads, k)
+    )
+    found = []
+    for owner in ranks:
+        for receiver in ranks:
+            for one in shared_rows(pattern, heads, kv_heads, shards, owner, receiver, is_causal):
+                assert one.before == (owner < receiver) and {head // group for head in one.heads} == {one.kv_head}
+                assert {owner_of[k] for k in one.keys.positions} == {owner}
+                pairs = [(q, k) for q in one.queries.positions for k in one.keys.positions]
+                found += [(one.branch, head, *pair) for head in one.heads for pair in pairs]
+    assert sorted(found) == expected
