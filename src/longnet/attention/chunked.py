@@ -57,7 +57,7 @@ class Rows:
         if self.bias is not None:
             # Row i of the windows is the bias at distances (0 - i) .. (keys - 1 - i).
             windows = self.bias[:, self._distances(queries, keys)].unfold(-1, keys.stop, 1).flip(1)
-            scores += windows[self._lanes(groups)]
+            scores += windows[self._bias_rows(groups)]
         if self.padded is not None:
             scores.masked_fill_(self.padded[groups, None, keys], -torch.inf)
         if self.is_causal:
@@ -70,7 +70,7 @@ class Rows:
         count = self.query.shape[1]
         return slice(count - queries.stop, count - 1 - queries.start + keys.stop)
 
-    def _lanes(self, groups: slice) -> Tensor:
+    def _bias_rows(self, groups: slice) -> Tensor:
         """The bias's row of each group."""
         assert self.bias is not None
         return torch.arange(groups.start, groups.stop, device=self.query.device) % self.bias.shape[0]
@@ -111,9 +111,9 @@ class Rows:
             grad_k[groups, keys] += grad_s.transpose(-1, -2) @ self.query[groups, queries] * self.scale
             if grad_bias is not None:
                 height, width = grad_s.shape[1:]
-                by_lane = grad_s.new_zeros(len(grad_bias), height, width).index_add_(0, self._lanes(groups), grad_s)
+                by_row = grad_s.new_zeros(len(grad_bias), height, width).index_add_(0, self._bias_rows(groups), grad_s)
                 # Skewing rows by one each turns diagonals of equal distance into columns, which then add up without atomics.
-                skewed = F.pad(by_lane.flip(1), (0, height)).flatten(1)[:, :-height]
+                skewed = F.pad(by_row.flip(1), (0, height)).flatten(1)[:, :-height]
                 by_distance = skewed.unflatten(1, (height, width + height - 1)).sum(1)
                 grad_bias[:, self._distances(queries, keys)] += by_distance
         if self.padded is not None:
