@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import MISSING, field, fields
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def is_int(value: object) -> bool:
@@ -55,3 +59,58 @@ def check_number(
         low = f"above {least:g}" if above else f"at least {least:g}"
         raise ValueError(f"{name}={value}: expected {low}{f' and at most {most:g}' if most < math.inf else ''}")
     return value
+
+
+def setting(
+    default: Any = MISSING,
+    help: str = "",
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    choices: tuple[str, ...] = (),
+    shown: str | None = None,
+) -> Any:
+    """A field of a frozen dataclass of settings, for :func:`check_settings` and the command line.
+
+    Args:
+        default: as of ``dataclasses.field``.
+        help: the text of its option; without one it is no option.
+        least, above, most: its bounds; a number must be larger than ``above``.
+        choices: the strings that it may be.
+        shown: the default that the command line shows, where that is not ``default``.
+    """
+    bounds = {"least": least, "above": above, "most": most}
+    bounds = {name: bound for name, bound in bounds.items() if bound is not None}
+    return field(default=default, metadata={"help": help, "bounds": bounds, "choices": choices, "shown": shown})
+
+
+def documented(settings: type[T]) -> type[T]:
+    """Add the help texts of a dataclass of settings to its docstring, whose last section lists attributes."""
+    lines = (f"        {one.name}: {one.metadata['help']}" for one in fields(settings) if one.metadata.get("help"))  # type: ignore[arg-type]
+    settings.__doc__ = "\n".join([(settings.__doc__ or "").rstrip(), *lines, ""])
+    return settings
+
+
+def check_settings(settings: Any) -> None:
+    """Check every field of a dataclass by its annotation, and by the bounds and choices of its :func:`setting`.
+
+    An int is at least 1 where no other bound is set. None is allowed where the annotation says so.
+
+    Raises:
+        TypeError: a value of another type. ValueError: a value out of bounds, or none of the choices.
+    """
+    for one in fields(settings):
+        name, value, kind = one.name, getattr(settings, one.name), str(one.type).removesuffix(" | None")
+        bounds, choices = one.metadata.get("bounds", {}), one.metadata.get("choices")
+        if value is None and kind != one.type:
+            continue
+        if kind == "bool":
+            check_flags(**{name: value})
+        elif kind == "int":
+            check_int(name, value, bounds.get("least", 1))
+        elif kind == "float":
+            least = bounds.get("above", bounds.get("least", -math.inf))
+            check_number(name, value, least, bounds.get("most", math.inf), above="above" in bounds)
+        elif choices and value not in choices:
+            raise ValueError(f"{name}={value!r} is unknown: expected one of {choices}")

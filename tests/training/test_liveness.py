@@ -7,8 +7,8 @@ import subprocess
 
 WAITS = """
 import os, signal, sys, threading
-from longnet.training.ranks import joined
-with joined(1, "cpu") as (ranks, device):
+from longnet.training.ranks import join_ranks
+with join_ranks(1, "cpu") as (ranks, device):
     ranks.wait()
     if os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -16,8 +16,8 @@ with joined(1, "cpu") as (ranks, device):
 """
 ENDS = """
 import os, signal, time
-from longnet.training.ranks import joined
-with joined(1, "cpu") as (ranks, device):
+from longnet.training.ranks import join_ranks
+with join_ranks(1, "cpu") as (ranks, device):
     ranks.wait()
     if os.environ["RANK"] == "0":
         os.kill(os.getpid(), signal.SIGTERM)
@@ -26,8 +26,8 @@ with joined(1, "cpu") as (ranks, device):
 """
 BUSY = """
 import os, signal, time
-from longnet.training.ranks import joined
-with joined(1, "cpu") as (ranks, device):
+from longnet.training.ranks import join_ranks
+with join_ranks(1, "cpu") as (ranks, device):
     ranks.wait()
     if os.environ["RANK"] == "0":
         os.kill(os.getpid(), signal.SIGTERM)

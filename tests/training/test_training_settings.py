@@ -11,7 +11,8 @@ import torch
 
 from longnet.models import LongNetConfig
 from longnet.training import TrainSettings
-from longnet.training.settings import changed_settings, choose_dtype, resolve_device
+from longnet.training.device import choose_dtype, resolve_device
+from longnet.training.settings import changed_settings
 
 Make = Callable[..., TrainSettings]
 

@@ -30,26 +30,26 @@ def generate(
 
     from longnet.models.generation import check_sampling
     from longnet.models.placement import device_of
+    from longnet.training.device import resolve_device
     from longnet.training.folder import load_model
-    from longnet.training.progress import SilentReporter, make_reporter
-    from longnet.training.settings import resolve_device
+    from longnet.training.progress import Reporter, make_reporter
 
-    given = _read_prompt(prompt, file)
+    content = _read_prompt(prompt, file)
     if tokens < 1:
         raise ValueError(f"tokens={tokens}: expected at least 1")
     check_sampling(temperature, top_k, top_p)
     model = load_model(run, resolve_device(device, "float32"))
-    start = torch.tensor([list(given)], dtype=torch.int64, device=device_of(model.embedding))
+    start = torch.tensor([list(content)], dtype=torch.int64, device=device_of(model.embedding))
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def show(content: bytes, final: bool = False) -> None:
-        sys.stdout.write(decoder.decode(content, final))
+    def show(new: bytes, final: bool = False) -> None:
+        sys.stdout.write(decoder.decode(new, final))
         sys.stdout.flush()
 
     # On a terminal the text itself shows how far it is.
-    reporter = SilentReporter() if sys.stdout.isatty() else make_reporter(sys.stderr)
-    reporter.begin(f"Generating {tokens:,} bytes after {len(given):,}")
-    show(given)
+    reporter = Reporter() if sys.stdout.isatty() else make_reporter(sys.stderr)
+    reporter.begin(f"Generating {tokens:,} bytes after {len(content):,}")
+    show(content)
     try:
         model.generate(
             start,

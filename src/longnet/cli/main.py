@@ -58,8 +58,8 @@ def run() -> None:
     except MemoryError as error:
         _fail(MemoryError(f"not enough memory: {error}" if str(error) else "not enough memory"), 2)
     except RuntimeError as error:
-        from longnet.training import TrainingDiverged
         from longnet.training.liveness import LostProcess
+        from longnet.training.trainer import TrainingDiverged
 
         # Any other RuntimeError is a defect and keeps its traceback.
         if not isinstance(error, TrainingDiverged | LostProcess):

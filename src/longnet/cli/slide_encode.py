@@ -70,8 +70,8 @@ def slide_encode(
     from longnet.gigapath import SlideEncoder
     from longnet.gigapath.architectures import segment_lengths
     from longnet.slides import is_made_from
+    from longnet.training.device import resolve_device
     from longnet.training.progress import make_reporter
-    from longnet.training.settings import resolve_device
 
     where = resolve_device(device, "float32")
     kind = dtype or ("float16" if where.type == "cuda" else "float32")
@@ -80,7 +80,7 @@ def slide_encode(
     if tile_size is not None and tile_size < 1:
         raise ValueError(f"--tile-size {tile_size}: expected at least 1 pixel")
     lengths = segment_lengths(max_wsi_size, tile_size or _TILE_SIZE)
-    todo, passed_over = _pairs(slides, out)
+    todo, passed_over = _find_slides(slides, out)
     settings = {
         "checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest(), "arch": arch, "tile_size": str(tile_size),
         "segment_lengths": str(lengths), "global_pool": str(global_pool), "all_layers": str(all_layers), "dtype": kind,
@@ -93,12 +93,12 @@ def slide_encode(
 
     def fail(source: Path, error: Exception) -> None:
         failed.append(source.name)
-        reporter.say(_why(source, error))
+        reporter.say(_describe_failure(source, error))
 
     left = []
     for source, target in todo:
         try:
-            if not is_made_from(target, settings | _mark(source)):
+            if not is_made_from(target, settings | _slide_version(source)):
                 left.append((source, target))
         except OSError as error:
             fail(source, error)
@@ -115,16 +115,16 @@ def slide_encode(
         )
         left[0][1].parent.mkdir(parents=True, exist_ok=True)
         reporter.begin(f"{len(left)} slides", 0.0)
-        encoded, said, before = 0, "", len(failed)
+        encoded, reported, before = 0, "", len(failed)
         with stop_on_signal(reporter.say, "this slide") as stopping:
             for number, (source, target) in enumerate(left, 1):
                 try:
-                    made_from = settings | _mark(source)
+                    made_from = settings | _slide_version(source)
                     tiles = _encode(model, source, target, made_from, tile_size, kind, all_layers, heatmap)
                     encoded += 1
-                    if tiles != said:
+                    if tiles != reported:
                         reporter.say(f"{source.name}: {tiles}")
-                        said = tiles
+                        reported = tiles
                 except ModuleNotFoundError:
                     # Every HDF5 file would fail: the command says what to install.
                     raise
@@ -165,18 +165,18 @@ def _encode(
     x, coords = slide.embeddings[None].to(device), slide.coords[None].to(device)
     cast = nullcontext() if kind == "float32" else torch.autocast(device.type, getattr(torch, kind))
     with torch.inference_mode(), cast:
-        found = torch.cat(model(x, coords, all_layer_embed=all_layers))
-        tensors = {"layers": found} if all_layers else {"embedding": found[0]}
+        layers = torch.cat(model(x, coords, all_layer_embed=all_layers))
+        tensors = {"layers": layers} if all_layers else {"embedding": layers[0]}
         if heatmap:
             tensors["attention"] = model.attention_weights(x, coords).mean((0, 2))[0]
             tensors["coords"] = slide.coords
     tensors = {name: tensor.float().cpu() for name, tensor in tensors.items()}
     if heatmap:
-
-        def picture(path: Path) -> None:
-            draw(path, tensors["attention"], slide.coords, tile_size=model.tile_size, title=source.stem)
-
-        write_atomically(target.with_suffix(".png"), picture)
+        weights, side = tensors["attention"], model.tile_size
+        write_atomically(
+            target.with_suffix(".png"),
+            lambda path: draw(path, weights, slide.coords, tile_size=side, title=source.stem),
+        )
     # Written last: where it exists, all files of the slide exist.
     write_bytes(target, result_bytes(tensors, made_from | {"tile_size_used": str(model.tile_size)}))
     return tiles
@@ -192,7 +192,7 @@ def _tile_size(option: int | None, of_the_slide: int | None) -> tuple[int, str]:
     return _TILE_SIZE, f"tiles of {_TILE_SIZE} pixels (the default: the slide does not say)"
 
 
-def _why(source: Path, error: Exception) -> str:
+def _describe_failure(source: Path, error: Exception) -> str:
     """The slide and why it failed, in one line."""
     text = " ".join(str(error).split())
     if not isinstance(error, ValueError | OSError) or not text:
@@ -201,20 +201,20 @@ def _why(source: Path, error: Exception) -> str:
     return f"{text}\n{traceback.format_exc()}" if sys.flags.dev_mode else text
 
 
-def _pairs(slides: Path, out: Path | None) -> tuple[list[tuple[Path, Path]], dict[str, list[str]]]:
+def _find_slides(slides: Path, out: Path | None) -> tuple[list[tuple[Path, Path]], dict[str, list[str]]]:
     """(slide, its target) of every slide, and the names of other entries by the reason why they are not encoded."""
     from longnet.slides import SLIDE_FORMATS
 
     if slides.is_dir():
         entries = sorted(slides.iterdir())
-        found = [path for path in entries if not _no_slide(path)]
-        stems = [path.stem for path in found]
+        paths = [path for path in entries if not _skip_reason(path)]
+        stems = [path.stem for path in paths]
         own = {f"{stem}{ending}" for stem in stems for ending in _RESULTS}
         passed_over: dict[str, list[str]] = {}
         for path in entries:
-            if path.name not in own and (reason := _no_slide(path)):
+            if path.name not in own and (reason := _skip_reason(path)):
                 passed_over.setdefault(reason, []).append(path.name)
-        if not found:
+        if not paths:
             others = "".join(f"; {reason}: {', '.join(names)}" for reason, names in passed_over.items())
             raise ValueError(f"{slides} holds no slide: expected files ending in {', '.join(SLIDE_FORMATS)}{others}")
         if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
@@ -222,7 +222,7 @@ def _pairs(slides: Path, out: Path | None) -> tuple[list[tuple[Path, Path]], dic
         folder = slides if out is None else out
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"--out {folder} is a file: expected a folder, as {slides} is one")
-        return [(path, folder / f"{path.stem}.slide.safetensors") for path in found], passed_over
+        return [(path, folder / f"{path.stem}.slide.safetensors") for path in paths], passed_over
     if not slides.is_file():
         raise FileNotFoundError(f"{slides} is neither a file nor a folder")
     target = slides.with_name(f"{slides.stem}.slide.safetensors") if out is None else out
@@ -233,7 +233,7 @@ def _pairs(slides: Path, out: Path | None) -> tuple[list[tuple[Path, Path]], dic
     return [(slides, target)], {}
 
 
-def _no_slide(path: Path) -> str:
+def _skip_reason(path: Path) -> str:
     """Why an entry of a folder is not encoded; empty for a slide."""
     from longnet.slides import SLIDE_FORMATS
 
@@ -244,7 +244,7 @@ def _no_slide(path: Path) -> str:
     return "" if path.suffix.lower() in SLIDE_FORMATS else f"not one of {', '.join(SLIDE_FORMATS)}"
 
 
-def _mark(source: Path) -> dict[str, str]:
+def _slide_version(source: Path) -> dict[str, str]:
     """Size and modification time, which tell whether a slide has changed."""
     state = source.stat()
     return {"slide_bytes": str(state.st_size), "slide_modified": str(state.st_mtime_ns)}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from longnet.cli.options import Options, options_of
 from longnet.cli.stopping import INTERRUPTED, stop_on_signal
+from longnet.reading.settings import StreamSettings
 
 
+@options_of(StreamSettings)
 def stream(
     run: Annotated[Path, typer.Argument(help="Run folder of longnet train.", metavar="RUN")],
     data: Annotated[
@@ -20,21 +23,8 @@ def stream(
     out: Annotated[
         Path | None, typer.Option(help="Folder for the record and the state.", show_default="RUN/stream")
     ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Bytes to read at most.", show_default="all")] = None,
-    chunk: Annotated[
-        int | None, typer.Option(help="Bytes per forward pass.", show_default="65536 on CUDA, else 8192")
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the forward pass and what it remembers: float32, bfloat16, or auto for bfloat16 on CUDA.",
-            show_default="auto",
-        ),
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.", show_default="auto")] = None,
-    save_every: Annotated[
-        float | None, typer.Option(help="Seconds between two saved states.", show_default="30")
-    ] = None,
+    *,
+    options: Options,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the saved state; settings that you leave out stay the same.")
     ] = False,
@@ -45,26 +35,19 @@ def stream(
     --out folder gets a line a second. After a kill at any moment, the same command with --resume continues from the saved
     state and ends with the same bits per byte. Standard input must then be piped in again from its start.
     """
-    from longnet.reading import StreamSettings, format_table, read_settings
-    from longnet.reading import stream as read_stream
+    from longnet.reading.folder import read_settings
+    from longnet.reading.loop import stream as read_stream
+    from longnet.reading.table import format_table
     from longnet.training.progress import make_reporter
 
     folder = run / "stream" if out is None else out
     # Absolute, so that a stream can be resumed from any working directory.
     paths = [str(path) if str(path) == "-" else str(path.absolute()) for path in data or ()]
-    given: dict[str, Any] = {
-        "run": str(run),
-        "out": str(folder),
-        "data": tuple(paths) or None,
-        "tokens": tokens,
-        "chunk": chunk,
-        "dtype": dtype,
-        "device": device,
-        "save_every": save_every,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
+    options |= {"run": str(run), "out": str(folder)}
+    if paths:
+        options["data"] = tuple(paths)
     if resume:
-        given = {**read_settings(folder).to_dict(), **given}
+        options = {**read_settings(folder).to_dict(), **options}
     elif not paths:
         raise ValueError(
             "expected data to read, as --data PATH (several times for several) or --data - for standard input"
@@ -72,7 +55,7 @@ def stream(
     reporter = make_reporter(sys.stderr)
     with stop_on_signal(reporter.say, "this chunk") as stopping:
         result = read_stream(
-            StreamSettings(**given),
+            StreamSettings(**options),
             resume=resume,
             reporter=reporter,
             should_stop=stopping.asked,

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from types import MappingProxyType
 from typing import Any
 
-from longnet.checks import check_flags, check_int, check_number
+from longnet.checks import check_settings
 from longnet.geometry import HeadNumbers, HeadOffsets, Pattern
 from longnet.nn.norm import NORM_KINDS
 
@@ -74,7 +73,11 @@ class LongNetConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        self._check_types()
+        check_settings(self)
+        for name in ("norm", "head_offsets", "backend"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise TypeError(f"{name}={value!r} has type {type(value).__name__}: expected a string")
         pattern = Pattern.parse(self.segment_lengths, self.dilation_rates, self.head_offsets)
         # Lists from JSON and single ints become tuples: equal patterns make equal, hashable configs.
         object.__setattr__(self, "segment_lengths", pattern.segment_lengths)
@@ -107,27 +110,6 @@ class LongNetConfig:
             raise ValueError(f"xpos_scale_base={self.xpos_scale_base}: expected None or a finite number above 0")
         if not self.backend:
             raise ValueError("backend='' names nothing: expected 'auto' or the name of a backend")
-
-    def _check_types(self) -> None:
-        for name in ("vocab_size", "dim", "heads", "layers", "ffn_dim", "kv_heads", "loss_chunk", "feed_forward_chunk"):
-            value = getattr(self, name)
-            if value is None and name in ("ffn_dim", "kv_heads", "feed_forward_chunk"):
-                continue
-            check_int(name, value, 1)
-        for name in (
-            *("causal", "qk_norm", "bias", "use_xpos", "use_rel_pos_bias"),
-            *("tie_embeddings", "gradient_checkpointing"),
-        ):
-            check_flags(**{name: getattr(self, name)})
-        for name in ("dropout", "xpos_scale_base"):
-            value = getattr(self, name)
-            if value is None and name == "xpos_scale_base":
-                continue
-            check_number(name, value)
-        for name in ("norm", "head_offsets", "backend"):
-            value = getattr(self, name)
-            if not isinstance(value, str):
-                raise TypeError(f"{name}={value!r} has type {type(value).__name__}: expected a string")
 
     def _checked_numbers(self) -> tuple[tuple[int, ...], ...] | None:
         """``head_numbers`` as tuples, None when no head is missing."""
@@ -178,7 +160,7 @@ class LongNetConfig:
         """
         if name not in _PRESETS:
             raise ValueError(f"name={name!r} is not a preset: expected one of {cls.presets()}")
-        return cls.from_dict({**_PRESETS[name], **changes})
+        return _PRESETS[name].replace(**changes)
 
     @classmethod
     def presets(cls) -> tuple[str, ...]:
@@ -207,36 +189,6 @@ class LongNetConfig:
 
 _FIELDS: tuple[str, ...] = tuple(field.name for field in fields(LongNetConfig))
 
-_PRESETS: Mapping[str, dict[str, Any]] = MappingProxyType(
-    {
-        "base": {},
-        "small": {
-            "dim": 512,
-            "heads": 8,
-            "layers": 8,
-            "segment_lengths": (2048, 4096, 8192, 16384),
-            "dilation_rates": (1, 2, 4, 8),
-        },
-        # What two cores learn in minutes: wide rather than deep, short dense segments under one that spans the context.
-        "tiny": {
-            "dim": 192,
-            "heads": 4,
-            "layers": 3,
-            "segment_lengths": (256, 1024, 8192),
-            "dilation_rates": (1, 2, 4),
-            "qk_norm": True,
-        },
-        "nano": {
-            "dim": 32,
-            "heads": 4,
-            "layers": 2,
-            "segment_lengths": (16, 32, 64),
-            "dilation_rates": (1, 2, 4),
-            "loss_chunk": 32,
-        },
-    }
-)
-
 
 def _lists(value: Any) -> Any:
     return [_lists(item) for item in value] if isinstance(value, tuple) else value
@@ -246,3 +198,18 @@ def _refuse_unknown(values: Mapping[str, Any]) -> None:
     unknown = [name for name in values if name not in _FIELDS]
     if unknown:
         raise ValueError(f"{', '.join(map(repr, unknown))} is no field of LongNetConfig: expected one of {_FIELDS}")
+
+
+_PRESETS: Mapping[str, LongNetConfig] = {
+    "base": LongNetConfig(),
+    "small": LongNetConfig(
+        dim=512, heads=8, layers=8, segment_lengths=(2048, 4096, 8192, 16384), dilation_rates=(1, 2, 4, 8)
+    ),
+    # What two cores learn in minutes: wide rather than deep, short dense segments under one that spans the context.
+    "tiny": LongNetConfig(
+        dim=192, heads=4, layers=3, segment_lengths=(256, 1024, 8192), dilation_rates=(1, 2, 4), qk_norm=True
+    ),
+    "nano": LongNetConfig(
+        dim=32, heads=4, layers=2, segment_lengths=(16, 32, 64), dilation_rates=(1, 2, 4), loss_chunk=32
+    ),
+}

@@ -17,20 +17,95 @@ from longnet.models.threads import step_threads
 
 
 class LanguageModel(LongNetBase):
-    """A model that can be continued: what generation asks of it."""
+    """Generation, for a model that has these three methods."""
 
-    def hidden(
-        self, tokens: Tensor, key_padding_mask: Tensor | None = None, *, cache: LongNetCache | None = None
+    hidden: Callable[..., Tensor]
+    logits: Callable[[Tensor], Tensor]
+    new_cache: Callable[..., LongNetCache]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        *,
+        key_padding_mask: Tensor | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | Sequence[int] | None = None,
+        eos: int | Sequence[int] | None = None,
+        pad: int | None = None,
+        on_token: Callable[[int], None] | None = None,
+        streamer: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
-        raise NotImplementedError
+        """Continue each prompt by up to ``max_new_tokens`` tokens.
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        raise NotImplementedError
+        The prompt is read once, in chunks, into a cache of bounded size (:class:`longnet.models.cache.LongNetCache`); a new token
+        then costs one step. A model with a relative position bias, which has no cached form yet, passes over the whole prefix for
+        every token. Only the last position goes through the output head. The model is in eval mode meanwhile, and back in its
+        previous mode afterwards. On the CPU a small model's steps run on one thread (``longnet.models.threads.step_threads``).
 
-    def new_cache(
-        self, batch_size: int, *, max_length: int | None = None, dtype: torch.dtype | None = None
-    ) -> LongNetCache:
-        raise NotImplementedError
+        Prompts of unequal length are read without their padding, rows of one length together: each row gets the distribution
+        that it gets alone.
+
+        Args:
+            tokens: (B, T) int64 prompts, T >= 1.
+            max_new_tokens: how many tokens to add at most, 0 or more.
+            key_padding_mask: (B, T) bool, True where a prompt shorter than T is padded, right or left. None: no row is.
+            temperature: divides the logits; 0 takes the likeliest token.
+            top_k: sample among the k likeliest tokens only; None or a k above the vocabulary keeps all.
+            top_p: sample among the fewest likeliest tokens whose probabilities reach this sum, after ``top_k``.
+            seed: of a generator on the prompts' device, so that the same seed gives the same tokens. With one int, rows whose
+                prompts are equally long draw from one generator, one after the other, as if they were the whole batch. With B
+                ints every row has its own: it draws what it draws alone with that seed. None draws from torch's global generator.
+            eos: the token or tokens that end a row. Generation stops when all rows have ended.
+            pad: what follows in a row that has ended; default the first of ``eos``.
+            on_token: called after each step with the number of tokens added so far: 1, 2, ..., n.
+            streamer: called after each step, before ``on_token``, with its new tokens (B,) int64.
+
+        Returns:
+            (B, T + n) int64: the prompts unchanged, and from column T on each row's n new tokens. n is ``max_new_tokens``, or
+            less if all rows have ended: then the last column ends the longest. An ended row holds its ``eos``, then ``pad``.
+
+        Raises:
+            TypeError, ValueError: a value of the wrong type or range; a row that is all padding, or padding inside a prompt.
+        """
+        self.check_tokens(tokens)
+        batch, width = tokens.shape
+        if width == 0:
+            raise ValueError(f"tokens has shape {tuple(tokens.shape)}: expected at least one token to continue from")
+        check_int("max_new_tokens", max_new_tokens, 0)
+        check_sampling(temperature, top_k, top_p)
+        ends, pad = _check_ends(eos, pad, self.config.vocab_size)
+        seeds = _check_seeds(seed, batch)
+        self.check_mask(key_padding_mask, batch, width)
+        spans = [(0, width)] * batch if key_padding_mask is None else _spans(key_padding_mask)
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        result = torch.cat([tokens, tokens.new_zeros(batch, max_new_tokens)], dim=1)
+        with evaluating(self), ExitStack() as threads:
+            groups = _grouped(self, tokens, spans, seeds, max_new_tokens)
+            ended = tokens.new_zeros(batch, dtype=torch.bool)
+            for step in range(max_new_tokens):
+                if step == 1 and not self.config.use_rel_pos_bias:
+                    # The prompts have been read; from here on each step is one token.
+                    threads.enter_context(step_threads(self, batch))
+                new = tokens.new_empty(batch)
+                for rows in groups:
+                    new[rows.number] = rows.next(self, step, sampling)
+                if ends is not None:
+                    new = new.masked_fill(ended, pad)
+                    ended |= (new[:, None] == torch.tensor(ends, device=new.device)).any(1)
+                for rows in groups:
+                    rows.tokens[:, rows.length + step] = new[rows.number]
+                result[:, width + step] = new
+                if streamer is not None:
+                    streamer(new)
+                if on_token is not None:
+                    on_token(step + 1)
+                if ends is not None and bool(ended.all()):
+                    return result[:, : width + step + 1]
+        return result
 
 
 # Tokens of a prompt that are read at a time.
@@ -67,92 +142,6 @@ class _Rows:
         return torch.cat([sample(row, generator=generator, **sampling) for row, generator in parts])
 
 
-@torch.no_grad()
-def generate(
-    model: LanguageModel,
-    tokens: Tensor,
-    max_new_tokens: int,
-    *,
-    key_padding_mask: Tensor | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int | Sequence[int] | None = None,
-    eos: int | Sequence[int] | None = None,
-    pad: int | None = None,
-    on_token: Callable[[int], None] | None = None,
-    streamer: Callable[[Tensor], None] | None = None,
-) -> Tensor:
-    """Continue each prompt by up to ``max_new_tokens`` tokens.
-
-    The prompt is read once, in chunks, into a cache of bounded size (:class:`longnet.models.cache.LongNetCache`); a new token
-    then costs one step. A model with a relative position bias, which has no cached form yet, passes over the whole prefix for
-    every token. Only the last position goes through the output head. The model is in eval mode meanwhile, and back in its
-    previous mode afterwards. On the CPU steps of a small model run on one thread (:func:`longnet.models.threads.step_threads`).
-
-    Prompts of unequal length are read without their padding, rows of one length together: each row gets the distribution that it
-    gets alone.
-
-    Args:
-        model: a causal language model.
-        tokens: (B, T) int64 prompts, T >= 1.
-        max_new_tokens: how many tokens to add at most, 0 or more.
-        key_padding_mask: (B, T) bool, True where a prompt shorter than T is padded, on the right or on the left. None: no row is.
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: sample among the k likeliest tokens only; None or a k above the vocabulary keeps all.
-        top_p: sample among the fewest likeliest tokens whose probabilities reach this sum, after ``top_k``.
-        seed: of a generator on the prompts' device, so that the same seed gives the same tokens. With one int, rows whose prompts
-            are equally long draw from one generator, one after the other, as if they were the whole batch. With B ints every row
-            has its own: it draws what it draws alone with that seed. None draws from torch's global generator.
-        eos: the token or tokens that end a row. Generation stops when all rows have ended.
-        pad: what follows in a row that has ended; default the first of ``eos``.
-        on_token: called after each step with the number of tokens added so far: 1, 2, ..., n.
-        streamer: called after each step, before ``on_token``, with its new tokens (B,) int64.
-
-    Returns:
-        (B, T + n) int64: the prompts as they were given, and from column T on each row's n new tokens. n is ``max_new_tokens``,
-        or less if all rows have ended: then the last column ends the longest. An ended row holds its ``eos``, then ``pad``.
-
-    Raises:
-        TypeError, ValueError: a value of the wrong type or out of range; a row that is all padding, or padding inside a prompt.
-    """
-    model.check_tokens(tokens)
-    batch, width = tokens.shape
-    if width == 0:
-        raise ValueError(f"tokens has shape {tuple(tokens.shape)}: expected at least one token to continue from")
-    check_int("max_new_tokens", max_new_tokens, 0)
-    check_sampling(temperature, top_k, top_p)
-    ends, pad = _check_ends(eos, pad, model.config.vocab_size)
-    seeds = _check_seeds(seed, batch)
-    model.check_mask(key_padding_mask, batch, width)
-    spans = [(0, width)] * batch if key_padding_mask is None else _spans(key_padding_mask)
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    result = torch.cat([tokens, tokens.new_zeros(batch, max_new_tokens)], dim=1)
-    with _evaluating(model), ExitStack() as threads:
-        groups = _grouped(model, tokens, spans, seeds, max_new_tokens)
-        ended = tokens.new_zeros(batch, dtype=torch.bool)
-        for step in range(max_new_tokens):
-            if step == 1 and not model.config.use_rel_pos_bias:
-                # The prompts have been read; from here on each step is one token.
-                threads.enter_context(step_threads(model, batch))
-            new = tokens.new_empty(batch)
-            for rows in groups:
-                new[rows.number] = rows.next(model, step, sampling)
-            if ends is not None:
-                new = new.masked_fill(ended, pad)
-                ended |= (new[:, None] == torch.tensor(ends, device=new.device)).any(1)
-            for rows in groups:
-                rows.tokens[:, rows.length + step] = new[rows.number]
-            result[:, width + step] = new
-            if streamer is not None:
-                streamer(new)
-            if on_token is not None:
-                on_token(step + 1)
-            if ends is not None and bool(ended.all()):
-                return result[:, : width + step + 1]
-    return result
-
-
 def _grouped(
     model: LanguageModel,
     tokens: Tensor,
@@ -180,9 +169,9 @@ def _grouped(
             generators = [None if seeds is None else generator(seeds)]
         else:
             generators = [generator(seeds[row]) for row in rows]
-        room = prompts.new_zeros(len(rows), max_new_tokens)
+        output_buffer = torch.cat([prompts, prompts.new_zeros(len(rows), max_new_tokens)], 1)
         number = torch.tensor(rows, device=tokens.device)
-        groups.append(_Rows(number, torch.cat([prompts, room], 1), length, cache, generators))
+        groups.append(_Rows(number, output_buffer, length, cache, generators))
     return groups
 
 
@@ -296,7 +285,7 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards every submodule is in the mode it was in, also where they differed."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from longnet.attention.sharding import mean_over
 from longnet.models.base import LongNetBase
 from longnet.models.cache import LongNetCache, make_cache
 from longnet.models.config import LongNetConfig
-from longnet.models.generation import LanguageModel, generate
+from longnet.models.generation import LanguageModel
 from longnet.models.loss import chunked_cross_entropy
 from longnet.models.placement import dtype_of
 from longnet.runtime.autocast import autocast_dtype
@@ -30,11 +30,7 @@ class LongNetLM(LanguageModel):
     """
 
     def __init__(
-        self,
-        config: LongNetConfig,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, config: LongNetConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__(config, device=device, dtype=dtype)
         if not config.causal:
@@ -186,37 +182,6 @@ class LongNetLM(LanguageModel):
         if targets.device.type == "cpu" and not torch.compiler.is_compiling():
             self.check_tokens(targets[targets != ignore_index][None], "targets")
 
-    def generate(
-        self,
-        tokens: Tensor,
-        max_new_tokens: int,
-        *,
-        key_padding_mask: Tensor | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | Sequence[int] | None = None,
-        eos: int | Sequence[int] | None = None,
-        pad: int | None = None,
-        on_token: Callable[[int], None] | None = None,
-        streamer: Callable[[Tensor], None] | None = None,
-    ) -> Tensor:
-        """Continue each prompt by up to ``max_new_tokens`` sampled tokens; see :func:`longnet.models.generation.generate`."""
-        return generate(
-            self,
-            tokens,
-            max_new_tokens,
-            key_padding_mask=key_padding_mask,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            eos=eos,
-            pad=pad,
-            on_token=on_token,
-            streamer=streamer,
-        )
-
 
 class LongNetEncoder(LongNetBase):
     """Bidirectional encoder: token ids (B, N) or embeddings (B, N, dim) to hidden states (B, N, dim).
@@ -230,11 +195,7 @@ class LongNetEncoder(LongNetBase):
     """
 
     def __init__(
-        self,
-        config: LongNetConfig,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, config: LongNetConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__(config, device=device, dtype=dtype)
         if config.causal:
@@ -245,11 +206,7 @@ class LongNetEncoder(LongNetBase):
         self.reset_parameters()
 
     def forward(
-        self,
-        tokens: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
-        *,
-        embeddings: Tensor | None = None,
+        self, tokens: Tensor | None = None, key_padding_mask: Tensor | None = None, *, embeddings: Tensor | None = None
     ) -> Tensor:
         """Normalised hidden states (B, N, dim); those of padded positions mean nothing.
 
@@ -266,8 +223,8 @@ class LongNetEncoder(LongNetBase):
             ValueError: both or neither input; wrong shapes or devices; an id outside the vocabulary (seen on the CPU).
         """
         if (tokens is None) == (embeddings is None):
-            given = "neither" if tokens is None else "both"
-            raise ValueError(f"{given} of tokens and embeddings given: expected exactly one")
+            inputs = "neither" if tokens is None else "both"
+            raise ValueError(f"{inputs} of tokens and embeddings given: expected exactly one")
         if tokens is not None:
             self.check_tokens(tokens)
             self.check_mask(key_padding_mask, *tokens.shape)

@@ -23,12 +23,19 @@ def step_threads(model: nn.Module, batch_size: int) -> Iterator[None]:
     as with one. ``torch.set_num_threads`` is set for the calling thread and set back afterwards, on errors too.
     """
     work = batch_size * sum(map(_multiplications, model.modules()))
+    with torch_threads(1 if work <= _SMALL and device_of(model).type == "cpu" else None):
+        yield
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """``count`` CPU threads of torch in it, as many as before afterwards; None changes nothing."""
     before = torch.get_num_threads()
-    if before == 1 or work > _SMALL or device_of(model).type != "cpu":
+    if count in (None, before):
         yield
         return
     try:
-        torch.set_num_threads(1)
+        torch.set_num_threads(count)
         yield
     finally:
         torch.set_num_threads(before)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from typing import BinaryIO
 
 import torch
@@ -18,11 +19,11 @@ from longnet.reading.settings import STANDARD_INPUT, StreamSettings
 from longnet.reading.source import ByteSource, FileBytes, PipedBytes
 from longnet.reading.table import StreamResult
 from longnet.training.checkpoint import CheckpointError
+from longnet.training.device import choose_dtype, resolve_device
 from longnet.training.evaluate import autocast
 from longnet.training.folder import load_model
 from longnet.training.lock import locked
-from longnet.training.progress import Reporter, SilentReporter
-from longnet.training.settings import DTYPES
+from longnet.training.progress import Reporter
 
 
 def stream(
@@ -51,37 +52,25 @@ def stream(
         ValueError: settings, data, a model or a folder that cannot be used, a state that is damaged.
         OSError: a file that could not be read or written.
     """
-    tell = reporter or SilentReporter()
-    settings, device = settings.resolve()
-    with locked(settings.out):
-        return _stream(settings, device, resume, pipe, tell, should_stop or (lambda: False), waiting)
-
-
-def _stream(
-    settings: StreamSettings,
-    device: torch.device,
-    resume: bool,
-    pipe: BinaryIO | None,
-    tell: Reporter,
-    should_stop: Callable[[], bool],
-    waiting: Callable[[], AbstractContextManager[None]],
-) -> StreamResult:
+    tell, stop = reporter or Reporter(), should_stop or (lambda: False)
+    settings, device = _resolve(settings)
     folder = StreamFolder(settings.out)
-    state = folder.read_state() if resume else None
-    if state is None:
-        folder.require_new()
-    source: ByteSource
-    if settings.data == (STANDARD_INPUT,):
-        source = PipedBytes(pipe or sys.stdin.buffer)
-    else:
-        source = FileBytes(settings.data, tell.say)
-    model = load_model(settings.run, device)
-    digest = model_digest(model)
-    if state is not None:
-        for note in check_resume(state, settings, digest, str(device)):
-            tell.say(note)
-    # One autocast around everything: it casts each weight once.
-    with torch.inference_mode(), autocast(device, DTYPES[settings.dtype]):
+    with ExitStack() as stack:
+        stack.enter_context(locked(settings.out))
+        state = folder.read_state() if resume else None
+        if state is None:
+            folder.require_new()
+        from_pipe = settings.data == (STANDARD_INPUT,)
+        source: ByteSource = PipedBytes(pipe or sys.stdin.buffer) if from_pipe else FileBytes(settings.data, tell.say)
+        stack.callback(source.close)
+        model = load_model(settings.run, device)
+        digest = model_digest(model)
+        if state is not None:
+            for note in check_resume(state, settings, digest, str(device)):
+                tell.say(note)
+        # One autocast around everything: it casts each weight once.
+        stack.enter_context(torch.inference_mode())
+        stack.enter_context(autocast(device, getattr(torch, settings.dtype)))
         reader = StreamReader(model)
         if state is not None:
             reader.load_state_dict(state.tensors)
@@ -89,47 +78,56 @@ def _stream(
                 raise CheckpointError(
                     f"{state.path} is damaged: its position is {state.progress['position']}, and its cache's {reader.position}"
                 )
+        with waiting():
+            source.start_at(reader.position, None if state is None else state.progress["data"])
+        assert settings.chunk is not None
+        feeder = Feeder(source, settings.chunk, device)
+        record = StreamRecord(settings, folder, source, reader, device, digest, tell)
+        stack.callback(record.close)
+        limit = _describe(settings, source, reader.position, device, tell)
+
+        def next_chunk() -> Tensor:
+            with waiting():
+                return feeder.next(None if limit is None else limit - reader.position)
+
+        tokens = next_chunk()
+        if reader.position + tokens.numel() < 2:
+            raise ValueError(f"data hold {tokens.numel()} byte(s): expected at least 2, as the first is not predicted")
+        record.start(state, limit)
         try:
-            with waiting():
-                source.start_at(reader.position, None if state is None else state.progress["data"])
-            assert settings.chunk is not None
-            feeder = Feeder(source, settings.chunk, device)
-            record = StreamRecord(settings, folder, source, reader, device, digest, tell)
-            limit = _say_what(settings, source, reader.position, device, tell)
-            with waiting():
-                tokens = feeder.next(_left(limit, reader))
-            if reader.position + tokens.numel() < 2:
-                raise ValueError(
-                    f"data hold {tokens.numel()} byte(s): expected at least 2, as the first is not predicted"
-                )
-            record.start(state, limit)
-            try:
-                finished = _read_all(tokens, feeder, reader, record, limit, should_stop, waiting)
-                if finished and settings.tokens is not None and reader.position < settings.tokens:
-                    tell.say(
-                        f"The data ended after {reader.position:,} bytes, before the {settings.tokens:,} asked for"
-                    )
-                return record.finish(finished)
-            except (ValueError, TypeError, torch.OutOfMemoryError):
-                # For example a model whose first chunks give losses that are not finite.
-                if not record.saved_position:
-                    record.close()
-                    folder.remove()
-                raise
-            finally:
+            finished = _read_all(tokens, next_chunk, reader, record, stop)
+            if finished and settings.tokens is not None and reader.position < settings.tokens:
+                tell.say(f"The data ended after {reader.position:,} bytes, before the {settings.tokens:,} asked for")
+            return record.finish(finished)
+        except (ValueError, TypeError, torch.OutOfMemoryError):
+            # For example a model whose first chunks give losses that are not finite.
+            if not record.saved_position:
                 record.close()
-        finally:
-            source.close()
+                folder.remove()
+            raise
+
+
+def _resolve(settings: StreamSettings) -> tuple[StreamSettings, torch.device]:
+    """Settings with their chunk and dtype chosen, and the device.
+
+    Raises:
+        ValueError: no such device, or none on this machine.
+    """
+    device = resolve_device(settings.device, "float32")
+    on_cuda, dtype, chunk = device.type == "cuda", settings.dtype, settings.chunk
+    if dtype == "auto":
+        dtype = choose_dtype(str(device)) if on_cuda else "float32"
+    if chunk is None:
+        chunk = 65536 if on_cuda else 8192
+    return replace(settings, dtype=dtype, chunk=chunk), device
 
 
 def _read_all(
     tokens: Tensor,
-    feeder: Feeder,
+    next_chunk: Callable[[], Tensor],
     reader: StreamReader,
     record: StreamRecord,
-    limit: int | None,
     should_stop: Callable[[], bool],
-    waiting: Callable[[], AbstractContextManager[None]],
 ) -> bool:
     """Read chunk by chunk, the first one given; False if asked to stop before the end."""
     while tokens.numel():
@@ -138,18 +136,13 @@ def _read_all(
         if should_stop():
             return False
         try:
-            with waiting():
-                tokens = feeder.next(_left(limit, reader))
+            tokens = next_chunk()
         except KeyboardInterrupt:
             return False
     return True
 
 
-def _left(limit: int | None, reader: StreamReader) -> int | None:
-    return None if limit is None else limit - reader.position
-
-
-def _say_what(
+def _describe(
     settings: StreamSettings, source: ByteSource, position: int, device: torch.device, tell: Reporter
 ) -> int | None:
     """Report what will be read; return where reading ends, None if that is not known yet."""

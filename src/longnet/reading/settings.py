@@ -1,4 +1,4 @@
-"""The settings of a stream, checked before any work is done."""
+"""The settings of a stream, checked before any work is done. Imports no torch: the command line reads them."""
 
 from __future__ import annotations
 
@@ -6,39 +6,38 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import torch
-
-from longnet.training.settings import choose_dtype, resolve_device
+from longnet.checks import documented, is_int, setting
 
 DTYPES = ("float32", "bfloat16")
-CHUNKS = {"cuda": 65536}
-OTHER_CHUNK = 8192
 STANDARD_INPUT = "-"
 
 
+@documented
 @dataclass(frozen=True)
 class StreamSettings:
-    """The settings of one stream. Immutable.
+    """The settings of one stream. Immutable. A setting with a help text is an option of ``longnet stream``.
 
     Attributes:
         run: the run folder whose model reads.
         data: files and folders, read one after the other, or ``("-",)`` for standard input.
         out: the folder for the record and the state.
-        tokens: bytes to read at most; None for all of them.
-        chunk: bytes per forward pass; None for 65536 on CUDA and 8192 elsewhere.
+        tokens: None for all bytes.
+        chunk: None for 65536 on CUDA and 8192 elsewhere.
         dtype: of the forward pass (autocast) and of the cache, or ``"auto"``: bfloat16 on CUDA, float32 elsewhere.
         device: ``"auto"`` (CUDA, else MPS, else the CPU) or a torch device.
-        save_every: seconds between two saved states; 0 for one after every chunk.
+        save_every: 0 saves a state after every chunk.
     """
 
     run: str
     data: tuple[str, ...]
     out: str
-    tokens: int | None = None
-    chunk: int | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    save_every: float = 30.0
+    tokens: int | None = setting(None, "Bytes to read at most.", shown="all")
+    chunk: int | None = setting(None, "Bytes per forward pass.", shown="65536 on CUDA, else 8192")
+    dtype: str = setting(
+        "auto", "Of the forward pass and what it remembers: float32, bfloat16, or auto for bfloat16 on CUDA."
+    )
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps.")
+    save_every: float = setting(30.0, "Seconds between two saved states.", shown="30")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", tuple(self.data))
@@ -48,7 +47,7 @@ class StreamSettings:
             raise ValueError(f"data={list(self.data)}: expected '-' (standard input) alone, or files and folders")
         for name in ("tokens", "chunk"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            if value is not None and not is_int(value):
                 raise TypeError(f"{name}={value!r} has type {type(value).__name__}: expected an int or None")
         if self.tokens is not None and self.tokens < 2:
             raise ValueError(f"tokens={self.tokens}: expected at least 2, as the first byte is not predicted")
@@ -58,20 +57,6 @@ class StreamSettings:
             raise ValueError(f"dtype={self.dtype!r} is unknown: expected one of {(*DTYPES, 'auto')}")
         if not (math.isfinite(self.save_every) and self.save_every >= 0):
             raise ValueError(f"save_every={self.save_every}: expected a number of seconds, 0 or more")
-
-    def resolve(self) -> tuple[StreamSettings, torch.device]:
-        """Settings with their chunk and dtype chosen, and the device.
-
-        Raises:
-            ValueError: no such device, or none on this machine.
-        """
-        device = resolve_device(self.device, "float32")
-        dtype, chunk = self.dtype, self.chunk
-        if dtype == "auto":
-            dtype = choose_dtype(str(device)) if device.type == "cuda" else "float32"
-        if chunk is None:
-            chunk = CHUNKS.get(device.type, OTHER_CHUNK)
-        return StreamSettings(**{**asdict(self), "dtype": dtype, "chunk": chunk}), device
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from longnet.models import LongNetLM
+from longnet.models.generation import evaluating
 from longnet.training.data import BytesOnDisk, cut_windows
 from longnet.training.ranks import Ranks
 
@@ -108,23 +109,17 @@ def score_windows(
         on_progress: called with the share done after every batch.
         ranks: the processes that share the model; each of them calls and gets the same result.
     """
-    was_training = model.training
-    model.eval()
-    rows = []
-    try:
-        # Sharded weights must not become inference tensors.
-        ranks = ranks or Ranks()
-        without_grad = torch.no_grad if ranks.describe() else torch.inference_mode
-        with without_grad(), autocast(device, dtype):
-            for first in range(0, starts.size, batch):
-                tokens, targets = cut_windows(stream, context, starts[first : first + batch])
-                own, own_targets = (ranks.own_shard(x).to(device) for x in (tokens, targets))
-                nats = ranks.whole_windows(model.loss(own, own_targets, reduction="none"))
-                rows.append(nats.float().cpu().numpy() / math.log(2))
-                if on_progress is not None:
-                    on_progress(min(1.0, (first + batch) / starts.size))
-    finally:
-        model.train(was_training)
+    rows, ranks = [], ranks or Ranks()
+    # Sharded weights must not become inference tensors.
+    without_grad = torch.no_grad if ranks.describe() else torch.inference_mode
+    with evaluating(model), without_grad(), autocast(device, dtype):
+        for first in range(0, starts.size, batch):
+            tokens, targets = cut_windows(stream, context, starts[first : first + batch])
+            own, own_targets = (ranks.own_shard(x).to(device) for x in (tokens, targets))
+            nats = ranks.whole_windows(model.loss(own, own_targets, reduction="none"))
+            rows.append(nats.float().cpu().numpy() / math.log(2))
+            if on_progress is not None:
+                on_progress(min(1.0, (first + batch) / starts.size))
     return np.concatenate(rows)
 
 

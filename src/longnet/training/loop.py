@@ -8,14 +8,16 @@ from contextlib import ExitStack, closing, contextmanager
 import torch
 
 from longnet.models import LongNetLM
+from longnet.models.threads import torch_threads
 from longnet.training.checkpoint import read_checkpoint
 from longnet.training.data import Corpus, check_lengths, check_outside, read_corpus
+from longnet.training.device import resolve_device
 from longnet.training.folder import RunFolder
 from longnet.training.lock import locked
-from longnet.training.progress import Reporter, SilentReporter
+from longnet.training.progress import Reporter
 from longnet.training.ranks import Ranks
 from longnet.training.resume import check_resume
-from longnet.training.settings import TrainSettings, resolve_device
+from longnet.training.settings import TrainSettings
 from longnet.training.trainer import Trainer, TrainSummary
 
 
@@ -39,7 +41,7 @@ def train(
         corpus: the data of ``settings.data``, if the caller has already read it.
         reporter: receives progress messages; silent by default.
         should_stop: asked between steps; once true, the state is saved and the call returns.
-        ranks: the processes that train together, see :func:`longnet.training.ranks.joined`; all of them call, the first writes.
+        ranks: the processes that train together, see ``longnet.training.ranks.join_ranks``; all call, the first writes.
 
     Raises:
         ValueError: settings, data or a run folder that cannot be used, a checkpoint that is damaged.
@@ -48,69 +50,57 @@ def train(
     """
     ranks = ranks or Ranks()
     ranks.check(settings.batch, settings.dtype)
-    tell = reporter or SilentReporter()
+    tell = reporter or Reporter()
     device = resolve_device(settings.device, settings.dtype)
     if resume:
         RunFolder(settings.out).require_run()
-    with _alone_in(settings.out, ranks):
-        return _train(settings, resume, corpus, tell, should_stop or (lambda: False), ranks, device)
-
-
-def _train(
-    settings: TrainSettings,
-    resume: bool,
-    corpus: Corpus | None,
-    tell: Reporter,
-    should_stop: Callable[[], bool],
-    ranks: Ranks,
-    device: torch.device,
-) -> TrainSummary:
-    folder = RunFolder(settings.out)
-    if resume:
-        folder.require_run()
-    else:
-        folder.require_new()
-    check_outside(settings.data, settings.out)
-    data = corpus or read_corpus(settings.data, tell.say)
-    check_lengths(data, settings.context)
-    tell.say(
-        f"Data: {data.train.size:,} training bytes in {data.train_files:,} files, "
-        f"{data.held_out.size:,} held out in {data.held_out_files:,} ({data.split})"
-    )
-    checkpoint = None
-    if resume:
-        checkpoint = read_checkpoint(folder.checkpoint_file) if folder.checkpoint_file.exists() else None
-        for note in check_resume(folder, settings, data, checkpoint):
-            tell.say(note)
-    # No process writes before all have checked the folder.
-    ranks.wait()
-    cuda = [device] if device.type == "cuda" else []
-    with _threads(_thread_count(settings, device)), torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(settings.seed)
-        model = LongNetLM(settings.model).to(device)
-        trainer = Trainer(settings, folder, data, model, device, tell, ranks)
-        try:
-            with closing(trainer):
-                trainer.start(checkpoint)
-                ranks.vary_dropout(settings.seed + trainer.step)
-                return trainer.run(should_stop)
-        except (ValueError, TypeError, torch.OutOfMemoryError):
-            # Some errors appear only in the first step, such as a backend that does not take the device.
-            if ranks.is_first and not resume and trainer.step == 0:
-                folder.remove()
-            raise
+    with _locked_by_first(settings.out, ranks):
+        folder = RunFolder(settings.out)
+        if resume:
+            folder.require_run()
+        else:
+            folder.require_new()
+        check_outside(settings.data, settings.out)
+        data = corpus or read_corpus(settings.data, tell.say)
+        check_lengths(data, settings.context)
+        tell.say(
+            f"Data: {data.train.size:,} training bytes in {data.train_files:,} files, "
+            f"{data.held_out.size:,} held out in {data.held_out_files:,} ({data.split})"
+        )
+        checkpoint = None
+        if resume:
+            checkpoint = read_checkpoint(folder.checkpoint_file) if folder.checkpoint_file.exists() else None
+            for note in check_resume(folder, settings, data, checkpoint):
+                tell.say(note)
+        # No process writes before all have checked the folder.
+        ranks.wait()
+        cuda = [device] if device.type == "cuda" else []
+        with torch_threads(_thread_count(settings, device)), torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(settings.seed)
+            model = LongNetLM(settings.model).to(device)
+            trainer = Trainer(settings, folder, data, model, device, tell, ranks)
+            try:
+                with closing(trainer):
+                    trainer.start(checkpoint)
+                    ranks.vary_dropout(settings.seed + trainer.step)
+                    return trainer.run(should_stop or (lambda: False))
+            except (ValueError, TypeError, torch.OutOfMemoryError):
+                # Some errors appear only in the first step, such as a backend that does not take the device.
+                if ranks.is_first and not resume and trainer.step == 0:
+                    folder.remove()
+                raise
 
 
 @contextmanager
-def _alone_in(out: str, ranks: Ranks) -> Iterator[None]:
+def _locked_by_first(out: str, ranks: Ranks) -> Iterator[None]:
     """The first process holds the lock on the run folder for all processes; if it cannot, all of them raise."""
     with ExitStack() as stack:
         error: Exception | None = None
         if ranks.is_first:
             try:
                 stack.enter_context(locked(out))
-            except (ValueError, OSError) as found:
-                error = found
+            except (ValueError, OSError) as refusal:
+                error = refusal
         ranks.agree(error)
         yield
 
@@ -124,14 +114,3 @@ def _thread_count(settings: TrainSettings, device: torch.device) -> int | None:
     if settings.threads is None and device.type == "cpu":
         return 1 if settings.batch * settings.context * settings.model.dim < _SMALL else None
     return settings.threads
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Protocol, TextIO
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
 
-class Reporter(Protocol):
-    """Receives progress; one task at a time."""
+class Reporter:
+    """Receives progress, one task at a time. This one reports nothing."""
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -26,23 +26,7 @@ class Reporter(Protocol):
         """The task is over."""
 
 
-class SilentReporter:
-    """Reports nothing."""
-
-    def say(self, text: str) -> None:
-        pass
-
-    def begin(self, title: str, done: float | None = 0.0) -> None:
-        pass
-
-    def advance(self, done: float | None, detail: str = "") -> None:
-        pass
-
-    def end(self) -> None:
-        pass
-
-
-class LineReporter:
+class LineReporter(Reporter):
     """Plain lines, for a file or a pipe.
 
     Args:
@@ -84,7 +68,7 @@ class LineReporter:
         self._last, self._due = None, time.monotonic() + self._interval
 
 
-class TerminalReporter:
+class TerminalReporter(Reporter):
     """One rich progress bar, lines above it."""
 
     def __init__(self, console: Console) -> None:
@@ -122,10 +106,8 @@ class TerminalReporter:
 
 def make_reporter(stream: TextIO | None = None) -> Reporter:
     """A bar if ``stream`` (default: standard output) is a terminal, lines if not."""
-    target = sys.stdout if stream is None else stream
-    if target.isatty():
-        return TerminalReporter(Console(file=target))
-    return LineReporter(target)
+    target = stream or sys.stdout
+    return TerminalReporter(Console(file=target)) if target.isatty() else LineReporter(target)
 
 
 def format_seconds(seconds: float) -> str:

@@ -92,17 +92,17 @@ class Ranks:
         """The first process's ``progress``, and whether any of them was asked to ``stop``."""
         if self._mesh is None:
             return progress, stop
-        said = torch.tensor([progress if self.is_first else 0.0, float(stop)], dtype=torch.float64)
-        dist.all_reduce(said, dist.ReduceOp.MAX, group=self._control)
-        return float(said[0]), bool(said[1])
+        votes = torch.tensor([progress if self.is_first else 0.0, float(stop)], dtype=torch.float64)
+        dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._control)
+        return float(votes[0]), bool(votes[1])
 
     def agree(self, error: Exception | None) -> None:
         """Raise the ``error`` of the first process on all of them, if it has one."""
-        said = [error]
+        errors = [error]
         if self._mesh is not None:
-            dist.broadcast_object_list(said, src=0, group=self._control)
-        if said[0] is not None:
-            raise said[0]
+            dist.broadcast_object_list(errors, src=0, group=self._control)
+        if errors[0] is not None:
+            raise errors[0]
 
     def wait(self) -> None:
         """Wait until all processes are here."""
@@ -111,7 +111,7 @@ class Ranks:
 
 
 @contextmanager
-def joined(cp: int, device: str) -> Iterator[tuple[Ranks, str]]:
+def join_ranks(cp: int, device: str) -> Iterator[tuple[Ranks, str]]:
     """The ranks and the device of this process: among those that torchrun started, or alone.
 
     Args:
@@ -137,7 +137,7 @@ def joined(cp: int, device: str) -> Iterator[tuple[Ranks, str]]:
     try:
         with liveness:
             try:
-                yield _made(cp, world, on_gpu), device
+                yield _make_ranks(cp, world, on_gpu), device
             except RuntimeError as error:
                 if not _is_of_a_collective(error) or (lost := liveness.lost()) is None:
                     raise
@@ -148,14 +148,14 @@ def joined(cp: int, device: str) -> Iterator[tuple[Ranks, str]]:
             dist.destroy_process_group()
 
 
-def _made(cp: int, world: int, on_gpu: bool) -> Ranks:
+def _make_ranks(cp: int, world: int, on_gpu: bool) -> Ranks:
     mesh = init_device_mesh("cuda" if on_gpu else "cpu", (world // cp, cp), mesh_dim_names=("dp", "cp"))
     return Ranks(mesh, dist.new_group(backend="gloo", timeout=_TIMEOUT))
 
 
 def _is_of_a_collective(error: RuntimeError) -> bool:
-    said = str(error)
-    return isinstance(error, dist.DistError) or "gloo" in said or "Connection closed by peer" in said
+    text = str(error)
+    return isinstance(error, dist.DistError) or "gloo" in text or "Connection closed by peer" in text
 
 
 def whole(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from longnet.models import LongNetConfig, LongNetLM
 from longnet.training.baselines import Baselines, measure_baselines
 from longnet.training.charts import plot_loss, plot_positions
 from longnet.training.data import Corpus, read_corpus
+from longnet.training.device import resolve_device
 from longnet.training.evaluate import (
     CutContext,
     Estimate,
@@ -30,9 +31,9 @@ from longnet.training.folder import RunFolder, load_model
 from longnet.training.lock import locked
 from longnet.training.metrics import read_metrics
 from longnet.training.page import Page
-from longnet.training.progress import Reporter, SilentReporter, format_seconds
+from longnet.training.progress import Reporter, format_seconds
 from longnet.training.resume import read_settings
-from longnet.training.settings import DTYPES, TrainSettings, resolve_device
+from longnet.training.settings import TrainSettings
 
 SCORED_BYTES = 1 << 20
 """Most held-out bytes to score and compress; from more of them, evenly spaced windows are taken."""
@@ -77,33 +78,30 @@ def write_report(run: str | Path, *, corpus: Corpus | None = None, reporter: Rep
     """
     folder = RunFolder(run)
     folder.require_run()
+    tell = reporter or Reporter()
     with locked(folder.path):
-        return _write_report(folder, corpus, reporter or SilentReporter())
-
-
-def _write_report(folder: RunFolder, corpus: Corpus | None, tell: Reporter) -> Evaluation:
-    settings = read_settings(folder)
-    device = resolve_device(settings.device, settings.dtype)
-    record = read_json(folder.settings_file)
-    data = corpus or read_corpus(settings.data, tell.say)
-    if data.fingerprint != record["data"]["fingerprint"]:
-        raise ValueError(f"data {data.source!r} is not what the run in {str(folder.path)!r} was trained on")
-    metrics = read_metrics(folder.metrics_file)
-    if not any(line["kind"] == "train" for line in metrics):
-        raise ValueError(f"the run in {str(folder.path)!r} has done no step yet: expected one to report on")
-    model = load_model(folder.path, device)
-    evaluation = evaluate_model(model, data, settings, device, tell)
-    write_json(folder.evaluation_file, asdict(evaluation))
-    tell.say("Drawing the figures")
-    pictures = {name: folder.path / f"{name}.png" for name in ("loss", "positions", "pattern")}
-    plot_loss(metrics, evaluation.baselines, pictures["loss"])
-    plot_positions(evaluation.positions, evaluation.cuts, evaluation.baselines, pictures["positions"])
-    _plot_pattern(settings.model, settings.context, pictures["pattern"])
-    prompt, continuation = _sample(model, data, device, tell)
-    record["parameters"] = sum(weight.numel() for weight in model.parameters())
-    write_text(folder.report_file, _compose(record, settings, evaluation, metrics, pictures, prompt, continuation))
-    tell.say(f"Report: {folder.report_file}")
-    return evaluation
+        settings = read_settings(folder)
+        device = resolve_device(settings.device, settings.dtype)
+        record = read_json(folder.settings_file)
+        data = corpus or read_corpus(settings.data, tell.say)
+        if data.fingerprint != record["data"]["fingerprint"]:
+            raise ValueError(f"data {data.source!r} is not what the run in {str(folder.path)!r} was trained on")
+        metrics = read_metrics(folder.metrics_file)
+        if not any(line["kind"] == "train" for line in metrics):
+            raise ValueError(f"the run in {str(folder.path)!r} has done no step yet: expected one to report on")
+        model = load_model(folder.path, device)
+        evaluation = evaluate_model(model, data, settings, device, tell)
+        write_json(folder.evaluation_file, asdict(evaluation))
+        tell.say("Drawing the figures")
+        pictures = {name: folder.path / f"{name}.png" for name in ("loss", "positions", "pattern")}
+        plot_loss(metrics, evaluation.baselines, pictures["loss"])
+        plot_positions(evaluation.positions, evaluation.cuts, evaluation.baselines, pictures["positions"])
+        _plot_pattern(settings.model, settings.context, pictures["pattern"])
+        prompt, continuation = _sample(model, data, device, tell)
+        record["parameters"] = sum(weight.numel() for weight in model.parameters())
+        write_text(folder.report_file, _compose(record, settings, evaluation, metrics, pictures, prompt, continuation))
+        tell.say(f"Report: {folder.report_file}")
+        return evaluation
 
 
 def evaluate_model(
@@ -125,7 +123,7 @@ def evaluate_model(
                 at,
                 batch=settings.batch * max(1, context // length),
                 device=device,
-                dtype=DTYPES[settings.dtype],
+                dtype=getattr(torch, settings.dtype),
                 on_progress=reporter.advance,
             )
         finally:

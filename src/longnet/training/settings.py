@@ -1,112 +1,83 @@
-"""The settings of a training run, checked before any work is done."""
+"""The settings of a training run, checked before any work is done. Imports no torch: the command line reads them."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from longnet.checks import check_int, check_number
-from longnet.models import LongNetConfig
+from longnet.checks import check_settings, documented, setting
 from longnet.training.schedule import SCHEDULES
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+if TYPE_CHECKING:
+    from longnet.models import LongNetConfig
 
-_AT_LEAST = {
-    "context": 1,
-    "batch": 1,
-    "accumulate": 1,
-    "warmup": 0,
-    "seed": 0,
-    "eval_every": 0,
-    "eval_windows": 1,
-    "save_every": 0,
-    "cp": 1,
-}
+DTYPES = ("float32", "bfloat16", "float16")
+DEFAULT_STEPS = 1000
+"""Steps of ``longnet train`` when neither steps nor minutes are given."""
+
 _FREE_TO_CHANGE = frozenset({"out", "data", "device", "threads", "cp", "eval_every", "eval_windows", "save_every"})
 """Settings that a resumed run may change. ``data`` is compared by content (its fingerprint), not by path."""
 _LENGTH = frozenset({"steps", "minutes"})
 
 
+@documented
 @dataclass(frozen=True)
 class TrainSettings:
-    """The settings of one run. Immutable.
+    """The settings of one run. Immutable. A setting with a help text is an option of ``longnet train``.
 
     Attributes:
         out: the run folder.
         model: the model to train; byte-level, so ``vocab_size`` is 256, and causal.
         data: a file or folder; ``None`` for the standard library's source.
-        context: bytes per window, N.
-        steps: optimizer steps; ``None`` for no limit but the minutes.
+        context: N; ``batch`` is B.
+        steps: ``None`` for no limit but the minutes.
         minutes: wall-clock limit of the training loop (evaluations and saves count, the report does not).
-        batch: windows per forward pass, B.
-        accumulate: forward and backward passes per step.
-        lr: the peak learning rate of AdamW.
-        warmup: steps of linear warm-up.
-        schedule: what follows it: ``"cosine"``, ``"linear"``, ``"constant"`` or ``"wsd"``.
+        schedule: what follows the warm-up.
         lr_floor: the share of ``lr`` left at the end.
-        weight_decay: on matrices only.
         beta1, beta2: of AdamW.
-        clip: largest gradient norm; 0 for no clipping.
         dtype: of the forward pass (autocast); weights and optimizer stay float32.
         device: ``"auto"`` (CUDA, else MPS, else the CPU) or a torch device.
-        seed: of the initial weights, the windows and dropout.
-        eval_every: steps between two evaluations on ``eval_windows`` held-out windows; 0 for none during training.
-        save_every: steps between two checkpoints; 0 for one at the end alone.
+        eval_windows: held-out windows of an evaluation during training.
         threads: CPU threads of torch; ``None`` takes one for a small model on the CPU, else torch's number.
-        cp: processes that share one window, of those that torchrun started.
     """
 
     out: str
     model: LongNetConfig
     data: str | None = None
-    context: int = 8192
-    steps: int | None = None
-    minutes: float | None = None
-    batch: int = 1
-    accumulate: int = 1
-    lr: float = 1e-3
-    warmup: int = 50
-    schedule: str = "cosine"
-    lr_floor: float = 0.05
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    clip: float = 1.0
-    dtype: str = "float32"
-    device: str = "auto"
-    seed: int = 0
-    eval_every: int = 200
+    context: int = setting(8192, "Bytes per window.")
+    steps: int | None = setting(None, "Optimizer steps.", shown=f"{DEFAULT_STEPS}, no limit with --minutes")
+    minutes: float | None = setting(None, "Stop training after this long (the report comes after).", above=0.0)
+    batch: int = setting(1, "Windows per forward pass.")
+    accumulate: int = setting(1, "Forward passes per step.")
+    lr: float = setting(1e-3, "Peak learning rate.", above=0.0)
+    warmup: int = setting(50, "Steps of linear warm-up.", least=0)
+    schedule: str = setting("cosine", "cosine, linear, constant or wsd.", choices=SCHEDULES)
+    lr_floor: float = setting(0.05, least=0.0, most=1.0)
+    weight_decay: float = setting(0.1, "On matrices only.", least=0.0)
+    beta1: float = setting(0.9, least=0.0, most=1.0)
+    beta2: float = setting(0.95, least=0.0, most=1.0)
+    clip: float = setting(1.0, "Largest gradient norm, 0 for any.", least=0.0)
+    dtype: str = setting(
+        "float32",
+        "Of the forward pass: float32, bfloat16, float16 (CUDA), or auto for the fastest of the first two.",
+        choices=DTYPES,
+        shown="auto",
+    )
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps.")
+    seed: int = setting(0, "Of weights, windows and dropout.", least=0)
+    eval_every: int = setting(200, "Steps between evaluations, 0 for none.", least=0)
     eval_windows: int = 16
-    save_every: int = 100
-    threads: int | None = None
-    cp: int = 1
+    save_every: int = setting(100, "Steps between checkpoints, 0 for one at the end.", least=0)
+    threads: int | None = setting(None, "CPU threads.", shown="torch's choice, 1 for a small model")
+    cp: int = setting(1, "Processes that share each window, of those torchrun started.")
 
     def __post_init__(self) -> None:
-        for name, least in _AT_LEAST.items():
-            check_int(name, getattr(self, name), least)
-        if self.steps is not None:
-            check_int("steps", self.steps, 1)
-        if self.threads is not None:
-            check_int("threads", self.threads, 1)
+        check_settings(self)
         if self.seed >= 2**63:
             raise ValueError(f"seed={self.seed} is too large: expected less than 2 ** 63")
         if self.steps is None and self.minutes is None:
             raise ValueError("steps=None and minutes=None: expected at least one of them, or the run would never end")
-        if self.minutes is not None:
-            check_number("minutes", self.minutes, 0.0, above=True)
-        check_number("lr", self.lr, 0.0, above=True)
-        check_number("weight_decay", self.weight_decay, 0.0)
-        check_number("clip", self.clip, 0.0)
-        check_number("lr_floor", self.lr_floor, 0.0, most=1.0)
-        check_number("beta1", self.beta1, 0.0, most=1.0)
-        check_number("beta2", self.beta2, 0.0, most=1.0)
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule={self.schedule!r} is unknown: expected one of {SCHEDULES}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r} is unknown: expected one of {tuple(DTYPES)}")
         if self.model.vocab_size != 256:
             raise ValueError(f"vocab_size={self.model.vocab_size} in the model: expected 256, as training is on bytes")
         if not self.model.causal:
@@ -124,6 +95,8 @@ class TrainSettings:
         Raises:
             ValueError: an unknown key.
         """
+        from longnet.models import LongNetConfig
+
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
@@ -164,41 +137,3 @@ def changed_settings(saved: TrainSettings, asked: TrainSettings) -> list[str]:
             f"model {key} was {before[key]!r}, now {after[key]!r}" for key in before if before[key] != after[key]
         ]
     return changes
-
-
-def resolve_device(device: str, dtype: str) -> torch.device:
-    """The torch device of a setting, checked together with the dtype.
-
-    Raises:
-        ValueError: an unknown device, one that this machine lacks, or a dtype that it does not train in.
-    """
-    if device == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        chosen = torch.device(kind)
-    else:
-        try:
-            chosen = torch.device(device)
-            torch.empty(0, device=chosen)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"device={device!r} cannot be used: {reason}") from None
-    if dtype == "float16" and chosen.type != "cuda":
-        raise ValueError(
-            f"dtype='float16' on device={chosen.type!r}: expected 'bfloat16' or 'float32'. Gradients in float16 need "
-            "loss scaling, which exists on CUDA only, and on CPUs float16 is not faster than bfloat16"
-        )
-    return chosen
-
-
-def choose_dtype(device: str) -> str:
-    """``"bfloat16"`` where the device multiplies it in hardware, else ``"float32"``: what ``--dtype auto`` stands for.
-
-    A CPU without such instructions (AMX or AVX-512 BF16) would be many times slower in it.
-    """
-    kind = resolve_device(device, "float32").type
-    if kind == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        known = torch.cpu.get_capabilities() if kind == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
-        fast = bool(known.get("amx_bf16") or known.get("avx512_bf16"))
-    return "bfloat16" if fast else "float32"

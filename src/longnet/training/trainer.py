@@ -20,7 +20,7 @@ from longnet.training.metrics import MetricsLog
 from longnet.training.progress import Reporter, format_seconds
 from longnet.training.ranks import Ranks, whole
 from longnet.training.schedule import decay, warm_up
-from longnet.training.settings import DTYPES, TrainSettings
+from longnet.training.settings import TrainSettings
 from longnet.training.state import collect_state, make_optimizer, restore_state
 
 
@@ -63,7 +63,7 @@ class Trainer:
         self.settings, self.folder, self.data = settings, folder, data
         self.model, self.device, self.reporter, self.ranks = model, device, reporter, ranks
         ranks.prepare(model)
-        self.dtype = DTYPES[settings.dtype]
+        self.dtype = getattr(torch, settings.dtype)
         self.optimizer = make_optimizer(model, settings)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.step, self.saved_step, self.evaluated_step = 0, -1, -1

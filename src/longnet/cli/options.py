@@ -1,0 +1,47 @@
+"""Options made from a dataclass of settings, so that each is written once: see :func:`longnet.checks.setting`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import Field, fields
+from typing import Annotated, Any, TypeAlias
+
+import typer
+
+Options: TypeAlias = dict[str, Any]
+"""The settings that the user gave, by name."""
+
+_TYPES = {"int": int, "float": float, "str": str}
+
+
+def options_of(settings: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Replace a command's parameter ``options`` by one option for every field of ``settings`` that has a help text."""
+    added = {one.name: _parameter(one) for one in fields(settings) if one.metadata.get("help")}
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        def run(**values: Any) -> None:
+            chosen = {name: values.pop(name) for name in added}
+            command(**values, options={name: value for name, value in chosen.items() if value is not None})
+
+        signature = inspect.signature(command, eval_str=True)
+        parameters: list[inspect.Parameter] = []
+        for name, parameter in signature.parameters.items():
+            parameters += added.values() if name == "options" else [parameter]
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def _parameter(setting: Field[Any]) -> inspect.Parameter:
+    """The option of a field; None, the default, leaves the setting to its dataclass or to the run that is resumed."""
+    shown = setting.metadata["shown"]
+    if shown is None and setting.default is not None:
+        shown = str(setting.default)
+    option = typer.Option(help=setting.metadata["help"], show_default=shown or True)
+    kind = _TYPES[str(setting.type).removesuffix(" | None")]
+    return inspect.Parameter(
+        setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
