@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from longnet.checks import is_int
 from longnet.models import LongNetLM
 from longnet.models.base import LongNetBase
+from longnet.models.generation import evaluating
 from longnet.models.layers import Block
 from longnet.models.placement import is_dispatched
 from longnet.nn.position import float64_device
@@ -50,25 +51,21 @@ def head_importance(
         loss = _next_token_loss
     blocks = _blocks(model)
     totals = [torch.zeros(block.attention.heads, dtype=torch.float64) for block in blocks]
-    rows, was_training = 0, model.training
-    model.eval()
-    try:
-        for batch in batches:
-            gates: dict[int, Tensor] = {}
-            with ExitStack() as hooks, torch.enable_grad():
-                for layer, block in enumerate(blocks):
-                    hooks.enter_context(_gated(block, gates, layer))
-                value = loss(model, batch)
-                if not isinstance(value, Tensor) or value.numel() != 1:
-                    raise ValueError(
-                        f"loss(model, batch) gave {getattr(value, 'shape', value)!r}: expected a scalar tensor"
-                    )
-                grads = torch.autograd.grad(value, [gates[layer] for layer in range(len(blocks))])
-            for total, grad in zip(totals, grads, strict=True):
-                total += grad.abs().sum(0).flatten().cpu()
-            rows += grads[0].shape[0]
-    finally:
-        model.train(was_training)
+    rows = 0
+    for batch in batches:
+        gates: dict[int, Tensor] = {}
+        with ExitStack() as contexts, evaluating(model), torch.enable_grad():
+            for layer, block in enumerate(blocks):
+                contexts.enter_context(_gated(block, gates, layer))
+            value = loss(model, batch)
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                raise ValueError(
+                    f"loss(model, batch) gave {getattr(value, 'shape', value)!r}: expected a scalar tensor"
+                )
+            grads = torch.autograd.grad(value, [gates[layer] for layer in range(len(blocks))])
+        for total, grad in zip(totals, grads, strict=True):
+            total += grad.abs().sum(0).flatten().cpu()
+        rows += grads[0].shape[0]
     if not rows:
         raise ValueError("batches holds nothing: expected at least one batch")
     scores = torch.full((model.config.layers, model.config.heads), torch.nan, dtype=torch.float64)
@@ -104,17 +101,17 @@ def least_important(model: LongNetBase, scores: Tensor, fraction: float) -> dict
         for heads in [_present(model, layer)]
         for first in range(0, len(heads), size)
     ]
-    wanted = int(fraction * len(groups) + 1e-9)
+    remaining = int(fraction * len(groups) + 1e-9)
     left = [len(_present(model, layer)) // size for layer in range(config.layers)]
-    found: dict[int, list[int]] = {}
+    chosen: dict[int, list[int]] = {}
     for _, layer, heads in sorted(groups):
-        if wanted and left[layer] > 1:
-            found.setdefault(layer, []).extend(heads)
+        if remaining and left[layer] > 1:
+            chosen.setdefault(layer, []).extend(heads)
             left[layer] -= 1
-            wanted -= 1
-    if wanted:
+            remaining -= 1
+    if remaining:
         raise ValueError(f"fraction={fraction} would leave a layer without heads: expected less")
-    return {layer: sorted(heads) for layer, heads in sorted(found.items())}
+    return {layer: sorted(heads) for layer, heads in sorted(chosen.items())}
 
 
 @torch.no_grad()
@@ -136,28 +133,28 @@ def prune_heads(model: Model, heads: Mapping[int, Sequence[int]]) -> Model:
     """
     _check_model(model)
     config = model.config
-    kept = [_present(model, layer) for layer in range(config.layers)]
+    heads_left = [_present(model, layer) for layer in range(config.layers)]
     for layer, numbers in heads.items():
         if not is_int(layer) or not 0 <= layer < config.layers:
             raise ValueError(f"heads holds layer {layer!r}: expected 0 to {config.layers - 1}")
         for number in numbers:
             if not is_int(number):
                 raise TypeError(f"heads[{layer}] holds {number!r} of type {type(number).__name__}: expected ints")
-            if number not in kept[layer]:
+            if number not in heads_left[layer]:
                 raise ValueError(
-                    f"heads[{layer}] holds head {number}: expected one of the layer's heads, {kept[layer]}"
+                    f"heads[{layer}] holds head {number}: expected one of the layer's heads, {heads_left[layer]}"
                 )
-        if len(set(numbers)) == len(kept[layer]):
+        if len(set(numbers)) == len(heads_left[layer]):
             raise ValueError(
                 f"heads[{layer}]={list(numbers)} are all heads of the layer: expected to leave at least one"
             )
-        kept[layer] = tuple(number for number in kept[layer] if number not in set(numbers))
-    smaller = config.replace(head_numbers=tuple(kept))
+        heads_left[layer] = tuple(number for number in heads_left[layer] if number not in set(numbers))
+    smaller = config.replace(head_numbers=tuple(heads_left))
     _check_plain(model)
     state = dict(model.state_dict())
     for layer, numbers in heads.items():
         if numbers:
-            _cut_layer(state, f"blocks.{layer}.attention.", _present(model, layer), kept[layer], model)
+            _cut_layer(state, f"blocks.{layer}.attention.", _present(model, layer), heads_left[layer], model)
     weight = model.embedding.weight
     with torch.random.fork_rng(devices=[]):  # Its initial weights are overwritten: leave the caller's generator alone.
         pruned = type(model)(smaller, dtype=weight.dtype).to(weight.device)
@@ -167,13 +164,13 @@ def prune_heads(model: Model, heads: Mapping[int, Sequence[int]]) -> Model:
 
 
 def _cut_layer(
-    state: dict[str, Tensor], prefix: str, present: tuple[int, ...], kept: tuple[int, ...], model: LongNetBase
+    state: dict[str, Tensor], prefix: str, present: tuple[int, ...], heads_left: tuple[int, ...], model: LongNetBase
 ) -> None:
     """Remove the channels of pruned heads from a layer's entries of ``state``."""
     config = model.config
     dim, group = config.head_dim, config.heads // (config.kv_heads or config.heads)
-    places = [present.index(number) for number in kept]
-    gone = [place for place, number in enumerate(present) if number not in kept]
+    places = [present.index(number) for number in heads_left]
+    gone = [place for place, number in enumerate(present) if number not in heads_left]
     device = model.embedding.weight.device
     channels, lost = _channels(places, dim, device), _channels(gone, dim, device)
     kv_channels = _channels([place // group for place in places[::group]], dim, device)

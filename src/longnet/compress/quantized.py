@@ -46,10 +46,10 @@ def quantization(model: nn.Module) -> str | None:
     Raises:
         ValueError: quantised in another way than :func:`quantize` does, or in several.
     """
-    found = {scheme for module in model.modules() for scheme in _scheme_of(module)}
-    if len(found) > 1 or not found <= set(SCHEMES):
-        raise ValueError(f"the model's weights are {sorted(found)}: expected one of {SCHEMES}")
-    return found.pop() if found else None
+    schemes = {scheme for module in model.modules() if (scheme := _scheme_of(module)) is not None}
+    if len(schemes) > 1 or not schemes <= set(SCHEMES):
+        raise ValueError(f"the model's weights are {sorted(schemes)}: expected one of {SCHEMES}")
+    return schemes.pop() if schemes else None
 
 
 def prepare_qat(model: nn.Module, scheme: str, *, head: bool = False) -> None:
@@ -110,23 +110,19 @@ def plain_tensors(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield f"{name}.{part}", getattr(weight, part)
 
 
-def _of_torchao(weight: Tensor) -> bool:
+def _of_torchao(weight: Any) -> bool:
     return type(weight).__module__.partition(".")[0] == "torchao"
 
 
-def _scheme_of(module: nn.Module) -> Iterator[str]:
-    if isinstance(module, nn.Linear):
-        yield from _scheme(module.weight)
-    elif callable(getattr(module, "weight", None)):
-        # Modules of torch.ao.nn.quantized pack their weights.
-        yield f"{type(module).__module__}.{type(module).__name__}"
-
-
-def _scheme(weight: Tensor) -> Iterator[str]:
-    if _of_torchao(weight):
+def _scheme_of(module: nn.Module) -> str | None:
+    """The scheme of a module's weight, or the name of another kind of quantisation; None for a plain weight."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.Linear) and _of_torchao(weight):
         kind, dynamic = type(weight).__name__, getattr(weight, "act_quant_kwargs", None) is not None
         names = {("Int8Tensor", False): "int8wo", ("Int8Tensor", True): "int8dyn", ("Float8Tensor", False): "float8wo"}
-        yield names.get((kind, dynamic), kind)
+        return names.get((kind, dynamic), kind)
+    # Modules of torch.ao.nn.quantized pack their weights.
+    return f"{type(module).__module__}.{type(module).__name__}" if callable(weight) else None
 
 
 def _check(model: nn.Module, scheme: str) -> None:

@@ -29,11 +29,7 @@ class LongNetBase(nn.Module):
     """
 
     def __init__(
-        self,
-        config: LongNetConfig,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, config: LongNetConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
         if not isinstance(config, LongNetConfig):

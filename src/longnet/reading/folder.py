@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from longnet.models import LongNetLM
 from longnet.reading.settings import StreamSettings
-from longnet.training.checkpoint import (
-    Checkpoint,
-    StateKind,
-    collect_weights,
-    digest_tensors,
-    read_checkpoint,
-    save_checkpoint,
-)
-from longnet.training.metrics import MetricsLog, read_metrics
+from longnet.training.checkpoint import Checkpoint, StateKind, collect_weights, digest_tensors, read_checkpoint
 
 STATE = StateKind(
     "stream state",
     "longnet-stream-state",
     {"position": int, "seconds": float, "settings": dict, "data": str, "model": str},
 )
-RESULT = "result"
 
 
 class StreamFolder:
@@ -40,8 +27,6 @@ class StreamFolder:
 
     def require_new(self) -> None:
         """Raise ValueError if a stream is there already."""
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"out={str(self.path)!r} is a file: expected a folder to be made")
         if self.state_file.exists() or self.record_file.exists():
             raise ValueError(
                 f"out={str(self.path)!r} already holds a stream: expected another folder, or --resume to continue this one"
@@ -60,22 +45,10 @@ class StreamFolder:
             )
         return read_checkpoint(self.state_file, STATE)
 
-    def write_state(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
-        """Write the state, atomically."""
-        save_checkpoint(self.state_file, tensors, progress, STATE)
-
     def remove(self) -> None:
         """Remove the files of a stream that has not saved any progress."""
         self.state_file.unlink(missing_ok=True)
         self.record_file.unlink(missing_ok=True)
-
-    def open_record(self, position: int) -> MetricsLog:
-        """The record, cut back to ``position``. Its result is dropped, as more lines may follow."""
-        return MetricsLog(self.record_file, position, "position", RESULT)
-
-    def read_record(self) -> list[dict[str, Any]]:
-        """The lines of the record, oldest first."""
-        return read_metrics(self.record_file, "position")
 
 
 def read_settings(out: str | Path) -> StreamSettings:

@@ -9,20 +9,14 @@ from pathlib import Path
 import torch
 
 
-class MemoryMeter:
-    """Bytes in use now, and their peak since the last read (CUDA) or since the process began (elsewhere)."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def read(self) -> tuple[int | None, int | None]:
-        """``(now, peak)``; None where the system does not report it."""
-        if self._device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self._device)
-            torch.cuda.reset_peak_memory_stats(self._device)
-            return torch.cuda.memory_allocated(self._device), peak
-        peak_resident = _peak_resident()
-        return _resident() or peak_resident, peak_resident
+def memory_in_use(device: torch.device) -> tuple[int | None, int | None]:
+    """Bytes now, and their peak since the last call (CUDA) or since the process began; None where it is not reported."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device), peak
+    peak_resident = _peak_resident()
+    return _resident() or peak_resident, peak_resident
 
 
 def _resident() -> int | None:

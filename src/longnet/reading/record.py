@@ -7,19 +7,20 @@ import time
 
 import torch
 
-from longnet.reading.folder import RESULT, StreamFolder
-from longnet.reading.memory import MemoryMeter
+from longnet.reading.folder import STATE, StreamFolder
+from longnet.reading.memory import memory_in_use
 from longnet.reading.reader import StreamReader, bits_per_byte
 from longnet.reading.settings import StreamSettings
 from longnet.reading.source import ByteSource
 from longnet.reading.table import StreamResult, format_bytes
-from longnet.training.checkpoint import Checkpoint
+from longnet.training.checkpoint import Checkpoint, save_checkpoint
 from longnet.training.folder import software_versions
-from longnet.training.metrics import MetricsLog
+from longnet.training.metrics import MetricsLog, read_metrics
 from longnet.training.progress import Reporter
 
 # A line makes the host wait for the device once.
 _LINE_SECONDS = 1.0
+_RESULT = "result"
 
 
 class StreamRecord:
@@ -51,8 +52,7 @@ class StreamRecord:
     ) -> None:
         self._settings, self._folder, self._source, self._reader = settings, folder, source, reader
         self._device, self._digest, self._reporter = device, digest, reporter
-        self._memory = MemoryMeter(device)
-        self._mark = source.fingerprint()
+        self._fingerprint = source.fingerprint()
         self._position, self._nats, self._spent = reader.position, 0.0, 0.0
         self.saved_position = reader.position
         self._limit: int | None = None
@@ -77,14 +77,15 @@ class StreamRecord:
         if state is None:
             # Before the record, so that a stream with a record can always be resumed.
             self._write_state()
-        self._log = self._folder.open_record(self._reader.position)
+        # More lines may follow a result.
+        self._log = MetricsLog(self._folder.record_file, self._reader.position, "position", drop_kind=_RESULT)
         about = {
             "versions": software_versions(),
             "device": str(self._device),
             "dtype": self._settings.dtype,
             "chunk": self._settings.chunk,
         }
-        if not self._folder.read_record():
+        if not read_metrics(self._folder.record_file, "position"):
             known = self._source.total is not None
             self._log.write(
                 kind="settings",
@@ -93,19 +94,19 @@ class StreamRecord:
                 data=list(self._settings.data),
                 files=self._source.files if known else None,
                 bytes=self._source.total,
-                fingerprint=self._mark if known else None,
+                fingerprint=self._fingerprint if known else None,
                 tokens=self._settings.tokens,
                 cache_bytes=self._reader.cache.nbytes,
                 **about,
             )
         if self._reader.position:
             self._log.write(kind="resumed", position=self._reader.position, tokens=self._settings.tokens, **about)
-        self._memory.read()
+        memory_in_use(self._device)
         self._reporter.begin("Streaming", self._share)
 
     def after_chunk(self) -> None:
         """After a chunk: write a line once a second and a state when it is due. Nothing else waits for the device."""
-        self._mark = self._source.fingerprint()
+        self._fingerprint = self._source.fingerprint()
         now = time.monotonic()
         if now >= self._saved + self._settings.save_every:
             self._save()
@@ -117,11 +118,10 @@ class StreamRecord:
         assert self._log is not None
         self._line()
         self._reporter.end()
-        result = StreamResult.of(
-            self._reader.position, self._reader.nats(), self._spent, self._folder.read_record(), finished
-        )
+        lines = read_metrics(self._folder.record_file, "position")
+        result = StreamResult.of(self._reader.position, self._reader.nats(), self._spent, lines, finished)
         if finished:
-            self._log.write(kind=RESULT, **result.to_dict())
+            self._log.write(kind=_RESULT, **result.to_dict())
         self._save()
         return result
 
@@ -146,7 +146,7 @@ class StreamRecord:
         seconds = self._seconds
         # Rounded up: the clock may measure 0 for a chunk of a few bytes.
         took = max(round(seconds - self._spent, 6), 1e-6)
-        now, peak = self._memory.read()
+        now, peak = memory_in_use(self._device)
         bits = bits_per_byte(nats, position - 1)
         # The first byte of the stream is read and not predicted.
         predicted = new if self._position else new - 1
@@ -177,14 +177,12 @@ class StreamRecord:
         self._saved, self.saved_position = time.monotonic(), self._reader.position
 
     def _write_state(self) -> None:
-        self._folder.write_state(
-            self._reader.state_dict(),
-            {
-                "position": self._reader.position,
-                "seconds": self._spent,
-                "settings": self._settings.to_dict(),
-                "data": self._mark,
-                "model": self._digest,
-                "device": str(self._device),
-            },
-        )
+        progress = {
+            "position": self._reader.position,
+            "seconds": self._spent,
+            "settings": self._settings.to_dict(),
+            "data": self._fingerprint,
+            "model": self._digest,
+            "device": str(self._device),
+        }
+        save_checkpoint(self._folder.state_file, self._reader.state_dict(), progress, STATE)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from longnet.training.data import list_files
+from longnet.training.files import read_into
 
 _SKIP = 1 << 20
 
@@ -154,12 +155,7 @@ class PipedBytes:
             )
 
     def read_into(self, buffer: memoryview) -> int:
-        filled = 0
-        while filled < len(buffer):
-            count: int = self._pipe.readinto(buffer[filled:])  # type: ignore[attr-defined]
-            if not count:
-                break
-            filled += count
+        filled = read_into(self._pipe, buffer)
         self._digest.update(buffer[:filled])
         return filled
 

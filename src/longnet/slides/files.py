@@ -56,13 +56,13 @@ def read_slide(path: str | Path) -> Slide:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file")
     try:
-        found, tile_size = _READERS[suffix](path)
+        contents, tile_size = _READERS[suffix](path)
     except (MemoryError, ImportError):
         raise
     except Exception as error:
         # Readers raise errors of any type for bytes of another format.
         raise ValueError(f"{path} cannot be read as {suffix}: {error}") from None
-    embeddings, coords = _pick(path, found, _EMBEDDINGS), _pick(path, found, _COORDS)
+    embeddings, coords = _array_of(path, contents, _EMBEDDINGS), _array_of(path, contents, _COORDS)
     try:
         check_coords(coords)
     except TypeError as error:
@@ -71,24 +71,24 @@ def read_slide(path: str | Path) -> Slide:
         raise ValueError(
             f"{path} has embeddings {tuple(embeddings.shape)} and coords {tuple(coords.shape)}: expected (L, C) and (L, 2)"
         )
-    return Slide(embeddings.float(), coords.float(), None if tile_size is None else _whole(path, tile_size))
+    return Slide(embeddings.float(), coords.float(), None if tile_size is None else _tile_size_of(path, tile_size))
 
 
-def _pick(path: Path, found: Mapping[str, Any], names: tuple[str, ...]) -> Tensor:
-    given = [name for name in names if name in found]
-    if len(given) != 1:
-        raise ValueError(f"{path} holds {sorted(found)}: expected exactly one of {names}")
-    value = found[given[0]]
+def _array_of(path: Path, contents: Mapping[str, Any], names: tuple[str, ...]) -> Tensor:
+    present = [name for name in names if name in contents]
+    if len(present) != 1:
+        raise ValueError(f"{path} holds {sorted(contents)}: expected exactly one of {names}")
+    value = contents[present[0]]
     if isinstance(value, np.ndarray) and value.dtype.kind in "iuf" and value.dtype.itemsize <= 8:
         # torch takes only the machine's byte order.
         value = torch.as_tensor(value.astype(value.dtype.newbyteorder("="), copy=False))
     if not isinstance(value, Tensor) or value.is_complex() or value.dtype == torch.bool:
         kind = getattr(value, "dtype", type(value).__name__)
-        raise ValueError(f"{path}: {given[0]} has dtype {kind}: expected an array of real numbers")
+        raise ValueError(f"{path}: {present[0]} has dtype {kind}: expected an array of real numbers")
     return value[0] if value.dim() == 3 and value.shape[0] == 1 else value
 
 
-def _whole(path: Path, value: Any) -> int:
+def _tile_size_of(path: Path, value: Any) -> int:
     size = np.asarray(value)
     if size.size != 1 or size.dtype.kind not in "iuf" or not np.isfinite(size) or size < 1 or size != np.floor(size):
         raise ValueError(
@@ -98,10 +98,10 @@ def _whole(path: Path, value: Any) -> int:
 
 
 def _read_tensors(path: Path) -> _Contents:
-    found = load_tensors(path)
-    if not isinstance(found, Mapping):
-        raise ValueError(f"it holds a {type(found).__name__}, expected tensors by name")
-    return {str(name): value for name, value in found.items()}, None
+    contents = load_tensors(path)
+    if not isinstance(contents, Mapping):
+        raise ValueError(f"it holds a {type(contents).__name__}, expected tensors by name")
+    return {str(name): value for name, value in contents.items()}, None
 
 
 def _read_npz(path: Path) -> _Contents:
@@ -112,11 +112,11 @@ def _read_npz(path: Path) -> _Contents:
 def _read_h5(path: Path) -> _Contents:
     import h5py  # type: ignore[import-untyped]
 
-    found: dict[str, Any] = {}
+    contents: dict[str, Any] = {}
     tile_size = None
     with h5py.File(path, "r") as file:
         for name in file:
-            found[name] = None
+            contents[name] = None
             if name not in (*_EMBEDDINGS, *_COORDS):
                 continue
             # A link, external storage and a virtual dataset can each bring in any other file of the machine.
@@ -129,10 +129,10 @@ def _read_h5(path: Path) -> _Contents:
             if dataset.external or dataset.is_virtual:
                 kind = "is a virtual dataset" if dataset.is_virtual else "has external storage"
                 raise ValueError(f"{name} {kind}: expected its numbers in the file itself")
-            found[name] = np.asarray(dataset[()])
+            contents[name] = np.asarray(dataset[()])
             if name in _COORDS:
                 tile_size = dataset.attrs.get(_TILE_SIZE)
-    return found, tile_size
+    return contents, tile_size
 
 
 _READERS = {

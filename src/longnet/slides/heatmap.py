@@ -54,12 +54,12 @@ def heatmap(
     width, height = (int(n) for n in cell.amax(0) - low + 1)
     place = (cell[:, 1] - low[1]) * width + cell[:, 0] - low[0]
     total = torch.zeros(height * width, dtype=torch.float64).index_add(0, place, weights.detach().cpu().double())
-    there = torch.zeros(height * width, dtype=torch.bool)
-    there[place] = True
-    values = total[there]
+    occupied = torch.zeros(height * width, dtype=torch.bool)
+    occupied[place] = True
+    values = total[occupied]
     ranks = torch.searchsorted(values.sort().values, values).double() / max(1, len(values) - 1)
     shown = torch.full_like(total, torch.nan)
-    shown[there] = ranks
+    shown[occupied] = ranks
     _draw(Path(path), shown.view(height, width).numpy(), values.numpy(), title, label)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +39,8 @@ _DTYPES = {
     "I16": torch.int16,
     "I8": torch.int8,
 }
-_DIGEST_BYTES = 16
+_ZEROS = "0" * 32
+"""Stands in the file for its digest while the file is hashed: 16 bytes in hex."""
 
 
 class CheckpointError(ValueError):
@@ -93,8 +93,8 @@ def save_checkpoint(
     Raises:
         OSError: it could not be written; the file at ``path`` is unchanged.
     """
-    held = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    write_safetensors(path, held, kind, {"progress": json.dumps(dict(progress))})
+    on_cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    write_safetensors(path, on_cpu, kind, {"progress": json.dumps(dict(progress))})
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], kind: StateKind, metadata: Mapping[str, str]) -> None:
@@ -103,8 +103,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], kind: StateKind, m
     Raises:
         OSError: the file could not be written; the file at ``path`` is unchanged.
     """
-    empty = "0" * (2 * _DIGEST_BYTES)
-    about = {**metadata, "format": f"{kind.format}-{VERSION}", "digest": empty}
+    about = {**metadata, "format": f"{kind.format}-{VERSION}", "digest": _ZEROS}
 
     def write(temporary: Path) -> None:
         temporary.touch()
@@ -121,9 +120,12 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], kind: StateKind, m
             entries["__metadata__"] = dict(sorted(about.items()))
             text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode().ljust(len(header))
             header = text if len(text) == len(header) else header
-            digest = _digest_file(header, empty, tensors)
             file.seek(8)
-            file.write(header.replace(_digest_entry(empty), _digest_entry(digest)))
+            file.write(header)
+            file.seek(0)
+            digest = hashlib.file_digest(file, _new_digest).hexdigest()
+            file.seek(8)
+            file.write(header.replace(_digest_entry(_ZEROS), _digest_entry(digest)))
 
     write_atomically(path, write)
 
@@ -158,7 +160,8 @@ def read_safetensors(path: Path, kind: StateKind) -> tuple[dict[str, Tensor], di
         raise CheckpointError(f"{path} is not there")
     # The file is not mapped: that would end the process if it became shorter, and Windows could not replace it.
     try:
-        header, tensors, metadata = _read_parts(path)
+        content = path.read_bytes()
+        header, tensors, metadata = _parse(content)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from None
     stated, versions = metadata.get("format"), range(1, VERSION + 1)
@@ -168,59 +171,50 @@ def read_safetensors(path: Path, kind: StateKind) -> tuple[dict[str, Tensor], di
             f"{path} is not a {kind.name} of longnet: its format is {stated!r}, expected '{kind.format}-{VERSION}'"
         )
     digest = metadata.get("digest")
-    if digest is not None or version >= kind.digest_since:
-        found = digest_tensors(tensors) if version == 1 else _digest_file(header, digest or "", tensors)
-        if digest != found:
-            raise CheckpointError(f"{path} is damaged: its content does not match its digest")
+    computed = digest_tensors(tensors) if version == 1 else _digest_file(content, header, digest or "")
+    if digest != computed and (digest is not None or version >= kind.digest_since):
+        raise CheckpointError(f"{path} is damaged: its content does not match its digest")
     return tensors, metadata
 
 
-def _read_parts(path: Path) -> tuple[bytes, dict[str, Tensor], dict[str, str]]:
-    """The header, the tensors in the order in which they lie in the file, and the metadata.
+def _parse(content: bytes) -> tuple[bytes, dict[str, Tensor], dict[str, str]]:
+    """The header, the tensors and the metadata of a safetensors file.
 
     Raises:
         ValueError, TypeError, KeyError, AttributeError, RecursionError: the file is truncated or of another format.
     """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if length > size - 8:
-            raise ValueError(f"it holds {size:,} bytes, and its header would have {length:,}")
-        header = file.read(length)
-        entries = json.loads(header)
-        metadata = entries.pop("__metadata__", {})
-        if not all(isinstance(value, str) for value in metadata.values()):
-            raise TypeError("its metadata are not text")
-        tensors: dict[str, Tensor] = {}
-        end = 0
-        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-            shape, dtype, (first, last) = entry["shape"], _DTYPES[entry["dtype"]], entry["data_offsets"]
-            fits = all(type(n) is int and n >= 0 for n in shape) and last - first == math.prod(shape) * dtype.itemsize
-            if first != end or not fits or last > size - 8 - length:
-                raise ValueError(f"{name} does not lie where its header says")
-            tensors[name] = torch.empty(shape, dtype=dtype)
-            content, done = memoryview(_as_bytes(tensors[name])), 0
-            while done < len(content):
-                if not (count := file.readinto(content[done:])):
-                    raise ValueError("it has become shorter while it was read")
-                done += count
-            end = last
-        if end != size - 8 - length:
-            raise ValueError(f"it holds {size:,} bytes, expected {8 + length + end:,}")
+    length = int.from_bytes(content[:8], "little")
+    if length > len(content) - 8:
+        raise ValueError(f"it holds {len(content):,} bytes, and its header would have {length:,}")
+    header, body = content[8 : 8 + length], memoryview(content)[8 + length :]
+    entries = json.loads(header)
+    metadata = entries.pop("__metadata__", {})
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise TypeError("its metadata are not text")
+    tensors: dict[str, Tensor] = {}
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        shape, dtype, (first, last) = entry["shape"], _DTYPES[entry["dtype"]], entry["data_offsets"]
+        fits = all(type(n) is int and n >= 0 for n in shape) and last - first == math.prod(shape) * dtype.itemsize
+        if first != end or not fits or last > len(body):
+            raise ValueError(f"{name} does not lie where its header says")
+        tensors[name] = torch.empty(shape, dtype=dtype)
+        memoryview(_as_bytes(tensors[name]))[:] = body[first:last]
+        end = last
+    if end != len(body):
+        raise ValueError(f"it holds {len(content):,} bytes, expected {8 + length + end:,}")
     return header, tensors, metadata
 
 
-def _digest_file(header: bytes, digest: str, tensors: Mapping[str, Tensor]) -> str:
-    """BLAKE2 (hex) over the file of this header and these tensors, with zeros in place of its ``digest``.
+def _new_digest() -> Any:
+    return hashlib.blake2b(digest_size=len(_ZEROS) // 2)
 
-    The tensors follow each other in the file without gaps, in the order of the header's offsets.
-    """
-    zeros = _digest_entry("0" * (2 * _DIGEST_BYTES))
-    hashed = hashlib.blake2b(len(header).to_bytes(8, "little"), digest_size=_DIGEST_BYTES)
-    hashed.update(header.replace(_digest_entry(digest), zeros))
-    entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
-    for name in sorted(entries, key=lambda name: entries[name]["data_offsets"]):
-        hashed.update(_as_bytes(tensors[name]))
+
+def _digest_file(content: bytes, header: bytes, digest: str) -> str:
+    """BLAKE2 (hex) over a file with zeros in place of its ``digest``."""
+    hashed = _new_digest()
+    hashed.update(content[:8] + header.replace(_digest_entry(digest), _digest_entry(_ZEROS)))
+    hashed.update(memoryview(content)[8 + len(header) :])
     return hashed.hexdigest()
 
 
@@ -260,17 +254,17 @@ def restore_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path)
             tensor.copy_(spread_like(tensor, weights[name]))
 
 
-def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path) -> None:
+def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> None:
     """Raise CheckpointError unless both hold the same names with the same shapes and dtypes."""
     for problem, names in (
-        ("lacks", expected.keys() - found.keys()),
-        ("holds unknown", found.keys() - expected.keys()),
+        ("lacks", expected.keys() - tensors.keys()),
+        ("holds unknown", tensors.keys() - expected.keys()),
     ):
         if names:
             listed = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise CheckpointError(f"{path} does not fit the model: it {problem} {listed}")
     for name, tensor in expected.items():
-        other = found[name]
+        other = tensors[name]
         if tensor.shape != other.shape or tensor.dtype != other.dtype:
             raise CheckpointError(
                 f"{path} does not fit the model: {name} is {tuple(other.shape)} {other.dtype}, "
@@ -280,7 +274,7 @@ def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], p
 
 def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
     """BLAKE2 (hex) over names, shapes, types and contents of tensors on the CPU."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = _new_digest()
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())

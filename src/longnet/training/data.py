@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longnet.training.files import read_into
+
 HELD_OUT_SHARE = 1 / 10
 _CHUNK = 1 << 24
 _STDLIB_SKIPPED = frozenset(
@@ -60,14 +62,11 @@ class BytesOnDisk:
             raise ValueError(f"step={step} in a slice of {self._path}: expected none")
         content = np.empty(max(0, stop - start), dtype=np.uint8)
         self._file.seek(self._start + start)
-        view, done = content.data, 0
-        while done < content.size:
-            if not (count := self._file.readinto(view[done:])):
-                raise ValueError(
-                    f"{self._path} has become shorter while it was read: "
-                    f"the bytes from {self._start + start + done:,} to {self._start + stop:,} are missing"
-                )
-            done += count
+        if (done := read_into(self._file, content.data)) < content.size:
+            raise ValueError(
+                f"{self._path} has become shorter while it was read: "
+                f"the bytes from {self._start + start + done:,} to {self._start + stop:,} are missing"
+            )
         return content
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -161,12 +160,12 @@ def standard_library() -> Path:
 
 def is_held_out(relative_path: str) -> bool:
     """Whether the file of a folder at this path (``/`` between its parts) is held out."""
-    return _place(relative_path) < HELD_OUT_SHARE
+    return _hash_share(relative_path) < HELD_OUT_SHARE
 
 
 def check_lengths(corpus: Corpus, context: int) -> None:
     """Raise ValueError unless the training data fill a window of ``context`` bytes and 2 bytes are held out."""
-    _room(corpus.train, context)
+    _count_starts(corpus.train, context)
     if corpus.held_out.size < 2:
         raise ValueError(
             f"data={corpus.source!r} has {corpus.held_out.size} held-out byte(s) in {corpus.held_out_files} file(s): "
@@ -204,19 +203,19 @@ def draw_windows(
     Raises:
         ValueError: the stream is shorter than one window and its last target.
     """
-    room = _room(stream, context)
+    count_of_starts = _count_starts(stream, context)
     generator = np.random.Philox(key=np.array([seed, step], dtype=np.uint64))
     # Raw words, not Generator.integers: the algorithm fixes their sequence, in every version of numpy.
-    starts = generator.random_raw(count) % np.uint64(room)
+    starts = generator.random_raw(count) % np.uint64(count_of_starts)
     return cut_windows(stream, context, starts.astype(np.int64))
 
 
-def _room(stream: np.ndarray | BytesOnDisk, context: int) -> int:
+def _count_starts(stream: np.ndarray | BytesOnDisk, context: int) -> int:
     """The number of window starts; raise ValueError for none."""
-    room = int(stream.size) - context
-    if room < 1:
+    starts = int(stream.size) - context
+    if starts < 1:
         raise ValueError(f"context={context} needs {context + 1} bytes in a row: the training data holds {stream.size}")
-    return room
+    return starts
 
 
 def cut_windows(stream: np.ndarray | BytesOnDisk, context: int, starts: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -226,7 +225,7 @@ def cut_windows(stream: np.ndarray | BytesOnDisk, context: int, starts: np.ndarr
     return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
 
-def _place(relative_path: str) -> float:
+def _hash_share(relative_path: str) -> float:
     """A number in [0, 1) that a file's path fixes."""
     digest = hashlib.sha256(relative_path.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
@@ -299,10 +298,10 @@ def _read_files(root: Path, names: list[str]) -> Corpus:
             f"data={str(root)!r} holds {len(names)} non-empty file(s): expected at least two, "
             "one to train on and one to hold out (or give the path of a single file)"
         )
-    held = {name for name in names if is_held_out(name)}
+    held_out_names = {name for name in names if is_held_out(name)}
     split = "by file: a hash of the relative path, 1 file in 10 held out"
-    if not held or len(held) == len(names):
-        held = {min(names, key=_place)}
+    if not held_out_names or len(held_out_names) == len(names):
+        held_out_names = {min(names, key=_hash_share)}
         split = "by file: the one file whose relative path has the lowest hash is held out"
     size = sum((root / name).stat().st_size for name in names)
     too_large = (
@@ -318,11 +317,12 @@ def _read_files(root: Path, names: list[str]) -> Corpus:
             content = (root / name).read_bytes()
             digest.update(f"{name}\0{len(content)}\0".encode("utf-8", "surrogateescape"))
             digest.update(content)
-            parts[name in held].extend(content)
+            parts[name in held_out_names].extend(content)
     except MemoryError:
         raise ValueError(too_large) from None
     train, held_out = (np.frombuffer(part, dtype=np.uint8) for part in parts)
-    return Corpus(str(root), train, held_out, len(names) - len(held), len(held), split, digest.hexdigest())
+    count = len(held_out_names)
+    return Corpus(str(root), train, held_out, len(names) - count, count, split, digest.hexdigest())
 
 
 def _map_file(path: Path) -> Corpus:

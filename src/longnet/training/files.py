@@ -12,7 +12,7 @@ from typing import Any
 _WINDOWS = os.name == "nt"
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file in the folder of ``path``, then rename it to ``path``.
 
     After a kill at any moment ``path`` is the old file or the new one. The temporary name is fixed, so the next write
@@ -36,11 +36,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write ``content``, atomically."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(content)
-
-    write_atomically(path, write)
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -67,6 +63,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}: expected an object")
     return value
+
+
+def read_into(file: Any, buffer: memoryview) -> int:
+    """Fill ``buffer`` from a file or a pipe; return the number of bytes read, fewer than its size at the end."""
+    done = 0
+    while done < len(buffer) and (count := file.readinto(buffer[done:])):
+        done += count
+    return done
 
 
 def _replace(temporary: Path, path: Path) -> None:

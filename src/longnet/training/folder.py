@@ -49,17 +49,15 @@ class RunFolder:
 
     def require_new(self) -> None:
         """Raise ValueError if a run, or a file that a run would overwrite, is there already."""
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"out={str(self.path)!r} is a file: expected a folder to be made")
         if self.settings_file.exists():
             raise ValueError(
                 f"out={str(self.path)!r} already holds a run: expected another folder, or --resume to continue this one"
             )
         own = (self.config_file, self.model_file, self.metrics_file, self.evaluation_file, self.report_file)
-        there = [file.name for file in own if file.exists()]
-        if there:
+        existing = [file.name for file in own if file.exists()]
+        if existing:
             raise ValueError(
-                f"out={str(self.path)!r} holds {there}, which a run would overwrite: expected another folder"
+                f"out={str(self.path)!r} holds {existing}, which a run would overwrite: expected another folder"
             )
 
     def require_run(self) -> None:
@@ -168,19 +166,19 @@ def _check_config(
     tensors give the sizes.
     """
     if "config" in metadata:
-        found = LongNetConfig.from_dict(json.loads(metadata["config"])).to_dict()
+        expected = LongNetConfig.from_dict(json.loads(metadata["config"])).to_dict()
     else:
         names = ("embedding.weight", "blocks.0.feed_forward.sub_norm.weight")
         if missing := [name for name in names if name not in weights]:
             raise CheckpointError(f"{folder.model_file} does not fit the model: it lacks {', '.join(missing)}")
         vocab_size, dim = weights[names[0]].shape
         layers = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-        found = {"vocab_size": vocab_size, "dim": dim, "layers": layers, "ffn_dim": len(weights[names[1]])}
-    said = {**config.to_dict(), **({} if "config" in metadata else {"ffn_dim": config.feed_forward_dim})}
-    if changes := [name for name in found if said[name] != found[name]]:
+        expected = {"vocab_size": vocab_size, "dim": dim, "layers": layers, "ffn_dim": len(weights[names[1]])}
+    stated = {**config.to_dict(), **({} if "config" in metadata else {"ffn_dim": config.feed_forward_dim})}
+    if changes := [name for name in expected if stated[name] != expected[name]]:
         raise CheckpointError(
             f"{folder.config_file} does not fit {folder.model_file}: "
-            f"{', '.join(f'{name}={said[name]!r}, expected {found[name]!r}' for name in changes)}"
+            f"{', '.join(f'{name}={stated[name]!r}, expected {expected[name]!r}' for name in changes)}"
         )
 
 

@@ -71,13 +71,13 @@ class Liveness:
                 return SystemExit(1)
             call = self._store.add("longnet/calls", 1)
             time.sleep(_SECONDS)
-            there = [rank for rank in range(self._world) if self._store.check([f"longnet/here/{call}/{rank}"])]
+            present = [rank for rank in range(self._world) if self._store.check([f"longnet/here/{call}/{rank}"])]
             left = [rank for rank in range(self._world) if self._store.check([f"longnet/left/{rank}"])]
-            gone = sorted({*range(self._world)} - {*there, *left, self._rank})
+            gone = sorted({*range(self._world)} - {*present, *left, self._rank})
             if not gone:
                 return None
             self.is_lost = True
-        if self._rank != min(self._rank, *there):
+        if self._rank != min(self._rank, *present):
             return SystemExit(1)
         names = ", ".join(map(str, gone))
         return LostProcess(

@@ -24,9 +24,9 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, keep_to: int, count: str = "step", drop_kind: str | None = None) -> None:
-        there = read_metrics(path, count) if path.exists() else []
-        kept = [line for line in there if line[count] <= keep_to and (not drop_kind or line.get("kind") != drop_kind)]
-        content = b"".join(_encode(line) for line in kept)
+        lines = read_metrics(path, count) if path.exists() else []
+        lines = [line for line in lines if line[count] <= keep_to and (not drop_kind or line.get("kind") != drop_kind)]
+        content = b"".join(_encode(line) for line in lines)
         write_bytes(path, content)
         self._file: BinaryIO = open(path, "ab")  # noqa: SIM115 - closed by close()
 

@@ -49,30 +49,24 @@ def restore_state(
     Raises:
         CheckpointError: names, shapes or dtypes that do not fit.
     """
-    weights = _below(checkpoint, "model.")
-    moments = _below(checkpoint, "optimizer.")
+    weights = _with_prefix(checkpoint, "model.")
+    moments = _with_prefix(checkpoint, "optimizer.")
     check_tensors(collect_weights(model), weights, checkpoint.path)
     states: dict[Tensor, dict[str, Any]] = {}
-    for name, weight in model.named_parameters():
-        # The optimizer has no state before its first step.
-        if not moments:
-            break
-        found = {key: moments.get(f"{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
-        for key, value in found.items():
-            shape = torch.Size() if key == "step" else weight.shape
+    # The optimizer has no state before its first step.
+    for name, weight in model.named_parameters() if moments else ():
+        states[weight] = {}
+        for key, shape in (("step", torch.Size()), ("exp_avg", weight.shape), ("exp_avg_sq", weight.shape)):
+            value = moments.get(f"{name}.{key}")
             if value is None or value.shape != shape:
                 raise CheckpointError(
                     f"{checkpoint.path} does not fit the optimizer: {name}.{key} is "
                     f"{'missing' if value is None else tuple(value.shape)}, expected {tuple(shape)}"
                 )
-        states[weight] = {
-            key: value.to(device) if key == "step" else spread_like(weight, value)
-            for key, value in found.items()
-            if value is not None
-        }
+            states[weight][key] = value.to(device) if key == "step" else spread_like(weight, value)
     restore_weights(model, weights, checkpoint.path)
     optimizer.state.update(states)
-    generators = _below(checkpoint, "rng.")
+    generators = _with_prefix(checkpoint, "rng.")
     if "cpu" not in generators:
         raise CheckpointError(f"{checkpoint.path} is damaged: it lacks rng.cpu")
     torch.set_rng_state(generators["cpu"])
@@ -80,6 +74,6 @@ def restore_state(
         torch.cuda.set_rng_state(generators["cuda"], device)
 
 
-def _below(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
+def _with_prefix(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
     """The tensors whose names start with ``prefix``, without it."""
     return {name.removeprefix(prefix): value for name, value in checkpoint.tensors.items() if name.startswith(prefix)}
