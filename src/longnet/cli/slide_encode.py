@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import sys
 import traceback
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -158,13 +157,13 @@ def _encode(
 
     from longnet.slides import heatmap as draw
     from longnet.slides import read_slide, result_bytes
+    from longnet.training.device import autocast
     from longnet.training.files import write_atomically, write_bytes
 
     slide, device = read_slide(source), model.cls_token.device
     model.tile_size, tiles = _tile_size(tile_size, slide.tile_size)
     x, coords = slide.embeddings[None].to(device), slide.coords[None].to(device)
-    cast = nullcontext() if kind == "float32" else torch.autocast(device.type, getattr(torch, kind))
-    with torch.inference_mode(), cast:
+    with torch.inference_mode(), autocast(device, getattr(torch, kind)):
         layers = torch.cat(model(x, coords, all_layer_embed=all_layers))
         tensors = {"layers": layers} if all_layers else {"embedding": layers[0]}
         if heatmap:

@@ -35,7 +35,7 @@ class Stopping:
         finally:
             self._waiting = False
 
-    def hear(self, number: int, frame: object) -> None:
+    def handle_signal(self, number: int, frame: object) -> None:
         """The signal handler."""
         self._count += 1
         if self._count > 1 or self._waiting:
@@ -47,7 +47,7 @@ class Stopping:
 def stop_on_signal(say: Callable[[str], None], after: str) -> Iterator[Stopping]:
     """The first SIGINT or SIGTERM lets ``after`` finish, so nothing is lost; a second one ends the program."""
     stopping = Stopping(say, after)
-    before = {number: signal.signal(number, stopping.hear) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stopping.handle_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stopping
     finally:

@@ -92,12 +92,12 @@ class LanguageModel(LongNetBase):
                     threads.enter_context(step_threads(self, batch))
                 new = tokens.new_empty(batch)
                 for rows in groups:
-                    new[rows.number] = rows.next(self, step, sampling)
+                    new[rows.batch_rows] = rows.next(self, step, sampling)
                 if ends is not None:
                     new = new.masked_fill(ended, pad)
                     ended |= (new[:, None] == torch.tensor(ends, device=new.device)).any(1)
                 for rows in groups:
-                    rows.tokens[:, rows.length + step] = new[rows.number]
+                    rows.tokens[:, rows.length + step] = new[rows.batch_rows]
                 result[:, width + step] = new
                 if streamer is not None:
                     streamer(new)
@@ -116,11 +116,11 @@ _CHUNK = 8192
 class _Rows:
     """Rows whose prompts are equally long: they are read and continued together.
 
-    ``number`` (b,) says which rows of the batch they are, ``tokens`` (b, length + max_new_tokens) are prompts and what follows.
+    ``batch_rows`` (b,) are their places in the batch, ``tokens`` (b, length + max_new_tokens) the prompts and the new tokens.
     Without ``cache`` every token is a pass over the whole prefix.
     """
 
-    number: Tensor
+    batch_rows: Tensor
     tokens: Tensor
     length: int
     cache: LongNetCache | None
@@ -170,8 +170,8 @@ def _grouped(
         else:
             generators = [generator(seeds[row]) for row in rows]
         output_buffer = torch.cat([prompts, prompts.new_zeros(len(rows), max_new_tokens)], 1)
-        number = torch.tensor(rows, device=tokens.device)
-        groups.append(_Rows(number, output_buffer, length, cache, generators))
+        batch_rows = torch.tensor(rows, device=tokens.device)
+        groups.append(_Rows(batch_rows, output_buffer, length, cache, generators))
     return groups
 
 

@@ -19,8 +19,7 @@ from longnet.reading.settings import STANDARD_INPUT, StreamSettings
 from longnet.reading.source import ByteSource, FileBytes, PipedBytes
 from longnet.reading.table import StreamResult
 from longnet.training.checkpoint import CheckpointError
-from longnet.training.device import choose_dtype, resolve_device
-from longnet.training.evaluate import autocast
+from longnet.training.device import autocast, choose_dtype, resolve_device
 from longnet.training.folder import load_model
 from longnet.training.lock import locked
 from longnet.training.progress import Reporter

@@ -53,15 +53,15 @@ class StreamRecord:
         self._settings, self._folder, self._source, self._reader = settings, folder, source, reader
         self._device, self._digest, self._reporter = device, digest, reporter
         self._fingerprint = source.fingerprint()
-        self._position, self._nats, self._spent = reader.position, 0.0, 0.0
+        self._recorded_position, self._recorded_nats, self._recorded_seconds = reader.position, 0.0, 0.0
         self.saved_position = reader.position
         self._limit: int | None = None
-        self._earlier, self._began, self._lined, self._saved = 0.0, 0.0, 0.0, 0.0
+        self._earlier_seconds, self._started_at, self._line_at, self._saved_at = 0.0, 0.0, 0.0, 0.0
         self._log: MetricsLog | None = None
 
     @property
     def _seconds(self) -> float:
-        return self._earlier + time.monotonic() - self._began
+        return self._earlier_seconds + time.monotonic() - self._started_at
 
     @property
     def _share(self) -> float | None:
@@ -70,9 +70,9 @@ class StreamRecord:
     def start(self, state: Checkpoint | None, limit: int | None) -> None:
         """Make the folder and its first state, or cut the record back to ``state``; start the clock."""
         self._limit = limit
-        self._earlier = self._spent = 0.0 if state is None else state.progress["seconds"]
-        self._nats = sum(self._reader.nats())
-        self._began = self._lined = self._saved = time.monotonic()
+        self._earlier_seconds = self._recorded_seconds = 0.0 if state is None else state.progress["seconds"]
+        self._recorded_nats = sum(self._reader.nats())
+        self._started_at = self._line_at = self._saved_at = time.monotonic()
         self._folder.path.mkdir(parents=True, exist_ok=True)
         if state is None:
             # Before the record, so that a stream with a record can always be resumed.
@@ -108,9 +108,9 @@ class StreamRecord:
         """After a chunk: write a line once a second and a state when it is due. Nothing else waits for the device."""
         self._fingerprint = self._source.fingerprint()
         now = time.monotonic()
-        if now >= self._saved + self._settings.save_every:
+        if now >= self._saved_at + self._settings.save_every:
             self._save()
-        elif now >= self._lined + _LINE_SECONDS:
+        elif now >= self._line_at + _LINE_SECONDS:
             self._line()
 
     def finish(self, finished: bool) -> StreamResult:
@@ -119,7 +119,7 @@ class StreamRecord:
         self._line()
         self._reporter.end()
         lines = read_metrics(self._folder.record_file, "position")
-        result = StreamResult.of(self._reader.position, self._reader.nats(), self._spent, lines, finished)
+        result = StreamResult.of(self._reader.position, self._reader.nats(), self._recorded_seconds, lines, finished)
         if finished:
             self._log.write(kind=_RESULT, **result.to_dict())
         self._save()
@@ -134,22 +134,22 @@ class StreamRecord:
     def _line(self) -> None:
         """Write a line about the bytes since the last one, if there are any."""
         assert self._log is not None
-        position, new = self._reader.position, self._reader.position - self._position
+        position, new = self._reader.position, self._reader.position - self._recorded_position
         if not new:
             return
         nats = sum(self._reader.nats())
         if not math.isfinite(nats):
             raise ValueError(
-                f"the loss between the positions {self._position:,} and {position:,} is {nats}: expected finite numbers from "
-                f"the model in {self._settings.run!r} with dtype={self._settings.dtype!r}"
+                f"the loss between the positions {self._recorded_position:,} and {position:,} is {nats}: expected finite "
+                f"numbers from the model in {self._settings.run!r} with dtype={self._settings.dtype!r}"
             )
         seconds = self._seconds
         # Rounded up: the clock may measure 0 for a chunk of a few bytes.
-        took = max(round(seconds - self._spent, 6), 1e-6)
+        took = max(round(seconds - self._recorded_seconds, 6), 1e-6)
         now, peak = memory_in_use(self._device)
         bits = bits_per_byte(nats, position - 1)
         # The first byte of the stream is read and not predicted.
-        predicted = new if self._position else new - 1
+        predicted = new if self._recorded_position else new - 1
         self._log.write(
             kind="progress",
             position=position,
@@ -157,12 +157,13 @@ class StreamRecord:
             new_seconds=took,
             tokens_per_second=round(new / took, 1),
             bits_per_byte=bits,
-            new_bits_per_byte=bits_per_byte(nats - self._nats, predicted),
+            new_bits_per_byte=bits_per_byte(nats - self._recorded_nats, predicted),
             memory=now,
             memory_peak=peak,
             seconds=round(seconds, 3),
         )
-        self._position, self._nats, self._spent, self._lined = position, nats, seconds, time.monotonic()
+        self._recorded_position, self._recorded_nats, self._recorded_seconds = position, nats, seconds
+        self._line_at = time.monotonic()
         self._reporter.advance(
             self._share,
             f"{position:,} bytes  {bits or 0.0:.4f} bits/byte  {new / took:,.0f} tokens/s  {format_bytes(peak)}",
@@ -174,12 +175,12 @@ class StreamRecord:
         self._line()
         self._log.flush_to_disk()
         self._write_state()
-        self._saved, self.saved_position = time.monotonic(), self._reader.position
+        self._saved_at, self.saved_position = time.monotonic(), self._reader.position
 
     def _write_state(self) -> None:
         progress = {
             "position": self._reader.position,
-            "seconds": self._spent,
+            "seconds": self._recorded_seconds,
             "settings": self._settings.to_dict(),
             "data": self._fingerprint,
             "model": self._digest,

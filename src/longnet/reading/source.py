@@ -67,7 +67,7 @@ class FileBytes:
     """
 
     def __init__(self, paths: Sequence[str], say: Callable[[str], None] | None = None) -> None:
-        self._files = [file for path in paths for file in _find(Path(path), say)]
+        self._files = [file for path in paths for file in _files_of(Path(path), say)]
         self.total: int | None = sum(file.size for file in self._files)
         self.files = len(self._files)
         if not self.total:
@@ -166,7 +166,7 @@ class PipedBytes:
         pass
 
 
-def _find(path: Path, say: Callable[[str], None] | None) -> list[DataFile]:
+def _files_of(path: Path, say: Callable[[str], None] | None) -> list[DataFile]:
     if path.is_file():
         return [DataFile(path, path.name, path.stat().st_size)] if path.stat().st_size else []
     if path.is_dir():

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
 
 from longnet.training.baselines import Baselines
 from longnet.training.evaluate import CutContext, PositionBin
@@ -47,7 +47,7 @@ def plot_loss(metrics: Sequence[dict[str, Any]], baselines: Baselines, path: Pat
     axes.set_xlim(0, seen[-1] * 1.005)
     _draw_baselines(axes, baselines)
     axes.set_xlabel("bytes trained on")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     _draw_legend(axes)
     figure.savefig(path)
 
@@ -71,8 +71,8 @@ def plot_positions(bins: Sequence[PositionBin], cuts: Sequence[CutContext], base
     _style(left, "Held-out bits per byte by context", "bits per byte")
     centers = np.array([np.sqrt(one.first * one.last) for one in bins])
     means = np.array([one.bits_per_byte.mean for one in bins])
-    lows = np.array([_or(one.bits_per_byte.low, one.bits_per_byte.mean) for one in bins])
-    highs = np.array([_or(one.bits_per_byte.high, one.bits_per_byte.mean) for one in bins])
+    lows = np.array([_bound(one.bits_per_byte.low, one.bits_per_byte.mean) for one in bins])
+    highs = np.array([_bound(one.bits_per_byte.high, one.bits_per_byte.mean) for one in bins])
     left.set_xscale("log", base=2)
     left.fill_between(centers, lows, highs, color=BLUE, alpha=0.15, linewidth=0, label="95 % interval over windows")
     left.plot(centers, means, color=BLUE, marker="o", markersize=5, linewidth=2, label="LongNet")
@@ -93,7 +93,7 @@ def _draw_gains(axes: Axes, cuts: Sequence[CutContext]) -> None:
     """Bits per byte that the whole context saves against each cut, the shortest cut first."""
     axes.axhline(0, color=SOFT, linewidth=1.1)
     for number, cut in enumerate(cuts):
-        mean, low, high = cut.gain.mean, _or(cut.gain.low, cut.gain.mean), _or(cut.gain.high, cut.gain.mean)
+        mean, low, high = cut.gain.mean, _bound(cut.gain.low, cut.gain.mean), _bound(cut.gain.high, cut.gain.mean)
         axes.plot([number, number], [low, high], color=BLUE, linewidth=7, alpha=0.25, solid_capstyle="butt")
         axes.plot(number, mean, color=BLUE, marker="o", markersize=6)
         # Away from the line at zero.
@@ -150,12 +150,5 @@ def _range(one: PositionBin) -> str:
     return f"{one.first:,}" if one.first == one.last else f"{one.first:,}–{one.last:,}"
 
 
-def _short(value: float) -> str:
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:g}{letter}"
-    return f"{value:g}"
-
-
-def _or(value: float | None, other: float) -> float:
+def _bound(value: float | None, other: float) -> float:
     return other if value is None else value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 
@@ -41,3 +43,8 @@ def choose_dtype(device: str) -> str:
         known = torch.cpu.get_capabilities() if kind == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
         fast = bool(known.get("amx_bf16") or known.get("avx512_bf16"))
     return "bfloat16" if fast else "float32"
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """The autocast of the forward pass; none for float32."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from longnet.models import LongNetLM
 from longnet.models.generation import evaluating
 from longnet.training.data import BytesOnDisk, cut_windows
+from longnet.training.device import autocast
 from longnet.training.ranks import Ranks
 
 NORMAL_95 = 1.959964
@@ -121,11 +121,6 @@ def score_windows(
             if on_progress is not None:
                 on_progress(min(1.0, (first + batch) / starts.size))
     return np.concatenate(rows)
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """The autocast of the forward pass; none for float32."""
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def profile_positions(bits: np.ndarray) -> list[PositionBin]:

@@ -2,7 +2,7 @@
 
 A collective over the host fails in all other processes. One over NCCL does not: it blocks the main thread, which waits for the
 GPU. torchrun sends SIGTERM, and half a minute later kills. So a separate thread listens for that signal. It also answers the
-roll calls of other processes while the main thread is busy, so a busy process counts as present.
+liveness checks of other processes while the main thread is busy, so a busy process counts as alive.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Self
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-# Seconds that a roll call waits for answers, and seconds between two looks of a process for a roll call.
-_SECONDS, _LOOK = 5.0, 0.5
+# Seconds that a liveness check waits for answers, and seconds after which a process looks for a new check.
+_ANSWER_SECONDS, _POLL_SECONDS = 5.0, 0.5
 
 
 class LostProcess(RuntimeError):
@@ -28,7 +28,7 @@ class LostProcess(RuntimeError):
 
 
 class Liveness:
-    """Every process of the default group enters a roll call, and leaves it when its work is done.
+    """A context that every process of the default group enters, and leaves when its work is done.
 
     Attributes:
         is_lost: whether a process is known to be gone; the group must not be used then.
@@ -45,7 +45,7 @@ class Liveness:
         # An ignored signal wakes no thread, so it gets a handler that does nothing: this process ends by itself.
         self._handler = signal.signal(signal.SIGTERM, lambda number, frame: None)
         self._descriptor = signal.set_wakeup_fd(self._wakeup_send.fileno(), warn_on_full_buffer=False)
-        self._listener = threading.Thread(target=self._listen, daemon=True, name="longnet-roll-call")
+        self._listener = threading.Thread(target=self._listen, daemon=True, name="longnet-liveness")
         self._listener.start()
         return self
 
@@ -65,13 +65,13 @@ class Liveness:
         self._wakeup_recv.close()
 
     def lost(self) -> LostProcess | SystemExit | None:
-        """Hold a roll call. If a process is gone, return what to raise: a message on one process, a silent exit on the others."""
+        """Check that all are alive; if one is gone, return what to raise: a message on one process, a silent exit on others."""
         with self._lock:
             if self.is_lost:
                 return SystemExit(1)
-            call = self._store.add("longnet/calls", 1)
-            time.sleep(_SECONDS)
-            present = [rank for rank in range(self._world) if self._store.check([f"longnet/here/{call}/{rank}"])]
+            check = self._store.add("longnet/calls", 1)
+            time.sleep(_ANSWER_SECONDS)
+            present = [rank for rank in range(self._world) if self._store.check([f"longnet/here/{check}/{rank}"])]
             left = [rank for rank in range(self._world) if self._store.check([f"longnet/left/{rank}"])]
             gone = sorted({*range(self._world)} - {*present, *left, self._rank})
             if not gone:
@@ -86,20 +86,20 @@ class Liveness:
         )
 
     def _listen(self) -> None:
-        """Until the work is done, answer roll calls; on SIGTERM hold one."""
+        """Until the work is done, answer liveness checks; on SIGTERM start one."""
         answered = 0
-        self._wakeup_recv.settimeout(_LOOK)
+        self._wakeup_recv.settimeout(_POLL_SECONDS)
         while not self._over:
-            calls = self._store.add("longnet/calls", 0)
-            for call in range(answered + 1, calls + 1):
-                self._store.set(f"longnet/here/{call}/{self._rank}", "yes")
-            answered = calls
+            checks = self._store.add("longnet/calls", 0)
+            for check in range(answered + 1, checks + 1):
+                self._store.set(f"longnet/here/{check}/{self._rank}", "yes")
+            answered = checks
             try:
-                heard = self._wakeup_recv.recv(64)
+                signals = self._wakeup_recv.recv(64)
             except TimeoutError:
                 continue
-            if signal.SIGTERM in heard:
-                # In another thread, since this one answers roll calls.
+            if signal.SIGTERM in signals:
+                # In another thread, since this one answers the checks.
                 threading.Thread(target=self._answer, daemon=True, name="longnet-sigterm").start()
 
     def _answer(self) -> None:

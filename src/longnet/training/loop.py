@@ -20,6 +20,10 @@ from longnet.training.resume import check_resume
 from longnet.training.settings import TrainSettings
 from longnet.training.trainer import Trainer, TrainSummary
 
+# With fewer numbers in the residual of a pass, a second thread gains a tenth at most on two idle cores. Threads wait for each
+# other at every operation: beside another load several threads take several times as long as one.
+_SMALL = 1 << 17
+
 
 def train(
     settings: TrainSettings,
@@ -75,7 +79,9 @@ def train(
         # No process writes before all have checked the folder.
         ranks.wait()
         cuda = [device] if device.type == "cuda" else []
-        with torch_threads(_thread_count(settings, device)), torch.random.fork_rng(devices=cuda):
+        is_small = device.type == "cpu" and settings.batch * settings.context * settings.model.dim < _SMALL
+        threads = 1 if settings.threads is None and is_small else settings.threads
+        with torch_threads(threads), torch.random.fork_rng(devices=cuda):
             torch.manual_seed(settings.seed)
             model = LongNetLM(settings.model).to(device)
             trainer = Trainer(settings, folder, data, model, device, tell, ranks)
@@ -103,14 +109,3 @@ def _locked_by_first(out: str, ranks: Ranks) -> Iterator[None]:
                 error = refusal
         ranks.agree(error)
         yield
-
-
-# With fewer numbers in the residual of a pass, a second thread gains a tenth at most on two idle cores. Threads wait for each
-# other at every operation: beside another load several threads take several times as long as one.
-_SMALL = 1 << 17
-
-
-def _thread_count(settings: TrainSettings, device: torch.device) -> int | None:
-    if settings.threads is None and device.type == "cpu":
-        return 1 if settings.batch * settings.context * settings.model.dim < _SMALL else None
-    return settings.threads

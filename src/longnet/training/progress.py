@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 from rich.console import Console
@@ -24,6 +26,16 @@ class Reporter:
 
     def end(self) -> None:
         """The task is over."""
+
+
+@contextmanager
+def task(reporter: Reporter, title: str, done: float | None = 0.0) -> Iterator[None]:
+    """A task of a reporter, which ends with it."""
+    reporter.begin(title, done)
+    try:
+        yield
+    finally:
+        reporter.end()
 
 
 class LineReporter(Reporter):

@@ -137,7 +137,8 @@ def join_ranks(cp: int, device: str) -> Iterator[tuple[Ranks, str]]:
     try:
         with liveness:
             try:
-                yield _make_ranks(cp, world, on_gpu), device
+                mesh = init_device_mesh("cuda" if on_gpu else "cpu", (world // cp, cp), mesh_dim_names=("dp", "cp"))
+                yield Ranks(mesh, dist.new_group(backend="gloo", timeout=_TIMEOUT)), device
             except RuntimeError as error:
                 if not _is_of_a_collective(error) or (lost := liveness.lost()) is None:
                     raise
@@ -146,11 +147,6 @@ def join_ranks(cp: int, device: str) -> Iterator[tuple[Ranks, str]]:
         # Over NCCL this would wait for the process that is gone.
         if not liveness.is_lost:
             dist.destroy_process_group()
-
-
-def _make_ranks(cp: int, world: int, on_gpu: bool) -> Ranks:
-    mesh = init_device_mesh("cuda" if on_gpu else "cpu", (world // cp, cp), mesh_dim_names=("dp", "cp"))
-    return Ranks(mesh, dist.new_group(backend="gloo", timeout=_TIMEOUT))
 
 
 def _is_of_a_collective(error: RuntimeError) -> bool:

@@ -11,7 +11,7 @@ import torch
 
 from longnet.figures import plot_pattern
 from longnet.geometry.pattern import Pattern
-from longnet.models import LongNetConfig, LongNetLM
+from longnet.models import LongNetLM
 from longnet.training.baselines import Baselines, measure_baselines
 from longnet.training.charts import plot_loss, plot_positions
 from longnet.training.data import Corpus, read_corpus
@@ -31,7 +31,7 @@ from longnet.training.folder import RunFolder, load_model
 from longnet.training.lock import locked
 from longnet.training.metrics import read_metrics
 from longnet.training.page import Page
-from longnet.training.progress import Reporter, format_seconds
+from longnet.training.progress import Reporter, format_seconds, task
 from longnet.training.resume import read_settings
 from longnet.training.settings import TrainSettings
 
@@ -96,7 +96,9 @@ def write_report(run: str | Path, *, corpus: Corpus | None = None, reporter: Rep
         pictures = {name: folder.path / f"{name}.png" for name in ("loss", "positions", "pattern")}
         plot_loss(metrics, evaluation.baselines, pictures["loss"])
         plot_positions(evaluation.positions, evaluation.cuts, evaluation.baselines, pictures["positions"])
-        _plot_pattern(settings.model, settings.context, pictures["pattern"])
+        config = settings.model
+        pattern = Pattern.parse(config.segment_lengths, config.dilation_rates, config.head_offsets)
+        plot_pattern(pattern, config.heads, settings.context, pictures["pattern"])
         prompt, continuation = _sample(model, data, device, tell)
         record["parameters"] = sum(weight.numel() for weight in model.parameters())
         write_text(folder.report_file, _compose(record, settings, evaluation, metrics, pictures, prompt, continuation))
@@ -114,8 +116,7 @@ def evaluate_model(
     baselines = measure_baselines(data.train, scored, reporter.say)
 
     def score(length: int, at: np.ndarray) -> np.ndarray:
-        reporter.begin(f"Scoring {at.size * length:,} held-out bytes, {length:,} of context")
-        try:
+        with task(reporter, f"Scoring {at.size * length:,} held-out bytes, {length:,} of context"):
             return score_windows(
                 model,
                 data.held_out,
@@ -126,8 +127,6 @@ def evaluate_model(
                 dtype=getattr(torch, settings.dtype),
                 on_progress=reporter.advance,
             )
-        finally:
-            reporter.end()
 
     bits = score(context, starts)
     some = np.unique(np.linspace(0, starts.size - 1, min(CUT_WINDOWS, starts.size)).round().astype(np.int64))
@@ -169,18 +168,12 @@ def _saved(cut: CutContext) -> str:
     return f"{cut.gain.mean:+.3f} bits saved, 95 % interval {cut.gain.low:+.3f} to {cut.gain.high:+.3f}"
 
 
-def _plot_pattern(config: LongNetConfig, context: int, path: Path) -> None:
-    pattern = Pattern.parse(config.segment_lengths, config.dilation_rates, config.head_offsets)
-    plot_pattern(pattern, config.heads, context, path)
-
-
 def _sample(model: LongNetLM, data: Corpus, device: torch.device, reporter: Reporter) -> tuple[str, str]:
     """Held-out bytes from the middle (from the start of a line if one is near), and the model's continuation."""
     middle = data.held_out.size // 2
     start = middle + data.held_out[middle : middle + SAMPLE_PROMPT].tobytes().find(b"\n") + 1
     prompt = data.held_out[start : start + SAMPLE_PROMPT].astype(np.int64)
-    reporter.begin(f"Generating a sample of {SAMPLE_BYTES} bytes")
-    try:
+    with task(reporter, f"Generating a sample of {SAMPLE_BYTES} bytes"):
         tokens = model.generate(
             torch.from_numpy(prompt)[None].to(device),
             SAMPLE_BYTES,
@@ -189,8 +182,6 @@ def _sample(model: LongNetLM, data: Corpus, device: torch.device, reporter: Repo
             seed=0,
             on_token=lambda step: reporter.advance(step / SAMPLE_BYTES),
         )
-    finally:
-        reporter.end()
     text = bytes(tokens[0].tolist())
     return text[: prompt.size].decode("utf-8", "replace"), text[prompt.size :].decode("utf-8", "replace")
 

@@ -14,10 +14,11 @@ from torch import nn
 from longnet.models import LongNetLM
 from longnet.training.checkpoint import Checkpoint, save_checkpoint
 from longnet.training.data import Corpus, draw_windows
-from longnet.training.evaluate import autocast, score_windows, window_starts
+from longnet.training.device import autocast
+from longnet.training.evaluate import score_windows, window_starts
 from longnet.training.folder import RunFolder
 from longnet.training.metrics import MetricsLog
-from longnet.training.progress import Reporter, format_seconds
+from longnet.training.progress import Reporter, format_seconds, task
 from longnet.training.ranks import Ranks, whole
 from longnet.training.schedule import decay, warm_up
 from longnet.training.settings import TrainSettings
@@ -121,8 +122,7 @@ class Trainer:
     def run(self, should_stop: Callable[[], bool]) -> TrainSummary:
         """Step until the end, or until asked to stop; the state is saved either way."""
         settings, finished = self.settings, True
-        self.reporter.begin("Training", self.progress)
-        try:
+        with task(self.reporter, "Training", self.progress):
             while True:
                 self.share, stop = self.ranks.decide(self.progress, should_stop())
                 if self.share >= 1.0:
@@ -139,8 +139,6 @@ class Trainer:
                 if finished and settings.eval_every and self.evaluated_step != self.step:
                     self.evaluate()
                 self.save()
-        finally:
-            self.reporter.end()
         return TrainSummary(self.step, self.tokens, self.seconds, self.smooth_bits, finished)
 
     def close(self) -> None:
