@@ -86,7 +86,7 @@ class _Unshard(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, rank: int, lengths: tuple[int, ...], dim: int) -> Tensor:
         ctx.place = (group, rank, lengths, dim)
         rows = x.movedim(dim, 0)
-        # Collectives want equal parts.
+        # Collectives need parts of equal size.
         own = rows.new_zeros(max(lengths), *rows.shape[1:])
         own[: lengths[rank]] = rows
         parts = [torch.empty_like(own) for _ in lengths]
@@ -129,7 +129,7 @@ def parallelize(model: LongNetBase, mesh: DeviceMesh, **fsdp: Any) -> LongNetBas
     if not names or any(name not in _AXES for name in names):
         raise ValueError(f"mesh has the axes {names}: expected 'dp' and 'cp', or one of them")
     if "cp" in names and mesh["cp"].size() > 1:
-        # All of it is looked at before any of it is changed.
+        # Check everything before changing anything.
         for name, module in model.named_modules():
             if isinstance(module, BatchNorm | nn.modules.batchnorm._BatchNorm):
                 raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longnet.models import LongNetConfig, LongNetLM
-from longnet.models.generation import sample, sampling_probabilities
+from longnet.models.generation import Sampling
 from longnet.models.threads import step_threads
 
 # Probabilities 0.1, 0.5, 0.15, 0.25 for the tokens 0, 1, 2, 3.
@@ -46,25 +46,25 @@ def _prompt(batch: int = 2, length: int = 5) -> Tensor:
     ],
 )
 def test_probabilities_by_hand(options: dict[str, Any], expected: list[float]) -> None:
-    found = sampling_probabilities(PROBABILITIES.log() + 3.0, **options)
+    found = Sampling(**options).probabilities(PROBABILITIES.log() + 3.0)
     torch.testing.assert_close(found, torch.tensor([expected], dtype=torch.float64), rtol=1e-12, atol=1e-12)
 
 
 def test_ties_go_to_the_lower_token() -> None:
-    found = sampling_probabilities(torch.zeros(1, 4), top_k=2)
+    found = Sampling(top_k=2).probabilities(torch.zeros(1, 4))
     assert torch.equal(found, torch.tensor([[0.5, 0.5, 0.0, 0.0]]))
-    assert sample(torch.zeros(1, 4), temperature=0).item() == 0
+    assert Sampling(temperature=0).draw(torch.zeros(1, 4)).item() == 0
 
 
 def test_tiny_temperature_and_bfloat16_stay_finite() -> None:
     logits = torch.tensor([[1.0, 1e4, -float("inf")]], dtype=torch.bfloat16)
-    found = sampling_probabilities(logits, temperature=1e-30, top_p=0.9)
+    found = Sampling(temperature=1e-30, top_p=0.9).probabilities(logits)
     assert found.dtype == torch.float32 and torch.equal(found, torch.tensor([[0.0, 1.0, 0.0]]))
 
 
 def test_draws_follow_the_probabilities() -> None:
     logits = PROBABILITIES.log().expand(20_000, -1)
-    drawn = sample(logits, top_k=3, generator=torch.Generator().manual_seed(0))
+    drawn = Sampling(top_k=3).draw(logits, torch.Generator().manual_seed(0))
     frequency = torch.bincount(drawn, minlength=4) / 20_000
     # Standard deviation of a frequency here is at most 0.0036.
     torch.testing.assert_close(frequency, torch.tensor([0.0, 5 / 9, 1.5 / 9, 2.5 / 9]), rtol=0, atol=0.015)
@@ -158,7 +158,7 @@ def test_bad_options_teach(options: dict[str, Any], error: type[Exception], mess
 
 def test_no_distribution_at_temperature_zero() -> None:
     with pytest.raises(ValueError, match="temperature=0"):
-        sampling_probabilities(PROBABILITIES, temperature=0)
+        Sampling(temperature=0).probabilities(PROBABILITIES)
 
 
 def _double(**changes: Any) -> LongNetLM:

@@ -28,7 +28,7 @@ def generate(
     """
     import torch
 
-    from longnet.models.generation import check_sampling
+    from longnet.models.generation import Sampling
     from longnet.models.placement import device_of
     from longnet.training.device import resolve_device
     from longnet.training.folder import load_model
@@ -37,7 +37,7 @@ def generate(
     content = _read_prompt(prompt, file)
     if tokens < 1:
         raise ValueError(f"tokens={tokens}: expected at least 1")
-    check_sampling(temperature, top_k, top_p)
+    Sampling(temperature, top_k, top_p)
     model = load_model(run, resolve_device(device, "float32"))
     start = torch.tensor([list(content)], dtype=torch.int64, device=device_of(model.embedding))
     decoder = codecs.getincrementaldecoder("utf-8")("replace")

@@ -77,7 +77,7 @@ class LongNetBase(nn.Module):
             states: gets the input of every block.
         """
         if key_padding_mask is not None:
-            # Once is enough: a row of zeros stays finite. What is not, a NaN say, would reach every weight's gradient as 0 * NaN.
+            # Rows of padding become zeros, once: a NaN in one of them would reach every weight's gradient as 0 * NaN.
             x = x.masked_fill(key_padding_mask.unsqueeze(-1), 0.0)
         recomputed = cache is None and self.gradient_checkpointing and torch.is_grad_enabled()
         layers = [None] * len(self.blocks) if cache is None else cache

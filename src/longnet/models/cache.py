@@ -106,9 +106,9 @@ class LongNetCache:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """All layers read the same tokens in it: after an exception all are where they were, or the cache refuses to go on.
+        """A context in which all layers read the same tokens; to run a model's blocks on a cache by hand, enter it.
 
-        Who runs a model's blocks on a cache by hand does it in this context.
+        After an exception all layers are at their old position, or the cache refuses to go on.
 
         Raises:
             ValueError: an exception has left the layers at different positions, or half-written.
@@ -125,7 +125,7 @@ class LongNetCache:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """All layers change alike in it: what an exception leaves half-done, nothing reads."""
+        """A context in which all layers change alike; after an exception the cache refuses to be read."""
         before, self._torn = self._torn, True
         yield
         self._torn = before
@@ -139,10 +139,9 @@ class LongNetCache:
             )
 
     def moved(self, tokens: int, *, on_device: bool = True) -> None:
-        """Count tokens that were read without Python's knowledge, see :meth:`longnet.DilatedCache.moved`.
+        """Count tokens that a CUDA graph has read, see :meth:`longnet.DilatedCache.moved`.
 
-        Who replays a captured step of the model calls ``moved(1, on_device=False)`` after it, and with -1 after the capture,
-        which runs nothing.
+        After a replay of a captured step call ``moved(1, on_device=False)``. After the capture, which runs nothing, pass -1.
         """
         for layer in self.layers:
             layer.moved(tokens, on_device=on_device)

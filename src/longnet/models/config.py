@@ -33,7 +33,7 @@ class LongNetConfig:
         use_xpos: xPos on queries and keys; needs an even head dimension.
         use_rel_pos_bias: a learned T5 bias per head added to the scores.
         head_offsets: ``"interleaved"`` (the paper) or ``"blocked"`` (torchscale's checkpoints).
-        head_numbers: of every layer, which of the ``heads`` there are; None for all in all layers. Others were pruned, with whole
+        head_numbers: the heads that each layer has; None for all in all layers. The others were pruned, with whole
             key/value heads (see ``longnet.compress``); ``heads`` and ``kv_heads`` still count all. Not with ``norm="batch"``.
         xpos_scale_base: xPos's decay length in tokens; None lets the attention derive it from the longest segment.
         tie_embeddings: whether the language model's output head is the embedding table.

@@ -2,18 +2,77 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from longnet.checks import check_int, check_number
+from longnet.checks import check_int, check_settings
 from longnet.models.base import LongNetBase
 from longnet.models.cache import LongNetCache
 from longnet.models.threads import step_threads
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """First the temperature, then ``top_k``, then ``top_p`` of what is left. Ties go to the lower token id.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the first of the likeliest tokens.
+        top_k: sample among the k likeliest tokens only; None or a k above the vocabulary takes all.
+        top_p: sample among the fewest likeliest tokens whose probabilities reach this sum.
+
+    Raises:
+        TypeError, ValueError: a value of the wrong type or out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if not 0.0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature}: expected a finite number of at least 0 (0 is greedy)")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p={self.top_p}: expected a probability in (0, 1]")
+
+    def draw(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """One token per row: logits (B, V) -> (B,) int64."""
+        if self.temperature == 0 or logits.shape[0] == 0:
+            return logits.argmax(dim=-1)
+        return torch.multinomial(self.probabilities(logits), 1, generator=generator).squeeze(-1)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """The distribution that :meth:`draw` draws from: logits (B, V) -> (B, V), float32 at least, rows sum to 1.
+
+        The likeliest token always stays.
+
+        Raises:
+            ValueError: a temperature of 0.
+        """
+        if self.temperature == 0:
+            raise ValueError("temperature=0 gives no distribution: expected a temperature above 0, or the argmax")
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        below_top = logits - logits.amax(dim=-1, keepdim=True)
+        # A temperature that underflows makes 0 / 0 of the top: its quotient is 0 at any temperature.
+        scaled = (below_top / self.temperature).masked_fill(below_top == 0, 0.0)
+        # A top_p of 1 keeps all; the rounding of the sum could drop the tail.
+        top_p = None if self.top_p == 1.0 else self.top_p
+        if self.top_k is None and top_p is None:
+            return scaled.softmax(dim=-1)
+        ranked, order = scaled.sort(dim=-1, descending=True, stable=True)
+        if self.top_k is not None:
+            ranked[:, self.top_k :] = float("-inf")
+        probabilities = ranked.softmax(dim=-1)
+        if top_p is not None:
+            before = probabilities.cumsum(dim=-1) - probabilities  # mass of the likelier tokens; 0 for the first
+            probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+            probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
+        return torch.zeros_like(probabilities).scatter(-1, order, probabilities)
 
 
 class LanguageModel(LongNetBase):
@@ -76,12 +135,11 @@ class LanguageModel(LongNetBase):
         if width == 0:
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}: expected at least one token to continue from")
         check_int("max_new_tokens", max_new_tokens, 0)
-        check_sampling(temperature, top_k, top_p)
+        sampling = Sampling(temperature, top_k, top_p)
         ends, pad = _check_ends(eos, pad, self.config.vocab_size)
         seeds = _check_seeds(seed, batch)
         self.check_mask(key_padding_mask, batch, width)
         spans = [(0, width)] * batch if key_padding_mask is None else _spans(key_padding_mask)
-        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         result = torch.cat([tokens, tokens.new_zeros(batch, max_new_tokens)], dim=1)
         with evaluating(self), ExitStack() as threads:
             groups = _grouped(self, tokens, spans, seeds, max_new_tokens)
@@ -126,7 +184,7 @@ class _Rows:
     cache: LongNetCache | None
     generators: list[torch.Generator | None]
 
-    def next(self, model: LanguageModel, step: int, sampling: dict[str, Any]) -> Tensor:
+    def next(self, model: LanguageModel, step: int, sampling: Sampling) -> Tensor:
         """The token (b,) that follows ``step`` new ones."""
         end = self.length + step
         if self.cache is None:
@@ -137,9 +195,9 @@ class _Rows:
         # With a device_map the head may be elsewhere.
         logits = model.logits(hidden[:, -1]).to(self.tokens.device)  # (b, V)
         if len(self.generators) == 1:
-            return sample(logits, generator=self.generators[0], **sampling)
+            return sampling.draw(logits, self.generators[0])
         parts = zip(logits.split(1), self.generators, strict=True)
-        return torch.cat([sample(row, generator=generator, **sampling) for row, generator in parts])
+        return torch.cat([sampling.draw(row, generator) for row, generator in parts])
 
 
 def _grouped(
@@ -221,67 +279,6 @@ def _check_seeds(seed: int | Sequence[int] | None, batch: int) -> int | Sequence
     elif seed is not None:
         check_int("seed", seed, None)
     return seed
-
-
-def sample(
-    logits: Tensor,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draw one token per row: logits (B, V) -> (B,) int64. Temperature 0 takes the first of the largest logits."""
-    if temperature == 0 or logits.shape[0] == 0:
-        return logits.argmax(dim=-1)
-    probabilities = sampling_probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
-
-
-def sampling_probabilities(
-    logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
-) -> Tensor:
-    """The distribution that :func:`sample` draws from: logits (B, V) -> (B, V), float32 at least, rows sum to 1.
-
-    First the temperature, then ``top_k``, then ``top_p`` of what is left; ties go to the lower token id. The likeliest
-    token always stays.
-
-    Raises:
-        TypeError, ValueError: a temperature that is not above 0; ``top_k``, ``top_p`` of the wrong type or range.
-    """
-    check_sampling(temperature, top_k, top_p)
-    if temperature == 0:
-        raise ValueError("temperature=0 gives no distribution: expected a temperature above 0, or the argmax")
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    below_top = logits - logits.amax(dim=-1, keepdim=True)
-    # A temperature that underflows makes 0 / 0 of the top: its quotient is 0 at any temperature.
-    scaled = (below_top / temperature).masked_fill(below_top == 0, 0.0)
-    if top_p == 1.0:
-        top_p = None  # keeps all; the rounding of the sum could drop the tail
-    if top_k is None and top_p is None:
-        return scaled.softmax(dim=-1)
-    ranked, order = scaled.sort(dim=-1, descending=True, stable=True)
-    if top_k is not None:
-        ranked[:, top_k:] = float("-inf")
-    probabilities = ranked.softmax(dim=-1)
-    if top_p is not None:
-        before = probabilities.cumsum(dim=-1) - probabilities  # mass of the likelier tokens; 0 for the first
-        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-        probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
-    return torch.zeros_like(probabilities).scatter(-1, order, probabilities)
-
-
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Refuse sampling options of the wrong type or range."""
-    check_number("temperature", temperature)
-    if not 0.0 <= temperature < float("inf"):
-        raise ValueError(f"temperature={temperature}: expected a finite number of at least 0 (0 is greedy)")
-    if top_k is not None:
-        check_int("top_k", top_k, 1)
-    if top_p is not None:
-        check_number("top_p", top_p)
-        if not 0.0 < top_p <= 1.0:
-            raise ValueError(f"top_p={top_p}: expected a probability in (0, 1]")
 
 
 @contextmanager

@@ -10,14 +10,14 @@ from torch import nn
 
 from longnet.models.placement import device_of
 
-# Multiplications a step up to which a second thread gains at most 4 % on two idle cores (one Xeon, torch 2.11); at 10 million it
-# gains a tenth to a fifth.
+# Up to this many multiplications a step, a second thread gains at most 4 % on two idle cores (one Xeon, torch 2.11). At 10
+# million it gains a tenth to a fifth.
 _SMALL = 4_000_000
 
 
 @contextmanager
 def step_threads(model: nn.Module, batch_size: int) -> Iterator[None]:
-    """Single-token steps of ``batch_size`` rows run on one thread in it, if the model is on the CPU and small.
+    """A context for single-token steps of ``batch_size`` rows: one thread, if the model is on the CPU and small.
 
     OpenMP's threads spin while they wait for each other. Beside another load a step with two threads can take many times as long
     as with one. ``torch.set_num_threads`` is set for the calling thread and set back afterwards, on errors too.
@@ -29,7 +29,7 @@ def step_threads(model: nn.Module, batch_size: int) -> Iterator[None]:
 
 @contextmanager
 def torch_threads(count: int | None) -> Iterator[None]:
-    """``count`` CPU threads of torch in it, as many as before afterwards; None changes nothing."""
+    """A context in which torch uses ``count`` CPU threads; None changes nothing."""
     before = torch.get_num_threads()
     if count in (None, before):
         yield
@@ -42,7 +42,7 @@ def torch_threads(count: int | None) -> Iterator[None]:
 
 
 def _multiplications(module: nn.Module) -> int:
-    """Of one token by the module's own weights, quantised or not; an embedding table counts as the output head."""
+    """Multiplications per token by the module's own weights, quantised or not; an embedding counts as the output head."""
     for rows, columns in (("in_features", "out_features"), ("num_embeddings", "embedding_dim")):
         if hasattr(module, rows) and hasattr(module, columns):
             return int(getattr(module, rows) * getattr(module, columns))

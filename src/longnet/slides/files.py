@@ -1,4 +1,4 @@
-"""A slide's tile embeddings and their coordinates, from the files that other tools write."""
+"""A slide's tile embeddings and coordinates from the files that other tools write, and its results as safetensors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from longnet.gigapath.batches import check_coords
@@ -72,6 +74,22 @@ def read_slide(path: str | Path) -> Slide:
             f"{path} has embeddings {tuple(embeddings.shape)} and coords {tuple(coords.shape)}: expected (L, C) and (L, 2)"
         )
     return Slide(embeddings.float(), coords.float(), None if tile_size is None else _tile_size_of(path, tile_size))
+
+
+def result_bytes(tensors: Mapping[str, Tensor], made_from: Mapping[str, str]) -> bytes:
+    """The content of a result's file; its metadata say what it was made from."""
+    return save({name: x.contiguous() for name, x in tensors.items()}, metadata=dict(made_from))
+
+
+def is_made_from(path: Path, made_from: Mapping[str, str]) -> bool:
+    """Whether ``path`` is a whole result whose metadata hold all of ``made_from``."""
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            return made_from.items() <= (file.metadata() or {}).items()
+    except SafetensorError:
+        return False
 
 
 def _array_of(path: Path, contents: Mapping[str, Any], names: tuple[str, ...]) -> Tensor:

@@ -66,7 +66,9 @@ class Page:
         self._parts.append(f"<pre><i>{escape(prompt)}</i>{escape(continuation)}</pre>")
 
     def table(self, rows: Iterable[tuple[str, object]]) -> None:
-        body = "".join(f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in rows)
+        """Names, whose underscores are shown as spaces, and values."""
+        cells = ((escape(name.replace("_", " ")), escape(str(value))) for name, value in rows)
+        body = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in cells)
         self._parts.append(f"<table>{body}</table>")
 
     def html(self) -> str:

@@ -236,15 +236,11 @@ def _compose(
     page.text("Held-out bytes in grey, then the model (temperature 0.8, top-p 0.95).", "soft")
     page.sample(prompt, continuation)
     page.heading("Data")
-    page.table(
-        (name.replace("_", " "), f"{value:,}" if isinstance(value, int) else value) for name, value in data.items()
-    )
+    page.table((name, f"{value:,}" if isinstance(value, int) else value) for name, value in data.items())
     page.heading("Settings")
-    plain = {name: value for name, value in settings.to_dict().items() if name not in ("model", "data", "out")}
-    page.table((name.replace("_", " "), value) for name, value in plain.items())
+    page.table((name, value) for name, value in settings.to_dict().items() if name not in ("model", "data", "out"))
     page.heading("Model")
-    shape = {"parameters": f"{record['parameters']:,}", **settings.model.to_dict()}
-    page.table((name.replace("_", " "), value) for name, value in shape.items())
+    page.table([("parameters", f"{record['parameters']:,}"), *settings.model.to_dict().items()])
     page.heading("Versions")
     page.table((name, value or "from source") for name, value in {**record["versions"], **machine}.items())
     return page.html()
