@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import MISSING, field, fields
 from typing import Any, TypeVar
@@ -86,9 +87,12 @@ def setting(
 
 
 def documented(settings: type[T]) -> type[T]:
-    """Add the help texts of a dataclass of settings to its docstring, whose last section lists attributes."""
-    lines = (f"        {one.name}: {one.metadata['help']}" for one in fields(settings) if one.metadata.get("help"))  # type: ignore[arg-type]
-    settings.__doc__ = "\n".join([(settings.__doc__ or "").rstrip(), *lines, ""])
+    """Add the help texts of a dataclass of settings to its docstring, whose last section lists the other attributes."""
+    text = inspect.cleandoc(settings.__doc__ or "")
+    for one in fields(settings):  # type: ignore[arg-type]
+        if one.metadata.get("help") and f" {one.name}: " not in text:
+            text += f"\n    {one.name}: {one.metadata['help']}"
+    settings.__doc__ = text
     return settings
 
 

@@ -32,7 +32,7 @@ def generate(
     from longnet.models.placement import device_of
     from longnet.training.device import resolve_device
     from longnet.training.folder import load_model
-    from longnet.training.progress import Reporter, make_reporter
+    from longnet.training.progress import SilentReporter, make_reporter
 
     content = _read_prompt(prompt, file)
     if tokens < 1:
@@ -47,7 +47,7 @@ def generate(
         sys.stdout.flush()
 
     # On a terminal the text itself shows how far it is.
-    reporter = Reporter() if sys.stdout.isatty() else make_reporter(sys.stderr)
+    reporter = SilentReporter() if sys.stdout.isatty() else make_reporter(sys.stderr)
     reporter.begin(f"Generating {tokens:,} bytes after {len(content):,}")
     show(content)
     try:

@@ -101,12 +101,12 @@ def _read_model(preset: str | None, config: Path | None) -> LongNetConfig | None
 
 def _run(settings: TrainSettings, resume: bool) -> None:
     from longnet.training.loop import train as train_model
-    from longnet.training.progress import Reporter, format_seconds, make_reporter
+    from longnet.training.progress import SilentReporter, format_seconds, make_reporter
     from longnet.training.ranks import join_ranks
     from longnet.training.report import long_context_verdict, write_report
 
     with join_ranks(settings.cp, settings.device) as (ranks, device):
-        reporter = make_reporter() if ranks.is_first else Reporter()
+        reporter = make_reporter() if ranks.is_first else SilentReporter()
         settings = settings.replace(device=device)
         with stop_on_signal(reporter.say, "this step") as stopping:
             summary = train_model(settings, resume=resume, reporter=reporter, should_stop=stopping.asked, ranks=ranks)

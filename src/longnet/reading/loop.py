@@ -22,7 +22,7 @@ from longnet.training.checkpoint import CheckpointError
 from longnet.training.device import autocast, choose_dtype, resolve_device
 from longnet.training.folder import load_model
 from longnet.training.lock import locked
-from longnet.training.progress import Reporter
+from longnet.training.progress import Reporter, SilentReporter
 
 
 def stream(
@@ -51,7 +51,7 @@ def stream(
         ValueError: settings, data, a model or a folder that cannot be used, a state that is damaged.
         OSError: a file that could not be read or written.
     """
-    tell, stop = reporter or Reporter(), should_stop or (lambda: False)
+    tell, stop = reporter or SilentReporter(), should_stop or (lambda: False)
     settings, device = _resolve(settings)
     folder = StreamFolder(settings.out)
     with ExitStack() as stack:

@@ -6,13 +6,12 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from longnet.checks import documented, is_int, setting
+from longnet.checks import is_int, setting
 
 DTYPES = ("float32", "bfloat16")
 STANDARD_INPUT = "-"
 
 
-@documented
 @dataclass(frozen=True)
 class StreamSettings:
     """The settings of one stream. Immutable. A setting with a help text is an option of ``longnet stream``.
@@ -21,11 +20,11 @@ class StreamSettings:
         run: the run folder whose model reads.
         data: files and folders, read one after the other, or ``("-",)`` for standard input.
         out: the folder for the record and the state.
-        tokens: None for all bytes.
-        chunk: None for 65536 on CUDA and 8192 elsewhere.
+        tokens: bytes to read at most; None for all of them.
+        chunk: bytes per forward pass; None for 65536 on CUDA and 8192 elsewhere.
         dtype: of the forward pass (autocast) and of the cache, or ``"auto"``: bfloat16 on CUDA, float32 elsewhere.
         device: ``"auto"`` (CUDA, else MPS, else the CPU) or a torch device.
-        save_every: 0 saves a state after every chunk.
+        save_every: seconds between two saved states; 0 for one after every chunk.
     """
 
     run: str

@@ -14,7 +14,7 @@ from longnet.training.data import Corpus, check_lengths, check_outside, read_cor
 from longnet.training.device import resolve_device
 from longnet.training.folder import RunFolder
 from longnet.training.lock import locked
-from longnet.training.progress import Reporter
+from longnet.training.progress import Reporter, SilentReporter
 from longnet.training.ranks import Ranks
 from longnet.training.resume import check_resume
 from longnet.training.settings import TrainSettings
@@ -54,7 +54,7 @@ def train(
     """
     ranks = ranks or Ranks()
     ranks.check(settings.batch, settings.dtype)
-    tell = reporter or Reporter()
+    tell = reporter or SilentReporter()
     device = resolve_device(settings.device, settings.dtype)
     if resume:
         RunFolder(settings.out).require_run()

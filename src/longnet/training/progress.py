@@ -6,26 +6,34 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
 
-class Reporter:
-    """Receives progress, one task at a time. This one reports nothing."""
+class Reporter(Protocol):
+    """Receives progress, one task at a time. Its methods do nothing by themselves."""
 
     def say(self, text: str) -> None:
         """A line that stays."""
+        return
 
     def begin(self, title: str, done: float | None = 0.0) -> None:
         """A task starts with a share ``done`` in [0, 1] already done; None if its length is unknown."""
+        return
 
     def advance(self, done: float | None, detail: str = "") -> None:
         """The task is at ``done`` (None as in ``begin``); ``detail`` is shown beside it."""
+        return
 
     def end(self) -> None:
         """The task is over."""
+        return
+
+
+class SilentReporter(Reporter):
+    """Reports nothing."""
 
 
 @contextmanager

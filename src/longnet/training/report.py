@@ -31,7 +31,7 @@ from longnet.training.folder import RunFolder, load_model
 from longnet.training.lock import locked
 from longnet.training.metrics import read_metrics
 from longnet.training.page import Page
-from longnet.training.progress import Reporter, format_seconds, task
+from longnet.training.progress import Reporter, SilentReporter, format_seconds, task
 from longnet.training.resume import read_settings
 from longnet.training.settings import TrainSettings
 
@@ -78,7 +78,7 @@ def write_report(run: str | Path, *, corpus: Corpus | None = None, reporter: Rep
     """
     folder = RunFolder(run)
     folder.require_run()
-    tell = reporter or Reporter()
+    tell = reporter or SilentReporter()
     with locked(folder.path):
         settings = read_settings(folder)
         device = resolve_device(settings.device, settings.dtype)

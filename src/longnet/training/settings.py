@@ -30,10 +30,11 @@ class TrainSettings:
         out: the run folder.
         model: the model to train; byte-level, so ``vocab_size`` is 256, and causal.
         data: a file or folder; ``None`` for the standard library's source.
-        context: N; ``batch`` is B.
-        steps: ``None`` for no limit but the minutes.
+        context: bytes per window, N.
+        steps: optimizer steps; ``None`` for no limit but the minutes.
         minutes: wall-clock limit of the training loop (evaluations and saves count, the report does not).
-        schedule: what follows the warm-up.
+        batch: windows per forward pass, B.
+        schedule: what follows the warm-up: ``"cosine"``, ``"linear"``, ``"constant"`` or ``"wsd"``.
         lr_floor: the share of ``lr`` left at the end.
         beta1, beta2: of AdamW.
         dtype: of the forward pass (autocast); weights and optimizer stay float32.
