@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -61,7 +60,8 @@ def prepare_qat(model: nn.Module, scheme: str, *, head: bool = False) -> None:
     Args, raises: as :func:`quantize`.
     """
     chosen = _layers(model, scheme, head)
-    torchao, qat = _torchao(), _torchao("torchao.quantization.qat")
+    torchao = _torchao()
+    qat = torchao.qat
     weight: Any
     if scheme == "float8wo":
         weight = qat.Float8FakeQuantizeConfig(torch.float8_e4m3fn, torchao.PerRow())
@@ -85,7 +85,8 @@ def convert_qat(model: nn.Module, scheme: str) -> None:
         TypeError: not a module. ValueError: an unknown scheme, or a model that was not prepared.
     """
     _check(model, scheme)
-    torchao, qat = _torchao(), _torchao("torchao.quantization.qat")
+    torchao = _torchao()
+    qat = torchao.qat
     prepared = {id(module) for module in model.modules() if isinstance(module, qat.linear.FakeQuantizedLinear)}
     if not prepared:
         raise ValueError("model has no layer that prepare_qat prepared: expected prepare_qat first, or quantize")
@@ -183,11 +184,12 @@ def _config(scheme: str, model: nn.Module) -> Any:
     return configs[scheme](set_inductor_config=False)
 
 
-def _torchao(module: str = "torchao.quantization") -> Any:
+def _torchao() -> Any:
     try:
-        return import_module(module)
+        import torchao.quantization.qat  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"quantisation needs {error.name}, which is not installed. In a checkout of longnet: pip install '.[quant]'",
             name=error.name,
         ) from None
+    return torchao.quantization

@@ -155,7 +155,9 @@ class LongNetCache:
 
     def clone(self) -> LongNetCache:
         """A copy that goes its own way: read a long prefix once, continue it many ways."""
-        return self._with(layer.clone() for layer in self.layers)
+        copy = LongNetCache.__new__(LongNetCache)
+        copy.layers, copy._torn = tuple(layer.clone() for layer in self.layers), self._torn
+        return copy
 
     def reorder(self, index: Tensor) -> None:
         """Row b continues what row ``index[b]`` has read, (B,) int64: for beams."""
@@ -197,8 +199,3 @@ class LongNetCache:
         if len({layer.position for layer in loaded}) > 1:
             raise ValueError(f"layers stand at positions {[layer.position for layer in loaded]}: expected one position")
         self.layers, self._torn = tuple(loaded), False
-
-    def _with(self, layers: Iterator[DilatedCache]) -> LongNetCache:
-        copy = LongNetCache.__new__(LongNetCache)
-        copy.layers, copy._torn = tuple(layers), self._torn
-        return copy

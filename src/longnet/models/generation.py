@@ -211,10 +211,6 @@ def _grouped(
     numbers: dict[int, list[int]] = {}
     for row, (start, stop) in enumerate(spans):
         numbers.setdefault(stop - start, []).append(row)
-
-    def generator(seed: int) -> torch.Generator:
-        return torch.Generator(device=tokens.device).manual_seed(seed)
-
     groups = []
     for length, rows in numbers.items():
         prompts = torch.stack([tokens[row, slice(*spans[row])] for row in rows])
@@ -222,11 +218,10 @@ def _grouped(
         if not model.config.use_rel_pos_bias:
             # Of one size for all groups, so that they share compiled kernels.
             cache = model.new_cache(len(rows), max_length=max(numbers) + max_new_tokens)
-        generators: list[torch.Generator | None]
-        if seeds is None or isinstance(seeds, int):
-            generators = [None if seeds is None else generator(seeds)]
-        else:
-            generators = [generator(seeds[row]) for row in rows]
+        own_seeds = [seeds] if seeds is None or isinstance(seeds, int) else [seeds[row] for row in rows]
+        generators = [
+            None if seed is None else torch.Generator(device=tokens.device).manual_seed(seed) for seed in own_seeds
+        ]
         output_buffer = torch.cat([prompts, prompts.new_zeros(len(rows), max_new_tokens)], 1)
         batch_rows = torch.tensor(rows, device=tokens.device)
         groups.append(_Rows(batch_rows, output_buffer, length, cache, generators))

@@ -94,7 +94,18 @@ def stream(
             raise ValueError(f"data hold {tokens.numel()} byte(s): expected at least 2, as the first is not predicted")
         record.start(state, limit)
         try:
-            finished = _read_all(tokens, next_chunk, reader, record, stop)
+            finished = True
+            while tokens.numel():
+                reader.read(tokens)
+                record.after_chunk()
+                if stop():
+                    finished = False
+                    break
+                try:
+                    tokens = next_chunk()
+                except KeyboardInterrupt:
+                    finished = False
+                    break
             if finished and settings.tokens is not None and reader.position < settings.tokens:
                 tell.say(f"The data ended after {reader.position:,} bytes, before the {settings.tokens:,} asked for")
             return record.finish(finished)
@@ -119,26 +130,6 @@ def _resolve(settings: StreamSettings) -> tuple[StreamSettings, torch.device]:
     if chunk is None:
         chunk = 65536 if on_cuda else 8192
     return replace(settings, dtype=dtype, chunk=chunk), device
-
-
-def _read_all(
-    tokens: Tensor,
-    next_chunk: Callable[[], Tensor],
-    reader: StreamReader,
-    record: StreamRecord,
-    should_stop: Callable[[], bool],
-) -> bool:
-    """Read chunk by chunk, the first one given; False if asked to stop before the end."""
-    while tokens.numel():
-        reader.read(tokens)
-        record.after_chunk()
-        if should_stop():
-            return False
-        try:
-            tokens = next_chunk()
-        except KeyboardInterrupt:
-            return False
-    return True
 
 
 def _describe(

@@ -71,6 +71,8 @@ class RunFolder:
 
         ``run.json`` comes first: after a kill in between, the folder holds a run that can be resumed.
         """
+        processor = platform.processor() or platform.machine()
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor
         self.checkpoint_file.parent.mkdir(parents=True, exist_ok=True)
         write_json(
             self.settings_file,
@@ -78,7 +80,7 @@ class RunFolder:
                 "settings": settings,
                 "data": data,
                 "versions": software_versions(),
-                "machine": {"device": str(device), "name": _device_name(device), "system": platform.platform()},
+                "machine": {"device": str(device), "name": name, "system": platform.platform()},
             },
         )
         write_json(self.config_file, settings["model"])
@@ -198,7 +200,3 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
