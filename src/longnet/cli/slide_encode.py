@@ -94,16 +94,16 @@ def slide_encode(
         failed.append(source.name)
         reporter.say(_describe_failure(source, error))
 
-    left = []
+    pending = []
     for source, target in todo:
         try:
             if not is_made_from(target, settings | _slide_version(source)):
-                left.append((source, target))
+                pending.append((source, target))
         except OSError as error:
             fail(source, error)
-    if done := len(todo) - len(left) - len(failed):
+    if done := len(todo) - len(pending) - len(failed):
         reporter.say(f"{done} of {len(todo)} slides are done already")
-    if left:
+    if pending:
         model = SlideEncoder.from_checkpoint(
             checkpoint,
             arch,
@@ -112,11 +112,11 @@ def slide_encode(
             global_pool=global_pool,
             device=where,
         )
-        left[0][1].parent.mkdir(parents=True, exist_ok=True)
-        reporter.begin(f"{len(left)} slides", 0.0)
+        pending[0][1].parent.mkdir(parents=True, exist_ok=True)
+        reporter.begin(f"{len(pending)} slides", 0.0)
         encoded, reported, before = 0, "", len(failed)
         with stop_on_signal(reporter.say, "this slide") as stopping:
-            for number, (source, target) in enumerate(left, 1):
+            for number, (source, target) in enumerate(pending, 1):
                 try:
                     made_from = settings | _slide_version(source)
                     tiles = _encode(model, source, target, made_from, tile_size, kind, all_layers, heatmap)
@@ -131,9 +131,9 @@ def slide_encode(
                     # One file that fails, out of memory included, does not stop the others.
                     fail(source, error)
                 wrong = len(failed) - before
-                count = f"{encoded} of {len(left)} encoded" + (f", {wrong} failed" if wrong else "")
-                reporter.advance(encoded / max(1, len(left) - wrong), f"{source.name}, {count}")
-                if stopping.asked() and number < len(left):
+                count = f"{encoded} of {len(pending)} encoded" + (f", {wrong} failed" if wrong else "")
+                reporter.advance(encoded / max(1, len(pending) - wrong), f"{source.name}, {count}")
+                if stopping.asked() and number < len(pending):
                     reporter.say("Stopped. Run the same command to continue.")
                     raise typer.Exit(INTERRUPTED)
         reporter.end()

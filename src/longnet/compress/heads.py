@@ -170,9 +170,9 @@ def _cut_layer(
     config = model.config
     dim, group = config.head_dim, config.heads // (config.kv_heads or config.heads)
     places = [present.index(number) for number in heads_left]
-    gone = [place for place, number in enumerate(present) if number not in heads_left]
+    pruned_places = [place for place, number in enumerate(present) if number not in heads_left]
     device = model.embedding.weight.device
-    channels, lost = _channels(places, dim, device), _channels(gone, dim, device)
+    channels, pruned_channels = _channels(places, dim, device), _channels(pruned_places, dim, device)
     kv_channels = _channels([place // group for place in places[::group]], dim, device)
 
     def select(name: str, index: Tensor, axis: int = 0) -> None:
@@ -182,10 +182,10 @@ def _cut_layer(
     def exact(x: Tensor) -> Tensor:
         return x.to(float64_device(device)).double()
 
-    out_weight = exact(state[prefix + "out_proj.weight"][:, lost])
+    out_weight = exact(state[prefix + "out_proj.weight"][:, pruned_channels])
     if config.norm == "layer":
         # The norm turns the zeros of those channels into one number a token times its weight, plus its bias.
-        norm = [exact(state[prefix + f"sub_norm.{name}"][lost]) for name in ("weight", "bias")]
+        norm = [exact(state[prefix + f"sub_norm.{name}"][pruned_channels]) for name in ("weight", "bias")]
         added = torch.stack([out_weight @ one for one in norm])
         before = state.get(prefix + "absent")
         added = added if before is None else added + exact(before)

@@ -24,8 +24,8 @@ from longnet.nn.projections import is_as_its_class, project_normed, project_resi
 class FeedForward(nn.Module):
     """``fc2(sub_norm(gelu(fc1(x))))``, x (B, N, dim) -> (B, N, dim).
 
-    With ``config.feed_forward_chunk`` only so many tokens' hidden layers exist at a time, and the backward pass computes them
-    again: of a row of N tokens only x is kept.
+    With ``config.feed_forward_chunk`` the hidden layer exists for that many tokens at a time, and the backward pass computes it
+    again: for a row of N tokens only x is saved.
     """
 
     def __init__(

@@ -73,13 +73,13 @@ class Liveness:
             time.sleep(_ANSWER_SECONDS)
             present = [rank for rank in range(self._world) if self._store.check([f"longnet/here/{check}/{rank}"])]
             left = [rank for rank in range(self._world) if self._store.check([f"longnet/left/{rank}"])]
-            gone = sorted({*range(self._world)} - {*present, *left, self._rank})
-            if not gone:
+            lost = sorted({*range(self._world)} - {*present, *left, self._rank})
+            if not lost:
                 return None
             self.is_lost = True
         if self._rank != min(self._rank, *present):
             return SystemExit(1)
-        names = ", ".join(map(str, gone))
+        names = ", ".join(map(str, lost))
         return LostProcess(
             f"process {names} of {self._world} is gone (killed, out of memory, or after an error of its own): training stopped. "
             "--resume continues the run from its last checkpoint, on any number of processes"

@@ -129,8 +129,8 @@ def evaluate_model(
             )
 
     bits = score(context, starts)
-    some = np.unique(np.linspace(0, starts.size - 1, min(CUT_WINDOWS, starts.size)).round().astype(np.int64))
-    cuts = [compare_cut(bits[some], starts[some], length, score) for length in cut_lengths(context)]
+    chosen = np.unique(np.linspace(0, starts.size - 1, min(CUT_WINDOWS, starts.size)).round().astype(np.int64))
+    cuts = [compare_cut(bits[chosen], starts[chosen], length, score) for length in cut_lengths(context)]
     overall = Estimate.over_windows(bits.mean(axis=1, dtype=np.float64))
     return Evaluation(overall, context, int(starts.size), int(scored.size), profile_positions(bits), cuts, baselines)
 
