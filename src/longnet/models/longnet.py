@@ -182,6 +182,9 @@ class LongNetLM(LanguageModel):
         if targets.device.type == "cpu" and not torch.compiler.is_compiling():
             self.check_tokens(targets[targets != ignore_index][None], "targets")
 
+    # Here, too, so that the documentation of this class shows it.
+    generate = LanguageModel.generate
+
 
 class LongNetEncoder(LongNetBase):
     """Bidirectional encoder: token ids (B, N) or embeddings (B, N, dim) to hidden states (B, N, dim).

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from longnet.checks import check_settings, documented, setting
 from longnet.training.schedule import SCHEDULES
 
-if TYPE_CHECKING:
+# For tools that resolve the annotations; the longnet command reads the settings before torch is imported.
+if TYPE_CHECKING or "torch" in sys.modules:
     from longnet.models import LongNetConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
