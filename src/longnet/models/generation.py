@@ -137,12 +137,12 @@ class LanguageModel(LongNetBase):
         check_int("max_new_tokens", max_new_tokens, 0)
         sampling = Sampling(temperature, top_k, top_p)
         ends, pad = _check_ends(eos, pad, self.config.vocab_size)
-        seeds = _check_seeds(seed, batch)
+        _check_seeds(seed, batch)
         self.check_mask(key_padding_mask, batch, width)
         spans = [(0, width)] * batch if key_padding_mask is None else _spans(key_padding_mask)
         result = torch.cat([tokens, tokens.new_zeros(batch, max_new_tokens)], dim=1)
         with evaluating(self), ExitStack() as threads:
-            groups = _grouped(self, tokens, spans, seeds, max_new_tokens)
+            groups = _grouped(self, tokens, spans, seed, max_new_tokens)
             ended = tokens.new_zeros(batch, dtype=torch.bool)
             for step in range(max_new_tokens):
                 if step == 1 and not self.config.use_rel_pos_bias:
@@ -265,7 +265,7 @@ def _check_ends(eos: int | Sequence[int] | None, pad: int | None, vocab_size: in
     return ends, pad
 
 
-def _check_seeds(seed: int | Sequence[int] | None, batch: int) -> int | Sequence[int] | None:
+def _check_seeds(seed: int | Sequence[int] | None, batch: int) -> None:
     if isinstance(seed, Sequence) and not isinstance(seed, str):
         if len(seed) != batch:
             raise ValueError(f"seed={seed} has {len(seed)} entries: expected one int, or one for each of {batch} rows")
@@ -273,7 +273,6 @@ def _check_seeds(seed: int | Sequence[int] | None, batch: int) -> int | Sequence
             check_int("seed", one, None)
     elif seed is not None:
         check_int("seed", seed, None)
-    return seed
 
 
 @contextmanager

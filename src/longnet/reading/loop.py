@@ -82,7 +82,6 @@ def stream(
         assert settings.chunk is not None
         feeder = Feeder(source, settings.chunk, device)
         record = StreamRecord(settings, folder, source, reader, device, digest, tell)
-        stack.callback(record.close)
         limit = _describe(settings, source, reader.position, device, tell)
 
         def next_chunk() -> Tensor:
@@ -93,6 +92,7 @@ def stream(
         if reader.position + tokens.numel() < 2:
             raise ValueError(f"data hold {tokens.numel()} byte(s): expected at least 2, as the first is not predicted")
         record.start(state, limit)
+        stack.callback(record.close)
         try:
             finished = True
             while tokens.numel():
