@@ -123,6 +123,13 @@ class LongNetCache:
             raise
         self._torn = False
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A context in which all layers change alike; after an exception the cache refuses to be read."""
+        before, self._torn = self._torn, True
+        yield
+        self._torn = before
+
     def _check_whole(self) -> None:
         positions = sorted({layer.position for layer in self.layers})
         if self._torn or len(positions) > 1 or any(layer._torn for layer in self.layers):
@@ -155,10 +162,9 @@ class LongNetCache:
     def reorder(self, index: Tensor) -> None:
         """Row b continues what row ``index[b]`` has read, (B,) int64: for beams."""
         self.layers[0]._check_order(index)
-        before, self._torn = self._torn, True  # after an exception the cache refuses to be read
-        for layer in self.layers:
-            layer.reorder(index)
-        self._torn = before
+        with self._writing():
+            for layer in self.layers:
+                layer.reorder(index)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every layer's tensors, by ``layers.N.``; ``safetensors.torch.save_file`` takes them as they are.
