@@ -61,7 +61,7 @@ MEETS_TRITON = {
     ("longnet", "attention", "streaming", "kernels"): {"triton"},
     ("longnet", "nn", "kernels"): {"triton"},
     ("longnet", "attention", "streaming", "fused"): {"torch", "triton"},
-    ("longnet", "runtime", "tma"): {"torch", "triton"},
+    ("longnet", "runtime", "triton_internals"): {"torch", "triton"},
 }
 
 # `import longnet` must do without all of these.

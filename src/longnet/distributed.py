@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
@@ -21,6 +21,7 @@ from longnet.attention.sharding import lengths_of, peers_of
 from longnet.models.base import LongNetBase
 from longnet.models.layers import Block
 from longnet.nn.norm import BatchNorm
+from longnet.runtime.torch_internals import any_batch_norm, flattened_mesh
 
 __all__ = ["parallelize", "shard_lengths", "shard_sequence", "unshard_sequence"]
 
@@ -131,7 +132,7 @@ def parallelize(model: LongNetBase, mesh: DeviceMesh, **fsdp: Any) -> LongNetBas
     if "cp" in names and mesh["cp"].size() > 1:
         # Check everything before changing anything.
         for name, module in model.named_modules():
-            if isinstance(module, BatchNorm | nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, BatchNorm | any_batch_norm()):
                 raise ValueError(
                     f"{name} is a batch normalisation: its statistics would be those of one shard, expected config.norm "
                     "'layer' or 'rms' for a sequence over several ranks"
@@ -139,7 +140,7 @@ def parallelize(model: LongNetBase, mesh: DeviceMesh, **fsdp: Any) -> LongNetBas
         for module in model.modules():
             if isinstance(module, DilatedAttention):
                 module.distributed = mesh["cp"]
-    flat = mesh if len(names) == 1 else mesh._flatten("dp_cp")
+    flat = mesh if len(names) == 1 else flattened_mesh(mesh, "dp_cp")
     model.loss_group = flat.get_group()
     for module in model.modules():
         if isinstance(module, Block):

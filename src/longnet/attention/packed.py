@@ -19,6 +19,7 @@ from longnet.attention.backends import Backend
 from longnet.attention.call import AttentionInputs
 from longnet.checks import is_int
 from longnet.runtime.cache import tensor_cache
+from longnet.runtime.torch_internals import version_of
 from longnet.runtime.tracing import untraced
 
 # Rows of a bucket differ by at most a quarter of the longest, short ones by anything: a call costs more than they do.
@@ -71,13 +72,13 @@ def _ints(cu_seqlens: Tensor | Sequence[int]) -> tuple[int, ...]:
         raise TypeError(f"cu_seqlens has dtype {cu_seqlens.dtype}: expected torch.int32 or torch.int64")
     if cu_seqlens.dim() != 1:
         raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}: expected (documents + 1,)")
-    # Tensors of inference mode count no versions.
-    if cu_seqlens.device.type == "cpu" or cu_seqlens.is_inference():
+    written = version_of(cu_seqlens)
+    if cu_seqlens.device.type == "cpu" or written is None:
         return tuple(cu_seqlens.tolist())
     version, bounds = _read.get(cu_seqlens, (None, ()))
-    if version != cu_seqlens._version:
+    if version != written:
         bounds = tuple(cu_seqlens.tolist())
-        _read[cu_seqlens] = (cu_seqlens._version, bounds)
+        _read[cu_seqlens] = (written, bounds)
     return bounds
 
 

@@ -19,6 +19,7 @@ from longnet.models.generation import evaluating
 from longnet.models.layers import Block
 from longnet.models.placement import is_dispatched
 from longnet.nn.position import float64_device
+from longnet.runtime.torch_internals import parameter_table
 
 Model = TypeVar("Model", bound=LongNetBase)
 
@@ -253,7 +254,7 @@ def _check_plain(model: LongNetBase) -> None:
             raise ValueError("model is parallelized: expected to prune heads before parallelize")
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             linear = getattr(attention, name)
-            plain = type(linear) is nn.Linear and isinstance(linear._parameters.get("weight"), nn.Parameter)
+            plain = type(linear) is nn.Linear and isinstance(parameter_table(linear).get("weight"), nn.Parameter)
             if not plain or type(linear.weight) is not nn.Parameter:
                 raise ValueError(
                     f"blocks.{layer}.attention.{name} is {type(linear).__name__} with a {type(linear.weight).__name__}: "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from longnet.models.placement import device_of
+from longnet.runtime.torch_internals import int8_matmul
 
 # int8 weights; int8 weights and activations, a scale a token; 8-bit floats (e4m3). One scale an output channel.
 SCHEMES = ("int8wo", "int8dyn", "float8wo")
@@ -161,7 +162,7 @@ def _layers(model: nn.Module, scheme: str, head: bool) -> set[int]:
 def exact_int8_product() -> bool:
     """Whether the CPU's int8 matrix product is exact: without VNNI, sums of two products saturate at 16 bits."""
     one = torch.full((32, 32), 127, dtype=torch.int8)
-    return bool((torch._int_mm(one, one) == 32 * 127**2).all())
+    return bool((int8_matmul(one, one) == 32 * 127**2).all())
 
 
 def _config(scheme: str, model: nn.Module) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from longnet.runtime.autocast import autocast_dtype
+from longnet.runtime.torch_internals import copy_many, parameter_table
 
 # How many graphs a model keeps: those of the sizes that came last.
 _MOST = 8
@@ -178,18 +179,18 @@ def _stand_ins(model: nn.Module) -> Iterator[None]:
     others: dict[nn.Parameter, nn.Parameter] = {}
     swapped: list[tuple[nn.Module, str, nn.Parameter]] = []
     for module in model.modules():
-        for name, own in module._parameters.items():
+        for name, own in parameter_table(module).items():
             if own is not None:
                 swapped.append((module, name, own))
                 if own not in others:
                     others[own] = nn.Parameter(own.detach(), requires_grad=own.requires_grad)
     try:
         for module, name, own in swapped:
-            module._parameters[name] = others[own]
+            parameter_table(module)[name] = others[own]
         yield
     finally:
         for module, name, own in swapped:
-            module._parameters[name] = own
+            parameter_table(module)[name] = own
 
 
 def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -200,7 +201,7 @@ def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
         same = [tensors[place] for place in places]
         block = same[0].new_empty(sum(one.numel() for one in same))
         parts = [part.view(one.shape) for part, one in zip(block.split([x.numel() for x in same]), same, strict=True)]
-        torch._foreach_copy_(parts, same)
+        copy_many(parts, same)
         for place, part in zip(places, parts, strict=True):
             copies[place] = part
     return copies

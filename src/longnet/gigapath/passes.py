@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from longnet.gigapath.captured import Replays
 from longnet.gigapath.layer import gives_rows
 from longnet.gigapath.positions import Check, cells, check_cells, position_embedding
-from longnet.nn.projections import hooks_of, is_as_its_class
+from longnet.nn.projections import is_as_its_class
+from longnet.runtime.torch_internals import hooks_of, specialised_floats
 
 Layers = tuple[int, ...] | None
 Flags = tuple[bool, ...] | None
@@ -198,7 +199,7 @@ def compile_for_any_size(function: Callable[..., Any], **settings: Any) -> Calla
 
     def call(*args: Any) -> Any:
         # Another compilation, which this one is a part of, has made its choice.
-        with nullcontext() if torch.compiler.is_compiling() else torch._dynamo.config.patch(specialize_float=True):
+        with nullcontext() if torch.compiler.is_compiling() else specialised_floats():
             return run(*args)
 
     return call

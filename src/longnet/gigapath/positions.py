@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from longnet.runtime.cache import tensor_cache
+from longnet.runtime.torch_internals import assert_async
 from longnet.runtime.tracing import is_traced
 
 
@@ -69,7 +70,7 @@ def check_cells(outside: Tensor) -> bool:
     What is exported raises RuntimeError when it meets a tile outside of the grid.
     """
     if torch.compiler.is_exporting() or (is_traced() and not torch.compiler.is_compiling()):
-        torch._assert_async(~outside, "coords: a tile is outside of the grid")
+        assert_async(~outside, "coords: a tile is outside of the grid")
         return True
     return outside.is_meta
 

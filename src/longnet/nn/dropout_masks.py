@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longnet.runtime.operators import define
-from longnet.runtime.tma import Launch
+from longnet.runtime.triton_internals import Launch
 from longnet.runtime.triton_support import HAS_TRITON
 
 # A probability is a multiple of 1 / STEPS.

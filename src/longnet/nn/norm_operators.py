@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from longnet.runtime.operators import define
-from longnet.runtime.tma import Launch
+from longnet.runtime.triton_internals import Launch
 from longnet.runtime.triton_support import HAS_TRITON, power_of_two
 
 DTYPES = (torch.bfloat16, torch.float16)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from longnet.nn import Norm, fits, normed_linear, residual_normed_linear
 from longnet.nn.norm import LayerNorm
 from longnet.runtime.autocast import autocast_dtype
+from longnet.runtime.torch_internals import is_call_changed, parameter_table
 
 
 def project_normed(
@@ -73,22 +73,11 @@ def normalise(norm: nn.Module, x: Tensor, key_padding_mask: Tensor | None = None
 
 def is_as_its_class(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the module does what that class does and no more."""
-    if type(module) is not kind:
-        return False
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    # Who replaces ``forward`` of one module (accelerate, say) or compiles it in place leaves its class as it is.
-    changed = "forward" in module.__dict__ or module._compiled_call_impl is not None
-    return not (hooks or changed or _has_any_global_hook())
-
-
-def hooks_of(module: nn.Module) -> list[int]:
-    """The numbers of the hooks that a call of the module runs; torch gives every hook a number of its own."""
-    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return [number for some in hooks for number in some]
+    return type(module) is kind and not is_call_changed(module)
 
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether it is as its class, with parameters that are nothing but tensors."""
     return is_as_its_class(module, kind) and all(
-        type(one) is nn.Parameter for one in module._parameters.values() if one is not None
+        type(one) is nn.Parameter for one in parameter_table(module).values() if one is not None
     )

@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from longnet.runtime.tma import Launch
+from longnet.runtime.triton_internals import Launch
 from longnet.runtime.triton_support import HAS_TRITON, power_of_two
 
 # Tokens of a program.

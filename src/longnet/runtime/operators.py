@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
-from torch.autograd import forward_ad
+
+from longnet.runtime.torch_internals import is_differentiated_or_batched
 
 _library = torch.library.Library("longnet", "FRAGMENT")
 
@@ -79,9 +79,7 @@ def transformable(
         if torch.compiler.is_compiling():
             return call(*inputs)
         # The operator is faster, and the same, where nothing is differentiated or batched.
-        level = _functorch.peek_interpreter_stack()
-        transformed = level is not None and level.key() != _functorch.TransformType.Functionalize
-        if transformed or forward_ad._current_level >= 0:
+        if is_differentiated_or_batched():
             return differentiable.apply(*inputs)  # type: ignore[attr-defined]
         return call(*inputs)
 

@@ -1,19 +1,11 @@
-"""Tensors as matrices for the tensor memory accelerator, and quick launches of kernels that take many of them."""
+"""Tensors as matrices for the tensor memory accelerator."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from typing import Any
+from dataclasses import dataclass
+from functools import lru_cache
 
-import torch
 from torch import Tensor
-
-# The views of a tensor that a kernel takes, one per branch of a nest; unused ones are None.
-VIEWS = 5
-
-# What a kernel is given of tensors: one, several as one argument, or none.
-Pointer = Tensor | tuple[Tensor, ...] | None
 
 
 @dataclass(frozen=True)
@@ -73,74 +65,3 @@ def _is_matrix(shape: tuple[int, ...], stride: tuple[int, ...], dim: int, unit: 
         and view.token * element_size % 16 == 0
         and not any(count % unit for count in (view.tokens, view.batch, view.head))
     )
-
-
-def descriptors(view: View, dtype: torch.dtype, dim: int, rates: tuple[int, ...], rows: int) -> tuple[Any, ...]:
-    """One descriptor per rate of a tensor with this view, for copies of ``rows`` rows; None up to ``VIEWS``."""
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    block = [rows, dim]
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
-    base = torch.empty(8, dtype=dtype, device="cpu")
-    found = [
-        TensorDescriptor(base, [view.tokens // rate, rate * view.token], [rate * view.token, 1], block, layout)
-        for rate in rates
-    ]
-    # Every descriptor of a launch is encoded anew, so there are no more than are needed.
-    return (*found, *[None] * (VIEWS - len(found)))
-
-
-@dataclass(frozen=True, eq=False)
-class Launch:
-    """A launch of a kernel for tensors of known shapes, strides and types: all but the tensors themselves.
-
-    Args:
-        templates: of the inputs' descriptors, input after input.
-        rest: the kernel's arguments after the descriptors, up to its constants.
-        options: its constants, and how it is compiled.
-    """
-
-    kernel: Any
-    programs: int
-    templates: tuple[tuple[Any, ...], ...]
-    rest: tuple[Any, ...]
-    options: dict[str, Any]
-    # By the alignment of the pointers, which Triton specialises on.
-    _compiled: dict[tuple[Any, ...], Any] = field(default_factory=dict)
-
-    @cached_property
-    def _constants(self) -> tuple[Any, ...]:
-        return tuple(self.options[name] for name in self.kernel.arg_names if name in self.options)
-
-    @cached_property
-    def _slots(self) -> tuple[tuple[int, int, Any], ...]:
-        """(place among the descriptors, input, template) of those that there are."""
-        places = enumerate((number, one) for number, of_input in enumerate(self.templates) for one in of_input)
-        return tuple((place, number, one) for place, (number, one) in places if one is not None)
-
-    def run(self, pointers: tuple[Pointer, ...], inputs: tuple[Tensor, ...]) -> None:
-        """Run it on the current device; from the second time on without Triton's dispatch, which would look at every argument.
-
-        Args:
-            pointers: the kernel's first arguments.
-            inputs: the tensors of the descriptors, which come next.
-        """
-        views = [None] * (VIEWS * len(inputs))
-        for place, number, template in self._slots:
-            # Made by hand: the constructor checks all of it again, which takes longer than a short sequence's attention.
-            views[place] = descriptor = object.__new__(type(template))
-            descriptor.__dict__.update(template.__dict__, base=inputs[number])
-        aligned = tuple(_alignment(x) for x in pointers)
-        compiled = self._compiled.get(aligned)
-        if compiled is None:
-            made = self.kernel[self.programs, 1, 1](*pointers, *views, *self.rest, **self.options)
-            self._compiled[aligned] = made
-        else:
-            compiled[self.programs, 1, 1](*pointers, *views, *self.rest, *self._constants)
-
-
-def _alignment(pointer: Pointer) -> Any:
-    if pointer is None or isinstance(pointer, Tensor):
-        return pointer if pointer is None else pointer.data_ptr() % 16
-    return tuple(x.data_ptr() % 16 for x in pointer)

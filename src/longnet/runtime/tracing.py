@@ -7,7 +7,8 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from longnet.runtime.torch_internals import has_tracing_mode, is_transformed
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -15,10 +16,7 @@ T = TypeVar("T")
 
 def is_traced() -> bool:
     """Whether torch traces: tensors that are made now may be fake, or stand for what a graph will compute."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    # Modes that count or log have no key, and their tensors are real.
-    return any(getattr(mode, "_mode_key", None) is not None for mode in _get_current_dispatch_mode_stack())
+    return torch.compiler.is_compiling() or is_transformed() or has_tracing_mode()
 
 
 def untraced(function: Callable[P, T]) -> Callable[P, T]:

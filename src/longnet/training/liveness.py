@@ -17,7 +17,8 @@ from types import TracebackType
 from typing import Self
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
+
+from longnet.runtime.torch_internals import default_store
 
 # Seconds that a liveness check waits for answers, and seconds after which a process looks for a new check.
 _ANSWER_SECONDS, _POLL_SECONDS = 5.0, 0.5
@@ -35,7 +36,7 @@ class Liveness:
     """
 
     def __init__(self) -> None:
-        self._store = distributed_c10d._get_default_store()
+        self._store = default_store()
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._wakeup_send, self._wakeup_recv = socket.socketpair()
         self._over, self._lock, self.is_lost = False, threading.Lock(), False

@@ -27,9 +27,7 @@ from longnet.attention.backends.views import padding_view, repeat_heads, rows_wi
 from longnet.attention.call import AttentionInputs, Gradients, SavedForward
 from longnet.geometry import Plan, Tile, make_plan
 from longnet.geometry.chunks import windows
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+from longnet.runtime.torch_internals import cpu_flash, cpu_flash_backward
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -172,7 +170,7 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         q, k, v, masks = _rows(block, inputs)
         # The kernel takes a scale above 0, so its sign goes into the query.
         tensors, scale = (signed(q, spec.scale), k, v), abs(spec.scale) or 1.0
-        parts = _parts(_flash, tensors, masks, block.plan, spec.is_causal, scale)
+        parts = _parts(cpu_flash, tensors, masks, block.plan, spec.is_causal, scale)
         _mix(block.of(out), block.of(lse), parts, masks)
         # Before the next block makes its own: a second set would be the peak.
         del parts
@@ -237,7 +235,7 @@ def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None) -> 
         q, o, lse = merge.rows_for_backward(grad_o, grad_l, q, o, block.of(saved.lse))
         if grad_l is not None:
             grad_o, q, k, v, o = merge.fold_lse_gradient(grad_o, q, k, v, o, grad_l)
-        parts = _parts(_flash_backward, (grad_o, q, k, v, o, lse), masks, block.plan, spec.is_causal, spec.scale)
+        parts = _parts(cpu_flash_backward, (grad_o, q, k, v, o, lse), masks, block.plan, spec.is_causal, spec.scale)
         for which, shared in enumerate((1, group, group)):
             target = block.of(grads[which]) if which == 0 else block.of_kv(grads[which])
             # Where the gradient can hold the accumulator's precision and shape, it is the accumulator.

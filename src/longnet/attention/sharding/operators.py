@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed import distributed_c10d
 
 from longnet.attention.backends import Backend, select_backend
 from longnet.attention.call import AttentionInputs, Gradients, SavedForward, check_distances
@@ -15,6 +14,7 @@ from longnet.attention.sharding.attend import Shard
 from longnet.attention.sharding.group import Peers, Terms, agree
 from longnet.attention.sharding.plan import Place
 from longnet.geometry.shards import Shards
+from longnet.runtime.torch_internals import process_group
 from longnet.runtime.tracing import untraced
 
 
@@ -46,7 +46,7 @@ def _place(inputs: AttentionInputs, shards: Sequence[int], rank: int) -> Place:
 
 
 def _shard(inputs: AttentionInputs, backend: str, shards: Sequence[int], rank: int, group: str) -> Shard:
-    members = distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined, arg-type]
+    members = process_group(group)
     return Shard(inputs, _place(inputs, shards, rank), select_backend(backend, inputs), members)
 
 

@@ -15,6 +15,7 @@ from longnet.attention.streaming.chunk import attend_chunk
 from longnet.attention.streaming.fused import fits, fused_step
 from longnet.attention.streaming.step import step
 from longnet.runtime.autocast import autocast_dtype, no_autocast
+from longnet.runtime.torch_internals import has_tangents, is_transformed
 
 
 def stream_attention(
@@ -95,10 +96,10 @@ def _check_transforms(*tensors: Tensor) -> None:
     refuse_tracing()
     if torch.compiler.is_compiling():
         return
-    tangents = forward_ad._current_level >= 0 and any(
+    tangents = has_tangents() and any(
         isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in tensors
     )
-    if tangents or torch._C._are_functorch_transforms_active():
+    if tangents or is_transformed():
         raise RuntimeError(
             "stream_attention writes to its cache, so torch.func and forward-mode AD cannot transform it: expected "
             "longnet.dilated_attention over the whole sequence"

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from longnet.attention.call import lse_dtype
 from longnet.attention.chunked import Rows
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+from longnet.runtime.torch_internals import cpu_flash
 
 
 def rectangle_attention(
@@ -45,7 +44,7 @@ def _by_cpu_flash(
         key, value = (x.masked_fill(padded[:, None, :, None], 0.0) for x in (key, value))
         bias = torch.zeros_like(padded, dtype=query.dtype).masked_fill_(padded, -torch.inf)
         mask = bias[:, None, None, :].expand(-1, query.shape[1], -1, -1)
-    out, lse = _flash(query, key, value, 0.0, False, attn_mask=mask, scale=scale)
+    out, lse = cpu_flash(query, key, value, 0.0, False, attn_mask=mask, scale=scale)
     if padded is not None:
         # The kernel says 0 for a row without keys.
         lse = lse.masked_fill(padded.all(-1)[:, None, None], -torch.inf)

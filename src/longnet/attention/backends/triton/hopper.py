@@ -20,7 +20,8 @@ from longnet.attention.backends.triton.schedule import Schedule, cached_limits, 
 from longnet.geometry.needed_rows import NeededRows
 from longnet.geometry.nests import Nest
 from longnet.geometry.pattern import HeadOffsets
-from longnet.runtime.tma import VIEWS, Launch, View, descriptors, is_matrix, view_of
+from longnet.runtime.tma import View, is_matrix, view_of
+from longnet.runtime.triton_internals import VIEWS, Launch, descriptors
 
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 128)

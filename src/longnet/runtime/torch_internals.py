@@ -1,0 +1,126 @@
+"""Private names of torch: all that the library uses, so that a new torch is compared with this file alone."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from longnet.runtime.versions import Tried
+
+TRIED = Tried("torch", "2.11", "2.14")
+
+# Looked up once: most are asked in every call.
+_functorch_level = TRIED.function("torch._C._functorch.peek_interpreter_stack")
+_dispatch_modes = TRIED.function("torch.utils._python_dispatch._get_current_dispatch_mode_stack")
+# Whether hooks are registered that every module runs.
+has_global_hooks = TRIED.function("torch.nn.modules.module._has_any_global_hook")
+# The process group of a name, and the store that the default group met in.
+process_group = TRIED.function("torch.distributed.distributed_c10d._resolve_process_group")
+default_store = TRIED.function("torch.distributed.distributed_c10d._get_default_store")
+# The CPU's own flash attention and its backward pass; ``scaled_dot_product_attention`` returns no lse.
+cpu_flash = TRIED.function("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default")
+cpu_flash_backward = TRIED.function("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default")
+# Operators without a public form: raise on the device, copy many tensors in one launch, multiply int8 matrices.
+assert_async = TRIED.function("torch._assert_async")
+copy_many = TRIED.function("torch._foreach_copy_")
+int8_matmul = TRIED.function("torch._int_mm")
+
+
+def has_tangents() -> bool:
+    """Whether forward-mode AD is on: a tensor may have a tangent."""
+    try:
+        return forward_ad._current_level >= 0
+    except AttributeError as error:
+        raise TRIED.gone(error) from None
+
+
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` runs, functionalisation among them."""
+    return _functorch_level() is not None
+
+
+def is_differentiated_or_batched() -> bool:
+    """Whether forward-mode AD is on, or a transform of ``torch.func`` that changes more than how tensors are written to."""
+    level = _functorch_level()
+    return (level is not None and level.key().name != "Functionalize") or has_tangents()
+
+
+def has_tracing_mode() -> bool:
+    """Whether a dispatch mode of torch's own makes tensors fake or records them; modes that count or log have no key."""
+    return any(getattr(mode, "_mode_key", None) is not None for mode in _dispatch_modes())
+
+
+def hooks_of(module: nn.Module) -> list[int]:
+    """The numbers of the hooks that a call of the module runs; torch gives every hook a number of its own."""
+    try:
+        tables = (
+            module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+        )  # fmt: skip
+    except AttributeError as error:
+        raise TRIED.gone(error) from None
+    return [number for table in tables for number in table]
+
+
+def is_call_changed(module: nn.Module) -> bool:
+    """Whether a call of the module runs more than its class's ``forward``, or something else.
+
+    Who replaces ``forward`` of one module (accelerate, say) or compiles it in place leaves its class as it is.
+    """
+    try:
+        compiled = module._compiled_call_impl is not None
+    except AttributeError as error:
+        raise TRIED.gone(error) from None
+    return bool(compiled or "forward" in module.__dict__ or hooks_of(module) or has_global_hooks())
+
+
+def parameter_table(module: nn.Module) -> MutableMapping[str, nn.Parameter | None]:
+    """The module's own parameters by name, to be replaced without its checks."""
+    try:
+        return module._parameters
+    except AttributeError as error:
+        raise TRIED.gone(error) from None
+
+
+def any_batch_norm() -> type[nn.Module]:
+    """The class that torch's batch norms share."""
+    kind: type[nn.Module] = TRIED.get("torch.nn.modules.batchnorm._BatchNorm")
+    return kind
+
+
+def flattened_mesh(mesh: Any, name: str) -> Any:
+    """The ``DeviceMesh`` with all its axes as one of this name."""
+    try:
+        return mesh._flatten(name)
+    except AttributeError as error:
+        raise TRIED.gone(error) from None
+
+
+def remove_pre_hook(module: nn.Module, function: Any) -> None:
+    """Remove a hook before ``forward`` or ``state_dict`` by its function: a copied module has no handle of its hooks."""
+    # Flags that torch holds beside a hook do nothing.
+    try:
+        tables: tuple[Any, ...] = (module._forward_pre_hooks, module._state_dict_pre_hooks)
+    except AttributeError as error:
+        raise TRIED.gone(error) from None
+    for table in tables:
+        for number in [number for number, hook in table.items() if hook is function]:
+            del table[number]
+
+
+def version_of(x: Tensor) -> int | None:
+    """How often the tensor was written to; None in inference mode, whose tensors do not count."""
+    try:
+        return None if x.is_inference() else x._version
+    except AttributeError as error:
+        raise TRIED.gone(error) from None
+
+
+def specialised_floats() -> AbstractContextManager[Any]:
+    """Inside, ``torch.compile`` takes Python floats as constants."""
+    TRIED.get("torch._dynamo.config.specialize_float")
+    settings: Any = TRIED.get("torch._dynamo.config")
+    return settings.patch(specialize_float=True)

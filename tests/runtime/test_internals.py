@@ -1,0 +1,163 @@
+"""Private names of other libraries: in ``*_internals.py`` alone, for versions that were tried, with errors that teach."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import longnet
+from longnet.runtime import torch_internals, triton_internals
+from longnet.runtime.tma import View
+from longnet.runtime.versions import Tried
+
+PACKAGE = Path(longnet.__file__).parent
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+@pytest.mark.parametrize(
+    "tried",
+    [torch_internals.TRIED, pytest.param(triton_internals.TRIED, marks=needs_triton)],
+    ids=lambda one: one.library,
+)
+def test_the_installed_version_was_tried(tried: Tried) -> None:
+    assert tried.unknown() is None
+
+
+@pytest.mark.parametrize(
+    ("installed", "known"),
+    [("2.10.1", False), ("2.11.0", True), ("2.14.1+cu130", True), ("2.15.0.dev1", False), ("3.0", False)],
+)
+def test_a_version_that_was_not_tried_is_named(installed: str, known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longnet.runtime.versions.version", lambda library: installed)
+    said = Tried("torch", "2.11", "2.14").unknown()
+    if known:
+        assert said is None
+    else:
+        assert said == (
+            f"torch {installed} is installed and longnet was tried with 2.11 to 2.14: look up every name of torch_internals.py "
+            "in it, run the tests, then change TRIED there"
+        )
+
+
+# A private name of torch, and what uses it.
+MODULE = nn.Linear(2, 2)
+TORCH: dict[str, Callable[[Any], Any]] = {
+    "torch._C._functorch.peek_interpreter_stack": lambda own: own.is_transformed(),
+    "torch.utils._python_dispatch._get_current_dispatch_mode_stack": lambda own: own.has_tracing_mode(),
+    "torch.autograd.forward_ad._current_level": lambda own: own.is_differentiated_or_batched(),
+    "torch.nn.modules.module._has_any_global_hook": lambda own: own.is_call_changed(MODULE),
+    "torch.nn.Module._compiled_call_impl": lambda own: own.is_call_changed(nn.Module()),
+    "torch.distributed.distributed_c10d._resolve_process_group": lambda own: own.process_group("0"),
+    "torch.distributed.distributed_c10d._get_default_store": lambda own: own.default_store(),
+    "torch.nn.modules.batchnorm._BatchNorm": lambda own: own.any_batch_norm(),
+    "torch.distributed.device_mesh.DeviceMesh._flatten": lambda own: own.flattened_mesh(SimpleNamespace(), "all"),
+    "torch._assert_async": lambda own: own.assert_async(torch.tensor(True)),
+    "torch._foreach_copy_": lambda own: own.copy_many([], []),
+    "torch._int_mm": lambda own: own.int8_matmul(torch.eye(2), torch.eye(2)),
+}
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_a_name_that_torch_has_no_more_is_named_when_it_is_used(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(name)
+    own = SimpleNamespace(**runpy.run_path(torch_internals.__file__))
+    with pytest.raises(RuntimeError, match=rf"does not have: .*{name.split('.')[-1]}.*Expected torch 2\.\d+ to 2\.\d+"):
+        TORCH[name](own)
+
+
+@pytest.mark.parametrize("use", ["hooks_of", "parameter_table", "remove_pre_hook"])
+def test_a_module_of_another_form_is_told(use: str) -> None:
+    more = (print,) if use == "remove_pre_hook" else ()
+    with pytest.raises(RuntimeError, match="an internal of torch that torch .* does not have: .*no attribute '_"):
+        getattr(torch_internals, use)(SimpleNamespace(), *more)
+
+
+def test_settings_of_the_compiler_that_are_gone_are_named() -> None:
+    with pytest.raises(RuntimeError, match=r"does not have: torch\._dynamo\.config\.no_such_setting"):
+        torch_internals.TRIED.get("torch._dynamo.config.no_such_setting")
+    with torch_internals.specialised_floats():
+        assert torch._dynamo.config.specialize_float
+
+
+@needs_triton
+def test_descriptors_and_launches_of_another_form_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.experimental.gluon.nvidia import hopper
+
+    view = View(64, 32, 0, 64, 128)
+    (one, *_) = triton_internals.descriptors(view, torch.bfloat16, 64, (1,), 64)
+    assert type(one) is hopper.TensorDescriptor
+    monkeypatch.setattr(hopper, "TensorDescriptor", lambda base, *_: SimpleNamespace(tensor=base))
+    with pytest.raises(RuntimeError, match="does not have: TensorDescriptor with its tensor as the attribute base"):
+        triton_internals.descriptors(view, torch.bfloat16, 64, (1,), 64)
+    monkeypatch.delattr(hopper, "TensorDescriptor")
+    with pytest.raises(RuntimeError, match="an internal of triton .* cannot import name 'TensorDescriptor'"):
+        triton_internals.descriptors(view, torch.bfloat16, 64, (1,), 64)
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+            return lambda *_, **__: SimpleNamespace()
+
+    with pytest.raises(RuntimeError, match=r"the compiled kernel as the result of a launch, .* Expected triton 3\.\d+"):
+        triton_internals.Launch(Kernel(), 1, (), (), {}).run((), ())
+
+
+def _private(name: str) -> bool:
+    # The standard library documents these two.
+    return name.startswith("_") and not name.startswith("__") and name not in ("_", "_exit", "_getframe")
+
+
+def foreign_names(sources: dict[str, str]) -> set[str]:
+    """Private names that files use and none of them defines: those of other libraries."""
+    used: dict[str, str] = {}
+    own: set[str] = set()
+    for path, source in sources.items():
+        inside = Path(path).name.endswith("_internals.py")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                own.add(node.name)
+            elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+                target = node.id if isinstance(node, ast.Name) else node.attr
+                # Who sets an attribute of another object does not define it.
+                if isinstance(node, ast.Name) or (
+                    isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+                ):
+                    own.add(target)
+                elif _private(target) and not inside:
+                    used[target] = f"{path}:{node.lineno}"
+            elif isinstance(node, ast.Attribute) and _private(node.attr) and not inside:
+                used[node.attr] = f"{path}:{node.lineno}"
+            elif isinstance(node, ast.ImportFrom) and not inside:
+                parts = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+                used |= {part: f"{path}:{node.lineno}" for part in parts if _private(part)}
+    return {f"{place} uses {name}" for name, place in used.items() if name not in own}
+
+
+def test_private_names_of_other_libraries_are_used_in_internals_alone() -> None:
+    sources = {str(path.relative_to(PACKAGE)): path.read_text("utf-8") for path in PACKAGE.rglob("*.py")}
+    sources = {path: source for path, source in sources.items() if not path.startswith("hf/")}
+    assert foreign_names(sources) == set()
+
+
+@pytest.mark.parametrize(
+    ("source", "count"),
+    [
+        ("import torch\ntorch._C.peek()", 1),
+        ("from torch._C import peek", 1),
+        ("from torch.nn.modules.module import _has_any_global_hook", 1),
+        ("def f(module):\n    return module._forward_hooks", 1),
+        ("def f(cache):\n    cache._is_user_defined = True", 1),
+        ("class A:\n    def _own(self):\n        self._x = 1\n\ndef f(a):\n    return a._own, a._x", 0),
+    ],
+)
+def test_the_check_sees_a_private_name(source: str, count: int) -> None:
+    assert len(foreign_names({"a.py": source})) == count
+    assert foreign_names({"torch_internals.py": source}) == set()
