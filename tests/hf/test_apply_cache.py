@@ -12,7 +12,7 @@ from apply_models import DECODERS, inputs, logits, make
 from transformers import DynamicCache
 
 from longnet.hf import BoundedCache, apply
-from longnet.hf.bounded import CACHE
+from longnet.hf.transformers_internals import CACHE
 
 SEGMENTS, RATES = (8, 24), (1, 3)
 

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
 from longnet.hf import BoundedCache, apply
-from longnet.hf.bounded import CACHE
+from longnet.hf.transformers_internals import CACHE
 
 # The name that both versions of transformers know.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")

@@ -15,7 +15,7 @@ from longnet_models import VOCABULARY, make, tokens
 from torch import Tensor
 from transformers import GenerationMixin, StoppingCriteria, set_seed
 
-from longnet.hf.bounded import CACHE
+from longnet.hf.transformers_internals import CACHE
 
 # Their test: our test in this module, or the reason why there is none.
 CHECKS = {

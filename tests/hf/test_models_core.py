@@ -28,7 +28,7 @@ from longnet.hf import (
     LongNetForSequenceClassification,
     LongNetModel,
 )
-from longnet.hf.bounded import CACHE
+from longnet.hf.transformers_internals import CACHE
 
 CLOSE: dict[str, float] = {"rtol": 1e-9, "atol": 1e-9}
 

@@ -9,21 +9,25 @@ try:
         AutoModelForSequenceClassification,
         AutoTokenizer,
     )
-    from transformers.models.auto import modeling_auto
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"longnet.hf needs {error.name}, which is not installed: pip install '.[hf]' in a checkout of longnet",
         name=error.name,
     ) from error
 
+from longnet.hf.attend import attention
+from longnet.hf.bounded import BoundedCache
 from longnet.hf.cache import LongNetCache
 from longnet.hf.classification import LongNetForSequenceClassification
 from longnet.hf.configuration import LongNetConfig
-from longnet.hf.dilation import BoundedCache, apply, load, restore
+from longnet.hf.dilation import apply, load, restore
 from longnet.hf.folders import save_remote_code
 from longnet.hf.language import LongNetForCausalLM, LongNetForMaskedLM
+from longnet.hf.layers import NAME
+from longnet.hf.masks import document_mask
 from longnet.hf.modeling import LongNetModel
 from longnet.hf.tokenizer import LongNetByteTokenizer
+from longnet.hf.transformers_internals import AttentionInterface, AttentionMaskInterface, name_classes
 
 AutoConfig.register("longnet", LongNetConfig)
 AutoModel.register(LongNetConfig, LongNetModel)
@@ -31,10 +35,16 @@ AutoModelForCausalLM.register(LongNetConfig, LongNetForCausalLM)
 AutoModelForMaskedLM.register(LongNetConfig, LongNetForMaskedLM)
 AutoModelForSequenceClassification.register(LongNetConfig, LongNetForSequenceClassification)
 AutoTokenizer.register(LongNetConfig, LongNetByteTokenizer)
-# Registered classes are not in these. Trainer shifts smoothed labels, and names a card's task, by what they hold.
-modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["longnet"] = "LongNetForCausalLM"
-modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES["longnet"] = "LongNetForMaskedLM"
-modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["longnet"] = "LongNetForSequenceClassification"
+name_classes(
+    "longnet",
+    causal_lm="LongNetForCausalLM",
+    masked_lm="LongNetForMaskedLM",
+    sequence_classification="LongNetForSequenceClassification",
+)
+# Here, because unpickling a dilated model imports this package and does not call ``apply``. Without a mask of the same name
+# transformers' models pass no mask at all.
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, document_mask)
 
 __all__ = [
     "BoundedCache",

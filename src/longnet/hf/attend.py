@@ -2,63 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers.masking_utils import (
-    ALL_MASK_ATTENTION_FUNCTIONS,
-    and_masks,
-    bidirectional_mask_function,
-    causal_mask_function,
-    packed_sequence_mask_function,
-)
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from longnet.attention.functional import pattern_attention
 from longnet.attention.padding import warn_moved_rows
 from longnet.geometry import Pattern
 from longnet.hf import masks
 from longnet.hf.bounded import bounded_layer
-
-NAME = "longnet_dilated"
-# Where an attention module says how it attends.
-ATTRIBUTE = "longnet_dilation"
-# What attention functions are given by models whose scores are changed on the way; with what it is.
-_CHANGES = {
-    "softcap": "soft-capped scores",
-    "s_aux": "attention sinks",
-    "sinks": "attention sinks",
-    "sliding_window": "a sliding window",
-    "position_bias": "a bias by position",
-    "output_attentions": "attention weights as an output, which are never made",
-    "attention_bias": "a bias of its scores",
-    "alibi": "a bias by distance",
-    "head_mask": "heads left out",
-    "layer_head_mask": "heads left out",
-    "cross_attn_head_mask": "heads left out",
-    "global_attention_mask": "global tokens, which all others see",
-    "indices": "keys chosen by an indexer",
-    "block_indices": "keys chosen by an indexer",
-    "block_table": "a paged cache",
-    "encoder_hidden_states": "cross-attention",
-    "encoder_attention_mask": "cross-attention",
-}
-
-Attended = tuple[Tensor, Tensor | None]
-
-
-@dataclass(frozen=True)
-class Dilation:
-    """How one layer attends: by ``pattern``, or with None as before. ``original`` is what its model was set to."""
-
-    pattern: Pattern | None
-    backend: str
-    original: str
+from longnet.hf.layers import ATTRIBUTE, NAME, Dilation
+from longnet.hf.transformers_internals import attend_by, attends_causally, refuse_changed_scores
 
 
 def attention(
@@ -71,13 +27,13 @@ def attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     **options: Any,
-) -> Attended:
+) -> tuple[Tensor, Tensor | None]:
     """query (B, H, T, D), key and value (B, Hk, S, D), the last T of S positions being the queries', to (B, T, H, D).
 
     Raises:
         ValueError: what the call asks for and dilated attention cannot do.
     """
-    own = getattr(module, ATTRIBUTE, None)
+    own: Dilation | None = getattr(module, ATTRIBUTE, None)
     if own is None:
         raise ValueError(
             f"{type(module).__name__} is set to attn_implementation={NAME!r} without a pattern (or shares its config with a "
@@ -88,16 +44,22 @@ def attention(
             f"attention_mask has shape {tuple(attention_mask.shape)} and dtype {attention_mask.dtype} in a dilated model: "
             "expected (B, S), 0 where a key is padding; a mask of scores (4-D) cannot be honoured"
         )
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = bool(causal and getattr(getattr(module, "config", None), "is_causal", True))
+    causal = attends_causally(module, is_causal)
     length, keys = query.shape[2], key.shape[2]
     layer = bounded_layer(key)
     mask, has_past = attention_mask, layer is not None or keys != length
     for positions in (options.get("position_ids"), masks.positions_of(options, query.shape[0], length)):
         mask = masks.documents(mask, positions, length, has_past=has_past)
     if own.pattern is None:
-        return _as_before(module, query, key, value, mask, own, causal, dropout=dropout, scaling=scaling, **options)
-    _refuse(module, dropout, options)
+        packed = mask is not None and masks.packed_bounds(mask) is not None
+        options |= {"dropout": dropout, "scaling": scaling}
+        return attend_by(own.original, module, query, key, value, mask, causal, packed, **options)
+    if dropout:
+        raise ValueError(
+            f"attention dropout of {dropout} in training: flash kernels would have to agree on it; expected 0 in the "
+            "model's config (attention_dropout, attn_pdrop or attention_probs_dropout_prob)"
+        )
+    refuse_changed_scores(module, options)
     # Values may be narrower or wider than queries: channels of zeros change no score and are cut off again.
     channels, width = value.shape[-1], max(query.shape[-1], value.shape[-1])
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -138,19 +100,6 @@ def attention(
     return out[:, -length:, :, :channels], None
 
 
-def _refuse(module: nn.Module, dropout: float, options: dict[str, Any]) -> None:
-    if dropout:
-        raise ValueError(
-            f"attention dropout of {dropout} in training: flash kernels would have to agree on it; expected 0 in the "
-            "model's config (attention_dropout, attn_pdrop or attention_probs_dropout_prob)"
-        )
-    for name, what in _CHANGES.items():
-        if options.get(name) is not None and options[name] is not False:
-            raise ValueError(
-                f"{type(module).__name__} asks for {name}, {what}: expected a layer without, or layers= that leave it as it is"
-            )
-
-
 def _with_past(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, pattern: Pattern
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -167,48 +116,3 @@ def _in_one_row(x: Tensor) -> Tensor:
     """(B, heads, N, D) to (1, heads, B * N, D), a view where tokens come before heads in memory."""
     tokens_first = x.transpose(1, 2)
     return tokens_first.reshape(1, -1, *tokens_first.shape[2:]).transpose(1, 2)
-
-
-def _as_before(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    own: Dilation,
-    causal: bool,
-    **options: Any,
-) -> Attended:
-    """What the layer did before, with the mask it would have been given."""
-    if own.original == "eager":
-        function = sys.modules[type(module).__module__].eager_attention_forward
-    else:
-        function = ALL_ATTENTION_FUNCTIONS[own.original]
-    made: Tensor | None = None
-    if own.original in ALL_MASK_ATTENTION_FUNCTIONS:
-        length, keys = query.shape[2], key.shape[2]
-        mask_function: Callable[..., Any] = causal_mask_function if causal else bidirectional_mask_function
-        packed = False
-        if mask is not None and masks.packed_bounds(mask) is not None:
-            packed = True
-            mask_function = and_masks(mask_function, packed_sequence_mask_function(mask))
-        made = ALL_MASK_ATTENTION_FUNCTIONS[own.original](
-            batch_size=query.shape[0],
-            q_length=length,
-            kv_length=keys,
-            q_offset=keys - length,
-            mask_function=mask_function,
-            attention_mask=None if mask is None else mask > 0,
-            allow_is_causal_skip=causal and not packed,
-            allow_is_bidirectional_skip=not causal and not packed,
-            dtype=query.dtype,
-            config=module.config,
-            device=query.device,
-        )
-    return cast(Attended, function(module, query, key, value, made, **options))
-
-
-# On import, because a pickled model imports this module and does not call ``apply``. Without a mask of the same name
-# transformers' models pass no mask at all.
-AttentionInterface.register(NAME, attention)
-masks.register(NAME)

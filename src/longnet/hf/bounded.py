@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import Cache, PreTrainedModel
 
 from longnet.attention.padding import warn_moved_rows
 from longnet.attention.streaming import DilatedCache, most_padding, stream_attention
 from longnet.geometry import Pattern
+from longnet.hf.layers import ATTRIBUTE, dilated_layers
+from longnet.hf.transformers_internals import CacheLayerMixin, DynamicLayer, unbounded_reason
 from longnet.runtime.autocast import autocast_dtype
 
-# What models and ``generate`` call their cache: ``past_key_values`` up to transformers 5.23, ``cache`` since.
-CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 # A model hands the keys that a cache gave it to the attention function, and nothing else of the cache.
 _LAYER = "longnet_layer"
 
@@ -131,3 +130,60 @@ def bounded_layer(keys: Tensor) -> BoundedLayer | None:
     """The layer that gave a model these keys."""
     layer = getattr(keys, _LAYER, None)
     return layer if isinstance(layer, BoundedLayer) else None
+
+
+class BoundedCache(Cache):
+    """A cache of fixed size for a decoder under :func:`apply`, as ``past_key_values``; ``generate`` makes one by itself.
+
+    Dilated layers keep what later tokens can reach (see :class:`longnet.DilatedCache`), at most w / r keys a head in a branch
+    (w, r), other layers everything. Logits are those of one forward over everything read. It takes padding before
+    a row's first real token only, can be cropped within a segment, and holds no graph: read under ``torch.no_grad()``.
+    After a forward that raised between two layers it refuses to go on.
+
+    Raises:
+        ValueError: a model that is not dilated, no decoder, or one whose attention layers are not all of its layers.
+    """
+
+    # PEFT asks for it: no limit.
+    max_cache_len = -1
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        attending = dilated_layers(model)
+        if not all(getattr(module, "is_causal", True) for module in attending):
+            raise ValueError(f"{type(model).__name__} attends to later tokens: expected a decoder")
+        reason = unbounded_reason(attending)
+        if reason is not None:
+            raise ValueError(f"{type(model).__name__} {reason}: expected the model's own cache")
+        super().__init__(
+            layers=[
+                DynamicLayer() if getattr(module, ATTRIBUTE).pattern is None else BoundedLayer() for module in attending
+            ]
+        )
+        self._last_layer, self._position = -1, 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *rest: Any, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """What a layer calls with the keys and values (B, Hk, T, D) of the next tokens.
+
+        Raises:
+            ValueError: the layer stands elsewhere than the first layer of this forward: an earlier forward raised half-way.
+        """
+        position = self.get_seq_length(layer_idx)
+        if layer_idx <= self._last_layer:
+            self._last_layer = -1
+        if self._last_layer == -1:
+            self._position = position
+        elif position != self._position:
+            raise ValueError(
+                f"layer {layer_idx} of the cache stands at position {position} and an earlier one at {self._position}: a forward "
+                "raised half-way; expected a new longnet.hf.BoundedCache, or one after reset()"
+            )
+        self._last_layer = layer_idx
+        updated: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *rest, **options)
+        return updated
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the dilated layers; the same after any number of tokens, from the first on."""
+        return sum(layer.cache.nbytes for layer in self.layers if isinstance(layer, BoundedLayer) and layer.cache)

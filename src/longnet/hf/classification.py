@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
-from transformers.utils.generic import can_return_tuple
 
 from longnet.hf.configuration import LongNetConfig
 from longnet.hf.inputs import as_int64
 from longnet.hf.modeling import LongNetModel, LongNetPreTrainedModel
+from longnet.hf.transformers_internals import ForSequenceClassificationLoss, can_return_tuple
 
 
 class LongNetForSequenceClassification(LongNetPreTrainedModel):

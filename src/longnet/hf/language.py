@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
-from transformers.utils.generic import can_return_tuple
 
 from longnet.compress import quantization
-from longnet.hf.bounded import CACHE
 from longnet.hf.cache import LongNetCache
 from longnet.hf.configuration import LongNetConfig
 from longnet.hf.inputs import as_int64
 from longnet.hf.modeling import LongNetModel, LongNetPreTrainedModel
+from longnet.hf.transformers_internals import CACHE, can_return_tuple, mark_as_given, overrides
 from longnet.models import LongNetLM
 
 
@@ -95,6 +94,7 @@ class LongNetForCausalLM(_WithHead, GenerationMixin):
             loss=loss, logits=logits, hidden_states=out.hidden_states, **{CACHE: out.get(CACHE)}
         )
 
+    @overrides(GenerationMixin)
     def _prepare_cache_for_generation(  # type: ignore[override]
         self,
         generation_config: Any,
@@ -104,11 +104,11 @@ class LongNetForCausalLM(_WithHead, GenerationMixin):
         max_cache_length: int,
     ) -> None:
         """What ``generate`` calls for its cache: a bounded one instead of transformers' own."""
-        given, kind = model_kwargs.get(CACHE), generation_config.cache_implementation
-        if given is not None and kind is not None:
+        cache, kind = model_kwargs.get(CACHE), generation_config.cache_implementation
+        if cache is not None and kind is not None:
             raise ValueError(f"cache_implementation={kind!r} and {CACHE} given: expected one of them")
-        if given is not None:
-            given._is_user_defined = True
+        if cache is not None:
+            mark_as_given(cache)
             return
         if not generation_config.use_cache:
             return

@@ -6,25 +6,16 @@ the document that the token belongs to, from 1. None is one document without pad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers.masking_utils import AttentionMaskInterface
 
+from longnet.hf.transformers_internals import packs_documents
+from longnet.runtime.torch_internals import version_of
 from longnet.runtime.tracing import untraced
-
-# What transformers composes the masks of: causal or not, and packed documents. Others hide what dilated attention sees.
-_KNOWN = (
-    "causal_mask_function",
-    "bidirectional_mask_function",
-    "and_masks.<locals>.and_mask",
-    "packed_sequence_mask_function.<locals>.inner_mask",
-    "remap_positions_for_packed_sequence.<locals>.inner_mask",
-)
-_PACKED = _KNOWN[3]
 
 # What position ids said when they were last looked at: looking asks the device, and every layer gets the same tensor.
 _seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -33,11 +24,6 @@ _positions: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 # Where the documents of a mask begin, and how much padding its rows begin with.
 _bounds: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _leading: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def register(name: str) -> None:
-    """Make ``name`` a mask implementation of transformers."""
-    AttentionMaskInterface.register(name, document_mask)
 
 
 def document_mask(
@@ -57,13 +43,7 @@ def document_mask(
         ValueError: a mask that dilated attention cannot honour: sliding windows, chunks, blocks, a function of the user's, or
             a static cache.
     """
-    names = list(_names(mask_function)) if mask_function is not None else []
-    unknown = [name for name in names if name not in _KNOWN]
-    if unknown:
-        raise ValueError(
-            f"the model asks for a mask made of {unknown}: dilated attention honours padding, packed documents and the causal "
-            "mask; expected a model without sliding windows, chunks or masks of its own"
-        )
+    packed = packs_documents(mask_function)
     if isinstance(q_offset, Tensor) or kv_offset != 0 or q_offset + q_length != kv_length:
         raise ValueError(
             f"a cache that holds {kv_length} keys for {q_length} queries at {q_offset}: dilated attention reads caches that "
@@ -78,7 +58,7 @@ def document_mask(
         padding = attention_mask[:, -kv_length:].bool()
         if _all(padding):
             padding = None
-    if _PACKED not in names:
+    if not packed:
         return None if padding is None else padding.long()
     assert mask_function is not None
     rows = torch.arange(batch_size, device=device)[:, None]
@@ -132,7 +112,7 @@ def _positions_in(
     given = number if bounds is None else bounds
     if given is None:
         raise ValueError("cu_seq_lens_k without cu_seq_lens_q: expected both, equal")
-    version = None if given.is_inference() else given._version
+    version = version_of(given)
     before = _positions.get(given)
     if before is not None and before[0] == version and before[1].shape == (batch, length):
         return cast(Tensor, before[1])
@@ -171,8 +151,7 @@ def _positions_in(
 def _with_restarts(mask: Tensor | None, position_ids: Tensor) -> Tensor | None:
     # Weak keys must not be held by what they stand for.
     weak, held = (position_ids, None) if mask is None else (mask, position_ids)
-    # Tensors of inference mode count no versions.
-    version = None if position_ids.is_inference() else position_ids._version
+    version = version_of(position_ids)
     before = _seen.get(weak)
     if before is not None and before[0] is held and before[1] == version:
         return mask if before[2] is None else before[2]
@@ -225,13 +204,3 @@ def _numbered(restarts: Tensor, padding: Tensor | None) -> Tensor:
 @untraced
 def _all(real: Tensor) -> bool:
     return bool(real.all())
-
-
-def _names(function: Callable[..., Any]) -> Iterator[str]:
-    """The names of a mask function and of those that it is composed of."""
-    yield getattr(function, "__qualname__", repr(function))
-    for cell in getattr(function, "__closure__", None) or ():
-        held = cell.cell_contents
-        for part in held if isinstance(held, tuple) else (held,):
-            if callable(part) and not isinstance(part, Tensor):
-                yield from _names(part)

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils.generic import can_return_tuple
 
-from longnet.hf.bounded import CACHE
 from longnet.hf.cache import LongNetCache
 from longnet.hf.configuration import LongNetConfig
 from longnet.hf.inputs import as_int64, documents_of, padding_of, refuse_unknown
+from longnet.hf.transformers_internals import CACHE, can_return_tuple, overrides
 from longnet.models.base import LongNetBase
 
 
@@ -29,6 +28,7 @@ class LongNetPreTrainedModel(PreTrainedModel):
     _supports_sdpa = False
     _supports_attention_backend = False
 
+    @overrides(PreTrainedModel)
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # For code that is not its own transformers skips modules without parameters of their own, the stack among them.
         super()._initialize_weights(module, False)

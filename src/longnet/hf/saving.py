@@ -7,11 +7,12 @@ this, because a model around a dilated part saves the part's config without aski
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
+
+from longnet.hf.transformers_internals import model_that_is_saved
 
 ENTRY = "longnet"
 _TYPE = "dilated_attention"
@@ -69,17 +70,12 @@ def unmark(config: PretrainedConfig) -> None:
 
 def refuse_unmarked(part: nn.Module, prefix: str, _: bool) -> None:
     """A hook before ``state_dict`` of a dilated model that is a part: whoever saves it around must save its mark too."""
-    frame = sys._getframe() if prefix else None
-    while frame is not None:
-        outer = frame.f_locals.get("self")
-        if frame.f_code.co_name == "save_pretrained" and isinstance(outer, PreTrainedModel):
-            if _HOW in repr(outer.config.to_dict()):
-                return
-            raise ValueError(
-                f"{type(outer).__name__} saves a config without that of its dilated part {type(part).__name__}, so it would "
-                "load as a dense model: expected the part to be saved by itself, or longnet.hf.restore(part) first"
-            )
-        frame = frame.f_back
+    outer = model_that_is_saved() if prefix else None
+    if outer is not None and _HOW not in repr(outer.config.to_dict()):
+        raise ValueError(
+            f"{type(outer).__name__} saves a config without that of its dilated part {type(part).__name__}, so it would "
+            "load as a dense model: expected the part to be saved by itself, or longnet.hf.restore(part) first"
+        )
 
 
 def entries(config: dict[str, Any], where: object) -> tuple[dict[str, Any], dict[tuple[str, ...], dict[str, Any]]]:
@@ -89,26 +85,26 @@ def entries(config: dict[str, Any], where: object) -> tuple[dict[str, Any], dict
     Raises:
         ValueError: none of a dilated model.
     """
-    found: dict[tuple[str, ...], dict[str, Any]] = {}
-    plain = _unmarked(config, (), found)
-    if not found:
+    applied: dict[tuple[str, ...], dict[str, Any]] = {}
+    plain = _unmarked(config, (), applied)
+    if not applied:
         raise ValueError(
             f"the config in {str(where)!r} has no {ENTRY!r} entry with a pattern: expected a folder that a model under "
             "longnet.hf.apply has saved"
         )
-    return plain, found
+    return plain, applied
 
 
 def _unmarked(
-    config: dict[str, Any], place: tuple[str, ...], found: dict[tuple[str, ...], dict[str, Any]]
+    config: dict[str, Any], place: tuple[str, ...], applied: dict[tuple[str, ...], dict[str, Any]]
 ) -> dict[str, Any]:
     entry = config.get(ENTRY)
     if isinstance(entry, dict) and "segment_lengths" in entry:
-        found[place] = {name: value for name, value in entry.items() if name not in _MOVED}
+        applied[place] = {name: value for name, value in entry.items() if name not in _MOVED}
         rest = {name: value for name, value in config.items() if name not in (ENTRY, *_MOVED)}
         config = {**rest, **{name: entry[name] for name in _MOVED if name in entry}}
     return {
-        name: _unmarked(value, (*place, name), found) if isinstance(value, dict) else value
+        name: _unmarked(value, (*place, name), applied) if isinstance(value, dict) else value
         for name, value in config.items()
     }
 
