@@ -313,15 +313,43 @@ def test_a_saved_cache_goes_on(way: str, tmp_path: Path) -> None:
         torch.save(cache, tmp_path / "cache.pt")
         again = torch.load(tmp_path / "cache.pt", weights_only=False)
     assert again.get_seq_length() == 27 and again.nbytes == cache.nbytes and again.rewindable
-    with pytest.raises(ValueError, match="crop to 3 of 27 tokens: .* no model has read"):
-        again.crop(-24)
-    given = model(ids[:, 27:], attention_mask=mask, past_key_values=again).logits
+    # Taken back before a model has read with it: that model reads again what is left.
+    early = copy.deepcopy(again)
+    early.crop(-9)
+    early.crop(-6)
+    assert early.get_seq_length() == 12
+    given = model(ids[:, 12:], attention_mask=mask, past_key_values=early).logits
     expected = first(model, input_ids=ids, attention_mask=mask)
+    torch.testing.assert_close(given, expected[:, 12:], **CLOSE)
+    given = model(ids[:, 27:], attention_mask=mask, past_key_values=again).logits
     torch.testing.assert_close(given, expected[:, 27:], **CLOSE)
     again.crop(-25)
     given = model(ids[:, 15:], attention_mask=mask, past_key_values=again).logits
     torch.testing.assert_close(given, expected[:, 15:], **CLOSE)
     assert cache.get_seq_length() == 27
+
+
+def test_a_cache_that_was_taken_back_is_saved_copied_and_reordered() -> None:
+    model, ids = decoder(), tokens(3, 30)
+    cache = LongNetCache(rewindable=True)
+    read(model, ids[:, :26], cache)
+    cache.crop(-6)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(cache)))
+    order = torch.tensor([2, 0, 0])
+    again.reorder_cache(order)
+    assert again.get_seq_length() == 20
+    torch.testing.assert_close(read(model, ids[order, 20:], again), first(model, input_ids=ids[order])[:, 20:], **CLOSE)
+    again.crop(-1)
+    again.reset()
+    assert again.get_seq_length() == 0
+    torch.testing.assert_close(read(model, ids, again), first(model, input_ids=ids), **CLOSE)
+    # What is left is read again by the next read, or where that fails by the one after it.
+    handle = model.model.stack.blocks[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        read(model, ids[:, 20:], cache)
+    handle.remove()
+    assert cache.get_seq_length() == 20
+    torch.testing.assert_close(read(model, ids[:, 20:], cache), first(model, input_ids=ids)[:, 20:], **CLOSE)
 
 
 def test_a_saved_cache_continues_in_generate() -> None:

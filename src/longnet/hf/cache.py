@@ -48,8 +48,8 @@ class LongNetCache(Cache):
     Args:
         max_length: how many tokens will be read at most: the cache is smaller where segments are longer. None reads forever.
         rewindable: whether :meth:`crop` can go back over the end of a segment, as assisted generation and prompt lookup need
-            it. Keys that were written over cannot come back, so states some hundred tokens apart are kept, with the
-            embeddings read since, which are then read again.
+            it, also in a cache that was saved. Keys that were written over cannot come back, so states some hundred tokens
+            apart are kept, with the embeddings read since, which are then read again.
     """
 
     def __init__(self, max_length: int | None = None, *, rewindable: bool = False) -> None:
@@ -93,6 +93,8 @@ class LongNetCache(Cache):
             self._bind(stack, self._shared)
         elif self._stack() is not stack:
             raise ValueError("past_key_values was read by another model: expected a LongNetCache of this one")
+        if self._is_behind():
+            self._read_again(stack)
         position = self._plain.position
         if self.rewindable and (not self._states or position - self._states[-1].position >= _STRIDE):
             self._states = [*self._states[-1:], self._plain.clone()]
@@ -126,6 +128,8 @@ class LongNetCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens; their number is given as a negative one, as transformers does.
 
+        Over the end of a segment it goes back to a state before, and the next read begins with what was read since.
+
         Raises:
             ValueError: a number above 0, more tokens than there are, over the end of a segment without ``rewindable``, or
                 further back than is remembered.
@@ -142,41 +146,40 @@ class LongNetCache(Cache):
         # Later states have read what never was.
         states = [state for state in self._states if state.position <= keep]
         since = [read.until(keep) for read in self._since if read.position < keep]
-        if self._plain.layers[0].pattern.same_segments(keep, position):
+        if not self._is_behind() and self._plain.layers[0].pattern.same_segments(keep, position):
             # No segment has ended since: rows after the position are written before they are read.
             with self._plain._writing():
                 self._plain.moved(keep - position)
                 self._states, self._since = states, since
-        else:
-            self._plain, self._states, self._since = self._read_again(keep), states, since
-
-    def _read_again(self, keep: int) -> PlainCache:
+            return
         if not self.rewindable:
             raise ValueError(
-                f"crop to {keep} of {self.get_seq_length()} tokens: a segment has ended since and was written over; expected "
+                f"crop to {keep} of {position} tokens: a segment has ended since and was written over; expected "
                 "LongNetCache(rewindable=True)"
             )
-        stack = None if self._stack is None else self._stack()
-        if stack is None:
-            raise ValueError(
-                f"crop to {keep} of {self.get_seq_length()} tokens: a segment has ended since, and no model has read with this "
-                "cache since it was loaded; expected a read first"
-            )
-        known = [state for state in self._states if state.position <= keep]
-        if not known:
-            oldest = self._states[0].position if self._states else self.get_seq_length()
+        if not states:
+            oldest = self._states[0].position if self._states else position
             raise ValueError(f"crop to {keep} tokens: expected at least {oldest}, the oldest state kept")
-        plain = known[-1].clone()
-        for read in self._since:
-            if known[-1].position <= read.position < keep:
-                part = read.until(keep)
-                with torch.no_grad():
-                    stack.run_blocks(part.x, part.padding, plain)
-        return plain
+        self._plain, self._states, self._since = states[-1], states, since
+
+    def _is_behind(self) -> bool:
+        """Whether it stands at a state to which it went back, and what was read from there on is to be read again."""
+        return any(state is self._plain for state in self._states)
+
+    def _read_again(self, stack: LongNetBase) -> None:
+        assert self._plain is not None
+        plain = self._plain.clone()
+        with torch.no_grad():
+            for read in self._since:
+                if read.position >= self._plain.position:
+                    stack.run_blocks(read.x, read.padding, plain)
+        self._plain = plain
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens read so far, padding included."""
-        return 0 if self._plain is None else self._plain.position
+        if self._plain is None:
+            return 0
+        return max([self._plain.position, *(read.position + read.x.shape[1] for read in self._since[-1:])])
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """``max_length``, or -1 for no limit."""
@@ -190,7 +193,7 @@ class LongNetCache(Cache):
         if self._plain is None:
             return
         with self._plain._writing():
-            for plain in (self._plain, *self._states):
+            for plain in {id(plain): plain for plain in (self._plain, *self._states)}.values():
                 plain.reorder(beam_idx)
             self._since = [
                 _Read(read.position, read.x[beam_idx], None if read.padding is None else read.padding[beam_idx])
