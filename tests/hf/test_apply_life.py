@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from apply_models import MODELS, gpt2, inputs, llama, logits, make, mistral
+from apply_models import MODELS, bert, gpt2, inputs, llama, logits, make, mistral
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from longnet.hf import apply, load, restore
@@ -334,6 +334,12 @@ ONE = {"segment_lengths": 8, "dilation_rates": 1}
         (llama, {**ONE, "layers": 1}, TypeError, "layers=1 has type int"),
         (llama, {**ONE, "backend": "fast"}, ValueError, "backend='fast' is unknown"),
         (llama, {**ONE, "head_offsets": "mixed"}, ValueError, "head_offsets='mixed'"),
+        (
+            lambda: llama(attn_implementation="longnet_dilated"),
+            ONE,
+            ValueError,
+            "attn_implementation='longnet_dilated' was set before longnet.hf.apply: expected the implementation",
+        ),
         (llama, {"segment_lengths": (8, 16), "dilation_rates": 1}, ValueError, "differ in length"),
         (llama, {"segment_lengths": 4, "dilation_rates": 8}, ValueError, "more than its segment length"),
     ],
@@ -385,6 +391,27 @@ def test_calls_that_cannot_be_honoured_are_refused(make_model: Any, options: dic
         logits(model, given, **options)
     assert state(model) == before
     assert torch.equal(logits(model, given), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("cu_seqlen", "cu_seq_lens_q"),
+        ("cu_seqlens", "cu_seq_lens_q"),
+        ("cu_seq_len_k", "cu_seq_lens_k"),
+        ("seq_ids", "seq_idx"),
+        ("attention_masks", "attention_mask"),
+        ("position_id", "position_ids"),
+    ],
+)
+@pytest.mark.parametrize("make_model", [llama, gpt2, bert])
+def test_a_misspelt_keyword_is_refused(make_model: Any, name: str, expected: str) -> None:
+    """transformers ignores keywords that it does not know."""
+    model, given = apply(make_model().eval(), SEGMENTS, RATES), inputs("llama")
+    with pytest.raises(ValueError, match=f"{name} is no keyword of .*: expected {expected}"):
+        logits(model, given, **{name: torch.tensor([0, 20, 100])})
+    others = {"num_items_in_batch": 3, "image_attention_mask": torch.ones(1), "of_mine": 1, name: None}
+    assert torch.equal(logits(model, given, **others), logits(model, given))
 
 
 @pytest.mark.parametrize("model", [lambda: llama(attention_dropout=0.1), lambda: gpt2(attn_pdrop=0.1)])

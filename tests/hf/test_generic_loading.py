@@ -10,8 +10,9 @@ import torch
 from apply_models import llama
 from longnet_models import tokens
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
+from transformers.models.llama import modeling_llama
 
-from longnet.hf import apply, load
+from longnet.hf import apply, load, restore
 
 
 def saved(folder: Path) -> Any:
@@ -46,6 +47,28 @@ def test_a_subfolder_is_found(tmp_path: Path) -> None:
     model = saved(tmp_path / "inside")
     again = load(tmp_path, subfolder="inside", attn_implementation="eager")
     assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+
+
+def test_an_implementation_is_for_layers_that_are_not_dilated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    apply(llama().eval(), [8, 32], [1, 2], layers=[1]).save_pretrained(tmp_path)
+    again, calls = load(tmp_path, attn_implementation="eager").eval(), []
+    eager = modeling_llama.eager_attention_forward
+    monkeypatch.setattr(
+        modeling_llama, "eager_attention_forward", lambda *args, **given: calls.append(args[0]) or eager(*args, **given)
+    )
+    again(tokens())
+    assert calls == [again.model.layers[0].self_attn, again.model.layers[2].self_attn]
+    assert restore(again).config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match="attn_implementation='longnet_dilated' was set before longnet.hf.apply"):
+        load(tmp_path, attn_implementation="longnet_dilated")
+
+
+def test_attention_weights_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    with pytest.raises(ValueError, match="output_attentions=True in a dilated model: attention weights are never made"):
+        load(tmp_path, output_attentions=True, attn_implementation="eager")
+    assert load(tmp_path, output_attentions=False)(tokens()).attentions is None
 
 
 def test_a_config_of_ones_own_is_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -317,7 +318,18 @@ def test_export(name: str) -> None:
     torch.testing.assert_close(program.module()(ids)[0], first(model, input_ids=ids))
 
 
-@pytest.mark.parametrize("wanted", ["sdpa", "flash_attention_2", "flex_attention"])
-def test_no_other_attention_can_be_asked_for(wanted: str) -> None:
-    with pytest.raises((ValueError, ImportError), match="attention|LongNet"):
-        type(make())._from_config(config(), attn_implementation=wanted)
+@pytest.mark.parametrize("other", ["sdpa", "flash_attention_2", "flex_attention", "longnet_dilated"])
+def test_no_other_attention_can_be_asked_for(other: str, tmp_path: Path) -> None:
+    refused = f"attn_implementation='{other}': expected 'eager' or None, a LongNet's attention is its own"
+    with pytest.raises(ValueError, match=refused):
+        type(make())._from_config(config(), attn_implementation=other)
+    model, ids = make(), tokens()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=refused):
+        type(model).from_pretrained(tmp_path, attn_implementation=other)
+    with pytest.raises(ValueError, match=refused):
+        model.set_attn_implementation(other)
+    # transformers' word for what a model's own file computes.
+    again = type(model).from_pretrained(tmp_path, attn_implementation="eager")
+    again.set_attn_implementation("eager")
+    assert torch.equal(first(again, input_ids=ids), first(model, input_ids=ids))

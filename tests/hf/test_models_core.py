@@ -160,6 +160,16 @@ def test_inputs_of_other_models_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_a_misspelt_keyword_is_refused(name: str) -> None:
+    model, ids = make(name), tokens(1, 40)
+    for misspelt, expected in (("cu_seqlens", "cu_seq_lens_q"), ("attention_masks", "attention_mask")):
+        with pytest.raises(ValueError, match=f"{misspelt} is no keyword of .*: expected {expected}"):
+            model(ids, **{misspelt: torch.tensor([0, 40])})
+    given = {"num_items_in_batch": 40, "max_length_q": 40, "of_mine": 1, "cu_seqlens": None}
+    assert torch.equal(first(model, input_ids=ids, **given), first(model, input_ids=ids))
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_a_config_may_ask_for_tuples(name: str) -> None:
     model, ids = make(name), tokens()
     expected = first(model, input_ids=ids)

@@ -15,6 +15,7 @@ from longnet.checks import is_int
 from longnet.geometry import HeadOffsets, Pattern
 from longnet.hf import saving
 from longnet.hf.bounded import BoundedCache
+from longnet.hf.inputs import refuse_misspelt
 from longnet.hf.layers import ATTRIBUTE, NAME, Dilation, dilated_layers
 from longnet.hf.transformers_internals import (
     CACHE,
@@ -31,6 +32,7 @@ from longnet.runtime.torch_internals import remove_pre_hook
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
+_NO_WEIGHTS = "output_attentions=True in a dilated model: attention weights are never made; expected False"
 # Options of from_pretrained: where a folder is, and what stays the model's though configs have attributes of these names.
 _WHERE = frozenset(("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"))
 _OF_MODEL = frozenset(("dtype", "torch_dtype", "quantization_config", "attn_implementation"))
@@ -83,6 +85,11 @@ def apply(
     warn_uncovered(pattern, config.num_attention_heads)
 
     original = implementation_of(config)
+    if original == NAME:
+        raise ValueError(
+            f"attn_implementation={NAME!r} was set before longnet.hf.apply: expected the implementation of layers that are not "
+            "dilated, 'sdpa' or 'eager' say"
+        )
     entry = {
         "segment_lengths": list(pattern.segment_lengths),
         "dilation_rates": list(pattern.dilation_rates),
@@ -134,13 +141,16 @@ def load(folder: str | os.PathLike[str], model_class: type[Any] | None = None, *
     Args:
         folder: what ``from_pretrained`` takes.
         model_class: of the model, by default that which was saved; Auto classes too.
-        options: of ``from_pretrained``; fields of the config too.
+        options: of ``from_pretrained``; fields of the config too. ``attn_implementation`` is that of layers which are not
+            dilated, and of the model after :func:`restore`.
 
     Raises:
-        ValueError: a folder of another kind, or ``config=``.
+        ValueError: a folder of another kind, ``config=`` or ``output_attentions=True``.
     """
     if "config" in options:
         raise ValueError("config given: the folder's own holds the pattern; expected its fields as options")
+    if options.get("output_attentions"):
+        raise ValueError(_NO_WEIGHTS)
     saved, _ = PretrainedConfig.get_config_dict(folder, **{name: options[name] for name in _WHERE & options.keys()})
     saved, entries = saving.entries(saved, folder)
     config_class = transformers.CONFIG_MAPPING[saved["model_type"]]
@@ -185,7 +195,7 @@ def _check_layers(layers: Sequence[int], count: int) -> set[int]:
 
 
 def _refuse_weights(model: Any, _: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """A hook before forward: some models would give no attention weights, or read one cache of two, without a word."""
+    """A hook before forward: what some models would ignore without a word."""
     if options.get("cache") is not None and options.get("past_key_values") is not None:
         raise ValueError(
             "cache and past_key_values are both given: expected one (PEFT's prefix tuning does so up to 0.21 under transformers "
@@ -193,7 +203,8 @@ def _refuse_weights(model: Any, _: tuple[Any, ...], options: dict[str, Any]) -> 
         )
     asked = options.get("output_attentions")
     if model.config.output_attentions if asked is None else asked:
-        raise ValueError("output_attentions=True in a dilated model: attention weights are never made; expected False")
+        raise ValueError(_NO_WEIGHTS)
+    refuse_misspelt(model, options)
 
 
 def _check_implementation(module: Any, _: tuple[Any, ...]) -> None:

@@ -1,15 +1,20 @@
-"""What a LongNet of Hugging Face is told about padding and packed documents."""
+"""What a model of Hugging Face is told about padding and packed documents."""
 
 from __future__ import annotations
 
+import inspect
+from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longnet.attention.packed import boundaries
 from longnet.hf.masks import documents, packed_bounds
 
+# Where padding is and documents begin.
+_KEYWORDS = ("attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 _UNKNOWN = ("global_attention_mask", "head_mask", "encoder_hidden_states", "encoder_attention_mask")
 
 
@@ -42,13 +47,29 @@ def padding_of(attention_mask: Tensor | None, batch: int, length: int, past: int
     return padded if traced or bool(padded.any()) else None
 
 
-def refuse_unknown(given: dict[str, Any], position_ids: Tensor | None) -> None:
+def refuse_misspelt(model: nn.Module, options: dict[str, Any]) -> None:
+    """Raise ValueError for a keyword close to one that attention reads; models of transformers ignore those they do not know."""
+    if not torch.compiler.is_compiling():
+        for name, value in options.items():
+            if value is not None and (meant := _meant(type(model), name)):
+                raise ValueError(f"{name} is no keyword of {type(model).__name__}: expected {meant}")
+
+
+@lru_cache(maxsize=1024)
+def _meant(kind: type[nn.Module], name: str) -> str | None:
+    if name in _KEYWORDS or name in inspect.signature(kind.forward).parameters:
+        return None
+    # Other inputs are masks and positions too, of images say: such a name must be all but the same.
+    return next(iter(get_close_matches(name, _KEYWORDS, 1, cutoff=0.8 if name.startswith("cu_") else 0.85)), None)
+
+
+def refuse_unknown(options: dict[str, Any], position_ids: Tensor | None) -> None:
     """Raise for inputs of other models that would change what a LongNet computes, if it had a use for them."""
     for name in _UNKNOWN:
-        if given.get(name) is not None:
+        if options.get(name) is not None:
             raise ValueError(f"{name} given: a LongNet has no use for it; expected None")
     # Collators give it beside what is read here.
-    if given.get("seq_idx") is not None and given.get("cu_seq_lens_q") is None and position_ids is None:
+    if options.get("seq_idx") is not None and options.get("cu_seq_lens_q") is None and position_ids is None:
         raise ValueError("seq_idx given: expected position_ids or cu_seq_lens_q, which say where documents begin too")
 
 

@@ -11,8 +11,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from longnet.hf.cache import LongNetCache
 from longnet.hf.configuration import LongNetConfig
-from longnet.hf.inputs import as_int64, documents_of, padding_of, refuse_unknown
-from longnet.hf.transformers_internals import CACHE, can_return_tuple, overrides
+from longnet.hf.inputs import as_int64, documents_of, padding_of, refuse_misspelt, refuse_unknown
+from longnet.hf.transformers_internals import CACHE, can_return_tuple, implementation_of, overrides
 from longnet.models.base import LongNetBase
 
 
@@ -28,6 +28,15 @@ class LongNetPreTrainedModel(PreTrainedModel):
     _supports_sdpa = False
     _supports_attention_backend = False
 
+    def __init__(self, config: LongNetConfig) -> None:
+        _refuse_implementation(implementation_of(config))
+        super().__init__(config)
+
+    def set_attn_implementation(self, attn_implementation: Any, allow_all_kernels: bool = False) -> None:
+        """Nothing but ``"eager"``, transformers' word for what a model computes by itself."""
+        _refuse_implementation(attn_implementation)
+        super().set_attn_implementation(attn_implementation, allow_all_kernels)
+
     @overrides(PreTrainedModel)
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # For code that is not its own transformers skips modules without parameters of their own, the stack among them.
@@ -39,6 +48,11 @@ class LongNetPreTrainedModel(PreTrainedModel):
             module.reset_parameters()
         elif isinstance(module, nn.Linear) and module is getattr(self, "score", None):
             nn.init.normal_(module.weight, std=self.config.hidden_size**-0.5)
+
+
+def _refuse_implementation(name: Any) -> None:
+    if name not in (None, "eager"):
+        raise ValueError(f"attn_implementation={name!r}: expected 'eager' or None, a LongNet's attention is its own")
 
 
 class LongNetModel(LongNetPreTrainedModel):
@@ -96,6 +110,7 @@ class LongNetModel(LongNetPreTrainedModel):
             kwargs.get("output_attentions") is None and self.config.output_attentions
         ):
             raise ValueError("output_attentions=True: attention weights are never made; expected False")
+        refuse_misspelt(self, kwargs)
         refuse_unknown(kwargs, position_ids)
         x = self._embedded(input_ids, inputs_embeds)
         batch, length = x.shape[:2]
