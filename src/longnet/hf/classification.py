@@ -10,12 +10,19 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from longnet.hf.configuration import LongNetConfig
 from longnet.hf.inputs import as_int64
-from longnet.hf.modeling import LongNetModel, LongNetPreTrainedModel
-from longnet.hf.transformers_internals import ForSequenceClassificationLoss, can_return_tuple
+from longnet.hf.modeling import LongNetModel, LongNetWithHead
+from longnet.hf.transformers_internals import ForSequenceClassificationLoss
 
 
-class LongNetForSequenceClassification(LongNetPreTrainedModel):
-    """A class per row, or numbers: a linear layer on the last real token of a decoder, on the mean of an encoder's real ones."""
+class LongNetForSequenceClassification(LongNetWithHead):
+    """A class per row, or numbers: a linear layer on the last real token of a decoder, on the mean of an encoder's real ones.
+
+    Logits are (B, num_labels). Without ``attention_mask`` all tokens are real. ``labels`` are (B,) int64 or int32, or floats (B,)
+    or (B, num_labels), as ``config.problem_type`` wants. The loss is their mean, or with ``num_items_in_batch`` (labels of all
+    accumulated batches) their sum over that number.
+    """
+
+    _output_class = SequenceClassifierOutputWithPast
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__(config)
@@ -26,33 +33,13 @@ class LongNetForSequenceClassification(LongNetPreTrainedModel):
         self.loss_function = _loss
         self.post_init()
 
-    @can_return_tuple  # type: ignore[untyped-decorator]
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        **kwargs: Any,
-    ) -> SequenceClassifierOutputWithPast:
-        """Logits (B, num_labels). Without ``attention_mask`` all tokens are real.
-
-        Args:
-            labels: (B,) int64 or int32, or floats (B,) or (B, num_labels), as ``config.problem_type`` wants. The loss is
-                their mean, or with ``num_items_in_batch`` (labels of all accumulated batches) their sum over that number.
-        """
-        out = self.model(
-            input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, return_dict=True, **kwargs
-        )
-        hidden = out.last_hidden_state
+    def _logits(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
         padding = None if attention_mask is None else attention_mask == 0
-        pooled = _last(hidden, padding) if self.config.is_causal else _mean(hidden, padding)
-        logits = self.score(pooled)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **kwargs)
-        return SequenceClassifierOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states)
+        logits: Tensor = self.score((_last if self.config.is_causal else _mean)(hidden, padding))
+        return logits
+
+    def _loss(self, logits: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
+        return self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **kwargs)
 
 
 # Positions and counts are integers and sums float32 at least: bfloat16 holds no odd integer above 256.

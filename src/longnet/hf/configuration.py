@@ -45,20 +45,20 @@ class LongNetConfig(PreTrainedConfig):
     num_attention_heads: int = 12
     num_key_value_heads: int | None = None
     intermediate_size: int | None = None
-    segment_lengths: Any = (2048, 4096, 8192, 16384, 32768)
-    dilation_rates: Any = (1, 2, 4, 6, 12)
+    segment_lengths: Any = PlainConfig.segment_lengths
+    dilation_rates: Any = PlainConfig.dilation_rates
     is_causal: bool = True
-    norm: str = "layer"
-    qk_norm: bool = False
-    bias: bool = True
-    dropout: float = 0.0
-    use_xpos: bool = True
-    use_rel_pos_bias: bool = False
-    head_offsets: str = "interleaved"
-    xpos_scale_base: float | None = None
-    head_numbers: Any = None
-    feed_forward_chunk: int | None = None
-    backend: str = "auto"
+    norm: str = PlainConfig.norm
+    qk_norm: bool = PlainConfig.qk_norm
+    bias: bool = PlainConfig.bias
+    dropout: float = PlainConfig.dropout
+    use_xpos: bool = PlainConfig.use_xpos
+    use_rel_pos_bias: bool = PlainConfig.use_rel_pos_bias
+    head_offsets: str = PlainConfig.head_offsets
+    xpos_scale_base: float | None = PlainConfig.xpos_scale_base
+    head_numbers: Any = PlainConfig.head_numbers
+    feed_forward_chunk: int | None = PlainConfig.feed_forward_chunk
+    backend: str = PlainConfig.backend
     use_cache: bool = True
     pad_token_id: int | None = 256
     bos_token_id: int | None = 257
@@ -87,20 +87,20 @@ class LongNetConfig(PreTrainedConfig):
 
     def to_longnet(self) -> PlainConfig:
         """The plain library's config; raises for values that do not fit together."""
-        given = {name: getattr(self, theirs) for name, theirs in _NAMES.items()}
+        renamed = {name: getattr(self, theirs) for name, theirs in _NAMES.items()}
         try:
-            return PlainConfig(**given, **{name: getattr(self, name) for name in _ALIKE})
+            return PlainConfig(**renamed, **{name: getattr(self, name) for name in _ALIKE})
         except (TypeError, ValueError) as error:
             # Name fields as they are called here.
-            said = re.sub(r"\b(\w+)(?==)", lambda found: _NAMES.get(found[1], found[1]), str(error))
+            said = re.sub(r"\b(\w+)(?==)", lambda match: _NAMES.get(match[1], match[1]), str(error))
             raise type(error)(said) from None
 
     @classmethod
     def from_longnet(cls, config: PlainConfig, **more: Any) -> LongNetConfig:
         """The config of a plain model. ``more`` are fields that the plain library has not: token ids, labels."""
         plain = config.to_dict()
-        given = {theirs: plain[name] for name, theirs in _NAMES.items()} | {name: plain[name] for name in _ALIKE}
+        fields = {theirs: plain[name] for name, theirs in _NAMES.items()} | {name: plain[name] for name in _ALIKE}
         if config.vocab_size <= 256:
             # Bytes alone: there are no ids for other tokens.
-            given |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
-        return cls(**{**given, **more})
+            fields |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+        return cls(**{**fields, **more})

@@ -14,12 +14,12 @@ from longnet.compress import quantization
 from longnet.hf.cache import LongNetCache
 from longnet.hf.configuration import LongNetConfig
 from longnet.hf.inputs import as_int64
-from longnet.hf.modeling import LongNetModel, LongNetPreTrainedModel
+from longnet.hf.modeling import LongNetModel, LongNetPreTrainedModel, LongNetWithHead
 from longnet.hf.transformers_internals import CACHE, can_return_tuple, mark_as_given, overrides
 from longnet.models import LongNetLM
 
 
-class _WithHead(LongNetPreTrainedModel):
+class _WithVocabulary(LongNetPreTrainedModel):
     """A model and a linear head over the vocabulary, by default the embedding table."""
 
     _tied_weights_keys = {"lm_head.weight": "model.stack.embedding.weight"}  # noqa: RUF012
@@ -30,13 +30,14 @@ class _WithHead(LongNetPreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        if module is self.lm_head:
-            nn.init.normal_(module.weight, std=self.config.hidden_size**-0.5)
-        super()._init_weights(module)
+    def _loss(self, logits: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
+        loss: Tensor = self.loss_function(
+            logits=logits, labels=as_int64(labels), vocab_size=self.config.vocab_size, **kwargs
+        )
+        return loss
 
 
-class LongNetForCausalLM(_WithHead, GenerationMixin):
+class LongNetForCausalLM(_WithVocabulary, GenerationMixin):
     """A LongNet that predicts the next token, :class:`longnet.LongNetLM` for Hugging Face.
 
     Raises:
@@ -83,13 +84,9 @@ class LongNetForCausalLM(_WithHead, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(out.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=as_int64(labels), vocab_size=self.config.vocab_size, **kwargs
-            )
+        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, positions])
+        loss = None if labels is None else self._loss(logits, labels, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=out.hidden_states, **{CACHE: out.get(CACHE)}
         )
@@ -154,11 +151,11 @@ class LongNetForCausalLM(_WithHead, GenerationMixin):
         if model.embedding_scale != model.config.dim**0.5:
             raise ValueError("model computes what torchscale does: expected one of the plain definition")
         with torch.device("meta"):
-            made = cls(LongNetConfig.from_longnet(model.config, **more))
-        stack = made.model.stack
+            adapted = cls(LongNetConfig.from_longnet(model.config, **more))
+        stack = adapted.model.stack
         stack.embedding, stack.blocks, stack.norm = model.embedding, model.blocks, model.norm
-        made.lm_head.weight = model.embedding.weight if model.head is None else model.head.weight
-        return made.train(model.training)
+        adapted.lm_head.weight = model.embedding.weight if model.head is None else model.head.weight
+        return adapted.train(model.training)
 
     @classmethod
     def from_run(cls, folder: str | Path, **more: Any) -> LongNetForCausalLM:
@@ -180,12 +177,16 @@ class LongNetForCausalLM(_WithHead, GenerationMixin):
         save_model(self.to_longnet(), folder)
 
 
-class LongNetForMaskedLM(_WithHead):
+class LongNetForMaskedLM(_WithVocabulary, LongNetWithHead):
     """A bidirectional LongNet that predicts masked tokens.
+
+    Logits are (B, N, vocab_size). ``labels`` (B, N), int64 or int32, are -100 where no token was masked.
 
     Raises:
         ValueError: ``config.is_causal`` is True.
     """
+
+    _output_class = MaskedLMOutput
 
     def __init__(self, config: LongNetConfig) -> None:
         if config.is_causal:
@@ -193,24 +194,6 @@ class LongNetForMaskedLM(_WithHead):
         super().__init__(config)
         self.loss_type = "ForMaskedLM"
 
-    @can_return_tuple  # type: ignore[untyped-decorator]
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        **kwargs: Any,
-    ) -> MaskedLMOutput:
-        """Logits (B, N, vocab_size). ``labels`` (B, N), int64 or int32, are -100 where no token was masked."""
-        out = self.model(
-            input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, return_dict=True, **kwargs
-        )
-        logits = self.lm_head(out.last_hidden_state)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=as_int64(labels), vocab_size=self.config.vocab_size, **kwargs
-            )
-        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
+    def _logits(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+        logits: Tensor = self.lm_head(hidden)
+        return logits

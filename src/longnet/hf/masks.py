@@ -7,7 +7,8 @@ the document that the token belongs to, from 1. None is one document without pad
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,13 +18,26 @@ from longnet.hf.transformers_internals import packs_documents
 from longnet.runtime.torch_internals import version_of
 from longnet.runtime.tracing import untraced
 
+R = TypeVar("R")
+
 # What position ids said when they were last looked at: looking asks the device, and every layer gets the same tensor.
 _seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 # The same for ``cu_seq_lens_q`` or ``seq_idx``: positions in documents.
 _positions: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-# Where the documents of a mask begin, and how much padding its rows begin with.
-_bounds: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_leading: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _once(function: Callable[[Tensor], R]) -> Callable[[Tensor], R]:
+    """``function`` of a mask, computed once for all layers, which get the same one."""
+    results: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    @untraced
+    @wraps(function)
+    def call(mask: Tensor) -> R:
+        if mask not in results:
+            results[mask] = function(mask)
+        return cast(R, results[mask])
+
+    return call
 
 
 def document_mask(
@@ -94,43 +108,43 @@ def positions_of(options: dict[str, Any], batch: int, length: int) -> Tensor | N
     Raises:
         ValueError: documents that do not fill the rows of the batch, or other ones for keys than for queries.
     """
-    given = [options.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")]
-    if all(x is None for x in given):
+    separators = [options.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")]
+    if all(x is None for x in separators):
         return None
-    for x in given:
+    for x in separators:
         if x is not None and not isinstance(x, Tensor):
             raise TypeError(
                 f"cu_seq_lens_q, cu_seq_lens_k or seq_idx is a {type(x).__name__}: expected tensors of integers"
             )
-    return _positions_in(given[0], given[1], given[2], batch, length)
+    return _positions_in(*separators, batch, length)
 
 
 @untraced
 def _positions_in(
     bounds: Tensor | None, of_keys: Tensor | None, number: Tensor | None, batch: int, length: int
 ) -> Tensor:
-    given = number if bounds is None else bounds
-    if given is None:
+    separator = number if bounds is None else bounds
+    if separator is None:
         raise ValueError("cu_seq_lens_k without cu_seq_lens_q: expected both, equal")
-    version = version_of(given)
-    before = _positions.get(given)
+    version = version_of(separator)
+    before = _positions.get(separator)
     if before is not None and before[0] == version and before[1].shape == (batch, length):
         return cast(Tensor, before[1])
-    place = torch.arange(batch * length, device=given.device)
+    place = torch.arange(batch * length, device=separator.device)
     if bounds is None:
-        if given.shape != (batch, length):
-            raise ValueError(f"seq_idx has shape {tuple(given.shape)}: expected (B, N) = {(batch, length)}")
-        starts = torch.ones_like(given, dtype=torch.bool)
-        starts[:, 1:] = given.diff(dim=1) != 0
+        if separator.shape != (batch, length):
+            raise ValueError(f"seq_idx has shape {tuple(separator.shape)}: expected (B, N) = {(batch, length)}")
+        starts = torch.ones_like(separator, dtype=torch.bool)
+        starts[:, 1:] = separator.diff(dim=1) != 0
         begin = torch.where(starts.flatten(), place, 0).cummax(0).values
     else:
-        ends, rows = given.flatten().tolist(), range(0, batch * length + 1, length)
+        ends, rows = separator.flatten().tolist(), range(0, batch * length + 1, length)
         if of_keys is not None and of_keys.flatten().tolist() != ends:
             raise ValueError(
                 "cu_seq_lens_q and cu_seq_lens_k differ: expected self-attention, documents of as many keys as queries"
             )
         if (
-            given.dim() != 1
+            separator.dim() != 1
             or sorted(ends) != ends
             or not set(rows) <= set(ends)
             or ends[0] != 0
@@ -140,10 +154,10 @@ def _positions_in(
                 f"cu_seq_lens_q={ends}: expected where documents begin in {batch} rows of {length} tokens, 0 first and "
                 f"{batch * length} last, each row the beginning of one"
             )
-        begin = given[torch.searchsorted(given, place.to(given.dtype), right=True) - 1]
+        begin = separator[torch.searchsorted(separator, place.to(separator.dtype), right=True) - 1]
     positions = (place - begin).view(batch, length)
     if version is not None:
-        _positions[given] = (version, positions)
+        _positions[separator] = (version, positions)
     return positions
 
 
@@ -170,29 +184,23 @@ def _with_restarts(mask: Tensor | None, position_ids: Tensor) -> Tensor | None:
     return result
 
 
-@untraced
+@_once
 def packed_bounds(mask: Tensor) -> tuple[int, ...] | None:
     """Where the documents of all rows begin when rows stand one after the other, (B * N) last; None if no row has two.
 
     Padding counts as positions of the document before it, or of a row's first.
     """
-    before = _bounds.get(mask)
-    if before is None:
-        number = mask.cummax(1).values.clamp(min=1)
-        bounds = None
-        if int(number.max()) > 1:
-            changes = torch.nn.functional.pad(number.diff(dim=1) != 0, (1, 0), value=True)
-            bounds = (*changes.flatten().nonzero().flatten().tolist(), mask.numel())
-        before = _bounds[mask] = (bounds,)
-    return before[0]
+    number = mask.cummax(1).values.clamp(min=1)
+    if int(number.max()) == 1:
+        return None
+    changes = torch.nn.functional.pad(number.diff(dim=1) != 0, (1, 0), value=True)
+    return (*changes.flatten().nonzero().flatten().tolist(), mask.numel())
 
 
+@_once
 def leading_padding(mask: Tensor) -> tuple[int, ...]:
     """How many tokens of padding each row begins with."""
-    before: tuple[int, ...] | None = _leading.get(mask)
-    if before is None:
-        before = _leading[mask] = tuple((mask == 0).long().cumprod(1).sum(1).tolist())
-    return before
+    return tuple((mask == 0).long().cumprod(1).sum(1).tolist())
 
 
 def _numbered(restarts: Tensor, padding: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
 
 from longnet.hf.cache import LongNetCache
 from longnet.hf.configuration import LongNetConfig
@@ -46,7 +46,7 @@ class LongNetPreTrainedModel(PreTrainedModel):
         # transformers guards torch.nn.init meanwhile: weights that were loaded stay as they are.
         if isinstance(module, LongNetBase):
             module.reset_parameters()
-        elif isinstance(module, nn.Linear) and module is getattr(self, "score", None):
+        elif isinstance(module, nn.Linear) and module in (getattr(self, name, None) for name in ("lm_head", "score")):
             nn.init.normal_(module.weight, std=self.config.hidden_size**-0.5)
 
 
@@ -142,8 +142,8 @@ class LongNetModel(LongNetPreTrainedModel):
 
     def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
-            given = "neither" if input_ids is None else "both"
-            raise ValueError(f"{given} of input_ids and inputs_embeds given: expected exactly one")
+            number = "neither" if input_ids is None else "both"
+            raise ValueError(f"{number} of input_ids and inputs_embeds given: expected exactly one")
         input_ids = as_int64(input_ids)
         if input_ids is not None:
             self.stack.check_tokens(input_ids, "input_ids")
@@ -156,14 +156,45 @@ class LongNetModel(LongNetPreTrainedModel):
             )
         return inputs_embeds * self.stack.embedding_scale
 
-    def _cache(self, given: LongNetCache | None, use_cache: bool | None) -> LongNetCache | None:
-        if given is None and not use_cache:
+    def _cache(self, cache: LongNetCache | None, use_cache: bool | None) -> LongNetCache | None:
+        if cache is None and not use_cache:
             return None
         if self.training and torch.is_grad_enabled():
             raise ValueError(
                 "a cache (past_key_values, use_cache=True) in training: a cache holds no graph; expected use_cache=False, "
                 "model.eval() or torch.no_grad()"
             )
-        if given is not None and not isinstance(given, LongNetCache):
-            raise TypeError(f"past_key_values has type {type(given).__name__}: expected a longnet.hf.LongNetCache")
-        return LongNetCache() if given is None else given
+        if cache is not None and not isinstance(cache, LongNetCache):
+            raise TypeError(f"past_key_values has type {type(cache).__name__}: expected a longnet.hf.LongNetCache")
+        return LongNetCache() if cache is None else cache
+
+
+class LongNetWithHead(LongNetPreTrainedModel):
+    """A model and a head that read whole rows, without a cache."""
+
+    model: LongNetModel
+    _output_class: type[ModelOutput]
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> ModelOutput:
+        """Logits, and the loss of ``labels``, both as the class says; other arguments as in :meth:`LongNetModel.forward`."""
+        out = self.model(
+            input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, return_dict=True, **kwargs
+        )
+        logits = self._logits(out.last_hidden_state, attention_mask)
+        loss = None if labels is None else self._loss(logits, labels, **kwargs)
+        return self._output_class(loss=loss, logits=logits, hidden_states=out.hidden_states)
+
+    def _logits(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def _loss(self, logits: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
+        raise NotImplementedError

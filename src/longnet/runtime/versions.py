@@ -56,14 +56,15 @@ class Tried:
     def function(self, path: str) -> Callable[..., Any]:
         """The function of a dotted name; where it has gone, one that says so when it is called, so that imports succeed."""
         try:
-            found: Callable[..., Any] = self.get(path)
+            function: Callable[..., Any] = self.get(path)
+            return function
         except RuntimeError as error:
             message = str(error)
 
-            def found(*_: Any, **__: Any) -> Any:
-                raise RuntimeError(message)
+        def missing(*_: Any, **__: Any) -> Any:
+            raise RuntimeError(message)
 
-        return found
+        return missing
 
 
 def _release(text: str) -> tuple[int, ...]:
