@@ -31,11 +31,9 @@ def test_the_installed_version_was_tried() -> None:
         "transformers.generation.configuration_utils.GenerationMode",
         "transformers.loss.loss_utils.ForSequenceClassificationLoss",
         "transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS",
-        "transformers.masking_utils.AttentionMaskInterface",
         "transformers.masking_utils.packed_sequence_mask_function",
         "transformers.modeling_outputs.CausalLMOutputWithPast",
         "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS",
-        "transformers.modeling_utils.AttentionInterface",
         "transformers.utils.generic.can_return_tuple",
     ],
 )
@@ -81,7 +79,7 @@ def test_a_name_that_has_gone_is_named_when_it_is_used(name: str, monkeypatch: p
 
 def test_a_model_file_without_its_eager_attention_is_told() -> None:
     x = torch.ones(1, 1, 1, 2)
-    with pytest.raises(RuntimeError, match=GONE.format("test_transformers_internals.eager_attention_forward")):
+    with pytest.raises(RuntimeError, match=GONE.format("test_transformers_internals.*eager_attention_forward")):
         internals.attend_by("eager", NoTransformer(), x, x, x, None, True, False)
 
 

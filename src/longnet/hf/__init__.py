@@ -2,6 +2,8 @@
 
 try:
     from transformers import (
+        AttentionInterface,
+        AttentionMaskInterface,
         AutoConfig,
         AutoModel,
         AutoModelForCausalLM,
@@ -27,7 +29,7 @@ from longnet.hf.layers import NAME
 from longnet.hf.masks import document_mask
 from longnet.hf.modeling import LongNetModel
 from longnet.hf.tokenizer import LongNetByteTokenizer
-from longnet.hf.transformers_internals import AttentionInterface, AttentionMaskInterface, name_classes
+from longnet.hf.transformers_internals import name_classes
 
 AutoConfig.register("longnet", LongNetConfig)
 AutoModel.register(LongNetConfig, LongNetModel)

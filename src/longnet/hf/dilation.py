@@ -20,7 +20,6 @@ from longnet.hf.layers import ATTRIBUTE, NAME, Dilation, dilated_layers
 from longnet.hf.transformers_internals import (
     CACHE,
     DynamicLayer,
-    asks_for_a_cache,
     attention_layers,
     check_model,
     implementation_of,
@@ -224,11 +223,10 @@ def _prepare_cache(
 
     Models with a cache of their own kind, for layers that are no attention among others, keep it.
     """
-    bounded = asks_for_a_cache(generation_config, model_kwargs, generation_mode)
-    prepare_cache_as_its_class(self, generation_config, model_kwargs, generation_mode, *rest, **options)
+    is_free = prepare_cache_as_its_class(self, generation_config, model_kwargs, generation_mode, *rest, **options)
     cache, attending = model_kwargs.get(CACHE), dilated_layers(self)
     if (
-        bounded
+        is_free
         and type(cache) is DynamicCache
         and unbounded_reason(attending) is None
         and len(cache.layers) in (0, len(attending))

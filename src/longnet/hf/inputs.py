@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
@@ -51,13 +52,13 @@ def refuse_misspelt(model: nn.Module, options: dict[str, Any]) -> None:
     """Raise ValueError for a keyword close to one that attention reads; models of transformers ignore those they do not know."""
     if not torch.compiler.is_compiling():
         for name, value in options.items():
-            if value is not None and (meant := _meant(type(model), name)):
+            if value is not None and (meant := _meant(type(model).forward, name)):
                 raise ValueError(f"{name} is no keyword of {type(model).__name__}: expected {meant}")
 
 
 @lru_cache(maxsize=1024)
-def _meant(kind: type[nn.Module], name: str) -> str | None:
-    if name in _KEYWORDS or name in inspect.signature(kind.forward).parameters:
+def _meant(forward: Callable[..., Any], name: str) -> str | None:
+    if name in _KEYWORDS or name in inspect.signature(forward).parameters:
         return None
     # Other inputs are masks and positions too, of images say: such a name must be all but the same.
     return next(iter(get_close_matches(name, _KEYWORDS, 1, cutoff=0.8 if name.startswith("cu_") else 0.85)), None)

@@ -15,7 +15,7 @@ from longnet.hf.cache import LongNetCache
 from longnet.hf.configuration import LongNetConfig
 from longnet.hf.inputs import as_int64
 from longnet.hf.modeling import LongNetModel, LongNetPreTrainedModel, LongNetWithHead
-from longnet.hf.transformers_internals import CACHE, can_return_tuple, mark_as_given, overrides
+from longnet.hf.transformers_internals import CACHE, can_return_tuple, overrides
 from longnet.models import LongNetLM
 
 
@@ -75,12 +75,12 @@ class LongNetForCausalLM(_WithVocabulary, GenerationMixin):
             logits_to_keep: of the last so many positions only, or of those in a tensor; 0 for all.
         """
         out = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
             return_dict=True,
             **kwargs,
         )
@@ -101,11 +101,11 @@ class LongNetForCausalLM(_WithVocabulary, GenerationMixin):
         max_cache_length: int,
     ) -> None:
         """What ``generate`` calls for its cache: a bounded one instead of transformers' own."""
-        cache, kind = model_kwargs.get(CACHE), generation_config.cache_implementation
-        if cache is not None and kind is not None:
-            raise ValueError(f"cache_implementation={kind!r} and {CACHE} given: expected one of them")
-        if cache is not None:
-            mark_as_given(cache)
+        kind = generation_config.cache_implementation
+        if model_kwargs.get(CACHE) is not None:
+            super()._prepare_cache_for_generation(  # type: ignore[misc]
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
             return
         if not generation_config.use_cache:
             return

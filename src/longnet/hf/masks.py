@@ -108,15 +108,15 @@ def positions_of(options: dict[str, Any], batch: int, length: int) -> Tensor | N
     Raises:
         ValueError: documents that do not fill the rows of the batch, or other ones for keys than for queries.
     """
-    separators = [options.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")]
-    if all(x is None for x in separators):
+    bounds, of_keys, number = (options.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"))
+    if bounds is None and of_keys is None and number is None:
         return None
-    for x in separators:
+    for x in (bounds, of_keys, number):
         if x is not None and not isinstance(x, Tensor):
             raise TypeError(
                 f"cu_seq_lens_q, cu_seq_lens_k or seq_idx is a {type(x).__name__}: expected tensors of integers"
             )
-    return _positions_in(*separators, batch, length)
+    return _positions_in(bounds, of_keys, number, batch, length)
 
 
 @untraced

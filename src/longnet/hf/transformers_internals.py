@@ -16,33 +16,23 @@ from longnet.runtime.versions import Tried
 TRIED = Tried("transformers", "5.17", "5.24")
 
 try:
-    from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+    from transformers.cache_utils import CacheLayerMixin as CacheLayerMixin
+    from transformers.cache_utils import DynamicLayer as DynamicLayer
     from transformers.generation.configuration_utils import GenerationMode
-    from transformers.loss.loss_utils import ForSequenceClassificationLoss
+    from transformers.loss.loss_utils import ForSequenceClassificationLoss as ForSequenceClassificationLoss
     from transformers.masking_utils import (
         ALL_MASK_ATTENTION_FUNCTIONS,
-        AttentionMaskInterface,
         and_masks,
         bidirectional_mask_function,
         causal_mask_function,
         packed_sequence_mask_function,
     )
     from transformers.modeling_outputs import CausalLMOutputWithPast
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.models.auto import modeling_auto
-    from transformers.utils.generic import can_return_tuple
+    from transformers.utils.generic import can_return_tuple as can_return_tuple
 except ImportError as error:
     raise TRIED.gone(error) from error
-
-# Other files take these from here, so that their place is known once.
-__all__ = [
-    "AttentionInterface",
-    "AttentionMaskInterface",
-    "CacheLayerMixin",
-    "DynamicLayer",
-    "ForSequenceClassificationLoss",
-    "can_return_tuple",
-]
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -96,8 +86,7 @@ def overrides(base: type) -> Callable[[Method], Method]:
     """Decorates a method that transformers calls in place of a private one of its class ``base``, which must still have it."""
 
     def check(method: Method) -> Method:
-        if not hasattr(base, method.__name__):
-            raise TRIED.gone(f"{base.__name__}.{method.__name__}")
+        TRIED.of(base, method.__name__)
         return method
 
     return check
@@ -109,10 +98,7 @@ def name_classes(model_type: str, **classes: str) -> None:
     Trainer shifts smoothed labels, and names a card's task, by what they hold.
     """
     for task, name in classes.items():
-        table = f"MODEL_FOR_{task.upper()}_MAPPING_NAMES"
-        if not hasattr(modeling_auto, table):
-            raise TRIED.gone(f"transformers.models.auto.modeling_auto.{table}")
-        getattr(modeling_auto, table)[model_type] = name
+        TRIED.of(modeling_auto, f"MODEL_FOR_{task.upper()}_MAPPING_NAMES")[model_type] = name
 
 
 # Models
@@ -192,10 +178,7 @@ def model_that_is_saved() -> PreTrainedModel | None:
 
 def implementation_of(config: PretrainedConfig) -> str:
     """The name of the attention function that models of this config call."""
-    try:
-        name: str = config._attn_implementation
-    except AttributeError as error:
-        raise TRIED.gone(error) from None
+    name: str = TRIED.of(config, "_attn_implementation")
     return name
 
 
@@ -240,17 +223,14 @@ def attend_by(
         mask: (B, S) int64, 0 where a key is padding, else the number of its document; ``packed`` if there are several in a row.
     """
     if implementation == "eager":
-        home = sys.modules[type(module).__module__]
-        function = getattr(home, "eager_attention_forward", None)
-        if function is None:
-            raise TRIED.gone(f"{home.__name__}.eager_attention_forward")
+        function = TRIED.of(sys.modules[type(module).__module__], "eager_attention_forward")
     else:
         function = ALL_ATTENTION_FUNCTIONS[implementation]
     made: Tensor | None = None
     if implementation in ALL_MASK_ATTENTION_FUNCTIONS:
         length, keys = query.shape[2], key.shape[2]
         mask_function: Callable[..., Any] = causal_mask_function if causal else bidirectional_mask_function
-        if packed:
+        if packed and mask is not None:
             mask_function = and_masks(mask_function, packed_sequence_mask_function(mask))
         made = ALL_MASK_ATTENTION_FUNCTIONS[implementation](
             batch_size=query.shape[0],
@@ -298,29 +278,24 @@ def _names(function: Callable[..., Any]) -> Iterator[str]:
 # Generation
 
 
-def asks_for_a_cache(generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any) -> bool:
-    """Whether ``generate`` makes a cache of any kind, from which it takes nothing back."""
-    return (
+def prepare_cache_as_its_class(
+    model: Any, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *rest: Any, **options: Any
+) -> bool:
+    """Let ``generate`` make the cache that it makes for any model of this class.
+
+    Returns:
+        Whether it was free to make a cache of any kind, from which it takes nothing back.
+    """
+    is_free = (
         model_kwargs.get(CACHE) is None
         and generation_config.use_cache is not False
         and generation_config.cache_implementation is None
         and generation_mode != GenerationMode.ASSISTED_GENERATION
         and not getattr(generation_config, "is_assistant", False)
     )
-
-
-def mark_as_given(cache: Any) -> None:
-    """Tell ``generate`` that the cache is the caller's."""
-    cache._is_user_defined = True
-
-
-def prepare_cache_as_its_class(model: Any, *args: Any, **options: Any) -> None:
-    """Let ``generate`` make the cache that it makes for any model of this class."""
-    try:
-        prepare = type(model)._prepare_cache_for_generation
-    except AttributeError as error:
-        raise TRIED.gone(error) from None
-    prepare(model, *args, **options)
+    prepare = TRIED.of(type(model), "_prepare_cache_for_generation")
+    prepare(model, generation_config, model_kwargs, generation_mode, *rest, **options)
+    return is_free
 
 
 def unbounded_reason(layers: Sequence[Any]) -> str | None:

@@ -79,10 +79,8 @@ def is_call_changed(module: nn.Module) -> bool:
 
 def parameter_table(module: nn.Module) -> MutableMapping[str, nn.Parameter | None]:
     """The module's own parameters by name, to be replaced without its checks."""
-    try:
-        return module._parameters
-    except AttributeError as error:
-        raise TRIED.gone(error) from None
+    table: MutableMapping[str, nn.Parameter | None] = TRIED.of(module, "_parameters")
+    return table
 
 
 def any_batch_norm() -> type[nn.Module]:
@@ -93,20 +91,14 @@ def any_batch_norm() -> type[nn.Module]:
 
 def flattened_mesh(mesh: Any, name: str) -> Any:
     """The ``DeviceMesh`` with all its axes as one of this name."""
-    try:
-        return mesh._flatten(name)
-    except AttributeError as error:
-        raise TRIED.gone(error) from None
+    return TRIED.of(mesh, "_flatten")(name)
 
 
 def remove_pre_hook(module: nn.Module, function: Any) -> None:
     """Remove a hook before ``forward`` or ``state_dict`` by its function: a copied module has no handle of its hooks."""
     # Flags that torch holds beside a hook do nothing.
-    try:
-        tables: tuple[Any, ...] = (module._forward_pre_hooks, module._state_dict_pre_hooks)
-    except AttributeError as error:
-        raise TRIED.gone(error) from None
-    for table in tables:
+    for name in ("_forward_pre_hooks", "_state_dict_pre_hooks"):
+        table = TRIED.of(module, name)
         for number in [number for number, hook in table.items() if hook is function]:
             del table[number]
 

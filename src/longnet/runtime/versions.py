@@ -53,6 +53,17 @@ class Tried:
         except (AttributeError, ImportError):
             raise self.gone(path) from None
 
+    def of(self, owner: object, name: str) -> Any:
+        """An attribute of an object.
+
+        Raises:
+            RuntimeError: it has none of this name.
+        """
+        try:
+            return getattr(owner, name)
+        except AttributeError as error:
+            raise self.gone(error) from None
+
     def function(self, path: str) -> Callable[..., Any]:
         """The function of a dotted name; where it has gone, one that says so when it is called, so that imports succeed."""
         try:
