@@ -15,6 +15,7 @@ from torch import nn
 
 from longnet.hf import apply, restore
 from longnet.hf import transformers_internals as internals
+from longnet.runtime.versions import Tried
 
 GONE = rf"an internal of transformers that transformers {transformers.__version__} does not have: .*{{}}.*Expected transformers"
 
@@ -90,10 +91,10 @@ def test_a_config_without_an_implementation_is_told() -> None:
 
 def test_a_model_is_refused_with_the_versions_that_were_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where attention layers are not recognised, transformers may have changed how they ask for their function."""
-    monkeypatch.setattr("longnet.runtime.versions.version", lambda library: "6.1.0")
+    monkeypatch.setattr(Tried, "installed", "6.1.0")
     with pytest.raises(ValueError, match=r"does not use .*\(transformers 6\.1\.0 is installed and longnet was tried"):
         internals.check_model(NoTransformer(), [])
-    monkeypatch.setattr("longnet.runtime.versions.version", lambda library: "5.17.0")
+    monkeypatch.setattr(Tried, "installed", "5.17.0")
     with pytest.raises(ValueError, match=r"expected a model that does$"):
         internals.check_model(NoTransformer(), [])
 
@@ -107,7 +108,7 @@ class NoTransformer(nn.Linear):
 
 def test_apply_and_restore_with_an_untried_version(monkeypatch: pytest.MonkeyPatch) -> None:
     """A version that was not tried is no reason to refuse."""
-    monkeypatch.setattr("longnet.runtime.versions.version", lambda library: "6.1.0")
+    monkeypatch.setattr(Tried, "installed", "6.1.0")
     model, given = bert().eval(), inputs("bert")
     with torch.no_grad():
         expected = model(**given).logits

@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import runpy
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 import longnet
 from longnet.runtime import torch_internals, triton_internals
@@ -37,7 +41,7 @@ def test_the_installed_version_was_tried(tried: Tried) -> None:
     [("2.10.1", False), ("2.11.0", True), ("2.14.1+cu130", True), ("2.15.0.dev1", False), ("3.0", False)],
 )
 def test_a_version_that_was_not_tried_is_named(installed: str, known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longnet.runtime.versions.version", lambda library: installed)
+    monkeypatch.setattr(Tried, "installed", installed)
     said = Tried("torch", "2.11", "2.14").unknown()
     if known:
         assert said is None
@@ -72,6 +76,58 @@ def test_a_name_that_torch_has_no_more_is_named_when_it_is_used(name: str, monke
     own = SimpleNamespace(**runpy.run_path(torch_internals.__file__))
     with pytest.raises(RuntimeError, match=rf"does not have: .*{name.split('.')[-1]}.*Expected torch 2\.\d+ to 2\.\d+"):
         TORCH[name](own)
+
+
+def test_what_torch_is_asked() -> None:
+    x = torch.ones(2)
+    states = {
+        "nothing": nullcontext,
+        "counting": lambda: FlopCounterMode(display=False),
+        "fake tensors": FakeTensorMode,
+        "forward mode": forward_ad.dual_level,
+    }
+    for name, state in states.items():
+        with state():
+            asked = (torch_internals.has_tracing_mode(), torch_internals.has_tangents())
+        assert asked == (name == "fake tensors", name == "forward mode"), name
+    seen: list[tuple[bool, bool]] = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        seen.append((torch_internals.is_transformed(), torch_internals.is_differentiated_or_batched()))
+        return x.sum()
+
+    for run in (look, torch.func.vmap(look), torch.func.grad(look), torch.func.functionalize(look)):
+        run(x)
+    assert seen == [(False, False), (True, True), (True, True), (True, False)]
+    version = torch_internals.version_of(x)
+    x.add_(1)
+    assert (version, torch_internals.version_of(x)) == (0, 1)
+    with torch.inference_mode():
+        assert torch_internals.version_of(torch.ones(2)) is None
+
+
+def test_which_calls_of_a_module_are_changed() -> None:
+    changes: list[Callable[[Any], Any]] = [
+        lambda one: one.register_forward_hook(print),
+        lambda one: one.register_forward_pre_hook(print),
+        lambda one: one.register_full_backward_hook(print),
+        lambda one: one.register_full_backward_pre_hook(print),
+        lambda one: setattr(one, "forward", print),
+        lambda one: one.compile(),
+    ]
+    for change in changes:
+        module = nn.Linear(2, 2)
+        assert not torch_internals.is_call_changed(module)
+        change(module)
+        assert torch_internals.is_call_changed(module)
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert torch_internals.is_call_changed(nn.Linear(2, 2))
+    handle.remove()
+    module = nn.Linear(2, 2)
+    module.register_forward_pre_hook(print)
+    module.register_state_dict_pre_hook(print)
+    torch_internals.remove_pre_hook(module, print)
+    assert torch_internals.hooks_of(module) == [] and not module._state_dict_pre_hooks
 
 
 @pytest.mark.parametrize("use", ["hooks_of", "parameter_table", "remove_pre_hook"])

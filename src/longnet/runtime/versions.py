@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pkgutil import resolve_name
 from typing import Any
 
@@ -23,8 +22,8 @@ class Tried:
 
     @property
     def installed(self) -> str:
-        """The version that is installed."""
-        return version(self.library)
+        """The version that is imported."""
+        return str(resolve_name(f"{self.library}.__version__"))
 
     def unknown(self) -> str | None:
         """What to do about the installed version if it is not among those tried; None if it is."""
