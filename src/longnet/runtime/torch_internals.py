@@ -57,9 +57,7 @@ def has_tracing_mode() -> bool:
 def hooks_of(module: nn.Module) -> list[int]:
     """The numbers of the hooks that a call of the module runs; torch gives every hook a number of its own."""
     try:
-        tables = (
-            module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
-        )  # fmt: skip
+        tables = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
     except AttributeError as error:
         raise TRIED.gone(error) from None
     return [number for table in tables for number in table]
@@ -71,10 +69,15 @@ def is_call_changed(module: nn.Module) -> bool:
     Who replaces ``forward`` of one module (accelerate, say) or compiles it in place leaves its class as it is.
     """
     try:
+        # Asked for every projection of every call: no list, as hooks_of makes.
+        before, after = (
+            module._forward_pre_hooks or module._backward_pre_hooks,
+            module._forward_hooks or module._backward_hooks,
+        )
         compiled = module._compiled_call_impl is not None
     except AttributeError as error:
         raise TRIED.gone(error) from None
-    return bool(compiled or "forward" in module.__dict__ or hooks_of(module) or has_global_hooks())
+    return bool(before or after or compiled or "forward" in module.__dict__ or has_global_hooks())
 
 
 def parameter_table(module: nn.Module) -> MutableMapping[str, nn.Parameter | None]:
