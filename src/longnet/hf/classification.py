@@ -17,9 +17,10 @@ from longnet.hf.transformers_internals import ForSequenceClassificationLoss
 class LongNetForSequenceClassification(LongNetWithHead):
     """A class per row, or numbers: a linear layer on the last real token of a decoder, on the mean of an encoder's real ones.
 
-    Logits are (B, num_labels). Without ``attention_mask`` all tokens are real. ``labels`` are (B,) int64 or int32, or floats (B,)
-    or (B, num_labels), as ``config.problem_type`` wants. The loss is their mean, or with ``num_items_in_batch`` (labels of all
-    accumulated batches) their sum over that number.
+    It takes ``input_ids``, ``attention_mask``, ``position_ids`` and ``inputs_embeds`` as :class:`LongNetModel` does, and
+    ``labels``: (B,) int64 or int32, or floats (B,) or (B, num_labels), as ``config.problem_type`` wants. Logits are
+    (B, num_labels). Without ``attention_mask`` all tokens are real. The loss is the mean over the labels, or with
+    ``num_items_in_batch`` (labels of all accumulated batches) their sum over that number.
     """
 
     _output_class = SequenceClassifierOutputWithPast

@@ -180,7 +180,8 @@ class LongNetForCausalLM(_WithVocabulary, GenerationMixin):
 class LongNetForMaskedLM(_WithVocabulary, LongNetWithHead):
     """A bidirectional LongNet that predicts masked tokens.
 
-    Logits are (B, N, vocab_size). ``labels`` (B, N), int64 or int32, are -100 where no token was masked.
+    It takes ``input_ids``, ``attention_mask``, ``position_ids`` and ``inputs_embeds`` as :class:`LongNetModel` does, and
+    ``labels`` (B, N), int64 or int32, -100 where no token was masked. Logits are (B, N, vocab_size).
 
     Raises:
         ValueError: ``config.is_causal`` is True.
