@@ -190,13 +190,13 @@ FLAT = {("longnet", "runtime", "operators"), ("longnet", "attention", "operators
 
 
 def arguments_by_place(source: str) -> list[str]:
-    """Functions that take what it may be, by place (``*settings: Any``); autograd's own and wrappers (``*args``) apart."""
+    """Functions that take what it may be, by place (``*settings: Any``); autograd's own, wrappers (``*args``) and what is not used (``*_``) apart."""
     functions = [one for one in ast.walk(ast.parse(source)) if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef)]
     return [
         function.name
         for function in functions
         if (more := function.args.vararg) is not None
-        and more.arg != "args"
+        and more.arg not in ("args", "_")
         and isinstance(more.annotation, ast.Name)
         and more.annotation.id == "Any"
         and (not function.args.args or function.args.args[0].arg != "ctx")

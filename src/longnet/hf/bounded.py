@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from longnet.attention.padding import warn_moved_rows
-from longnet.attention.streaming import DilatedCache, most_padding, stream_attention
+from longnet.attention.streaming import DilatedCache, stream_attention_warned
 from longnet.geometry import Pattern
 from longnet.hf.layers import ATTRIBUTE, dilated_layers
 from longnet.hf.transformers_internals import CacheLayerMixin, DynamicLayer, unbounded_reason
@@ -74,11 +73,8 @@ class BoundedLayer(CacheLayerMixin):
                 device=key.device,
             )
             self.is_initialized = True
-        before = most_padding(self.cache)
-        out = stream_attention(query, key, value, self.cache, scale=scale, key_padding_mask=padded)
+        out = stream_attention_warned(query, key, value, self.cache, scale=scale, key_padding_mask=padded)
         self._expected = False
-        if most_padding(self.cache) > before:
-            warn_moved_rows(((count, None) for count in self.cache.padding.tolist()), pattern)
         return out
 
     def crop(self, tokens_to_remove: int) -> None:

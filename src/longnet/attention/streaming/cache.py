@@ -274,8 +274,3 @@ class DilatedCache:
             raise ValueError(f"state['position'] is {position}: expected a number of tokens")
         if int(padding.min()) < 0 or int(padding.max()) > position:
             raise ValueError(f"state['padding'] is {padding.tolist()}: expected 0 to the position, {position}")
-
-
-def most_padding(cache: DilatedCache) -> int:
-    """The largest number in ``cache.padding``, without asking the device."""
-    return cache._most_padding
