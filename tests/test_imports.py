@@ -190,7 +190,7 @@ FLAT = {("longnet", "runtime", "operators"), ("longnet", "attention", "operators
 
 
 def arguments_by_place(source: str) -> list[str]:
-    """Functions that take what it may be, by place (``*settings: Any``); autograd's own, wrappers (``*args``) and what is not used (``*_``) apart."""
+    """Functions with an argument like ``*settings: Any``; not autograd's own, wrappers (``*args``) and unused ones (``*_``)."""
     functions = [one for one in ast.walk(ast.parse(source)) if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef)]
     return [
         function.name
