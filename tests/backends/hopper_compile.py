@@ -28,14 +28,11 @@ def compiled(kernel: str, case: str) -> object:
     swept, stages, _ = hopper._CUTS[kernel, dim]
     nest = Nest(tuple(Branch(*branch) for branch in branches))
     tiles, shape = hopper._shape(nest, LENGTH)
-    several = len(branches) > 1
-    constants = {
-        "TILES": tiles, "SHAPE": shape, "D": dim, "CHANNELS": channels, "M": hopper._OWNED, "N": swept,
-        "WEIGHTED": several, "PERIOD": branches[-1][1] if several else 1, "BLOCKED": True, "CAUSAL": is_causal,
-        "MERGE": True, "STAGES": stages,
-    }  # fmt: skip
-    if kernel == "key_value":
-        constants["LIMITED"] = not is_causal
+    limited = kernel == "key_value" and not is_causal
+    settings = hopper.Constants(
+        shape, tiles, dim, channels, hopper._OWNED, swept, stages, True, is_causal, MERGE=True, LIMITED=limited
+    )
+    constants: dict[str, object] = {"C": settings}
     letters = [name[0] for name in function.arg_names if name.endswith("_fold")]
     signature: dict[str, object] = {}
     for name in function.arg_names:

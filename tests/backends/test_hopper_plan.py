@@ -88,15 +88,21 @@ def test_filling_up_is_padding_with_zeros(length, channels, unit, dtype, count) 
         assert view_of(filled).tokens % unit == 0
 
 
+def by_name(kernel, arguments, options):
+    """Arguments of a call by the names of the kernel's parameters and of its constants."""
+    call = dict(zip(kernel.arg_names, arguments, strict=False)) | options
+    return call | vars(call.pop("C"))
+
+
 class Recorder:
-    """In place of a kernel: what it was called with, by the names of the kernel's parameters."""
+    """In place of a kernel: what it was called with, see :func:`by_name`."""
 
     def __init__(self, kernel) -> None:
         self.arg_names, self.calls, self.quick = kernel.arg_names, [], []
 
     def __getitem__(self, grid):
         def first(*arguments, **options):
-            self.calls.append((grid, dict(zip(self.arg_names, arguments, strict=False)) | options))
+            self.calls.append((grid, by_name(self, arguments, options)))
             return Compiled(self)
 
         return first
@@ -108,7 +114,8 @@ class Compiled:
 
     def __getitem__(self, grid):
         def again(*arguments):
-            self.recorder.quick.append((grid, dict(zip(self.recorder.arg_names, arguments, strict=True))))
+            assert len(arguments) == len(self.recorder.arg_names)
+            self.recorder.quick.append((grid, by_name(self.recorder, arguments, {})))
 
         return again
 
@@ -175,7 +182,7 @@ def test_kernels_get_the_tensors_and_numbers_of_the_call(kernels, length, dim, k
             rates = nest.dilation_rates
             assert [call[one] for one in ("length", "heads", "group", "scale")] == [length, 4, 4 // kv_heads, 0.5]
             assert (call["D"], call["CHANNELS"], call["CAUSAL"]) == (64 if dim <= 64 else 128, dim, True)
-            assert call["SHAPE"][:2] == (nest.segment_lengths, rates)
+            assert call["NEST"][:2] == (nest.segment_lengths, rates)
             assert call["items"] == len(call["ORDER"]) >= programs and programs <= 4
             done += call["items"]
             for one in ("OUT", "LSE", "DELTA", "GRAD_Q", "GRAD_K", "GRAD_V"):

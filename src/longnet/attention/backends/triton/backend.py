@@ -131,7 +131,7 @@ class _Call:
                 (launch.tiles * launch.segments * self.heads * self.batch,),
                 (
                     self.length, self.heads, self.group, self.scale, launch.segments, launch.tiles,
-                    *launch.arguments,
+                    *launch.shape,
                 ),
                 {
                     **self.options, owned: cut.owned, swept: cut.swept, "STAGES": cut.stages, "num_warps": cut.warps,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longnet.attention.backends.triton.launches import kernel_arguments
+from longnet.attention.backends.triton.launches import NestShape, kernel_arguments
 from longnet.attention.backends.triton.schedule import Schedule, cached_limits, cached_order
 from longnet.geometry.needed_rows import NeededRows
 from longnet.geometry.nests import Nest
@@ -114,10 +114,51 @@ def _unit(nests: Sequence[Nest]) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _shape(nest: Nest, length: int) -> tuple[int, tuple[tuple[int, ...], ...]]:
-    """(tiles of a segment, the kernels' SHAPE)."""
+def _shape(nest: Nest, length: int) -> tuple[int, NestShape]:
+    """(tiles of a segment, what kernels are told of the nest)."""
     width = min(nest.segment_lengths[0], length)
     return kernel_arguments(nest, nest.classes, width, _OWNED)
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What a kernel is compiled for.
+
+    Args:
+        TILES: of a segment.
+        D, CHANNELS: of a tile, and those that are not padding.
+        M, N: rows that a program owns, and those that it sweeps over at a time.
+        STAGES: swept tiles that are on their way at once.
+        MERGE: earlier nests have written their results, so these are mixed in.
+        LIMITED: not all rows are swept, see :func:`longnet.geometry.needed_rows.swept_limits`.
+    """
+
+    NEST: NestShape
+    TILES: int
+    D: int
+    CHANNELS: int
+    M: int
+    N: int
+    STAGES: int
+    BLOCKED: bool
+    CAUSAL: bool
+    MERGE: bool
+    LIMITED: bool
+
+    @property
+    def weighted(self) -> bool:
+        """Whether keys have weights: how many branches of the nest select them."""
+        return len(self.NEST.dilation_rates) > 1
+
+    @property
+    def period(self) -> int:
+        """After how many rows of a range their weights repeat, at most."""
+        return self.NEST.dilation_rates[-1] if self.weighted else 1
+
+    @property
+    def split_channels(self) -> bool:
+        """Whether the last quarter of the channels is padding, so that products over channels can do without it."""
+        return self.D // 2 < self.CHANNELS <= self.D // 4 * 3
 
 
 @dataclass(frozen=True)
@@ -233,19 +274,16 @@ def _launches(
     for number, nest in enumerate(work.nests):
         tiles, nest_shape = _shape(nest, length)
         rates = nest.dilation_rates
-        several = len(rates) > 1
         schedule = Schedule(
             nest, nest_shape, length, heads * batch, _multiprocessors(device), rounds, _OWNED, swept,
             work.is_causal, kernel == "key_value", device, work.needed, heads, work.head_offsets,
         )  # fmt: skip
         templates = tuple(descriptors(view, dtype, dim, rates, count) for view, count in zip(views, rows, strict=True))
-        options = {
-            "TILES": tiles, "SHAPE": nest_shape, "D": dim, "CHANNELS": channels, "M": _OWNED, "N": swept,
-            "WEIGHTED": several, "PERIOD": rates[-1] if several else 1, "BLOCKED": work.head_offsets == "blocked",
-            "CAUSAL": work.is_causal, "MERGE": number > 0, "STAGES": stages, "num_warps": 4, "maxnreg": _REGISTERS,
-        }  # fmt: skip
-        if kernel == "key_value":
-            options["LIMITED"] = work.needed is not None
+        constants = Constants(
+            nest_shape, tiles, dim, channels, _OWNED, swept, stages, work.head_offsets == "blocked", work.is_causal,
+            MERGE=number > 0, LIMITED=kernel == "key_value" and work.needed is not None,
+        )  # fmt: skip
+        options = {"C": constants, "num_warps": 4, "maxnreg": _REGISTERS}
         segments = -(-length // nest.segment_lengths[0])
         each = schedule.per_launch
         for first in range(0, schedule.items, each):

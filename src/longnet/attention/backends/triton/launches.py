@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from longnet.geometry.nests import Nest, RowClass
 from longnet.runtime.triton_support import power_of_two
@@ -24,6 +25,23 @@ class Blocks:
     stages: int
 
 
+class NestShape(NamedTuple):
+    """What kernels are told of a nest: two numbers of each branch, and five of each class of rows. A tile is a program's rows.
+
+    Args:
+        first_tiles: how many tiles of a segment come before the class.
+        tiles: of one residue of the class.
+    """
+
+    segment_lengths: tuple[int, ...]
+    dilation_rates: tuple[int, ...]
+    levels: tuple[int, ...]
+    inner_rates: tuple[int, ...]
+    steps: tuple[int, ...]
+    first_tiles: tuple[int, ...]
+    tiles: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Launch:
     """One launch: the classes of a nest that share a specialisation.
@@ -33,7 +51,6 @@ class Launch:
         weighted: rows that several branches select.
         segments: of the finest branch.
         tiles: blocks of rows in one of them.
-        arguments: see :func:`kernel_arguments`.
     """
 
     nest: Nest
@@ -42,11 +59,11 @@ class Launch:
     segments: int
     tiles: int
     blocks: Blocks
-    arguments: tuple[tuple[int, ...], ...]
+    shape: NestShape
 
     @property
     def classes(self) -> int:
-        return len(self.arguments[2])
+        return len(self.shape.levels)
 
     @property
     def period(self) -> int:
@@ -54,20 +71,14 @@ class Launch:
         return self.nest.dilation_rates[-1] if len(self.nest.branches) > 1 else 1
 
 
-def kernel_arguments(
-    nest: Nest, classes: Sequence[RowClass], width: int, owned: int
-) -> tuple[int, tuple[tuple[int, ...], ...]]:
-    """(tiles of a segment, what kernels are told of it) for ``classes`` of a nest in segments of ``width`` tokens.
-
-    Segment lengths and rates by branch; level, inner rate, step, first tile and tiles per residue by class, where a tile is
-    ``owned`` rows.
-    """
+def kernel_arguments(nest: Nest, classes: Sequence[RowClass], width: int, owned: int) -> tuple[int, NestShape]:
+    """(tiles of a segment, what kernels are told) for ``classes`` of a nest, segments of ``width`` tokens, ``owned`` rows."""
     firsts, counts, tiles = [], [], 0
     for c in classes:
         firsts.append(tiles)
         counts.append(-(-width // (c.step * owned)))
         tiles += counts[-1] * c.residues
-    return tiles, (
+    return tiles, NestShape(
         nest.segment_lengths,
         nest.dilation_rates,
         tuple(c.level for c in classes),
@@ -101,7 +112,7 @@ def plan_launches(
             swept = blocks.swept
             if len(nest.branches) == 1:
                 swept = min(swept, power_of_two(-(-width // nest.dilation_rates[0])))
-            tiles, arguments = kernel_arguments(nest, classes, width, owned)
+            tiles, shape = kernel_arguments(nest, classes, width, owned)
             found.append(
                 Launch(
                     nest,
@@ -110,7 +121,7 @@ def plan_launches(
                     -(-length // nest.segment_lengths[0]),
                     tiles,
                     Blocks(owned, swept, blocks.warps, blocks.stages),
-                    arguments,
+                    shape,
                 )
             )
     return tuple(found)

@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from longnet.attention.backends.triton.launches import NestShape
 from longnet.geometry.needed_rows import NeededRows, swept_limits
 from longnet.geometry.nests import Nest
 from longnet.geometry.pattern import HeadOffsets, head_offset
@@ -26,7 +27,6 @@ class Schedule:
     """The items of one kernel over one nest.
 
     Args:
-        shape: of the kernels, see :func:`longnet.attention.backends.triton.launches.kernel_arguments`.
         copies: batch rows times heads.
         programs: that run at once, at most.
         rounds: items of a program in one launch, at most.
@@ -37,7 +37,7 @@ class Schedule:
     """
 
     nest: Nest
-    shape: tuple[tuple[int, ...], ...]
+    shape: NestShape
     length: int
     copies: int
     programs: int
@@ -61,7 +61,7 @@ class Schedule:
 
     @property
     def items(self) -> int:
-        tiles = sum(count * one.residues for count, one in zip(self.shape[-1], self.nest.classes, strict=True))
+        tiles = sum(count * one.residues for count, one in zip(self.shape.tiles, self.nest.classes, strict=True))
         return tiles * len(self.nest.branches[0].starts(self.length)) * self.copies
 
     @property
@@ -87,7 +87,7 @@ class Schedule:
         assert self.needed is not None
         starts = self.nest.branches[0].starts(self.length)
         by_class = []
-        for one, count in zip(self.nest.classes, self.shape[-1], strict=True):
+        for one, count in zip(self.nest.classes, self.shape.tiles, strict=True):
             rows = one.first_rows(head_offset(self.head_offsets, head, self.heads, one.step))
             firsts = [[start + row for row in rows] for start in starts]
             limits = [[self.needed.limit(first, one.step) for first in row] for row in firsts]
@@ -108,7 +108,7 @@ class Schedule:
         size = (self.length - start).clamp(max=finest.segment_length)
         met = torch.minimum(size, (ends[0] - start).clamp(min=0))
         by_class = []
-        for one, count in zip(self.nest.classes, self.shape[-1], strict=True):
+        for one, count in zip(self.nest.classes, self.shape.tiles, strict=True):
             # Every residue of the class has as many tiles.
             first_row = (torch.arange(count, device=self.device) * self.owned).repeat(one.residues)
             own = finest.rows(met, 0)

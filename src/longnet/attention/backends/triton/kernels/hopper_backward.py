@@ -8,245 +8,120 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from longnet.attention.backends.triton.kernels.hopper import (
     HALF,
     LOG2E,
-    block_weights,
-    column_shift,
-    fetch,
-    limited,
-    load_item,
+    Channel,
+    OwnedTiles,
+    Program,
+    Source,
+    exponentials,
+    head_start,
     make_barriers,
-    own_parts,
+    mma_layout,
+    produce,
     scores_of,
-    split_channels,
-    swept_range,
-    take_item,
+    seen_keys,
+    skip,
+    written_rows,
 )
-
-
-@gluon.jit
-def _produce(
-    descs, shared, folds, ORDER, LIMITS, items, length, heads, group, segments,
-    TILES: gl.constexpr, SHAPE: gl.constexpr, M: gl.constexpr, N: gl.constexpr, CAUSAL: gl.constexpr,
-    BLOCKED: gl.constexpr, STAGES: gl.constexpr, KEYS: gl.constexpr, LIMITED: gl.constexpr,
-):  # fmt: skip
-    """Copies of both kernels: two owned tensors once an item, two swept ones block by block. ``KEYS`` are owned or swept."""
-    own_a, own_b, swept_a, swept_b = descs
-    own_a_fold, own_b_fold, swept_a_fold, swept_b_fold = folds
-    own_a_smem, own_b_smem, a_smem, b_smem, own_full, own_empty, a_full, a_empty, b_full, b_empty = shared
-    RATES: gl.constexpr = SHAPE[1]
-    done = 0
-    turn = 0
-    upcoming = load_item(ORDER, gl.program_id(0), items)
-    for slot in range(gl.program_id(0), items, gl.num_programs(0)):
-        item = upcoming
-        upcoming = load_item(ORDER, slot + gl.num_programs(0), items)
-        batch, head, start, size, level, origin, step, first_row, rows = take_item(
-            item, length, heads, segments, TILES, SHAPE, M, BLOCKED
-        )
-        if first_row < rows:
-            kv_head = head // group
-            own_head = kv_head if KEYS else head
-            swept_head = head if KEYS else kv_head
-            mbarrier.wait(own_empty.index(0), (turn & 1) ^ 1)
-            mbarrier.expect(own_full.index(0), 2 * own_a[0].block_type.nbytes)
-            fetch(own_a, own_a_fold, batch, own_head, origin, step, own_full.index(0), own_a_smem, first_row, RATES)
-            fetch(own_b, own_b_fold, batch, own_head, origin, step, own_full.index(0), own_b_smem, first_row, RATES)
-            turn += 1
-            ranges = level if CAUSAL else 2 * level - 1
-            for index in range(0, ranges):
-                branch, first, swept_step, count = swept_range(
-                    index, start, size, length, head, heads, SHAPE, CAUSAL, KEYS, BLOCKED
-                )
-                count = limited(count, LIMITS, branch, first, swept_step, head, SHAPE, LIMITED)
-                low = 0
-                if CAUSAL:
-                    if index == 0:
-                        if KEYS:
-                            low = ((origin + first_row * step - first) // RATES[0]) // N
-                        else:
-                            count = gl.minimum(count, (origin + (first_row + M - 1) * step - first) // RATES[0] + 1)
-                blocks = gl.cdiv(count, N)
-                for i in range(0, blocks - low):
-                    j = (blocks - 1 - i) * N
-                    stage = done % STAGES
-                    phase = ((done // STAGES) & 1) ^ 1
-                    mbarrier.wait(a_empty.index(stage), phase)
-                    mbarrier.expect(a_full.index(stage), swept_a[0].block_type.nbytes)
-                    fetch(
-                        swept_a,
-                        swept_a_fold,
-                        batch,
-                        swept_head,
-                        first,
-                        swept_step,
-                        a_full.index(stage),
-                        a_smem.index(stage),
-                        j,
-                        RATES,
-                    )
-                    mbarrier.wait(b_empty.index(stage), phase)
-                    mbarrier.expect(b_full.index(stage), swept_b[0].block_type.nbytes)
-                    fetch(
-                        swept_b,
-                        swept_b_fold,
-                        batch,
-                        swept_head,
-                        first,
-                        swept_step,
-                        b_full.index(stage),
-                        b_smem.index(stage),
-                        j,
-                        RATES,
-                    )
-                    done += 1
-
-
-@gluon.jit
-def _skip(shared, done, STAGES: gl.constexpr):
-    """Pass over a block that only the other warpgroup needs."""
-    own_a_smem, own_b_smem, a_smem, b_smem, own_full, own_empty, a_full, a_empty, b_full, b_empty = shared
-    stage = done % STAGES
-    mbarrier.wait(a_full.index(stage), (done // STAGES) & 1)
-    mbarrier.arrive(a_empty.index(stage))
-    mbarrier.wait(b_full.index(stage), (done // STAGES) & 1)
-    mbarrier.arrive(b_empty.index(stage))
+from longnet.attention.backends.triton.kernels.triton_internals import aggregate
 
 
 @gluon.jit
 def _query_block(
-    q, grad, zero, shared, acc, lse2, delta, weights, last, scale2, done,
-    N: gl.constexpr, D: gl.constexpr, CHANNELS: gl.constexpr, CUT: gl.constexpr, WEIGHTED: gl.constexpr,
-    STAGES: gl.constexpr, SCORES: gl.constexpr, OPERAND: gl.constexpr,
+    q, grad, zero, keys, values, acc, lse2, delta, weights, last, scale2, done,
+    CUT: gl.constexpr, OPERAND: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
     """One block of keys, added to ``acc``."""
-    own_a_smem, own_b_smem, k_smem, v_smem, own_full, own_empty, k_full, k_empty, v_full, v_empty = shared
-    stage = done % STAGES
-    phase = (done // STAGES) & 1
     # Of one matrix of scores.
-    PRODUCTS: gl.constexpr = 2 if split_channels(CHANNELS, D) else 1
-    mbarrier.wait(k_full.index(stage), phase)
-    next_s = scores_of(q, k_smem.index(stage), zero, CHANNELS, D)
-    mbarrier.wait(v_full.index(stage), phase)
-    next_p = scores_of(grad, v_smem.index(stage), zero, CHANNELS, D)
+    PRODUCTS: gl.constexpr = 2 if C.split_channels else 1
+    keys.wait(done)
+    next_s = scores_of(q, keys.tile(done), zero, C)
+    values.wait(done)
+    next_p = scores_of(grad, values.tile(done), zero, C)
     s = warpgroup_mma_wait(PRODUCTS, deps=(next_s,))
-    if WEIGHTED:
-        parts = gl.reshape(s, [s.shape[0], N // weights.shape[0], weights.shape[0]])
-        p = gl.exp2(parts * scale2 + column_shift(parts, weights, lse2))
-        p = gl.convert_layout(gl.reshape(p, [s.shape[0], N]), SCORES)
-    else:
-        p = gl.exp2(s * scale2 - lse2[:, None])
+    p = exponentials(s, scale2, lse2, weights, C)
     if CUT:
-        p = gl.where(gl.arange(0, N, layout=gl.SliceLayout(0, SCORES))[None, :] <= last[:, None], p, 0.0)
+        n = gl.arange(0, C.N, layout=gl.SliceLayout(0, s.type.layout))
+        p = gl.where(n[None, :] <= last[:, None], p, 0.0)
     grad_p = warpgroup_mma_wait(0, deps=(next_p,))
-    mbarrier.arrive(v_empty.index(stage))
+    values.release(done)
     grad_s = p * (grad_p - delta[:, None])
-    grad_s = gl.convert_layout(grad_s.to(k_smem.dtype), OPERAND)
-    next_acc = warpgroup_mma(grad_s, k_smem.index(stage), acc, is_async=True)
+    grad_s = gl.convert_layout(grad_s.to(keys.tiles.dtype), OPERAND)
+    next_acc = warpgroup_mma(grad_s, keys.tile(done), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(next_acc,))
-    mbarrier.arrive(k_empty.index(stage))
+    keys.release(done)
     return acc
 
 
 @gluon.jit
-def _consume_keys(
-    shared, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, ORDER, items, length, heads, segments, scale,
-    WHICH: gl.constexpr, TILES: gl.constexpr, SHAPE: gl.constexpr, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
-    CHANNELS: gl.constexpr,
-    WEIGHTED: gl.constexpr, PERIOD: gl.constexpr, CAUSAL: gl.constexpr, BLOCKED: gl.constexpr, MERGE: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
-    q_smem, grad_smem, k_smem, v_smem, own_full, own_empty, k_full, k_empty, v_full, v_empty = shared
-    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    outs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+def _consume_keys(program, own, keys, values, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, scale, WHICH: gl.constexpr):
+    C: gl.constexpr = program.C
+    N: gl.constexpr = C.N
+    D: gl.constexpr = C.D
+    scores: gl.constexpr = mma_layout(N)
+    outs: gl.constexpr = mma_layout(D)
     row_layout: gl.constexpr = gl.SliceLayout(1, scores)
     operand: gl.constexpr = gl.DotOperandLayout(0, outs, 2)
     zero = gl.zeros([HALF, N], gl.float32, layout=scores)
-    q = own_parts(q_smem.slice(WHICH * HALF, HALF), CHANNELS, D)
-    grad = own_parts(grad_smem.slice(WHICH * HALF, HALF), CHANNELS, D)
+    q, grad = own.parts(0, WHICH, C), own.parts(1, WHICH, C)
     scale2 = scale * LOG2E
-    done = 0
-    turn = 0
-    upcoming = load_item(ORDER, gl.program_id(0), items)
-    for slot in range(gl.program_id(0), items, gl.num_programs(0)):
-        item = upcoming
-        upcoming = load_item(ORDER, slot + gl.num_programs(0), items)
-        batch, head, start, size, level, origin, step, first_row, rows = take_item(
-            item, length, heads, segments, TILES, SHAPE, M, BLOCKED
-        )
-        if first_row < rows:
-            own_first = first_row + WHICH * HALF
+    done, turn, upcoming = 0, 0, program.load_item(gl.program_id(0))
+    for slot in range(gl.program_id(0), program.items, gl.num_programs(0)):
+        block, upcoming = program.take(upcoming, slot)
+        if block.first_row < block.count:
+            own_first = block.first_row + WHICH * HALF
             m = own_first + gl.arange(0, HALF, layout=row_layout)
-            at = (
-                gl.cast(batch, gl.int64) * lse_at[0]
-                + gl.cast(head, gl.int64) * lse_at[1]
-                + (origin + m * step).to(gl.int64) * lse_at[2]
-            )
-            lse = gl.load(LSE + at, mask=m < rows, other=float("-inf"))
+            at = head_start(lse_at, block) + (block.origin + m * block.step).to(gl.int64) * lse_at[2]
+            lse = gl.load(LSE + at, mask=m < block.count, other=float("-inf"))
             # A row without keys, or a dead one, has lse -inf and probabilities 0; a dead one's query may be anything.
             lse2 = gl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
-            delta = gl.load(DELTA + at, mask=m < rows, other=0.0)
+            delta = gl.load(DELTA + at, mask=m < block.count, other=0.0)
             acc = gl.zeros([HALF, D], gl.float32, layout=outs)
-            mbarrier.wait(own_full.index(0), turn & 1)
+            own.wait(turn)
             turn += 1
-            ranges = level if CAUSAL else 2 * level - 1
-            for index in range(0, ranges):
-                branch, first_key, key_step, count = swept_range(
-                    index, start, size, length, head, heads, SHAPE, CAUSAL, False, BLOCKED
-                )
-                whole = count
-                top = gl.cdiv(count, N) - 1
-                last = gl.full([HALF], 0, gl.int32, layout=row_layout) + (count - 1)
-                weights = block_weights(
-                    branch, key_step, level, head, heads, SHAPE, PERIOD, BLOCKED, gl.SliceLayout(0, scores)
-                )
-                if CAUSAL:
+            for index in range(0, program.ranges(block)):
+                swept = program.swept(block, index, False)
+                whole = swept.count
+                top = gl.cdiv(swept.count, N) - 1
+                last = gl.full([HALF], 0, gl.int32, layout=row_layout) + (swept.count - 1)
+                weights = program.weights(block, swept, C.period, gl.SliceLayout(0, scores))
+                if C.CAUSAL:
                     if index == 0:
-                        ratio = step // SHAPE[1][0]
-                        seen = (origin - first_key) // SHAPE[1][0] + own_first * ratio
-                        last = gl.minimum(last, (origin - first_key) // SHAPE[1][0] + m * ratio)
-                        all_top = (gl.minimum(count, seen + (M - 1 - WHICH * HALF) * ratio + 1) - 1) // N
-                        top = gl.minimum(all_top, (seen + (HALF - 1) * ratio) // N)
-                        whole = gl.minimum(count, seen + 1)
+                        last, whole, top, all_top = seen_keys(block, swept, m, last, WHICH, C)
                         for _ in range(top, all_top):
-                            _skip(shared, done, STAGES)
+                            skip(keys, values, done)
                             done += 1
                 clear = gl.minimum(whole // N, top + 1)
                 for i in range(0, top + 1 - clear):
                     acc = _query_block(
-                        q, grad, zero, shared, acc, lse2, delta, weights, last - (top - i) * N, scale2, done,
-                        N, D, CHANNELS, True, WEIGHTED, STAGES, scores, operand,
+                        q, grad, zero, keys, values, acc, lse2, delta, weights, last - (top - i) * N, scale2, done,
+                        True, operand, C,
                     )  # fmt: skip
                     done += 1
                 for _ in range(0, clear):
                     acc = _query_block(
-                        q, grad, zero, shared, acc, lse2, delta, weights, last, scale2, done,
-                        N, D, CHANNELS, False, WEIGHTED, STAGES, scores, operand,
-                    )  # fmt: skip
+                        q, grad, zero, keys, values, acc, lse2, delta, weights, last, scale2, done, False, operand, C
+                    )
                     done += 1
-            mbarrier.arrive(own_empty.index(0))
+            own.release()
 
-            m_out = own_first + gl.arange(0, HALF, layout=gl.SliceLayout(1, outs))
-            at_out = (origin + m_out * step).to(gl.int64)[:, None] * grad_q_at[2]
-            d = gl.arange(0, D, layout=gl.SliceLayout(0, outs))[None, :]
-            at_out += d
-            at_out += gl.cast(batch, gl.int64) * grad_q_at[0] + gl.cast(head, gl.int64) * grad_q_at[1]
-            ok = (m_out < rows)[:, None]
-            if CHANNELS < D:
-                ok = ok & (d < CHANNELS)
+            at_out, ok = written_rows(grad_q_at, block, own_first, C, outs)
             nothing = gl.convert_layout(lse, gl.SliceLayout(1, outs)) == float("-inf")
             result = gl.where(nothing[:, None], 0.0, acc * scale)
-            if MERGE:
-                result += gl.load(GRAD_Q + at_out, mask=ok, other=0.0).to(gl.float32)
+            result = _merged(GRAD_Q + at_out, result, ok, C)
             gl.store(GRAD_Q + at_out, result.to(GRAD_Q.dtype.element_ty), mask=ok)
+
+
+@gluon.jit
+def _merged(rows, result, ok, C: gl.constexpr):
+    """Gradients, added to those that earlier nests left if ``MERGE``."""
+    if C.MERGE:
+        result += gl.load(rows, mask=ok, other=0.0).to(gl.float32)
+    return result
 
 
 @gluon.jit
@@ -258,11 +133,30 @@ def _statistics(lse_rows, delta_rows, weights, inside):
     return shift, gl.load(delta_rows, mask=inside, other=0.0)
 
 
+@aggregate
+class Statistics:
+    """Where the threads of a warpgroup leave a block's shift and delta for one another, for two blocks in turn."""
+
+    places: gl.shared_memory_descriptor
+
+    @gluon.jit
+    def store(self, done, shift, delta):
+        self.places.index(done % 2 * 2).store(shift)
+        self.places.index(done % 2 * 2 + 1).store(delta)
+
+    @gluon.jit
+    def shift(self, done, LAYOUT: gl.constexpr):
+        return self.places.index(done % 2 * 2).load(LAYOUT)
+
+    @gluon.jit
+    def delta(self, done, LAYOUT: gl.constexpr):
+        return self.places.index(done % 2 * 2 + 1).load(LAYOUT)
+
+
 @gluon.jit
 def _key_block(
-    k, v, zero, shared, acc_k, acc_v, statistics, low, high, scale2, done,
-    N: gl.constexpr, D: gl.constexpr, CHANNELS: gl.constexpr, CUT: gl.constexpr, PENDING: gl.constexpr,
-    STAGES: gl.constexpr, SCORES: gl.constexpr, OPERAND: gl.constexpr,
+    k, v, zero, queries, grads, acc_k, acc_v, statistics, low, high, scale2, done,
+    CUT: gl.constexpr, PENDING: gl.constexpr, OPERAND: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
     """One block of queries, added to ``acc_k`` and ``acc_v``, which are on their way when it returns.
 
@@ -270,66 +164,53 @@ def _key_block(
     units have no gap from one block to the next.
     Queries from column ``low`` of a key's row up to column ``high`` see the key, where ``CUT``.
     """
-    own_a_smem, own_b_smem, q_smem, g_smem, own_full, own_empty, q_full, q_empty, g_full, g_empty = shared
-    stage = done % STAGES
-    phase = (done // STAGES) & 1
-    column: gl.constexpr = gl.SliceLayout(0, SCORES)
+    column: gl.constexpr = gl.SliceLayout(0, zero.type.layout)
     # Of one matrix of scores.
-    PRODUCTS: gl.constexpr = 2 if split_channels(CHANNELS, D) else 1
-    mbarrier.wait(q_full.index(stage), phase)
-    next_s = scores_of(k, q_smem.index(stage), zero, CHANNELS, D)
+    PRODUCTS: gl.constexpr = 2 if C.split_channels else 1
+    queries.wait(done)
+    next_s = scores_of(k, queries.tile(done), zero, C)
     if PENDING:
         acc_k, acc_v = warpgroup_mma_wait(PRODUCTS, deps=(acc_k, acc_v))
-        _release(shared, done - 1, STAGES)
-    mbarrier.wait(g_full.index(stage), phase)
-    next_p = scores_of(v, g_smem.index(stage), zero, CHANNELS, D)
-    shift = statistics.index(done % 2 * 2).load(column)
+        queries.release(done - 1)
+        grads.release(done - 1)
+    grads.wait(done)
+    next_p = scores_of(v, grads.tile(done), zero, C)
+    shift = statistics.shift(done, column)
     s = warpgroup_mma_wait(PRODUCTS, deps=(next_s,))
     p = gl.exp2(s * scale2 + shift[None, :])
     if CUT:
-        n = gl.arange(0, N, layout=column)
+        n = gl.arange(0, C.N, layout=column)
         p = gl.where((n[None, :] >= low[:, None]) & (n <= high)[None, :], p, 0.0)
-    acc_v = warpgroup_mma(gl.convert_layout(p.to(q_smem.dtype), OPERAND), g_smem.index(stage), acc_v, is_async=True)
-    delta = statistics.index(done % 2 * 2 + 1).load(column)
+    p_half = gl.convert_layout(p.to(queries.tiles.dtype), OPERAND)
+    acc_v = warpgroup_mma(p_half, grads.tile(done), acc_v, is_async=True)
+    delta = statistics.delta(done, column)
     grad_p = warpgroup_mma_wait(1, deps=(next_p,))
-    grad_s = p * (grad_p - delta[None, :])
-    acc_k = warpgroup_mma(
-        gl.convert_layout(grad_s.to(q_smem.dtype), OPERAND), q_smem.index(stage), acc_k, is_async=True
-    )
+    grad_s = gl.convert_layout((p * (grad_p - delta[None, :])).to(queries.tiles.dtype), OPERAND)
+    acc_k = warpgroup_mma(grad_s, queries.tile(done), acc_k, is_async=True)
     return acc_k, acc_v
 
 
 @gluon.jit
 def _key_blocks(
-    k, v, zero, shared, acc_k, acc_v, statistics, lse_rows, delta_rows, back, weights, n, j, seen, count, scale2, done,
-    COUNT: gl.constexpr, N: gl.constexpr, D: gl.constexpr, CHANNELS: gl.constexpr, CUT: gl.constexpr,
-    STAGES: gl.constexpr, SCORES: gl.constexpr, OPERAND: gl.constexpr,
+    k, v, zero, queries, grads, acc_k, acc_v, statistics, lse_rows, delta_rows, back, weights, n, j, seen, count, scale2, done,
+    COUNT: gl.constexpr, CUT: gl.constexpr, OPERAND: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
     """``COUNT`` blocks from row ``j`` down, whose products run into one another.
 
-    Under each the statistics of the next are read, few by each thread; they reach the others through shared memory.
+    Under each the statistics of the next are read, few by each thread.
     """
     for i in gl.static_range(COUNT):
-        shift, delta = _statistics(lse_rows - (i + 1) * back, delta_rows - (i + 1) * back, weights, n < j - i * N)
+        shift, delta = _statistics(lse_rows - (i + 1) * back, delta_rows - (i + 1) * back, weights, n < j - i * C.N)
         acc_k, acc_v = _key_block(
-            k, v, zero, shared, acc_k, acc_v, statistics, seen - (j - i * N), count - 1 - (j - i * N), scale2, done + i,
-            N, D, CHANNELS, CUT, i > 0, STAGES, SCORES, OPERAND,
+            k, v, zero, queries, grads, acc_k, acc_v, statistics, seen - (j - i * C.N), count - 1 - (j - i * C.N), scale2,
+            done + i, CUT, i > 0, OPERAND, C,
         )  # fmt: skip
         if i == COUNT - 1:
             acc_k, acc_v = warpgroup_mma_wait(0, deps=(acc_k, acc_v))
-            _release(shared, done + i, STAGES)
-        statistics.index((done + i + 1) % 2 * 2).store(shift)
-        statistics.index((done + i + 1) % 2 * 2 + 1).store(delta)
+            queries.release(done + i)
+            grads.release(done + i)
+        statistics.store(done + i + 1, shift, delta)
     return acc_k, acc_v
-
-
-@gluon.jit
-def _release(shared, done, STAGES: gl.constexpr):
-    """Give back the stage of a block whose products have ended."""
-    own_a_smem, own_b_smem, q_smem, g_smem, own_full, own_empty, q_full, q_empty, g_full, g_empty = shared
-    stage = done % STAGES
-    mbarrier.arrive(q_empty.index(stage))
-    mbarrier.arrive(g_empty.index(stage))
 
 
 @gluon.jit
@@ -348,80 +229,64 @@ CUT_OF_PART = gl.constexpr((True, False, False, True))
 
 @gluon.jit
 def _consume_queries(
-    shared, statistics, LSE, DELTA, GRAD_K, GRAD_V, lse_at, grad_k_at, grad_v_at, ORDER, LIMITS, items, length, heads, segments,
-    scale,
-    WHICH: gl.constexpr, TILES: gl.constexpr, SHAPE: gl.constexpr, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
-    CHANNELS: gl.constexpr,
-    WEIGHTED: gl.constexpr, PERIOD: gl.constexpr, CAUSAL: gl.constexpr, BLOCKED: gl.constexpr, MERGE: gl.constexpr,
-    STAGES: gl.constexpr, LIMITED: gl.constexpr,
+    program, own, queries, grads, statistics, LSE, DELTA, GRAD_K, GRAD_V, lse_at, grad_k_at, grad_v_at, scale,
+    WHICH: gl.constexpr,
 ):  # fmt: skip
-    k_smem, v_smem, q_smem, g_smem, own_full, own_empty, q_full, q_empty, g_full, g_empty = shared
-    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    outs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    C: gl.constexpr = program.C
+    N: gl.constexpr = C.N
+    D: gl.constexpr = C.D
+    RATE: gl.constexpr = C.NEST.dilation_rates[0]
+    scores: gl.constexpr = mma_layout(N)
+    outs: gl.constexpr = mma_layout(D)
     row_layout: gl.constexpr = gl.SliceLayout(1, scores)
     operand: gl.constexpr = gl.DotOperandLayout(0, outs, 2)
     zero = gl.zeros([HALF, N], gl.float32, layout=scores)
     linear: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     left: gl.constexpr = gl.DotOperandLayout(0, scores, 2)
     scale2 = scale * LOG2E
-    done = 0
-    turn = 0
-    upcoming = load_item(ORDER, gl.program_id(0), items)
-    for slot in range(gl.program_id(0), items, gl.num_programs(0)):
-        item = upcoming
-        upcoming = load_item(ORDER, slot + gl.num_programs(0), items)
-        batch, head, start, size, level, origin, step, first_row, rows = take_item(
-            item, length, heads, segments, TILES, SHAPE, M, BLOCKED
-        )
-        if first_row < rows:
-            own_first = first_row + WHICH * HALF
+    done, turn, upcoming = 0, 0, program.load_item(gl.program_id(0))
+    for slot in range(gl.program_id(0), program.items, gl.num_programs(0)):
+        block, upcoming = program.take(upcoming, slot)
+        if block.first_row < block.count:
+            own_first = block.first_row + WHICH * HALF
             m = own_first + gl.arange(0, HALF, layout=row_layout)
-            head_at = gl.cast(batch, gl.int64) * lse_at[0] + gl.cast(head, gl.int64) * lse_at[1]
+            head_at = head_start(lse_at, block)
             acc_k = gl.zeros([HALF, D], gl.float32, layout=outs)
             acc_v = gl.zeros([HALF, D], gl.float32, layout=outs)
-            mbarrier.wait(own_full.index(0), turn & 1)
+            own.wait(turn)
             turn += 1
-            k = own_parts(k_smem.slice(WHICH * HALF, HALF), CHANNELS, D)
-            v = own_parts(v_smem.slice(WHICH * HALF, HALF), CHANNELS, D)
+            k, v = own.parts(0, WHICH, C), own.parts(1, WHICH, C)
             if D == 64:
                 k, v = _loaded(k, left), _loaded(v, left)
-            ranges = level if CAUSAL else 2 * level - 1
             # Times 1. Of a single range the compiler knows that there is no loop, arranges what follows differently, and has
             # no registers left for products under way (ptxas says C7511 and waits for each).
-            ranges = ranges * ((2 * items - slot - 1) // items)
+            ranges = program.ranges(block) * ((2 * program.items - slot - 1) // program.items)
             for index in range(0, ranges):
-                branch, first_query, query_step, count = swept_range(
-                    index, start, size, length, head, heads, SHAPE, CAUSAL, True, BLOCKED
-                )
-                count = limited(count, LIMITS, branch, first_query, query_step, head, SHAPE, LIMITED)
-                blocks = gl.cdiv(count, N)
+                swept = program.swept(block, index, True)
+                blocks = gl.cdiv(swept.count, N)
                 seen = gl.full([HALF], 0, gl.int32, layout=row_layout)
                 # Blocks [clear, blocks) are seen whole but for a ragged last one, [own_low, clear) are cut by the diagonal.
-                all_low = 0
-                own_low = 0
-                clear = 0
-                if CAUSAL:
+                all_low, own_low, clear = 0, 0, 0
+                if C.CAUSAL:
                     if index == 0:
-                        ratio = step // SHAPE[1][0]
-                        first_seen = (origin - first_query) // SHAPE[1][0] + own_first * ratio
-                        seen = (origin - first_query) // SHAPE[1][0] + m * ratio
-                        all_low = ((origin - first_query) // SHAPE[1][0] + first_row * ratio) // N
+                        ratio = block.step // RATE
+                        first_seen = (block.origin - swept.first) // RATE + own_first * ratio
+                        seen = (block.origin - swept.first) // RATE + m * ratio
+                        all_low = ((block.origin - swept.first) // RATE + block.first_row * ratio) // N
                         own_low = gl.minimum(blocks, first_seen // N)
                         clear = gl.minimum(blocks, gl.cdiv(first_seen + (HALF - 1) * ratio, N))
-                ragged = gl.minimum(blocks - clear, (blocks * N > count).to(gl.int32))
-                # Statistics are read one block ahead, few by each thread, and reach the others through shared memory.
+                ragged = gl.minimum(blocks - clear, (blocks * N > swept.count).to(gl.int32))
                 n = gl.arange(0, N, layout=linear)
                 weights = gl.zeros([N], gl.float32, layout=linear)
-                if WEIGHTED:
-                    weights = block_weights(branch, query_step, level, head, heads, SHAPE, N, BLOCKED, linear)
-                at = head_at + gl.cast(first_query, gl.int64) * lse_at[2]
-                lse_step = gl.cast(query_step, gl.int64) * lse_at[2]
+                if C.weighted:
+                    weights = program.weights(block, swept, N, linear)
+                at = head_at + gl.cast(swept.first, gl.int64) * lse_at[2]
+                lse_step = gl.cast(swept.step, gl.int64) * lse_at[2]
                 at += ((blocks - 1) * N + n).to(gl.int64) * lse_step
                 row = (blocks - 1) * N + n
                 # An empty range has no block at all.
-                shift, delta = _statistics(LSE + at, DELTA + at, weights, (row >= 0) & (row < count))
-                statistics.index(done % 2 * 2).store(shift)
-                statistics.index(done % 2 * 2 + 1).store(delta)
+                shift, delta = _statistics(LSE + at, DELTA + at, weights, (row >= 0) & (row < swept.count))
+                statistics.store(done, shift, delta)
                 j = (blocks - 1) * N
                 whole = gl.maximum(blocks - clear - ragged, 0)
                 # A ragged block, an odd one, pairs, and those that the diagonal cuts.
@@ -429,41 +294,21 @@ def _consume_queries(
                 for part in gl.static_range(4):
                     for _ in range(0, trips[part]):
                         acc_k, acc_v = _key_blocks(
-                            k, v, zero, shared, acc_k, acc_v, statistics, LSE + at, DELTA + at, N * lse_step, weights, n, j,
-                            seen, count, scale2, done,
-                            BLOCKS_OF_PART[part], N, D, CHANNELS, CUT_OF_PART[part], STAGES, scores, operand,
+                            k, v, zero, queries, grads, acc_k, acc_v, statistics, LSE + at, DELTA + at, N * lse_step, weights,
+                            n, j, seen, swept.count, scale2, done, BLOCKS_OF_PART[part], CUT_OF_PART[part], operand, C,
                         )  # fmt: skip
                         at -= BLOCKS_OF_PART[part] * N * lse_step
                         j -= BLOCKS_OF_PART[part] * N
                         done += BLOCKS_OF_PART[part]
                 for _ in range(all_low, own_low):
-                    _skip(shared, done, STAGES)
+                    skip(queries, grads, done)
                     done += 1
-            mbarrier.arrive(own_empty.index(0))
+            own.release()
 
-            m_out = own_first + gl.arange(0, HALF, layout=gl.SliceLayout(1, outs))
-            row = (origin + m_out * step).to(gl.int64)[:, None]
-            d = gl.arange(0, D, layout=gl.SliceLayout(0, outs))[None, :]
-            k_at = (
-                row * grad_k_at[2]
-                + d
-                + gl.cast(batch, gl.int64) * grad_k_at[0]
-                + gl.cast(head, gl.int64) * grad_k_at[1]
-            )
-            v_at = (
-                row * grad_v_at[2]
-                + d
-                + gl.cast(batch, gl.int64) * grad_v_at[0]
-                + gl.cast(head, gl.int64) * grad_v_at[1]
-            )
-            ok = (m_out < rows)[:, None]
-            if CHANNELS < D:
-                ok = ok & (d < CHANNELS)
-            result_k = acc_k * scale
-            result_v = acc_v
-            if MERGE:
-                result_k += gl.load(GRAD_K + k_at, mask=ok, other=0.0).to(gl.float32)
-                result_v += gl.load(GRAD_V + v_at, mask=ok, other=0.0).to(gl.float32)
+            k_at, ok = written_rows(grad_k_at, block, own_first, C, outs)
+            v_at, ok = written_rows(grad_v_at, block, own_first, C, outs)
+            result_k = _merged(GRAD_K + k_at, acc_k * scale, ok, C)
+            result_v = _merged(GRAD_V + v_at, acc_v, ok, C)
             gl.store(GRAD_K + k_at, result_k.to(GRAD_K.dtype.element_ty), mask=ok)
             gl.store(GRAD_V + v_at, result_v.to(GRAD_V.dtype.element_ty), mask=ok)
 
@@ -473,49 +318,36 @@ def hopper_query_kernel(
     LSE, DELTA, GRAD_Q, ORDER,
     q0, q1, q2, q3, q4, g0, g1, g2, g3, g4, k0, k1, k2, k3, k4, v0, v1, v2, v3, v4,
     q_fold, g_fold, k_fold, v_fold, lse_at, grad_q_at,
-    items, length, heads, group, scale, segments,
-    TILES: gl.constexpr, SHAPE: gl.constexpr, D: gl.constexpr, CHANNELS: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
-    WEIGHTED: gl.constexpr, PERIOD: gl.constexpr, BLOCKED: gl.constexpr, CAUSAL: gl.constexpr, MERGE: gl.constexpr,
-    STAGES: gl.constexpr,
+    items, length, heads, group, scale, segments, C: gl.constexpr,
 ):  # fmt: skip
     """Gradients of the query rows of one nest, added to what earlier nests left if ``MERGE``."""
-    q_smem = gl.allocate_shared_memory(q0.dtype, [M, D], q0.layout)
-    g_smem = gl.allocate_shared_memory(g0.dtype, [M, D], g0.layout)
-    k_smem = gl.allocate_shared_memory(k0.dtype, [STAGES, N, D], k0.layout)
-    v_smem = gl.allocate_shared_memory(v0.dtype, [STAGES, N, D], v0.layout)
-    own_full, own_empty = make_barriers(1, 1), make_barriers(1, 2)
-    k_full, k_empty = make_barriers(STAGES, 1), make_barriers(STAGES, 2)
-    v_full, v_empty = make_barriers(STAGES, 1), make_barriers(STAGES, 2)
+    q, g = Source((q0, q1, q2, q3, q4), q_fold), Source((g0, g1, g2, g3, g4), g_fold)
+    k, v = Source((k0, k1, k2, k3, k4), k_fold), Source((v0, v1, v2, v3, v4), v_fold)
+    own, keys, values = _shared_memory(q, g, k, v, C)
     fence_async_shared()
-    shared = (q_smem, g_smem, k_smem, v_smem, own_full, own_empty, k_full, k_empty, v_full, v_empty)
-    descs = ((q0, q1, q2, q3, q4), (g0, g1, g2, g3, g4), (k0, k1, k2, k3, k4), (v0, v1, v2, v3, v4))
+    program = Program(ORDER, ORDER, items, length, heads, group, segments, C)
     gl.warp_specialize(
         [
-            (
-                _consume_keys,
-                (
-                    shared, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, ORDER, items, length, heads, segments, scale,
-                    0, TILES, SHAPE, M, N, D, CHANNELS, WEIGHTED, PERIOD, CAUSAL, BLOCKED, MERGE, STAGES,
-                ),
-            ),
-            (
-                _consume_keys,
-                (
-                    shared, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, ORDER, items, length, heads, segments, scale,
-                    1, TILES, SHAPE, M, N, D, CHANNELS, WEIGHTED, PERIOD, CAUSAL, BLOCKED, MERGE, STAGES,
-                ),
-            ),
-            (
-                _produce,
-                (
-                    descs, shared, (q_fold, g_fold, k_fold, v_fold), ORDER, ORDER, items, length, heads, group, segments,
-                    TILES, SHAPE, M, N, CAUSAL, BLOCKED, STAGES, False, False,
-                ),
-            ),
+            (_consume_keys, (program, own, keys, values, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, scale, 0)),
+            (_consume_keys, (program, own, keys, values, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, scale, 1)),
+            (produce, (program, own, (q, g), keys, values, (k, v), False)),
         ],
         [4, 1],
         [232, 40],
-    )  # fmt: skip
+    )
+
+
+@gluon.jit
+def _shared_memory(own_a, own_b, swept_a, swept_b, C: gl.constexpr):
+    """(owned tiles, two channels) for copies of these."""
+    own_a_smem = gl.allocate_shared_memory(own_a.views[0].dtype, [C.M, C.D], own_a.views[0].layout)
+    own_b_smem = gl.allocate_shared_memory(own_b.views[0].dtype, [C.M, C.D], own_b.views[0].layout)
+    a_smem = gl.allocate_shared_memory(swept_a.views[0].dtype, [C.STAGES, C.N, C.D], swept_a.views[0].layout)
+    b_smem = gl.allocate_shared_memory(swept_b.views[0].dtype, [C.STAGES, C.N, C.D], swept_b.views[0].layout)
+    own = OwnedTiles((own_a_smem, own_b_smem), make_barriers(1, 1), make_barriers(1, 2))
+    first = Channel(a_smem, make_barriers(C.STAGES, 1), make_barriers(C.STAGES, 2))
+    second = Channel(b_smem, make_barriers(C.STAGES, 1), make_barriers(C.STAGES, 2))
+    return own, first, second
 
 
 @gluon.jit
@@ -523,53 +355,35 @@ def hopper_key_value_kernel(
     LSE, DELTA, GRAD_K, GRAD_V, ORDER, LIMITS,
     q0, q1, q2, q3, q4, g0, g1, g2, g3, g4, k0, k1, k2, k3, k4, v0, v1, v2, v3, v4,
     q_fold, g_fold, k_fold, v_fold, lse_at, grad_k_at, grad_v_at,
-    items, length, heads, group, scale, segments,
-    TILES: gl.constexpr, SHAPE: gl.constexpr, D: gl.constexpr, CHANNELS: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
-    WEIGHTED: gl.constexpr, PERIOD: gl.constexpr, BLOCKED: gl.constexpr, CAUSAL: gl.constexpr, MERGE: gl.constexpr,
-    STAGES: gl.constexpr, LIMITED: gl.constexpr,
+    items, length, heads, group, scale, segments, C: gl.constexpr,
 ):  # fmt: skip
     """Gradients of the keys and values of one nest by query head, added to what earlier nests left if ``MERGE``.
 
     Where ``LIMITED``, from the queries before LIMITS (heads, branches) alone.
     """
-    k_smem = gl.allocate_shared_memory(k0.dtype, [M, D], k0.layout)
-    v_smem = gl.allocate_shared_memory(v0.dtype, [M, D], v0.layout)
-    q_smem = gl.allocate_shared_memory(q0.dtype, [STAGES, N, D], q0.layout)
-    g_smem = gl.allocate_shared_memory(g0.dtype, [STAGES, N, D], g0.layout)
-    own_full, own_empty = make_barriers(1, 1), make_barriers(1, 2)
-    q_full, q_empty = make_barriers(STAGES, 1), make_barriers(STAGES, 2)
-    g_full, g_empty = make_barriers(STAGES, 1), make_barriers(STAGES, 2)
+    q, g = Source((q0, q1, q2, q3, q4), q_fold), Source((g0, g1, g2, g3, g4), g_fold)
+    k, v = Source((k0, k1, k2, k3, k4), k_fold), Source((v0, v1, v2, v3, v4), v_fold)
+    own, queries, grads = _shared_memory(k, v, q, g, C)
     fence_async_shared()
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    first_statistics = gl.allocate_shared_memory(gl.float32, [4, N], plain)
-    second_statistics = gl.allocate_shared_memory(gl.float32, [4, N], plain)
-    shared = (k_smem, v_smem, q_smem, g_smem, own_full, own_empty, q_full, q_empty, g_full, g_empty)
-    descs = ((k0, k1, k2, k3, k4), (v0, v1, v2, v3, v4), (q0, q1, q2, q3, q4), (g0, g1, g2, g3, g4))
+    first = Statistics(gl.allocate_shared_memory(gl.float32, [4, C.N], plain))
+    second = Statistics(gl.allocate_shared_memory(gl.float32, [4, C.N], plain))
+    program = Program(ORDER, LIMITS, items, length, heads, group, segments, C)
     gl.warp_specialize(
         [
             (
                 _consume_queries,
                 (
-                    shared, first_statistics, LSE, DELTA, GRAD_K, GRAD_V, lse_at, grad_k_at, grad_v_at,
-                    ORDER, LIMITS, items, length, heads, segments, scale,
-                    0, TILES, SHAPE, M, N, D, CHANNELS, WEIGHTED, PERIOD, CAUSAL, BLOCKED, MERGE, STAGES, LIMITED,
+                    program, own, queries, grads, first, LSE, DELTA, GRAD_K, GRAD_V, lse_at, grad_k_at, grad_v_at, scale, 0,
                 ),
             ),
             (
                 _consume_queries,
                 (
-                    shared, second_statistics, LSE, DELTA, GRAD_K, GRAD_V, lse_at, grad_k_at, grad_v_at,
-                    ORDER, LIMITS, items, length, heads, segments, scale,
-                    1, TILES, SHAPE, M, N, D, CHANNELS, WEIGHTED, PERIOD, CAUSAL, BLOCKED, MERGE, STAGES, LIMITED,
+                    program, own, queries, grads, second, LSE, DELTA, GRAD_K, GRAD_V, lse_at, grad_k_at, grad_v_at, scale, 1,
                 ),
             ),
-            (
-                _produce,
-                (
-                    descs, shared, (k_fold, v_fold, q_fold, g_fold), ORDER, LIMITS, items, length, heads, group, segments,
-                    TILES, SHAPE, M, N, CAUSAL, BLOCKED, STAGES, True, LIMITED,
-                ),
-            ),
+            (produce, (program, own, (k, v), queries, grads, (q, g), True)),
         ],
         [4, 1],
         [240, 24],

@@ -6,8 +6,36 @@ branch of the nest, finest first.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class OwnedRows(NamedTuple):
+    """The rows that a program owns: some, from ``first_row`` on, of the ``count`` of one class in one segment and head.
+
+    The segment of the finest branch has ``size`` tokens from ``start`` on. Row i of the class stands at ``origin + i * step``.
+    """
+
+    batch: Any
+    head: Any
+    start: Any
+    size: Any
+    level: Any
+    origin: Any
+    step: Any
+    first_row: Any
+    count: Any
+
+
+class SweptRows(NamedTuple):
+    """One range of the other side that owned rows meet: ``count`` rows of a branch, at ``first + i * step``."""
+
+    branch: Any
+    first: Any
+    step: Any
+    count: Any
 
 
 @triton.jit
