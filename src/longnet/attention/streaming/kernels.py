@@ -42,13 +42,13 @@ def lanes_kernel(
     branch = 0
     for i in tl.static_range(1, BRANCHES):
         branch = tl.where(lane >= first_lanes[i], i, branch)
-    length, rate = pick(lengths, branch, BRANCHES), pick(rates, branch, BRANCHES)
-    spread = lane - pick(first_lanes, branch, BRANCHES)
+    length, rate = pick(lengths, branch), pick(rates, branch)
+    spread = lane - pick(first_lanes, branch)
     local = position % length
     last = (local // rate).to(tl.int32)
     offset = (local % rate).to(tl.int32)
     if BLOCKED:
-        head = offset * pick(counts, branch, BRANCHES) + spread
+        head = offset * pick(counts, branch) + spread
     else:
         head = offset + spread * rate
     low = split * ROWS * tiles

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from longnet.attention.backends.triton import hopper
 from longnet.attention.backends.triton.all_heads import backward_among_all_heads, forward_among_all_heads
-from longnet.attention.backends.triton.launches import Blocks, plan_launches
+from longnet.attention.backends.triton.launches import Blocks, Settings, Sizes, plan_launches
 from longnet.attention.backends.views import bias_columns, signed, sum_heads
 from longnet.attention.call import AttentionInputs, Gradients, SavedForward
 from longnet.geometry.needed_rows import needed_by_first
@@ -108,38 +108,31 @@ class _Call:
         self.mask = self.q if padding is None else padding.view(torch.int8)
         # Statistics are float32, and a bias is part of the scores.
         self.table = self.q if bias is None else bias.to(torch.float32).contiguous()
-        # What all kernels specialise on.
-        self.options: dict[str, Any] = {
-            "D": self.dim,
-            "D_BLOCK": power_of_two(self.dim),
-            "BLOCKED": spec.pattern.head_offsets == "blocked",
-            "PADDED": padding is not None,
-            "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
-        }
         self.for_hopper, self.left = self._split(use_hopper)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.q, self.k, self.v
 
-    def launches(self, kernel: str) -> Iterator[tuple[tuple[int], tuple[Any, ...], dict[str, Any]]]:
-        """(grid, shared arguments, options) of every launch of the portable kernels."""
+    def launches(self, kernel: str) -> Iterator[tuple[tuple[int], tuple[Any, ...], int]]:
+        """(grid, last arguments, warps) of every launch of the general kernels."""
         both = blocks_for(kernel, self.dim, self.q.dtype)
-        owned, swept = ("N", "M") if kernel == "key_value" else ("M", "N")
         for launch in plan_launches(self.left, bool(self.for_hopper), self.length, both):
             cut = launch.blocks
-            yield (
-                (launch.tiles * launch.segments * self.heads * self.batch,),
-                (
-                    self.length, self.heads, self.group, self.scale, launch.segments, launch.tiles,
-                    *launch.shape,
-                ),
-                {
-                    **self.options, owned: cut.owned, swept: cut.swept, "STAGES": cut.stages, "num_warps": cut.warps,
-                    "BRANCHES": len(launch.nest.branches), "CLASSES": launch.classes, "WEIGHTED": launch.weighted,
-                    "PERIOD": launch.period, "MERGE": launch.merge, "CAUSAL": self.spec.is_causal,
-                    "BIASED": self.bias is not None,
-                },
-            )  # fmt: skip
+            rows = (cut.swept, cut.owned) if kernel == "key_value" else (cut.owned, cut.swept)
+            sizes = Sizes(self.length, self.heads, self.group, self.scale, launch.segments, launch.tiles)
+            settings = self.settings(*rows, cut.stages, launch.period, launch.weighted, launch.merge)
+            grid = (launch.tiles * launch.segments * self.heads * self.batch,)
+            yield grid, (sizes, launch.shape, settings), cut.warps
+
+    def settings(
+        self, m: int, n: int, stages: int = 1, period: int = 1, weighted: bool = False, merge: bool = False
+    ) -> Settings:
+        return Settings(
+            self.dim, power_of_two(self.dim), m, n, stages, period, weighted,
+            BLOCKED=self.spec.pattern.head_offsets == "blocked", CAUSAL=self.spec.is_causal,
+            PADDED=self.padding is not None, BIASED=self.bias is not None, MERGE=merge,
+            PRECISION="ieee" if self.q.dtype == torch.float32 else "tf32",
+        )  # fmt: skip
 
     def strides(self, *tensors: Tensor) -> tuple[tuple[int, ...], ...]:
         return tuple(x.stride()[:3] for x in tensors)
@@ -204,7 +197,7 @@ def _bias_gradient(call: _Call, tensors: tuple[Tensor, ...], strides: tuple[Any,
         bias_kernel[(blocks * call.heads * shares,)](
             *tensors, parts, *strides, call.length, call.heads, call.group, call.scale,
             branch.segment_length, branch.dilation_rate, segments, units, share, blocks, rows, distances,
-            M=size, num_warps=8 if size == 64 else 4, **call.options,
+            call.settings(size, size), num_warps=8 if size == 64 else 4,
         )  # fmt: skip
         grad[:, bias_columns(grad, rows, keys, branch.dilation_rate)] += parts.sum(0)
     return grad
@@ -226,10 +219,10 @@ def forward(inputs: AttentionInputs, use_hopper: bool = True) -> tuple[Tensor, T
     with _device(out):
         if work := call.work:
             work.forward(*call.tensors(), buffer, lse)
-        for grid, arguments, options in call.launches("forward"):
+        for grid, arguments, warps in call.launches("forward"):
             forward_kernel[grid](
                 *call.tensors(), buffer, lse, call.mask, call.table,
-                *call.strides(*call.tensors(), buffer, lse), *call.extra_strides(), *arguments, **options,
+                *call.strides(*call.tensors(), buffer, lse), *call.extra_strides(), *arguments, num_warps=warps,
             )  # fmt: skip
     if buffer is not out:
         out.copy_(buffer)
@@ -270,10 +263,10 @@ def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None, use
         more = (delta, call.mask, call.table)
         if work := call.work:
             readable = work.key_value(queries, call.k, call.v, grad_out, statistics, of_keys)
-        for grid, arguments, options in call.launches("key_value"):
+        for grid, arguments, warps in call.launches("key_value"):
             key_value_kernel[grid](
                 queries, *others, *more, *of_keys,
-                *call.strides(queries, *others), *call.extra_strides(), *call.strides(*of_keys), *arguments, **options,
+                *call.strides(queries, *others), *call.extra_strides(), *call.strides(*of_keys), *arguments, num_warps=warps,
             )  # fmt: skip
         if not call.covered:
             queries.zero_()
@@ -281,8 +274,8 @@ def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None, use
         strides = (*call.strides(call.q, *others), *call.extra_strides())
         if work:
             work.query(call.q, readable, statistics, queries)
-        for grid, arguments, options in call.launches("query"):
-            query_kernel[grid](*shared, queries, *strides, *call.strides(queries), *arguments, **options)
+        for grid, arguments, warps in call.launches("query"):
+            query_kernel[grid](*shared, queries, *strides, *call.strides(queries), *arguments, num_warps=warps)
         if inputs.bias is not None:
             grads.bias.copy_(_bias_gradient(call, shared, strides))
     for grad, buffer, group in zip(grads, buffers, (1, call.group, call.group), strict=False):

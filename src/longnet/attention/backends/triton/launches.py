@@ -42,6 +42,51 @@ class NestShape(NamedTuple):
     tiles: tuple[int, ...]
 
 
+class Sizes(NamedTuple):
+    """The numbers of one launch of the general kernels.
+
+    Args:
+        group: query heads of a key head.
+        segments: of the nest's finest branch.
+        tiles: blocks of rows in one of them.
+    """
+
+    length: int
+    heads: int
+    group: int
+    scale: float
+    segments: int
+    tiles: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a general kernel is compiled for.
+
+    Args:
+        D, D_BLOCK: channels, and the power of two that they are loaded as.
+        M, N: rows of queries and of keys at a time.
+        STAGES: of the pipeline.
+        PERIOD: after how many keys of a range their weights repeat, at most.
+        WEIGHTED: rows that several branches select.
+        MERGE: earlier launches have written these rows already, so results are mixed in.
+    """
+
+    D: int
+    D_BLOCK: int
+    M: int
+    N: int
+    STAGES: int
+    PERIOD: int
+    WEIGHTED: bool
+    BLOCKED: bool
+    CAUSAL: bool
+    PADDED: bool
+    BIASED: bool
+    MERGE: bool
+    PRECISION: str
+
+
 @dataclass(frozen=True)
 class Launch:
     """One launch: the classes of a nest that share a specialisation.
@@ -60,10 +105,6 @@ class Launch:
     tiles: int
     blocks: Blocks
     shape: NestShape
-
-    @property
-    def classes(self) -> int:
-        return len(self.shape.levels)
 
     @property
     def period(self) -> int:

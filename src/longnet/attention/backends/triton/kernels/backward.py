@@ -9,14 +9,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longnet.attention.backends.triton.kernels.forward import LOG2E
 from longnet.attention.backends.triton.kernels.rows import (
-    head_offset,
+    LOG2E,
+    bias_of,
+    exponentials,
+    extras_of,
+    head_rows,
+    heads_of,
     key_range,
+    key_tiles,
+    load_tile,
     locate,
     outer_range,
+    own_range,
+    padding_of,
     range_weights,
-    weighted_shift,
+    ranges_of,
+    swept_tile,
 )
 
 
@@ -60,121 +69,85 @@ def prepare_kernel(
 
 
 @triton.jit
+def _query_step(
+    q, grad, tiles, j, grad_q, lse2, delta, weights, scale2, row, row_ok, d_ok, extras, CUT: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
+    """The gradient of the queries after one more block of keys, from ``j`` on; ``CUT`` where some row may not see all of it."""
+    n, at = tl.arange(0, C.N), tl.cast(j, tl.int64)
+    inside = (j + n) < tiles.keys.count
+    key = tiles.keys.first + (j + n) * tiles.keys.step
+    held = inside
+    if C.PADDED and CUT:
+        held = inside & (padding_of(extras, key, inside, CUT) == 0)
+    k = load_tile(tiles.k + at * tiles.k_step, held, d_ok, CUT, C)
+    v = load_tile(tiles.v + at * tiles.v_step, held, d_ok, CUT, C)
+    if C.PADDED and not CUT:
+        held = padding_of(extras, key, inside, CUT) == 0
+        k, v = tl.where(held[:, None], k, 0.0), tl.where(held[:, None], v, 0.0)
+    s = tl.dot(q, tl.trans(k), input_precision=C.PRECISION) * scale2
+    if C.BIASED:
+        s += bias_of(extras, key[None, :] - row[:, None], row_ok[:, None] & inside[None, :] if CUT else row_ok[:, None])
+    p = exponentials(s, lse2, weights, C)
+    if CUT:
+        seen = n[None, :] <= (tiles.last - j)[:, None]
+        if C.PADDED:
+            seen = seen & held[None, :]
+        p = tl.where(seen, p, 0.0)
+    elif C.PADDED:
+        p = tl.where(held[None, :], p, 0.0)
+    grad_p = tl.dot(grad, tl.trans(v), input_precision=C.PRECISION)
+    grad_s = p * (grad_p - delta[:, None])
+    return tl.dot(grad_s.to(k.dtype), k, grad_q, input_precision=C.PRECISION)
+
+
+@triton.jit
 def query_kernel(
     Q, K, V, GRAD_OUT, LSE, DELTA, PADDING, BIAS, GRAD_Q,
-    q_at, k_at, v_at, grad_at, lse_at, padding_at, bias_at, grad_q_at,
-    length, heads, group, scale, segments, tiles,
-    segment_lengths, rates, class_level, class_inner, class_step, class_first, class_tiles,
-    D: tl.constexpr, D_BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    BRANCHES: tl.constexpr, CLASSES: tl.constexpr, WEIGHTED: tl.constexpr, BLOCKED: tl.constexpr,
-    CAUSAL: tl.constexpr, PADDED: tl.constexpr, BIASED: tl.constexpr, MERGE: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, PERIOD: tl.constexpr,
+    q_at, k_at, v_at, grad_at, lse_at, padding_at, bias_at, grad_q_at, sizes, nest, C: tl.constexpr,
 ):  # fmt: skip
     """Gradients of ``M`` query rows of one class, added to what earlier nests left if ``MERGE``."""
-    batch, head, start, size, level, origin, step, first_row, rows = locate(
-        tl.program_id(0), length, heads, segments, tiles, segment_lengths,
-        class_level, class_inner, class_step, class_first, class_tiles, CLASSES, M, BLOCKED, CAUSAL,
-    )  # fmt: skip
-    if first_row >= rows:
+    M: tl.constexpr = C.M
+    N: tl.constexpr = C.N
+    D_BLOCK: tl.constexpr = C.D_BLOCK
+    block = locate(sizes, nest, M, C.CAUSAL, C)
+    if block.first_row >= block.count:
         return
-    batch, q_head, kv_head = tl.cast(batch, tl.int64), tl.cast(head, tl.int64), tl.cast(head // group, tl.int64)
-    d, m, n = tl.arange(0, D_BLOCK), first_row + tl.arange(0, M), tl.arange(0, N)
-    row_ok, d_ok = m < rows, d < D
-    row = origin + m * step
+    batch, q_head, kv_head = heads_of(block, sizes)
+    d, m = tl.arange(0, D_BLOCK), block.first_row + tl.arange(0, M)
+    row_ok, d_ok = m < block.count, d < C.D
+    row = block.origin + m * block.step
     row_wide = row.to(tl.int64)
     stored = row_ok[:, None] & d_ok[None, :]
-    q = tl.load(
-        Q + batch * q_at[0] + q_head * q_at[1] + row_wide[:, None] * q_at[2] + d[None, :], mask=stored, other=0.0
-    )
-    grad = tl.load(
-        GRAD_OUT + batch * grad_at[0] + q_head * grad_at[1] + row_wide[:, None] * grad_at[2] + d[None, :],
-        mask=stored, other=0.0,
-    )  # fmt: skip
-    lse = tl.load(LSE + batch * lse_at[0] + q_head * lse_at[1] + row_wide * lse_at[2], mask=row_ok, other=float("-inf"))
+    q = tl.load(head_rows(Q, q_at, batch, q_head) + row_wide[:, None] * q_at[2] + d[None, :], mask=stored, other=0.0)
+    grad_rows = head_rows(GRAD_OUT, grad_at, batch, q_head) + row_wide[:, None] * grad_at[2] + d[None, :]
+    grad = tl.load(grad_rows, mask=stored, other=0.0)
+    lse = tl.load(head_rows(LSE, lse_at, batch, q_head) + row_wide * lse_at[2], mask=row_ok, other=float("-inf"))
     # A row without keys, or a dead one, has lse -inf and probabilities 0; a dead one's query may be anything.
     nothing = lse == float("-inf")
     lse2 = tl.where(nothing, float("inf"), lse) * LOG2E
-    delta = tl.load(DELTA + batch * lse_at[0] + q_head * lse_at[1] + row_wide * lse_at[2], mask=row_ok, other=0.0)
-    k_head = K + batch * k_at[0] + kv_head * k_at[1] + d[None, :]
-    v_head = V + batch * v_at[0] + kv_head * v_at[1] + d[None, :]
-    scale2 = scale * LOG2E
+    delta = tl.load(head_rows(DELTA, lse_at, batch, q_head) + row_wide * lse_at[2], mask=row_ok, other=0.0)
+    k_rows = head_rows(K, k_at, batch, kv_head) + d[None, :]
+    v_rows = head_rows(V, v_at, batch, kv_head) + d[None, :]
+    extras = extras_of(PADDING, BIAS, padding_at, bias_at, batch, q_head)
+    scale2 = sizes.scale * LOG2E
     grad_q = tl.zeros([M, D_BLOCK], tl.float32)
 
-    ranges = level if CAUSAL else 2 * level - 1
-    for index in tl.range(0, ranges):
-        branch, first_key, key_step, whole, count, last = key_range(
-            index, start, size, length, head, heads, row, origin + first_row * step, origin + (first_row + M - 1) * step,
-            segment_lengths, rates, BRANCHES, CAUSAL, BLOCKED, N,
-        )  # fmt: skip
-        k_step = tl.cast(key_step, tl.int64) * k_at[2]
-        v_step = tl.cast(key_step, tl.int64) * v_at[2]
-        k_tile = k_head + tl.cast(first_key, tl.int64) * k_at[2] + n[:, None] * k_step
-        v_tile = v_head + tl.cast(first_key, tl.int64) * v_at[2] + n[:, None] * v_step
-        if WEIGHTED:
-            weights = range_weights(branch, key_step, level, head, heads, rates, BRANCHES, PERIOD, BLOCKED)
-        for j in tl.range(0, whole, N, num_stages=STAGES):
-            at = tl.cast(j, tl.int64)
-            if D == D_BLOCK:
-                k = tl.load(k_tile + at * k_step)
-                v = tl.load(v_tile + at * v_step)
-            else:
-                k = tl.load(k_tile + at * k_step, mask=d_ok[None, :], other=0.0)
-                v = tl.load(v_tile + at * v_step, mask=d_ok[None, :], other=0.0)
-            if PADDED or BIASED:
-                key = first_key + (j + n) * key_step
-            if PADDED:
-                gone = tl.load(PADDING + batch * padding_at[0] + key.to(tl.int64) * padding_at[1]) != 0
-                k = tl.where(gone[:, None], 0.0, k)
-                v = tl.where(gone[:, None], 0.0, v)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
-            if BIASED:
-                s += LOG2E * tl.load(
-                    BIAS + q_head * bias_at[0] + (key[None, :] - row[:, None] + bias_at[1]),
-                    mask=row_ok[:, None],
-                    other=0.0,
-                )
-            if WEIGHTED:
-                p = tl.exp2(s + weighted_shift(weights, lse2, M, N, PERIOD))
-            else:
-                p = tl.exp2(s - lse2[:, None])
-            if PADDED:
-                p = tl.where(gone[None, :], 0.0, p)
-            grad_p = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-            grad_s = p * (grad_p - delta[:, None])
-            grad_q = tl.dot(grad_s.to(k.dtype), k, grad_q, input_precision=PRECISION)
-        for j in tl.range(whole, count, N, num_stages=STAGES):
-            at = tl.cast(j, tl.int64)
-            inside = (j + n) < count
-            key = first_key + (j + n) * key_step
-            held = inside
-            if PADDED:
-                held = inside & (
-                    tl.load(PADDING + batch * padding_at[0] + key.to(tl.int64) * padding_at[1], mask=inside, other=1)
-                    == 0
-                )
-            k = tl.load(k_tile + at * k_step, mask=held[:, None] & d_ok[None, :], other=0.0)
-            v = tl.load(v_tile + at * v_step, mask=held[:, None] & d_ok[None, :], other=0.0)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
-            if BIASED:
-                s += LOG2E * tl.load(
-                    BIAS + q_head * bias_at[0] + (key[None, :] - row[:, None] + bias_at[1]),
-                    mask=row_ok[:, None] & inside[None, :], other=0.0,
-                )  # fmt: skip
-            if WEIGHTED:
-                p = tl.exp2(s + weighted_shift(weights, lse2, M, N, PERIOD))
-            else:
-                p = tl.exp2(s - lse2[:, None])
-            seen = n[None, :] <= (last - j)[:, None]
-            if PADDED:
-                seen = seen & held[None, :]
-            p = tl.where(seen, p, 0.0)
-            grad_p = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-            grad_s = p * (grad_p - delta[:, None])
-            grad_q = tl.dot(grad_s.to(k.dtype), k, grad_q, input_precision=PRECISION)
+    for index in tl.range(0, ranges_of(block, C)):
+        keys, whole, last = key_range(index, block, row, sizes, nest, C)
+        tiles = key_tiles(k_rows, v_rows, k_at, v_at, keys, last, C)
+        weights = range_weights(keys, block, sizes, nest, C)
+        for j in tl.range(0, whole, N, num_stages=C.STAGES):
+            grad_q = _query_step(
+                q, grad, tiles, j, grad_q, lse2, delta, weights, scale2, row, row_ok, d_ok, extras, False, C
+            )
+        for j in tl.range(whole, keys.count, N, num_stages=C.STAGES):
+            grad_q = _query_step(
+                q, grad, tiles, j, grad_q, lse2, delta, weights, scale2, row, row_ok, d_ok, extras, True, C
+            )
 
-    grad_q = tl.where(nothing[:, None], 0.0, grad_q * scale)
-    at_rows = GRAD_Q + batch * grad_q_at[0] + q_head * grad_q_at[1] + row_wide[:, None] * grad_q_at[2] + d[None, :]
-    if MERGE:
+    grad_q = tl.where(nothing[:, None], 0.0, grad_q * sizes.scale)
+    at_rows = head_rows(GRAD_Q, grad_q_at, batch, q_head) + row_wide[:, None] * grad_q_at[2] + d[None, :]
+    if C.MERGE:
         grad_q += tl.load(at_rows, mask=stored, other=0.0).to(tl.float32)
     tl.store(at_rows, grad_q.to(GRAD_Q.dtype.element_ty), mask=stored)
 
@@ -182,114 +155,88 @@ def query_kernel(
 @triton.jit
 def key_value_kernel(
     Q, K, V, GRAD_OUT, LSE, DELTA, PADDING, BIAS, GRAD_K, GRAD_V,
-    q_at, k_at, v_at, grad_at, lse_at, padding_at, bias_at, grad_k_at, grad_v_at,
-    length, heads, group, scale, segments, tiles,
-    segment_lengths, rates, class_level, class_inner, class_step, class_first, class_tiles,
-    D: tl.constexpr, D_BLOCK: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    BRANCHES: tl.constexpr, CLASSES: tl.constexpr, WEIGHTED: tl.constexpr, BLOCKED: tl.constexpr,
-    CAUSAL: tl.constexpr, PADDED: tl.constexpr, BIASED: tl.constexpr, MERGE: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, PERIOD: tl.constexpr,
+    q_at, k_at, v_at, grad_at, lse_at, padding_at, bias_at, grad_k_at, grad_v_at, sizes, nest, C: tl.constexpr,
 ):  # fmt: skip
     """Gradients of ``N`` keys and values of one class by one query head, added to what earlier nests left if ``MERGE``."""
-    batch, head, start, size, level, origin, step, first_row, rows = locate(
-        tl.program_id(0), length, heads, segments, tiles, segment_lengths,
-        class_level, class_inner, class_step, class_first, class_tiles, CLASSES, N, BLOCKED, False,
-    )  # fmt: skip
-    if first_row >= rows:
+    M: tl.constexpr = C.M
+    N: tl.constexpr = C.N
+    D_BLOCK: tl.constexpr = C.D_BLOCK
+    block = locate(sizes, nest, N, False, C)
+    if block.first_row >= block.count:
         return
-    batch, q_head, kv_head = tl.cast(batch, tl.int64), tl.cast(head, tl.int64), tl.cast(head // group, tl.int64)
-    d, m, n = tl.arange(0, D_BLOCK), tl.arange(0, M), first_row + tl.arange(0, N)
-    key_ok, d_ok = n < rows, d < D
-    key = origin + n * step
+    batch, q_head, kv_head = heads_of(block, sizes)
+    d, m, n = tl.arange(0, D_BLOCK), tl.arange(0, M), block.first_row + tl.arange(0, N)
+    key_ok, d_ok = n < block.count, d < C.D
+    key = block.origin + n * block.step
     key_wide = key.to(tl.int64)
     stored = key_ok[:, None] & d_ok[None, :]
+    extras = extras_of(PADDING, BIAS, padding_at, bias_at, batch, q_head)
     held = key_ok
-    if PADDED:
-        held = key_ok & (tl.load(PADDING + batch * padding_at[0] + key_wide * padding_at[1], mask=key_ok, other=1) == 0)
+    if C.PADDED:
+        held = key_ok & (padding_of(extras, key, key_ok, True) == 0)
     loaded = held[:, None] & d_ok[None, :]
-    k = tl.load(
-        K + batch * k_at[0] + kv_head * k_at[1] + key_wide[:, None] * k_at[2] + d[None, :], mask=loaded, other=0.0
-    )
-    v = tl.load(
-        V + batch * v_at[0] + kv_head * v_at[1] + key_wide[:, None] * v_at[2] + d[None, :], mask=loaded, other=0.0
-    )
-    q_head_rows = Q + batch * q_at[0] + q_head * q_at[1] + d[None, :]
-    grad_head_rows = GRAD_OUT + batch * grad_at[0] + q_head * grad_at[1] + d[None, :]
-    lse_head = LSE + batch * lse_at[0] + q_head * lse_at[1]
-    delta_head = DELTA + batch * lse_at[0] + q_head * lse_at[1]
-    scale2 = scale * LOG2E
+    k = tl.load(head_rows(K, k_at, batch, kv_head) + key_wide[:, None] * k_at[2] + d[None, :], mask=loaded, other=0.0)
+    v = tl.load(head_rows(V, v_at, batch, kv_head) + key_wide[:, None] * v_at[2] + d[None, :], mask=loaded, other=0.0)
+    q_rows = head_rows(Q, q_at, batch, q_head) + d[None, :]
+    grad_rows = head_rows(GRAD_OUT, grad_at, batch, q_head) + d[None, :]
+    lse_rows, delta_rows = head_rows(LSE, lse_at, batch, q_head), head_rows(DELTA, lse_at, batch, q_head)
+    scale2 = sizes.scale * LOG2E
     grad_k = tl.zeros([N, D_BLOCK], tl.float32)
     grad_v = tl.zeros([N, D_BLOCK], tl.float32)
 
-    ranges = level if CAUSAL else 2 * level - 1
-    for index in tl.range(0, ranges):
+    for index in tl.range(0, ranges_of(block, C)):
+        begin = 0
+        clear = 0
         if index == 0:
-            branch = 0
-            query_step = rates[0] + 0
-            first_query = start + head_offset(head, query_step, heads, BLOCKED)
-            count = tl.cdiv(tl.maximum(start + size - first_query, 0), query_step)
-            begin = 0
-            clear = 0
-            if CAUSAL:
+            queries = own_range(block, sizes, nest, C)
+            if C.CAUSAL:
                 # Queries before the first key see none, queries from the last key on see all.
-                seen = (origin + first_row * step - first_query) // query_step
+                seen = (block.origin + block.first_row * block.step - queries.first) // queries.step
                 begin = seen // M * M
-                clear = tl.cdiv(seen + (N - 1) * (step // query_step), M) * M
+                clear = tl.cdiv(seen + (N - 1) * (block.step // queries.step), M) * M
         else:
-            branch, first_query, query_step, count = outer_range(
-                index, start, length, head, heads, segment_lengths, rates, BRANCHES, CAUSAL, True, BLOCKED
-            )
-            begin = 0
-            clear = 0
-        clear = tl.minimum(clear, tl.cdiv(count, M) * M)
-        q_step = tl.cast(query_step, tl.int64) * q_at[2]
-        grad_step = tl.cast(query_step, tl.int64) * grad_at[2]
-        lse_step = tl.cast(query_step, tl.int64) * lse_at[2]
-        q_tile = q_head_rows + tl.cast(first_query, tl.int64) * q_at[2] + m[:, None] * q_step
-        grad_tile = grad_head_rows + tl.cast(first_query, tl.int64) * grad_at[2] + m[:, None] * grad_step
-        lse_tile = lse_head + tl.cast(first_query, tl.int64) * lse_at[2] + m * lse_step
-        delta_tile = delta_head + tl.cast(first_query, tl.int64) * lse_at[2] + m * lse_step
-        if WEIGHTED:
-            weights = range_weights(branch, query_step, level, head, heads, rates, BRANCHES, PERIOD, BLOCKED)
-            weights = tl.reshape(tl.broadcast_to(weights[None, :], [M // PERIOD, PERIOD]), [M])
+            queries = outer_range(index, block, sizes, nest, True, C)
+        clear = tl.minimum(clear, tl.cdiv(queries.count, M) * M)
+        q_tile, q_step = swept_tile(q_rows, q_at, queries, m[:, None])
+        grad_tile, grad_step = swept_tile(grad_rows, grad_at, queries, m[:, None])
+        lse_tile, lse_step = swept_tile(lse_rows, lse_at, queries, m)
+        delta_tile, _ = swept_tile(delta_rows, lse_at, queries, m)
+        if C.WEIGHTED:
+            weights = range_weights(queries, block, sizes, nest, C)
+            weights = tl.reshape(tl.broadcast_to(weights[None, :], [M // C.PERIOD, C.PERIOD]), [M])
         for phase in tl.static_range(2):
             # Phase 0: query blocks that the diagonal crosses. Phase 1: the later ones, which see every key.
             low = begin if phase == 0 else clear
-            high = clear if phase == 0 else count
-            for i in tl.range(low, high, M, num_stages=STAGES):
+            high = clear if phase == 0 else queries.count
+            for i in tl.range(low, high, M, num_stages=C.STAGES):
                 at = tl.cast(i, tl.int64)
-                inside = (i + m) < count
-                both = inside[:, None] & d_ok[None, :]
-                q = tl.load(q_tile + at * q_step, mask=both, other=0.0)
+                inside = (i + m) < queries.count
+                row = queries.first + (i + m) * queries.step
+                q = load_tile(q_tile + at * q_step, inside, d_ok, True, C)
                 lse = tl.load(lse_tile + at * lse_step, mask=inside, other=float("-inf"))
                 shift = tl.where(lse == float("-inf"), float("-inf"), lse * -LOG2E)
-                if WEIGHTED:
+                if C.WEIGHTED:
                     shift += weights
-                s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale2
-                if (CAUSAL and phase == 0) or BIASED:
-                    row = first_query + (i + m) * query_step
-                if BIASED:
-                    s += LOG2E * tl.load(
-                        BIAS + q_head * bias_at[0] + (key[:, None] - row[None, :] + bias_at[1]),
-                        mask=key_ok[:, None] & inside[None, :], other=0.0,
-                    )  # fmt: skip
+                s = tl.dot(k, tl.trans(q), input_precision=C.PRECISION) * scale2
+                if C.BIASED:
+                    s += bias_of(extras, key[:, None] - row[None, :], key_ok[:, None] & inside[None, :])
                 p = tl.exp2(s + shift[None, :])
-                if CAUSAL and phase == 0:
+                if C.CAUSAL and phase == 0:
                     p = tl.where(key[:, None] <= row[None, :], p, 0.0)
-                if PADDED:
+                if C.PADDED:
                     p = tl.where(held[:, None], p, 0.0)
-                grad = tl.load(grad_tile + at * grad_step, mask=both, other=0.0)
-                grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
+                grad = load_tile(grad_tile + at * grad_step, inside, d_ok, True, C)
+                grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision=C.PRECISION)
                 delta = tl.load(delta_tile + at * lse_step, mask=inside, other=0.0)
-                grad_p = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+                grad_p = tl.dot(v, tl.trans(grad), input_precision=C.PRECISION)
                 grad_s = p * (grad_p - delta[None, :])
-                grad_k = tl.dot(grad_s.to(q.dtype), q, grad_k, input_precision=PRECISION)
+                grad_k = tl.dot(grad_s.to(q.dtype), q, grad_k, input_precision=C.PRECISION)
 
-    grad_k *= scale
-    k_rows = GRAD_K + batch * grad_k_at[0] + q_head * grad_k_at[1] + key_wide[:, None] * grad_k_at[2] + d[None, :]
-    v_rows = GRAD_V + batch * grad_v_at[0] + q_head * grad_v_at[1] + key_wide[:, None] * grad_v_at[2] + d[None, :]
-    if MERGE:
-        grad_k += tl.load(k_rows, mask=stored, other=0.0).to(tl.float32)
-        grad_v += tl.load(v_rows, mask=stored, other=0.0).to(tl.float32)
-    tl.store(k_rows, grad_k.to(GRAD_K.dtype.element_ty), mask=stored)
-    tl.store(v_rows, grad_v.to(GRAD_V.dtype.element_ty), mask=stored)
+    grad_k *= sizes.scale
+    k_out = head_rows(GRAD_K, grad_k_at, batch, q_head) + key_wide[:, None] * grad_k_at[2] + d[None, :]
+    v_out = head_rows(GRAD_V, grad_v_at, batch, q_head) + key_wide[:, None] * grad_v_at[2] + d[None, :]
+    if C.MERGE:
+        grad_k += tl.load(k_out, mask=stored, other=0.0).to(tl.float32)
+        grad_v += tl.load(v_out, mask=stored, other=0.0).to(tl.float32)
+    tl.store(k_out, grad_k.to(GRAD_K.dtype.element_ty), mask=stored)
+    tl.store(v_out, grad_v.to(GRAD_V.dtype.element_ty), mask=stored)

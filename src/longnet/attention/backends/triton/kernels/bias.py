@@ -10,8 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longnet.attention.backends.triton.kernels.forward import LOG2E
-from longnet.attention.backends.triton.kernels.rows import head_offset
+from longnet.attention.backends.triton.kernels.rows import LOG2E, bias_of, extras_of, head_offset, head_rows, padding_of
 
 
 @triton.jit
@@ -19,25 +18,24 @@ def bias_kernel(
     Q, K, V, GRAD_OUT, LSE, DELTA, PADDING, BIAS, PARTS,
     q_at, k_at, v_at, grad_at, lse_at, padding_at, bias_at,
     length, heads, group, scale, segment_length, rate, segments, units, share, blocks, rows, distances,
-    D: tl.constexpr, D_BLOCK: tl.constexpr, M: tl.constexpr, BLOCKED: tl.constexpr, PADDED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    C: tl.constexpr,
 ):  # fmt: skip
     """PARTS (shares, H, distances) float32: score gradients summed over the (batch, segment) units of a share.
 
     Column ``c`` is the distance of ``c - (rows - 1)`` selected rows, ``rate`` tokens each.
     """
+    M: tl.constexpr = C.M
     block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     head, part = rest % heads, rest // heads
     q_head, kv_head = tl.cast(head, tl.int64), tl.cast(head // group, tl.int64)
-    offset = head_offset(head, rate, heads, BLOCKED)
+    offset = head_offset(head, rate, heads, C.BLOCKED)
     lowest = block * M - (rows - 1)
-    m, n, d = tl.arange(0, M), tl.arange(0, 2 * M), tl.arange(0, D_BLOCK)
-    d_ok = d < D
+    m, n, d = tl.arange(0, M), tl.arange(0, 2 * M), tl.arange(0, C.D_BLOCK)
+    d_ok = d < C.D
     scale2 = scale * LOG2E
     apart = lowest + n[None, :] - m[:, None]
-    bias = LOG2E * tl.load(
-        BIAS + q_head * bias_at[0] + (apart * rate + bias_at[1]), mask=(apart < rows) & (apart > -rows), other=0.0
-    ).to(tl.float32)
+    bias_only = extras_of(PADDING, BIAS, padding_at, bias_at, 0, q_head)
+    bias = bias_of(bias_only, apart * rate, (apart < rows) & (apart > -rows))
     total = tl.zeros([M, 2 * M], tl.float32)
     for unit in tl.range(part * share, tl.minimum(units, (part + 1) * share)):
         batch = tl.cast(unit // segments, tl.int64)
@@ -50,31 +48,25 @@ def bias_kernel(
             k_ok = (k_index >= 0) & (k_index < count)
             row = tl.cast(start + offset, tl.int64) + tl.cast(q_index, tl.int64) * rate
             key = tl.cast(start + offset, tl.int64) + tl.cast(k_index, tl.int64) * rate
-            if PADDED:
-                k_ok = k_ok & (tl.load(PADDING + batch * padding_at[0] + key * padding_at[1], mask=k_ok, other=1) == 0)
+            if C.PADDED:
+                extras = extras_of(PADDING, BIAS, padding_at, bias_at, batch, q_head)
+                k_ok = k_ok & (padding_of(extras, key, k_ok, True) == 0)
             q_loaded, k_loaded = q_ok[:, None] & d_ok[None, :], k_ok[:, None] & d_ok[None, :]
-            q = tl.load(
-                Q + batch * q_at[0] + q_head * q_at[1] + row[:, None] * q_at[2] + d[None, :], mask=q_loaded, other=0.0
-            )
-            k = tl.load(
-                K + batch * k_at[0] + kv_head * k_at[1] + key[:, None] * k_at[2] + d[None, :], mask=k_loaded, other=0.0
-            )
-            v = tl.load(
-                V + batch * v_at[0] + kv_head * v_at[1] + key[:, None] * v_at[2] + d[None, :], mask=k_loaded, other=0.0
-            )
-            grad = tl.load(
-                GRAD_OUT + batch * grad_at[0] + q_head * grad_at[1] + row[:, None] * grad_at[2] + d[None, :],
-                mask=q_loaded, other=0.0,
-            )  # fmt: skip
+            q_rows, grad_rows = head_rows(Q, q_at, batch, q_head), head_rows(GRAD_OUT, grad_at, batch, q_head)
+            k_rows, v_rows = head_rows(K, k_at, batch, kv_head), head_rows(V, v_at, batch, kv_head)
+            q = tl.load(q_rows + row[:, None] * q_at[2] + d[None, :], mask=q_loaded, other=0.0)
+            k = tl.load(k_rows + key[:, None] * k_at[2] + d[None, :], mask=k_loaded, other=0.0)
+            v = tl.load(v_rows + key[:, None] * v_at[2] + d[None, :], mask=k_loaded, other=0.0)
+            grad = tl.load(grad_rows + row[:, None] * grad_at[2] + d[None, :], mask=q_loaded, other=0.0)
             at = batch * lse_at[0] + q_head * lse_at[1] + row * lse_at[2]
             lse = tl.load(LSE + at, mask=q_ok, other=float("-inf"))
             # A row without keys, or a dead one, whose query may be anything, has lse -inf and probabilities 0.
             some = lse != float("-inf")
             lse2 = tl.where(some, lse, float("inf")) * LOG2E
             delta = tl.load(DELTA + at, mask=q_ok, other=0.0)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2 + bias
+            s = tl.dot(q, tl.trans(k), input_precision=C.PRECISION) * scale2 + bias
             p = tl.where(some[:, None] & k_ok[None, :], tl.exp2(s - lse2[:, None]), 0.0)
-            total += p * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+            total += p * (tl.dot(grad, tl.trans(v), input_precision=C.PRECISION) - delta[:, None])
     # Row m of a tile has the block's first distance in its column m.
     t = tl.arange(0, M)
     by_distance = tl.sum(tl.gather(total, m[:, None] + t[None, :], 1), 0)

@@ -360,11 +360,9 @@ def produce(program, own, own_sources, first, second, sources, KEYS: gl.constexp
     for slot in range(gl.program_id(0), program.items, gl.num_programs(0)):
         block, upcoming = program.take(upcoming, slot)
         if block.first_row < block.count:
-            kv_head = block.head // program.group
-            own_head = kv_head if KEYS else block.head
-            swept_head = block.head if KEYS else kv_head
-            own.fill(turn, own_sources, own_head, block, RATES)
+            own.fill(turn, own_sources, block.head // program.group if KEYS else block.head, block, RATES)
             turn += 1
+            swept_head = block.head if KEYS else block.head // program.group
             for index in range(0, program.ranges(block)):
                 swept = program.swept(block, index, KEYS)
                 low, count = 0, swept.count

@@ -1,7 +1,8 @@
 """Where a program's rows lie and which ranges of the other side they meet: the kernels' view of ``geometry.nests``.
 
-Everything is an integer or a vector of them; element offsets are 64 bits wide, positions 32. Tuples hold one value per
-branch of the nest, finest first.
+Everything is an integer or a vector of them; element offsets are 64 bits wide, positions 32. The general kernels get a
+``launches.NestShape``, the ``launches.Sizes`` of a launch and, as constants ``C``, its ``launches.Settings``. Triton's
+interpreter runs these kernels too and knows no aggregates, so their state is in named tuples.
 """
 
 from __future__ import annotations
@@ -38,11 +39,34 @@ class SweptRows(NamedTuple):
     count: Any
 
 
+class KeyTiles(NamedTuple):
+    """The keys and values of a range: the pointers of the first ``N``, elements from one row to the next, each query's last."""
+
+    k: Any
+    k_step: Any
+    v: Any
+    v_step: Any
+    keys: SweptRows
+    last: Any
+
+
+class Extras(NamedTuple):
+    """Padding of a batch row, and the relative bias of a head: pointers, a stride, and the place of distance 0."""
+
+    padding: Any
+    padding_step: Any
+    bias: Any
+    bias_centre: Any
+
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
 @triton.jit
-def pick(values, index, COUNT: tl.constexpr):
+def pick(values, index):
     """``values[index]`` for an index that is known only at run time."""
     found = values[0] + 0
-    for i in tl.static_range(1, COUNT):
+    for i in tl.static_range(1, len(values)):
         found = tl.where(index == i, values[i], found)
     return found
 
@@ -57,135 +81,185 @@ def head_offset(head, rate, heads, BLOCKED: tl.constexpr):
 
 
 @triton.jit
-def locate(
-    program, length, heads, segments, tiles, segment_lengths, class_level, class_inner, class_step, class_first,
-    class_tiles, CLASSES: tl.constexpr, BLOCK: tl.constexpr, BLOCKED: tl.constexpr, LAST_FIRST: tl.constexpr,
-):  # fmt: skip
-    """(batch, head, segment start and length, level, first position, step, first row, rows) of a program.
-
-    A program has ``BLOCK`` rows, from ``first row`` on, of one class in one segment of the finest branch. Programs that
-    read the same segment are neighbours.
-    """
-    tile = program % tiles
+def locate(sizes, nest, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr, C: tl.constexpr):
+    """The ``BLOCK`` rows of this program. Programs that read the same segment are neighbours."""
+    tile = tl.program_id(0) % sizes.tiles
     if LAST_FIRST:
         # The longest rows of a causal segment first, so that short programs fill the last wave.
-        tile = tiles - 1 - tile
-    rest = program // tiles
-    start = rest % segments * segment_lengths[0]
-    rest = rest // segments
-    head = rest % heads
-    batch = rest // heads
+        tile = sizes.tiles - 1 - tile
+    rest = tl.program_id(0) // sizes.tiles
+    start = rest % sizes.segments * nest.segment_lengths[0]
+    rest = rest // sizes.segments
+    head = rest % sizes.heads
+    batch = rest // sizes.heads
     level, inner, step, first, count = (
-        class_level[0] + 0, class_inner[0] + 0, class_step[0] + 0, class_first[0] + 0, class_tiles[0] + 0,
+        nest.levels[0] + 0, nest.inner_rates[0] + 0, nest.steps[0] + 0, nest.first_tiles[0] + 0, nest.tiles[0] + 0,
     )  # fmt: skip
-    for i in tl.static_range(1, CLASSES):
-        inside = tile >= class_first[i]
-        level = tl.where(inside, class_level[i], level)
-        inner = tl.where(inside, class_inner[i], inner)
-        step = tl.where(inside, class_step[i], step)
-        first = tl.where(inside, class_first[i], first)
-        count = tl.where(inside, class_tiles[i], count)
+    for i in tl.static_range(1, len(nest.steps)):
+        inside = tile >= nest.first_tiles[i]
+        level = tl.where(inside, nest.levels[i], level)
+        inner = tl.where(inside, nest.inner_rates[i], inner)
+        step = tl.where(inside, nest.steps[i], step)
+        first = tl.where(inside, nest.first_tiles[i], first)
+        count = tl.where(inside, nest.tiles[i], count)
     tile -= first
-    origin = (head_offset(head, step, heads, BLOCKED) + (1 + tile // count) * inner) % step
-    size = tl.minimum(segment_lengths[0], length - start)
+    origin = (head_offset(head, step, sizes.heads, C.BLOCKED) + (1 + tile // count) * inner) % step
+    size = tl.minimum(nest.segment_lengths[0], sizes.length - start)
     rows = tl.cdiv(tl.maximum(size - origin, 0), step)
-    return batch, head, start, size, level, start + origin, step, tile % count * BLOCK, rows
+    return OwnedRows(batch, head, start, size, level, start + origin, step, tile % count * BLOCK, rows)
 
 
 @triton.jit
-def outer_range(
-    index,
-    start,
-    length,
-    head,
-    heads,
-    segment_lengths,
-    rates,
-    BRANCHES: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    LATER: tl.constexpr,
-    BLOCKED: tl.constexpr,
-):
-    """(branch, first position, step, count) of range ``index >= 1``: what branch ``i`` selects outside branch ``i - 1``.
+def heads_of(block, sizes):
+    """(batch row, query head, key head) of a block, for element offsets."""
+    return tl.cast(block.batch, tl.int64), tl.cast(block.head, tl.int64), tl.cast(block.head // sizes.group, tl.int64)
+
+
+@triton.jit
+def ranges_of(block, C: tl.constexpr):
+    """How many ranges of the other side a block meets."""
+    if C.CAUSAL:
+        return block.level
+    else:
+        return 2 * block.level - 1
+
+
+@triton.jit
+def own_range(block, sizes, nest, C: tl.constexpr):
+    """Range 0: what the finest branch selects in the block's own segment."""
+    branch = 0
+    step = nest.dilation_rates[0] + 0
+    first = block.start + head_offset(block.head, step, sizes.heads, C.BLOCKED)
+    return SweptRows(branch, first, step, tl.cdiv(tl.maximum(block.start + block.size - first, 0), step))
+
+
+@triton.jit
+def outer_range(index, block, sizes, nest, LATER: tl.constexpr, C: tl.constexpr):
+    """Range ``index >= 1``: what branch ``i`` selects outside branch ``i - 1``.
 
     A causal query meets the range before the finer segment; a causal key (``LATER``) the one after it; otherwise both,
     in turn.
     """
-    if CAUSAL:
+    if C.CAUSAL:
         branch = index
         after = index < 0 if not LATER else index >= 0
     else:
         branch = (index + 1) // 2
         after = index % 2 == 0
-    rate = pick(rates, branch, BRANCHES)
-    width = pick(segment_lengths, branch, BRANCHES)
-    finer = pick(segment_lengths, branch - 1, BRANCHES)
-    low = start // width * width
-    middle = start // finer * finer
+    rate = pick(nest.dilation_rates, branch)
+    width = pick(nest.segment_lengths, branch)
+    finer = pick(nest.segment_lengths, branch - 1)
+    low = block.start // width * width
+    middle = block.start // finer * finer
     begin = tl.where(after, middle + finer, low)
-    end = tl.where(after, tl.minimum(low + width, length), middle)
-    offset = head_offset(head, rate, heads, BLOCKED)
+    end = tl.where(after, tl.minimum(low + width, sizes.length), middle)
+    offset = head_offset(block.head, rate, sizes.heads, C.BLOCKED)
     count = tl.cdiv(tl.maximum(end - begin - offset, 0), rate)
-    return branch, begin + offset, rate, count
+    return SweptRows(branch, begin + offset, rate, count)
 
 
 @triton.jit
-def key_range(
-    index, start, size, length, head, heads, row, first_row, last_row, segment_lengths, rates,
-    BRANCHES: tl.constexpr, CAUSAL: tl.constexpr, BLOCKED: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """(branch, first position, step, whole, count, last) of the keys that a block of queries meets in range ``index``.
+def key_range(index, block, row, sizes, nest, C: tl.constexpr):
+    """(keys that a block of queries at the positions ``row`` meets in range ``index``, whole, last).
 
-    The rows lie at the positions ``row``, from ``first_row`` to ``last_row``. Every row sees the first ``whole`` keys, a
-    multiple of ``N``; no row sees more than ``count``, and each its own up to ``last``.
+    Every row sees the first ``whole`` keys, a multiple of ``N``; no row sees more than there are, and each its own up to
+    ``last``.
     """
+    first_row = block.origin + block.first_row * block.step
+    last_row = block.origin + (block.first_row + C.M - 1) * block.step
     if index == 0:
-        branch = 0
-        step = rates[0] + 0
-        first = start + head_offset(head, step, heads, BLOCKED)
-        count = tl.cdiv(tl.maximum(start + size - first, 0), step)
+        branch, first, step, count = own_range(block, sizes, nest, C)
         whole = count
-        if CAUSAL:
+        if C.CAUSAL:
             # Rows of a nest lie on the finest branch's keys, so positions compare as key indices.
             whole = tl.minimum(count, (first_row - first) // step + 1)
             count = tl.minimum(count, (last_row - first) // step + 1)
     else:
-        branch, first, step, count = outer_range(
-            index, start, length, head, heads, segment_lengths, rates, BRANCHES, CAUSAL, False, BLOCKED
-        )
+        branch, first, step, count = outer_range(index, block, sizes, nest, False, C)
         whole = count
     last = tl.zeros_like(row) + (count - 1)
-    if CAUSAL:
+    if C.CAUSAL:
         last = tl.minimum(last, (row - first) // step)
-    return branch, first, step, whole // N * N, count, last
+    return SweptRows(branch, first, step, count), whole // C.N * C.N, last
 
 
 @triton.jit
-def range_weights(
-    branch, step, level, head, heads, rates, BRANCHES: tl.constexpr, PERIOD: tl.constexpr, BLOCKED: tl.constexpr
-):  # fmt: skip
-    """log2 of the weights of one period of a range's rows against rows of ``level``."""
-    offset = head_offset(head, step, heads, BLOCKED)
-    return log2_weights(branch, offset, step, level, head, heads, rates, BRANCHES, PERIOD, BLOCKED)
+def range_weights(swept, block, sizes, nest, C: tl.constexpr):
+    """log2 of the weights of one period of a range's rows against the block's; every block of the range has the same."""
+    PERIOD: tl.constexpr = C.PERIOD
+    position = head_offset(block.head, swept.step, sizes.heads, C.BLOCKED) + tl.arange(0, PERIOD) * swept.step
+    levels = tl.zeros([PERIOD], tl.int32)
+    for i in tl.static_range(len(nest.dilation_rates)):
+        rate = nest.dilation_rates[i]
+        levels += ((position - head_offset(block.head, rate, sizes.heads, C.BLOCKED)) % rate == 0).to(tl.int32)
+    return tl.log2((tl.minimum(levels, block.level) - swept.branch).to(tl.float32))
 
 
 @triton.jit
-def log2_weights(
-    branch, offset, step, level, head, heads, rates, BRANCHES: tl.constexpr, COUNT: tl.constexpr, BLOCKED: tl.constexpr
-):
-    """log2 of the weights of ``COUNT`` rows of a range against rows of ``level``; every block of the range has the same."""
-    position = offset + tl.arange(0, COUNT) * step
-    levels = tl.zeros([COUNT], tl.int32)
-    for i in tl.static_range(BRANCHES):
-        levels += ((position - head_offset(head, rates[i], heads, BLOCKED)) % rates[i] == 0).to(tl.int32)
-    return tl.log2((tl.minimum(levels, level) - branch).to(tl.float32))
+def exponentials(s, base, weights, C: tl.constexpr):
+    """``exp2(s - base)`` of scaled scores (M, N), times the weights of their columns where the rows have several levels.
 
-
-@triton.jit
-def weighted_shift(weights, base, M: tl.constexpr, N: tl.constexpr, PERIOD: tl.constexpr):
-    """``weights - base``, (M, N) from one period of column weights and a value per row.
-
-    Spelt by periods, so that the compiler sees how few different values there are and computes each once.
+    Weights are spelt by periods, so that the compiler sees how few different values there are and computes each once.
     """
-    shift = tl.broadcast_to(weights[None, None, :] - base[:, None, None], [M, N // PERIOD, PERIOD])
-    return tl.reshape(shift, [M, N])
+    M: tl.constexpr = C.M
+    N: tl.constexpr = C.N
+    PERIOD: tl.constexpr = C.PERIOD
+    if C.WEIGHTED:
+        shift = tl.broadcast_to(weights[None, None, :] - base[:, None, None], [M, N // PERIOD, PERIOD])
+        return tl.exp2(s + tl.reshape(shift, [M, N]))
+    else:
+        return tl.exp2(s - base[:, None])
+
+
+@triton.jit
+def head_rows(POINTER, at, batch, head):
+    """Where the rows of a head begin, in a tensor with the strides ``at``."""
+    return POINTER + batch * at[0] + head * at[1]
+
+
+@triton.jit
+def swept_tile(rows, at, swept, n):
+    """(the rows ``n`` of a range, elements from one row to the next), given where the head's rows begin."""
+    step = tl.cast(swept.step, tl.int64) * at[2]
+    return rows + tl.cast(swept.first, tl.int64) * at[2] + n * step, step
+
+
+@triton.jit
+def key_tiles(k_rows, v_rows, k_at, v_at, keys, last, C: tl.constexpr):
+    """The keys and values of a range, given where the rows of their head begin, with channels."""
+    n = tl.arange(0, C.N)[:, None]
+    k, k_step = swept_tile(k_rows, k_at, keys, n)
+    v, v_step = swept_tile(v_rows, v_at, keys, n)
+    return KeyTiles(k, k_step, v, v_step, keys, last)
+
+
+@triton.jit
+def load_tile(rows, inside, d_ok, CUT: tl.constexpr, C: tl.constexpr):
+    """Rows with their channels; those that are not ``inside`` are 0, where ``CUT``."""
+    if CUT:
+        return tl.load(rows, mask=inside[:, None] & d_ok[None, :], other=0.0)
+    elif C.D == C.D_BLOCK:
+        return tl.load(rows)
+    else:
+        return tl.load(rows, mask=d_ok[None, :], other=0.0)
+
+
+@triton.jit
+def extras_of(PADDING, BIAS, padding_at, bias_at, batch, head):
+    return Extras(PADDING + batch * padding_at[0], padding_at[1], BIAS + head * bias_at[0], bias_at[1])
+
+
+@triton.jit
+def bias_of(extras, distance, mask):
+    """The bias at distances from query to key, in the base of the exponentials."""
+    return LOG2E * tl.load(extras.bias + (distance + extras.bias_centre), mask=mask, other=0.0)
+
+
+@triton.jit
+def padding_of(extras, key, inside, CUT: tl.constexpr):
+    """Not 0 where keys are padding and, where ``CUT``, not ``inside``."""
+    rows = extras.padding + key.to(tl.int64) * extras.padding_step
+    if CUT:
+        return tl.load(rows, mask=inside, other=1)
+    else:
+        return tl.load(rows)
