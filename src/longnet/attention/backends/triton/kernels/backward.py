@@ -11,17 +11,18 @@ import triton.language as tl
 
 from longnet.attention.backends.triton.kernels.rows import (
     LOG2E,
+    accumulator,
     bias_of,
     exponentials,
     extras_of,
     head_rows,
     heads_of,
-    key_range,
     key_tiles,
     load_tile,
     locate,
     outer_range,
     own_range,
+    own_rows,
     padding_of,
     range_weights,
     ranges_of,
@@ -106,18 +107,12 @@ def query_kernel(
     q_at, k_at, v_at, grad_at, lse_at, padding_at, bias_at, grad_q_at, sizes, nest, C: tl.constexpr,
 ):  # fmt: skip
     """Gradients of ``M`` query rows of one class, added to what earlier nests left if ``MERGE``."""
-    M: tl.constexpr = C.M
-    N: tl.constexpr = C.N
-    D_BLOCK: tl.constexpr = C.D_BLOCK
-    block = locate(sizes, nest, M, C.CAUSAL, C)
+    block = locate(sizes, nest, C.M, C.CAUSAL, C)
     if block.first_row >= block.count:
         return
     batch, q_head, kv_head = heads_of(block, sizes)
-    d, m = tl.arange(0, D_BLOCK), block.first_row + tl.arange(0, M)
-    row_ok, d_ok = m < block.count, d < C.D
-    row = block.origin + m * block.step
+    d, row, d_ok, row_ok, stored = own_rows(block, C.M, C)
     row_wide = row.to(tl.int64)
-    stored = row_ok[:, None] & d_ok[None, :]
     q = tl.load(head_rows(Q, q_at, batch, q_head) + row_wide[:, None] * q_at[2] + d[None, :], mask=stored, other=0.0)
     grad_rows = head_rows(GRAD_OUT, grad_at, batch, q_head) + row_wide[:, None] * grad_at[2] + d[None, :]
     grad = tl.load(grad_rows, mask=stored, other=0.0)
@@ -130,17 +125,16 @@ def query_kernel(
     v_rows = head_rows(V, v_at, batch, kv_head) + d[None, :]
     extras = extras_of(PADDING, BIAS, padding_at, bias_at, batch, q_head)
     scale2 = sizes.scale * LOG2E
-    grad_q = tl.zeros([M, D_BLOCK], tl.float32)
+    grad_q = accumulator(C.M, C.D_BLOCK)
 
     for index in tl.range(0, ranges_of(block, C)):
-        keys, whole, last = key_range(index, block, row, sizes, nest, C)
-        tiles = key_tiles(k_rows, v_rows, k_at, v_at, keys, last, C)
-        weights = range_weights(keys, block, sizes, nest, C)
-        for j in tl.range(0, whole, N, num_stages=C.STAGES):
+        tiles, whole = key_tiles(index, k_rows, v_rows, k_at, v_at, block, row, sizes, nest, C)
+        weights = range_weights(tiles.keys, block, sizes, nest, C)
+        for j in tl.range(0, whole, C.N, num_stages=C.STAGES):
             grad_q = _query_step(
                 q, grad, tiles, j, grad_q, lse2, delta, weights, scale2, row, row_ok, d_ok, extras, False, C
             )
-        for j in tl.range(whole, keys.count, N, num_stages=C.STAGES):
+        for j in tl.range(whole, tiles.keys.count, C.N, num_stages=C.STAGES):
             grad_q = _query_step(
                 q, grad, tiles, j, grad_q, lse2, delta, weights, scale2, row, row_ok, d_ok, extras, True, C
             )
@@ -160,16 +154,12 @@ def key_value_kernel(
     """Gradients of ``N`` keys and values of one class by one query head, added to what earlier nests left if ``MERGE``."""
     M: tl.constexpr = C.M
     N: tl.constexpr = C.N
-    D_BLOCK: tl.constexpr = C.D_BLOCK
     block = locate(sizes, nest, N, False, C)
     if block.first_row >= block.count:
         return
     batch, q_head, kv_head = heads_of(block, sizes)
-    d, m, n = tl.arange(0, D_BLOCK), tl.arange(0, M), block.first_row + tl.arange(0, N)
-    key_ok, d_ok = n < block.count, d < C.D
-    key = block.origin + n * block.step
-    key_wide = key.to(tl.int64)
-    stored = key_ok[:, None] & d_ok[None, :]
+    d, key, d_ok, key_ok, stored = own_rows(block, N, C)
+    key_wide, m = key.to(tl.int64), tl.arange(0, M)
     extras = extras_of(PADDING, BIAS, padding_at, bias_at, batch, q_head)
     held = key_ok
     if C.PADDED:
@@ -181,8 +171,8 @@ def key_value_kernel(
     grad_rows = head_rows(GRAD_OUT, grad_at, batch, q_head) + d[None, :]
     lse_rows, delta_rows = head_rows(LSE, lse_at, batch, q_head), head_rows(DELTA, lse_at, batch, q_head)
     scale2 = sizes.scale * LOG2E
-    grad_k = tl.zeros([N, D_BLOCK], tl.float32)
-    grad_v = tl.zeros([N, D_BLOCK], tl.float32)
+    grad_k = accumulator(N, C.D_BLOCK)
+    grad_v = accumulator(N, C.D_BLOCK)
 
     for index in tl.range(0, ranges_of(block, C)):
         begin = 0

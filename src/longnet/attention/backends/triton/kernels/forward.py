@@ -7,15 +7,16 @@ import triton.language as tl
 
 from longnet.attention.backends.triton.kernels.rows import (
     LOG2E,
+    accumulator,
     bias_of,
     exponentials,
     extras_of,
     head_rows,
     heads_of,
-    key_range,
     key_tiles,
     load_tile,
     locate,
+    own_rows,
     padding_of,
     range_weights,
     ranges_of,
@@ -72,17 +73,12 @@ def forward_kernel(
 ):  # fmt: skip
     """``M`` query rows of one class: out and lse, mixed into what earlier nests left if ``MERGE``."""
     M: tl.constexpr = C.M
-    N: tl.constexpr = C.N
-    D_BLOCK: tl.constexpr = C.D_BLOCK
     block = locate(sizes, nest, M, C.CAUSAL, C)
     if block.first_row >= block.count:
         return
     batch, q_head, kv_head = heads_of(block, sizes)
-    d, m = tl.arange(0, D_BLOCK), block.first_row + tl.arange(0, M)
-    row_ok, d_ok = m < block.count, d < C.D
-    row = block.origin + m * block.step
+    d, row, d_ok, row_ok, stored = own_rows(block, M, C)
     row_wide = row.to(tl.int64)[:, None]
-    stored = row_ok[:, None] & d_ok[None, :]
     q = tl.load(head_rows(Q, q_at, batch, q_head) + row_wide * q_at[2] + d[None, :], mask=stored, other=0.0)
     k_rows = head_rows(K, k_at, batch, kv_head) + d[None, :]
     v_rows = head_rows(V, v_at, batch, kv_head) + d[None, :]
@@ -90,18 +86,17 @@ def forward_kernel(
     scale2 = sizes.scale * LOG2E
     row_max = tl.full([M], float("-inf"), tl.float32)
     row_sum = tl.zeros([M], tl.float32)
-    acc = tl.zeros([M, D_BLOCK], tl.float32)
+    acc = accumulator(M, C.D_BLOCK)
 
     for index in tl.range(0, ranges_of(block, C)):
-        keys, whole, last = key_range(index, block, row, sizes, nest, C)
-        tiles = key_tiles(k_rows, v_rows, k_at, v_at, keys, last, C)
-        weights = range_weights(keys, block, sizes, nest, C)
+        tiles, whole = key_tiles(index, k_rows, v_rows, k_at, v_at, block, row, sizes, nest, C)
+        weights = range_weights(tiles.keys, block, sizes, nest, C)
         # Key blocks that every row sees whole, then the ones that the diagonal or the end cuts.
-        for j in tl.range(0, whole, N, num_stages=C.STAGES):
+        for j in tl.range(0, whole, C.N, num_stages=C.STAGES):
             row_max, row_sum, acc = _attend(
                 q, tiles, j, row_max, row_sum, acc, weights, scale2, row, row_ok, d_ok, extras, False, C
             )
-        for j in tl.range(whole, keys.count, N, num_stages=C.STAGES):
+        for j in tl.range(whole, tiles.keys.count, C.N, num_stages=C.STAGES):
             row_max, row_sum, acc = _attend(
                 q, tiles, j, row_max, row_sum, acc, weights, scale2, row, row_ok, d_ok, extras, True, C
             )

@@ -313,6 +313,19 @@ def mma_layout(COLUMNS):
 
 
 @gluon.jit
+def accumulator(COLUMNS: gl.constexpr):
+    """Zeros for a warpgroup's product with so many columns."""
+    return gl.zeros([HALF, COLUMNS], gl.float32, layout=mma_layout(COLUMNS))
+
+
+@gluon.jit
+def warpgroup_rows(block, WHICH: gl.constexpr, LAYOUT: gl.constexpr):
+    """(number of a warpgroup's first row, numbers of its rows)."""
+    own_first = block.first_row + WHICH * HALF
+    return own_first, own_first + gl.arange(0, HALF, layout=LAYOUT)
+
+
+@gluon.jit
 def head_start(at, block):
     """Elements before the first token of a block's head, in a tensor with the strides ``at``."""
     return gl.cast(block.batch, gl.int64) * at[0] + gl.cast(block.head, gl.int64) * at[1]
@@ -333,10 +346,16 @@ def written_rows(at, block, own_first, C: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def seen_keys(block, keys, m, last, WHICH: gl.constexpr, C: gl.constexpr):
-    """How far the queries ``m`` of a warpgroup see into their own segment, where the pattern is causal.
+def all_keys(keys, LAYOUT: gl.constexpr, C: gl.constexpr):
+    """(each query's last key, keys that all of them see, the last block of keys) where every query sees every key."""
+    last = gl.full([HALF], 0, gl.int32, layout=LAYOUT) + (keys.count - 1)
+    return last, keys.count, gl.cdiv(keys.count, C.N) - 1
 
-    Returns (each one's last key, keys that all of them see, the last block of keys for this warpgroup, the last for both).
+
+@gluon.jit
+def seen_keys(block, keys, m, last, WHICH: gl.constexpr, C: gl.constexpr):
+    """What :func:`all_keys` says, and the last block for both warpgroups, in the queries' own segment of a causal pattern.
+
     Rows of a nest lie on the finest branch's keys, so positions compare as key indices.
     """
     RATE: gl.constexpr = C.NEST.dilation_rates[0]

@@ -17,6 +17,8 @@ from longnet.attention.backends.triton.kernels.hopper import (
     OwnedTiles,
     Program,
     Source,
+    accumulator,
+    all_keys,
     exponentials,
     head_start,
     make_barriers,
@@ -25,6 +27,7 @@ from longnet.attention.backends.triton.kernels.hopper import (
     scores_of,
     seen_keys,
     skip,
+    warpgroup_rows,
     written_rows,
 )
 from longnet.attention.backends.triton.kernels.triton_internals import aggregate
@@ -60,34 +63,29 @@ def _query_block(
 @gluon.jit
 def _consume_keys(program, own, keys, values, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, scale, WHICH: gl.constexpr):
     C: gl.constexpr = program.C
-    N: gl.constexpr = C.N
-    D: gl.constexpr = C.D
-    scores: gl.constexpr = mma_layout(N)
-    outs: gl.constexpr = mma_layout(D)
+    scores: gl.constexpr = mma_layout(C.N)
+    outs: gl.constexpr = mma_layout(C.D)
     row_layout: gl.constexpr = gl.SliceLayout(1, scores)
     operand: gl.constexpr = gl.DotOperandLayout(0, outs, 2)
-    zero = gl.zeros([HALF, N], gl.float32, layout=scores)
+    zero = accumulator(C.N)
     q, grad = own.parts(0, WHICH, C), own.parts(1, WHICH, C)
     scale2 = scale * LOG2E
     done, turn, upcoming = 0, 0, program.load_item(gl.program_id(0))
     for slot in range(gl.program_id(0), program.items, gl.num_programs(0)):
         block, upcoming = program.take(upcoming, slot)
         if block.first_row < block.count:
-            own_first = block.first_row + WHICH * HALF
-            m = own_first + gl.arange(0, HALF, layout=row_layout)
+            own_first, m = warpgroup_rows(block, WHICH, row_layout)
             at = head_start(lse_at, block) + (block.origin + m * block.step).to(gl.int64) * lse_at[2]
             lse = gl.load(LSE + at, mask=m < block.count, other=float("-inf"))
             # A row without keys, or a dead one, has lse -inf and probabilities 0; a dead one's query may be anything.
             lse2 = gl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
             delta = gl.load(DELTA + at, mask=m < block.count, other=0.0)
-            acc = gl.zeros([HALF, D], gl.float32, layout=outs)
+            acc = accumulator(C.D)
             own.wait(turn)
             turn += 1
             for index in range(0, program.ranges(block)):
                 swept = program.swept(block, index, False)
-                whole = swept.count
-                top = gl.cdiv(swept.count, N) - 1
-                last = gl.full([HALF], 0, gl.int32, layout=row_layout) + (swept.count - 1)
+                last, whole, top = all_keys(swept, row_layout, C)
                 weights = program.weights(block, swept, C.period, gl.SliceLayout(0, scores))
                 if C.CAUSAL:
                     if index == 0:
@@ -95,10 +93,10 @@ def _consume_keys(program, own, keys, values, LSE, DELTA, GRAD_Q, lse_at, grad_q
                         for _ in range(top, all_top):
                             skip(keys, values, done)
                             done += 1
-                clear = gl.minimum(whole // N, top + 1)
+                clear = gl.minimum(whole // C.N, top + 1)
                 for i in range(0, top + 1 - clear):
                     acc = _query_block(
-                        q, grad, zero, keys, values, acc, lse2, delta, weights, last - (top - i) * N, scale2, done,
+                        q, grad, zero, keys, values, acc, lse2, delta, weights, last - (top - i) * C.N, scale2, done,
                         True, operand, C,
                     )  # fmt: skip
                     done += 1
@@ -233,14 +231,12 @@ def _consume_queries(
     WHICH: gl.constexpr,
 ):  # fmt: skip
     C: gl.constexpr = program.C
-    N: gl.constexpr = C.N
-    D: gl.constexpr = C.D
     RATE: gl.constexpr = C.NEST.dilation_rates[0]
-    scores: gl.constexpr = mma_layout(N)
-    outs: gl.constexpr = mma_layout(D)
+    scores: gl.constexpr = mma_layout(C.N)
+    outs: gl.constexpr = mma_layout(C.D)
     row_layout: gl.constexpr = gl.SliceLayout(1, scores)
     operand: gl.constexpr = gl.DotOperandLayout(0, outs, 2)
-    zero = gl.zeros([HALF, N], gl.float32, layout=scores)
+    zero = accumulator(C.N)
     linear: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     left: gl.constexpr = gl.DotOperandLayout(0, scores, 2)
     scale2 = scale * LOG2E
@@ -248,22 +244,21 @@ def _consume_queries(
     for slot in range(gl.program_id(0), program.items, gl.num_programs(0)):
         block, upcoming = program.take(upcoming, slot)
         if block.first_row < block.count:
-            own_first = block.first_row + WHICH * HALF
-            m = own_first + gl.arange(0, HALF, layout=row_layout)
+            own_first, m = warpgroup_rows(block, WHICH, row_layout)
             head_at = head_start(lse_at, block)
-            acc_k = gl.zeros([HALF, D], gl.float32, layout=outs)
-            acc_v = gl.zeros([HALF, D], gl.float32, layout=outs)
+            acc_k = accumulator(C.D)
+            acc_v = accumulator(C.D)
             own.wait(turn)
             turn += 1
             k, v = own.parts(0, WHICH, C), own.parts(1, WHICH, C)
-            if D == 64:
+            if C.D == 64:
                 k, v = _loaded(k, left), _loaded(v, left)
             # Times 1. Of a single range the compiler knows that there is no loop, arranges what follows differently, and has
             # no registers left for products under way (ptxas says C7511 and waits for each).
             ranges = program.ranges(block) * ((2 * program.items - slot - 1) // program.items)
             for index in range(0, ranges):
                 swept = program.swept(block, index, True)
-                blocks = gl.cdiv(swept.count, N)
+                blocks = gl.cdiv(swept.count, C.N)
                 seen = gl.full([HALF], 0, gl.int32, layout=row_layout)
                 # Blocks [clear, blocks) are seen whole but for a ragged last one, [own_low, clear) are cut by the diagonal.
                 all_low, own_low, clear = 0, 0, 0
@@ -272,33 +267,33 @@ def _consume_queries(
                         ratio = block.step // RATE
                         first_seen = (block.origin - swept.first) // RATE + own_first * ratio
                         seen = (block.origin - swept.first) // RATE + m * ratio
-                        all_low = ((block.origin - swept.first) // RATE + block.first_row * ratio) // N
-                        own_low = gl.minimum(blocks, first_seen // N)
-                        clear = gl.minimum(blocks, gl.cdiv(first_seen + (HALF - 1) * ratio, N))
-                ragged = gl.minimum(blocks - clear, (blocks * N > swept.count).to(gl.int32))
-                n = gl.arange(0, N, layout=linear)
-                weights = gl.zeros([N], gl.float32, layout=linear)
+                        all_low = ((block.origin - swept.first) // RATE + block.first_row * ratio) // C.N
+                        own_low = gl.minimum(blocks, first_seen // C.N)
+                        clear = gl.minimum(blocks, gl.cdiv(first_seen + (HALF - 1) * ratio, C.N))
+                ragged = gl.minimum(blocks - clear, (blocks * C.N > swept.count).to(gl.int32))
+                n = gl.arange(0, C.N, layout=linear)
+                weights = gl.zeros(n.shape, gl.float32, layout=linear)
                 if C.weighted:
-                    weights = program.weights(block, swept, N, linear)
+                    weights = program.weights(block, swept, C.N, linear)
                 at = head_at + gl.cast(swept.first, gl.int64) * lse_at[2]
                 lse_step = gl.cast(swept.step, gl.int64) * lse_at[2]
-                at += ((blocks - 1) * N + n).to(gl.int64) * lse_step
-                row = (blocks - 1) * N + n
+                at += ((blocks - 1) * C.N + n).to(gl.int64) * lse_step
+                row = (blocks - 1) * C.N + n
                 # An empty range has no block at all.
                 shift, delta = _statistics(LSE + at, DELTA + at, weights, (row >= 0) & (row < swept.count))
                 statistics.store(done, shift, delta)
-                j = (blocks - 1) * N
+                j = (blocks - 1) * C.N
                 whole = gl.maximum(blocks - clear - ragged, 0)
                 # A ragged block, an odd one, pairs, and those that the diagonal cuts.
                 trips = (ragged, whole % 2, whole // 2, blocks - own_low - ragged - whole)
                 for part in gl.static_range(4):
                     for _ in range(0, trips[part]):
                         acc_k, acc_v = _key_blocks(
-                            k, v, zero, queries, grads, acc_k, acc_v, statistics, LSE + at, DELTA + at, N * lse_step, weights,
+                            k, v, zero, queries, grads, acc_k, acc_v, statistics, LSE + at, DELTA + at, C.N * lse_step, weights,
                             n, j, seen, swept.count, scale2, done, BLOCKS_OF_PART[part], CUT_OF_PART[part], operand, C,
                         )  # fmt: skip
-                        at -= BLOCKS_OF_PART[part] * N * lse_step
-                        j -= BLOCKS_OF_PART[part] * N
+                        at -= BLOCKS_OF_PART[part] * C.N * lse_step
+                        j -= BLOCKS_OF_PART[part] * C.N
                         done += BLOCKS_OF_PART[part]
                 for _ in range(all_low, own_low):
                     skip(queries, grads, done)

@@ -14,6 +14,8 @@ from longnet.attention.backends.triton.kernels.hopper import (
     OwnedTiles,
     Program,
     Source,
+    accumulator,
+    all_keys,
     exponentials,
     head_start,
     make_barriers,
@@ -22,6 +24,7 @@ from longnet.attention.backends.triton.kernels.hopper import (
     scores_of,
     seen_keys,
     skip,
+    warpgroup_rows,
     written_rows,
 )
 
@@ -64,33 +67,28 @@ def _advance(
 @gluon.jit
 def _consume(program, own, keys, values, OUT, LSE, out_at, lse_at, scale, WHICH: gl.constexpr):
     C: gl.constexpr = program.C
-    N: gl.constexpr = C.N
-    D: gl.constexpr = C.D
-    scores: gl.constexpr = mma_layout(N)
-    outs: gl.constexpr = mma_layout(D)
+    scores: gl.constexpr = mma_layout(C.N)
+    outs: gl.constexpr = mma_layout(C.D)
     row_layout: gl.constexpr = gl.SliceLayout(1, scores)
     out_rows: gl.constexpr = gl.SliceLayout(1, outs)
     operand: gl.constexpr = gl.DotOperandLayout(0, outs, 2)
-    zero = gl.zeros([HALF, N], gl.float32, layout=scores)
+    zero = accumulator(C.N)
     q = own.parts(0, WHICH, C)
     scale2 = scale * LOG2E
     done, turn, upcoming = 0, 0, program.load_item(gl.program_id(0))
     for slot in range(gl.program_id(0), program.items, gl.num_programs(0)):
         block, upcoming = program.take(upcoming, slot)
         if block.first_row < block.count:
-            own_first = block.first_row + WHICH * HALF
-            m = own_first + gl.arange(0, HALF, layout=row_layout)
+            own_first, m = warpgroup_rows(block, WHICH, row_layout)
             row_max = gl.full([HALF], float("-inf"), gl.float32, layout=row_layout)
             row_sum = gl.zeros([HALF], gl.float32, layout=row_layout)
-            acc = gl.zeros([HALF, D], gl.float32, layout=outs)
-            p = gl.zeros([HALF, N], keys.tiles.dtype, layout=operand)
+            acc = accumulator(C.D)
+            p = gl.zeros(zero.shape, keys.tiles.dtype, layout=operand)
             own.wait(turn)
             turn += 1
             for index in range(0, program.ranges(block)):
                 swept = program.swept(block, index, False)
-                whole = swept.count
-                top = gl.cdiv(swept.count, N) - 1
-                last = gl.full([HALF], 0, gl.int32, layout=row_layout) + (swept.count - 1)
+                last, whole, top = all_keys(swept, row_layout, C)
                 weights = program.weights(block, swept, C.period, gl.SliceLayout(0, scores))
                 if index == 0:
                     all_top = top
@@ -106,14 +104,14 @@ def _consume(program, own, keys, values, OUT, LSE, out_at, lse_at, scale, WHICH:
                     keys.release(done)
                     done += 1
                     first_p, rescale, row_max, row_sum = _softmax(
-                        scored, row_max, row_sum, weights, last - top * N, scale2, True, C
+                        scored, row_max, row_sum, weights, last - top * C.N, scale2, True, C
                     )
                     p = gl.convert_layout(first_p.to(p.dtype), operand)
                     top -= 1
-                clear = gl.minimum(whole // N, top + 1)
+                clear = gl.minimum(whole // C.N, top + 1)
                 for i in range(0, top + 1 - clear):
                     acc, p, row_max, row_sum = _advance(
-                        q, zero, keys, values, acc, p, row_max, row_sum, weights, last - (top - i) * N, scale2, done,
+                        q, zero, keys, values, acc, p, row_max, row_sum, weights, last - (top - i) * C.N, scale2, done,
                         True, operand, C,
                     )  # fmt: skip
                     done += 1

@@ -116,6 +116,19 @@ def heads_of(block, sizes):
 
 
 @triton.jit
+def own_rows(block, BLOCK: tl.constexpr, C: tl.constexpr):
+    """(channels, positions, which channels, rows and elements there are) of the block."""
+    d, number = tl.arange(0, C.D_BLOCK), block.first_row + tl.arange(0, BLOCK)
+    d_ok, row_ok = d < C.D, number < block.count
+    return d, block.origin + number * block.step, d_ok, row_ok, row_ok[:, None] & d_ok[None, :]
+
+
+@triton.jit
+def accumulator(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.zeros([ROWS, COLUMNS], tl.float32)
+
+
+@triton.jit
 def ranges_of(block, C: tl.constexpr):
     """How many ranges of the other side a block meets."""
     if C.CAUSAL:
@@ -225,12 +238,13 @@ def swept_tile(rows, at, swept, n):
 
 
 @triton.jit
-def key_tiles(k_rows, v_rows, k_at, v_at, keys, last, C: tl.constexpr):
-    """The keys and values of a range, given where the rows of their head begin, with channels."""
+def key_tiles(index, k_rows, v_rows, k_at, v_at, block, row, sizes, nest, C: tl.constexpr):
+    """(the keys and values of :func:`key_range`, whole), given where the rows of their head begin, with channels."""
+    keys, whole, last = key_range(index, block, row, sizes, nest, C)
     n = tl.arange(0, C.N)[:, None]
     k, k_step = swept_tile(k_rows, k_at, keys, n)
     v, v_step = swept_tile(v_rows, v_at, keys, n)
-    return KeyTiles(k, k_step, v, v_step, keys, last)
+    return KeyTiles(k, k_step, v, v_step, keys, last), whole
 
 
 @triton.jit
