@@ -13,14 +13,14 @@ from longnet.attention.backends.triton.kernels.rows import head_offset, pick
 
 
 @triton.jit
-def _absorb(scores, values, highest, total, acc):
-    """(highest, total, acc) of an online softmax after (n,) more scores, some of them -inf, and their (n, D) values."""
-    new = tl.maximum(highest, tl.max(scores, 0))
+def _absorb(scores, values, row_max, row_sum, acc):
+    """(row_max, row_sum, acc) of an online softmax after (n,) more scores, some of them -inf, and their (n, D) values."""
+    new = tl.maximum(row_max, tl.max(scores, 0))
     # Before the first key both are -inf, and their difference would be NaN.
     base = tl.where(new == float("-inf"), 0.0, new)
     p = tl.exp(scores - base)
-    fade = tl.exp(highest - base)
-    return new, total * fade + tl.sum(p, 0), acc * fade + tl.sum(p[:, None] * values, 0)
+    rescale = tl.exp(row_max - base)
+    return new, row_sum * rescale + tl.sum(p, 0), acc * rescale + tl.sum(p[:, None] * values, 0)
 
 
 @triton.jit
@@ -64,8 +64,8 @@ def lanes_kernel(
     d_ok = d < D
     q = tl.load(Q + batch * q_at[0] + tl.cast(head, tl.int64) * q_at[1] + d, mask=d_ok, other=0.0).to(KIND) * SCALE
     rows = batch * cache_at + first * D
-    highest = tl.full([1], float("-inf"), KIND)
-    total = tl.zeros([1], KIND)
+    row_max = tl.full([1], float("-inf"), KIND)
+    row_sum = tl.zeros([1], KIND)
     acc = tl.zeros([D_BLOCK], KIND)
     n = tl.arange(0, ROWS)
     inside = n[:, None] * D + d[None, :]
@@ -77,7 +77,7 @@ def lanes_kernel(
         k = tl.load(KEYS + at, mask=ok[:, None] & d_ok[None, :], other=0.0).to(KIND)
         v = tl.load(VALUES + at, mask=ok[:, None] & d_ok[None, :], other=0.0).to(KIND)
         s = tl.where(ok, tl.sum(k * q[None, :], 1), float("-inf"))
-        highest, total, acc = _absorb(s, v, highest, total, acc)
+        row_max, row_sum, acc = _absorb(s, v, row_max, row_sum, acc)
     if last < low + ROWS * tiles:
         kv_head = tl.cast(head // group, tl.int64)
         k_new = tl.load(K + batch * k_at[0] + kv_head * k_at[1] + d, mask=d_ok, other=0.0)
@@ -88,15 +88,15 @@ def lanes_kernel(
         tl.store(VALUES + at, v_new, mask=d_ok)
         if last >= hidden:
             s = tl.sum(tl.where(d_ok, k_new.to(KIND) * q, 0.0), 0)
-            new = tl.maximum(highest, s)
-            fade, p = tl.exp(highest - new), tl.exp(s - new)
-            total = total * fade + p
-            acc = acc * fade + p * v_new.to(KIND)
-            highest = new
-    some = total > 0
-    acc = tl.where(some, acc / tl.where(some, total, 1.0), 0.0)
+            new = tl.maximum(row_max, s)
+            rescale, p = tl.exp(row_max - new), tl.exp(s - new)
+            row_sum = row_sum * rescale + p
+            acc = acc * rescale + p * v_new.to(KIND)
+            row_max = new
+    some = row_sum > 0
+    acc = tl.where(some, acc / tl.where(some, row_sum, 1.0), 0.0)
     tl.store(OUT + tl.cast(program, tl.int64) * D + d, acc, mask=d_ok)
-    lse = tl.where(some, highest + tl.log(tl.where(some, total, 1.0)), float("-inf"))
+    lse = tl.where(some, row_max + tl.log(tl.where(some, row_sum, 1.0)), float("-inf"))
     tl.store(LSE + program + tl.arange(0, 1), lse)
 
 
@@ -113,8 +113,8 @@ def mix_kernel(
     position = tl.load(SEEN)
     d, split = tl.arange(0, D_BLOCK), tl.arange(0, SPLITS)
     d_ok = d < D
-    highest = tl.full([1], float("-inf"), KIND)
-    total = tl.zeros([1], KIND)
+    row_max = tl.full([1], float("-inf"), KIND)
+    row_sum = tl.zeros([1], KIND)
     acc = tl.zeros([D_BLOCK], KIND)
     for i in tl.static_range(BRANCHES):
         offset = position % lengths[i] % rates[i]
@@ -129,8 +129,8 @@ def mix_kernel(
         some = lse > float("-inf")
         at = part[:, None].to(tl.int64) * D + d[None, :]
         out = tl.load(PARTS + at, mask=some[:, None] & d_ok[None, :], other=0.0)
-        highest, total, acc = _absorb(lse, out, highest, total, acc)
-    acc = tl.where(total > 0, acc / tl.where(total > 0, total, 1.0), 0.0)
+        row_max, row_sum, acc = _absorb(lse, out, row_max, row_sum, acc)
+    acc = tl.where(row_sum > 0, acc / tl.where(row_sum > 0, row_sum, 1.0), 0.0)
     at = tl.cast(batch, tl.int64) * out_at[0] + tl.cast(head, tl.int64) * out_at[1]
     tl.store(OUT + at + d, acc.to(OUT.dtype.element_ty), mask=d_ok)
     if program == 0:

@@ -296,7 +296,7 @@ def column_shift(parts, weights, base):
 
 
 @gluon.jit
-def exponentials(s, scale2, base, weights, C: gl.constexpr):
+def weighted_exponentials(s, scale2, base, weights, C: gl.constexpr):
     """``exp2(s * scale2 - base)`` of scores (64, N), times the weights of their columns where the nest has several branches."""
     if C.weighted:
         parts = gl.reshape(s, [s.shape[0], C.N // C.period, C.period])
@@ -313,7 +313,7 @@ def mma_layout(COLUMNS):
 
 
 @gluon.jit
-def accumulator(COLUMNS: gl.constexpr):
+def warpgroup_zeros(COLUMNS: gl.constexpr):
     """Zeros for a warpgroup's product with so many columns."""
     return gl.zeros([HALF, COLUMNS], gl.float32, layout=mma_layout(COLUMNS))
 

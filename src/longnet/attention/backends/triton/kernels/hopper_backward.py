@@ -17,9 +17,7 @@ from longnet.attention.backends.triton.kernels.hopper import (
     OwnedTiles,
     Program,
     Source,
-    accumulator,
     all_keys,
-    exponentials,
     head_start,
     make_barriers,
     mma_layout,
@@ -28,6 +26,8 @@ from longnet.attention.backends.triton.kernels.hopper import (
     seen_keys,
     skip,
     warpgroup_rows,
+    warpgroup_zeros,
+    weighted_exponentials,
     written_rows,
 )
 from longnet.attention.backends.triton.kernels.triton_internals import aggregate
@@ -46,7 +46,7 @@ def _query_block(
     values.wait(done)
     next_p = scores_of(grad, values.tile(done), zero, C)
     s = warpgroup_mma_wait(PRODUCTS, deps=(next_s,))
-    p = exponentials(s, scale2, lse2, weights, C)
+    p = weighted_exponentials(s, scale2, lse2, weights, C)
     if CUT:
         n = gl.arange(0, C.N, layout=gl.SliceLayout(0, s.type.layout))
         p = gl.where(n[None, :] <= last[:, None], p, 0.0)
@@ -67,7 +67,7 @@ def _consume_keys(program, own, keys, values, LSE, DELTA, GRAD_Q, lse_at, grad_q
     outs: gl.constexpr = mma_layout(C.D)
     row_layout: gl.constexpr = gl.SliceLayout(1, scores)
     operand: gl.constexpr = gl.DotOperandLayout(0, outs, 2)
-    zero = accumulator(C.N)
+    zero = warpgroup_zeros(C.N)
     q, grad = own.parts(0, WHICH, C), own.parts(1, WHICH, C)
     scale2 = scale * LOG2E
     done, turn, upcoming = 0, 0, program.load_item(gl.program_id(0))
@@ -80,7 +80,7 @@ def _consume_keys(program, own, keys, values, LSE, DELTA, GRAD_Q, lse_at, grad_q
             # A row without keys, or a dead one, has lse -inf and probabilities 0; a dead one's query may be anything.
             lse2 = gl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
             delta = gl.load(DELTA + at, mask=m < block.count, other=0.0)
-            acc = accumulator(C.D)
+            acc = warpgroup_zeros(C.D)
             own.wait(turn)
             turn += 1
             for index in range(0, program.ranges(block)):
@@ -236,7 +236,7 @@ def _consume_queries(
     outs: gl.constexpr = mma_layout(C.D)
     row_layout: gl.constexpr = gl.SliceLayout(1, scores)
     operand: gl.constexpr = gl.DotOperandLayout(0, outs, 2)
-    zero = accumulator(C.N)
+    zero = warpgroup_zeros(C.N)
     linear: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     left: gl.constexpr = gl.DotOperandLayout(0, scores, 2)
     scale2 = scale * LOG2E
@@ -246,8 +246,8 @@ def _consume_queries(
         if block.first_row < block.count:
             own_first, m = warpgroup_rows(block, WHICH, row_layout)
             head_at = head_start(lse_at, block)
-            acc_k = accumulator(C.D)
-            acc_v = accumulator(C.D)
+            acc_k = warpgroup_zeros(C.D)
+            acc_v = warpgroup_zeros(C.D)
             own.wait(turn)
             turn += 1
             k, v = own.parts(0, WHICH, C), own.parts(1, WHICH, C)

@@ -14,9 +14,7 @@ from longnet.attention.backends.triton.kernels.hopper import (
     OwnedTiles,
     Program,
     Source,
-    accumulator,
     all_keys,
-    exponentials,
     head_start,
     make_barriers,
     mma_layout,
@@ -25,6 +23,8 @@ from longnet.attention.backends.triton.kernels.hopper import (
     seen_keys,
     skip,
     warpgroup_rows,
+    warpgroup_zeros,
+    weighted_exponentials,
     written_rows,
 )
 
@@ -40,7 +40,7 @@ def _softmax(s, row_max, row_sum, weights, last, scale2, CUT: gl.constexpr, C: g
     if CUT:
         # A row that has seen no key yet subtracts 0: exp2(-inf - -inf) would be NaN.
         base = gl.where(new == float("-inf"), 0.0, new)
-    p = exponentials(s, scale2, base, weights, C)
+    p = weighted_exponentials(s, scale2, base, weights, C)
     rescale = gl.exp2(row_max - base)
     return p, rescale, new, row_sum * rescale + gl.sum(p, 1)
 
@@ -50,7 +50,7 @@ def _advance(
     q, zero, keys, values, acc, p, row_max, row_sum, weights, last, scale2, done,
     CUT: gl.constexpr, OPERAND: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
-    """One block of keys; the product of the block before with its values runs under this one's exponentials."""
+    """One block of keys; the product of the block before with its values runs under this one's weighted_exponentials."""
     keys.wait(done)
     next_s = scores_of(q, keys.tile(done), zero, C)
     values.wait(done - 1)
@@ -72,7 +72,7 @@ def _consume(program, own, keys, values, OUT, LSE, out_at, lse_at, scale, WHICH:
     row_layout: gl.constexpr = gl.SliceLayout(1, scores)
     out_rows: gl.constexpr = gl.SliceLayout(1, outs)
     operand: gl.constexpr = gl.DotOperandLayout(0, outs, 2)
-    zero = accumulator(C.N)
+    zero = warpgroup_zeros(C.N)
     q = own.parts(0, WHICH, C)
     scale2 = scale * LOG2E
     done, turn, upcoming = 0, 0, program.load_item(gl.program_id(0))
@@ -82,7 +82,7 @@ def _consume(program, own, keys, values, OUT, LSE, out_at, lse_at, scale, WHICH:
             own_first, m = warpgroup_rows(block, WHICH, row_layout)
             row_max = gl.full([HALF], float("-inf"), gl.float32, layout=row_layout)
             row_sum = gl.zeros([HALF], gl.float32, layout=row_layout)
-            acc = accumulator(C.D)
+            acc = warpgroup_zeros(C.D)
             p = gl.zeros(zero.shape, keys.tiles.dtype, layout=operand)
             own.wait(turn)
             turn += 1
@@ -97,7 +97,7 @@ def _consume(program, own, keys, values, OUT, LSE, out_at, lse_at, scale, WHICH:
                     for _ in range(top, all_top):
                         skip(keys, values, done)
                         done += 1
-                    # The first block by itself: nothing runs under its exponentials yet.
+                    # The first block by itself: nothing runs under its weighted_exponentials yet.
                     keys.wait(done)
                     first = scores_of(q, keys.tile(done), zero, C)
                     scored = warpgroup_mma_wait(0, deps=(first,))

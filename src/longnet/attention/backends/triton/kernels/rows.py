@@ -1,8 +1,8 @@
 """Where a program's rows lie and which ranges of the other side they meet: the kernels' view of ``geometry.nests``.
 
 Everything is an integer or a vector of them; element offsets are 64 bits wide, positions 32. The general kernels get a
-``launches.NestShape``, the ``launches.Sizes`` of a launch and, as constants ``C``, its ``launches.Settings``. Triton's
-interpreter runs these kernels too and knows no aggregates, so their state is in named tuples.
+``launches.NestShape``, the ``launches.Sizes`` of a launch and, as constants ``C``, its ``launches.Settings``. Their state is
+in named tuples, which Triton's interpreter runs as plain Python.
 """
 
 from __future__ import annotations
@@ -125,6 +125,7 @@ def own_rows(block, BLOCK: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def accumulator(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Zeros that products are added to."""
     return tl.zeros([ROWS, COLUMNS], tl.float32)
 
 
@@ -260,6 +261,7 @@ def load_tile(rows, inside, d_ok, CUT: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def extras_of(PADDING, BIAS, padding_at, bias_at, batch, head):
+    """Those of a batch row and head; strides as ``backend`` gives them."""
     return Extras(PADDING + batch * padding_at[0], padding_at[1], BIAS + head * bias_at[0], bias_at[1])
 
 

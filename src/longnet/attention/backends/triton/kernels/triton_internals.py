@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, dataclass_transform, get_type_hints
 
 from triton.language.core import _aggregate, base_value, constexpr
 
+T = TypeVar("T")
 
-def aggregate(cls: type) -> Any:
+
+@dataclass_transform()
+def aggregate(cls: type[T]) -> type[T]:
     """Kernel state with names: tensors, constants, tuples and other aggregates, one value per annotation. Methods are jitted.
 
     Triton 3.6 takes no annotations written as strings and makes no constructor, as later versions do.
@@ -20,4 +23,5 @@ def aggregate(cls: type) -> Any:
 
     init.__triton_builtin__ = True  # type: ignore[attr-defined]
     cls.__annotations__, cls.__init__ = fields, init  # type: ignore[misc]
-    return _aggregate(cls)
+    made: type[T] = _aggregate(cls)
+    return made
