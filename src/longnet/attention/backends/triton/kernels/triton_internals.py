@@ -22,6 +22,6 @@ def aggregate(cls: type[T]) -> type[T]:
             setattr(self, name, value if isinstance(value, base_value) else constexpr(value))
 
     init.__triton_builtin__ = True  # type: ignore[attr-defined]
-    cls.__annotations__, cls.__init__ = fields, init  # type: ignore[misc]
+    cls.__annotations__, cls.__init__ = fields, init  # type: ignore[method-assign]
     made: type[T] = _aggregate(cls)
     return made
