@@ -103,6 +103,16 @@ def test_a_slide_that_fails_leaves_the_others(weights: Path, tmp_path: Path, cal
     assert sorted(path.name for path in folder.glob("*.slide.*")) == ["good.slide.safetensors"]
 
 
+def test_a_result_that_is_not_finite_is_not_written(weights: Path, tmp_path: Path, call: Longnet) -> None:
+    """Numbers that a dtype cannot hold, say."""
+    folder = tmp_path / "slides"
+    slide(folder / "good.safetensors", 10)
+    save_file({"features": torch.full((3, 1536), 1e38), "coords": torch.zeros(3, 2)}, folder / "huge.safetensors")
+    result = call("slide-encode", folder, "--checkpoint", weights, "--device", "cpu")
+    assert result.returncode == 2 and "the result in float32 is not finite" in result.stderr
+    assert sorted(path.name for path in folder.glob("*.slide.*")) == ["good.slide.safetensors"]
+
+
 def trident(path: Path, tile_size: object, scale: int, tiles: int = 40) -> Path:
     """A slide as TRIDENT writes it; the tissue depends on the number of tiles alone."""
     held = load_file(slide(path.with_suffix(".safetensors"), tiles))

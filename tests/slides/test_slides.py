@@ -90,6 +90,19 @@ def test_coordinates_that_are_no_pixels(tmp_path: Path, coords: Any) -> None:
         read_slide(tmp_path / "x.h5")
 
 
+@pytest.mark.parametrize("name", ["features", "coords"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_numbers_that_are_not_finite(tmp_path: Path, name: str, value: float) -> None:
+    tensors = {"features": torch.randn(5, 3), "coords": torch.zeros(5, 2)}
+    tensors[name][3, 1] = value
+    save_file(tensors, tmp_path / "x.safetensors")
+    said = {"features": "embeddings", "coords": "coords"}[name]
+    with pytest.raises(
+        ValueError, match=rf"x\.safetensors has {said} that are not finite in 1 of 5 tiles, tile 3 the first"
+    ):
+        read_slide(tmp_path / "x.safetensors")
+
+
 def test_another_machines_byte_order(tmp_path: Path) -> None:
     x, coords = np.arange(15, dtype=">f4").reshape(5, 3), np.arange(10, dtype=">i8").reshape(5, 2)
     np.savez(tmp_path / "x.npz", features=x, coords=coords)
@@ -111,7 +124,7 @@ def test_the_tile_size_that_trident_writes(tmp_path: Path, name: str, value: Any
     assert tile_size == 512 and type(tile_size) is int
 
 
-@pytest.mark.parametrize("value", [0, -512, 0.5, np.nan, np.inf, "512", [256, 512], True, h5py.Empty("i8")])
+@pytest.mark.parametrize("value", [0, -512, 0.5, np.nan, np.inf, "512", [256, 512], 2**63 - 1, True, h5py.Empty("i8")])
 def test_a_tile_size_that_is_none(tmp_path: Path, value: Any) -> None:
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file["features"] = np.ones((5, 3), np.float32)

@@ -170,6 +170,8 @@ def _encode(
             tensors["attention"] = model.attention_weights(x, coords).mean((0, 2))[0]
             tensors["coords"] = slide.coords
     tensors = {name: tensor.float().cpu() for name, tensor in tensors.items()}
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise ValueError(f"{source}: the result in {kind} is not finite: expected other weights, or --dtype float32")
     if heatmap:
         weights, side = tensors["attention"], model.tile_size
         write_atomically(

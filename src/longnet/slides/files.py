@@ -23,6 +23,7 @@ _EMBEDDINGS = ("tile_embeds", "features", "embeddings")
 _COORDS = ("coords", "coordinates")
 # TRIDENT's attribute of coords: the side of a tile in pixels of the coordinates, 512 for a tile of 256 pixels of a 40x slide.
 _TILE_SIZE = "patch_size_level0"
+_LARGEST_TILE = 1 << 20
 
 # Arrays by name (None for other names), and the tile size as the file holds it.
 _Contents = tuple[Mapping[str, Any], Any]
@@ -48,8 +49,8 @@ def read_slide(path: str | Path) -> Slide:
     attribute patch_size_level0 of the coordinates. Its arrays must lie in the file itself, not behind a link.
 
     Raises:
-        ValueError: another format, a file that is not what its name says, or arrays that are missing or of other shapes or
-            dtypes. OSError: a file that is not there.
+        ValueError: another format, a file that is not what its name says, or arrays that are missing, not finite, or of other
+            shapes or dtypes. OSError: a file that is not there.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -73,7 +74,15 @@ def read_slide(path: str | Path) -> Slide:
         raise ValueError(
             f"{path} has embeddings {tuple(embeddings.shape)} and coords {tuple(coords.shape)}: expected (L, C) and (L, 2)"
         )
-    return Slide(embeddings.float(), coords.float(), None if tile_size is None else _tile_size_of(path, tile_size))
+    embeddings, coords = embeddings.float(), coords.float()
+    for name, values in (("embeddings", embeddings), ("coords", coords)):
+        if not bool((finite := values.isfinite().all(1)).all()):
+            row = int((~finite).nonzero()[0])
+            raise ValueError(
+                f"{path} has {name} that are not finite in {int((~finite).sum())} of {len(values)} tiles, tile {row} the first: "
+                "expected finite numbers"
+            )
+    return Slide(embeddings, coords, None if tile_size is None else _tile_size_of(path, tile_size))
 
 
 def result_bytes(tensors: Mapping[str, Tensor], made_from: Mapping[str, str]) -> bytes:
@@ -108,9 +117,16 @@ def _array_of(path: Path, contents: Mapping[str, Any], names: tuple[str, ...]) -
 
 def _tile_size_of(path: Path, value: Any) -> int:
     size = np.asarray(value)
-    if size.size != 1 or size.dtype.kind not in "iuf" or not np.isfinite(size) or size < 1 or size != np.floor(size):
+    if (
+        size.size != 1
+        or size.dtype.kind not in "iuf"
+        or not np.isfinite(size)
+        or not 1 <= size <= _LARGEST_TILE
+        or size != np.floor(size)
+    ):
         raise ValueError(
-            f"{path}: the attribute {_TILE_SIZE} of coords is {value!r}: expected a whole number of pixels"
+            f"{path}: the attribute {_TILE_SIZE} of coords is {value!r}: expected a whole number of pixels from 1 to "
+            f"{_LARGEST_TILE:,}"
         )
     return int(size.item())
 
