@@ -1,4 +1,4 @@
-"""What kernels use of Triton that has no public name yet."""
+"""What kernels use of Triton that has no public name yet; runtime/triton_internals.py names the versions that were tried."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def aggregate(cls: type[T]) -> type[T]:
     """
     fields = get_type_hints(cls)
 
-    def init(self: Any, *values: Any) -> None:
-        for name, value in zip(fields, values, strict=True):
+    def init(self: Any, *args: Any) -> None:
+        for name, value in zip(fields, args, strict=True):
             setattr(self, name, value if isinstance(value, base_value) else constexpr(value))
 
     init.__triton_builtin__ = True  # type: ignore[attr-defined]
