@@ -9,6 +9,9 @@ INSTALLED := .venv/.installed
 export OMP_WAIT_POLICY ?= PASSIVE
 export KMP_BLOCKTIME ?= 0
 
+# Tests start many processes, and each would compile the library anew: they are twice as slow without byte code.
+unexport PYTHONDONTWRITEBYTECODE
+
 # One worker more than there are processors: some tests wait for processes or for the clock.
 PYTEST = $(BIN)/python -m pytest -n $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )) --maxprocesses 8 --dist loadgroup
 
