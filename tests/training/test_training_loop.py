@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from longnet.training import (
     CheckpointError,
@@ -21,7 +22,9 @@ from longnet.training import (
     train,
     write_report,
 )
+from longnet.training.folder import RunFolder
 from longnet.training.metrics import read_metrics
+from longnet.training.progress import SilentReporter
 from longnet.training.trainer import Trainer
 
 Make = Callable[..., TrainSettings]
@@ -85,8 +88,6 @@ def test_the_trained_model_is_what_load_model_gives(make_settings: Make) -> None
     model = load_model(settings.out)
     assert torch.equal(before, torch.get_rng_state())
     assert not model.training and model.config == settings.model
-    from safetensors.torch import load_file
-
     state = load_file(_state(settings))
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[f"model.{name}"])
@@ -331,6 +332,65 @@ def test_a_kill_at_any_first_write_leaves_a_run_that_is_new_or_can_go_on(
             train(settings)
     assert train(settings, resume=(Path(settings.out) / "run.json").exists()).step == 2
     assert load_model(settings.out).config == settings.model
+
+
+@pytest.mark.parametrize("steps", [12, 40])
+def test_a_kill_between_checkpoint_and_model_is_repaired_by_resuming(
+    make_settings: Make, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def replace(source: Path, target: Path) -> None:
+        if Path(target).name == "model.safetensors" and next(writes) == 1:
+            raise Killed
+        original(source, target)
+
+    original, writes = os.replace, iter(range(100))
+    settings = make_settings(save_every=12, eval_every=0, steps=steps)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", replace)
+        with pytest.raises(Killed):
+            train(settings)
+    # Stops at once: the model is repaired without a further step.
+    assert train(settings, resume=True, should_stop=lambda: True).step == 12
+    _check_model_is_the_checkpoints(settings)
+
+
+def _check_model_is_the_checkpoints(settings: TrainSettings) -> None:
+    weights, state = load_model(settings.out).state_dict(), load_file(_state(settings))
+    assert all(torch.equal(tensor, state[f"model.{name}"]) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize(
+    "damage", ["missing", "truncated", "flipped", "foreign", "of another run", "of another config"]
+)
+def test_resuming_a_finished_run_repairs_its_model(make_settings: Make, tmp_path: Path, damage: str) -> None:
+    settings = make_settings(steps=2, eval_every=0)
+    train(settings)
+    file = Path(settings.out) / "model.safetensors"
+    content = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    elif damage == "foreign":
+        save_file(load_file(file), file)
+    elif damage == "of another run":
+        train(settings.replace(out=str(tmp_path / "other"), seed=3))
+        shutil.copy(tmp_path / "other" / "model.safetensors", file)
+    elif damage == "of another config":
+        RunFolder(settings.out).write_weights(load_file(file), settings.model.replace(dropout=0.3))
+    else:
+        file.write_bytes(content[:-8] if damage == "truncated" else content[:-1] + bytes([content[-1] ^ 1]))
+    said: list[str] = []
+    reporter = SilentReporter()
+    reporter.say = said.append  # type: ignore[method-assign]
+    assert train(settings, resume=True, reporter=reporter).step == 2
+    assert file.read_bytes() == content
+    assert any("model.safetensors is missing, damaged or of another step: writing it" in line for line in said)
+    said.clear()
+    before = file.stat().st_mtime_ns
+    train(settings, resume=True, reporter=reporter)
+    assert file.stat().st_mtime_ns == before and not any("writing it" in line for line in said)
 
 
 def test_names_that_are_no_utf8(make_settings: Make, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from longnet.training.checkpoint import (
     CheckpointError,
     StateKind,
     collect_weights,
+    digest_tensors,
     read_safetensors,
     restore_weights,
     write_safetensors,
@@ -96,6 +97,15 @@ class RunFolder:
     def write_model(self, model: LongNetLM) -> None:
         """Write ``model.safetensors``, atomically."""
         self.write_weights(collect_weights(model), model.config, quantization(model))
+
+    def holds_weights(self, weights: Mapping[str, Tensor], config: LongNetConfig) -> bool:
+        """Whether ``model.safetensors`` is whole and holds exactly these weights (on the CPU) and this config."""
+        try:
+            own, metadata = read_safetensors(self.model_file, MODEL)
+        except CheckpointError:
+            return False
+        same_config = metadata.get("config", json.dumps(config.to_dict())) == json.dumps(config.to_dict())
+        return same_config and own.keys() == weights.keys() and digest_tensors(own) == digest_tensors(weights)
 
     def write_weights(self, weights: Mapping[str, Tensor], config: LongNetConfig, scheme: str | None = None) -> None:
         """Write weights that ``collect_weights`` named, as ``write_model`` does; ``scheme`` is that of quantised weights.

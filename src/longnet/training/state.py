@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,8 +50,8 @@ def restore_state(
     Raises:
         CheckpointError: names, shapes or dtypes that do not fit.
     """
-    weights = _with_prefix(checkpoint, "model.")
-    moments = _with_prefix(checkpoint, "optimizer.")
+    weights = model_weights(checkpoint.tensors)
+    moments = _with_prefix(checkpoint.tensors, "optimizer.")
     check_tensors(collect_weights(model), weights, checkpoint.path)
     states: dict[Tensor, dict[str, Any]] = {}
     # The optimizer has no state before its first step.
@@ -66,7 +67,7 @@ def restore_state(
             states[weight][key] = value.to(device) if key == "step" else spread_like(weight, value)
     restore_weights(model, weights, checkpoint.path)
     optimizer.state.update(states)
-    generators = _with_prefix(checkpoint, "rng.")
+    generators = _with_prefix(checkpoint.tensors, "rng.")
     if "cpu" not in generators:
         raise CheckpointError(f"{checkpoint.path} is damaged: it lacks rng.cpu")
     torch.set_rng_state(generators["cpu"])
@@ -74,6 +75,11 @@ def restore_state(
         torch.cuda.set_rng_state(generators["cuda"], device)
 
 
-def _with_prefix(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
+def model_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model's weights among the tensors of a state, by the names of ``collect_weights``."""
+    return _with_prefix(tensors, "model.")
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names start with ``prefix``, without it."""
-    return {name.removeprefix(prefix): value for name, value in checkpoint.tensors.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

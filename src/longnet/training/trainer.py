@@ -22,7 +22,7 @@ from longnet.training.progress import Reporter, format_seconds, task
 from longnet.training.ranks import Ranks, whole
 from longnet.training.schedule import decay, warm_up
 from longnet.training.settings import TrainSettings
-from longnet.training.state import collect_state, make_optimizer, restore_state
+from longnet.training.state import collect_state, make_optimizer, model_weights, restore_state
 
 
 class TrainingDiverged(RuntimeError):
@@ -115,9 +115,20 @@ class Trainer:
         if self.ranks.is_first:
             self.folder.write_start(settings.to_dict(), self.data.describe(), self.device)
             self.metrics = MetricsLog(self.folder.metrics_file, keep_to=self.step)
+            if checkpoint is not None:
+                self._repair_model(checkpoint)
         if checkpoint is None:
             self.save()
         self.started = time.monotonic()
+
+    def _repair_model(self, checkpoint: Checkpoint) -> None:
+        """Write ``model.safetensors`` again unless it is the checkpoint's model: a kill may have come between the two."""
+        weights, config = model_weights(checkpoint.tensors), self.settings.model
+        if not self.folder.holds_weights(weights, config):
+            self.reporter.say(
+                f"{self.folder.model_file} is missing, damaged or of another step: writing it from the checkpoint"
+            )
+            self.folder.write_weights(weights, config)
 
     def run(self, should_stop: Callable[[], bool]) -> TrainSummary:
         """Step until the end, or until asked to stop; the state is saved either way."""
@@ -249,8 +260,8 @@ class Trainer:
         if self.scaler.is_enabled():
             progress["scaler"] = self.scaler.state_dict()
         save_checkpoint(self.folder.checkpoint_file, tensors, progress)
-        weights = {name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")}
-        self.folder.write_weights(weights, self.settings.model)
+        # After a kill here, the next start writes the model from the checkpoint.
+        self.folder.write_weights(model_weights(tensors), self.settings.model)
         self.saved_step = self.step
 
 
