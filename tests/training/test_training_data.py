@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -128,27 +129,50 @@ def _links(root: Path) -> list[str]:
         f"Not read: {root / 'socket'} is a socket",
         f"Not read: {root / 'again'} is a link to a folder that is read already",
         f"Not read: {root / 'link' / 'loop'} is a link to a folder that is read already",
+        f"Not read: 1 name of a file that is read already under another name, such as {root / 'file.txt'}",
     ]
 
 
 def test_links_are_followed_and_what_is_not_read_is_named(tmp_path: Path) -> None:
     expected = _links(tmp_path / "data")
     said: list[str] = []
-    assert list_files(tmp_path / "data", say=said.append) == [
-        *("file.txt", "link/deep/b.txt", "real/a.txt", "z.txt"),
-    ]
+    assert list_files(tmp_path / "data", say=said.append) == ["link/deep/b.txt", "real/a.txt", "z.txt"]
     assert said == expected
     said.clear()
     corpus = read_corpus(tmp_path / "data", said.append)
-    assert corpus.train_files + corpus.held_out_files == 4
+    assert corpus.train_files + corpus.held_out_files == 3
     assert said == [f"Reading the folder {tmp_path / 'data'}", *expected]
+
+
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_a_file_of_several_names_counts_once(text_folder: Path, link: Callable[[Path, Path], None]) -> None:
+    before, names = read_corpus(text_folder), list_files(text_folder)
+    (text_folder / "c").mkdir()
+    for number in range(40):
+        link(text_folder / "c" / f"{number:02d}.txt", text_folder / ("a" if number % 2 else "b") / f"{number:02d}.txt")
+    said: list[str] = []
+    assert list_files(text_folder, say=said.append) == names
+    assert said == [
+        f"Not read: 40 names of files that are read already under another name, such as {text_folder / 'c' / '00.txt'}"
+    ]
+    assert read_corpus(text_folder).fingerprint == before.fingerprint
+
+
+def test_a_link_does_not_rename_a_file(tmp_path: Path) -> None:
+    """Which part a file is in depends on its name: a link that sorts before it must not change it."""
+    (tmp_path / "data").mkdir()
+    for name in ("y.txt", "z.txt", "../outside.txt"):
+        (tmp_path / "data" / name).write_text(name)
+    for name, target in (("a.txt", "z.txt"), ("c.txt", "../outside.txt"), ("b.txt", "../outside.txt")):
+        (tmp_path / "data" / name).symlink_to(target)
+    assert list_files(tmp_path / "data") == ["b.txt", "y.txt", "z.txt"]
 
 
 def test_a_stream_follows_links_too(tmp_path: Path) -> None:
     expected = _links(tmp_path / "data")
     said: list[str] = []
     source = FileBytes([str(tmp_path / "data")], said.append)
-    assert (source.files, source.total, said) == (4, 22, expected)
+    assert (source.files, source.total, said) == (3, 16, expected)
 
 
 def test_a_file_without_permission_is_named(text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import os
 import stat
 import sysconfig
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -239,22 +239,49 @@ def list_files(
 ) -> list[str]:
     """Relative paths of the non-empty regular files below ``root``, sorted; hidden names and ``skipped`` folders left out.
 
-    Links are followed, those to folders last, and no folder is read twice. So a loop ends, no file counts twice, and files keep
-    the names that they have without links.
+    Links are followed, and no folder or file is read twice: a loop ends, and no byte is both trained on and held out. Of
+    several names of one file (links and hard links) the first in sorted order counts, and before it one without a link.
 
     Args:
         say: called with a line of text for everything else that is not read: pipes, devices, sockets, broken links, files
-            without permission to read them, links to folders that are read already.
+            without permission to read them, links to folders that are read already, further names of files.
 
     Raises:
         OSError: a folder that cannot be read.
     """
     tell = say or (lambda text: None)
-    names: list[str] = []
+    names: list[tuple[bool, str, tuple[int, int]]] = []
+    for folder, entries, linked in _walk(root, skipped, tell):
+        for entry in entries:
+            path = folder / entry.name
+            if entry.name.endswith(suffix) and (state := _readable_state(path, tell)) is not None:
+                identity = (state.st_dev, state.st_ino)
+                names.append((linked or entry.is_symlink(), path.relative_to(root).as_posix(), identity))
+    files: dict[tuple[int, int], str] = {}
+    again = []
+    for _, name, identity in sorted(names):
+        if files.setdefault(identity, name) != name:
+            again.append(name)
+    if again:
+        count = "1 name of a file that is" if len(again) == 1 else f"{len(again):,} names of files that are"
+        tell(f"Not read: {count} read already under another name, such as {root / again[0]}")
+    return sorted(files.values())
+
+
+def _walk(
+    root: Path, skipped: frozenset[str], tell: Callable[[str], None]
+) -> Iterator[tuple[Path, list[os.DirEntry[str]], bool]]:
+    """Every folder at and below ``root`` once: its path, its entries but folders, and whether a link leads to it.
+
+    Links to folders come last, so that folders keep the paths that they have without links. Hidden names and ``skipped``
+    folders are left out.
+    """
     seen: set[tuple[int, int]] = set()
     folders: list[Path] = [root]
     links: list[Path] = []
+    linked = False
     while folders or links:
+        linked = linked or not folders
         folder = folders.pop() if folders else links.pop(0)
         state = os.stat(folder)
         if (state.st_dev, state.st_ino) in seen:
@@ -262,34 +289,32 @@ def list_files(
             continue
         seen.add((state.st_dev, state.st_ino))
         with os.scandir(folder) as listing:
-            entries = sorted(listing, key=lambda entry: entry.name)
+            entries = sorted((entry for entry in listing if not entry.name.startswith(".")), key=lambda one: one.name)
+        others = []
         for entry in entries:
-            path = Path(entry.path)
-            if entry.name.startswith("."):
-                continue
-            if path.is_dir():
-                if entry.name not in skipped:
-                    (links if entry.is_symlink() else folders).append(path)
-            elif entry.name.endswith(suffix) and _is_readable(path, tell):
-                names.append(path.relative_to(root).as_posix())
-    return sorted(names)
+            path = folder / entry.name
+            if not path.is_dir():
+                others.append(entry)
+            elif entry.name not in skipped:
+                (links if entry.is_symlink() else folders).append(path)
+        yield folder, others, linked
 
 
-def _is_readable(path: Path, tell: Callable[[str], None]) -> bool:
-    """Whether ``path`` is a file with content; report everything else but an empty file."""
+def _readable_state(path: Path, tell: Callable[[str], None]) -> os.stat_result | None:
+    """The state of a file with content; report everything else but an empty file."""
     try:
         state = os.stat(path)
     except OSError as error:
         tell(f"Not read: {path} is a broken link ({error.strerror})")
-        return False
+        return None
     kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
     if not stat.S_ISREG(state.st_mode):
         tell(f"Not read: {path} is {kinds.get(stat.S_IFMT(state.st_mode), 'not a regular file')}")
-        return False
+        return None
     if not os.access(path, os.R_OK):
         tell(f"Not read: there is no permission to read {path}")
-        return False
-    return state.st_size > 0
+        return None
+    return state if state.st_size > 0 else None
 
 
 def _read_files(root: Path, names: list[str]) -> Corpus:
