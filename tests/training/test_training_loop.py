@@ -308,6 +308,26 @@ def test_a_run_folder_in_its_own_data_is_refused(make_settings: Make, text_folde
     assert read_corpus(text_folder).fingerprint == before
 
 
+def test_a_run_folder_that_a_link_in_the_data_leads_to_is_refused(
+    make_settings: Make, text_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "project" / "deep").mkdir(parents=True)
+    (text_folder / "link").symlink_to("../project")
+    for out in (tmp_path / "project", tmp_path / "project" / "deep" / "run"):
+        with pytest.raises(
+            ValueError, match=r"out=.* lies in data=.* \(as '.*link.*'\), so the run's files would be read"
+        ):
+            train(make_settings(out=str(out), steps=1, eval_every=0))
+    assert [path.name for path in (tmp_path / "project").rglob("*")] == ["deep"]
+    # A folder in the run, which is there when the run is resumed.
+    settings = make_settings(steps=1, eval_every=0)
+    (text_folder / "link").unlink()
+    (text_folder / "link").symlink_to("../run/checkpoint")
+    train(settings)
+    with pytest.raises(ValueError, match=r"lies in data=.* \(as '.*link'\)"):
+        train(settings, resume=True)
+
+
 @pytest.mark.parametrize("after", [0, 1, 2, 3, 4])
 def test_a_kill_at_any_first_write_leaves_a_run_that_is_new_or_can_go_on(
     make_settings: Make, monkeypatch: pytest.MonkeyPatch, after: int

@@ -174,14 +174,21 @@ def check_lengths(corpus: Corpus, context: int) -> None:
 
 
 def check_outside(data: str | None, out: str) -> None:
-    """Raise ValueError if a run folder lies inside the data: a run would change its own data."""
+    """Raise ValueError if a run would change its own data: a folder that is read is the run folder or lies in it.
+
+    Args:
+        data: what is read.
+        out: the run folder, which is there already.
+    """
     if data is None or not Path(data).is_dir():
         return
-    root, folder = Path(data).resolve(), Path(out).resolve()
-    if folder.is_relative_to(root) and not any(part.startswith(".") for part in folder.relative_to(root).parts):
-        raise ValueError(
-            f"out={out!r} lies in data={data!r}, so the run's files would be read as data: expected a folder outside of it"
-        )
+    place = Path(out).resolve()
+    for folder, _, _ in _walk(Path(data), frozenset(), lambda text: None):
+        if folder.resolve().is_relative_to(place):
+            raise ValueError(
+                f"out={out!r} lies in data={data!r} (as {str(folder)!r}), so the run's files would be read as data: "
+                "expected a folder outside of it"
+            )
 
 
 def draw_windows(
