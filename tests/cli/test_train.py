@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -167,6 +168,17 @@ def test_a_truncated_checkpoint_is_one_line_too(
     result = call("train", "--out", out, "--resume")
     assert result.returncode == 2
     assert f"{state} is truncated or not a safetensors file" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_damaged_line_of_the_metrics_is_one_line_too(tmp_path: Path, call: Longnet, finished_run: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished_run, out)
+    metrics = out / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"bits_per_byte"', '"bits_per_bytf"', 1))
+    result = call("train", "--out", out, "--resume")
+    assert result.returncode == 2
+    assert f"longnet: error: {metrics} is damaged: line 1 (train) has no 'bits_per_byte'" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
 
 

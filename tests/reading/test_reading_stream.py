@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from longnet.reading import StreamResult, format_table
 from longnet.reading.reader import StreamReader, decade_counts, decade_of
+from longnet.reading.record import LINES
 from longnet.training import CheckpointError, load_model
 from longnet.training.checkpoint import digest_tensors
 
@@ -112,6 +113,36 @@ def test_lines_past_the_state_are_dropped(read: Read, lines: Lines, tmp_path: Pa
     assert 400 not in [line["position"] for line in lines()]
     assert [line["position"] for line in lines("result")] == [1234]
     assert result.decades == read({"out": str(tmp_path / "whole")}).decades
+
+
+@pytest.mark.parametrize(
+    ("kind", "old", "new", "message"),
+    [
+        ("progress", '"kind"', '"kinc"', "has no 'kind', expected one of"),
+        ("result", '"result"', '"resulu"', "has kind='resulu', expected one of"),
+        *(
+            (kind, f'"{name}"', f'"{name[:-1]}_"', rf"\({kind}\) has no '{name}'")
+            for kind in ("settings", "progress")
+            for name in LINES[kind]
+            if name != "position"
+        ),
+        ("progress", '"new_bytes": 1', '"new_bytes": -1', r"\(progress\) has new_bytes=-1"),
+        ("progress", '"new_seconds": ', '"new_seconds": 0, "x": ', r"\(progress\) has new_seconds=0"),
+        ("progress", '"bits_per_byte": ', '"bits_per_byte": "8", "x": ', r"\(progress\) has bits_per_byte='8'"),
+    ],
+)
+def test_a_damaged_line_of_the_record_is_named(
+    kind: str, old: str, new: str, message: str, read: Read, tmp_path: Path
+) -> None:
+    read({"tokens": 300, "save_every": 0.0})
+    record = tmp_path / "out" / "stream.jsonl"
+    lines = record.read_text().splitlines()
+    number = next(n for n, line in enumerate(lines) if f'"kind": "{kind}"' in line)
+    assert old in lines[number]
+    lines[number] = lines[number].replace(old, new, 1)
+    record.write_text("".join(f"{line}\n" for line in lines))
+    with pytest.raises(ValueError, match=rf"stream\.jsonl is damaged: line {number + 1}.*{message}"):
+        read({"tokens": None}, resume=True)
 
 
 def test_a_pipe_is_gone_on_with_by_piping_it_again(file: Path, read: Read, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from longnet.models import LongNetConfig
 from longnet.training import (
     CheckpointError,
     TrainingDiverged,
@@ -23,7 +25,7 @@ from longnet.training import (
     write_report,
 )
 from longnet.training.folder import RunFolder
-from longnet.training.metrics import read_metrics
+from longnet.training.metrics import RUN_LINES, read_metrics
 from longnet.training.progress import SilentReporter
 from longnet.training.trainer import Trainer
 
@@ -35,6 +37,19 @@ def _metrics(settings: TrainSettings, kind: str) -> list[tuple[Any, ...]]:
     lines = read_metrics(Path(settings.out) / "metrics.jsonl")
     clock = {"seconds", "tokens_per_second"}
     return [tuple(v for k, v in line.items() if k not in clock) for line in lines if line["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> TrainSettings:
+    """The settings of a run of two steps that has ended."""
+    root = tmp_path_factory.mktemp("finished")
+    (root / "text.txt").write_text("some text to learn by heart. " * 200)
+    settings = TrainSettings(
+        out=str(root / "run"), data=str(root / "text.txt"), model=LongNetConfig.preset("nano", layers=1), context=32,
+        steps=2, batch=2, eval_every=1, eval_windows=2, device="cpu", threads=1,
+    )  # fmt: skip
+    train(settings)
+    return settings
 
 
 def _stop_after(count: int) -> Callable[[], bool]:
@@ -411,6 +426,43 @@ def test_resuming_a_finished_run_repairs_its_model(make_settings: Make, tmp_path
     before = file.stat().st_mtime_ns
     train(settings, resume=True, reporter=reporter)
     assert file.stat().st_mtime_ns == before and not any("writing it" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("kind", "old", "new", "message"),
+    [
+        ("train", '"kind"', '"kinc"', r"has no 'kind', expected one of \['train', 'eval'\]"),
+        ("train", '"train"', '"trail"', r"has kind='trail', expected one of \['train', 'eval'\]"),
+        *(
+            (kind, f'"{name}"', f'"{name[:-1]}_"', rf"\({kind}\) has no '{name}'")
+            for kind, names in RUN_LINES.items()
+            for name in names
+            if name != "step"
+        ),
+        ("train", '"tokens": 64,', '"tokens": "64",', r"\(train\) has tokens='64'"),
+        ("eval", '"windows": 2', '"windows": true', r"\(eval\) has windows=True"),
+        ("eval", '"loss": [^,]*', '"loss": 1e999', r"\(eval\) has loss=inf"),
+        ("train", '"lr": ', '"lr": -Infinity, "x": ', r"\(train\) has lr=-inf"),
+    ],
+)
+def test_a_damaged_line_of_the_metrics_is_named(
+    finished: TrainSettings, kind: str, old: str, new: str, message: str
+) -> None:
+    file = Path(finished.out) / "metrics.jsonl"
+    content = file.read_text()
+    lines = content.splitlines()
+    number = next(n for n, line in enumerate(lines) if f'"kind": "{kind}"' in line)
+    lines[number], count = re.subn(old, new, lines[number])
+    assert count == 1
+    file.write_text("".join(f"{line}\n" for line in lines))
+    message = rf"metrics\.jsonl is damaged: line {number + 1}.*{message}"
+    try:
+        with pytest.raises(ValueError, match=message):
+            train(finished, resume=True)
+        with pytest.raises(ValueError, match=message):
+            write_report(finished.out)
+    finally:
+        file.write_text(content)
 
 
 def test_names_that_are_no_utf8(make_settings: Make, tmp_path: Path) -> None:

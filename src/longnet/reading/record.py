@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -15,12 +17,55 @@ from longnet.reading.source import ByteSource
 from longnet.reading.table import StreamResult, format_bytes
 from longnet.training.checkpoint import Checkpoint, save_checkpoint
 from longnet.training.folder import software_versions
-from longnet.training.metrics import MetricsLog, read_metrics
+from longnet.training.metrics import Kinds, MetricsLog, is_count, is_number, is_positive, or_none, read_metrics
 from longnet.training.progress import Reporter
 
 # A line makes the host wait for the device once.
 _LINE_SECONDS = 1.0
 _RESULT = "result"
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+_SETTINGS: dict[str, Callable[[Any], bool]] = {
+    "versions": lambda value: isinstance(value, dict),
+    "device": _is_text,
+    "dtype": _is_text,
+    "chunk": is_count,
+    "tokens": or_none(is_count),
+}
+LINES: Kinds = {
+    "settings": {
+        **_SETTINGS,
+        "run": _is_text,
+        "data": lambda value: isinstance(value, list),
+        "files": or_none(is_count),
+        "bytes": or_none(is_count),
+        "fingerprint": or_none(_is_text),
+        "cache_bytes": is_count,
+    },
+    "resumed": _SETTINGS,
+    "progress": {
+        "position": is_count,
+        "new_bytes": is_count,
+        "new_seconds": is_positive,
+        "tokens_per_second": is_number,
+        "bits_per_byte": or_none(is_number),
+        "new_bits_per_byte": or_none(is_number),
+        "memory": or_none(is_count),
+        "memory_peak": or_none(is_count),
+        "seconds": is_number,
+    },
+    _RESULT: {
+        "bits_per_byte": or_none(is_number),
+        "decades": lambda value: isinstance(value, list),
+        "seconds": is_number,
+        "tokens_per_second": or_none(is_number),
+    },
+}
+"""The lines of ``stream.jsonl``."""
 
 
 class StreamRecord:
@@ -78,14 +123,14 @@ class StreamRecord:
             # Before the record, so that a stream with a record can always be resumed.
             self._write_state()
         # More lines may follow a result.
-        self._log = MetricsLog(self._folder.record_file, self._reader.position, "position", drop_kind=_RESULT)
+        self._log = MetricsLog(self._folder.record_file, self._reader.position, "position", _RESULT, LINES)
         about = {
             "versions": software_versions(),
             "device": str(self._device),
             "dtype": self._settings.dtype,
             "chunk": self._settings.chunk,
         }
-        if not read_metrics(self._folder.record_file, "position"):
+        if not read_metrics(self._folder.record_file, "position", LINES):
             known = self._source.total is not None
             self._log.write(
                 kind="settings",
@@ -118,7 +163,7 @@ class StreamRecord:
         assert self._log is not None
         self._line()
         self._reporter.end()
-        lines = read_metrics(self._folder.record_file, "position")
+        lines = read_metrics(self._folder.record_file, "position", LINES)
         result = StreamResult.of(self._reader.position, self._reader.nats(), self._recorded_seconds, lines, finished)
         if finished:
             self._log.write(kind=_RESULT, **result.to_dict())

@@ -29,7 +29,7 @@ from longnet.training.evaluate import (
 from longnet.training.files import read_json, write_json, write_text
 from longnet.training.folder import RunFolder, load_model
 from longnet.training.lock import locked
-from longnet.training.metrics import read_metrics
+from longnet.training.metrics import RUN_LINES, read_metrics
 from longnet.training.page import Page
 from longnet.training.progress import Reporter, SilentReporter, format_seconds, task
 from longnet.training.resume import read_settings
@@ -86,7 +86,7 @@ def write_report(run: str | Path, *, corpus: Corpus | None = None, reporter: Rep
         data = corpus or read_corpus(settings.data, tell.say)
         if data.fingerprint != record["data"]["fingerprint"]:
             raise ValueError(f"data {data.source!r} is not what the run in {str(folder.path)!r} was trained on")
-        metrics = read_metrics(folder.metrics_file)
+        metrics = read_metrics(folder.metrics_file, kinds=RUN_LINES)
         if not any(line["kind"] == "train" for line in metrics):
             raise ValueError(f"the run in {str(folder.path)!r} has done no step yet: expected one to report on")
         model = load_model(folder.path, device)

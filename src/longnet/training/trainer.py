@@ -17,7 +17,7 @@ from longnet.training.data import Corpus, draw_windows
 from longnet.training.device import autocast
 from longnet.training.evaluate import score_windows, window_starts
 from longnet.training.folder import RunFolder
-from longnet.training.metrics import MetricsLog
+from longnet.training.metrics import RUN_LINES, MetricsLog
 from longnet.training.progress import Reporter, format_seconds, task
 from longnet.training.ranks import Ranks, whole
 from longnet.training.schedule import decay, warm_up
@@ -114,7 +114,7 @@ class Trainer:
             self.reporter.say(f"Resuming after step {self.step:,}, {format_seconds(self.earlier_seconds)} into the run")
         if self.ranks.is_first:
             self.folder.write_start(settings.to_dict(), self.data.describe(), self.device)
-            self.metrics = MetricsLog(self.folder.metrics_file, keep_to=self.step)
+            self.metrics = MetricsLog(self.folder.metrics_file, keep_to=self.step, kinds=RUN_LINES)
             if checkpoint is not None:
                 self._repair_model(checkpoint)
         if checkpoint is None:
