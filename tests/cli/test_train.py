@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -110,6 +111,26 @@ def test_of_two_starts_on_one_folder_one_wins(
     error = said[codes.index(2)][1]
     assert f"out={str(out)!r} is in use by another process" in error or "already holds a run" in error
     assert len(read_metrics(out / "metrics.jsonl")) == 4 and (out / "report.html").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_reading_data_says_how_far_it_is_and_stops_at_once(
+    tmp_path: Path, start_longnet: Callable[..., subprocess.Popen[str]], number: signal.Signals
+) -> None:
+    with open(tmp_path / "sparse", "wb") as file:
+        file.truncate(1 << 40)
+    out = tmp_path / "run"
+    process = start_longnet("train", "--data", tmp_path / "sparse", "--preset", "nano", "--out", out)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"Reading the file {tmp_path / 'sparse'}\n"
+        assert re.fullmatch(r"Read [\d,]+ of 1,099,511,627,776 bytes\n", process.stdout.readline())
+        process.send_signal(number)
+        assert process.wait(timeout=10) == 130
+    finally:
+        process.kill()
+        process.communicate()
+    assert not out.exists()
 
 
 def _toml(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import socket
 from collections.abc import Callable
@@ -217,13 +218,38 @@ def test_a_part_of_a_file_is_sliced_as_an_array(tmp_path: Path) -> None:
 def test_a_folder_larger_than_the_memory_is_refused(
     text_folder: Path, monkeypatch: pytest.MonkeyPatch, memory: int | None
 ) -> None:
-    def read(path: Path) -> bytes:
+    def read(file: object, buffer: memoryview) -> int:
         assert memory is None, "read although its size says enough"
         raise MemoryError
 
     monkeypatch.setattr(data, "_memory", lambda: memory)
-    monkeypatch.setattr(Path, "read_bytes", read)
+    monkeypatch.setattr(data, "read_into", read)
     with pytest.raises(ValueError, match=r"holds [\d,]+ bytes, more than fits into memory: expected less, or one file"):
+        read_corpus(text_folder)
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_reading_for_long_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, single: bool) -> None:
+    """With a clock by which a chunk takes one second."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.txt").write_bytes(bytes(1500))
+    if not single:
+        (tmp_path / "data" / "b.txt").write_bytes(bytes(100))
+    clock = itertools.count()
+    monkeypatch.setattr(data, "_CHUNK", 100)
+    monkeypatch.setattr(data.time, "monotonic", lambda: float(next(clock)))
+    said: list[str] = []
+    read_corpus(tmp_path / "data" / "a.txt" if single else tmp_path / "data", said.append)
+    total, last = ("1,500", "1,350") if single else ("1,600", "1,400")
+    # The clock is also read when a line is due.
+    assert said[1:] == [f"Read {count} of {total} bytes" for count in ("200", "600", last)]
+
+
+def test_a_file_of_a_folder_that_becomes_shorter_is_an_error(
+    text_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "read_into", lambda file, buffer: len(buffer) - 1)
+    with pytest.raises(ValueError, match=r"\.txt has become shorter while it was read"):
         read_corpus(text_folder)
 
 

@@ -109,7 +109,14 @@ def _run(settings: TrainSettings, resume: bool) -> None:
         reporter = make_reporter() if ranks.is_first else SilentReporter()
         settings = settings.replace(device=device)
         with stop_on_signal(reporter.say, "this step") as stopping:
-            summary = train_model(settings, resume=resume, reporter=reporter, should_stop=stopping.asked, ranks=ranks)
+            summary = train_model(
+                settings,
+                resume=resume,
+                reporter=reporter,
+                should_stop=stopping.asked,
+                ranks=ranks,
+                waiting=stopping.waiting,
+            )
     if not ranks.is_first:
         # The first process prints, writes and reports for all.
         raise typer.Exit(0 if summary.finished else INTERRUPTED)

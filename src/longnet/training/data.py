@@ -10,6 +10,7 @@ import hashlib
 import os
 import stat
 import sysconfig
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -124,7 +125,8 @@ def read_corpus(path: str | os.PathLike[str] | None = None, say: Callable[[str],
 
     Args:
         path: what to read.
-        say: called with a line of text before each slow step, and for everything that is not read.
+        say: called with a line of text before each slow step, for everything that is not read, and with the bytes so far
+            when reading takes longer than two seconds.
 
     Raises:
         ValueError: no data, too little to split, or a folder that is larger than the memory.
@@ -134,14 +136,14 @@ def read_corpus(path: str | os.PathLike[str] | None = None, say: Callable[[str],
     if path is None:
         root = standard_library()
         tell(f"Reading the Python standard library's source in {root}")
-        return _read_files(root, list_files(root, suffix=".py", skipped=_STDLIB_SKIPPED, say=tell))
+        return _read_files(root, list_files(root, suffix=".py", skipped=_STDLIB_SKIPPED, say=tell), tell)
     root = Path(path)
     if root.is_file():
         tell(f"Reading the file {root}")
-        return _map_file(root)
+        return _map_file(root, tell)
     if root.is_dir():
         tell(f"Reading the folder {root}")
-        return _read_files(root, list_files(root, say=tell))
+        return _read_files(root, list_files(root, say=tell), tell)
     what = "a pipe or a device" if root.exists() else "not there"
     raise ValueError(f"data={str(path)!r} is {what}: expected a file or a folder of text")
 
@@ -324,7 +326,7 @@ def _readable_state(path: Path, tell: Callable[[str], None]) -> os.stat_result |
     return state if state.st_size > 0 else None
 
 
-def _read_files(root: Path, names: list[str]) -> Corpus:
+def _read_files(root: Path, names: list[str], say: Callable[[str], None]) -> Corpus:
     if len(names) < 2:
         raise ValueError(
             f"data={str(root)!r} holds {len(names)} non-empty file(s): expected at least two, "
@@ -344,12 +346,15 @@ def _read_files(root: Path, names: list[str]) -> Corpus:
         raise ValueError(too_large)
     digest = hashlib.sha256()
     parts = (bytearray(), bytearray())
+    progress = _ReadProgress(size, say)
     try:
         for name in names:
-            content = (root / name).read_bytes()
-            digest.update(f"{name}\0{len(content)}\0".encode("utf-8", "surrogateescape"))
-            digest.update(content)
-            parts[name in held_out_names].extend(content)
+            path = root / name
+            file = BytesOnDisk(path, 0, path.stat().st_size)
+            digest.update(f"{name}\0{file.size}\0".encode("utf-8", "surrogateescape"))
+            for chunk in progress.chunks(file):
+                digest.update(chunk)
+                parts[name in held_out_names].extend(chunk)
     except MemoryError:
         raise ValueError(too_large) from None
     train, held_out = (np.frombuffer(part, dtype=np.uint8) for part in parts)
@@ -357,17 +362,37 @@ def _read_files(root: Path, names: list[str]) -> Corpus:
     return Corpus(str(root), train, held_out, len(names) - count, count, split, digest.hexdigest())
 
 
-def _map_file(path: Path) -> Corpus:
+def _map_file(path: Path, say: Callable[[str], None]) -> Corpus:
     size = path.stat().st_size
     cut = size - int(size * HELD_OUT_SHARE)
     if size - cut < 2:
         raise ValueError(f"data={str(path)!r} holds {size} bytes: expected at least 20, the last tenth is held out")
     train, held_out = BytesOnDisk(path, 0, cut), BytesOnDisk(path, cut, size)
     digest = hashlib.sha256(f"{path.name}\0{size}\0".encode("utf-8", "surrogateescape"))
+    progress = _ReadProgress(size, say)
     for part in (train, held_out):
-        for start in range(0, part.size, _CHUNK):
-            digest.update(part[start : start + _CHUNK].data)
+        for chunk in progress.chunks(part):
+            digest.update(chunk)
     return Corpus(str(path), train, held_out, 1, 1, "one file: its last tenth is held out", digest.hexdigest())
+
+
+class _ReadProgress:
+    """Reads data chunk by chunk and says how far it is: after two seconds, then ever more rarely, once a minute at last."""
+
+    def __init__(self, total: int, say: Callable[[str], None]) -> None:
+        self._total, self._say = total, say
+        self._done, self._wait = 0, 2.0
+        self._due = time.monotonic() + self._wait
+
+    def chunks(self, file: BytesOnDisk) -> Iterator[memoryview]:
+        for start in range(0, file.size, _CHUNK):
+            chunk = file[start : start + _CHUNK].data
+            yield chunk
+            self._done += len(chunk)
+            if time.monotonic() >= self._due:
+                self._say(f"Read {self._done:,} of {self._total:,} bytes")
+                self._wait = min(2 * self._wait, 60.0)
+                self._due = time.monotonic() + self._wait
 
 
 def _memory() -> int | None:

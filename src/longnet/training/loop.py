@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 
 import torch
 
@@ -33,6 +33,7 @@ def train(
     reporter: Reporter | None = None,
     should_stop: Callable[[], bool] | None = None,
     ranks: Ranks | None = None,
+    waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> TrainSummary:
     """Train a byte-level LongNet into a run folder.
 
@@ -46,6 +47,7 @@ def train(
         reporter: receives progress messages; silent by default.
         should_stop: asked between steps; once true, the state is saved and the call returns.
         ranks: the processes that train together, see ``longnet.training.ranks.join_ranks``; all call, the first writes.
+        waiting: entered while the data are read. A KeyboardInterrupt inside ends the call; no file has changed yet.
 
     Raises:
         ValueError: settings, data or a run folder that cannot be used, a checkpoint that is damaged.
@@ -64,8 +66,9 @@ def train(
             folder.require_run()
         else:
             folder.require_new()
-        check_outside(settings.data, settings.out)
-        data = corpus or read_corpus(settings.data, tell.say)
+        with waiting():
+            check_outside(settings.data, settings.out)
+            data = corpus or read_corpus(settings.data, tell.say)
         check_lengths(data, settings.context)
         tell.say(
             f"Data: {data.train.size:,} training bytes in {data.train_files:,} files, "
