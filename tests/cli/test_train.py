@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from longnet.training.metrics import read_metrics
+from longnet.training.trainer import Trainer
 
 Longnet = Callable[..., "subprocess.CompletedProcess[str]"]
 StopRun = Callable[..., "tuple[int, str]"]
@@ -131,6 +132,28 @@ def test_reading_data_says_how_far_it_is_and_stops_at_once(
         process.kill()
         process.communicate()
     assert not out.exists()
+
+
+def test_a_folder_that_changes_while_training_loses_no_report(
+    tmp_path: Path, call: Longnet, train_arguments: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text").mkdir()
+    for number in range(4):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"{number} is a number. " * 40)
+    save = Trainer.save
+
+    def change_data_and_save(trainer: Trainer) -> None:
+        (tmp_path / "text" / "0.txt").write_text("changed")
+        save(trainer)
+
+    monkeypatch.setattr(Trainer, "save", change_data_and_save)
+    arguments = [*train_arguments, "--data", tmp_path / "text", "--out", tmp_path / "run", "--steps", 1]
+    result = call("train", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run" / "report.html").exists()
+    result = call("train", "--out", tmp_path / "run", "--resume")
+    assert result.returncode == 2
+    assert "its fingerprint differs; " in result.stderr and "restore it, or train into a new --out" in result.stderr
 
 
 def _toml(folder: Path) -> Path:

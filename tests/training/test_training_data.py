@@ -196,7 +196,9 @@ def test_a_file_that_becomes_shorter_is_an_error_and_no_signal(tmp_path: Path) -
     corpus = read_corpus(file)
     before = draw_windows(corpus.train, 100, 8, seed=0, step=1)
     os.truncate(file, 30)
-    with pytest.raises(ValueError, match=r"one\.bin has become shorter while it was read"):
+    with pytest.raises(
+        ValueError, match=r"one\.bin has become shorter while it was read: .* continues .* with --resume"
+    ):
         draw_windows(corpus.train, 100, 8, seed=0, step=1)
     file.write_bytes(bytes(range(256)) * 80)
     assert torch.equal(draw_windows(corpus.train, 100, 8, seed=0, step=1)[0], before[0])

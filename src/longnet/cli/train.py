@@ -125,7 +125,9 @@ def _run(settings: TrainSettings, resume: bool) -> None:
         reporter.say(f"Stopped and saved after step {summary.step:,}. To continue: {where}")
         raise typer.Exit(INTERRUPTED)
     reporter.say(f"Trained {summary.step:,} steps on {summary.tokens:,} bytes in {format_seconds(summary.seconds)}")
-    evaluation = write_report(settings.out, reporter=reporter)
+    # A file on disk may have changed while the model trained: the report reads and checks it again.
+    corpus = summary.data if summary.data.in_memory else None
+    evaluation = write_report(settings.out, corpus=corpus, reporter=reporter)
     base = evaluation.baselines
     reporter.say(
         f"Held out: {evaluation.bits_per_byte.mean:.4f} bits per byte; "

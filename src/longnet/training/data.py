@@ -66,7 +66,8 @@ class BytesOnDisk:
         if (done := read_into(self._file, content.data)) < content.size:
             raise ValueError(
                 f"{self._path} has become shorter while it was read: "
-                f"the bytes from {self._start + start + done:,} to {self._start + stop:,} are missing"
+                f"the bytes from {self._start + start + done:,} to {self._start + stop:,} are missing. Restore the file; "
+                "a run that has begun continues from its last checkpoint with --resume"
             )
         return content
 
@@ -98,6 +99,11 @@ class Corpus:
     held_out_files: int
     split: str
     fingerprint: str
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether all bytes are in memory: a later change of the files does not change them."""
+        return isinstance(self.train, np.ndarray) and isinstance(self.held_out, np.ndarray)
 
     def describe(self) -> dict[str, object]:
         """The facts about the data that a run records."""

@@ -32,7 +32,7 @@ from longnet.training.lock import locked
 from longnet.training.metrics import RUN_LINES, read_metrics
 from longnet.training.page import Page
 from longnet.training.progress import Reporter, SilentReporter, format_seconds, task
-from longnet.training.resume import read_settings
+from longnet.training.resume import data_change, read_settings
 from longnet.training.settings import TrainSettings
 
 SCORED_BYTES = 1 << 20
@@ -84,8 +84,19 @@ def write_report(run: str | Path, *, corpus: Corpus | None = None, reporter: Rep
         device = resolve_device(settings.device, settings.dtype)
         record = read_json(folder.settings_file)
         data = corpus or read_corpus(settings.data, tell.say)
-        if data.fingerprint != record["data"]["fingerprint"]:
-            raise ValueError(f"data {data.source!r} is not what the run in {str(folder.path)!r} was trained on")
+        if (change := data_change(folder, data)) is not None:
+            while_training = (
+                ""
+                if data.in_memory
+                else (
+                    ". If it changed while the model trained, the model has read the changed bytes: train into a new --out"
+                )
+            )
+            raise ValueError(
+                f"data {data.source!r} is not what the run in {str(folder.path)!r} was trained on: {change}. The model stays "
+                f"in {folder.model_file}. For its report restore the data and repeat: "
+                f"longnet train --out {folder.path} --resume{while_training}"
+            )
         metrics = read_metrics(folder.metrics_file, kinds=RUN_LINES)
         if not any(line["kind"] == "train" for line in metrics):
             raise ValueError(f"the run in {str(folder.path)!r} has done no step yet: expected one to report on")

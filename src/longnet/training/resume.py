@@ -38,8 +38,11 @@ def check_resume(
     saved = read_settings(folder)
     changes = changed_settings(saved, settings)
     fingerprint = _section(folder, "data").get("fingerprint")
-    if fingerprint != corpus.fingerprint:
-        changes.append(f"data {corpus.source!r} is not what the run was started on (its fingerprint differs)")
+    if (change := data_change(folder, corpus)) is not None:
+        changes.append(
+            f"data {corpus.source!r} is not what the run was started on (its fingerprint differs; {change}): "
+            "restore it, or train into a new --out"
+        )
     if changes:
         raise ValueError(
             f"the run in {str(folder.path)!r} cannot be resumed with other settings: {'; '.join(changes)}. "
@@ -58,6 +61,18 @@ def check_resume(
     if other:
         notes.append(f"Note: other versions than before ({', '.join(other)}), losses may differ in their last digits")
     return notes
+
+
+def data_change(folder: RunFolder, corpus: Corpus) -> str | None:
+    """How the data differ from those that the run in ``folder`` was started on, in words; None if they are the same."""
+    recorded = _section(folder, "data")
+    if recorded.get("fingerprint") == corpus.fingerprint:
+        return None
+    then, now = (
+        f"{one.get('train_bytes')} training and {one.get('held_out_bytes')} held-out bytes"
+        for one in (recorded, corpus.describe())
+    )
+    return f"{then}, as then, but other names or contents" if then == now else f"{then} then, {now} now"
 
 
 def _check_origin(folder: RunFolder, saved: TrainSettings, checkpoint: Checkpoint, fingerprint: object) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class TrainSummary:
         seconds: time in the loop in all, over every resumption.
         bits_per_byte: of the last steps (a running mean); NaN if no step was done.
         finished: False if it was asked to stop before the end.
+        data: what it was trained on, for ``write_report``.
     """
 
     step: int
@@ -46,6 +47,7 @@ class TrainSummary:
     seconds: float
     bits_per_byte: float
     finished: bool
+    data: Corpus = field(repr=False, compare=False)
 
 
 class Trainer:
@@ -150,7 +152,7 @@ class Trainer:
                 if finished and settings.eval_every and self.evaluated_step != self.step:
                     self.evaluate()
                 self.save()
-        return TrainSummary(self.step, self.tokens, self.seconds, self.smooth_bits, finished)
+        return TrainSummary(self.step, self.tokens, self.seconds, self.smooth_bits, finished, self.data)
 
     def close(self) -> None:
         """Close the metrics."""
