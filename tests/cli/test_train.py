@@ -153,7 +153,7 @@ def test_a_folder_that_changes_while_training_loses_no_report(
     assert (tmp_path / "run" / "report.html").exists()
     result = call("train", "--out", tmp_path / "run", "--resume")
     assert result.returncode == 2
-    assert "its fingerprint differs; " in result.stderr and "restore it, or train into a new --out" in result.stderr
+    assert "its fingerprint differs: " in result.stderr and "): restore it. Expected the same" in result.stderr
 
 
 def _toml(folder: Path) -> Path:

@@ -112,7 +112,7 @@ def test_other_data_than_the_runs_are_refused(run: tuple[Path, Evaluation], tmp_
 def test_a_folder_that_changes_while_training_is_reported_from_memory(make_settings: Make, text_folder: Path) -> None:
     settings = make_settings(steps=1, eval_every=0)
     summary = train(settings)
-    sizes = f"{summary.data.train.size} training and {summary.data.held_out.size} held-out bytes"
+    sizes = f"{summary.data.train.size:,} training and {summary.data.held_out.size:,} held-out bytes"
     expected = write_report(settings.out)
     file = text_folder / "a" / "01.txt"
     content = file.read_text()
@@ -123,7 +123,9 @@ def test_a_folder_that_changes_while_training_is_reported_from_memory(make_setti
     ):
         write_report(settings.out)
     file.write_text(content + "more")
-    with pytest.raises(ValueError, match=rf"was trained on: {sizes} then, \d+ training and \d+ held-out bytes now"):
+    with pytest.raises(
+        ValueError, match=rf"was trained on: {sizes} then, [\d,]+ training and [\d,]+ held-out bytes now"
+    ):
         write_report(settings.out)
     file.write_text(content)
     assert write_report(settings.out) == expected

@@ -40,8 +40,7 @@ def check_resume(
     fingerprint = _section(folder, "data").get("fingerprint")
     if (change := data_change(folder, corpus)) is not None:
         changes.append(
-            f"data {corpus.source!r} is not what the run was started on (its fingerprint differs; {change}): "
-            "restore it, or train into a new --out"
+            f"data {corpus.source!r} is not what the run was started on (its fingerprint differs: {change}): restore it"
         )
     if changes:
         raise ValueError(
@@ -69,7 +68,7 @@ def data_change(folder: RunFolder, corpus: Corpus) -> str | None:
     if recorded.get("fingerprint") == corpus.fingerprint:
         return None
     then, now = (
-        f"{one.get('train_bytes')} training and {one.get('held_out_bytes')} held-out bytes"
+        f"{one.get('train_bytes', 0):,} training and {one.get('held_out_bytes', 0):,} held-out bytes"
         for one in (recorded, corpus.describe())
     )
     return f"{then}, as then, but other names or contents" if then == now else f"{then} then, {now} now"
