@@ -148,7 +148,7 @@ class LongNetCache(Cache):
         since = [read.until(keep) for read in self._since if read.position < keep]
         if not self._is_behind() and self._plain.layers[0].pattern.same_segments(keep, position):
             # No segment has ended since: rows after the position are written before they are read.
-            with self._plain._writing():
+            with self._plain.writing():
                 self._plain.moved(keep - position)
                 self._states, self._since = states, since
             return
@@ -192,7 +192,7 @@ class LongNetCache(Cache):
         """Row b goes on from what row ``beam_idx[b]`` has read."""
         if self._plain is None:
             return
-        with self._plain._writing():
+        with self._plain.writing():
             for plain in {id(plain): plain for plain in (self._plain, *self._states)}.values():
                 plain.reorder(beam_idx)
             self._since = [

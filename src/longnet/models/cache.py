@@ -124,7 +124,7 @@ class LongNetCache:
         self._torn = False
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def writing(self) -> Iterator[None]:
         """A context in which all layers change alike; after an exception the cache refuses to be read."""
         before, self._torn = self._torn, True
         yield
@@ -162,7 +162,7 @@ class LongNetCache:
     def reorder(self, index: Tensor) -> None:
         """Row b continues what row ``index[b]`` has read, (B,) int64: for beams."""
         self.layers[0]._check_order(index)
-        with self._writing():
+        with self.writing():
             for layer in self.layers:
                 layer.reorder(index)
 
