@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     DynamicCache,
 )
+from transformers.modeling_layers import GenericForSequenceClassification
 
 import longnet
 from longnet.hf import (
@@ -28,6 +29,7 @@ from longnet.hf import (
     LongNetForSequenceClassification,
     LongNetModel,
 )
+from longnet.hf.modeling import LongNetPreTrainedModel
 from longnet.hf.transformers_internals import CACHE
 
 CLOSE: dict[str, float] = {"rtol": 1e-9, "atol": 1e-9}
@@ -449,6 +451,26 @@ def test_classes_of_padded_rows(causal: bool) -> None:
     hidden = model.model(ids).last_hidden_state
     pooled = hidden[:, -1] if causal else hidden.mean(1)
     torch.testing.assert_close(given, model.score(pooled).detach(), **CLOSE)
+
+
+def test_a_decoder_classifies_the_last_id_that_is_no_padding() -> None:
+    """Without a mask, as transformers' own classifiers: the last id that is not ``pad_token_id``."""
+    ids = torch.cat([tokens(3, 24), torch.zeros(3, 8, dtype=torch.int64)], 1)
+    ids[1] = tokens(1, 32)[0]
+    ids[2] = ids[2].roll(8)
+    model = make("LongNetForSequenceClassification").double()
+    generic = type("Generic", (GenericForSequenceClassification, LongNetPreTrainedModel), {})(model.config).double()
+    generic.load_state_dict(model.state_dict())
+    given = first(model, input_ids=ids)
+    torch.testing.assert_close(given, first(generic.eval(), input_ids=ids), **CLOSE)
+    alone = torch.cat([first(model, input_ids=row[None]) for row in (ids[0, :24], ids[1], ids[2])])
+    torch.testing.assert_close(given, alone, **CLOSE)
+    torch.testing.assert_close(first(model, input_ids=ids.int()), given, **CLOSE)
+    # Embeddings do not say which are padding, and neither does a config without a pad token.
+    model.config.pad_token_id = None
+    last = model.score(model.model(ids).last_hidden_state[:, -1]).detach()
+    torch.testing.assert_close(first(model, input_ids=ids), last, **CLOSE)
+    assert (last - given)[0].abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(

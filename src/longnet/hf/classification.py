@@ -19,7 +19,8 @@ class LongNetForSequenceClassification(LongNetWithHead):
 
     It takes ``input_ids``, ``attention_mask``, ``position_ids`` and ``inputs_embeds`` as :class:`LongNetModel` does, and
     ``labels``: (B,) int64 or int32, or floats (B,) or (B, num_labels), as ``config.problem_type`` wants. Logits are
-    (B, num_labels). Without ``attention_mask`` all tokens are real. The loss is the mean over the labels, or with
+    (B, num_labels). Without ``attention_mask`` a decoder's last real token is the last id other than ``config.pad_token_id``
+    (the last token of ``inputs_embeds``), and an encoder reads all tokens. The loss is the mean over the labels, or with
     ``num_items_in_batch`` (labels of all accumulated batches) their sum over that number.
     """
 
@@ -34,8 +35,12 @@ class LongNetForSequenceClassification(LongNetWithHead):
         self.loss_function = _loss
         self.post_init()
 
-    def _logits(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def _logits(self, hidden: Tensor, attention_mask: Tensor | None, input_ids: Tensor | None) -> Tensor:
         padding = None if attention_mask is None else attention_mask == 0
+        pad = self.config.pad_token_id
+        if padding is None and input_ids is not None and pad is not None and self.config.is_causal:
+            # As transformers' own classifiers do.
+            padding = input_ids == pad
         logits: Tensor = self.score((_last if self.config.is_causal else _mean)(hidden, padding))
         return logits
 

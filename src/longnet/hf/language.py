@@ -195,6 +195,6 @@ class LongNetForMaskedLM(_WithVocabulary, LongNetWithHead):
         super().__init__(config)
         self.loss_type = "ForMaskedLM"
 
-    def _logits(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def _logits(self, hidden: Tensor, attention_mask: Tensor | None, input_ids: Tensor | None) -> Tensor:
         logits: Tensor = self.lm_head(hidden)
         return logits

@@ -160,13 +160,17 @@ class LongNetModel(LongNetPreTrainedModel):
     def _cache(self, cache: LongNetCache | None, use_cache: bool | None) -> LongNetCache | None:
         if cache is None and not use_cache:
             return None
+        if cache is not None and not isinstance(cache, LongNetCache):
+            raise TypeError(
+                f"past_key_values has type {type(cache).__name__}: expected a longnet.hf.LongNetCache. It holds only the rows "
+                "that segments reach, so keys made elsewhere (PEFT's prefix tuning) cannot precede the text: use prompt tuning "
+                "or LoRA"
+            )
         if self.training and torch.is_grad_enabled():
             raise ValueError(
                 "a cache (past_key_values, use_cache=True) in training: a cache holds no graph; expected use_cache=False, "
                 "model.eval() or torch.no_grad()"
             )
-        if cache is not None and not isinstance(cache, LongNetCache):
-            raise TypeError(f"past_key_values has type {type(cache).__name__}: expected a longnet.hf.LongNetCache")
         return LongNetCache() if cache is None else cache
 
 
@@ -190,11 +194,11 @@ class LongNetWithHead(LongNetPreTrainedModel):
         out = self.model(
             input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, return_dict=True, **kwargs
         )
-        logits = self._logits(out.last_hidden_state, attention_mask)
+        logits = self._logits(out.last_hidden_state, attention_mask, input_ids)
         loss = None if labels is None else self._loss(logits, labels, **kwargs)
         return self._output_class(loss=loss, logits=logits, hidden_states=out.hidden_states)
 
-    def _logits(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def _logits(self, hidden: Tensor, attention_mask: Tensor | None, input_ids: Tensor | None) -> Tensor:
         raise NotImplementedError
 
     def _loss(self, logits: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
