@@ -257,6 +257,24 @@ def test_lora(tmp_path: Path) -> None:
     assert torch.equal(first(plain, input_ids=ids), first(merged, input_ids=ids))
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model, ids: model(input_ids=ids),
+        lambda model, ids: model.train()(input_ids=ids, labels=ids),
+        lambda model, ids: model.generate(input_ids=ids, max_new_tokens=3),
+        lambda model, ids: model.generate(input_ids=ids, max_new_tokens=3, use_cache=False),
+    ],
+    ids=["forward", "train", "generate", "generate without a cache"],
+)
+def test_prefix_tuning_is_refused(use: Any) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    model = peft.get_peft_model(model_of_bytes(), config).eval()
+    with pytest.raises(TypeError, match=r"keys made elsewhere \(PEFT's prefix tuning\) cannot precede the text"):
+        use(model, tokens(2, 40))
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_supervised_fine_tuning(packing: bool, tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")

@@ -52,6 +52,9 @@ class LongNetCache(Cache):
             apart are kept, with the embeddings read since, which are then read again.
     """
 
+    # PEFT's prefix tuning asks for it before the model refuses its keys: no limit.
+    max_cache_len = -1
+
     def __init__(self, max_length: int | None = None, *, rewindable: bool = False) -> None:
         super().__init__(layers=[])
         self.max_length, self.rewindable = max_length, rewindable
