@@ -14,10 +14,22 @@ import torch
 import transformers
 from apply_models import MODELS, bert, gpt2, inputs, llama, logits, make, mistral
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from longnet.hf import apply, load, restore
 
 SEGMENTS, RATES = (8, 24), (1, 3)
+SEQ_TO_SEQ: dict[str, Any] = {
+    **{f"{part}_layers": 2 for part in ("encoder", "decoder")},
+    **{f"{part}_attention_heads": 4 for part in ("encoder", "decoder")},
+    **{f"{part}_ffn_dim": 48 for part in ("encoder", "decoder")},
+    "vocab_size": 40,
+    "d_model": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
 
 
 def state(model: PreTrainedModel) -> tuple[Any, ...]:
@@ -221,6 +233,128 @@ def test_another_model_of_the_same_config_does_not_attend_otherwise_unnoticed() 
     other = type(model)(model.config).eval()
     with pytest.raises(ValueError, match="without a pattern"):
         logits(other, inputs("llama"))
+
+
+def test_another_model_of_the_same_config_attends_as_before(tmp_path: Path) -> None:
+    config, given = make("llama").config, inputs("llama")
+    model, other = (transformers.LlamaForCausalLM(config).eval() for _ in range(2))
+    expected = logits(other, given)
+    apply(model, SEGMENTS, RATES)
+    assert torch.equal(logits(other, given), expected)
+    other.save_pretrained(tmp_path)
+    assert torch.equal(logits(type(other).from_pretrained(tmp_path).eval(), given), expected)
+    later = transformers.LlamaForCausalLM(config)
+    later.load_state_dict(other.state_dict())
+    assert torch.equal(logits(later.eval(), given), expected)
+    # Both may be dilated, each by its own pattern.
+    apply(other, 16, 2)
+    assert other.config.longnet["dilation_rates"] == [2] and model.config.longnet["dilation_rates"] == [1, 3]
+    assert torch.equal(logits(restore(other), given), expected)
+
+
+def test_restore_keeps_what_was_changed_in_the_config(tmp_path: Path) -> None:
+    model = apply(make("llama"), SEGMENTS, RATES)
+    model.resize_token_embeddings(64)
+    model.config.use_cache = False
+    restore(model).save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert again.config.vocab_size == 64 and again.config.use_cache is False
+
+
+ENCODERS = {
+    "bart": (
+        lambda: transformers.BartForConditionalGeneration(
+            transformers.BartConfig(**SEQ_TO_SEQ, max_position_embeddings=64)
+        ),
+        {"input_ids": torch.arange(100).reshape(2, 50) % 37 + 3},
+    ),
+    "whisper": (
+        lambda: transformers.WhisperForConditionalGeneration(
+            transformers.WhisperConfig(**SEQ_TO_SEQ, num_mel_bins=8, max_source_positions=50, max_target_positions=20)
+        ),
+        {"input_features": torch.linspace(-1, 1, 1600).sin().reshape(2, 8, 100)},
+    ),
+}
+
+
+def encoder_decoder(name: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+    torch.manual_seed(0)
+    whole, given = ENCODERS[name]
+    model = whole().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8)
+    return model, given
+
+
+def uses(model: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """What a whole encoder-decoder computes in each way of using it."""
+    text = torch.arange(14).reshape(2, 7) + 3
+    with torch.no_grad():
+        encoded = BaseModelOutput(model.model.encoder(**given).last_hidden_state)
+        return {
+            "encoder": encoded.last_hidden_state,
+            "forward": model(**given, decoder_input_ids=text).logits,
+            "no cache": model(**given, decoder_input_ids=text, use_cache=False).logits,
+            "labels": model(**given, labels=text).loss,
+            "encoder_outputs": model(encoder_outputs=encoded, decoder_input_ids=text).logits,
+            "generate": model.generate(**given, max_new_tokens=5, do_sample=False),
+        }
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder_is_dilated_and_its_decoder_is_not(name: str, tmp_path: Path) -> None:
+    model, given = encoder_decoder(name)
+    dense = uses(model, given)
+    encoder = model.get_submodule("model.encoder")
+    apply(encoder, 64, 1)
+    torch.testing.assert_close(uses(model, given), dense, rtol=1e-4, atol=1e-4)
+    restore(encoder)
+    torch.testing.assert_close(uses(model, given), dense, rtol=0, atol=0)
+    apply(encoder, SEGMENTS, RATES)
+    expected = uses(model, given)
+    assert (expected["encoder"] - dense["encoder"]).abs().max() > 1e-3
+    assert (expected["forward"] - dense["forward"]).abs().max() > 1e-3
+    # The decoder is the dense model's, on what the encoder gives.
+    other, _ = encoder_decoder(name)
+    with torch.no_grad():
+        on_top = other(
+            encoder_outputs=BaseModelOutput(expected["encoder"]), decoder_input_ids=torch.arange(14).reshape(2, 7) + 3
+        ).logits
+    torch.testing.assert_close(expected["forward"], on_top)
+    for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        torch.testing.assert_close(uses(again, given), expected, rtol=0, atol=0)
+    again.save_pretrained(tmp_path / "copy")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(Exception, match=r"load this folder with longnet\.hf\.load"):
+        type(model).from_pretrained(tmp_path)
+    for folder in (tmp_path, tmp_path / "copy"):
+        torch.testing.assert_close(uses(load(folder).eval(), given), expected, rtol=0, atol=0)
+    restore(encoder)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(uses(type(model).from_pretrained(tmp_path).eval(), given), dense, rtol=0, atol=0)
+
+
+class Pair(PreTrainedModel):
+    """Two models of one config in one."""
+
+    config_class = transformers.LlamaConfig
+    _supports_sdpa = True
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.one, self.two = transformers.LlamaModel(config), transformers.LlamaModel(config)
+        self.post_init()
+
+
+def test_two_dilated_parts_of_one_config_are_not_saved_together(tmp_path: Path) -> None:
+    pair = Pair(make("llama").config)
+    apply(pair.one, SEGMENTS, RATES)
+    apply(pair.two, 16, 2)
+    with pytest.raises(ValueError, match="Pair has 2 dilated parts of one config"):
+        pair.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def t5() -> PreTrainedModel:

@@ -17,6 +17,7 @@ from longnet.hf import saving
 from longnet.hf.bounded import BoundedCache
 from longnet.hf.inputs import refuse_misspelt
 from longnet.hf.layers import ATTRIBUTE, NAME, Dilation, dilated_layers
+from longnet.hf.own_configs import give_own_configs, put_back_configs
 from longnet.hf.transformers_internals import (
     CACHE,
     DynamicLayer,
@@ -52,7 +53,7 @@ def apply(
     masks (padding on either side counts as positions), grouped heads and packed documents (restarting ``position_ids``
     separate them: segments restart, none sees another). ``generate`` gets a :class:`BoundedCache`. What
     ``save_pretrained`` writes is read by :func:`load` alone. With one branch of rate 1 and a segment as long as the
-    input, nothing changes.
+    input, nothing changes. The model gets a config of its own: a model around it, or of the same config, attends as before.
 
     Args:
         model: of one stack of self-attention layers, in eval or training mode. Before PEFT wraps it.
@@ -80,10 +81,10 @@ def apply(
         raise ValueError(f"{type(model).__name__} is dilated already: call longnet.hf.restore(model) first")
     check_model(model, attending)
     dilated = range(len(attending)) if layers is None else _check_layers(layers, len(attending))
-    config = attending[0].config
-    warn_uncovered(pattern, config.num_attention_heads)
+    shared = attending[0].config
+    warn_uncovered(pattern, shared.num_attention_heads)
 
-    original = implementation_of(config)
+    original = implementation_of(shared)
     if original == NAME:
         raise ValueError(
             f"attn_implementation={NAME!r} was set before longnet.hf.apply: expected the implementation of layers that are not "
@@ -96,12 +97,19 @@ def apply(
         "head_offsets": head_offsets,
         "attention_layers": len(attending),
     }
-    saving.mark(config, entry, model.config)
+    give_own_configs(model)
+    config = attending[0].config
     try:
-        set_implementation(model, config, NAME)
+        saving.mark(config, entry, model.config)
+        try:
+            set_implementation(model, config, NAME)
+        except ValueError:
+            saving.unmark(config)
+            raise
     except ValueError:
-        saving.unmark(config)
+        put_back_configs(model)
         raise
+    saving.mark_around(shared)
     for number, module in enumerate(attending):
         setattr(module, ATTRIBUTE, Dilation(pattern if number in dilated else None, backend, original))
         module.register_forward_pre_hook(_check_implementation)
@@ -129,6 +137,11 @@ def restore(model: Model) -> Model:
         delattr(module, ATTRIBUTE)
         remove_pre_hook(module, _check_implementation)
     saving.unmark(config)
+    put_back_configs(model)
+    shared = attending[0].config
+    saving.unmark_around(shared)
+    if implementation_of(shared) != original:
+        set_implementation(model, shared, original)
     remove_pre_hook(model, _refuse_weights)
     remove_pre_hook(model, saving.refuse_unmarked)
     return model

@@ -8,10 +8,12 @@ this, because a model around a dilated part saves the part's config without aski
 from __future__ import annotations
 
 from typing import Any
+from uuid import uuid4
 
 from torch import nn
 from transformers import PretrainedConfig
 
+from longnet.hf.own_configs import own_configs
 from longnet.hf.transformers_internals import model_that_is_saved
 
 ENTRY = "longnet"
@@ -38,6 +40,44 @@ class MarkedDict:
         return type(other) is type(self)
 
     __hash__ = None  # type: ignore[assignment]
+
+
+class DictAround:
+    """``to_dict`` of the config that a dilated part had: the part's mark when a model around the part is saved."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        self.config = config
+        # A config around this one writes a copy of it, which has this key.
+        self.key = uuid4().hex
+
+    def __call__(self) -> dict[str, Any]:
+        plain = type(self.config).to_dict(self.config)
+        del plain["to_dict"]
+        outer = model_that_is_saved()
+        parts = [] if outer is None else [config for part in outer.modules() for config in own_configs(part)]
+        around = [getattr(part.shared.__dict__.get("to_dict"), "key", None) for part in parts]
+        entries = [getattr(part.own, ENTRY) for part, key in zip(parts, around, strict=True) if key == self.key]
+        if len(entries) > 1:
+            raise ValueError(
+                f"{type(outer).__name__} has {len(entries)} dilated parts of one config, which holds one pattern: expected "
+                "each to be saved by itself, or longnet.hf.restore(part) of all but one first"
+            )
+        return _marked({**plain, ENTRY: entries[0]}) if entries else plain
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def mark_around(config: PretrainedConfig) -> None:
+    """Let ``config``, which a dilated part has a copy of, write the part's mark with a model around the part."""
+    config.__dict__.setdefault("to_dict", DictAround(config))
+
+
+def unmark_around(config: PretrainedConfig) -> None:
+    """Undo :func:`mark_around`."""
+    config.__dict__.pop("to_dict", None)
 
 
 def mark(config: PretrainedConfig, entry: dict[str, Any], whole: PretrainedConfig) -> None:
