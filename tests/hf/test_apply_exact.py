@@ -176,6 +176,37 @@ def test_values_narrower_than_queries() -> None:
         BoundedCache(model)
 
 
+@pytest.mark.parametrize("layers", [None, [1]])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit"])
+def test_an_exported_model_takes_padding(name: str, layers: Any) -> None:
+    model, given = apply(make(name), SEGMENTS, RATES, layers=layers), inputs(name)
+    model.config.use_cache = False
+    if name != "vit":
+        given["attention_mask"] = torch.ones_like(given["input_ids"])
+    program = torch.export.export(model, (), given, strict=False)
+    torch.testing.assert_close(program.module()(**given)["logits"], logits(model, given), rtol=1e-4, atol=1e-4)
+    if name == "vit":
+        return
+    # The graph was made without padding. Rows that begin with a period of it have the segments that they have alone.
+    given["attention_mask"][0, :24] = 0
+    given["attention_mask"][1, 40:] = 0
+    real = given["attention_mask"] == 1
+    exported = program.module()(**given)["logits"][real]
+    torch.testing.assert_close(exported, logits(model, given)[real], rtol=1e-4, atol=1e-4)
+    without = {"input_ids": given["input_ids"]}
+    program = torch.export.export(model, (), without, strict=False)
+    torch.testing.assert_close(program.module()(**without)["logits"], logits(model, without), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("by_place", [False, True])
+def test_an_exported_model_takes_no_documents(by_place: bool) -> None:
+    model, ids = apply(make("llama"), SEGMENTS, RATES), inputs("llama", 1)["input_ids"]
+    positions = torch.arange(25).repeat(2)[None]
+    given = ((ids, None, positions), {}) if by_place else ((ids,), {"position_ids": positions})
+    with pytest.raises(ValueError, match="position_ids in an exported graph: where documents begin decides"):
+        torch.export.export(model, *given, strict=False)
+
+
 def whisper() -> PreTrainedModel:
     sizes: dict[str, Any] = {
         f"{part}_{what}": 2 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")

@@ -318,6 +318,13 @@ def test_export(name: str) -> None:
     torch.testing.assert_close(program.module()(ids)[0], first(model, input_ids=ids))
 
 
+def test_an_exported_graph_takes_no_documents() -> None:
+    ids = tokens(1, 12)
+    given = {"input_ids": ids, "position_ids": torch.arange(6).repeat(2)[None]}
+    with pytest.raises(ValueError, match="position_ids in an exported graph: where documents begin decides"):
+        torch.export.export(make(), (), given, strict=False)
+
+
 @pytest.mark.parametrize("other", ["sdpa", "flash_attention_2", "flex_attention", "longnet_dilated"])
 def test_no_other_attention_can_be_asked_for(other: str, tmp_path: Path) -> None:
     refused = f"attn_implementation='{other}': expected 'eager' or None, a LongNet's attention is its own"

@@ -15,7 +15,7 @@ from longnet.checks import is_int
 from longnet.geometry import HeadOffsets, Pattern
 from longnet.hf import saving
 from longnet.hf.bounded import BoundedCache
-from longnet.hf.inputs import refuse_misspelt
+from longnet.hf.inputs import refuse_exported_documents, refuse_misspelt
 from longnet.hf.layers import ATTRIBUTE, NAME, Dilation, dilated_layers
 from longnet.hf.own_configs import give_own_configs, put_back_configs
 from longnet.hf.transformers_internals import (
@@ -206,7 +206,7 @@ def _check_layers(layers: Sequence[int], count: int) -> set[int]:
     return set(numbers)
 
 
-def _refuse_weights(model: Any, _: tuple[Any, ...], options: dict[str, Any]) -> None:
+def _refuse_weights(model: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
     """A hook before forward: what some models would ignore without a word."""
     if options.get("cache") is not None and options.get("past_key_values") is not None:
         raise ValueError(
@@ -217,6 +217,7 @@ def _refuse_weights(model: Any, _: tuple[Any, ...], options: dict[str, Any]) -> 
     if model.config.output_attentions if asked is None else asked:
         raise ValueError(_NO_WEIGHTS)
     refuse_misspelt(model, options)
+    refuse_exported_documents(type(model).forward, (model, *arguments), options)
 
 
 def _check_implementation(module: Any, _: tuple[Any, ...]) -> None:

@@ -56,6 +56,18 @@ def refuse_misspelt(model: nn.Module, options: dict[str, Any]) -> None:
                 raise ValueError(f"{name} is no keyword of {type(model).__name__}: expected {meant}")
 
 
+def refuse_exported_documents(forward: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Raise ValueError for tensors that say where documents begin, given to ``forward`` while torch exports it."""
+    if torch.compiler.is_exporting():
+        given = {**dict(zip(inspect.signature(forward).parameters, arguments, strict=False)), **options}
+        for name in _KEYWORDS[1:]:
+            if isinstance(given.get(name), Tensor):
+                raise ValueError(
+                    f"{name} in an exported graph: where documents begin decides which operations there are; expected one "
+                    "document a row, without it"
+                )
+
+
 @lru_cache(maxsize=1024)
 def _meant(forward: Callable[..., Any], name: str) -> str | None:
     if name in _KEYWORDS or name in inspect.signature(forward).parameters:

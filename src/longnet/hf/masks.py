@@ -70,9 +70,10 @@ def document_mask(
                 f"attention_mask has shape {tuple(attention_mask.shape)}: expected (B, S) with S = {kv_length} keys"
             )
         padding = attention_mask[:, -kv_length:].bool()
-        if _all(padding):
+        if not torch.compiler.is_exporting() and _all(padding):
             padding = None
-    if not packed:
+    # While torch exports, transformers takes positions for packed ones: it cannot look. Ours refuse such positions.
+    if not packed or torch.compiler.is_exporting():
         return None if padding is None else padding.long()
     assert mask_function is not None
     rows = torch.arange(batch_size, device=device)[:, None]
@@ -81,7 +82,8 @@ def document_mask(
 
 
 def documents(mask: Tensor | None, position_ids: Any, length: int, *, has_past: bool) -> Tensor | None:
-    """The mask in our form, (B, S), with the documents that the restarts of ``position_ids`` (B or 1, N) begin.
+    """The mask in our form, (B, S), with the documents that the restarts of ``position_ids`` (B or 1, N) begin; none in an
+    exported graph.
 
     transformers looks for them only where there is neither a cache nor an attention mask, and its models make a cache whenever
     nobody says ``use_cache=False``.
@@ -89,7 +91,7 @@ def documents(mask: Tensor | None, position_ids: Any, length: int, *, has_past: 
     Raises:
         ValueError: documents that begin among tokens which go on with a cache.
     """
-    if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or length < 2:
+    if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or length < 2 or torch.compiler.is_exporting():
         return mask
     if not has_past:
         return _with_restarts(mask, position_ids)
@@ -184,12 +186,17 @@ def _with_restarts(mask: Tensor | None, position_ids: Tensor) -> Tensor | None:
     return result
 
 
-@_once
 def packed_bounds(mask: Tensor) -> tuple[int, ...] | None:
-    """Where the documents of all rows begin when rows stand one after the other, (B * N) last; None if no row has two.
+    """Where the documents of all rows begin when rows stand one after the other, (B * N) last; None if no row has two, and in
+    an exported graph, which takes no documents.
 
     Padding counts as positions of the document before it, or of a row's first.
     """
+    return None if torch.compiler.is_exporting() else _bounds(mask)
+
+
+@_once
+def _bounds(mask: Tensor) -> tuple[int, ...] | None:
     number = mask.cummax(1).values.clamp(min=1)
     if int(number.max()) == 1:
         return None

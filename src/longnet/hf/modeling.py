@@ -12,7 +12,14 @@ from transformers.utils.generic import ModelOutput
 
 from longnet.hf.cache import LongNetCache
 from longnet.hf.configuration import LongNetConfig
-from longnet.hf.inputs import as_int64, documents_of, padding_of, refuse_misspelt, refuse_unknown
+from longnet.hf.inputs import (
+    as_int64,
+    documents_of,
+    padding_of,
+    refuse_exported_documents,
+    refuse_misspelt,
+    refuse_unknown,
+)
 from longnet.hf.transformers_internals import CACHE, can_return_tuple, implementation_of, overrides
 from longnet.models.base import LongNetBase
 
@@ -113,6 +120,7 @@ class LongNetModel(LongNetPreTrainedModel):
             raise ValueError("output_attentions=True: attention weights are never made; expected False")
         refuse_misspelt(self, kwargs)
         refuse_unknown(kwargs, position_ids)
+        refuse_exported_documents(type(self).forward, (), {"position_ids": position_ids, **kwargs})
         x = self._embedded(input_ids, inputs_embeds)
         batch, length = x.shape[:2]
         # transformers 5.24 calls it ``cache``.
