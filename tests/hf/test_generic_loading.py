@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from apply_models import llama
+from apply_models import llama, make
+from longnet_models import make as make_longnet
 from longnet_models import tokens
-from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForSequenceClassification
 from transformers.models.llama import modeling_llama
 
 from longnet.hf import apply, load, restore
@@ -75,3 +77,29 @@ def test_a_config_of_ones_own_is_refused(tmp_path: Path) -> None:
     model = saved(tmp_path)
     with pytest.raises(ValueError, match="config given: the folder's own holds the pattern; expected its fields"):
         load(tmp_path, config=model.config)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("num_hidden_layers", 10**9, "num_hidden_layers=1000000000: expected at most 65536"),
+        ("hidden_size", 10**12, "hidden_size=1000000000000 ask"),
+        ("intermediate_size", 10**18, "hidden_size=32 and intermediate_size=1000000000000000000 ask"),
+        ("vocab_size", 10**18, "hidden_size=32 and vocab_size=1000000000000000000 ask"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["longnet", "dilated"])
+def test_sizes_that_no_machine_can_make_are_refused_at_once(
+    kind: str, name: str, value: int, message: str, tmp_path: Path
+) -> None:
+    model = make_longnet() if kind == "longnet" else apply(make("llama"), 8, 1)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    # A dilated model's entry holds the number of layers.
+    holder = config["longnet"] if name == "num_hidden_layers" and kind == "dilated" else config
+    assert name in holder
+    holder[name] = value
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        (AutoModelForCausalLM.from_pretrained if kind == "longnet" else load)(tmp_path)

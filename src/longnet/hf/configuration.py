@@ -25,6 +25,24 @@ _ALIKE = (
 )
 
 
+# Far above any model, and made within minutes.
+_MOST_LAYERS = 2**16
+
+
+def check_size(config: PreTrainedConfig) -> None:
+    """Raise ValueError for layers or weights that no machine can make, as a damaged ``config.json`` may ask for."""
+    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+    sizes = {name: value for name in names if isinstance(value := getattr(config, name, None), int)}
+    if sizes.get("num_hidden_layers", 0) > _MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers={sizes['num_hidden_layers']}: expected at most {_MOST_LAYERS}")
+    width = sizes.get("hidden_size", 0)
+    for name in names[1:]:
+        # In float64.
+        if 8 * width * sizes.get(name, 0) >= 2**63:
+            asked = f"hidden_size={width}" + ("" if name == "hidden_size" else f" and {name}={sizes[name]}")
+            raise ValueError(f"{asked} ask for a weight larger than a tensor can be: expected smaller ones")
+
+
 class LongNetConfig(PreTrainedConfig):
     """Shape and options of a LongNet, see :class:`longnet.LongNetConfig` for what they mean and which values fit.
 
@@ -33,7 +51,7 @@ class LongNetConfig(PreTrainedConfig):
     ``tie_embeddings``; all others are called alike. The vocabulary is that of :class:`LongNetByteTokenizer` unless given.
 
     Raises:
-        TypeError, ValueError: as the plain config does, when it is made.
+        TypeError, ValueError: as the plain config does, when it is made. ValueError: sizes that no machine can make.
     """
 
     model_type = "longnet"
@@ -75,6 +93,7 @@ class LongNetConfig(PreTrainedConfig):
         self.num_key_value_heads = plain.heads if plain.kv_heads is None else plain.kv_heads
         self.intermediate_size = plain.feed_forward_dim
         self.head_numbers = plain.to_dict()["head_numbers"]
+        check_size(self)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:

@@ -15,6 +15,7 @@ from longnet.checks import is_int
 from longnet.geometry import HeadOffsets, Pattern
 from longnet.hf import saving
 from longnet.hf.bounded import BoundedCache
+from longnet.hf.configuration import check_size
 from longnet.hf.inputs import refuse_exported_documents, refuse_misspelt
 from longnet.hf.layers import ATTRIBUTE, NAME, Dilation, dilated_layers
 from longnet.hf.own_configs import give_own_configs, put_back_configs
@@ -157,7 +158,8 @@ def load(folder: str | os.PathLike[str], model_class: type[Any] | None = None, *
             dilated, and of the model after :func:`restore`.
 
     Raises:
-        ValueError: a folder of another kind, ``config=`` or ``output_attentions=True``.
+        ValueError: a folder of another kind or of sizes that no machine can make, ``config=`` or
+            ``output_attentions=True``.
     """
     if "config" in options:
         raise ValueError("config given: the folder's own holds the pattern; expected its fields as options")
@@ -169,6 +171,8 @@ def load(folder: str | os.PathLike[str], model_class: type[Any] | None = None, *
     # from_pretrained gives its options to a config that it reads, and to the model's constructor beside one that it gets.
     own = {name: options.pop(name) for name in _OF_MODEL & options.keys()}
     config, options = config_class.from_dict(saved, return_unused_kwargs=True, **options)
+    for place in entries:
+        check_size(_config_at(config, place))
     name = saved["architectures"][0]
     if model_class is None and not hasattr(transformers, name):
         raise ValueError(f"the folder holds a {name}, which is no public class of transformers: expected model_class=")
@@ -179,11 +183,15 @@ def load(folder: str | os.PathLike[str], model_class: type[Any] | None = None, *
     return cast(PreTrainedModel, model)
 
 
-def _part(model: PreTrainedModel, place: tuple[str, ...], count: int) -> PreTrainedModel:
-    """The part of ``model`` with the config at ``place`` in the whole config, and ``count`` attention layers."""
-    config: Any = model.config
+def _config_at(config: Any, place: tuple[str, ...]) -> Any:
     for name in place:
         config = getattr(config, name, None)
+    return config
+
+
+def _part(model: PreTrainedModel, place: tuple[str, ...], count: int) -> PreTrainedModel:
+    """The part of ``model`` with the config at ``place`` in the whole config, and ``count`` attention layers."""
+    config = _config_at(model.config, place)
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and part.config is config and len(attention_layers(part)) == count:
             return part
