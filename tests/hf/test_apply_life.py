@@ -168,8 +168,12 @@ def test_another_attention_implementation_is_refused() -> None:
     assert torch.equal(logits(model, given), expected)
     # The model around knows nothing of it.
     model.set_attn_implementation("eager")
-    with pytest.raises(ValueError, match="attn_implementation='eager' was set in a dilated model"):
-        logits(model, given)
+    if model.model.config._attn_implementation == "eager":
+        with pytest.raises(ValueError, match="attn_implementation='eager' was set in a dilated model"):
+            logits(model, given)
+    else:
+        # transformers 5.17 leaves a part with a config of its own, of the same class, alone.
+        assert torch.equal(logits(model, given), expected)
     restore(model.model)
     assert torch.equal(logits(model, given), dense)
     model.set_attn_implementation("eager")
