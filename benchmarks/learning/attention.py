@@ -1,0 +1,167 @@
+"""One layer of a pattern on tensors: FlexAttention over ``[keys, strided keys, ...]``, LongNet's branches by the library.
+
+The bands of a layer are one softmax: the keys of every band lie one after the other, and a mask says which of them a query
+reads. A strided band's keys are a head's own rows, so the mask of far text is a triangle and no pair outside is computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+
+from benchmarks.learning.patterns import Band, Layer
+from longnet.attention.functional import pattern_attention
+
+_DENSE = Layer((Band(None),))
+
+
+@dataclass(frozen=True)
+class Sinks:
+    """Learned keys and values that every query reads, (heads, sinks, D) each."""
+
+    key: Tensor
+    value: Tensor
+
+
+def attend(
+    layer: Layer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask | None = None,
+    sinks: Sinks | None = None,
+) -> Tensor:
+    """(B, H, N, D), causal; N is a multiple of every stride times its block.
+
+    Args:
+        mask: from :func:`make_mask`.
+    """
+    if layer == _DENSE and sinks is None:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    parts = []
+    if layer.bands or sinks is not None:
+        parts.append(_banded(layer.bands, query, key, value, mask, sinks, with_lse=bool(layer.branches)))
+    if layer.branches:
+        parts.append(_dilated(layer, query, key, value, with_lse=bool(parts)))
+    if len(parts) == 1:
+        return parts[0][0]
+    # The merge of two softmaxes by their denominators; autograd goes through both.
+    lse = torch.stack([lse for _, lse in parts])
+    weights = lse.softmax(0).nan_to_num()
+    return sum((out * weight[..., None]).to(query.dtype) for (out, _), weight in zip(parts, weights, strict=True))
+
+
+def _dilated(layer: Layer, query: Tensor, key: Tensor, value: Tensor, with_lse: bool) -> tuple[Tensor, Tensor | None]:
+    length, shift = query.shape[2], layer.shift
+    pattern, absent = layer.pattern(length), None
+    assert pattern is not None
+    if shift:
+        query, key, value = (F.pad(x, (0, 0, shift, 0)) for x in (query, key, value))
+        absent = torch.zeros(query.shape[0], shift + length, dtype=torch.bool, device=query.device)
+        absent[:, :shift] = True
+    options: dict[str, Any] = {"is_causal": True, "key_padding_mask": absent, "return_lse": with_lse}
+    if not with_lse:
+        out: Any = pattern_attention(query, key, value, pattern, **options)
+        return out[:, :, shift:], None
+    out, lse = pattern_attention(query, key, value, pattern, **options)
+    return out[:, :, shift:], lse[:, :, shift:]
+
+
+def _banded(
+    bands: tuple[Band, ...],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask | None,
+    sinks: Sinks | None,
+    with_lse: bool,
+) -> tuple[Tensor, Any]:
+    batch, _, length, _ = query.shape
+    keys, values = [_rows(key, band) for band in bands], [_rows(value, band) for band in bands]
+    count = 0 if sinks is None else sinks.key.shape[1]
+    if sinks is not None:
+        # Whole blocks of the mask.
+        room = (0, 0, 0, -count % 128)
+        keys.append(F.pad(sinks.key, room).expand(batch, -1, -1, -1).to(key.dtype))
+        values.append(F.pad(sinks.value, room).expand(batch, -1, -1, -1).to(value.dtype))
+    key, value = torch.cat(keys, 2), torch.cat(values, 2)
+    if query.device.type == "cpu":
+        return _on_cpu(query, key, value, mask_of(bands, length, count, query.device)[0])
+    if not with_lse:
+        return flex_attention(query, key, value, block_mask=mask), None
+    out, more = flex_attention(query, key, value, block_mask=mask, return_aux=AuxRequest(lse=True))
+    return out, more.lse
+
+
+def _on_cpu(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> tuple[Tensor, Tensor]:
+    """The same from the whole table of scores: FlexAttention has no backward pass on a CPU."""
+    heads, queries, keys = (torch.arange(count) for count in (*query.shape[1:3], key.shape[2]))
+    read = mask(torch.tensor(0), heads[:, None, None], queries[:, None], keys)
+    scores = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).masked_fill(~read, -torch.inf)
+    return scores.softmax(-1).nan_to_num() @ value, scores.logsumexp(-1)
+
+
+def _rows(x: Tensor, band: Band) -> Tensor:
+    """The rows of (B, H, N, D) that each head selects."""
+    if band.stride == 1:
+        return x
+    blocks = x.unflatten(2, (-1, band.stride, band.block))
+    return torch.stack([blocks[:, head, :, head % band.stride] for head in range(x.shape[1])], 1).flatten(2, 3)
+
+
+def make_mask(layer: Layer, heads: int, length: int, device: torch.device, sinks: int = 0) -> BlockMask | None:
+    """What :func:`attend` needs besides tensors; None where it needs none."""
+    if device.type == "cpu" or (layer == _DENSE and not sinks) or not (layer.bands or sinks):
+        return None
+    function, keys = mask_of(layer.bands, length, sinks, device)
+    return create_block_mask(function, None, heads, length, keys, device=device)
+
+
+def mask_of(bands: tuple[Band, ...], length: int, sinks: int, device: torch.device) -> tuple[Any, int]:
+    """(FlexAttention's mask over the keys of all bands and the sinks, how many keys there are)."""
+    starts = [0]
+    for band in bands:
+        starts.append(starts[-1] + length // band.stride)
+    far = [length if band.far is None else band.far for band in bands]
+
+    def mask(batch: Tensor, head: Tensor, query: Tensor, place: Tensor) -> Tensor:
+        found = place < 0
+        for band, start, stop, limit in zip(bands, starts[:-1], starts[1:], far, strict=True):
+            at = place - start
+            position = (at // band.block * band.stride + head % band.stride) * band.block + at % band.block
+            distance = query - position
+            inside = (place >= start) & (place < stop) & (distance >= band.near) & (distance < limit) & (distance >= 0)
+            if band.heads is not None:
+                inside = inside & (head >= band.heads[0]) & (head < band.heads[1])
+            found = found | inside
+        return found | ((place >= starts[-1]) & (place < starts[-1] + sinks))
+
+    return mask, starts[-1] + (sinks + -sinks % 128 if sinks else 0)
+
+
+@lru_cache(maxsize=16)
+def multiplicity(layer: Layer, heads: int, length: int) -> Tensor:
+    """How often each query reads each key, (H, N, N): the slow statement that :func:`attend` is compared with."""
+    times = torch.zeros(heads, length, length, dtype=torch.float64)
+    query = torch.arange(length)[:, None]
+    for head in range(heads):
+        for band in layer.bands:
+            key = torch.from_numpy(band.positions(head, length))
+            distance = query - key
+            read = (distance >= band.near) & (distance >= 0) & (distance < (length if band.far is None else band.far))
+            times[head][:, key] += read.double()
+        if (pattern := layer.pattern(length)) is None:
+            continue
+        for branch in pattern.branches:
+            local = torch.arange(length) + layer.shift
+            segment, inside = local // branch.segment_length, local % branch.segment_length
+            selected = inside % branch.dilation_rate == head % branch.dilation_rate
+            both = selected[:, None] & selected & (segment[:, None] == segment) & (query >= torch.arange(length))
+            times[head] += both.double()
+    return times

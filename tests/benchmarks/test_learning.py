@@ -1,0 +1,162 @@
+"""The comparison of patterns: each layer computes what its table of pairs says, and a run is whole at toy size."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.environment import child_environment
+from benchmarks.learning import data, probes
+from benchmarks.learning.attention import Sinks, attend, multiplicity
+from benchmarks.learning.patterns import ARMS, DENSE, LOCAL, Band, Layer, cost, growing, half_dense, strided
+from benchmarks.learning.train import formation_step
+
+LENGTH, HEADS = 64, 4
+LAYERS = {
+    "window": Layer((Band(8),)),
+    "strided": Layer((Band(8), Band(None, 0, 4))),
+    "strided once": Layer((Band(8), Band(None, 8, 2))),
+    "blocks": Layer((Band(8), Band(None, 0, 2, 4))),
+    "growing": Layer((Band(8), Band(16, 8, 2), Band(32, 16, 4))),
+    "half the heads": half_dense(2, 4),
+    "published": Layer(branches=((8, 1), (16, 2), (32, 4))),
+    "shifted": Layer(branches=((8, 1), (32, 4)), shift=5),
+    "dilated whole": Layer(branches=((None, 2),)),
+    "window and published": Layer((Band(8),), ((16, 1), (32, 2))),
+}
+
+
+def dense(times, query, key, value):
+    """Attention by a table of how often each key is read; rows without a key are 0."""
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    weights = times * (scores - scores.detach().amax(-1, keepdim=True)).exp()
+    return weights @ value / weights.sum(-1, keepdim=True).clamp(min=1e-300)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_reads_what_its_table_says(name):
+    layer = LAYERS[name]
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, grad = (
+        torch.randn(2, HEADS, LENGTH, 16, generator=generator, dtype=torch.float64) for _ in range(4)
+    )
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    times = multiplicity(layer, HEADS, LENGTH)
+    got, want = attend(layer, *inputs), dense(times, *inputs)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    assert want.abs().amax() > 0.1
+    for one, other in zip(torch.autograd.grad(got, inputs, grad), torch.autograd.grad(want, inputs, grad), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_pairs_are_counted_as_the_table_has_them(name):
+    assert LAYERS[name].pairs(HEADS, LENGTH) == multiplicity(LAYERS[name], HEADS, LENGTH).sum()
+
+
+def test_costs_that_are_known():
+    assert cost((DENSE, DENSE), 8, 512) == 1.0
+    assert cost((LOCAL,), 8, 8192) == pytest.approx((512 * 8192 - 512 * 511 / 2) / (8192 * 8193 / 2))
+    assert cost((LOCAL, strided(2)), 8, 8192) == pytest.approx(0.37, abs=0.005)
+    assert cost((growing(),), 8, 32768) < 0.13
+
+
+def test_sinks_are_read_by_every_query():
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, HEADS, 128, 16, generator=generator) for _ in range(3))
+    sinks = Sinks(*torch.randn(2, HEADS, 3, 16, generator=generator))
+    got = attend(LAYERS["window"], query, key, value, sinks=sinks)
+    times = torch.cat((torch.ones(HEADS, 128, 3), multiplicity(LAYERS["window"], HEADS, 128).float()), -1)
+    want = dense(times, query, torch.cat((sinks.key[None], key), 2), torch.cat((sinks.value[None], value), 2))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_pattern_is_a_stack_of_eight_layers(arm):
+    layers = ARMS[arm](8)
+    assert len(layers) == 8 and 0 < cost(layers, 8, 8192) <= 1.2
+
+
+def test_repetitions_and_their_distance():
+    window = np.frombuffer(b"0123456789abcdef, and again: 0123456789abcdeX", dtype=np.uint8)
+    distance = probes.repeat_distance(window)
+    assert set(np.unique(distance)) == {0, 29}
+    assert distance[len(window) - 2] == 0  # X is no repetition of f
+    assert (distance == 29).sum() == len("0123456789abcde") - probes.GRAM
+
+
+def test_a_copy_is_cheap_for_who_looks_back():
+    """A model that knows the passage before: bits by a rule, not learned."""
+    text = np.random.Generator(np.random.Philox(key=0)).integers(0, 256, 4096).astype(np.uint8)
+
+    def bits(windows):
+        back = np.zeros(windows[:, 1:].shape)
+        back[:, 300:] = 8.0 * (windows[:, 301:] != windows[:, 1:-300])
+        back[:, :300] = 8.0
+        return back
+
+    found = probes.copied(bits, text, 1024, (300, 500), 4, 0)
+    assert found["300"] == 0.0 and found["500"] > 7.5
+
+
+def test_near_copies_of_training_text_are_not_held_out(tmp_path):
+    generator = np.random.Generator(np.random.Philox(key=1))
+    for number in range(64):
+        lines = [f"line {generator.integers(1 << 40)} of {number}" for _ in range(40)]
+        (tmp_path / f"{number}.txt").write_text("\n".join(lines))
+        if number < 40:
+            (tmp_path / f"{number}-vendored.txt").write_text("\n".join([*lines, "and one more"]))
+    text = data.read_text([tmp_path])
+    assert text.facts["near_copies_left_out"] > 0 and text.facts["held_out_files"] > 0
+    held = {line for line in text.held_out.tobytes().split(b"line ") if b" of " in line}
+    assert not held & set(text.train.tobytes().split(b"line "))
+
+
+def test_the_step_at_which_far_text_is_found():
+    checks = [{"step": step, "far_repeats": bits} for step, bits in ((1, 3.0), (2, 2.8), (3, 1.2), (4, 0.4))]
+    assert formation_step(checks) == 3 and formation_step(checks[:2]) is None
+
+
+def test_a_run_goes_on_with_what_is_missing(tmp_path):
+    generator = np.random.Generator(np.random.Philox(key=2))
+    source = tmp_path / "text"
+    source.mkdir()
+    for number in range(80):
+        (source / f"{number}.py").write_text(
+            "\n".join(f"value_{generator.integers(999)} = {number}" for _ in range(60))
+        )
+    command = [
+        *(
+            sys.executable,
+            "-m",
+            "benchmarks.learning",
+            "--small",
+            "--data",
+            str(source),
+            "--out",
+            str(tmp_path / "out"),
+        ),
+        *("--arms", "window,window+stride 4,window+longnet shifted"),
+    ]
+    root = Path(__file__).parents[2]
+
+    def start():
+        done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=child_environment())
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    first = start()
+    results = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert sorted(results) == ["window+longnet_shifted-0.json", "window+stride_4-0.json", "window-0.json"]
+    record = json.loads((tmp_path / "out" / "window+stride_4-0.json").read_text())
+    assert 0 < record["bits"] < 9 and record["cost"] < 1.5 and len(record["by_window"]) == 4
+    assert "step 6 of 6" in first
+    (tmp_path / "out" / "window-0.json").unlink()
+    second = start()
+    assert "window, seed 0" in second and "stride" not in second
