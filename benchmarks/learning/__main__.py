@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import sysconfig
 import time
@@ -71,9 +72,7 @@ def main() -> None:
     begun, longest = time.monotonic(), 0.0
     for seed in seeds:
         for arm in arms:
-            name = "-".join(
-                part for part in (arm.replace(" ", "_").replace("/", "of"), options.label, str(seed)) if part
-            )
+            name = "-".join(part for part in (re.sub(r"[^A-Za-z0-9.]+", "_", arm), options.label, str(seed)) if part)
             path = options.out / f"{name}.json"
             if path.exists():
                 continue

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.learning import probes
 from benchmarks.learning.data import Text, windows
 from benchmarks.learning.model import Model, Shape
-from benchmarks.learning.patterns import ARMS, cost
+from benchmarks.learning.patterns import ARMS, WINDOW, cost
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Settings:
     """
 
     shape: Shape = field(default_factory=Shape)
-    batch: int = 1
-    steps: int = 6000
+    batch: int = 2
+    steps: int = 4000
     lr: float = 3e-3
     matrix_lr: float | None = 0.02
     warmup: int = 100
@@ -59,6 +59,7 @@ def run(
     loss_of: Any = torch.compile(model.loss, dynamic=False) if device.type == "cuda" else model.loss
     fixed = windows(text.held_out, settings.held_out, shape.context + 1, 1)
     repeats = np.stack([probes.repeat_distance(window) for window in fixed[: settings.checked]])
+    inside = (repeats > 0) & (repeats <= WINDOW)
     losses: list[Tensor] = []
     curve, checks = [], []
     begun, excluded = time.perf_counter(), 0.0
@@ -113,12 +114,15 @@ def run(
 
 
 def formation_step(checks: list[dict[str, Any]]) -> int | None:
-    """The first check at which bytes that repeat far ones cost less than half of their most after the first fifth; or None."""
-    known = [(one["step"], one["far_repeats"]) for one in checks if one["far_repeats"] is not None]
-    if not known:
-        return None
-    most = max(bits for _, bits in known[: max(1, len(known) // 5)])
-    return next((step for step, bits in known if bits < most / 2), None)
+    """The first check at which bytes that repeat others beyond the window cost at most 0.3 bits more than those within it."""
+    return next(
+        (
+            one["step"]
+            for one in checks
+            if None not in (one["near_repeats"], one["far_repeats"]) and one["far_repeats"] - one["near_repeats"] < 0.3
+        ),
+        None,
+    )
 
 
 def _wait(device: torch.device) -> None:

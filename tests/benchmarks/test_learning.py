@@ -119,8 +119,11 @@ def test_near_copies_of_training_text_are_not_held_out(tmp_path):
 
 
 def test_the_step_at_which_far_text_is_found():
-    checks = [{"step": step, "far_repeats": bits} for step, bits in ((1, 3.0), (2, 2.8), (3, 1.2), (4, 0.4))]
-    assert formation_step(checks) == 3 and formation_step(checks[:2]) is None
+    checks = [
+        {"step": step, "near_repeats": near, "far_repeats": far}
+        for step, near, far in ((1, 3.0, 3.2), (2, 1.0, 2.8), (3, 0.4, 0.6), (4, 0.2, 0.3))
+    ]
+    assert formation_step(checks[1:]) == 3 and formation_step(checks[1:2]) is None
 
 
 def test_a_run_goes_on_with_what_is_missing(tmp_path):
@@ -153,8 +156,8 @@ def test_a_run_goes_on_with_what_is_missing(tmp_path):
 
     first = start()
     results = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    assert sorted(results) == ["window+longnet_shifted-0.json", "window+stride_4-0.json", "window-0.json"]
-    record = json.loads((tmp_path / "out" / "window+stride_4-0.json").read_text())
+    assert sorted(results) == ["window-0.json", "window_longnet_shifted-0.json", "window_stride_4-0.json"]
+    record = json.loads((tmp_path / "out" / "window_stride_4-0.json").read_text())
     assert 0 < record["bits"] < 9 and record["cost"] < 1.5 and len(record["by_window"]) == 4
     assert "step 6 of 6" in first
     (tmp_path / "out" / "window-0.json").unlink()
