@@ -85,11 +85,9 @@ def run(
             bits = probes.bits_of(compiled, fixed[: settings.checked], device, settings.checked)
             curve.append([step + 1, float(torch.stack(losses).mean()) / math.log(2)])
             losses.clear()
-            far = repeats > 512
             late = float(bits[:, shape.context // 2 :].mean())
-            checks.append(
-                {"step": step + 1, "late_bits": late, "far_repeats": float(bits[far].mean()) if far.any() else None}
-            )
+            near, far = (float(bits[which].mean()) if which.any() else None for which in (inside, repeats > WINDOW))
+            checks.append({"step": step + 1, "late_bits": late, "near_repeats": near, "far_repeats": far})
             say(f"{arm}, seed {seed}: step {step + 1} of {settings.steps}, {curve[-1][1]:.4f} bits, late {late:.4f}")
             if not math.isfinite(curve[-1][1]):
                 raise ValueError(f"{arm}: the loss is {curve[-1][1]} at step {step + 1}")
@@ -114,15 +112,12 @@ def run(
 
 
 def formation_step(checks: list[dict[str, Any]]) -> int | None:
-    """The first check at which bytes that repeat others beyond the window cost at most 0.3 bits more than those within it."""
-    return next(
-        (
-            one["step"]
-            for one in checks
-            if None not in (one["near_repeats"], one["far_repeats"]) and one["far_repeats"] - one["near_repeats"] < 0.3
-        ),
-        None,
-    )
+    """The first check at which repeated bytes cost less than 1 bit within the window and at most 0.3 bits more beyond it."""
+    for one in checks:
+        near, far = one["near_repeats"], one["far_repeats"]
+        if near is not None and far is not None and near < 1.0 and far - near < 0.3:
+            return int(one["step"])
+    return None
 
 
 def _wait(device: torch.device) -> None:

@@ -123,7 +123,7 @@ def test_the_step_at_which_far_text_is_found():
         {"step": step, "near_repeats": near, "far_repeats": far}
         for step, near, far in ((1, 3.0, 3.2), (2, 1.0, 2.8), (3, 0.4, 0.6), (4, 0.2, 0.3))
     ]
-    assert formation_step(checks[1:]) == 3 and formation_step(checks[1:2]) is None
+    assert formation_step(checks) == 3 and formation_step(checks[:2]) is None
 
 
 def test_a_run_goes_on_with_what_is_missing(tmp_path):
