@@ -17,7 +17,7 @@ PYTEST = $(BIN)/python -m pytest -n $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )) --
 
 DEMO := --preset tiny --context 8192 --minutes 8 --lr 3e-3 --clip 0.3 --schedule linear --warmup 40
 
-.PHONY: help demo test quick lint type docs transformers pytest portable older newest bench figures format clean
+.PHONY: help demo test quick lint type docs transformers pytest portable older newest bench learning-small figures format clean
 
 help:
 	@echo "make demo     train a small LongNet on Python's own source code and write runs/demo/report.html"
@@ -26,6 +26,7 @@ help:
 	@echo "make lint     ruff: rules and formatting          make format   let ruff mend what it can"
 	@echo "make type     mypy                                make pytest   the tests alone, the import ladder among them"
 	@echo "make bench    measure speed and memory            make figures  draw the pictures of the README"
+	@echo "make learning-small   train every pattern of the comparison at toy size, and draw its pictures"
 	@echo "make transformers   tests of longnet.hf with the oldest transformers that is supported; part of make test"
 	@echo "make portable the tests as on other processors: without AVX, with AVX2, with AVX-512, oneDNN limited, one thread"
 	@echo "make older    the tests with the oldest torch and transformers; makes .venv-older (several GB)"
@@ -109,6 +110,10 @@ newest:
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
+
+learning-small: $(INSTALLED)
+	$(BIN)/python -m benchmarks.learning --small --data src --out build/learning
+	$(BIN)/python -m benchmarks.learning.report build/learning --to build/learning
 
 figures: $(INSTALLED)
 	$(BIN)/python scripts/make_figures.py

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.environment import child_environment
-from benchmarks.learning import data, probes
+from benchmarks.learning import data, probes, report
 from benchmarks.learning.attention import Sinks, attend, multiplicity
 from benchmarks.learning.patterns import ARMS, DENSE, LOCAL, Band, Layer, cost, growing, half_dense, strided
 from benchmarks.learning.train import formation_step
@@ -163,3 +163,9 @@ def test_a_run_goes_on_with_what_is_missing(tmp_path):
     (tmp_path / "out" / "window-0.json").unlink()
     second = start()
     assert "window, seed 0" in second and "stride" not in second
+
+    groups = report.load(tmp_path / "out")
+    table = report.comparison(groups, "window")
+    assert [row[0] for row in table.rows][0] == "window" and len(table.rows) == 3
+    assert all("+-" in row[3] for row in table.rows if row[0] != "window")
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in report.pictures(groups, tmp_path / "pictures"))

@@ -1,0 +1,188 @@
+"""``python -m benchmarks.learning.report FOLDER --to PICTURES``: one table and four pictures of a folder of results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from benchmarks.report import Table
+from longnet.figures.style import COLORS, FAINT, new_figure, quiet, save
+
+Record = dict[str, Any]
+Groups = dict[str, list[Record]]
+
+
+def load(folder: Path) -> Groups:
+    """The results by name (pattern, and what was added to it), the seeds of each in order.
+
+    Raises:
+        ValueError: a folder without results.
+    """
+    found: Groups = defaultdict(list)
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found[name_of(record)].append(record)
+    if not found:
+        raise ValueError(f"{folder} holds no *.json: expected results of python -m benchmarks.learning")
+    return dict(found)
+
+
+def name_of(record: Record) -> str:
+    """The pattern, and in what it differs from the plain model."""
+    settings, shape = record["settings"], record["settings"]["shape"]
+    more = {
+        "AdamW": settings["matrix_lr"] is None,
+        "shifted keys": shape["shift_keys"],
+        "no far positions": not shape["far_positions"],
+        f"{shape['sinks']} sinks": shape["sinks"] > 0,
+    }
+    return ", ".join((record["arm"], *(name for name, given in more.items() if given)))
+
+
+def difference(records: list[Record], baseline: list[Record], key: str) -> tuple[float, float]:
+    """Mean difference of bits a byte, window by window and seed by seed, and twice its standard error.
+
+    Raises:
+        ValueError: no seed that both have.
+    """
+    others = {record["seed"]: record for record in baseline}
+    pairs = [(record, others[record["seed"]]) for record in records if record["seed"] in others]
+    if not pairs:
+        raise ValueError(f"{name_of(records[0])} and {name_of(baseline[0])} share no seed")
+    by_seed = np.array([np.subtract(one[key], other[key]) for one, other in pairs])
+    error = by_seed.std(axis=1, ddof=1).mean() / np.sqrt(by_seed.size)
+    if len(pairs) > 1:
+        # Seeds differ by more than windows do.
+        error = np.hypot(error, by_seed.mean(1).std(ddof=1) / np.sqrt(len(pairs)))
+    return float(by_seed.mean()), 2 * float(error)
+
+
+def comparison(groups: Groups, baseline: str = "dense") -> Table:
+    """Every pattern beside the baseline, cheapest first."""
+    rows = []
+    for name, records in sorted(groups.items(), key=lambda item: item[1][0]["cost"]):
+        mean = lambda key, records=records: fmean(record[key] for record in records)  # noqa: E731
+        off, width = difference(records, groups[baseline], "by_window")
+        late, late_width = difference(records, groups[baseline], "late_by_window")
+        far = [record["repeated"].get("up to 4096") for record in records]
+        formed = [f"{record['formed']:,}" if record["formed"] else "-" for record in records]
+        rows.append(
+            (
+                name,
+                f"{records[0]['cost']:.3f}",
+                f"{mean('bits'):.4f}",
+                "0" if name == baseline else f"{off:+.4f} +- {width:.4f}",
+                "0" if name == baseline else f"{late:+.4f} +- {late_width:.4f}",
+                "-" if None in far else f"{fmean(far):.3f}",
+                " ".join(formed),
+                f"{mean('tokens_a_second') / 1e3:,.0f}k",
+                str(len(records)),
+            )
+        )
+    columns = (
+        "pattern",
+        "cost",
+        "bits a byte",
+        f"difference to {baseline}",
+        "difference in the second half of the context",
+        "bits of bytes that repeat ones 2,048 to 4,096 before",
+        "far text found at step",
+        "tokens/s",
+        "seeds",
+    )
+    return Table("Patterns", columns, tuple(rows))
+
+
+def pictures(groups: Groups, folder: Path) -> list[Path]:
+    """Bits against pairs, bits by position, recall by distance, loss curves."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = {"pairs": _pairs, "positions": _positions, "recall": _recall, "curves": _curves}
+    titles = {
+        "pairs": "Bits a byte against query-key pairs",
+        "positions": "Bits a byte by position in the context",
+        "recall": "Bits of repeated bytes by the distance of the last repetition",
+        "curves": "Training loss",
+    }
+    made = []
+    for name, panel in draw.items():
+        figure = new_figure(9, 5, titles[name])
+        axes = figure.add_subplot()
+        quiet(axes)
+        panel(axes, groups)
+        axes.grid(alpha=0.2)
+        if name != "pairs":
+            axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        made.append(save(figure, folder / f"learning-{name}.png"))
+    return made
+
+
+def _colours(groups: Groups) -> dict[str, str]:
+    return {name: COLORS[place % len(COLORS)] for place, name in enumerate(groups)}
+
+
+def _pairs(axes: Axes, groups: Groups) -> None:
+    for name, records in groups.items():
+        cost, bits = records[0]["cost"], fmean(record["bits"] for record in records)
+        axes.scatter(cost, bits, color=_colours(groups)[name], s=30)
+        axes.annotate(name, (cost, bits), xytext=(5, 4), textcoords="offset points", fontsize=8, color=FAINT)
+    axes.set(xlabel="pairs over those of dense attention", ylabel="bits a byte")
+
+
+def _positions(axes: Axes, groups: Groups) -> None:
+    _lines(axes, groups, "by_position", lambda label: label.partition(" to ")[2])
+    axes.set(xlabel="bytes before, up to", ylabel="bits a byte")
+
+
+def _recall(axes: Axes, groups: Groups) -> None:
+    _lines(axes, groups, "repeated", lambda label: label.removeprefix("up to "))
+    axes.set(xlabel="distance in bytes, up to", ylabel="bits a byte")
+
+
+def _lines(axes: Axes, groups: Groups, key: str, short: Any) -> None:
+    for name, records in groups.items():
+        labels = list(records[0][key])
+        values = [fmean(record[key].get(label, np.nan) for record in records) for label in labels]
+        axes.plot(
+            [short(label) for label in labels],
+            values,
+            marker="o",
+            markersize=3,
+            color=_colours(groups)[name],
+            label=name,
+        )
+
+
+def _curves(axes: Axes, groups: Groups) -> None:
+    for name, records in groups.items():
+        tokens = records[0]["tokens"] / records[0]["settings"]["steps"]
+        for place, record in enumerate(records):
+            steps, bits = zip(*record["curve"], strict=True)
+            label = name if place == 0 else None
+            axes.plot(np.array(steps) * tokens / 1e6, bits, color=_colours(groups)[name], label=label, linewidth=1.2)
+    axes.set(xlabel="million bytes read in training", ylabel="bits a byte", yscale="log")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.learning.report", description=__doc__.partition(": ")[2]
+    )
+    parser.add_argument("results", type=Path, help="a folder that python -m benchmarks.learning wrote")
+    parser.add_argument("--to", type=Path, help="folder to draw pictures into; without it there are none")
+    parser.add_argument("--baseline", default="dense")
+    options = parser.parse_args()
+    groups = load(options.results)
+    print(comparison(groups, options.baseline).markdown())
+    if options.to is not None:
+        for path in pictures(groups, options.to):
+            print(path)
+
+
+if __name__ == "__main__":
+    main()
