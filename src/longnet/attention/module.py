@@ -168,13 +168,13 @@ class DilatedAttention(nn.Module):
         _check_cache(self, cache, cu_seqlens)
         bounds = None if cu_seqlens is None else boundaries(cu_seqlens, x.shape[1])
         group = group_of(self.distributed)
-        at = self._positions(x, bounds, cache, group)
+        at = _positions(self, x, bounds, cache, group)
         if self.xpos is not None:
             q, k = self.xpos(q, k, at)
         if cache is not None:
             out = stream_attention_warned(q, k, v, cache, key_padding_mask=key_padding_mask)
             return self._finish(out, key_padding_mask)
-        self._warn_left_padding(key_padding_mask, bounds)
+        _warn_left_padding(self, key_padding_mask, bounds)
         longest = max(self.pattern.segment_lengths)
         bias = (
             None if self.rel_pos_bias is None else self.rel_pos_bias(torch.sym_max(1, torch.sym_min(at.whole, longest)))
@@ -190,27 +190,6 @@ class DilatedAttention(nn.Module):
         out = pattern_attention(query, key, value, self.pattern, **settings, **options)
         assert isinstance(out, Tensor)
         return out
-
-    def _positions(
-        self, x: Tensor, bounds: tuple[int, ...] | None, cache: DilatedCache | None, group: Any
-    ) -> Positions:
-        length = x.shape[1]
-        if cache is not None:
-            return Positions(cache.position, length, streaming=True, counter=cache.position_tensor)
-        if bounds is not None and self.xpos is not None:
-            longest = max((stop - start for start, stop in pairwise(bounds)), default=0)
-            return Positions(0, length, in_document=positions(bounds, x.device), longest=longest)
-        if group is None or (self.xpos is None and self.rel_pos_bias is None):
-            return Positions(0, length)
-        return Positions(*shard_place(group, length))
-
-    def _warn_left_padding(self, key_padding_mask: Tensor | None, bounds: tuple[int, ...] | None) -> None:
-        # A rank has a part of each row.
-        if key_padding_mask is None or self.distributed is not False or not self.definition.is_longnets:
-            return
-        if not torch.compiler.is_compiling():
-            warn_left_padding(key_padding_mask, self.pattern, bounds, first=not self._mask_seen)
-            self._mask_seen = True
 
     def _finish(self, out: Tensor, key_padding_mask: Tensor | None) -> Tensor:
         """(B, heads, N, D) to the module's (B, N, dim)."""
@@ -298,3 +277,27 @@ def _check_cache(module: DilatedAttention, cache: DilatedCache | None, cu_seqlen
         raise ValueError(
             f"cache is of head_numbers={cache.pattern.head_numbers}: expected the module's {module.pattern.head_numbers}"
         )
+
+
+def _positions(
+    module: DilatedAttention, x: Tensor, bounds: tuple[int, ...] | None, cache: DilatedCache | None, group: Any
+) -> Positions:
+    """Where the tokens of a call stand: in a stream, in documents, in a shard, or in one sequence."""
+    length = x.shape[1]
+    if cache is not None:
+        return Positions(cache.position, length, streaming=True, counter=cache.position_tensor)
+    if bounds is not None and module.xpos is not None:
+        longest = max((stop - start for start, stop in pairwise(bounds)), default=0)
+        return Positions(0, length, in_document=positions(bounds, x.device), longest=longest)
+    if group is None or (module.xpos is None and module.rel_pos_bias is None):
+        return Positions(0, length)
+    return Positions(*shard_place(group, length))
+
+
+def _warn_left_padding(module: DilatedAttention, mask: Tensor | None, bounds: tuple[int, ...] | None) -> None:
+    # A rank has a part of each row.
+    if mask is None or module.distributed is not False or not module.definition.is_longnets:
+        return
+    if not torch.compiler.is_compiling():
+        warn_left_padding(mask, module.pattern, bounds, first=not module._mask_seen)
+        module._mask_seen = True
