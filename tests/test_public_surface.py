@@ -60,7 +60,7 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     (
         DilatedAttention,
         "(dim, heads, dilation_rate, segment_size, dropout=0.0, causal=False, use_xpos=False, "
-        "use_rel_pos_bias=False, distributed=False, *, casual=None, Distributed=None, qk_norm=False, kv_heads=None, "
+        "use_rel_pos_bias=False, distributed=False, *, qk_norm=False, kv_heads=None, "
         "bias=True, sub_norm=None, head_offsets='interleaved', head_numbers=None, xpos_scale_base=None, "
         "rel_pos_buckets=32, rel_pos_max_distance=128, backend='auto', device=None, dtype=None)",
     ),

@@ -26,6 +26,8 @@ def accept_spellings(**spellings: str) -> Callable[[Callable[P, T]], Callable[P,
         @wraps(function)
         def translated(*args: P.args, **options: P.kwargs) -> T:
             old = {spelling: options.pop(spelling) for spelling in spellings if spelling in options}
+            if not old:
+                return function(*args, **options)
             bound = signature.bind_partial(*args, **options)
             for spelling, value in old.items():
                 name = spellings[spelling]
@@ -35,14 +37,8 @@ def accept_spellings(**spellings: str) -> Callable[[Callable[P, T]], Callable[P,
                 if said is not False and said is not value:
                     raise ValueError(f"{name}={said} and {spelling}={value} contradict each other: give one of them")
                 bound.arguments[name] = value
-            return function(*bound.args, **bound.kwargs) if old else function(*args, **options)
+            return function(*bound.args, **bound.kwargs)
 
-        parameters = list(signature.parameters.values())
-        first = next(place for place, one in enumerate(parameters) if one.kind is one.KEYWORD_ONLY)
-        parameters[first:first] = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in spellings
-        ]
-        translated.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         return translated
 
     return decorate
