@@ -12,8 +12,8 @@ export KMP_BLOCKTIME ?= 0
 # Tests start many processes, and each would compile the library anew: they are twice as slow without byte code.
 unexport PYTHONDONTWRITEBYTECODE
 
-# Two workers more than there are processors: some tests wait for processes or for the clock.
-PYTEST = $(BIN)/python -m pytest -n $$(( $$(getconf _NPROCESSORS_ONLN) + 2 )) --maxprocesses 8 --dist loadgroup
+# One worker more than there are processors: some tests wait for processes or for the clock.
+PYTEST = $(BIN)/python -m pytest -n $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )) --maxprocesses 8 --dist loadgroup
 
 DEMO := --preset tiny --context 8192 --minutes 8 --lr 3e-3 --clip 0.3 --schedule linear --warmup 40
 
