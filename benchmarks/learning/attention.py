@@ -86,10 +86,10 @@ def _banded(
     keys, values = [_rows(key, band) for band in bands], [_rows(value, band) for band in bands]
     count = 0 if sinks is None else sinks.key.shape[1]
     if sinks is not None:
-        # Whole blocks of the mask.
-        room = (0, 0, 0, -count % 128)
-        keys.append(F.pad(sinks.key, room).expand(batch, -1, -1, -1).to(key.dtype))
-        values.append(F.pad(sinks.value, room).expand(batch, -1, -1, -1).to(value.dtype))
+        # FlexAttention's mask has blocks of 128 keys.
+        to_whole_block = (0, 0, 0, -count % 128)
+        keys.append(F.pad(sinks.key, to_whole_block).expand(batch, -1, -1, -1).to(key.dtype))
+        values.append(F.pad(sinks.value, to_whole_block).expand(batch, -1, -1, -1).to(value.dtype))
     key, value = torch.cat(keys, 2), torch.cat(values, 2)
     if query.device.type == "cpu":
         return _on_cpu(query, key, value, mask_of(bands, length, count, query.device)[0])
@@ -131,7 +131,7 @@ def mask_of(bands: tuple[Band, ...], length: int, sinks: int, device: torch.devi
     far = [length if band.far is None else band.far for band in bands]
 
     def mask(batch: Tensor, head: Tensor, query: Tensor, place: Tensor) -> Tensor:
-        found = place < 0
+        is_read = place < 0
         for band, start, stop, limit in zip(bands, starts[:-1], starts[1:], far, strict=True):
             at = place - start
             position = (at // band.block * band.stride + head % band.stride) * band.block + at % band.block
@@ -139,8 +139,8 @@ def mask_of(bands: tuple[Band, ...], length: int, sinks: int, device: torch.devi
             inside = (place >= start) & (place < stop) & (distance >= band.near) & (distance < limit) & (distance >= 0)
             if band.heads is not None:
                 inside = inside & (head >= band.heads[0]) & (head < band.heads[1])
-            found = found | inside
-        return found | ((place >= starts[-1]) & (place < starts[-1] + sinks))
+            is_read = is_read | inside
+        return is_read | ((place >= starts[-1]) & (place < starts[-1] + sinks))
 
     return mask, starts[-1] + (sinks + -sinks % 128 if sinks else 0)
 

@@ -251,8 +251,8 @@ def _check_sub_norm(sub_norm: str | None, causal: bool, distributed: Any) -> Non
         )
     if distributed is not False:
         raise ValueError(
-            "sub_norm='batch' with distributed: batch statistics run over the whole sequence, of which every rank has "
-            "a shard; expected 'layer' or 'rms'"
+            "sub_norm='batch' with distributed: batch statistics run over the whole sequence, and a rank holds "
+            "only its shard; expected 'layer' or 'rms'"
         )
 
 

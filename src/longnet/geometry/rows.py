@@ -38,7 +38,7 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Branch:
-    """One dilated attention: segments of ``segment_length`` tokens, of which every ``dilation_rate``-th is kept."""
+    """One dilated attention: segments of ``segment_length`` tokens; a head selects every ``dilation_rate``-th token."""
 
     segment_length: int
     dilation_rate: int

@@ -18,7 +18,7 @@ from longnet.models.threads import step_threads
 
 @dataclass(frozen=True)
 class Sampling:
-    """First the temperature, then ``top_k``, then ``top_p`` of what is left. Ties go to the lower token id.
+    """How a token is drawn. The temperature is applied first, then ``top_k``, then ``top_p``; ties go to the lower token id.
 
     Attributes:
         temperature: divides the logits; 0 takes the first of the likeliest tokens.

@@ -71,7 +71,7 @@ class Schedule:
         return -(-self.items // (launches * self.programs)) * self.programs
 
     def costs(self) -> Tensor:
-        """Of all items, in their order: :meth:`head_costs`, or -1 of an item none of whose rows is needed."""
+        """The cost of every item, in order, see :meth:`head_costs`; -1 for an item without a needed row."""
         if self.needed is None:
             return self.head_costs().repeat(self.copies)
         if self.sweeps_later:
@@ -113,7 +113,7 @@ class Schedule:
             first_row = (torch.arange(count, device=self.device) * self.owned).repeat(one.residues)
             own = finest.rows(met, 0)
             if self.is_causal:
-                # Rows of the finest branch, of which every one of the class is some.
+                # Counted in rows of the finest branch: the class selects every ``ratio``-th of them.
                 ratio = finest.rows(one.step, 0)
                 before = first_row * ratio
                 own = own - before if self.sweeps_later else torch.minimum(own, before + self.owned * ratio)

@@ -308,13 +308,13 @@ def weighted_exponentials(s, scale2, base, weights, C: gl.constexpr):
 
 @gluon.constexpr_function
 def mma_layout(COLUMNS):
-    """Of a warpgroup's product with so many columns."""
+    """The layout of a warpgroup's product with ``COLUMNS`` columns."""
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
 
 
 @gluon.jit
 def warpgroup_zeros(COLUMNS: gl.constexpr):
-    """Zeros for a warpgroup's product with so many columns."""
+    """Zeros in the layout of a warpgroup's product."""
     return gl.zeros([HALF, COLUMNS], gl.float32, layout=mma_layout(COLUMNS))
 
 
