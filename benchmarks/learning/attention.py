@@ -7,7 +7,6 @@ reads. A strided band's keys are a head's own rows, so the mask of far text is a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -143,25 +142,3 @@ def mask_of(bands: tuple[Band, ...], length: int, sinks: int, device: torch.devi
         return is_read | ((place >= starts[-1]) & (place < starts[-1] + sinks))
 
     return mask, starts[-1] + (sinks + -sinks % 128 if sinks else 0)
-
-
-@lru_cache(maxsize=16)
-def multiplicity(layer: Layer, heads: int, length: int) -> Tensor:
-    """How often each query reads each key, (H, N, N): the slow statement that :func:`attend` is compared with."""
-    times = torch.zeros(heads, length, length, dtype=torch.float64)
-    query = torch.arange(length)[:, None]
-    for head in range(heads):
-        for band in layer.bands:
-            key = torch.from_numpy(band.positions(head, length))
-            distance = query - key
-            read = (distance >= band.near) & (distance >= 0) & (distance < (length if band.far is None else band.far))
-            times[head][:, key] += read.double()
-        if (pattern := layer.pattern(length)) is None:
-            continue
-        for branch in pattern.branches:
-            local = torch.arange(length) + layer.shift
-            segment, inside = local // branch.segment_length, local % branch.segment_length
-            selected = inside % branch.dilation_rate == head % branch.dilation_rate
-            both = selected[:, None] & selected & (segment[:, None] == segment) & (query >= torch.arange(length))
-            times[head] += both.double()
-    return times

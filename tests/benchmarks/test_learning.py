@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.learning import data, probes, report
 from benchmarks.learning.__main__ import main
-from benchmarks.learning.attention import Sinks, attend, multiplicity
+from benchmarks.learning.attention import Sinks, attend
 from benchmarks.learning.patterns import ARMS, DENSE, LOCAL, Band, Layer, cost, growing, half_dense, strided
 from benchmarks.learning.train import formation_step
 
@@ -28,6 +28,27 @@ LAYERS = {
     "dilated whole": Layer(branches=((None, 2),)),
     "window and published": Layer((Band(8),), ((16, 1), (32, 2))),
 }
+
+
+def multiplicity(layer, heads, length):
+    """How often each query reads each key, (H, N, N)."""
+    times = torch.zeros(heads, length, length, dtype=torch.float64)
+    query = torch.arange(length)[:, None]
+    for head in range(heads):
+        for band in layer.bands:
+            key = torch.from_numpy(band.positions(head, length))
+            distance = query - key
+            read = (distance >= band.near) & (distance >= 0) & (distance < (length if band.far is None else band.far))
+            times[head][:, key] += read.double()
+        if (pattern := layer.pattern(length)) is None:
+            continue
+        for branch in pattern.branches:
+            local = torch.arange(length) + layer.shift
+            segment, inside = local // branch.segment_length, local % branch.segment_length
+            selected = inside % branch.dilation_rate == head % branch.dilation_rate
+            both = selected[:, None] & selected & (segment[:, None] == segment) & (query >= torch.arange(length))
+            times[head] += both.double()
+    return times
 
 
 def dense(times, query, key, value):

@@ -325,7 +325,7 @@ def test_a_saved_cache_goes_on(way: str, tmp_path: Path) -> None:
         torch.save(cache, tmp_path / "cache.pt")
         again = torch.load(tmp_path / "cache.pt", weights_only=False)
     assert again.get_seq_length() == 27 and again.nbytes == cache.nbytes and again.rewindable
-    # Taken back before a model has read with it: that model reads again what is left.
+    # Tokens are taken back before a model has used the loaded cache: the model then reads the rest again.
     early = copy.deepcopy(again)
     early.crop(-9)
     early.crop(-6)

@@ -27,14 +27,14 @@ class AttentionDefinition:
     Args:
         name: for errors.
         run: (checked inputs, backend, the ranks of a shared sequence or None) to (out, lse).
-        is_longnets: documents, shards, a relative bias and a :class:`longnet.DilatedCache` are part of it, and padded tokens
+        takes_all_options: documents, shards, a relative bias and a :class:`longnet.DilatedCache` are part of it, and padded tokens
             count as positions.
         takes_needed_by_first: it can leave out rows, see :class:`longnet.attention.call.AttentionSpec`.
     """
 
     name: str
     run: Callable[[AttentionInputs, Backend, Peers | None], tuple[Tensor, Tensor]]
-    is_longnets: bool = True
+    takes_all_options: bool = True
     takes_needed_by_first: bool = False
 
 

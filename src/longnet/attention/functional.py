@@ -161,7 +161,7 @@ def pattern_attention(
             f"needed_by_first=True with is_causal, a key_padding_mask or {definition.name}: expected none of them"
         )
     for name, given in (("cu_seqlens", cu_seqlens), ("distance_bias", distance_bias), ("group", group)):
-        if given is not None and not definition.is_longnets:
+        if given is not None and not definition.takes_all_options:
             raise ValueError(f"{name} given with {definition.name}, which has none: expected None")
     peers = None if group is None else peers_of(group)
     try:

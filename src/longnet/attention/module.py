@@ -267,7 +267,7 @@ def _check_cache(module: DilatedAttention, cache: DilatedCache | None, cu_seqlen
         return
     if cu_seqlens is not None:
         raise ValueError("cu_seqlens given with a cache: a cache reads one stream, expected one of the two")
-    if not module.definition.is_longnets:
+    if not module.definition.takes_all_options:
         raise ValueError("cache given with torchscale_compat=True: a cache computes the exact definition alone")
     if not module.causal:
         raise ValueError("cache given with causal=False: a cache holds what came before, expected a causal module")
@@ -296,7 +296,7 @@ def _positions(
 
 def _warn_left_padding(module: DilatedAttention, mask: Tensor | None, bounds: tuple[int, ...] | None) -> None:
     # A rank has a part of each row.
-    if mask is None or module.distributed is not False or not module.definition.is_longnets:
+    if mask is None or module.distributed is not False or not module.definition.takes_all_options:
         return
     if not torch.compiler.is_compiling():
         warn_left_padding(mask, module.pattern, bounds, first=not module._mask_seen)

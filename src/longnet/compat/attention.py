@@ -78,7 +78,7 @@ def _run(inputs: AttentionInputs, backend: Backend, peers: Peers | None) -> tupl
     return run(inputs) if inputs.mask is None else _each_alone(inputs, inputs.mask, run)
 
 
-TORCHSCALE = AttentionDefinition("torchscale's attention", _run, is_longnets=False, takes_needed_by_first=True)
+TORCHSCALE = AttentionDefinition("torchscale's attention", _run, takes_all_options=False, takes_needed_by_first=True)
 
 
 def _each_alone(
