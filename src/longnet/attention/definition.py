@@ -27,7 +27,7 @@ class AttentionDefinition:
     Args:
         name: for errors.
         run: (checked inputs, backend, the ranks of a shared sequence or None) to (out, lse).
-        takes_all_options: documents, shards, a relative bias and a :class:`longnet.DilatedCache` are part of it, and padded tokens
+        takes_all_options: it takes documents, shards, a relative bias and a :class:`longnet.DilatedCache`, and padded tokens
             count as positions.
         takes_needed_by_first: it can leave out rows, see :class:`longnet.attention.call.AttentionSpec`.
     """
