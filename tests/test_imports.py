@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -328,6 +329,21 @@ print(*sorted({{name.partition(".")[0] for name in set(sys.modules) - before}} &
 """
     result = in_a_fresh_process(program)
     assert (result.returncode, result.stdout.strip()) == (0, ""), result.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["longnet"]])
+def test_another_package_that_imports_the_library_runs_as_a_module(tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "__init__.py").write_text("from longnet import DilatedAttention\n")
+    (tmp_path / "project" / "run.py").write_text("import project; print(project.DilatedAttention.__name__)\n")
+    found = subprocess.run(
+        [sys.executable, "-m", "project.run", *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(SOURCE)},
+        capture_output=True,
+        text=True,
+    )
+    assert (found.returncode, found.stdout) == (0, "DilatedAttention\n"), found.stderr
 
 
 COMMAND = "from longnet.cli.entry import main\nmain()"

@@ -10,7 +10,11 @@ def _starts_the_command() -> bool:
 
     They set up torch's threads, and answer ``--help``, before torch is imported.
     """
-    return bool(sys.argv) and (sys.argv[0] == "-m" or PurePath(sys.argv[0]).stem == "longnet")
+    if sys.argv[:1] == ["-m"]:
+        # While Python looks for the module that it was asked to run, which may belong to another package.
+        asked = sys.orig_argv[-len(sys.argv) :][:1]
+        return asked in (["longnet"], ["-mlongnet"])
+    return bool(sys.argv) and PurePath(sys.argv[0]).stem == "longnet"
 
 
 if TYPE_CHECKING or not _starts_the_command():
