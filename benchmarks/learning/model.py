@@ -52,10 +52,15 @@ class Model(nn.Module):
                 nn.init.normal_(weight, std=0.02 / (2 * shape.layers) ** 0.5 if name.endswith("out.weight") else 0.02)
 
     def make_masks(self, device: torch.device) -> None:
-        """What FlexAttention needs, before the model is compiled."""
+        """What FlexAttention needs, before the blocks are compiled: one mask for all equal layers."""
+        made: dict[Layer, Any] = {}
         for block in self.blocks:
             assert isinstance(block, Block)
-            block.mask = make_mask(block.layer, self.shape.heads, self.shape.context, device, self.shape.sinks)
+            if block.layer not in made:
+                made[block.layer] = make_mask(
+                    block.layer, self.shape.heads, self.shape.context, device, self.shape.sinks
+                )
+            block.mask = made[block.layer]
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)

@@ -30,8 +30,8 @@ class Settings:
     """
 
     shape: Shape = field(default_factory=Shape)
-    batch: int = 2
-    steps: int = 4000
+    batch: int = 1
+    steps: int = 6000
     lr: float = 3e-3
     matrix_lr: float | None = 0.02
     warmup: int = 100
@@ -54,9 +54,10 @@ def run(
     torch.manual_seed(seed)
     model = Model(shape, layers).to(device)
     model.make_masks(device)
-    optimizers = _optimizers(model, settings)
-    compiled: Any = torch.compile(model, dynamic=False) if device.type == "cuda" else model
-    loss_of: Any = torch.compile(model.loss, dynamic=False) if device.type == "cuda" else model.loss
+    if device.type == "cuda":
+        for block in model.blocks:
+            block.compile(dynamic=False)  # equal layers are compiled once
+    train = _Steps(model, settings, device)
     fixed = windows(text.held_out, settings.held_out, shape.context + 1, 1)
     repeats = np.stack([probes.repeat_distance(window) for window in fixed[: settings.checked]])
     inside = (repeats > 0) & (repeats <= WINDOW)
@@ -65,24 +66,14 @@ def run(
     begun, excluded = time.perf_counter(), 0.0
     for step in range(settings.steps):
         rows = windows(text.train, settings.batch, shape.context + 1, (seed << 32) + step)
-        tokens = torch.from_numpy(rows.astype(np.int64)).to(device, non_blocking=True)
-        for optimizer, peak in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = peak * _rate(step, settings)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = loss_of(tokens)
-        loss.backward()
-        for optimizer, _ in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.detach())
-        if step == 0:
+        losses.append(train.step(rows, _rate(step, settings)))
+        if step == _Steps.EAGER:
             _wait(device)
-            begun = time.perf_counter()  # compilation apart
+            begun = time.perf_counter()  # compilation and capture apart
         if (step + 1) % settings.check_every == 0 or step + 1 == settings.steps:
             _wait(device)
             paused = time.perf_counter()
-            bits = probes.bits_of(compiled, fixed[: settings.checked], device, settings.checked)
+            bits = probes.bits_of(model, fixed[: settings.checked], device, settings.checked)
             curve.append([step + 1, float(torch.stack(losses).mean()) / math.log(2)])
             losses.clear()
             late = float(bits[:, shape.context // 2 :].mean())
@@ -93,7 +84,7 @@ def run(
                 raise ValueError(f"{arm}: the loss is {curve[-1][1]} at step {step + 1}")
             excluded += time.perf_counter() - paused
     seconds = time.perf_counter() - begun - excluded
-    score = lambda rows: probes.bits_of(compiled, rows, device, settings.checked)  # noqa: E731
+    score = lambda rows: probes.bits_of(model, rows, device, settings.checked)  # noqa: E731
     return {
         "arm": arm,
         "seed": seed,
@@ -103,7 +94,7 @@ def run(
         "pairs_a_token": sum(layer.pairs(shape.heads, shape.context) for layer in layers) / shape.context,
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "tokens": settings.steps * settings.batch * shape.context,
-        "tokens_a_second": (settings.steps - 1) * settings.batch * shape.context / seconds,
+        "tokens_a_second": (settings.steps - 1 - _Steps.EAGER) * settings.batch * shape.context / seconds,
         "curve": curve,
         "checks": checks,
         "formed": formation_step(checks),
@@ -131,14 +122,70 @@ def _rate(step: int, settings: Settings) -> float:
     return min(1.0, (step + 1) / settings.warmup, left)
 
 
-def _optimizers(model: Model, settings: Settings) -> list[tuple[torch.optim.Optimizer, float]]:
+class _Steps:
+    """Training steps; on a GPU one CUDA graph after the first few, since the optimizer alone launches a thousand kernels."""
+
+    EAGER = 3
+
+    def __init__(self, model: Model, settings: Settings, device: torch.device) -> None:
+        self._model, self._device = model, device
+        self._optimizers = _optimizers(model, settings, capturable=device.type == "cuda")
+        self._tokens = torch.zeros(settings.batch, model.shape.context + 1, dtype=torch.uint8, device=device)
+        self._rate = torch.zeros((), device=device)
+        self._loss = torch.zeros((), device=device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._eager = 0
+
+    def step(self, rows: np.ndarray, rate: float) -> Tensor:
+        """Train on (batch, context + 1) bytes at this share of the peak learning rates.
+
+        Returns:
+            the mean loss in nats.
+        """
+        self._tokens.copy_(torch.from_numpy(rows))
+        self._rate.fill_(rate)
+        if self._device.type == "cpu":
+            self._run()
+        elif self._eager < self.EAGER:
+            self._eager += 1
+            here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+            aside.wait_stream(here)
+            with torch.cuda.stream(aside):
+                self._run()
+            here.wait_stream(aside)
+        else:
+            if self._graph is None:
+                self._graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self._graph):
+                    self._run()
+            self._graph.replay()
+        return self._loss.clone()
+
+    def _run(self) -> None:
+        weights = [weight.detach() for weight in self._model.parameters()]
+        self._model.zero_grad(set_to_none=True)
+        enabled = self._device.type == "cuda"
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=enabled, cache_enabled=False):
+            loss = self._model.loss(self._tokens.long())
+        loss.backward()
+        before = [weight.clone() for weight in weights]
+        for optimizer in self._optimizers:
+            optimizer.step()
+        # Without weight decay both optimizers move a weight in proportion to their learning rate, which the graph holds.
+        for weight, old in zip(weights, before, strict=True):
+            weight.copy_(torch.lerp(old, weight, self._rate))
+        self._loss.copy_(loss.detach())
+
+
+def _optimizers(model: Model, settings: Settings, capturable: bool) -> list[torch.optim.Optimizer]:
     matrices = [weight for weight in model.blocks.parameters() if weight.dim() == 2]
     chosen = {id(weight) for weight in matrices} if settings.matrix_lr is not None else set()
     others = [weight for weight in model.parameters() if id(weight) not in chosen]
-    made: list[tuple[torch.optim.Optimizer, float]] = [
-        (torch.optim.AdamW(others, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True), settings.lr)
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(
+            others, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True, capturable=capturable
+        )
     ]
     if settings.matrix_lr is not None:
-        muon = torch.optim.Muon(matrices, lr=settings.matrix_lr, weight_decay=0.0, adjust_lr_fn="original")
-        made.append((muon, settings.matrix_lr))
+        made.append(torch.optim.Muon(matrices, lr=settings.matrix_lr, weight_decay=0.0, adjust_lr_fn="original"))
     return made
