@@ -9,6 +9,9 @@ INSTALLED := .venv/.installed
 export OMP_WAIT_POLICY ?= PASSIVE
 export KMP_BLOCKTIME ?= 0
 
+# torch.compile compiles in the process that asks for it: every worker would start a pool of compilers, each importing torch.
+export TORCHINDUCTOR_COMPILE_THREADS ?= 1
+
 # Tests start many processes, and each would compile the library anew: they are twice as slow without byte code.
 unexport PYTHONDONTWRITEBYTECODE
 

@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_bloc
 from benchmarks.learning.patterns import Band, Layer
 from longnet.attention.functional import pattern_attention
 
-_DENSE = Layer((Band(None),))
+_DENSE = ((Band(None),), ())
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def attend(
     Args:
         mask: from :func:`make_mask`.
     """
-    if layer == _DENSE and sinks is None:
+    if (layer.bands, layer.branches) == _DENSE and sinks is None:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
     parts = []
     if layer.bands or sinks is not None:
@@ -116,10 +116,11 @@ def _rows(x: Tensor, band: Band) -> Tensor:
 
 def make_mask(layer: Layer, heads: int, length: int, device: torch.device, sinks: int = 0) -> BlockMask | None:
     """What :func:`attend` needs besides tensors; None where it needs none."""
-    if device.type == "cpu" or (layer == _DENSE and not sinks) or not (layer.bands or sinks):
+    if device.type == "cpu" or ((layer.bands, layer.branches) == _DENSE and not sinks) or not (layer.bands or sinks):
         return None
     function, keys = mask_of(layer.bands, length, sinks, device)
-    return create_block_mask(function, None, heads, length, keys, device=device)
+    # Compiled, or the whole table of pairs would lie in memory.
+    return torch.compile(create_block_mask)(function, None, heads, length, keys, device=device)
 
 
 def mask_of(bands: tuple[Band, ...], length: int, sinks: int, device: torch.device) -> tuple[Any, int]:

@@ -78,7 +78,7 @@ class Block(nn.Module):
         super().__init__()
         self.layer, self.heads = layer, shape.heads
         self.mask: Any = None
-        self.shift_keys = shape.shift_keys and layer.reaches_far
+        self.shift_keys = shape.shift_keys and layer.reaches_far and not layer.keeps_keys
         self.rotates = shape.far_positions or not layer.reaches_far
         self.attention_norm, self.feed_norm = nn.RMSNorm(shape.dim), nn.RMSNorm(shape.dim)
         self.qkv = nn.Linear(shape.dim, 3 * shape.dim, bias=False)
@@ -86,12 +86,14 @@ class Block(nn.Module):
         self.feed_in = nn.Linear(shape.dim, 4 * shape.dim, bias=False)
         self.feed_out = nn.Linear(4 * shape.dim, shape.dim, bias=False)
         width = shape.dim // shape.heads
+        # With gains: scores of unit rows end at 8, too flat a softmax to single out one of 8,192 keys.
+        self.query_norm, self.key_norm = nn.RMSNorm(width), nn.RMSNorm(width)
         self.sinks = nn.Parameter(torch.randn(2, shape.heads, shape.sinks, width) * 0.02) if shape.sinks else None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         projected = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
         query, key, value = projected.permute(2, 0, 3, 1, 4)  # (B, H, N, D)
-        query, key = F.rms_norm(query, query.shape[-1:]), F.rms_norm(key, key.shape[-1:])
+        query, key = self.query_norm(query), self.key_norm(key)
         if self.shift_keys:
             half = key.shape[-1] // 2
             key = torch.cat((key[..., :half], F.pad(key[..., half:], (0, 0, 1, -1))), dim=-1)

@@ -57,11 +57,13 @@ class Layer:
     Args:
         branches: (segment length, dilation rate) of dilated attention as published; a length of None is the whole sequence.
         shift: tokens by which the branches' segments begin earlier.
+        keeps_keys: not to take part where the keys of layers that reach far are shifted (see ``Shape.shift_keys``).
     """
 
     bands: tuple[Band, ...] = ()
     branches: tuple[tuple[int | None, int], ...] = ()
     shift: int = 0
+    keeps_keys: bool = False
 
     @property
     def reaches_far(self) -> bool:
@@ -136,6 +138,11 @@ def middle(layer: Layer) -> Callable[[int], tuple[Layer, ...]]:
     )
 
 
+def middle_quarter(layer: Layer, others: Layer = LOCAL) -> Callable[[int], tuple[Layer, ...]]:
+    """``layer`` in the quarter in the middle, ``others`` elsewhere."""
+    return lambda layers: some(layer, *range(3 * layers // 8, 3 * layers // 8 + layers // 4), others=others)(layers)
+
+
 def alternating(layers: int) -> tuple[Layer, ...]:
     """Windows and LongNet in turn, every second of LongNet's grids shifted."""
     return tuple(LOCAL if place % 2 == 0 else (PUBLISHED, SHIFTED)[place // 2 % 2] for place in range(layers))
@@ -144,13 +151,12 @@ def alternating(layers: int) -> tuple[Layer, ...]:
 # Stacks by name, for any number of layers.
 ARMS: Mapping[str, Callable[[int], tuple[Layer, ...]]] = {
     "dense": every(1, DENSE),
+    "dense with middle keys shifted": middle_quarter(DENSE, others=replace(DENSE, keeps_keys=True)),
     "window": every(1, LOCAL),
     "window+dense 1/2": every(2, DENSE),
     "window+dense 1/4": every(4, DENSE),
     "window+dense 1/4 last": lambda layers: some(DENSE, *range(layers - layers // 4, layers))(layers),
-    "window+dense 1/4 middle": lambda layers: some(DENSE, *range(3 * layers // 8, 3 * layers // 8 + layers // 4))(
-        layers
-    ),
+    "window+dense 1/4 middle": middle_quarter(DENSE),
     "window+dense 1/8": every(8, DENSE),
     "longnet": every(1, PUBLISHED),
     "window+longnet": every(2, PUBLISHED),
