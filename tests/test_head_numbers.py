@@ -130,4 +130,4 @@ def test_opcheck(name: str) -> None:
     torch.manual_seed(0)
     inputs = [torch.randn(1, 3, 20, 4, requires_grad=True) for _ in range(3)]
     spec = AttentionSpec(Pattern.parse([8, 16], [1, 3], "interleaved", [1, 2, 5], 6), True, 0.5)
-    torch.library.opcheck(getattr(torch.ops.longnet, name).default, (*inputs, None, None, *spec.encode()))
+    torch.library.opcheck(getattr(torch.ops.longnet, name).default, (*inputs, None, None, None, *spec.encode()))

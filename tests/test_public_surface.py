@@ -54,8 +54,9 @@ NAMES = {
 SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     (
         dilated_attention,
-        "(query, key, value, segment_lengths, dilation_rates, *, is_causal=False, scale=None, key_padding_mask=None, "
-        "cu_seqlens=None, head_offsets='interleaved', return_lse=False, backend='auto', group=None)",
+        "(query, key, value, segment_lengths, dilation_rates, *, window=None, dilated_queries=True, dilation_block=1, "
+        "segment_offset=0, is_causal=False, scale=None, key_padding_mask=None, cu_seqlens=None, "
+        "head_offsets='interleaved', return_lse=False, backend='auto', group=None)",
     ),
     (
         DilatedAttention,
@@ -107,7 +108,7 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
         longnet.geometry.Pattern.parse,
         "(segment_lengths, dilation_rates, head_offsets='interleaved', head_numbers=None, total_heads=0)",
     ),
-    (longnet.geometry.make_plan, "(pattern, heads, length, first_head=0, last_head=None)"),
+    (longnet.geometry.make_plan, "(pattern, heads, length, first_head=0, last_head=None, segment_offset=0)"),
     (
         longnet.geometry.cost,
         "(pattern, heads, length, head_dim, *, is_causal=False, kv_heads=None, batch=1, bytes_per_element=2)",
@@ -179,7 +180,7 @@ def test_the_names_a_checkpoint_holds() -> None:
 
 def test_the_names_given_as_text() -> None:
     assert [backend.name for backend in BACKENDS] == ["cpu_flash", "triton", "portable"]
-    assert longnet.geometry.HEAD_OFFSETS == ("interleaved", "blocked")
+    assert longnet.geometry.HEAD_OFFSETS == ("interleaved", "blocked", "grouped")
     assert LongNetConfig.presets() == ("base", "small", "tiny", "nano")
 
 

@@ -33,9 +33,9 @@ def test_opcheck(name, padded, kv_heads):
     bias = torch.randn(4, 2 * 24 - 1, requires_grad=True) if name == "portable" else None
     settings = AttentionSpec(Pattern.parse(*PATTERN), True, 0.3).encode()
     forward = getattr(torch.ops.longnet, name).default
-    torch.library.opcheck(forward, (q, k, v, mask, bias, *settings))
-    out, lse = (x.detach() for x in forward(q, k, v, mask, bias, *settings))
-    plain = [x.detach() for x in (q, k, v)] + [mask, None if bias is None else bias.detach()]
+    torch.library.opcheck(forward, (q, k, v, mask, None, bias, *settings))
+    out, lse = (x.detach() for x in forward(q, k, v, mask, None, bias, *settings))
+    plain = [x.detach() for x in (q, k, v)] + [mask, None, None if bias is None else bias.detach()]
     backward = getattr(torch.ops.longnet, f"{name}_backward").default
     for grad_lse in (None, torch.randn_like(lse)):
         args = (torch.randn_like(out), grad_lse, *plain, out, lse, *settings)

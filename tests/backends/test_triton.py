@@ -306,9 +306,9 @@ def test_opcheck(full):
     bias = draw(2, 15) if full else None
     settings = AttentionSpec(Pattern.parse((4, 8), (1, 2)), True, 0.3).encode()
     forward, backward = torch.ops.longnet.triton.default, torch.ops.longnet.triton_backward.default
-    torch.library.opcheck(forward, (q, k, v, mask, bias, *settings))
-    out, lse = (x.detach() for x in forward(q, k, v, mask, bias, *settings))
-    plain = [None if x is None else x.detach() for x in (q, k, v, mask, bias)]
+    torch.library.opcheck(forward, (q, k, v, mask, None, bias, *settings))
+    out, lse = (x.detach() for x in forward(q, k, v, mask, None, bias, *settings))
+    plain = [None if x is None else x.detach() for x in (q, k, v, mask, None, bias)]
     args = (torch.ones_like(out), torch.ones_like(lse) if full else None, *plain, out, lse, *settings)
     torch.library.opcheck(backward, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
 

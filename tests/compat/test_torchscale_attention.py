@@ -144,11 +144,11 @@ def test_opcheck(pattern: tuple[tuple[int, ...], tuple[int, ...]], backend: str)
     forward, backward = (
         getattr(torch.ops.longnet, f"torchscale_{backend}{part}").default for part in ("", "_backward")
     )
-    torch.library.opcheck(forward, (*[x.requires_grad_() for x in inputs], None, None, *settings))
+    torch.library.opcheck(forward, (*[x.requires_grad_() for x in inputs], None, None, None, *settings))
     inputs = [x.detach() for x in inputs]
-    out, lse = forward(*inputs, None, None, *settings)
+    out, lse = forward(*inputs, None, None, None, *settings)
     for grad_lse in (None, torch.randn_like(lse)):
-        arguments = (grad, grad_lse, *inputs, None, None, out, lse, *settings)
+        arguments = (grad, grad_lse, *inputs, None, None, None, out, lse, *settings)
         torch.library.opcheck(
             backward, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
         )

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longnet.geometry.coverage import coverage, reach, receptive_field, uncovered_positions
-from longnet.geometry.pattern import Pattern
+from longnet.geometry.pattern import HEAD_OFFSETS, Pattern
 
 
 @st.composite
@@ -21,12 +21,27 @@ def patterns(draw: st.DrawFn) -> Pattern:
     return Pattern.parse(lengths, rates, draw(st.sampled_from(["interleaved", "blocked"])))
 
 
+@st.composite
+def composed_patterns(draw: st.DrawFn) -> Pattern:
+    branches = draw(st.lists(st.tuples(st.none() | st.integers(4, 20), st.integers(1, 4)), min_size=1, max_size=3))
+    return Pattern.compose(
+        [length for length, _ in branches],
+        [rate for _, rate in branches],
+        window=draw(st.sampled_from([None, None, None, 3])),
+        dilated_queries=draw(st.booleans()),
+        dilation_block=draw(st.integers(1, 5)),
+        head_offsets=draw(st.sampled_from(HEAD_OFFSETS)),
+    )
+
+
 def takes_part(pattern: Pattern, head: int, heads: int, position: int) -> bool:
-    return any(pattern.selects(branch, head, heads, position) for branch in pattern.branches)
+    return pattern.window is not None or any(
+        pattern.selects(branch, head, heads, position) for branch in pattern.branches
+    )
 
 
 @settings(max_examples=200, deadline=None)
-@given(pattern=patterns(), heads=st.integers(1, 6), length=st.integers(1, 120))
+@given(pattern=patterns() | composed_patterns(), heads=st.integers(1, 6), length=st.integers(1, 120))
 def test_coverage_equals_the_definition(pattern: Pattern, heads: int, length: int) -> None:
     found = coverage(pattern, heads, length)
     missed = [{p for p in range(length) if not takes_part(pattern, head, heads, p)} for head in range(heads)]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from longnet.geometry import HEAD_OFFSETS, Pattern
+from longnet.geometry import Pattern
 from longnet.geometry.first_token import first_keys
+from longnet.geometry.pattern import PAPER_OFFSETS
 
 
-@pytest.mark.parametrize("head_offsets", HEAD_OFFSETS)
+@pytest.mark.parametrize("head_offsets", PAPER_OFFSETS)
 @pytest.mark.parametrize(("lengths", "rates"), [((4, 9, 40), (1, 3, 8)), ((7, 7), (2, 2)), ((12,), (5,))])
 @pytest.mark.parametrize("length", [1, 8, 31, 60])
 def test_a_key_is_seen_as_often_as_branches_select_both(lengths, rates, head_offsets, length) -> None:

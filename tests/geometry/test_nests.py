@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import multiplicity
 
-from longnet.geometry import HEAD_OFFSETS, Pattern
+from longnet.geometry import Pattern
 from longnet.geometry.nests import Nest, make_nests
+from longnet.geometry.pattern import PAPER_OFFSETS
 
 
 @st.composite
@@ -27,7 +28,7 @@ def patterns(draw: st.DrawFn):
         for _ in range(draw(st.integers(1, 3))):
             width = draw(st.integers(1, 20))
             branches.append((width, draw(st.integers(1, min(6, width)))))
-    pattern = Pattern.parse([w for w, _ in branches], [r for _, r in branches], draw(st.sampled_from(HEAD_OFFSETS)))
+    pattern = Pattern.parse([w for w, _ in branches], [r for _, r in branches], draw(st.sampled_from(PAPER_OFFSETS)))
     return pattern, heads, draw(st.integers(1, 40)), draw(st.sampled_from([1, 4, 16])), draw(st.sampled_from([1, 3]))
 
 

@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longnet.geometry import (
-    HEAD_OFFSETS,
     HeadNumbers,
     Pattern,
     coverage,
@@ -17,6 +16,7 @@ from longnet.geometry import (
     score_pairs,
     uncovered_positions,
 )
+from longnet.geometry.pattern import PAPER_OFFSETS
 from longnet.geometry.shards import Shards, shared_rows
 
 
@@ -27,7 +27,7 @@ def patterns(draw: st.DrawFn) -> tuple[Pattern, Pattern, tuple[int, ...], int]:
     numbers = tuple(sorted(draw(st.sets(st.integers(0, total - 1), min_size=1))))
     widths = draw(st.lists(st.integers(1, 20), min_size=1, max_size=3))
     rates = [draw(st.integers(1, width)) for width in widths]
-    offsets = draw(st.sampled_from(HEAD_OFFSETS))
+    offsets = draw(st.sampled_from(PAPER_OFFSETS))
     return Pattern.parse(widths, rates, offsets), Pattern.parse(widths, rates, offsets, numbers, total), numbers, total
 
 
@@ -66,7 +66,7 @@ def test_tiles_hold_what_these_heads_select(case, length, data) -> None:
     assert all(tile.head_step > 0 and tile.head_step_per_offset > 0 for tile in tiles)
 
 
-@pytest.mark.parametrize("head_offsets", HEAD_OFFSETS)
+@pytest.mark.parametrize("head_offsets", PAPER_OFFSETS)
 def test_a_branch_that_selects_all_is_one_rectangle(head_offsets) -> None:
     """Whatever heads are missing: at rate 1 all have one offset."""
     pattern = Pattern.parse((8, 16), (1, 4), head_offsets, (0, 1, 4, 6, 9, 10), 12)

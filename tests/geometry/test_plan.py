@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longnet.attention.backends.views import padding_view, tile_view
-from longnet.geometry import HEAD_OFFSETS, Pattern, make_plan
+from longnet.geometry import Pattern, make_plan
+from longnet.geometry.pattern import PAPER_OFFSETS
 
 
 @st.composite
@@ -18,7 +19,7 @@ def plans(draw: st.DrawFn):
     last = draw(st.integers(first + 1, heads))
     width = draw(st.integers(1, 20))
     rate = draw(st.integers(1, width))
-    pattern = Pattern.parse(width, rate, draw(st.sampled_from(HEAD_OFFSETS)))
+    pattern = Pattern.parse(width, rate, draw(st.sampled_from(PAPER_OFFSETS)))
     return pattern, heads, draw(st.integers(0, 45)), first, last
 
 

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longnet.attention.backends.views import bias_columns
-from longnet.geometry import HEAD_OFFSETS, Branch, Pattern
+from longnet.geometry import Branch, Pattern
 from longnet.geometry.chunks import own_parts, windows
+from longnet.geometry.pattern import PAPER_OFFSETS
 from longnet.geometry.rows import locate
 from longnet.geometry.shards import Shards, shared_rows
 
@@ -29,7 +30,7 @@ def branches(draw: st.DrawFn) -> Branch:
 def patterns(draw: st.DrawFn) -> Pattern:
     found = draw(st.lists(branches(), min_size=1, max_size=3))
     lengths, rates = zip(*((one.segment_length, one.dilation_rate) for one in found), strict=True)
-    return Pattern.parse(lengths, rates, draw(st.sampled_from(HEAD_OFFSETS)))
+    return Pattern.parse(lengths, rates, draw(st.sampled_from(PAPER_OFFSETS)))
 
 
 @given(branches(), st.integers(0, 60))

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longnet.checks import check_flags, check_number
+from longnet.checks import check_flags, check_int, check_number
 from longnet.geometry import HEAD_OFFSETS, Branch, Pattern
-from longnet.geometry.pattern import HeadNumbers
+from longnet.geometry.pattern import LONGEST_SEGMENT, HeadNumbers
 from longnet.runtime.autocast import autocast_dtype
 
 
@@ -28,6 +28,7 @@ class AttentionSpec:
         needed_by_first: the caller reads only the rows that token 0 attends to in some head, see
             :func:`longnet.geometry.needed_rows.needed_by_first`. The other rows may hold anything finite, and the caller
             gives them an lse of inf before the backward pass.
+        segment_offset: on the grid position ``p`` counts as ``p + segment_offset``.
     """
 
     pattern: Pattern
@@ -35,6 +36,12 @@ class AttentionSpec:
     scale: float
     documents: tuple[int, ...] | None = None
     needed_by_first: bool = False
+    segment_offset: int = 0
+
+    @property
+    def beyond_paper(self) -> str | None:
+        """A part that LongNet's paper does not have, as it was asked for; None if all is the paper's."""
+        return self.pattern.beyond_paper or (f"segment_offset={self.segment_offset}" if self.segment_offset else None)
 
     def encode(self) -> tuple[tuple[int, ...], float]:
         """As torch's operators take it, see :func:`decode`: integers and the scale."""
@@ -42,8 +49,11 @@ class AttentionSpec:
         pattern = self.pattern
         numbers = pattern.head_numbers
         flags = (self.is_causal, self.needed_by_first, HEAD_OFFSETS.index(pattern.head_offsets), numbers is not None)
+        beyond = (pattern.window or 0, pattern.dilated_queries, pattern.group, self.segment_offset)
+        blocks = (branch.block for branch in pattern.branches)
         heads = () if numbers is None else (numbers.total, *numbers.numbers)
-        return (*flags, len(pattern.branches), *pattern.segment_lengths, *pattern.dilation_rates, *heads), self.scale
+        branches = (len(pattern.branches), *pattern.segment_lengths, *pattern.dilation_rates, *blocks)
+        return (*flags, *beyond, *branches, *heads), self.scale
 
 
 def decode(integers: Sequence[int], scale: float) -> AttentionSpec:
@@ -53,12 +63,14 @@ def decode(integers: Sequence[int], scale: float) -> AttentionSpec:
 
 @lru_cache(maxsize=256)
 def _decode(integers: tuple[int, ...], scale: float) -> AttentionSpec:
-    is_causal, needed_by_first, offsets, numbered, count, *rest = integers
-    lengths, rates, heads = rest[:count], rest[count : 2 * count], tuple(rest[2 * count :])
-    branches = tuple(map(Branch, lengths, rates))
+    is_causal, needed_by_first, offsets, numbered, window, dilated, group, segment_offset, count, *rest = integers
+    lengths, rates, blocks, heads = (*(rest[i * count : (i + 1) * count] for i in range(3)), tuple(rest[3 * count :]))
+    branches = tuple(map(Branch, lengths, rates, blocks))
     numbers = HeadNumbers(heads[1:], heads[0]) if numbered else None
-    pattern = Pattern(branches, HEAD_OFFSETS[offsets], numbers)
-    return AttentionSpec(pattern, bool(is_causal), scale, needed_by_first=bool(needed_by_first))
+    pattern = Pattern(branches, HEAD_OFFSETS[offsets], numbers, window or None, bool(dilated), group)
+    return AttentionSpec(
+        pattern, bool(is_causal), scale, needed_by_first=bool(needed_by_first), segment_offset=segment_offset
+    )
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,7 @@ class AttentionInputs:
         key, value: (B, Hk, N, D), Hk divides H; query head j reads head ``j // (H / Hk)``.
         mask: (B, N) bool, True where a key is to be ignored, or None.
         bias: (H, 2L - 1) or None. A query at p and a key at k have ``bias[j, k - p + L - 1]`` added to their scaled score.
+        offsets: (B,) int64 in place of the spec's ``segment_offset``, one for each row of the batch, or None.
     """
 
     query: Tensor
@@ -78,6 +91,7 @@ class AttentionInputs:
     mask: Tensor | None
     bias: Tensor | None
     spec: AttentionSpec
+    offsets: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -90,8 +104,14 @@ class AttentionInputs:
         return self.query.shape[1] // self.key.shape[1]
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        return self.query, self.key, self.value, self.mask, self.bias
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """In the order of the operators' arguments; the last two are offsets and bias."""
+        return self.query, self.key, self.value, self.mask, self.offsets, self.bias
+
+    @property
+    def beyond_paper(self) -> str | None:
+        """A part that LongNet's paper does not have, as it was asked for; None if all is the paper's."""
+        return self.spec.beyond_paper or (None if self.offsets is None else "a segment_offset for each row")
 
     def flat(self) -> tuple[Any, ...]:
         """As torch's operators take it: tensors, integers and the scale. The inverse is :func:`from_flat`."""
@@ -100,6 +120,14 @@ class AttentionInputs:
     def with_spec(self, **changes: Any) -> AttentionInputs:
         """The same tensors, and a spec with these changes."""
         return replace(self, spec=replace(self.spec, **changes))
+
+    def rows(self, part: Tensor, segment_offset: int) -> AttentionInputs:
+        """Some rows of the batch, copied, all with one offset of the grid."""
+        taken = (None if x is None else x.index_select(0, part) for x in self.tensors[:4])
+        query, key, value, mask = taken
+        assert query is not None and key is not None and value is not None
+        spec = replace(self.spec, segment_offset=segment_offset)
+        return AttentionInputs(query, key, value, mask, self.bias, spec)
 
     def tokens(self, part: slice) -> AttentionInputs:
         """Some of the tokens, as views."""
@@ -125,13 +153,13 @@ class AttentionInputs:
 
 
 # How many of an operator's arguments are tensors, and how many are the spec.
-TENSORS, SPEC = 5, 2
+TENSORS, SPEC = 6, 2
 
 
 def from_flat(arguments: Sequence[Any]) -> AttentionInputs:
     """The inverse of :meth:`AttentionInputs.flat`."""
-    query, key, value, mask, bias, *spec = arguments
-    return AttentionInputs(query, key, value, mask, bias, decode(*spec))
+    query, key, value, mask, offsets, bias, *spec = arguments
+    return AttentionInputs(query, key, value, mask, bias, decode(*spec), offsets)
 
 
 @dataclass(frozen=True)
@@ -191,7 +219,37 @@ def checked_inputs(
     scale = check_scale(scale, query.shape[-1], query.dtype)
     if bias is not None:
         _check_bias(bias, query, pattern)
+    pattern = pattern.grouped(query.shape[1], key.shape[1])
     return AttentionInputs(query, key, value, mask, bias, AttentionSpec(pattern, is_causal, scale))
+
+
+def with_segment_offset(inputs: AttentionInputs, segment_offset: int | Tensor) -> AttentionInputs:
+    """The same on another grid.
+
+    Raises:
+        TypeError, ValueError: as :func:`longnet.dilated_attention`.
+    """
+    documents, query = inputs.spec.documents, inputs.query
+    rows, axis = (query.shape[0], "B") if documents is None else (len(documents) - 1, "documents")
+    if isinstance(segment_offset, Tensor):
+        if segment_offset.dtype != torch.int64:
+            raise TypeError(f"segment_offset has dtype {segment_offset.dtype}: expected torch.int64, or an int")
+        if segment_offset.dim() != 1 or segment_offset.shape[0] != rows:
+            raise ValueError(
+                f"segment_offset has shape {tuple(segment_offset.shape)}: expected ({axis},) = ({rows},), or an int"
+            )
+        if segment_offset.device != query.device:
+            raise ValueError(
+                f"segment_offset is on {segment_offset.device}: expected the query's device {query.device}"
+            )
+        return replace(inputs, offsets=segment_offset)
+    if not -LONGEST_SEGMENT <= check_int("segment_offset", segment_offset) <= LONGEST_SEGMENT:
+        raise ValueError(f"segment_offset={segment_offset}: expected at most {LONGEST_SEGMENT} in magnitude")
+    if torch.compiler.is_compiling() and segment_offset != 0:
+        # As a tensor, so that another number is no other graph.
+        offsets = torch.full((rows,), segment_offset, dtype=torch.int64, device=query.device)
+        return replace(inputs, offsets=offsets)
+    return inputs.with_spec(segment_offset=segment_offset)
 
 
 def refuse_tracing() -> None:

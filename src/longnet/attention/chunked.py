@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longnet.attention import merge
+from longnet.attention.key_ranges import KeyRanges
 
 # Scores that exist at a time: enough to keep a device busy, 64 MiB in float32.
 _SCORES = 1 << 24
@@ -27,6 +28,8 @@ class Rows:
         padded: (G, b) bool, True where a key is to be ignored, or None.
         bias: (L, a + b - 1), L divides G, or None. In group g query ``i`` and key ``k`` have ``bias[g % L, k - i + a - 1]``
             added to their score.
+        ranges: which keys each query sees, in place of ``is_causal``. The bias is then (L, 2M - 1), by the distance of their
+            positions from its centre.
     """
 
     query: Tensor
@@ -36,11 +39,15 @@ class Rows:
     is_causal: bool = False
     padded: Tensor | None = None
     bias: Tensor | None = None
+    ranges: KeyRanges | None = None
 
     def _chunks(self) -> Iterator[tuple[slice, slice, slice]]:
         """(groups, queries, keys) of every chunk. Keys past the last query of a causal chunk are left out."""
         groups, count, _ = self.query.shape
         keys = self.key.shape[1]
+        if self.ranges is not None:
+            yield from self._chunks_of_ranges(self.ranges)
+            return
         step = max(1, _SCORES // max(1, count * keys))
         height = count if step > 1 else max(1, min(count, _SCORES // max(1, keys)))
         for first in range(0, groups, step):
@@ -52,9 +59,28 @@ class Rows:
                     slice(0, high if self.is_causal else keys),
                 )
 
+    def _chunks_of_ranges(self, ranges: KeyRanges) -> Iterator[tuple[slice, slice, slice]]:
+        groups, count, _ = self.query.shape
+        widest = int((ranges.high - ranges.low).max()) if count else 0
+        # As many queries as add little to the keys that one of them sees.
+        height = max(1, min(max(64, widest // 4), _SCORES // max(1, widest)))
+        step = max(1, _SCORES // (height * (widest + height)))
+        lows, highs = ranges.low[::height].tolist(), ranges.high[height - 1 :: height].tolist()
+        for number, low in enumerate(range(0, count, height)):
+            high = min(count, low + height)
+            last = highs[number] if number < len(highs) else int(ranges.high[-1])
+            for first in range(0, groups, step):
+                yield slice(first, min(groups, first + step)), slice(low, high), slice(lows[number], last)
+
     def _scores(self, groups: slice, queries: slice, keys: slice) -> Tensor:
         scores = (self.query[groups, queries] @ self.key[groups, keys].transpose(-1, -2)).mul_(self.scale)
-        if self.bias is not None:
+        if self.ranges is not None:
+            if self.bias is not None:
+                scores += self.bias[self._bias_rows(groups)[:, None, None], self._columns(self.ranges, queries, keys)]
+            low, high = (x[queries].to(scores.device)[:, None] for x in (self.ranges.low, self.ranges.high))
+            place = torch.arange(keys.start, keys.stop, device=scores.device)
+            scores.masked_fill_((place < low) | (place >= high), -torch.inf)
+        elif self.bias is not None:
             # Row i of the windows is the bias at distances (0 - i) .. (keys - 1 - i).
             windows = self.bias[:, self._distances(queries, keys)].unfold(-1, keys.stop, 1).flip(1)
             scores += windows[self._bias_rows(groups)]
@@ -64,6 +90,13 @@ class Rows:
             row = torch.arange(queries.start, queries.stop, device=scores.device)
             scores.masked_fill_(torch.arange(keys.stop, device=scores.device) > row[:, None], -torch.inf)
         return scores
+
+    def _columns(self, ranges: KeyRanges, queries: slice, keys: slice) -> Tensor:
+        """The bias's column of each query and key; any one where they do not meet."""
+        assert self.bias is not None
+        width = self.bias.shape[1]
+        distance = ranges.keys[keys] - ranges.queries[queries, None] + width // 2
+        return distance.clamp_(0, width - 1).to(self.query.device)
 
     def _distances(self, queries: slice, keys: slice) -> slice:
         """The bias's columns that a chunk meets."""
@@ -112,6 +145,9 @@ class Rows:
             if grad_bias is not None:
                 height, width = grad_s.shape[1:]
                 by_row = grad_s.new_zeros(len(grad_bias), height, width).index_add_(0, self._bias_rows(groups), grad_s)
+                if self.ranges is not None:
+                    grad_bias.index_add_(1, self._columns(self.ranges, queries, keys).flatten(), by_row.flatten(1))
+                    continue
                 # Skewing rows by one each turns diagonals of equal distance into columns, which then add up without atomics.
                 skewed = F.pad(by_row.flip(1), (0, height)).flatten(1)[:, :-height]
                 by_distance = skewed.unflatten(1, (height, width + height - 1)).sum(1)

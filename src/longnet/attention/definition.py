@@ -64,7 +64,7 @@ def warn_uncovered(pattern: Pattern, heads: int) -> None:
         counted = f"the first {_COUNTED:,}"
     if uncovered:
         warnings.warn(
-            f"segment_lengths={pattern.segment_lengths} and dilation_rates={pattern.dilation_rates} with {heads} heads "
+            f"segment_lengths={pattern.given_lengths} and dilation_rates={pattern.dilation_rates} with {heads} heads "
             f"leave {uncovered.description} to no head ({float(uncovered.fraction):.1%} of {counted}): they get zero "
             "attention. Use at least as many heads as the rate, or add a branch of rate 1.",
             UserWarning,

@@ -8,11 +8,11 @@ from typing import Any, Literal, overload
 from torch import Tensor
 
 from longnet.attention.backends import select_backend
-from longnet.attention.call import AttentionInputs, checked_inputs
+from longnet.attention.call import AttentionInputs, checked_inputs, with_segment_offset
 from longnet.attention.definition import LONGNET, AttentionDefinition
 from longnet.attention.packed import boundaries
 from longnet.attention.sharding import broadcast_error, peers_of
-from longnet.checks import check_flags
+from longnet.checks import check_flags, is_int
 from longnet.geometry import HeadOffsets, Pattern
 
 
@@ -21,9 +21,13 @@ def dilated_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    segment_lengths: int | Sequence[int],
+    segment_lengths: int | Sequence[int | None] | None,
     dilation_rates: int | Sequence[int],
     *,
+    window: int | None = ...,
+    dilated_queries: bool = ...,
+    dilation_block: int = ...,
+    segment_offset: int | Tensor = ...,
     is_causal: bool = ...,
     scale: float | None = ...,
     key_padding_mask: Tensor | None = ...,
@@ -40,9 +44,13 @@ def dilated_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    segment_lengths: int | Sequence[int],
+    segment_lengths: int | Sequence[int | None] | None,
     dilation_rates: int | Sequence[int],
     *,
+    window: int | None = ...,
+    dilated_queries: bool = ...,
+    dilation_block: int = ...,
+    segment_offset: int | Tensor = ...,
     is_causal: bool = ...,
     scale: float | None = ...,
     key_padding_mask: Tensor | None = ...,
@@ -58,9 +66,13 @@ def dilated_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    segment_lengths: int | Sequence[int],
+    segment_lengths: int | Sequence[int | None] | None,
     dilation_rates: int | Sequence[int],
     *,
+    window: int | None = None,
+    dilated_queries: bool = True,
+    dilation_block: int = 1,
+    segment_offset: int | Tensor = 0,
     is_causal: bool = False,
     scale: float | None = None,
     key_padding_mask: Tensor | None = None,
@@ -81,8 +93,17 @@ def dilated_attention(
             ``F.scaled_dot_product_attention`` casts.
         key: (B, Hk, N, D), Hk divides H; query head ``j`` reads head ``j // (H / Hk)``.
         value: (B, Hk, N, D).
-        segment_lengths: w in tokens, an int or one per branch. Nothing needs to divide anything.
+        segment_lengths: w in tokens, an int or one per branch. Nothing needs to divide anything. None: the whole sequence is
+            one segment. With a ``window`` there may be no branch: ``()``.
         dilation_rates: r, an int or one per branch, ``1 <= r <= w``.
+        window: one more branch, without segments and dilation, which all heads have: a query reads the keys at distances below
+            ``window``, when causal the earlier ones and its own.
+        dilated_queries: False: every position is a query of every branch, and a branch's keys alone are dilated. With
+            ``segment_lengths=None`` and a ``window`` that is the strided pattern of Sparse Transformers (arXiv 1904.10509), with
+            other keys for each head.
+        dilation_block: b, tokens: dilation counts blocks. A head selects ``p`` when ``(p mod w) // b mod r`` is its offset.
+        segment_offset: c: for segments and dilation position ``p`` counts as ``p + c``. An int, or int64 (B,) on the query's
+            device, one for each row; with ``cu_seqlens`` (documents,), counted from each document's start. May be negative.
         is_causal: a query sees keys at positions up to its own. Changing later tokens leaves its row bit-identical, as long as
             they are finite: a later value that is NaN or infinite reaches earlier rows as 0 * NaN, as in torch's attention.
             A later key that is not finite reaches their gradients. ``key_padding_mask`` keeps both out.
@@ -92,7 +113,8 @@ def dilated_attention(
         cu_seqlens: (documents + 1,) int32 or int64, or ints: where the documents packed into one row (B = 1) begin, 0 first, and
             N last. Each is computed as if it were alone: segments and offsets restart with it, and it sees no other. A tensor
             on a device is read once and waited for, ints are not.
-        head_offsets: ``"interleaved"`` (``j mod r``, the paper) or ``"blocked"`` (``j // ceil(H / r)``, torchscale).
+        head_offsets: ``"interleaved"`` (``j mod r``, the paper), ``"blocked"`` (``j // ceil(H / r)``, torchscale) or
+            ``"grouped"`` (``j // (H / Hk) mod r``: heads of one key/value head select the same rows).
         return_lse: also return the natural log of the softmax denominators. It is differentiable.
         backend: ``"auto"``, or one by name; a named one that cannot run raises its reason. ``"triton:general"`` is for
             debugging: Triton without the kernels for Hopper GPUs.
@@ -110,7 +132,14 @@ def dilated_attention(
             rank raises when one does, or when ranks differ in anything but the length of their shards.
     """
     try:
-        pattern = Pattern.parse(segment_lengths, dilation_rates, head_offsets)
+        pattern = Pattern.compose(
+            segment_lengths,
+            dilation_rates,
+            window=window,
+            dilated_queries=dilated_queries,
+            dilation_block=dilation_block,
+            head_offsets=head_offsets,
+        )
     except (TypeError, ValueError) as error:
         _broadcast_error(group, error)
         raise
@@ -119,6 +148,7 @@ def dilated_attention(
         key,
         value,
         pattern,
+        segment_offset=segment_offset,
         is_causal=is_causal,
         scale=scale,
         key_padding_mask=key_padding_mask,
@@ -135,6 +165,7 @@ def pattern_attention(
     value: Tensor,
     pattern: Pattern,
     *,
+    segment_offset: int | Tensor = 0,
     is_causal: bool = False,
     scale: float | None = None,
     key_padding_mask: Tensor | None = None,
@@ -170,14 +201,25 @@ def pattern_attention(
         )
         check_flags(return_lse=return_lse)
         inputs = inputs.with_spec(needed_by_first=needed_by_first)
-        chosen = select_backend(backend, inputs)
         if cu_seqlens is not None:
             inputs = inputs.with_spec(documents=_check_documents(cu_seqlens, inputs, group))
+        if not (is_int(segment_offset) and segment_offset == 0):
+            inputs = with_segment_offset(inputs, segment_offset)
+        if (beyond := inputs.beyond_paper) is not None:
+            _check_beyond_paper(beyond, needed_by_first, definition, group)
+        chosen = select_backend(backend, inputs)
     except (TypeError, ValueError) as error:
         _broadcast_error(group, error)
         raise
     out, lse = definition.run(inputs, chosen, peers)
     return (out, lse) if return_lse else out
+
+
+def _check_beyond_paper(beyond: str, needed_by_first: bool, definition: AttentionDefinition, group: Any) -> None:
+    if needed_by_first or not definition.takes_all_options:
+        raise ValueError(f"{beyond} with needed_by_first or {definition.name}: expected what LongNet's paper has")
+    if group is not None:
+        raise ValueError(f"{beyond} given with a group: expected what LongNet's paper has, or no group")
 
 
 def _broadcast_error(group: Any, error: Exception) -> None:

@@ -28,7 +28,7 @@ class OperatorPair(NamedTuple):
     run_backward: Callable[..., Gradients]
 
 
-_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias"
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? offsets, Tensor? bias"
 _GRADIENTS = "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias)"
 
 
@@ -92,7 +92,7 @@ def register_attention(
         if grad_out is None:
             grad_out = torch.zeros_like(saved[TENSORS])
         *grads, grad_bias = backward_of(grad_out, grad_lse, *saved, *ctx.settings)
-        return *grads, None, None if saved[TENSORS - 1] is None else grad_bias, *[None] * len(ctx.settings)
+        return *grads, None, None, None if saved[TENSORS - 1] is None else grad_bias, *[None] * len(ctx.settings)
 
     call = define(name, forward_op, fake_forward, f"({_INPUTS}, {spec}) -> ({outputs})")
     schema = f"(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, {outputs}, {spec}) -> {_GRADIENTS}"

@@ -146,13 +146,20 @@ def packed_attention(inputs: AttentionInputs, backend: Backend) -> tuple[Tensor,
     outs, lses = [], []
     for bucket, *parts, mask in _parts(buckets, tensors, masked, alone.is_causal):
         q, k, v = (x.unflatten(0, (len(bucket.documents), bucket.longest)).transpose(1, 2) for x in parts)
-        out, lse = backend.run(AttentionInputs(q, k, v, mask, inputs.bias, alone))
+        offsets = None if inputs.offsets is None else inputs.offsets.index_select(0, _numbers(bounds, bucket, device))
+        out, lse = backend.run(AttentionInputs(q, k, v, mask, inputs.bias, alone, offsets))
         outs.append(out.transpose(1, 2).flatten(0, 1))
         lses.append(lse.transpose(1, 2).flatten(0, 1))
     out, lse = (x[0] if len(x) == 1 else torch.cat(x) for x in (outs, lses))
     if moves is not None:
         out, lse = out.index_select(0, moves[1]), lse.index_select(0, moves[1])
     return out.transpose(0, 1)[None], lse.transpose(0, 1)[None]
+
+
+def _numbers(bounds: tuple[int, ...], bucket: Bucket, device: torch.device) -> Tensor:
+    """Which documents a bucket holds, counted from the first, empty ones too."""
+    number_of = {start: number for number, (start, stop) in enumerate(pairwise(bounds)) if stop > start}
+    return torch.tensor([number_of[start] for start, _ in bucket.documents], device=device)
 
 
 def _parts(

@@ -6,9 +6,10 @@ A chunk, the next tokens of a stream or a rank's shard, may start anywhere in a 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from longnet.geometry.pattern import Pattern
-from longnet.geometry.rows import Branch
+from longnet.geometry.rows import UNBOUNDED, Branch
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,14 @@ class OwnPart:
         return slice(self.first, self.last)
 
 
-def windows(pattern: Pattern, length: int, most: int) -> list[OwnPart]:
+def windows(pattern: Pattern, length: int, most: int, segment_offset: int = 0) -> list[OwnPart]:
     """``length`` tokens cut so that no query reads a key of another part: at most ``most`` tokens each, or one period."""
+    if UNBOUNDED in pattern.segment_lengths:
+        return [OwnPart(0, length, pattern)]
     step = max(1, most // pattern.period) * pattern.period
-    return [OwnPart(start, min(start + step, length), pattern) for start in range(0, length, step)]
+    starts = range(-segment_offset % pattern.period, length, step)
+    bounds = sorted({0, *starts, length})
+    return [OwnPart(start, stop, pattern) for start, stop in pairwise(bounds)]
 
 
 def own_parts(pattern: Pattern, start: int, length: int) -> tuple[tuple[OwnPart, ...], tuple[Branch, ...]]:

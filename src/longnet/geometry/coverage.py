@@ -14,7 +14,7 @@ from functools import cache
 from longnet.checks import check_int, check_ints
 from longnet.geometry.cost import digit_steps
 from longnet.geometry.pattern import Pattern
-from longnet.geometry.rows import Branch
+from longnet.geometry.rows import UNBOUNDED, Branch
 
 LONGEST_REACH = 1 << 20
 _DIGIT_STEPS = 1 << 20
@@ -202,9 +202,11 @@ def _repeat(bits: int, every: int, size: int) -> int:
 
 
 def _uncovered(pattern: Pattern, taken: tuple[Offsets, ...], length: int | None) -> Uncovered:
+    if pattern.window is not None:
+        return Uncovered(0, 1 if length is None else check_int("length", length, 1), "no positions")
     aligned: list[tuple[Branch, Offsets]] = []
     shifted: list[tuple[Branch, Offsets]] = []
-    for branch, offsets in zip(pattern.branches, taken, strict=True):
+    for branch, offsets in (_of_single_tokens(*pair) for pair in zip(pattern.branches, taken, strict=True)):
         # A segment that ends past the sequence never restarts the count either.
         single = length is not None and length <= branch.segment_length
         (aligned if single or branch.segment_length % branch.dilation_rate == 0 else shifted).append((branch, offsets))
@@ -215,6 +217,13 @@ def _uncovered(pattern: Pattern, taken: tuple[Offsets, ...], length: int | None)
     if all(len(offsets) < branch.dilation_rate for branch, offsets in aligned + shifted):
         count = _count(aligned, shifted, period, positions)
     return Uncovered(count, positions, _describe(aligned + shifted) if count else "no positions")
+
+
+def _of_single_tokens(branch: Branch, offsets: Offsets) -> tuple[Branch, Offsets]:
+    """The same positions by blocks of one token, from a segment that ends."""
+    rate = branch.dilation_rate * branch.block
+    tokens = tuple(offset * branch.block + token for offset in offsets for token in range(branch.block))
+    return Branch(rate if branch.segment_length == UNBOUNDED else branch.segment_length, rate), tokens
 
 
 def _count(

@@ -6,18 +6,20 @@ Source: LongNet, arXiv 2307.02486, sections 2.2 (dilation), 2.3 (mixture) and 2.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Any, Literal, get_args, overload
 
-from longnet.checks import is_int
-from longnet.geometry.rows import Branch, Branches
+from longnet.checks import check_flags, check_int, is_int
+from longnet.geometry.rows import UNBOUNDED, Branch, Branches, T
 
-HeadOffsets = Literal["interleaved", "blocked"]
+HeadOffsets = Literal["interleaved", "blocked", "grouped"]
 # Tokens, 2**40. Times the stride of a token (up to 2**22 elements) it fits into the 64 bits of torch's own strides.
 LONGEST_SEGMENT = 1 << 40
+# In this order: files store the index.
 HEAD_OFFSETS: tuple[HeadOffsets, ...] = get_args(HeadOffsets)
+PAPER_OFFSETS = HEAD_OFFSETS[:2]
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,19 @@ class Pattern(Branches):
     """An ordered mixture of branches and the convention that gives every head its offset. Hashable.
 
     With ``head_numbers`` it is a pattern of these heads alone, as many as there are numbers.
+
+    Args:
+        window: one more branch: the keys at distances below it, without segments or dilation; None for none.
+        dilated_queries: whether a branch's queries are the positions that it selects (the paper), or all.
+        group: query heads that read one key/value head; for ``"grouped"`` offsets.
     """
 
     branches: tuple[Branch, ...]
     head_offsets: HeadOffsets = "interleaved"
     head_numbers: HeadNumbers | None = None
+    window: int | None = None
+    dilated_queries: bool = True
+    group: int = 1
 
     @classmethod
     def parse(
@@ -95,32 +105,62 @@ class Pattern(Branches):
                 its length,
                 an unknown ``head_offsets``, numbers that do not rise or are out of range.
         """
-        lengths = _integers("segment_lengths", segment_lengths)
-        rates = _integers("dilation_rates", dilation_rates)
-        if len(lengths) != len(rates):
-            raise ValueError(
-                f"segment_lengths={lengths} and dilation_rates={rates} differ in length: "
-                f"expected one rate per segment length, got {len(lengths)} and {len(rates)}"
-            )
-        if not lengths:
+        branches = _branches(_integers("segment_lengths", segment_lengths), dilation_rates)
+        pattern = cls(branches, _head_offsets(head_offsets, PAPER_OFFSETS))
+        if not pattern.branches:
             raise ValueError("segment_lengths=() and dilation_rates=() are empty: expected at least one branch")
-        for name, values in (("segment_lengths", lengths), ("dilation_rates", rates)):
-            for value in values:
-                if value < 1:
-                    raise ValueError(f"{name}={values} holds {value}: expected integers of at least 1")
-                if value > LONGEST_SEGMENT:
-                    raise ValueError(f"{name}={values} holds {value}: expected integers of at most {LONGEST_SEGMENT}")
-        for length, rate in zip(lengths, rates, strict=True):
-            if rate > length:
-                raise ValueError(
-                    f"dilation_rates={rates} holds {rate}, more than its segment length {length} "
-                    f"in segment_lengths={lengths}: expected rate <= length"
-                )
-        if head_offsets not in HEAD_OFFSETS:
-            raise ValueError(f"head_offsets={head_offsets!r} is unknown: expected one of {HEAD_OFFSETS}")
-        branches = tuple(Branch(length, rate) for length, rate in zip(lengths, rates, strict=True))
-        numbers = None if head_numbers is None else HeadNumbers.parse(head_numbers, total_heads)
-        return cls(branches, head_offsets, numbers)
+        if head_numbers is None:
+            return pattern
+        return replace(pattern, head_numbers=HeadNumbers.parse(head_numbers, total_heads))
+
+    @classmethod
+    def compose(
+        cls,
+        segment_lengths: int | Sequence[int | None] | None = (),
+        dilation_rates: int | Sequence[int] = (),
+        *,
+        window: int | None = None,
+        dilated_queries: bool = True,
+        dilation_block: int = 1,
+        head_offsets: str = "interleaved",
+    ) -> Pattern:
+        """A pattern beyond the paper: see :func:`longnet.dilated_attention` for the arguments.
+
+        Raises:
+            TypeError, ValueError: as :meth:`parse`; also a ``window`` or ``dilation_block`` that is no int or below 1,
+                ``dilated_queries`` that is no bool, and neither a branch nor a window.
+        """
+        if window is not None:
+            check_int("window", window, 1)
+        check_int("dilation_block", dilation_block, 1)
+        check_flags(dilated_queries=dilated_queries)
+        named = (None,) if segment_lengths is None else segment_lengths
+        lengths = _integers("segment_lengths", named, or_none=True)
+        branches = _branches(lengths, dilation_rates, dilation_block)
+        if not branches and window is None:
+            raise ValueError(
+                "segment_lengths=() and dilation_rates=() are empty and window=None: expected at least one branch, or a window"
+            )
+        return cls(branches, _head_offsets(head_offsets, HEAD_OFFSETS), window=window, dilated_queries=dilated_queries)
+
+    @property
+    def beyond_paper(self) -> str | None:
+        """A part that LongNet's paper does not have, as it was asked for; None if all is the paper's."""
+        if self.window is not None:
+            return f"window={self.window}"
+        if not self.dilated_queries:
+            return "dilated_queries=False"
+        for branch in self.branches:
+            if branch.block > 1:
+                return f"dilation_block={branch.block}"
+            if branch.segment_length == UNBOUNDED:
+                return "segment_lengths=None"
+        return None if self.head_offsets in PAPER_OFFSETS else f"head_offsets={self.head_offsets!r}"
+
+    @property
+    def rows_at_equal_steps(self) -> bool:
+        """Whether the same rows are queries and keys of a branch, at equal steps: what a plan can express."""
+        return self.dilated_queries and all(branch.block == 1 for branch in self.branches)
 
     @property
     def period(self) -> int:
@@ -136,14 +176,14 @@ class Pattern(Branches):
         return all(branch.segment_number(position) == branch.segment_number(other) for branch in self.branches)
 
     def span(self, length: int) -> int:
-        """The most tokens of a sequence of ``length`` that lie in one segment, at least 1: distances in it are below."""
-        return max(1, min(max(self.segment_lengths), length))
+        """At least 1, and above every distance from a query to a key in a sequence of ``length``."""
+        return max(1, min(max(*self.segment_lengths, self.window or 1, 1), length))
 
     def of(self, *branches: Branch) -> Pattern:
         """These branches alone, for the same heads."""
-        return Pattern(branches, self.head_offsets, self.head_numbers)
+        return replace(self, branches=branches, window=None)
 
-    def offset(self, branch: Branch, head: int, heads: int) -> int:
+    def offset(self, branch: Branch, head: T, heads: int) -> T:
         """The offset of ``head`` (of ``heads``) inside every segment of ``branch``.
 
         Raises:
@@ -154,11 +194,70 @@ class Pattern(Branches):
             if heads != len(numbers):
                 raise ValueError(f"heads={heads}: expected the {len(numbers)} of head_numbers={numbers}")
             head, heads = numbers[head], self.head_numbers.total
-        return head_offset(self.head_offsets, head, heads, branch.dilation_rate)
+        return head_offset(self.head_offsets, head, heads, branch.dilation_rate, self.group)
 
     def selects(self, branch: Branch, head: int, heads: int, position: int) -> bool:
         """Whether ``head`` takes part at the absolute ``position`` in ``branch``."""
         return branch.selects(position, self.offset(branch, head, heads))
+
+    def grouped(self, heads: int, kv_heads: int) -> Pattern:
+        """The same for so many query and key/value heads, which ``"grouped"`` offsets depend on."""
+        return replace(self, group=heads // kv_heads) if self.head_offsets == "grouped" else self
+
+    def times_read(
+        self,
+        head: T,
+        query: T,
+        key: T,
+        *,
+        heads: int,
+        kv_heads: int | None = None,
+        is_causal: bool = False,
+        segment_offset: int = 0,
+    ) -> T:
+        """How often query position ``query`` of ``head`` reads ``key``: once for every branch that has both, and for the window.
+
+        Args:
+            head, query, key: ints, or arrays or tensors of ints that fit each other; then so is the result.
+            heads, kv_heads: H and Hk, None for H.
+            is_causal, segment_offset: as of :func:`longnet.dilated_attention`.
+        """
+        pattern, times = self.grouped(heads, kv_heads or heads), (key - query) * 0
+        if self.window is not None:
+            times = times + ((key - query < self.window) & (query - key < self.window))
+        for branch in self.branches:
+            origin, offset = branch.origin(segment_offset), pattern.offset(branch, head, heads)
+            reads = branch.selects(key + origin, offset)
+            if self.dilated_queries:
+                reads = reads & branch.selects(query + origin, offset)
+            if branch.segment_length != UNBOUNDED:
+                reads = reads & (branch.segment_number(query + origin) == branch.segment_number(key + origin))
+            times = times + reads
+        return times * (key <= query) if is_causal else times
+
+    def multiplicity(self, length: int, *, heads: int, **options: Any) -> list[list[list[int]]]:
+        """The whole table of :meth:`times_read`, by head, query and key: for small lengths."""
+        place = range(length)
+        return [
+            [[int(self.times_read(head, query, key, heads=heads, **options)) for key in place] for query in place]
+            for head in range(heads)
+        ]
+
+    def mask_mod(self, *, heads: int, **options: Any) -> Callable[[Any, Any, Any, Any], Any]:
+        """FlexAttention's ``mask_mod``: whether a query reads a key at all; arguments as of :meth:`times_read`.
+
+        A key that is read ``m`` times counts as often: where branches share keys, add ``log(times_read)`` by a ``score_mod``.
+
+        Raises:
+            ValueError: with ``head_numbers``.
+        """
+        if self.head_numbers is not None:
+            raise ValueError(f"head_numbers={self.head_numbers.numbers}: expected a pattern of all heads")
+
+        def is_read(batch: Any, head: Any, query: Any, key: Any) -> Any:
+            return self.times_read(head, query, key, heads=heads, **options) > 0
+
+        return is_read
 
     def readers(self, branch: Branch, heads: int, kv_heads: int) -> dict[tuple[int, int], list[int]]:
         """The query heads by (offset, the key/value head that they read): they read the same rows of keys."""
@@ -169,14 +268,61 @@ class Pattern(Branches):
         return readers
 
 
-def head_offset(head_offsets: HeadOffsets, head: int, heads: int, rate: int) -> int:
-    """The first row of a segment that ``head`` (of ``heads``) selects at a dilation rate."""
-    if head_offsets == "interleaved":
-        return head % rate
-    return head // -(-heads // rate)
+def head_offset(head_offsets: HeadOffsets, head: T, heads: int, rate: int, group: int = 1) -> T:
+    """The first block of a segment that ``head`` (of ``heads``) selects at a dilation rate.
+
+    Args:
+        group: query heads that read one key/value head.
+    """
+    if head_offsets == "blocked":
+        return head // -(-heads // rate)
+    return (head if head_offsets == "interleaved" else head // group) % rate
 
 
-def _integers(name: str, values: int | Sequence[int]) -> tuple[int, ...]:
+def _head_offsets(head_offsets: str, known: tuple[HeadOffsets, ...]) -> HeadOffsets:
+    for one in known:
+        if one == head_offsets:
+            return one
+    raise ValueError(f"head_offsets={head_offsets!r} is unknown: expected one of {known}")
+
+
+def _branches(
+    lengths: tuple[int | None, ...], dilation_rates: int | Sequence[int], block: int = 1
+) -> tuple[Branch, ...]:
+    """Checked; a segment length of None is unbounded."""
+    rates = _integers("dilation_rates", dilation_rates)
+    if len(lengths) != len(rates):
+        raise ValueError(
+            f"segment_lengths={lengths} and dilation_rates={rates} differ in length: "
+            f"expected one rate per segment length, got {len(lengths)} and {len(rates)}"
+        )
+    for name, values in (("segment_lengths", lengths), ("dilation_rates", rates)):
+        for value in values:
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={values} holds {value}: expected integers of at least 1")
+            if value is not None and value > LONGEST_SEGMENT:
+                raise ValueError(f"{name}={values} holds {value}: expected integers of at most {LONGEST_SEGMENT}")
+    for length, rate in zip(lengths, rates, strict=True):
+        if length is not None and rate > length:
+            raise ValueError(
+                f"dilation_rates={rates} holds {rate}, more than its segment length {length} "
+                f"in segment_lengths={lengths}: expected rate <= length"
+            )
+    return tuple(
+        Branch(UNBOUNDED if length is None else length, rate, block)
+        for length, rate in zip(lengths, rates, strict=True)
+    )
+
+
+@overload
+def _integers(name: str, values: int | Sequence[int]) -> tuple[int, ...]: ...
+
+
+@overload
+def _integers(name: str, values: int | Sequence[int | None], *, or_none: Literal[True]) -> tuple[int | None, ...]: ...
+
+
+def _integers(name: str, values: int | Sequence[int | None], *, or_none: bool = False) -> tuple[int | None, ...]:
     items = (values,) if isinstance(values, int) else values
     try:
         items = tuple(items)
@@ -185,6 +331,6 @@ def _integers(name: str, values: int | Sequence[int]) -> tuple[int, ...]:
             f"{name}={values!r} has type {type(values).__name__}: expected an int or a sequence of ints"
         ) from None
     for item in items:
-        if not is_int(item):
+        if not (is_int(item) or (or_none and item is None)):
             raise TypeError(f"{name}={items!r} holds {item!r} of type {type(item).__name__}: expected ints")
     return items

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from longnet.geometry.pattern import Pattern
+from longnet.geometry.pattern import LONGEST_SEGMENT, Pattern
 from longnet.geometry.rows import Branch, Rows
 
 
@@ -96,15 +96,25 @@ class Plan:
 
 
 @lru_cache(maxsize=1024)
-def make_plan(pattern: Pattern, heads: int, length: int, first_head: int = 0, last_head: int | None = None) -> Plan:
+def make_plan(
+    pattern: Pattern,
+    heads: int,
+    length: int,
+    first_head: int = 0,
+    last_head: int | None = None,
+    segment_offset: int = 0,
+) -> Plan:
     """The plan of ``pattern`` for ``length`` tokens, restricted to heads ``[first_head, last_head)``. Cached.
 
-    Offsets are those of the absolute head numbers, so a block of heads computes exactly its part of the whole.
+    Offsets are those of the absolute head numbers, so a block of heads computes exactly its part of the whole. On the grid
+    position ``p`` counts as ``p + segment_offset``. A window is no part of a plan.
     """
     last = heads if last_head is None else last_head
     branches = sorted(
         (
-            BranchPlan(branch, tuple(_tiles(pattern, branch, heads, length, first_head, last)))
+            BranchPlan(
+                branch, tuple(_tiles(pattern, branch, heads, length, first_head, last, branch.origin(segment_offset)))
+            )
             for branch in pattern.branches
         ),
         key=lambda planned: not planned.covers_all,
@@ -112,15 +122,17 @@ def make_plan(pattern: Pattern, heads: int, length: int, first_head: int = 0, la
     return Plan(pattern, heads, length, first_head, last, tuple(branches))
 
 
-def _tiles(pattern: Pattern, branch: Branch, heads: int, length: int, first: int, last: int) -> Iterator[Tile]:
-    for start, segments, span in branch.spans(length):
+def _tiles(
+    pattern: Pattern, branch: Branch, heads: int, length: int, first: int, last: int, origin: int
+) -> Iterator[Tile]:
+    for start, segments, span in branch.spans(length, origin):
         for head, offset, offsets, per_offset, per_head, group in _head_rectangles(pattern, branch, heads, first, last):
             of_offsets = [branch.selected(start, start + span, c) for c in range(offset, offset + offsets)]
             for c, count in _row_classes(of_offsets):
                 yield Tile(
-                    start=of_offsets[c].first,
+                    start=of_offsets[c].first - origin,
                     segments=segments,
-                    segment_step=branch.segment_length,
+                    segment_step=min(branch.segment_length, LONGEST_SEGMENT),
                     offsets=count,
                     heads=group,
                     rows=of_offsets[c].size,

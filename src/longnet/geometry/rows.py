@@ -11,6 +11,9 @@ from typing import Any, NamedTuple, TypeVar
 # An int, or an array or tensor of ints.
 T = TypeVar("T", int, Any)
 
+# The length of a segment that never ends: above any sequence's, and an int64.
+UNBOUNDED = 1 << 62
+
 
 class Rows(NamedTuple):
     """The rows that one head selects in a part of a segment.
@@ -38,10 +41,23 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Branch:
-    """One dilated attention: segments of ``segment_length`` tokens; a head selects every ``dilation_rate``-th token."""
+    """One dilated attention: segments of ``segment_length`` tokens; of every ``dilation_rate`` blocks a head selects one.
+
+    Args:
+        segment_length: tokens, or ``UNBOUNDED``.
+        block: tokens of a block; 1 in the paper. What counts single rows (:meth:`rows`, :meth:`selected` and the plans made of
+            them) is for blocks of one token.
+    """
 
     segment_length: int
     dilation_rate: int
+    block: int = 1
+
+    def origin(self, segment_offset: int) -> int:
+        """Where token 0 stands on the grid when position ``p`` counts as ``p + segment_offset``; at least 0."""
+        return segment_offset % (
+            self.dilation_rate * self.block if self.segment_length == UNBOUNDED else self.segment_length
+        )
 
     def segment_number(self, position: T) -> T:
         """Which segment holds a position."""
@@ -59,10 +75,16 @@ class Branch:
         """Where the segments of ``length`` tokens begin."""
         return range(0, length, self.segment_length)
 
-    def spans(self, length: int) -> list[tuple[int, int, int]]:
-        """The segments of ``length`` tokens, equally long ones together: (where the first begins, segments, tokens of each)."""
-        whole, rest = divmod(length, self.segment_length)
-        runs = ((0, whole, self.segment_length), (whole * self.segment_length, 1, rest))
+    def spans(self, length: int, origin: int = 0) -> list[tuple[int, int, int]]:
+        """The segments of ``length`` tokens from ``origin`` on, equally long ones together.
+
+        Returns:
+            (where the first begins on the grid, segments, tokens of each).
+        """
+        begun = min(length, -origin % self.segment_length)
+        whole, rest = divmod(length - begun, self.segment_length)
+        after = origin + begun
+        runs = ((origin, 1, begun), (after, whole, self.segment_length), (after + whole * self.segment_length, 1, rest))
         return [run for run in runs if run[1] and run[2]]
 
     def longest(self, length: int) -> int:
@@ -75,7 +97,8 @@ class Branch:
 
     def selects(self, position: Any, offset: int) -> Any:
         """Whether a head with this ``offset`` selects a position; for an array or tensor, as many answers."""
-        return position % self.segment_length % self.dilation_rate == offset
+        local = position if self.segment_length == UNBOUNDED else position % self.segment_length
+        return local // self.block % self.dilation_rate == offset
 
     def selected(self, start: int, stop: int, offset: int) -> Rows:
         """What a head with this ``offset`` selects of the positions from ``start`` to ``stop``, all of one segment."""
@@ -102,6 +125,11 @@ class Branches:
     @property
     def segment_lengths(self) -> tuple[int, ...]:
         return tuple(branch.segment_length for branch in self.branches)
+
+    @property
+    def given_lengths(self) -> tuple[int | None, ...]:
+        """The segment lengths as a user writes them: None for a segment without end."""
+        return tuple(None if length == UNBOUNDED else length for length in self.segment_lengths)
 
     @property
     def dilation_rates(self) -> tuple[int, ...]:

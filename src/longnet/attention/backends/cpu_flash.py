@@ -24,6 +24,7 @@ from torch import Tensor
 
 from longnet.attention import merge
 from longnet.attention.backends.views import padding_view, repeat_heads, rows_without_keys, signed, sum_heads, tile_view
+from longnet.attention.by_offset import backward_by_offset, by_offset
 from longnet.attention.call import AttentionInputs, Gradients, SavedForward
 from longnet.geometry import Plan, Tile, make_plan
 from longnet.geometry.chunks import windows
@@ -51,6 +52,9 @@ def unsupported_reason(inputs: AttentionInputs) -> str | None:
         return "torch's CPU flash kernel gives no gradient for a score bias"
     if abs(inputs.spec.scale) > LARGEST_SCALE:
         return f"its gradients lose their digits for scales above {LARGEST_SCALE:g}, not {inputs.spec.scale:g}"
+    pattern = inputs.spec.pattern
+    if pattern.window is not None or not pattern.rows_at_equal_steps:
+        return f"it takes branches whose queries and keys are the same rows at equal steps, not {pattern.beyond_paper}"
     return None
 
 
@@ -80,8 +84,9 @@ def _blocks(inputs: AttentionInputs) -> Iterator[_Block]:
     """
     batch, heads, length, dim = inputs.query.shape
     group, pattern = inputs.group, inputs.spec.pattern
-    parts = windows(pattern, length, _BLOCK // dim)
-    tokens = parts[0].last
+    shift = inputs.spec.segment_offset
+    parts = windows(pattern, length, _BLOCK // dim, shift)
+    tokens = max(part.last - part.first for part in parts)
     segments = min(len(branch.starts(tokens)) for branch in pattern.branches)
     head_count = max(_BLOCK // (tokens * dim), -(-torch.get_num_threads() // segments))
     head_count = min(heads, max(group, head_count // group * group))
@@ -95,7 +100,7 @@ def _blocks(inputs: AttentionInputs) -> Iterator[_Block]:
                     slice(head, last),
                     slice(head // group, last // group),
                     part.tokens,
-                    make_plan(part.pattern, heads, part.last - part.first, head, last),
+                    make_plan(part.pattern, heads, part.last - part.first, head, last, shift + part.first),
                 )
 
 
@@ -160,6 +165,7 @@ def _rows(block: _Block, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tenso
     return _dense(block.of(inputs.query)), k, v, masks
 
 
+@by_offset
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """out like the query, and lse (B, H, N)."""
     out, lse = inputs.empty_outputs()
@@ -222,6 +228,7 @@ def _mix(out: Tensor, lse: Tensor, parts: list[_Part], masks: _Padding | None) -
             merge.merge_(out_rows, lse_rows, part, part_lse)
 
 
+@backward_by_offset
 def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
     """Exact gradients of the joint softmax: every branch's backward with the merged out and lse, added up."""
     inputs, grads = saved.inputs, saved.inputs.empty_gradients()

@@ -36,7 +36,9 @@ def decompose(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: a shape that is not fixed while a graph is made.
     """
-    query, key, value, mask, _ = inputs.tensors
+    query, key, value, mask, *_ = inputs.tensors
+    if (beyond := inputs.beyond_paper) is not None:
+        raise ValueError(f"{beyond} in an ONNX graph: expected what LongNet's paper has")
     if not all(type(size) is int for size in query.shape):
         raise ValueError(
             f"query has shape {tuple(query.shape)}: an ONNX graph of dilated attention is for one batch size and one length; "

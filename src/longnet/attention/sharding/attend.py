@@ -46,7 +46,7 @@ class Shard:
 
     def _rows(self, rows: RowGroup, received: Tensor) -> Rows:
         """The call that a group of rows is. ``received`` is (rows, B, channels)."""
-        own_query, own_key, own_value, mask, own_bias = self.inputs.tensors
+        own_query, own_key, own_value, mask, _, own_bias = self.inputs.tensors
         kind, dim = lse_dtype(own_query.dtype), own_query.shape[-1]
         query = own_query[:, rows.heads, rows.tokens].to(kind)
         padded = None

@@ -26,7 +26,7 @@ def sharded_attention(inputs: AttentionInputs, backend: Backend, peers: Peers) -
     Raises:
         ValueError: on every rank, when ranks differ in what they call.
     """
-    query, key, value, mask, bias = inputs.tensors
+    query, key, value, mask, _, bias = inputs.tensors
     spec = inputs.spec
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, bias) if x is not None)
     terms = Terms(

@@ -7,6 +7,8 @@ them: a rectangle without a diagonal. The parts are mixed by their softmax denom
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -61,7 +63,7 @@ def attend_chunk(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache,
 
 def _run(inputs: AttentionInputs, pattern: Pattern) -> tuple[Tensor, Tensor]:
     """(out, lse) of the tokens as if they were a whole sequence with this pattern."""
-    inputs = AttentionInputs(*inputs.tensors, AttentionSpec(pattern, True, inputs.spec.scale))
+    inputs = replace(inputs, spec=AttentionSpec(pattern, True, inputs.spec.scale))
     return select_backend("auto", inputs).run(inputs)
 
 

@@ -50,6 +50,8 @@ def unsupported_reason(inputs: AttentionInputs) -> str | None:
         return f"it takes head dimensions up to {LARGEST_HEAD_DIM}, not {head_dim}"
     if not HAS_TRITON:
         return "triton is not installed"
+    if (beyond := inputs.beyond_paper) is not None:
+        return f"its kernels have what LongNet's paper has, not {beyond}"
     return None
 
 
@@ -97,7 +99,7 @@ class _Call:
     """What all launches of one call share."""
 
     def __init__(self, inputs: AttentionInputs, use_hopper: bool) -> None:
-        query, key, value, padding, bias = inputs.tensors
+        query, key, value, padding, _, bias = inputs.tensors
         spec = inputs.spec
         # Kernels take the largest scaled score from the largest score, so a scale's sign goes into the query.
         self.q, self.scale = _unit_stride(signed(query, spec.scale)), abs(spec.scale) or 1.0

@@ -1,0 +1,69 @@
+"""Parts of a pattern whose queries read a range of chosen keys: windows, branches with all queries, blocks.
+
+A head chooses some keys, in rising order, and each of its queries reads those from one number to another. Both rise with the
+query, so a few queries in a row read few keys more than one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from longnet.geometry import Branch, Pattern
+
+
+@dataclass(frozen=True)
+class KeyRanges:
+    """What some heads read. On the CPU.
+
+    Args:
+        heads: (h,) query heads.
+        queries: (a,) their positions, rising.
+        keys: (b,) positions, rising.
+        low, high: (a,) query i reads the keys ``low[i] <= k < high[i]``.
+    """
+
+    heads: Tensor
+    queries: Tensor
+    keys: Tensor
+    low: Tensor
+    high: Tensor
+
+
+@lru_cache(maxsize=32)
+def key_ranges(
+    pattern: Pattern, heads: int, length: int, is_causal: bool, segment_offset: int
+) -> tuple[KeyRanges, ...]:
+    """All parts of a pattern, apart from the branches that :func:`longnet.geometry.make_plan` can express. Cached."""
+    with torch.inference_mode(False):
+        position, parts = torch.arange(length), []
+        if pattern.window is not None:
+            low = (position - pattern.window + 1).clamp(min=0)
+            high = (position + 1) if is_causal else (position + pattern.window).clamp(max=length)
+            parts.append(KeyRanges(torch.arange(heads), position, position, low, high))
+        if not pattern.rows_at_equal_steps:
+            for branch in pattern.branches:
+                parts.extend(_of_branch(pattern, branch, heads, position, is_causal, branch.origin(segment_offset)))
+    return tuple(parts)
+
+
+def _of_branch(
+    pattern: Pattern, branch: Branch, heads: int, position: Tensor, is_causal: bool, origin: int
+) -> Iterator[KeyRanges]:
+    length = len(position)
+    on_grid = position + origin
+    start = (branch.segment_start(on_grid) - origin).clamp(min=0)
+    stop = position + 1 if is_causal else (branch.segment_stop(on_grid) - origin).clamp(max=length)
+    offsets = [pattern.offset(branch, head, heads) for head in range(heads)]
+    for offset in sorted(set(offsets)):
+        selected = branch.selects(on_grid, offset)
+        # How many keys there are before each position, and before the end.
+        before = torch.cat((torch.zeros(1, dtype=torch.int64), selected.cumsum(0)))
+        keys = position[selected]
+        queries = keys if pattern.dilated_queries else position
+        those = torch.tensor([head for head in range(heads) if offsets[head] == offset])
+        yield KeyRanges(those, queries, keys, before[start[queries]], before[stop[queries]])

@@ -1,0 +1,312 @@
+"""Windows, strided keys, blocks, grids that are offset, segments without end: against the definition."""
+
+from __future__ import annotations
+
+import warnings
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import dense_attention, multiplicity
+from torch import Tensor
+
+from longnet import dilated_attention
+from longnet.attention.functional import pattern_attention
+from longnet.geometry import HEAD_OFFSETS, Pattern
+
+# Every position is covered in none of these by necessity.
+pytestmark = pytest.mark.filterwarnings("ignore:.*zero attention:UserWarning")
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> dict[str, Any]:
+    """What the operation is asked for, besides tensors."""
+    branches = draw(st.lists(st.tuples(st.none() | st.integers(1, 60), st.integers(1, 9)), max_size=3))
+    lengths = tuple(w for w, _ in branches)
+    return {
+        "segment_lengths": lengths,
+        "dilation_rates": tuple(r if w is None else min(w, r) for w, r in branches),
+        "window": draw(st.integers(1, 50) if not branches else st.none() | st.integers(1, 50)),
+        "dilated_queries": draw(st.booleans()),
+        "dilation_block": draw(st.sampled_from([1, 1, 2, 3, 8])),
+        "head_offsets": draw(st.sampled_from(HEAD_OFFSETS)),
+        "is_causal": draw(st.booleans()),
+        "scale": draw(st.sampled_from([None, 0.7, -0.3])),
+    }
+
+
+def draw_tensors(
+    batch: int, heads: int, kv_heads: int, length: int, seed: int, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    """Query, key, value that require gradients, and a gradient of out."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(batch, count, length, 4) for count in (heads, kv_heads, kv_heads, heads)]
+    query, key, value, grad = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes
+    )
+    return [query.requires_grad_(), key.requires_grad_(), value.requires_grad_(), grad]
+
+
+def compare(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], inputs: list[Tensor], grad: Tensor) -> None:
+    """out, lse and the gradients of both."""
+    assert torch.equal(got[1] == -torch.inf, want[1] == -torch.inf)
+    grads = []
+    for out, lse in (got, want):
+        finite = lse.masked_fill(lse == -torch.inf, 0.0)
+        loss = (out * grad).sum() + (finite * grad[..., 0]).sum()
+        grads.append(torch.autograd.grad(loss, inputs, retain_graph=True))
+    for one, other in zip((*got, *grads[0]), (*want, *grads[1]), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=150)
+@given(
+    call=calls(),
+    batch=st.integers(1, 3),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    length=st.integers(1, 120),
+    offsets=st.integers(-99, 99) | st.lists(st.integers(-99, 99), min_size=3, max_size=3),
+    padded=st.booleans(),
+    backend=st.sampled_from(["auto", "portable"]),
+    seed=st.integers(0, 99),
+)
+def test_one_softmax_over_all_keys(
+    call: dict[str, Any],
+    batch: int,
+    kv_heads: int,
+    group: int,
+    length: int,
+    offsets: int | list[int],
+    padded: bool,
+    backend: str,
+    seed: int,
+) -> None:
+    *inputs, grad = draw_tensors(batch, kv_heads * group, kv_heads, length, seed)
+    mask = torch.rand(batch, length, generator=torch.Generator().manual_seed(seed)) < 0.3 if padded else None
+    offset = offsets if isinstance(offsets, int) else torch.tensor(offsets[:batch])
+    options = {**call, "segment_offset": offset, "key_padding_mask": mask}
+    got = dilated_attention(*inputs, **options, return_lse=True, backend=backend)
+    compare(got, dense_attention(*inputs, **options), inputs, grad)
+
+
+@settings(max_examples=40)
+@given(call=calls(), cuts=st.lists(st.integers(0, 70), max_size=4), by_document=st.booleans(), seed=st.integers(0, 99))
+def test_documents_count_from_their_own_start(
+    call: dict[str, Any], cuts: list[int], by_document: bool, seed: int
+) -> None:
+    bounds = [0, *sorted(cuts), 70]
+    *inputs, grad = draw_tensors(1, 4, 2, 70, seed)
+    offsets = torch.randint(-50, 50, (len(bounds) - 1,), generator=torch.Generator().manual_seed(seed))
+    offset: Any = offsets if by_document else int(offsets[0])
+    got = dilated_attention(*inputs, **call, cu_seqlens=bounds, segment_offset=offset, return_lse=True)
+    parts = []
+    for number, (start, stop) in enumerate(pairwise(bounds)):
+        own = [x[:, :, start:stop] for x in inputs]
+        parts.append(dense_attention(*own, **call, segment_offset=int(offsets[number if by_document else 0])))
+    want = tuple(torch.cat(part, 2) for part in zip(*parts, strict=True))
+    compare(got, want, inputs, grad)
+
+
+@settings(max_examples=60)
+@given(call=calls(), length=st.integers(1, 80), offset=st.integers(-99, 99), seed=st.integers(0, 99))
+def test_a_relative_bias(call: dict[str, Any], length: int, offset: int, seed: int) -> None:
+    *inputs, grad = draw_tensors(2, 4, 2, length, seed)
+    bias = torch.randn(
+        4, 2 * length + 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    ).requires_grad_()
+    pattern_arguments = {name: call[name] for name in call.keys() - {"is_causal", "scale"}}
+    pattern = Pattern.compose(**pattern_arguments)
+    options = {"is_causal": call["is_causal"], "scale": call["scale"], "segment_offset": offset}
+    got: Any = pattern_attention(*inputs, pattern, distance_bias=bias, return_lse=True, **options)
+    place = torch.arange(length)
+    table = bias[:, place - place[:, None] + bias.shape[1] // 2]
+    want = dense_attention(*inputs, **pattern_arguments, **options, score_bias=table)
+    compare(got, want, [*inputs, bias], grad)
+
+
+@settings(max_examples=60)
+@given(
+    call=calls(),
+    length=st.integers(1, 24),
+    offset=st.integers(-30, 30),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+)
+def test_the_table_of_a_pattern(call: dict[str, Any], length: int, offset: int, kv_heads: int, group: int) -> None:
+    scale = call.pop("scale")
+    assert scale is None or scale
+    heads = kv_heads * group
+    options = {"is_causal": call.pop("is_causal"), "segment_offset": offset, "kv_heads": kv_heads}
+    pattern = Pattern.compose(**call)
+    table = torch.tensor(pattern.multiplicity(length, heads=heads, **options), dtype=torch.float64)
+    want = multiplicity(
+        call.pop("segment_lengths"), call.pop("dilation_rates"), heads, length, options["is_causal"],
+        call.pop("head_offsets"), **call, segment_offset=offset, kv_heads=kv_heads,
+    )  # fmt: skip
+    assert torch.equal(table, want)
+    head, place = torch.arange(heads), torch.arange(length)
+    mask = pattern.mask_mod(heads=heads, **options)(None, head[:, None, None], place[:, None], place)
+    assert torch.equal(mask.expand(want.shape), want > 0)
+
+
+FLEX: list[dict[str, Any]] = [
+    {"window": 5},
+    {"window": 5, "segment_lengths": None, "dilation_rates": 3, "dilated_queries": False},
+    {"window": 5, "segment_lengths": None, "dilation_rates": 2, "dilated_queries": False, "dilation_block": 4},
+    {"segment_lengths": (16, 64), "dilation_rates": (1, 4)},
+    {"segment_lengths": (16, None), "dilation_rates": (1, 4), "dilation_block": 2},
+]
+
+
+@pytest.mark.parametrize("call", FLEX, ids=lambda call: "-".join(map(str, call)))
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("offset", [0, 7])
+def test_flex_attention_gives_the_same(call: dict[str, Any], is_causal: bool, offset: int) -> None:
+    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+
+    pattern = Pattern.compose(**call)
+    query, key, value, _ = (x.detach() for x in draw_tensors(2, 4, 4, 96, 0, torch.float32))
+    options: dict[str, Any] = {"heads": 4, "is_causal": is_causal, "segment_offset": offset}
+
+    def score_mod(score: Tensor, batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return score + pattern.times_read(head, row, column, **options).clamp(min=1).log()
+
+    block_mask = create_block_mask(pattern.mask_mod(**options), None, 4, 96, 96, device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        want, more = flex_attention(
+            query, key, value, score_mod, block_mask=block_mask, return_aux=AuxRequest(lse=True)
+        )
+    call = {"segment_lengths": (), "dilation_rates": (), **call}
+    got, lse = dilated_attention(query, key, value, **call, is_causal=is_causal, segment_offset=offset, return_lse=True)
+    covered = lse > -torch.inf
+    torch.testing.assert_close(got[covered], want[covered], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse[covered], more.lse[covered], rtol=1e-5, atol=1e-5)
+    assert covered.float().mean() > 0.4
+
+
+WINDOW_AND_STRIDE: dict[str, Any] = {
+    "segment_lengths": None,
+    "dilation_rates": 2,
+    "window": 6,
+    "dilated_queries": False,
+    "is_causal": True,
+}
+
+
+def test_another_offset_is_no_other_graph() -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    *inputs, _ = draw_tensors(2, 4, 2, 40, 0)
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def attend(offset: int | Tensor) -> Any:
+        return dilated_attention(*inputs, (8, 16), (1, 2), segment_offset=offset, return_lse=True)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, backend=counter, fullgraph=True, dynamic=True)
+    torch.testing.assert_close(compiled(2), attend(2))
+    graphs = counter.frame_count
+    for offset in (5, -3, 11, 4):
+        torch.testing.assert_close(compiled(offset), attend(offset))
+    assert counter.frame_count == graphs > 0
+    by_row = torch.tensor([3, -8])
+    torch.testing.assert_close(compiled(by_row), attend(by_row))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["cpu_flash", "portable"])
+def test_opcheck(name: str) -> None:
+    from longnet.attention.call import AttentionSpec
+
+    *inputs, _ = draw_tensors(2, 4, 4, 20, 0, torch.float32)
+    kind = {} if name == "cpu_flash" else {"window": 3, "dilated_queries": False, "dilation_block": 2}
+    spec = AttentionSpec(Pattern.compose((8, None), (1, 3), **kind), True, 0.5)
+    torch.library.opcheck(
+        getattr(torch.ops.longnet, name).default, (*inputs, None, torch.tensor([3, -5]), None, *spec.encode())
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_other_types(dtype: torch.dtype) -> None:
+    *inputs, grad = draw_tensors(2, 4, 2, 90, 1, dtype)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    got = dilated_attention(*inputs, **WINDOW_AND_STRIDE, return_lse=True)
+    assert got[0].dtype == dtype and got[1].dtype == torch.float32
+    call = {**WINDOW_AND_STRIDE, "segment_lengths": (None,), "dilation_rates": (2,)}
+    want = dense_attention(*exact, **call)
+    tolerance = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}[dtype]
+    torch.testing.assert_close(got[0].double(), want[0], rtol=tolerance, atol=tolerance)
+    grads = (
+        torch.autograd.grad((got[0] * grad).sum(), inputs),
+        torch.autograd.grad((want[0] * grad.double()).sum(), exact),
+    )
+    for one, other in zip(*grads, strict=True):
+        assert (one.double() - other).norm() <= tolerance * other.norm()
+
+
+def test_a_later_token_changes_no_earlier_row() -> None:
+    *inputs, _ = draw_tensors(1, 4, 2, 64, 2, torch.float32)
+    first = dilated_attention(*inputs, **WINDOW_AND_STRIDE)
+    with torch.no_grad():
+        for x in inputs:
+            x[:, :, 40:] = 7.0
+    assert torch.equal(dilated_attention(*inputs, **WINDOW_AND_STRIDE)[:, :, :40], first[:, :, :40])
+
+
+def test_memory_is_linear_in_the_length() -> None:
+    """Of a window the portable backend makes no table of all pairs."""
+    from longnet.attention.chunked import Rows
+    from longnet.attention.key_ranges import key_ranges
+
+    (ranges,) = key_ranges(Pattern.compose(window=128), 2, 1 << 16, True, 0)
+    x = torch.empty(2, 1 << 16, 0)
+    sizes = [
+        (queries.stop - queries.start) * (keys.stop - keys.start)
+        for _, queries, keys in Rows(x, x, x, 1.0, ranges=ranges)._chunks()
+    ]
+    assert sum(sizes) < 2 * 128 * (1 << 16)
+
+
+def test_dead_rows_and_padding_may_hold_anything() -> None:
+    *inputs, grad = draw_tensors(2, 4, 2, 50, 3)
+    mask = torch.zeros(2, 50, dtype=torch.bool)
+    mask[0, :9] = True
+    options = {**WINDOW_AND_STRIDE, "key_padding_mask": mask, "segment_offset": torch.tensor([-9, 0])}
+    grad[mask[:, None, :, None].expand_as(grad)] = 0.0
+    want = dilated_attention(*inputs, **options)
+    expected = torch.autograd.grad(want, inputs, grad)
+    broken = []
+    for x in inputs:
+        y = x.detach().clone()
+        y[mask[:, None, :, None].expand_as(y)] = torch.nan
+        broken.append(y.requires_grad_())
+    got = dilated_attention(*broken, **options)
+    kept = ~mask[:, None, :, None].expand_as(got)
+    assert torch.equal(got[kept], want[kept])
+    for one, other in zip(torch.autograd.grad(got, broken, grad), expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"group": "any"}, "group="),
+        ({"backend": "cpu_flash"}, "cpu_flash: it takes branches whose queries and keys are the same rows"),
+        ({"backend": "triton"}, "triton"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(options: dict[str, Any], said: str) -> None:
+    *inputs, _ = draw_tensors(1, 2, 2, 20, 0, torch.float32)
+    with pytest.raises((ValueError, RuntimeError), match=said):
+        dilated_attention(*inputs, **WINDOW_AND_STRIDE, **options)
+
+
+def test_what_is_left_uncovered_is_said() -> None:
+    *inputs, _ = draw_tensors(1, 2, 2, 20, 0, torch.float32)
+    with pytest.warns(UserWarning, match=r"segment_lengths=\(None,\).*p mod 12 in \{8, 9, 10, 11\}"):
+        dilated_attention(*inputs, None, 3, dilation_block=4, dilated_queries=False)
