@@ -85,6 +85,7 @@ _SLOW = (
     "backends/test_hopper_compiles.py",
     "backends/test_operators.py",
     "backends/test_triton.py",
+    "backends/test_triton_bands.py",
     "benchmarks",
     "cli/test_compressed_models.py",
     "cli/test_consoles.py",

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from beyond import calls, compare, draw_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import dense_attention, multiplicity
@@ -15,51 +16,10 @@ from torch import Tensor
 
 from longnet import dilated_attention
 from longnet.attention.functional import pattern_attention
-from longnet.geometry import HEAD_OFFSETS, Pattern
+from longnet.geometry import Pattern
 
 # Every position is covered in none of these by necessity.
 pytestmark = pytest.mark.filterwarnings("ignore:.*zero attention:UserWarning")
-
-
-@st.composite
-def calls(draw: st.DrawFn) -> dict[str, Any]:
-    """What the operation is asked for, besides tensors."""
-    branches = draw(st.lists(st.tuples(st.none() | st.integers(1, 60), st.integers(1, 9)), max_size=3))
-    lengths = tuple(w for w, _ in branches)
-    return {
-        "segment_lengths": lengths,
-        "dilation_rates": tuple(r if w is None else min(w, r) for w, r in branches),
-        "window": draw(st.integers(1, 50) if not branches else st.none() | st.integers(1, 50)),
-        "dilated_queries": draw(st.booleans()),
-        "dilation_block": draw(st.sampled_from([1, 1, 2, 3, 8])),
-        "head_offsets": draw(st.sampled_from(HEAD_OFFSETS)),
-        "is_causal": draw(st.booleans()),
-        "scale": draw(st.sampled_from([None, 0.7, -0.3])),
-    }
-
-
-def draw_tensors(
-    batch: int, heads: int, kv_heads: int, length: int, seed: int, dtype: torch.dtype = torch.float64
-) -> list[Tensor]:
-    """Query, key, value that require gradients, and a gradient of out."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(batch, count, length, 4) for count in (heads, kv_heads, kv_heads, heads)]
-    query, key, value, grad = (
-        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes
-    )
-    return [query.requires_grad_(), key.requires_grad_(), value.requires_grad_(), grad]
-
-
-def compare(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], inputs: list[Tensor], grad: Tensor) -> None:
-    """out, lse and the gradients of both."""
-    assert torch.equal(got[1] == -torch.inf, want[1] == -torch.inf)
-    grads = []
-    for out, lse in (got, want):
-        finite = lse.masked_fill(lse == -torch.inf, 0.0)
-        loss = (out * grad).sum() + (finite * grad[..., 0]).sum()
-        grads.append(torch.autograd.grad(loss, inputs, retain_graph=True))
-    for one, other in zip((*got, *grads[0]), (*want, *grads[1]), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
 @settings(max_examples=150)
@@ -297,7 +257,6 @@ def test_dead_rows_and_padding_may_hold_anything() -> None:
     [
         ({"group": "any"}, "group="),
         ({"backend": "cpu_flash"}, "cpu_flash: it takes branches whose queries and keys are the same rows"),
-        ({"backend": "triton"}, "triton"),
     ],
 )
 def test_what_cannot_be_done_is_refused(options: dict[str, Any], said: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 
 WAITS = """
@@ -49,7 +50,9 @@ def run(tmp_path, script, processes, python):
 def test_processes_that_wait_say_who_is_lost_and_end(tmp_path, forked):
     found = run(tmp_path, WAITS, 3, forked)
     assert found.returncode != 0
-    assert found.stderr.count("longnet: error") == 1 and "process 1 of 3 is gone" in found.stderr, found.stderr
+    assert found.stderr.count("longnet: error") == 1, found.stderr
+    # torchrun ends the others: on a busy machine process 0 can be gone too before process 2 looks.
+    assert re.search(r"process (0, )?1 of 3 is gone", found.stderr), found.stderr
     # torchrun kills what is left after thirty seconds, and says so: they ended before that.
     assert "-9" in found.stderr and "forcefully exiting" not in found.stderr, found.stderr
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longnet.attention.backends.triton import hopper
+from longnet.attention.backends.triton import bands, hopper
 from longnet.attention.backends.triton.all_heads import backward_among_all_heads, forward_among_all_heads
 from longnet.attention.backends.triton.launches import Blocks, Settings, Sizes, plan_launches
 from longnet.attention.backends.views import bias_columns, signed, sum_heads
@@ -51,7 +52,9 @@ def unsupported_reason(inputs: AttentionInputs) -> str | None:
     if not HAS_TRITON:
         return "triton is not installed"
     if (beyond := inputs.beyond_paper) is not None:
-        return f"its kernels have what LongNet's paper has, not {beyond}"
+        if inputs.bias is not None:
+            return f"it has no relative bias with {beyond}"
+        return bands.unsupported_reason(inputs.spec.pattern, inputs.length)
     return None
 
 
@@ -110,7 +113,14 @@ class _Call:
         self.mask = self.q if padding is None else padding.view(torch.int8)
         # Statistics are float32, and a bias is part of the scores.
         self.table = self.q if bias is None else bias.to(torch.float32).contiguous()
-        self.for_hopper, self.left = self._split(use_hopper)
+        self.by_row = inputs.offsets is not None
+        self.row_offsets = self.q if inputs.offsets is None else inputs.offsets.contiguous()
+        # The paper's branches, on a grid that begins at 0, are nests.
+        pattern = spec.pattern
+        on_grid = not spec.segment_offset and inputs.offsets is None
+        nests = bool(pattern.branches) and on_grid and replace(pattern, window=None).beyond_paper is None
+        self.for_hopper, self.left = self._split(use_hopper) if nests else ((), ())
+        self.bands = () if inputs.beyond_paper is None else bands.band_launches(pattern, not nests)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.q, self.k, self.v
@@ -125,6 +135,26 @@ class _Call:
             settings = self.settings(*rows, cut.stages, launch.period, launch.weighted, launch.merge)
             grid = (launch.tiles * launch.segments * self.heads * self.batch,)
             yield grid, (sizes, launch.shape, settings), cut.warps
+
+    def band_launches(self, kernel: str) -> Iterator[tuple[tuple[int], tuple[Any, ...], int]]:
+        """(grid, last arguments, warps) of every launch of the band kernels."""
+        cut, _ = blocks_for(kernel, self.dim, self.q.dtype)
+        of_keys, pattern, written = kernel == "key_value", self.spec.pattern, bool(self.for_hopper or self.left)
+        launches = [one for launch in self.bands for one in (launch.by_band if of_keys else (launch,))]
+        for launch in launches:
+            count = launch.keys(self.length) if of_keys else launch.rows(self.length)
+            tiles = -(-count // cut.owned)
+            rows = (cut.swept, cut.owned) if of_keys else (cut.owned, cut.swept)
+            # The first launch of all is mixed in too, unless it writes every row.
+            merge = written or not self.covers(of_keys)
+            settings = bands.BandSettings(
+                self.dim, power_of_two(self.dim), *rows, cut.stages, **launch.constants(pattern),
+                BY_ROW=self.by_row, CAUSAL=self.spec.is_causal, PADDED=self.padding is not None,
+                BIASED=False, MERGE=merge, PRECISION="ieee" if self.q.dtype == torch.float32 else "tf32",
+            )  # fmt: skip
+            sizes = bands.BandSizes(self.length, self.heads, self.group, self.scale, tiles, self.spec.segment_offset)
+            yield (tiles * self.heads * self.batch,), (sizes, settings), cut.warps
+            written = True
 
     def settings(
         self, m: int, n: int, stages: int = 1, period: int = 1, weighted: bool = False, merge: bool = False
@@ -161,10 +191,11 @@ class _Call:
             _log.debug("triton: Hopper kernels passed over for %s: %s", nest.branches, reason)
         return ours, tuple(nest for nest, _ in others)
 
-    @property
-    def covered(self) -> bool:
-        """Whether what is launched first writes every row; the rest is mixed in."""
-        return (self.for_hopper + self.left)[0].covers_all and not self.spec.needed_by_first
+    def covers(self, of_keys: bool = False) -> bool:
+        """Whether what is launched first writes every row, of queries or of keys; the rest is mixed in."""
+        if nests := self.for_hopper + self.left:
+            return nests[0].covers_all and not self.spec.needed_by_first
+        return self.bands[0].covers(of_keys)
 
     @property
     def work(self) -> hopper.Work | None:
@@ -207,6 +238,7 @@ def _bias_gradient(call: _Call, tensors: tuple[Tensor, ...], strides: tuple[Any,
 
 def forward(inputs: AttentionInputs, use_hopper: bool = True) -> tuple[Tensor, Tensor]:
     """out like the query, and lse (B, H, N)."""
+    from longnet.attention.backends.triton.kernels.bands import band_forward_kernel
     from longnet.attention.backends.triton.kernels.forward import forward_kernel
 
     if inputs.spec.pattern.head_numbers is not None:
@@ -215,7 +247,7 @@ def forward(inputs: AttentionInputs, use_hopper: bool = True) -> tuple[Tensor, T
     if out.numel() == 0:
         return out, lse.fill_(-torch.inf)
     call, buffer = _Call(inputs, use_hopper), _output_buffer(out)
-    if not call.covered:
+    if not call.covers():
         buffer.zero_()
         lse.fill_(-torch.inf)
     with _device(out):
@@ -226,6 +258,11 @@ def forward(inputs: AttentionInputs, use_hopper: bool = True) -> tuple[Tensor, T
                 *call.tensors(), buffer, lse, call.mask, call.table,
                 *call.strides(*call.tensors(), buffer, lse), *call.extra_strides(), *arguments, num_warps=warps,
             )  # fmt: skip
+        for grid, arguments, warps in call.band_launches("forward"):
+            band_forward_kernel[grid](
+                *call.tensors(), buffer, lse, call.mask, call.table, call.row_offsets,
+                *call.strides(*call.tensors(), buffer, lse), *call.extra_strides(), *arguments, num_warps=warps,
+            )  # fmt: skip
     if buffer is not out:
         out.copy_(buffer)
     return out, lse
@@ -234,6 +271,7 @@ def forward(inputs: AttentionInputs, use_hopper: bool = True) -> tuple[Tensor, T
 def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None, use_hopper: bool = True) -> Gradients:
     """Exact gradients of the joint softmax, by the rule of :mod:`longnet.attention.merge`."""
     from longnet.attention.backends.triton.kernels.backward import key_value_kernel, prepare_kernel, query_kernel
+    from longnet.attention.backends.triton.kernels.bands import band_key_value_kernel, band_query_kernel
 
     inputs = saved.inputs
     if inputs.spec.pattern.head_numbers is not None:
@@ -252,7 +290,7 @@ def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None, use
     statistics = row_lse, delta = torch.empty_like(lse), torch.empty_like(lse)
     extra = lse if grad_lse is None else grad_lse
     rows = min(64, 4096 // power_of_two(call.dim))
-    if not call.covered:
+    if not call.covers(of_keys=True):
         for buffer in of_keys:
             buffer.zero_()
     with _device(out):
@@ -270,7 +308,12 @@ def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None, use
                 queries, *others, *more, *of_keys,
                 *call.strides(queries, *others), *call.extra_strides(), *call.strides(*of_keys), *arguments, num_warps=warps,
             )  # fmt: skip
-        if not call.covered:
+        for grid, arguments, warps in call.band_launches("key_value"):
+            band_key_value_kernel[grid](
+                queries, *others, *more, call.row_offsets, *of_keys,
+                *call.strides(queries, *others), *call.extra_strides(), *call.strides(*of_keys), *arguments, num_warps=warps,
+            )  # fmt: skip
+        if not call.covers():
             queries.zero_()
         shared = (call.q, *others, *more)
         strides = (*call.strides(call.q, *others), *call.extra_strides())
@@ -278,6 +321,10 @@ def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None, use
             work.query(call.q, readable, statistics, queries)
         for grid, arguments, warps in call.launches("query"):
             query_kernel[grid](*shared, queries, *strides, *call.strides(queries), *arguments, num_warps=warps)
+        for grid, arguments, warps in call.band_launches("query"):
+            band_query_kernel[grid](
+                *shared, call.row_offsets, queries, *strides, *call.strides(queries), *arguments, num_warps=warps
+            )
         if inputs.bias is not None:
             grads.bias.copy_(_bias_gradient(call, shared, strides))
     for grad, buffer, group in zip(grads, buffers, (1, call.group, call.group), strict=False):

@@ -16,6 +16,7 @@ from longnet.attention.backends.triton.kernels.rows import (
     key_tiles,
     load_tile,
     locate,
+    mixed,
     own_rows,
     padding_of,
     range_weights,
@@ -108,15 +109,6 @@ def forward_kernel(
     out_rows = head_rows(OUT, out_at, batch, q_head) + row_wide * out_at[2] + d[None, :]
     lse_rows = head_rows(LSE, lse_at, batch, q_head) + row.to(tl.int64) * lse_at[2]
     if C.MERGE:
-        before = tl.load(lse_rows, mask=row_ok, other=float("-inf"))
-        top = tl.maximum(before, lse)
-        base = tl.where(top == float("-inf"), 0.0, top)
-        ours, theirs = tl.exp(lse - base), tl.exp(before - base)
-        both = ours + theirs
-        some = both != 0.0
-        both = tl.where(some, both, 1.0)
-        previous = tl.load(out_rows, mask=stored, other=0.0).to(tl.float32)
-        out = previous + (ours / both)[:, None] * (out - previous)
-        lse = tl.where(some, base + tl.log(both), float("-inf"))
+        out, lse = mixed(out, lse, out_rows, lse_rows, row_ok, stored)
     tl.store(out_rows, out.to(OUT.dtype.element_ty), mask=stored)
     tl.store(lse_rows, lse, mask=row_ok)

@@ -279,3 +279,18 @@ def padding_of(extras, key, inside, CUT: tl.constexpr):
         return tl.load(rows, mask=inside, other=1)
     else:
         return tl.load(rows)
+
+
+@triton.jit
+def mixed(out, lse, out_rows, lse_rows, row_ok, stored):
+    """(out, lse) of rows and of what earlier launches left of them in memory."""
+    before = tl.load(lse_rows, mask=row_ok, other=float("-inf"))
+    top = tl.maximum(before, lse)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    ours, theirs = tl.exp(lse - base), tl.exp(before - base)
+    both = ours + theirs
+    some = both != 0.0
+    both = tl.where(some, both, 1.0)
+    previous = tl.load(out_rows, mask=stored, other=0.0).to(tl.float32)
+    out = previous + (ours / both)[:, None] * (out - previous)
+    return out, tl.where(some, base + tl.log(both), float("-inf"))
