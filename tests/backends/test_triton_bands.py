@@ -19,7 +19,6 @@ from oracle import dense_attention
 
 from longnet import dilated_attention
 from longnet.attention.backends.triton import backend as triton_flash
-from longnet.attention.backends.triton.bands import most_rows
 from longnet.geometry import Branch, Pattern
 
 pytestmark = [
@@ -116,7 +115,7 @@ def test_no_grid_is_too_small(length: int, width: int | None, rate: int, block: 
     origin = branch.origin(offset)
     for head in range(branch.dilation_rate):
         rows = sum(branch.selects(position + origin, head) for position in range(length))
-        assert rows <= most_rows(branch, length)
+        assert rows <= branch.most_rows(length)
 
 
 def test_the_kernels_compile() -> None:

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import time
 from fractions import Fraction
+from typing import Any
 
 import pytest
+from beyond import calls
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -52,6 +54,24 @@ def test_keys_and_pairs_equal_the_definition(pattern: Pattern, heads: int, lengt
     assert score_pairs(pattern, heads, length, is_causal) == sum(keys)
     found = keys_per_query(pattern, heads, length, is_causal)
     assert (found.min, found.mean, found.max) == (min(keys), Fraction(sum(keys), len(keys)), max(keys))
+
+
+@settings(max_examples=100, deadline=None)
+@given(call=calls(), heads=st.integers(1, 5), length=st.integers(1, 40))
+def test_pairs_beyond_the_paper_equal_the_definition(call: dict[str, Any], heads: int, length: int) -> None:
+    is_causal = call.pop("is_causal")
+    del call["scale"]
+    pattern = Pattern.compose(**call)
+    table = pattern.multiplicity(length, heads=heads, is_causal=is_causal)
+    assert score_pairs(pattern, heads, length, is_causal) == sum(sum(map(sum, head)) for head in table)
+
+
+def test_pairs_of_a_long_sequence_are_counted_at_once() -> None:
+    pattern = Pattern.compose(None, 4, window=512, dilated_queries=False, dilation_block=32)
+    started = time.monotonic()
+    pairs = score_pairs(pattern, 8, 1 << 40, is_causal=True)
+    assert time.monotonic() - started < 1.0
+    assert pairs / (8 * (1 << 40) ** 2 / 2) == pytest.approx(0.25, abs=1e-6)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

@@ -54,7 +54,7 @@ class Cost:
 
 
 def score_pairs(pattern: Pattern, heads: int, length: int, is_causal: bool = False) -> int:
-    """Exact number of (query, key) pairs of one sequence, summed over heads and branches.
+    """Exact number of (query, key) pairs of one sequence, summed over heads, branches and the window.
 
     Closed form per branch and offset, so the length does not matter to the time it takes.
 
@@ -66,11 +66,18 @@ def score_pairs(pattern: Pattern, heads: int, length: int, is_causal: bool = Fal
     """
     check_ints(1, heads=heads, length=length)
     total = 0
+    if pattern.window is not None:
+        before = _square(length, True) - _square(max(0, length - pattern.window), True)
+        total += heads * (before if is_causal else 2 * before - length)
     for branch in pattern.branches:
         for offset, count in Counter(pattern.offset(branch, head, heads) for head in range(heads)).items():
-            for start, segments, tokens in branch.spans(length):
-                rows = branch.selected(start, start + tokens, offset).size
-                total += count * segments * _square(rows, is_causal)
+            for _, segments, tokens in branch.spans(length):
+                rows, places = branch.chosen(tokens, offset)
+                if pattern.dilated_queries:
+                    pairs = _square(rows, is_causal)
+                else:
+                    pairs = rows * tokens - (places if is_causal else 0)
+                total += count * segments * pairs
     return total
 
 
@@ -85,8 +92,10 @@ def keys_per_query(pattern: Pattern, heads: int, length: int, is_causal: bool = 
 
     Raises:
         ValueError: segment lengths that do not nest (or rates with a huge common multiple) on a sequence too long to
-            scan. ``score_pairs`` has no such limit.
+            scan, or a pattern beyond the paper. ``score_pairs`` has no such limits.
     """
+    if pattern.beyond_paper is not None:
+        raise ValueError(f"the extremes of {pattern.beyond_paper} are not counted: expected what LongNet's paper has")
     mean = Fraction(score_pairs(pattern, heads, length, is_causal), heads * length)
     chain = sorted(pattern.branches, key=lambda branch: branch.segment_length)
     offsets = sorted({tuple(pattern.offset(branch, head, heads) for branch in chain) for head in range(heads)})

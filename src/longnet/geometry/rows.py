@@ -95,6 +95,23 @@ class Branch:
         """How many positions of a segment of ``length`` tokens a head with this ``offset`` selects."""
         return (length - offset + self.dilation_rate - 1) // self.dilation_rate
 
+    def chosen(self, tokens: int, offset: int) -> tuple[int, int]:
+        """(how many of a segment's first tokens a head with this ``offset`` selects, the sum of their places); any block."""
+        block, cycle = self.block, self.dilation_rate * self.block
+        whole, rest = divmod(tokens, cycle)
+        start = offset * block
+        last = min(max(rest - start, 0), block)
+        places = block * (cycle * (whole * (whole - 1) // 2) + whole * start) + whole * (block * (block - 1) // 2)
+        return whole * block + last, places + last * (whole * cycle + start) + last * (last - 1) // 2
+
+    def most_rows(self, tokens: int) -> int:
+        """At least as many as any head selects of so many tokens, wherever on the grid they begin; any block."""
+        cycle = self.dilation_rate * self.block
+        if self.segment_length == UNBOUNDED:
+            return min(tokens, (tokens // cycle + 2) * self.block)
+        each = min(self.segment_length, (self.segment_length // cycle + 1) * self.block)
+        return min(tokens, (tokens // self.segment_length + 2) * each)
+
     def selects(self, position: Any, offset: int) -> Any:
         """Whether a head with this ``offset`` selects a position; for an array or tensor, as many answers."""
         local = position if self.segment_length == UNBOUNDED else position % self.segment_length

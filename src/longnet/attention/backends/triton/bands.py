@@ -78,7 +78,7 @@ class BandLaunch:
 
     def rows(self, length: int) -> int:
         """At least as many as there are queries of a head."""
-        return length if self.branch is None else most_rows(self.branch, length)
+        return length if self.branch is None else self.branch.most_rows(length)
 
     def constants(self, pattern: Pattern) -> dict[str, Any]:
         """Its part of :class:`BandSettings`."""
@@ -106,7 +106,7 @@ class BandLaunch:
     def keys(self, length: int) -> int:
         """At least as many as there are keys of a head, of a single band."""
         (band,) = self.bands
-        return length if isinstance(band, int) else most_rows(band, length)
+        return length if isinstance(band, int) else band.most_rows(length)
 
 
 @lru_cache(maxsize=256)
@@ -124,15 +124,6 @@ def band_launches(pattern: Pattern, with_branches: bool) -> tuple[BandLaunch, ..
     if with_branches:
         launches += [BandLaunch((branch,), branch) for branch in pattern.branches]
     return tuple(launches)
-
-
-def most_rows(branch: Branch, length: int) -> int:
-    """At least as many as a head selects of ``length`` tokens, wherever the grid begins."""
-    cycle = branch.dilation_rate * branch.block
-    if branch.segment_length == UNBOUNDED:
-        return min(length, (length // cycle + 2) * branch.block)
-    each = min(branch.segment_length, (branch.segment_length // cycle + 1) * branch.block)
-    return min(length, (length // branch.segment_length + 2) * each)
 
 
 def unsupported_reason(pattern: Pattern, length: int) -> str | None:

@@ -1,0 +1,175 @@
+"""Windows, strided keys, blocks and offset grids beside the best kernel that exists for each.
+
+    python -m benchmarks.windows --out windows.json
+
+Windows stand beside FlexAttention with the same window, compiled; strided keys beside dense attention (cuDNN on a GPU), by
+time over the share of its pairs; a window with LongNet's branches, and LongNet on an offset grid, beside LongNet alone. Results
+are compared with the definition before anything is timed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from benchmarks import checks, results
+from benchmarks.cases import CPU_QUICK, GPU, PASSES, Case, Record, draw
+from benchmarks.device import Device, here
+from benchmarks.timing import Contender, bare_dense, contender, interleave, ours
+from longnet import dilated_attention
+from longnet.geometry import Pattern, score_pairs
+
+Kind = dict[str, Any]
+ROUNDS, ALLOWED = 21, 2e-2
+LIMITS = {"flex": (0.9, 0.9), "dense": (1.25, 1.35), "longnet": (1.10, 1.10), "grid": (1.0, 1.0), "grids": (1.03, 1.03)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: what a call is asked for, and what it stands beside.
+
+    Args:
+        beside: ``"flex"``, ``"dense"``, or LongNet alone: ``"longnet"`` by pairs, ``"grid"`` and ``"grids"`` by time.
+    """
+
+    case: Case
+    kind: Kind
+    beside: str
+
+    @property
+    def pattern(self) -> Pattern:
+        return Pattern.compose(**{name: x for name, x in self.kind.items() if name != "segment_offset"})
+
+    @property
+    def share(self) -> float:
+        """Pairs over those of what it stands beside, where that is dense attention or LongNet alone; else 1."""
+        sizes = (self.case.heads, self.case.length, self.case.is_causal)
+        other = {"dense": Pattern.parse(self.case.length, 1), "longnet": self.case.pattern}.get(self.beside)
+        return 1.0 if other is None else score_pairs(self.pattern, *sizes) / score_pairs(other, *sizes)
+
+
+def strided(rate: int, block: int, window: int = 512) -> Kind:
+    return {
+        "segment_lengths": None,
+        "dilation_rates": rate,
+        "window": window,
+        "dilated_queries": False,
+        "dilation_block": block,
+        "head_offsets": "grouped",
+    }
+
+
+def rows(on_gpu: bool) -> Iterator[Row]:
+    base = replace(GPU, length=131072) if on_gpu else CPU_QUICK
+    branches = {"segment_lengths": base.segment_lengths, "dilation_rates": base.dilation_rates}
+    for case in (replace(base, head_dim=dim) for dim in ((64, 128) if on_gpu else (16,))):
+        for window in (512, 4096) if on_gpu else (32,):
+            yield Row(case, {"window": window}, "flex")
+        for length in (32768, 131072) if on_gpu else (256,):
+            for rate in (2, 4, 8):
+                for block in (1, 32):
+                    yield Row(replace(case, length=length), strided(rate, block, 512 if on_gpu else 32), "dense")
+        yield Row(case, {**branches, "window": 512}, "longnet")
+        yield Row(case, {**branches, "segment_offset": 1000}, "grid")
+        yield Row(case, {**branches, "segment_offset": torch.tensor([1000])}, "grids")
+
+
+def attend(row: Row, device: torch.device) -> Callable[..., Tensor]:
+    kind = {"segment_lengths": (), "dilation_rates": (), **row.kind}
+    if isinstance(kind.get("segment_offset"), Tensor):
+        kind["segment_offset"] = kind["segment_offset"].to(device)
+    return lambda q, k, v: dilated_attention(q, k, v, **kind, is_causal=row.case.is_causal)
+
+
+def flex(row: Row, device: torch.device) -> Callable[..., Tensor]:
+    """FlexAttention with the same keys, compiled where it can be trained."""
+    case = row.case
+    mask = row.pattern.mask_mod(heads=case.heads, is_causal=case.is_causal)
+    make: Any
+    compute: Any
+    # Without the compiler it warns that it is slow: on a CPU it shows only that the benchmark works.
+    make, compute = create_block_mask, flex_attention
+    if device.type == "cuda":
+        make, compute = torch.compile(make), torch.compile(compute)
+    else:
+        warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
+    blocks = make(mask, None, None, case.length, case.length, device=str(device))
+    return lambda q, k, v: compute(q, k, v, block_mask=blocks)
+
+
+def check(row: Row, device: Device) -> float:
+    """How far a short call is from the definition.
+
+    Raises:
+        CheckFailed: by more than rounding.
+    """
+    case = replace(row.case, length=700, heads=4)
+    tensors = draw(case, 1, device.device)
+    found = attend(row, device.device)(*tensors.inputs)
+    kind = {"segment_lengths": (), "dilation_rates": (), **row.kind}
+    for name in ("segment_lengths", "dilation_rates"):
+        kind[name] = kind[name] if isinstance(kind[name], tuple) else (kind[name],)
+    exact = [x.double().cpu() for x in tensors.inputs]
+    expected, _ = checks.oracle().dense_attention(*exact, **kind, is_causal=case.is_causal)
+    error = checks.relative_error(found.cpu(), expected)
+    return checks.require(f"{row.kind}", {"out": error}, ALLOWED)["out"]
+
+
+def measure(row: Row, device: Device, rounds: int = ROUNDS) -> Record:
+    """Seconds of both, by pass, and their ratio over the share of pairs."""
+    tensors = draw(row.case, 0, device.device)
+    own = contender("ours", attend(row, device.device), tensors)
+    other: Contender
+    if row.beside == "flex":
+        other = contender("other", flex(row, device.device), tensors)
+    elif row.beside == "dense":
+        other = bare_dense(device, tensors, row.case.is_causal, "other")
+    else:
+        other = ours(row.case, tensors, "other")
+    shown = {name: x.tolist() if isinstance(x, Tensor) else x for name, x in row.kind.items()}
+    record: Record = {"case": row.case.to_dict(), "kind": shown, "beside": row.beside, "pairs": row.share, "passes": {}}
+    record["error"] = check(row, device)
+    # FlexAttention has no backward pass on a CPU.
+    for number, which in enumerate(PASSES if device.kind == "cuda" or row.beside != "flex" else PASSES[:1]):
+        seconds = interleave(device, {one.name: one.passes[which] for one in (own, other)}, rounds, rounds)
+        ratio = median(a / b for a, b in zip(seconds["ours"], seconds["other"], strict=True)) / row.share
+        limit = LIMITS[row.beside][number]
+        record["passes"][which] = {"seconds": seconds, "ratio": ratio, "limit": limit}
+        ms = {name: 1e3 * median(values) for name, values in seconds.items()}
+        print(
+            f"N={row.case.length:,} D={row.case.head_dim} {shown} {which}: {ms['ours']:.3f} ms, {row.beside} "
+            f"{ms['other']:.3f} ms, ratio over pairs {ratio:.3f} (limit {limit})",
+            flush=True,
+        )
+    device.release()
+    return record
+
+
+def run(out: Path | None, dims: tuple[int, ...] = ()) -> Record:
+    device = here()
+    result = results.started(kind="windows", device=device.describe(), rows=[])
+    for row in rows(device.kind == "cuda"):
+        if not dims or row.case.head_dim in dims:
+            result["rows"].append(measure(row, device))
+            # After every row: a run that is cut short keeps what it has.
+            results.save(result, out)
+    return result
+
+
+def main() -> None:
+    options = results.program("windows", __doc__)
+    options.add_argument("--dims", type=int, nargs="*", default=[], help="head dimensions; all by default")
+    given = options.parse_args()
+    run(given.out, tuple(given.dims))
+
+
+if __name__ == "__main__":
+    main()

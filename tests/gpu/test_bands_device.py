@@ -1,0 +1,113 @@
+"""Windows, strides, blocks and offset grids on a GPU, against the definition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from oracle import dense_attention
+from torch import Tensor
+
+from longnet import dilated_attention
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore:.*zero attention:UserWarning"),
+]
+KINDS: dict[str, dict[str, Any]] = {
+    "window": {"segment_lengths": (), "dilation_rates": (), "window": 130},
+    "window and stride": {"segment_lengths": (None,), "dilation_rates": (4,), "window": 96, "dilated_queries": False},
+    "blocks": {
+        "segment_lengths": (None,),
+        "dilation_rates": (2,),
+        "window": 64,
+        "dilated_queries": False,
+        "dilation_block": 32,
+        "head_offsets": "grouped",
+    },
+    "segments": {"segment_lengths": (300, 700), "dilation_rates": (1, 3), "dilated_queries": False},
+    "nest and window": {"segment_lengths": (128, 512), "dilation_rates": (1, 4), "window": 200},
+    "rows in blocks": {"segment_lengths": (256, None), "dilation_rates": (2, 4), "dilation_block": 16},
+    "another grid": {"segment_lengths": (128, 512), "dilation_rates": (1, 4), "segment_offset": 345},
+    "a grid for each row": {"segment_lengths": (128, 512), "dilation_rates": (1, 4), "segment_offset": (-37, 600)},
+}
+ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def draw(head_dim: int, dtype: torch.dtype, length: int = 777) -> tuple[list[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, heads, length, head_dim) for heads in (4, 2, 2, 4)]
+    *inputs, grad = (torch.randn(shape, generator=generator).to("cuda", dtype) for shape in shapes)
+    return [x.requires_grad_() for x in inputs], grad
+
+
+def on_device(kind: dict[str, Any]) -> dict[str, Any]:
+    """What the operation takes: offsets of rows as a tensor."""
+    if not isinstance(offset := kind.get("segment_offset"), tuple):
+        return kind
+    return {**kind, "segment_offset": torch.tensor(offset, device="cuda")}
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"),
+    [(torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float16, 48), (torch.float32, 64)],
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_it_is_the_definition(name: str, is_causal: bool, dtype: torch.dtype, head_dim: int, padded: bool) -> None:
+    inputs, grad = draw(head_dim, dtype)
+    mask = torch.rand(2, 777, generator=torch.Generator().manual_seed(1)) < 0.2 if padded else None
+    options = {"is_causal": is_causal, **on_device(KINDS[name])}
+    got, lse = dilated_attention(
+        *inputs, **options, key_padding_mask=None if mask is None else mask.cuda(), return_lse=True, backend="triton"
+    )
+    exact = [x.detach().double().cpu().requires_grad_() for x in inputs]
+    offset = options.get("segment_offset", 0)
+    options["segment_offset"] = offset.cpu() if isinstance(offset, Tensor) else offset
+    want, want_lse = dense_attention(*exact, **options, key_padding_mask=mask)
+    grads = torch.autograd.grad(got, inputs, grad), torch.autograd.grad(want, exact, grad.double().cpu())
+    assert torch.equal(lse.cpu() == -torch.inf, want_lse == -torch.inf)
+    for one, other in zip((got, *grads[0]), (want, *grads[1]), strict=True):
+        assert float((one.double().cpu() - other).norm()) <= ALLOWED[dtype] * float(other.norm())
+
+
+def test_offsets_of_rows_are_read_on_the_device() -> None:
+    inputs, grad = draw(64, torch.bfloat16)
+    kind = KINDS["another grid"] | {"is_causal": True}
+    offsets = torch.tensor([3, -5], device="cuda")
+
+    def step() -> tuple[Tensor, ...]:
+        out = dilated_attention(*inputs, **{**kind, "segment_offset": offsets})
+        return out, *torch.autograd.grad(out, inputs, grad)
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for values in ((3, -5), (100, 7)):
+        offsets.copy_(torch.tensor(values))
+        graph.replay()
+        for got, want in zip(captured, step(), strict=True):
+            assert torch.equal(got, want)
+
+
+def test_two_runs_are_the_same_to_the_bit() -> None:
+    inputs, grad = draw(64, torch.bfloat16)
+    runs = []
+    for _ in range(2):
+        out = dilated_attention(*inputs, **KINDS["window and stride"], is_causal=True)
+        runs.append((out, *torch.autograd.grad(out, inputs, grad)))
+    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
