@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,15 +18,25 @@ import torch
 
 from longnet.attention.backends import BACKENDS, Backend
 from longnet.attention.backends.triton import hopper
+from longnet.attention.call import AttentionSpec
+from longnet.geometry import Pattern
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LARGEST = 1024
 COLUMNS = (
-    "backend", "devices", "dtypes", "D", "relative bias", "padding", "lse", "same bits twice",
+    "backend", "devices", "dtypes", "D", "relative bias", "padding", "lse", "beyond the paper", "same bits twice",
     "memory, forward / with backward",
 )  # fmt: skip
+PAPER = AttentionSpec(Pattern.parse(8, 1), True, 1.0)
+# See docs/patterns.md.
+BEYOND = {
+    "windows": replace(PAPER, pattern=Pattern.compose(window=4)),
+    "strides": replace(PAPER, pattern=Pattern.compose(None, 2, dilated_queries=False)),
+    "blocks": replace(PAPER, pattern=Pattern.compose(8, 2, dilation_block=2)),
+    "offset grids": replace(PAPER, segment_offset=3),
+}
 # Held by tests for every backend, on the CPU; on GPUs by tests/gpu. The portable backend uses torch's matrix products there.
 SAME = {
     "cpu_flash": "yes",
@@ -44,10 +55,18 @@ def devices(backend: Backend) -> str:
     return said + ("; cpu in Triton's interpreter, by name" if interpreted else "")
 
 
-def takes(backend: Backend, device: str, dtype: torch.dtype = torch.float32, dim: int = 64, bias: bool = False) -> bool:
+def takes(
+    backend: Backend,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    dim: int = 64,
+    bias: bool = False,
+    spec: AttentionSpec = PAPER,
+) -> bool:
     # Of a call, the question looks at no more; most of these devices are not there.
     query = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 1, 1, dim))
-    inputs: Any = SimpleNamespace(query=query, bias=query if bias else None, spec=SimpleNamespace(scale=1.0))
+    about = {"bias": query if bias else None, "offsets": None, "beyond_paper": spec.beyond_paper, "length": 8}
+    inputs: Any = SimpleNamespace(query=query, spec=spec, **about)
     return backend.kernels.unsupported_reason(inputs) is None
 
 
@@ -57,15 +76,22 @@ def row(backend: Backend) -> list[str]:
     return [
         f"`{backend.name}`", devices(backend), names(tuple(dtype for dtype in DTYPES if takes(backend, home, dtype))),
         "any" if len(dims) == LARGEST else f"{dims[0]} to {dims[-1]}", "yes" if takes(backend, home, bias=True) else "no",
-        "yes", "yes, differentiable", SAME[backend.name], memory(backend.name),
+        "yes", "yes, differentiable", beyond(backend, home), SAME[backend.name], memory(backend.name),
     ]  # fmt: skip
+
+
+def beyond(backend: Backend, device: str) -> str:
+    taken = [name for name, spec in BEYOND.items() if takes(backend, device, spec=spec)]
+    all_of_it = "all" if len(taken) == len(BEYOND) else ", ".join(taken)
+    biased = all(takes(backend, device, bias=True, spec=spec) for spec in BEYOND.values())
+    return all_of_it if biased or not takes(backend, device, bias=True) else f"{all_of_it}, without a bias"
 
 
 def hopper_row() -> list[str]:
     """The kernels that the Triton backend prefers on Hopper GPUs, nest by nest."""
     dims = ", ".join(map(str, hopper.HEAD_DIMS))
     name, device = "`triton` on Hopper GPUs prefers", "cuda, capability 9"
-    return [name, device, names(hopper.DTYPES), dims, "no", "no", *["as above"] * 3]
+    return [name, device, names(hopper.DTYPES), dims, "no", "no", "as above", "no", *["as above"] * 2]
 
 
 def names(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -21,6 +21,14 @@ IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 
 # Small enough that every (query, key) pair is one visible square.
 SMALL = Pattern.parse((16, 32, 64), (1, 2, 4))
+# What docs/patterns.md shows, with segment offsets.
+KINDS = {
+    "window": (Pattern.compose(window=12), 0),
+    "strided": (Pattern.compose(None, 4, window=12, dilated_queries=False), 0),
+    "blocks": (Pattern.compose(None, 4, window=12, dilated_queries=False, dilation_block=4), 0),
+    "shifted": (SMALL, 64 * 2 // 3),
+    "window_and_branches": (Pattern.compose((16, 32, 64), (1, 2, 4), window=12), 0),
+}
 # As many rates as the paper's experiments, on a sequence short enough to draw token by token.
 GROWING = Pattern.parse((32, 64, 128, 256, 512), (1, 2, 4, 8, 16))
 # The paper's base model: 12 heads, segments up to 32,768 tokens.
@@ -38,6 +46,10 @@ def main() -> None:
     }
     made = [
         plot_pattern(SMALL, 4, 64, IMAGES / "pattern.png"),
+        *(
+            plot_pattern(kind, 4, 64, IMAGES / f"{name}.png", segment_offset=offset)
+            for name, (kind, offset) in KINDS.items()
+        ),
         plot_selection(SMALL, 4, 64, IMAGES / "selection.png"),
         plot_receptive_field(GROWING, 4, 512, 4, IMAGES / "receptive_field.png"),
         plot_cost(PAPER, 12, [2**power for power in range(10, 21)], IMAGES / "cost.png"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,25 @@ def test_every_colour_has_the_area_of_its_branchs_pairs(tmp_path: Path, is_causa
     path = plot_pattern(PATTERN, 1, 64, tmp_path / "pattern.png", is_causal=is_causal)
     drawn = [pixels(path, color) for color in COLORS[:3]]
     assert [count / sum(drawn) for count in drawn] == pytest.approx([c / sum(cells) for c in cells], rel=0.03)
+
+
+@pytest.mark.parametrize("offset", [0, 21])
+def test_what_is_beyond_the_paper_is_drawn_pair_by_pair(tmp_path: Path, offset: int) -> None:
+    pattern = Pattern.compose((16, None), (1, 4), window=6, dilated_queries=False, dilation_block=2)
+    parts = [replace(pattern, branches=()), *(pattern.of(branch) for branch in pattern.branches)]
+    place, cells = np.arange(64), np.zeros((64, 64), dtype=int)
+    for index, part in enumerate(parts, 1):
+        cells[part.times_read(0, place[:, None], place, heads=1, is_causal=True, segment_offset=offset) > 0] = index
+    expected = [float((cells == index).sum()) for index in (1, 2, 3)]
+    path = plot_pattern(pattern, 1, 64, tmp_path / "pattern.png", segment_offset=offset)
+    drawn = [pixels(path, color) for color in COLORS[:3]]
+    assert [count / sum(drawn) for count in drawn] == pytest.approx([c / sum(expected) for c in expected], rel=0.03)
+
+
+@pytest.mark.parametrize(("window", "offset"), [(6, 0), (None, 3)])
+def test_a_long_sequence_beyond_the_paper_is_refused(tmp_path: Path, window: int | None, offset: int) -> None:
+    with pytest.raises(ValueError, match=r"length=129 with (window=6|segment_offset=3) is too long to draw"):
+        plot_pattern(Pattern.compose(8, 1, window=window), 1, 129, tmp_path / "pattern.png", segment_offset=offset)
 
 
 @pytest.mark.parametrize("length", [1, 100, 129, 3000])

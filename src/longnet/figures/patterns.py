@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,9 @@ _CELLS = 256
 _PANELS = 16
 
 
-def plot_pattern(pattern: Pattern, heads: int, length: int, path: str | Path, *, is_causal: bool = True) -> Path:
+def plot_pattern(
+    pattern: Pattern, heads: int, length: int, path: str | Path, *, is_causal: bool = True, segment_offset: int = 0
+) -> Path:
     """Draw which key each query reads, per head, coloured by branch. Heads with the same offsets share a panel.
 
     Up to 128 tokens every (query, key) pair is a cell; a pair of several branches has the longest segment's colour. Longer
@@ -34,17 +37,28 @@ def plot_pattern(pattern: Pattern, heads: int, length: int, path: str | Path, *,
         length: tokens N.
         path: the picture's file; its suffix says the format (``.png``).
         is_causal: leave out the keys after the query.
+        segment_offset: on the grid position ``p`` counts as ``p + segment_offset``.
 
     Returns:
         ``path`` as a Path.
+
+    Raises:
+        ValueError: more than 128 tokens of a pattern beyond the paper, or on a grid that is offset.
     """
     check_int("length", length, 1)
+    beyond = pattern.beyond_paper or (f"segment_offset={segment_offset}" if segment_offset else None)
+    if beyond is not None and length > EXACT_TOKENS:
+        raise ValueError(f"length={length} with {beyond} is too long to draw: expected at most {EXACT_TOKENS}")
     groups: dict[tuple[int, ...], list[int]] = {}
     for head in range(check_int("heads", heads, 1)):
         groups.setdefault(tuple(pattern.offset(branch, head, heads) for branch in pattern.branches), []).append(head)
     shown = list(groups.values())[:_PANELS]
     branches = sorted(pattern.branches, key=lambda branch: (branch.segment_length, branch.dilation_rate))
-    colors = branch_colors(len(branches))
+    # The window lies lowest: its keys are the nearest.
+    parts = [pattern.of(branch) for branch in branches]
+    if pattern.window is not None:
+        parts.insert(0, replace(pattern, branches=()))
+    colors = branch_colors(len(parts))
     kind = "causal" if is_causal else "bidirectional"
     title = f"Dilated attention, {length:,} tokens, {heads} heads, {kind}"
     if len(shown) < len(groups):
@@ -70,13 +84,22 @@ def plot_pattern(pattern: Pattern, heads: int, length: int, path: str | Path, *,
         right.suptitle(about, x=0.02, ha="left", fontsize=9, color=FAINT)
     for index, members in enumerate(shown):
         axes = right.add_subplot(rows, columns, 1 + index)
-        _draw_window(axes, pattern, branches, colors, members, heads, window, is_causal)
+        _draw_window(axes, parts, colors, members, heads, window, is_causal, segment_offset)
         below, first = index + columns >= count, index % columns == 0
         axes.tick_params(labelbottom=below, labelleft=first)
         axes.set(xlabel="key position" if below else "", ylabel="query position" if first else "")
-    names = [f"segment {branch.segment_length:,}, rate {branch.dilation_rate:,}" for branch in branches]
-    legend(figure, [Patch(color=color, label=name) for color, name in zip(colors, names, strict=True)])
+    legend(figure, [Patch(color=color, label=_name(part)) for color, part in zip(colors, parts, strict=True)])
     return save(figure, path)
+
+
+def _name(part: Pattern) -> str:
+    """What one branch, or the window, is called."""
+    if part.window is not None:
+        return f"window {part.window:,}"
+    (branch,), (length,) = part.branches, part.given_lengths
+    name = f"rate {branch.dilation_rate:,}" if length is None else f"segment {length:,}, rate {branch.dilation_rate:,}"
+    name += f", blocks of {branch.block:,}" if branch.block > 1 else ""
+    return name if part.dilated_queries else f"{name}, all queries"
 
 
 def plot_selection(pattern: Pattern, heads: int, length: int, path: str | Path) -> Path:
@@ -119,16 +142,15 @@ def plot_selection(pattern: Pattern, heads: int, length: int, path: str | Path) 
 
 
 def _draw_window(
-    axes: Axes, pattern: Pattern, branches: list[Branch], colors: list[str], members: list[int], heads: int,
-    window: range, is_causal: bool,
+    axes: Axes, parts: list[Pattern], colors: list[str], members: list[int], heads: int, window: range, is_causal: bool,
+    segment_offset: int,
 ) -> None:  # fmt: skip
     """One head's exact pairs among the window's tokens. Longer segments lie on top: they are the sparser ones."""
     positions = np.arange(window.start, window.stop)
     cells = np.zeros((len(positions), len(positions)), dtype=np.int64)
-    for index, branch in enumerate(branches, 1):
-        taken = branch.selects(positions, pattern.offset(branch, members[0], heads))
-        segment = branch.segment_number(positions)
-        cells[taken[:, None] & taken & (segment[:, None] == segment)] = index
+    for index, part in enumerate(parts, 1):
+        query, key = positions[:, None], positions
+        cells[part.times_read(members[0], query, key, heads=heads, segment_offset=segment_offset) > 0] = index
     if is_causal:
         cells[positions[:, None] < positions] = -1
     _show_cells(axes, cells, colors, window.start - 0.5, window.stop - 0.5)
