@@ -37,11 +37,11 @@ class Shape:
 class Model(nn.Module):
     """(B, N) bytes to (B, N, 256) logits in float32."""
 
-    def __init__(self, shape: Shape, layers: tuple[Layer, ...]) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape
         self.embedding = nn.Embedding(256, shape.dim)
-        self.blocks = nn.ModuleList(Block(shape, layer) for layer in layers)
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.dim)
         self.head = nn.Linear(shape.dim, 256, bias=False)
         angle = torch.arange(shape.context)[:, None] * _BASE ** -(torch.arange(0, 1, 2 * shape.heads / shape.dim))
@@ -51,16 +51,16 @@ class Model(nn.Module):
             if weight.dim() == 2:
                 nn.init.normal_(weight, std=0.02 / (2 * shape.layers) ** 0.5 if name.endswith("out.weight") else 0.02)
 
-    def make_masks(self, device: torch.device) -> None:
-        """What FlexAttention needs, before the blocks are compiled: one mask for all equal layers."""
-        made: dict[Layer, Any] = {}
-        for block in self.blocks:
+    def read_as(self, layers: tuple[Layer, ...], device: torch.device) -> None:
+        """Let each block read what its layer says; equal layers share the mask that FlexAttention needs."""
+        shape, made = self.shape, {}
+        for block, layer in zip(self.blocks, layers, strict=True):
             assert isinstance(block, Block)
-            if block.layer not in made:
-                made[block.layer] = make_mask(
-                    block.layer, self.shape.heads, self.shape.context, device, self.shape.sinks
-                )
-            block.mask = made[block.layer]
+            if layer not in made:
+                made[layer] = make_mask(layer, shape.heads, shape.context, device, shape.sinks)
+            block.layer, block.mask = layer, made[layer]
+            block.shift_keys = shape.shift_keys and layer.reaches_far and not layer.keeps_keys
+            block.rotates = shape.far_positions or not layer.reaches_far
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
@@ -74,12 +74,15 @@ class Model(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, shape: Shape, layer: Layer) -> None:
+    # Set by Model.read_as.
+    layer: Layer
+    mask: Any
+    shift_keys: bool
+    rotates: bool
+
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.layer, self.heads = layer, shape.heads
-        self.mask: Any = None
-        self.shift_keys = shape.shift_keys and layer.reaches_far and not layer.keeps_keys
-        self.rotates = shape.far_positions or not layer.reaches_far
+        self.heads = shape.heads
         self.attention_norm, self.feed_norm = nn.RMSNorm(shape.dim), nn.RMSNorm(shape.dim)
         self.qkv = nn.Linear(shape.dim, 3 * shape.dim, bias=False)
         self.attention_out = nn.Linear(shape.dim, shape.dim, bias=False)

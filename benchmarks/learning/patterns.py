@@ -107,11 +107,11 @@ def strided(stride: int, block: int = 1, near: int = 0) -> Layer:
     return Layer((Band(WINDOW), Band(None, near, stride, block)))
 
 
-def growing(length: int = 32_768) -> Layer:
+def growing(length: int = 32_768, block: int = 1) -> Layer:
     """A window, then strides that double whenever the distance does: as many keys in every band."""
     bands, near, stride = [Band(WINDOW)], WINDOW, 2
     while near < length:
-        bands.append(Band(2 * near, near, stride))
+        bands.append(Band(2 * near, near, stride, block))
         near, stride = 2 * near, 2 * stride
     return Layer(tuple(bands))
 
@@ -168,6 +168,15 @@ ARMS: Mapping[str, Callable[[int], tuple[Layer, ...]]] = {
     "window+stride 4 once": every(2, strided(4, near=WINDOW)),
     "half the heads dense": middle(half_dense(4, 8)),
     "a quarter of the heads dense": middle(half_dense(2, 8)),
+    **{f"window+stride {r} middle quarter": middle_quarter(strided(r)) for r in (2, 4)},
     "growing strides": every(2, growing()),
+    "growing strides middle": middle(growing()),
+    "growing strides blocks of 32": every(2, growing(block=32)),
+    "dense then window+stride 4": every(2, strided(4)),
     "window+dilated 2": every(2, Layer(branches=((None, 2),))),
+}
+
+# Arms that are trained as another stack first, and for which share of the steps.
+FIRST: Mapping[str, tuple[float, Callable[[int], tuple[Layer, ...]]]] = {
+    "dense then window+stride 4": (0.9, every(1, DENSE)),
 }

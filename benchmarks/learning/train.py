@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.learning import probes
 from benchmarks.learning.data import Text, windows
 from benchmarks.learning.model import Model, Shape
-from benchmarks.learning.patterns import ARMS, WINDOW, cost
+from benchmarks.learning.patterns import ARMS, FIRST, WINDOW, cost
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,9 @@ def run(
     shape = settings.shape
     layers = ARMS[arm](shape.layers)
     torch.manual_seed(seed)
-    model = Model(shape, layers).to(device)
-    model.make_masks(device)
+    model = Model(shape).to(device)
+    share, first = FIRST.get(arm, (0.0, ARMS[arm]))
+    model.read_as(first(shape.layers), device)
     if device.type == "cuda":
         for block in model.blocks:
             block.compile(dynamic=False)  # equal layers are compiled once
@@ -65,6 +66,9 @@ def run(
     curve, checks = [], []
     begun, excluded = time.perf_counter(), 0.0
     for step in range(settings.steps):
+        if step == int(share * settings.steps) > 0:
+            model.read_as(layers, device)
+            train.begin_anew()
         rows = windows(text.train, settings.batch, shape.context + 1, (seed << 32) + step)
         losses.append(train.step(rows, _rate(step, settings)))
         if step == _Steps.EAGER:
@@ -135,6 +139,10 @@ class _Steps:
         self._loss = torch.zeros((), device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._eager = 0
+
+    def begin_anew(self) -> None:
+        """After the model has changed: the graph is captured again."""
+        self._graph, self._eager = None, 0
 
     def step(self, rows: np.ndarray, rate: float) -> Tensor:
         """Train on (batch, context + 1) bytes at this share of the peak learning rates.

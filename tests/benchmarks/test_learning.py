@@ -12,6 +12,7 @@ import torch
 from benchmarks.learning import data, probes, report
 from benchmarks.learning.__main__ import main
 from benchmarks.learning.attention import Sinks, attend
+from benchmarks.learning.model import Model, Shape
 from benchmarks.learning.patterns import ARMS, DENSE, LOCAL, Band, Layer, cost, growing, half_dense, strided
 from benchmarks.learning.train import formation_step
 
@@ -102,6 +103,23 @@ def test_every_pattern_is_a_stack_of_eight_layers(arm):
     assert len(layers) == 8 and 0 < cost(layers, 8, 8192) <= 1.2
 
 
+def test_a_model_can_be_made_to_read_otherwise():
+    """What is trained as one stack and goes on as another computes the other one from then on."""
+    torch.manual_seed(0)
+    shape = Shape(layers=2, dim=32, heads=4, context=64, shift_keys=True)
+    tokens = torch.randint(256, (1, 64))
+    dense, windows = (DENSE, DENSE), (Layer((Band(4),)), Layer((Band(4), Band(None, 0, 4))))
+    model = Model(shape)
+    found = []
+    for layers in (dense, windows, dense):
+        model.read_as(layers, torch.device("cpu"))
+        found.append(model(tokens))
+    assert torch.equal(found[0], found[2]) and not torch.allclose(found[0], found[1])
+    assert [(block.shift_keys, block.rotates) for block in model.blocks] == [(True, True)] * 2
+    model.read_as(windows, torch.device("cpu"))
+    assert [block.shift_keys for block in model.blocks] == [False, True]
+
+
 def test_repetitions_and_their_distance():
     window = np.frombuffer(b"0123456789abcdef, and again: 0123456789abcdeX", dtype=np.uint8)
     distance = probes.repeat_distance(window)
@@ -153,13 +171,23 @@ def test_a_run_goes_on_with_what_is_missing(tmp_path, monkeypatch, capsys):
         (source / f"{number}.py").write_text(
             "\n".join(f"value_{generator.integers(999)} = {number}" for _ in range(60))
         )
-    arguments = ["--small", "--data", str(source), "--out", str(out), "--arms", "window,window+stride 4,longnet"]
+    arguments = [
+        "--small",
+        "--data",
+        str(source),
+        "--out",
+        str(out),
+        "--arms",
+        "window,dense then window+stride 4,longnet",
+    ]
     monkeypatch.setattr(sys, "argv", ["benchmarks.learning", *arguments])
 
     main()
     said = capsys.readouterr().out
-    assert sorted(path.name for path in out.iterdir()) == ["longnet-0.json", "window-0.json", "window_stride_4-0.json"]
-    record = json.loads((out / "window_stride_4-0.json").read_text())
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("dense_then_window_stride_4-0.json", "longnet-0.json", "window-0.json"),
+    ]
+    record = json.loads((out / "dense_then_window_stride_4-0.json").read_text())
     assert 0 < record["bits"] < 9 and record["cost"] < 1.5 and len(record["by_window"]) == 4
     assert "step 6 of 6" in said
     (out / "window-0.json").unlink()
@@ -169,6 +197,6 @@ def test_a_run_goes_on_with_what_is_missing(tmp_path, monkeypatch, capsys):
 
     groups = report.load(out)
     table = report.comparison(groups, "window")
-    assert {row[0] for row in table.rows} == {"window", "window+stride 4", "longnet"}
+    assert {row[0] for row in table.rows} == {"window", "dense then window+stride 4", "longnet"}
     assert all("+-" in row[3] for row in table.rows if row[0] != "window")
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in report.pictures(groups, tmp_path / "pictures"))
