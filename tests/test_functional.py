@@ -14,7 +14,7 @@ from patterns import Problem, backward, problems, relative_error
 
 from longnet import dilated_attention
 from longnet.attention import chunked
-from longnet.attention.backends import cpu_flash
+from longnet.attention.backends.cpu_flash import backend as cpu_flash
 from longnet.attention.definition import warn_uncovered
 
 pytestmark = pytest.mark.filterwarnings("ignore:segment_lengths=.*to no head")

@@ -60,17 +60,11 @@ class Rows:
                 )
 
     def _chunks_of_ranges(self, ranges: KeyRanges) -> Iterator[tuple[slice, slice, slice]]:
-        groups, count, _ = self.query.shape
-        widest = int((ranges.high - ranges.low).max()) if count else 0
-        # As many queries as add little to the keys that one of them sees.
-        height = max(1, min(max(64, widest // 4), _SCORES // max(1, widest)))
-        step = max(1, _SCORES // (height * (widest + height)))
-        lows, highs = ranges.low[::height].tolist(), ranges.high[height - 1 :: height].tolist()
-        for number, low in enumerate(range(0, count, height)):
-            high = min(count, low + height)
-            last = highs[number] if number < len(highs) else int(ranges.high[-1])
+        groups = self.query.shape[0]
+        for low, high, start, stop in ranges.cut(_SCORES):
+            step = max(1, _SCORES // max(1, (high - low) * (stop - start)))
             for first in range(0, groups, step):
-                yield slice(first, min(groups, first + step)), slice(low, high), slice(lows[number], last)
+                yield slice(first, min(groups, first + step)), slice(low, high), slice(start, stop)
 
     def _scores(self, groups: slice, queries: slice, keys: slice) -> Tensor:
         scores = (self.query[groups, queries] @ self.key[groups, keys].transpose(-1, -2)).mul_(self.scale)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,35 @@ class KeyRanges:
     keys: Tensor
     low: Tensor
     high: Tensor
+
+    def cut(self, most: int) -> Iterator[tuple[int, int, int, int]]:
+        """Queries in a row, and all keys that one of them reads: (first query, query after the last, first key, key after it).
+
+        As many as add little to the keys that one of them reads alone, and at most about ``most`` pairs.
+        """
+        count = len(self.queries)
+        widest = int((self.high - self.low).max()) if count else 0
+        height = max(1, min(max(64, widest // 4), most // max(1, widest)))
+        for first in range(0, count, height):
+            last = min(count, first + height)
+            yield first, last, int(self.low[first]), int(self.high[last - 1])
+
+
+def at(heads: Tensor, positions: Tensor) -> tuple[slice, Any, Any]:
+    """The index of some heads and positions in a (B, H, N, ...) tensor: of a view where both lie at equal steps."""
+    rows, columns = _as_slice(heads), _as_slice(positions)
+    if isinstance(rows, Tensor) and isinstance(columns, Tensor):
+        rows = rows[:, None]
+    return slice(None), rows, columns
+
+
+def _as_slice(numbers: Tensor) -> slice | Tensor:
+    if len(numbers) < 2:
+        return slice(int(numbers[0]), int(numbers[0]) + 1) if len(numbers) else slice(0, 0)
+    step = numbers[1:] - numbers[:-1]
+    if not bool((step == step[0]).all()):
+        return numbers
+    return slice(int(numbers[0]), int(numbers[-1]) + 1, int(step[0]))
 
 
 @lru_cache(maxsize=32)

@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from longnet.attention.backends import cpu_flash, portable
+from longnet.attention.backends import portable
+from longnet.attention.backends.cpu_flash import backend as cpu_flash
 from longnet.attention.backends.decomposition import exportable
 from longnet.attention.backends.triton import backend as triton_flash
 from longnet.attention.call import AttentionInputs, Gradients, SavedForward

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from longnet.attention import merge
+from longnet.attention.backends.cpu_flash.ranges import mix_ranges, range_gradients
 from longnet.attention.backends.views import padding_view, repeat_heads, rows_without_keys, signed, sum_heads, tile_view
 from longnet.attention.by_offset import backward_by_offset, by_offset
 from longnet.attention.call import AttentionInputs, Gradients, SavedForward
@@ -52,10 +53,19 @@ def unsupported_reason(inputs: AttentionInputs) -> str | None:
         return "torch's CPU flash kernel gives no gradient for a score bias"
     if abs(inputs.spec.scale) > LARGEST_SCALE:
         return f"its gradients lose their digits for scales above {LARGEST_SCALE:g}, not {inputs.spec.scale:g}"
-    pattern = inputs.spec.pattern
-    if pattern.window is not None or not pattern.rows_at_equal_steps:
-        return f"it takes branches whose queries and keys are the same rows at equal steps, not {pattern.beyond_paper}"
     return None
+
+
+def _has_tiles(inputs: AttentionInputs) -> bool:
+    """Whether there are branches whose queries and keys are the same rows, at equal steps."""
+    pattern = inputs.spec.pattern
+    return bool(pattern.branches) and pattern.rows_at_equal_steps
+
+
+def _has_ranges(inputs: AttentionInputs) -> bool:
+    """Whether there is anything else."""
+    pattern = inputs.spec.pattern
+    return pattern.window is not None or not pattern.rows_at_equal_steps
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,8 @@ def _blocks(inputs: AttentionInputs) -> Iterator[_Block]:
 
     A pair is the backward kernel's unit of parallel work, and one causal pair alone splits badly in the forward kernel.
     """
+    if not _has_tiles(inputs):
+        return
     batch, heads, length, dim = inputs.query.shape
     group, pattern = inputs.group, inputs.spec.pattern
     shift = inputs.spec.segment_offset
@@ -172,6 +184,9 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     spec = inputs.spec
     if out.numel() == 0:
         return out, lse.fill_(-torch.inf)
+    if not _has_tiles(inputs):
+        out.zero_()
+        lse.fill_(-torch.inf)
     for block in _blocks(inputs):
         q, k, v, masks = _rows(block, inputs)
         # The kernel takes a scale above 0, so its sign goes into the query.
@@ -180,6 +195,8 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         _mix(block.of(out), block.of(lse), parts, masks)
         # Before the next block makes its own: a second set would be the peak.
         del parts
+    if _has_ranges(inputs):
+        mix_ranges(inputs, out, lse)
     return out, lse
 
 
@@ -253,6 +270,13 @@ def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None) -> 
                 target.copy_(sum_heads(total[..., :dim], shared))
         # Before the next block makes its own: a second set would be the peak.
         del parts
+    if _has_ranges(inputs):
+        tiles = _has_tiles(inputs)
+        query, out, lse = merge.rows_for_backward(grad_out, grad_lse, inputs.query, saved.out, saved.lse)
+        found = range_gradients(inputs, query, out, lse, grad_out, grad_lse)
+        for grad, own, shared in zip(grads[:3], found, (1, group, group), strict=True):
+            own = sum_heads(own, shared)
+            grad.copy_(grad + own if tiles else own)
     return grads
 
 
