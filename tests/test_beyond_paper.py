@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -216,6 +219,12 @@ def test_a_later_token_changes_no_earlier_row() -> None:
         for x in inputs:
             x[:, :, 40:] = 7.0
     assert torch.equal(dilated_attention(*inputs, **WINDOW_AND_STRIDE)[:, :, :40], first[:, :, :40])
+
+
+def test_the_script_that_compares_many_calls_runs() -> None:
+    script = Path(__file__).parents[1] / "scripts" / "check_patterns.py"
+    done = subprocess.run([sys.executable, str(script), "--cases", "30"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "30 cases, 0 above 1e-10" in done.stdout, done.stdout + done.stderr
 
 
 def test_memory_is_linear_in_the_length() -> None:
