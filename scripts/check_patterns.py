@@ -18,14 +18,14 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from oracle import dense_attention
-
+from benchmarks.checks import oracle
 from longnet.attention.functional import pattern_attention
 from longnet.geometry import HEAD_OFFSETS, Pattern
 
 ALLOWED = 1e-10
+dense_attention: Any = oracle().dense_attention
 
 
 def draw(rng: random.Random) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -60,7 +60,8 @@ def error_of(parts: dict[str, Any], about: dict[str, Any], rng: random.Random) -
     heads, batch = about["kv_heads"] * about["group"], 1 if extra == "documents" else about["batch"]
     torch.manual_seed(rng.getrandbits(32))
     shapes = [(batch, count, length, dim) for count in (heads, about["kv_heads"], about["kv_heads"], heads)]
-    *inputs, grad = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    query, key, value, grad = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    inputs = [query, key, value]
     grad_lse = torch.randn(batch, heads, length, dtype=torch.float64)
     leaves = [x.requires_grad_() for x in inputs]
     options: dict[str, Any] = {"is_causal": about["is_causal"], "scale": about["scale"]}
@@ -89,7 +90,7 @@ def error_of(parts: dict[str, Any], about: dict[str, Any], rng: random.Random) -
             *inputs, **parts, **options, segment_offset=offset, key_padding_mask=mask, score_bias=table
         )
     got: Any = pattern_attention(
-        *inputs, Pattern.compose(**parts), **options, **more, segment_offset=offset, key_padding_mask=mask,
+        query, key, value, Pattern.compose(**parts), **options, **more, segment_offset=offset, key_padding_mask=mask,
         return_lse=True, backend=about["backend"] if extra != "bias" else "auto",
     )  # fmt: skip
     if not torch.equal(got[1] == -torch.inf, want[1] == -torch.inf):
