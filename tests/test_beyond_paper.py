@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import warnings
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,12 @@ from oracle import dense_attention, multiplicity
 from torch import Tensor
 
 from longnet import dilated_attention
+from longnet.attention.definition import warn_uncovered
 from longnet.attention.functional import pattern_attention
-from longnet.geometry import Pattern
+from longnet.geometry import Pattern, uncovered_positions
 
 # Every position is covered in none of these by necessity.
-pytestmark = pytest.mark.filterwarnings("ignore:.*zero attention:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*to no head:UserWarning")
 
 
 @settings(max_examples=150)
@@ -274,7 +277,64 @@ def test_what_cannot_be_done_is_refused(options: dict[str, Any], said: str) -> N
         dilated_attention(*inputs, **WINDOW_AND_STRIDE, **options)
 
 
-def test_what_is_left_uncovered_is_said() -> None:
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (
+            {"segment_lengths": None, "dilation_rates": 3, "dilation_block": 4, "dilated_queries": False},
+            r"\(8, 9, 10, 11, \.\.\.; 33.3% of the first 65,536\): they are read by no query. Give .* a head \(more heads",
+        ),
+        (
+            {"segment_lengths": (16,), "dilation_rates": (3,), "head_offsets": "grouped"},
+            r"segment_lengths=\(16,\).*they get zero attention\. Give .* a head \(more key/value heads",
+        ),
+        ({"segment_lengths": 64, "dilation_rates": 4, "dilation_block": 1 << 30}, None),
+        ({"segment_lengths": None, "dilation_rates": 3, "window": 1}, None),
+    ],
+)
+def test_what_is_left_uncovered_is_said(call: dict[str, Any], said: str | None) -> None:
     *inputs, _ = draw_tensors(1, 2, 2, 20, 0, torch.float32)
-    with pytest.warns(UserWarning, match=r"segment_lengths=\(None,\).*p mod 12 in \{8, 9, 10, 11\}"):
-        dilated_attention(*inputs, None, 3, dilation_block=4, dilated_queries=False)
+    warn_uncovered.cache_clear()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        dilated_attention(*inputs, **call)
+    assert len(found) == (said is not None)
+    if said is not None:
+        assert re.search(said, str(found[0].message)), found[0].message
+
+
+def test_numbers_as_large_as_they_may_be() -> None:
+    """No sum or product of them leaves 64 bits."""
+    largest = 1 << 40
+    *inputs, grad = draw_tensors(2, 2, 2, 9, 0)
+    for offset in (largest, -largest, torch.tensor([largest, -largest])):
+        for block, rate in ((largest, 1), (largest // 4, 4)):
+            options: dict[str, Any] = {
+                "window": largest,
+                "dilated_queries": False,
+                "dilation_block": block,
+                "segment_offset": offset,
+                "segment_lengths": (None, largest),
+                "dilation_rates": (rate, rate),
+            }
+            for backend in ("auto", "portable"):
+                got = dilated_attention(*inputs, **options, return_lse=True, backend=backend)
+                compare(got, dense_attention(*inputs, **options), inputs, grad)
+
+
+def test_a_pattern_keeps_its_groups() -> None:
+    pattern = Pattern.compose(16, 3, head_offsets="grouped")
+    assert pattern.grouped(6, 2).multiplicity(30, heads=6) == pattern.multiplicity(30, heads=6, kv_heads=2)
+    assert pattern.multiplicity(30, heads=6) != pattern.multiplicity(30, heads=6, kv_heads=2)
+    with pytest.raises(ValueError, match="heads=6 is not divisible by kv_heads=4"):
+        pattern.mask_mod(heads=6, kv_heads=4)
+    with pytest.raises(TypeError, match="segment_offset=1.5 has type float"):
+        pattern.mask_mod(heads=6, segment_offset=1.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="heads=0: expected at least 1"):
+        pattern.multiplicity(4, heads=0)
+
+
+def test_blocks_that_repeat_late_are_not_counted() -> None:
+    with pytest.raises(ValueError, match="dilation_block=10000 times a rate of 4 is too long to count"):
+        uncovered_positions(Pattern.compose(None, 4, dilation_block=10_000), 2)
+    assert uncovered_positions(Pattern.compose(None, 4, dilation_block=4096), 2).fraction == Fraction(1, 2)

@@ -23,7 +23,7 @@ from longnet.geometry import Branch, Pattern
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
-    pytest.mark.filterwarnings("ignore:.*zero attention:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*to no head:UserWarning"),
 ]
 interpreted_only = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU kernels are compiled: tests/gpu")
 

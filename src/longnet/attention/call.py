@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longnet.checks import check_flags, check_int, check_number
+from longnet.checks import check_flags, check_number
 from longnet.geometry import HEAD_OFFSETS, Branch, Pattern
 from longnet.geometry.pattern import LONGEST_SEGMENT, HeadNumbers
 from longnet.runtime.autocast import autocast_dtype
@@ -243,7 +243,12 @@ def with_segment_offset(inputs: AttentionInputs, segment_offset: int | Tensor) -
                 f"segment_offset is on {segment_offset.device}: expected the query's device {query.device}"
             )
         return replace(inputs, offsets=segment_offset)
-    if not -LONGEST_SEGMENT <= check_int("segment_offset", segment_offset) <= LONGEST_SEGMENT:
+    if not isinstance(segment_offset, int) or isinstance(segment_offset, bool):
+        raise TypeError(
+            f"segment_offset={segment_offset!r} has type {type(segment_offset).__name__}: "
+            f"expected an int, or an int64 tensor ({axis},)"
+        )
+    if not -LONGEST_SEGMENT <= segment_offset <= LONGEST_SEGMENT:
         raise ValueError(f"segment_offset={segment_offset}: expected at most {LONGEST_SEGMENT} in magnitude")
     if torch.compiler.is_compiling() and segment_offset != 0:
         # As a tensor, so that another number is no other graph.

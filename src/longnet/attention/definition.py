@@ -18,6 +18,8 @@ from longnet.geometry import Pattern, uncovered_positions
 
 # Positions that are counted for a warning where a pattern's selection does not repeat early enough to count them all.
 _COUNTED = 1 << 20
+# Where a pattern is beyond the paper.
+_LOOKED_AT = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,9 @@ LONGNET = AttentionDefinition("LongNet's attention", _run)
 @lru_cache(maxsize=256)
 def warn_uncovered(pattern: Pattern, heads: int) -> None:
     """Warn, once per pattern and number of heads, of positions that no head ever reaches."""
+    if pattern.beyond_paper is not None:
+        _warn_unread(pattern, heads)
+        return
     counted = "all"
     try:
         uncovered = uncovered_positions(pattern, heads)
@@ -69,4 +74,28 @@ def warn_uncovered(pattern: Pattern, heads: int) -> None:
             "attention. Use at least as many heads as the rate, or add a branch of rate 1.",
             UserWarning,
             stacklevel=5,
+        )
+
+
+def _warn_unread(pattern: Pattern, heads: int) -> None:
+    """As :func:`warn_uncovered`, of the first positions of a grid that begins at 0."""
+    if pattern.window is not None:
+        return
+    position = torch.arange(_LOOKED_AT)
+    unread = torch.ones(_LOOKED_AT, dtype=torch.bool)
+    for branch in pattern.branches:
+        for offset in {pattern.offset(branch, head, heads) for head in range(heads)}:
+            unread &= ~branch.selects(position, offset)
+    if count := int(unread.sum()):
+        first = ", ".join(map(str, unread.nonzero()[:4, 0].tolist()))
+        what = "get zero attention" if pattern.dilated_queries else "are read by no query"
+        whose = "key/value heads" if pattern.head_offsets == "grouped" else "heads"
+        warnings.warn(
+            f"segment_lengths={pattern.given_lengths}, dilation_rates={pattern.dilation_rates} and "
+            f"dilation_block={pattern.branches[0].block} with {heads} heads and head_offsets={pattern.head_offsets!r} "
+            f"leave positions of the grid to no head ({first}, ...; {count / _LOOKED_AT:.1%} of the first {_LOOKED_AT:,}): "
+            f"they {what}. Give each of a rate's offsets a head (more {whose}, or other head_offsets), or add a window or a "
+            "branch of rate 1.",
+            UserWarning,
+            stacklevel=6,
         )

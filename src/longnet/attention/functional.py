@@ -86,7 +86,8 @@ def dilated_attention(
 
     Source: LongNet, arXiv 2307.02486, sections 2.2 to 2.4, equations 10 and 11. Head ``j`` selects position ``p`` in
     the branch (w, r) when ``(p mod w) mod r`` is its offset; a query attends, in every branch that selects it, to the
-    selected positions of its own segment. A key that two branches share counts twice. Linear in N in time and memory.
+    selected positions of its own segment. A key that two branches share counts twice. Linear in N in time and memory, except
+    that a segment without end takes time that is quadratic in N. ``window`` to ``segment_offset`` are beyond the paper.
 
     Args:
         query: (B, H, N, D) of float64, float32, bfloat16 or float16, any strides. Under autocast it is cast as
@@ -103,7 +104,8 @@ def dilated_attention(
             other keys for each head.
         dilation_block: b, tokens: dilation counts blocks. A head selects ``p`` when ``(p mod w) // b mod r`` is its offset.
         segment_offset: c: for segments and dilation position ``p`` counts as ``p + c``. An int, or int64 (B,) on the query's
-            device, one for each row; with ``cu_seqlens`` (documents,), counted from each document's start. May be negative.
+            device, one for each row; with ``cu_seqlens`` (documents,), counted from each document's start. May be negative:
+            division rounds down. An int has a magnitude of at most 2**40, as all sizes have.
         is_causal: a query sees keys at positions up to its own. Changing later tokens leaves its row bit-identical, as long as
             they are finite: a later value that is NaN or infinite reaches earlier rows as 0 * NaN, as in torch's attention.
             A later key that is not finite reaches their gradients. ``key_padding_mask`` keeps both out.

@@ -61,6 +61,7 @@ def plot_pattern(
     colors = branch_colors(len(parts))
     kind = "causal" if is_causal else "bidirectional"
     title = f"Dilated attention, {length:,} tokens, {heads} heads, {kind}"
+    title += f", segment_offset {segment_offset:,}" if segment_offset else ""
     if len(shown) < len(groups):
         title += f" (the first {len(shown)} of {len(groups)} distinct heads)"
 

@@ -59,7 +59,7 @@ def score_pairs(pattern: Pattern, heads: int, length: int, is_causal: bool = Fal
     Closed form per branch and offset, so the length does not matter to the time it takes.
 
     Args:
-        pattern: the branches.
+        pattern: the branches; with ``"grouped"`` offsets what its ``grouped(heads, kv_heads)`` gives.
         heads: query heads H.
         length: tokens N.
         is_causal: keys after the query are left out.

@@ -18,6 +18,8 @@ from longnet.geometry.rows import UNBOUNDED, Branch
 
 LONGEST_REACH = 1 << 20
 _DIGIT_STEPS = 1 << 20
+# Tokens after which blocks of several tokens repeat.
+_LONGEST_CYCLE = 1 << 14
 _MASK_BITS = 1 << 26
 
 # Offsets that some head has, rising.
@@ -103,7 +105,8 @@ def uncovered_positions(pattern: Pattern, heads: int, length: int | None = None)
         pattern, heads, length: as in :func:`coverage`.
 
     Raises:
-        ValueError: segment lengths that neither nest nor repeat within 2**26 positions.
+        ValueError: segment lengths that neither nest nor repeat within 2**26 positions; blocks that repeat only after more than
+            16,384 tokens.
     """
     check_int("heads", heads, 1)
     taken = tuple(offsets_taken(pattern, branch, heads) for branch in pattern.branches)
@@ -222,6 +225,11 @@ def _uncovered(pattern: Pattern, taken: tuple[Offsets, ...], length: int | None)
 def _of_single_tokens(branch: Branch, offsets: Offsets) -> tuple[Branch, Offsets]:
     """The same positions by blocks of one token, from a segment that ends."""
     rate = branch.dilation_rate * branch.block
+    if branch.block > 1 and rate > _LONGEST_CYCLE:
+        raise ValueError(
+            f"dilation_block={branch.block} times a rate of {branch.dilation_rate} is too long to count: "
+            f"expected at most {_LONGEST_CYCLE} tokens"
+        )
     tokens = tuple(offset * branch.block + token for offset in offsets for token in range(branch.block))
     return Branch(rate if branch.segment_length == UNBOUNDED else branch.segment_length, rate), tokens
 
@@ -275,10 +283,11 @@ def _count_by_digits(
             total += times * count(level - 1, (residue - first * step) % common, step)
         return total
 
+    taken = [(branch.dilation_rate, frozenset(offsets)) for branch, offsets in aligned]
     return sum(
         count(len(chain), residue, positions)
         for residue in range(common)
-        if all(residue % branch.dilation_rate not in offsets for branch, offsets in aligned)
+        if all(residue % rate not in offsets for rate, offsets in taken)
     )
 
 
@@ -304,7 +313,7 @@ def _condition(branch: Branch, taken: Offsets) -> str:
     rate = branch.dilation_rate
     local = "p" if branch.segment_length == rate else f"p mod {branch.segment_length}"
     if rate - len(taken) <= 4:
-        free = [str(residue) for residue in range(rate) if residue not in taken]
+        free = [str(residue) for residue in sorted(set(range(rate)) - set(taken))]
         return f"{local} mod {rate} in {{{', '.join(free)}}}"
     if len(taken) == 1:
         return f"{local} mod {rate} != {taken[0]}"

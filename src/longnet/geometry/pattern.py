@@ -128,15 +128,20 @@ class Pattern(Branches):
 
         Raises:
             TypeError, ValueError: as :meth:`parse`; also a ``window`` or ``dilation_block`` that is no int or below 1,
-                ``dilated_queries`` that is no bool, and neither a branch nor a window.
+                ``dilated_queries`` that is no bool, one of these above ``LONGEST_SEGMENT``, and neither a branch nor a window.
         """
         if window is not None:
-            check_int("window", window, 1)
-        check_int("dilation_block", dilation_block, 1)
+            _check_size("window", window)
+        _check_size("dilation_block", dilation_block)
         check_flags(dilated_queries=dilated_queries)
         named = (None,) if segment_lengths is None else segment_lengths
         lengths = _integers("segment_lengths", named, or_none=True)
         branches = _branches(lengths, dilation_rates, dilation_block)
+        for rate in (branch.dilation_rate for branch in branches):
+            if rate * dilation_block > LONGEST_SEGMENT:
+                raise ValueError(
+                    f"dilation_block={dilation_block} times a rate of {rate}: expected at most {LONGEST_SEGMENT} tokens"
+                )
         if not branches and window is None:
             raise ValueError(
                 "segment_lengths=() and dilation_rates=() are empty and window=None: expected at least one branch, or a window"
@@ -201,7 +206,14 @@ class Pattern(Branches):
         return branch.selects(position, self.offset(branch, head, heads))
 
     def grouped(self, heads: int, kv_heads: int) -> Pattern:
-        """The same for so many query and key/value heads, which ``"grouped"`` offsets depend on."""
+        """The same for so many query and key/value heads, which ``"grouped"`` offsets depend on.
+
+        Raises:
+            TypeError, ValueError: no ints of at least 1, or ``heads`` that ``kv_heads`` does not divide.
+        """
+        check_int("heads", heads, 1)
+        if heads % check_int("kv_heads", kv_heads, 1):
+            raise ValueError(f"heads={heads} is not divisible by kv_heads={kv_heads}: expected a divisor of heads")
         return replace(self, group=heads // kv_heads) if self.head_offsets == "grouped" else self
 
     def times_read(
@@ -219,10 +231,13 @@ class Pattern(Branches):
 
         Args:
             head, query, key: ints, or arrays or tensors of ints that fit each other; then so is the result.
-            heads, kv_heads: H and Hk, None for H.
+            heads: H.
+            kv_heads: Hk, for ``"grouped"`` offsets; None for those of :meth:`grouped`, or else H.
             is_causal, segment_offset: as of :func:`longnet.dilated_attention`.
         """
-        pattern, times = self.grouped(heads, kv_heads or heads), (key - query) * 0
+        check_int("heads", heads, 1)
+        check_int("segment_offset", segment_offset)
+        pattern, times = self if kv_heads is None else self.grouped(heads, kv_heads), (key - query) * 0
         if self.window is not None:
             times = times + ((key - query < self.window) & (query - key < self.window))
         for branch in self.branches:
@@ -235,15 +250,16 @@ class Pattern(Branches):
             times = times + reads
         return times * (key <= query) if is_causal else times
 
-    def multiplicity(self, length: int, *, heads: int, **options: Any) -> list[list[list[int]]]:
+    def multiplicity(
+        self, length: int, *, heads: int, kv_heads: int | None = None, is_causal: bool = False, segment_offset: int = 0
+    ) -> list[list[list[int]]]:
         """The whole table of :meth:`times_read`, by head, query and key: for small lengths."""
-        place = range(length)
-        return [
-            [[int(self.times_read(head, query, key, heads=heads, **options)) for key in place] for query in place]
-            for head in range(heads)
-        ]
+        reads, place = self._reader(heads, kv_heads, is_causal, segment_offset), range(check_int("length", length, 0))
+        return [[[int(reads(head, query, key)) for key in place] for query in place] for head in range(heads)]
 
-    def mask_mod(self, *, heads: int, **options: Any) -> Callable[[Any, Any, Any, Any], Any]:
+    def mask_mod(
+        self, *, heads: int, kv_heads: int | None = None, is_causal: bool = False, segment_offset: int = 0
+    ) -> Callable[[Any, Any, Any, Any], Any]:
         """FlexAttention's ``mask_mod``: whether a query reads a key at all; arguments as of :meth:`times_read`.
 
         A key that is read ``m`` times counts as often: where branches share keys, add ``log(times_read)`` by a ``score_mod``.
@@ -253,11 +269,22 @@ class Pattern(Branches):
         """
         if self.head_numbers is not None:
             raise ValueError(f"head_numbers={self.head_numbers.numbers}: expected a pattern of all heads")
+        reads = self._reader(heads, kv_heads, is_causal, segment_offset)
 
         def is_read(batch: Any, head: Any, query: Any, key: Any) -> Any:
-            return self.times_read(head, query, key, heads=heads, **options) > 0
+            return reads(head, query, key) > 0
 
         return is_read
+
+    def _reader(
+        self, heads: int, kv_heads: int | None, is_causal: bool, segment_offset: int
+    ) -> Callable[[Any, Any, Any], Any]:
+        """:meth:`times_read` of these heads, its arguments checked now."""
+        pattern = self if kv_heads is None else self.grouped(heads, kv_heads)
+        check_flags(is_causal=is_causal)
+        options: dict[str, Any] = {"heads": heads, "is_causal": is_causal, "segment_offset": segment_offset}
+        pattern.times_read(0, 0, 0, **options)
+        return lambda head, query, key: pattern.times_read(head, query, key, **options)
 
     def readers(self, branch: Branch, heads: int, kv_heads: int) -> dict[tuple[int, int], list[int]]:
         """The query heads by (offset, the key/value head that they read): they read the same rows of keys."""
@@ -277,6 +304,11 @@ def head_offset(head_offsets: HeadOffsets, head: T, heads: int, rate: int, group
     if head_offsets == "blocked":
         return head // -(-heads // rate)
     return (head if head_offsets == "interleaved" else head // group) % rate
+
+
+def _check_size(name: str, value: int) -> None:
+    if check_int(name, value, 1) > LONGEST_SEGMENT:
+        raise ValueError(f"{name}={value}: expected at most {LONGEST_SEGMENT}")
 
 
 def _head_offsets(head_offsets: str, known: tuple[HeadOffsets, ...]) -> HeadOffsets:

@@ -88,7 +88,7 @@ class BandLaunch:
             "LENGTHS": tuple(0 if one.segment_length == UNBOUNDED else one.segment_length for one in branches),
             "RATES": tuple(one.dilation_rate for one in branches),
             "BLOCKS": tuple(one.block for one in branches),
-            "WINDOWS": tuple(band if isinstance(band, int) else 0 for band in self.bands),
+            "WINDOWS": tuple(min(band, LARGEST_POSITION) if isinstance(band, int) else 0 for band in self.bands),
             "ROWS_OF": -1 if self.branch is None else 0,
             "HEAD_OFFSETS": HEAD_OFFSETS.index(pattern.head_offsets),
         }
@@ -129,7 +129,7 @@ def band_launches(pattern: Pattern, with_branches: bool) -> tuple[BandLaunch, ..
 def unsupported_reason(pattern: Pattern, length: int) -> str | None:
     """Why the band kernels cannot run, or None when they can."""
     finite = [one for one in pattern.segment_lengths if one != UNBOUNDED]
-    largest = max((length, *finite, *(one.dilation_rate * one.block for one in pattern.branches), pattern.window or 0))
+    largest = max((length, *finite, *(one.dilation_rate * one.block for one in pattern.branches)))
     if largest > LARGEST_POSITION:
-        return f"its kernels count positions up to {LARGEST_POSITION}, not {largest}"
+        return f"N, segment_lengths and dilation_rates times dilation_block may be {LARGEST_POSITION} at most, not {largest}"
     return None
