@@ -22,6 +22,7 @@ from torch import Tensor
 from longnet import dilated_attention
 from longnet.attention.definition import warn_uncovered
 from longnet.attention.functional import pattern_attention
+from longnet.attention.key_ranges import key_ranges
 from longnet.geometry import Pattern, uncovered_positions
 
 # Every position is covered in none of these by necessity.
@@ -233,7 +234,6 @@ def test_the_script_that_compares_many_calls_runs() -> None:
 def test_memory_is_linear_in_the_length() -> None:
     """Of a window the portable backend makes no table of all pairs."""
     from longnet.attention.chunked import Rows
-    from longnet.attention.key_ranges import key_ranges
 
     (ranges,) = key_ranges(Pattern.compose(window=128), 2, 1 << 16, True, 0)
     x = torch.empty(2, 1 << 16, 0)
@@ -320,6 +320,24 @@ def test_numbers_as_large_as_they_may_be() -> None:
             for backend in ("auto", "portable"):
                 got = dilated_attention(*inputs, **options, return_lse=True, backend=backend)
                 compare(got, dense_attention(*inputs, **options), inputs, grad)
+
+
+def test_torchs_default_device_changes_nothing() -> None:
+    inputs = [x.detach() for x in draw_tensors(1, 4, 2, 47, 5)[:3]]
+    for backend in ("cpu_flash", "portable"):
+        for segments in (7, None):
+            call: dict[str, Any] = {"dilation_rates": 5, "dilated_queries": False, "backend": backend}
+            warn_uncovered.cache_clear()
+            with torch.device("meta"):
+                got = dilated_attention(*inputs, segments, **call, segment_offset=segments or 0)
+            want = dilated_attention(*inputs, segments, **call, segment_offset=segments or 0)
+            assert torch.equal(got, want) and got.device.type == "cpu"
+
+
+def test_long_sequences_stay_in_no_cache() -> None:
+    pattern = Pattern.compose(window=3)
+    short, long = (key_ranges(pattern, 1, length, True, 0) for length in (100, 100_000))
+    assert key_ranges(pattern, 1, 100, True, 0) is short and key_ranges(pattern, 1, 100_000, True, 0) is not long
 
 
 def test_a_pattern_keeps_its_groups() -> None:

@@ -81,7 +81,7 @@ def test_a_window_is_mixed_into_a_nest(is_causal: bool) -> None:
 
 
 @interpreted_only
-def test_memory_that_nobody_wrote_is_never_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_kernel_reads_uninitialised_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uninitialised outputs full of NaN: some launch writes each row before another mixes into it."""
     empty_like, empty = torch.empty_like, torch.Tensor.new_empty
     monkeypatch.setattr(torch, "empty_like", lambda *args, **more: empty_like(*args, **more).fill_(torch.nan))

@@ -81,8 +81,8 @@ def _warn_unread(pattern: Pattern, heads: int) -> None:
     """As :func:`warn_uncovered`, of the first positions of a grid that begins at 0."""
     if pattern.window is not None:
         return
-    position = torch.arange(_LOOKED_AT)
-    unread = torch.ones(_LOOKED_AT, dtype=torch.bool)
+    position = torch.arange(_LOOKED_AT, device="cpu")
+    unread = torch.ones_like(position, dtype=torch.bool)
     for branch in pattern.branches:
         for offset in {pattern.offset(branch, head, heads) for head in range(heads)}:
             unread &= ~branch.selects(position, offset)

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from longnet.geometry import Branch, Pattern
 
+# Tokens.
+_LONGEST_CACHED = 1 << 14
+
 
 @dataclass(frozen=True)
 class KeyRanges:
@@ -47,9 +50,9 @@ class KeyRanges:
             yield first, last, int(self.low[first]), int(self.high[last - 1])
 
 
-def at(heads: Tensor, positions: Tensor) -> tuple[slice, Any, Any]:
+def index_of(heads: Tensor, positions: Tensor, device: torch.device) -> tuple[slice, Any, Any]:
     """The index of some heads and positions in a (B, H, N, ...) tensor: of a view where both lie at equal steps."""
-    rows, columns = _as_slice(heads), _as_slice(positions)
+    rows, columns = (x.to(device) if isinstance(x, Tensor) else x for x in map(_as_slice, (heads, positions)))
     if isinstance(rows, Tensor) and isinstance(columns, Tensor):
         rows = rows[:, None]
     return slice(None), rows, columns
@@ -64,21 +67,33 @@ def _as_slice(numbers: Tensor) -> slice | Tensor:
     return slice(int(numbers[0]), int(numbers[-1]) + 1, int(step[0]))
 
 
-@lru_cache(maxsize=32)
 def key_ranges(
     pattern: Pattern, heads: int, length: int, is_causal: bool, segment_offset: int
 ) -> tuple[KeyRanges, ...]:
-    """All parts of a pattern, apart from the branches that :func:`longnet.geometry.make_plan` can express. Cached."""
+    """All parts of a pattern, apart from the branches that :func:`longnet.geometry.make_plan` can express.
+
+    Those of short sequences are cached; long ones hold several tensors of N numbers for each head offset.
+    """
+    make = _cached_ranges if length <= _LONGEST_CACHED else _make_ranges
+    return make(pattern, heads, length, is_causal, segment_offset)
+
+
+def _make_ranges(
+    pattern: Pattern, heads: int, length: int, is_causal: bool, segment_offset: int
+) -> tuple[KeyRanges, ...]:
     with torch.inference_mode(False):
-        position, parts = torch.arange(length), []
+        position, parts = torch.arange(length, device="cpu"), []
         if pattern.window is not None:
             low = (position - pattern.window + 1).clamp(min=0)
             high = (position + 1) if is_causal else (position + pattern.window).clamp(max=length)
-            parts.append(KeyRanges(torch.arange(heads), position, position, low, high))
+            parts.append(KeyRanges(torch.arange(heads, device="cpu"), position, position, low, high))
         if not pattern.rows_at_equal_steps:
             for branch in pattern.branches:
                 parts.extend(_of_branch(pattern, branch, heads, position, is_causal, branch.origin(segment_offset)))
     return tuple(parts)
+
+
+_cached_ranges = lru_cache(maxsize=16)(_make_ranges)
 
 
 def _of_branch(
@@ -92,8 +107,8 @@ def _of_branch(
     for offset in sorted(set(offsets)):
         selected = branch.selects(on_grid, offset)
         # How many keys there are before each position, and before the end.
-        before = torch.cat((torch.zeros(1, dtype=torch.int64), selected.cumsum(0)))
+        before = torch.cat((torch.zeros(1, dtype=torch.int64, device="cpu"), selected.cumsum(0)))
         keys = position[selected]
         queries = keys if pattern.dilated_queries else position
-        those = torch.tensor([head for head in range(heads) if offsets[head] == offset])
+        those = torch.tensor([head for head in range(heads) if offsets[head] == offset], device="cpu")
         yield KeyRanges(those, queries, keys, before[start[queries]], before[stop[queries]])

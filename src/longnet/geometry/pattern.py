@@ -206,7 +206,7 @@ class Pattern(Branches):
         return branch.selects(position, self.offset(branch, head, heads))
 
     def grouped(self, heads: int, kv_heads: int) -> Pattern:
-        """The same for so many query and key/value heads, which ``"grouped"`` offsets depend on.
+        """This pattern for ``heads`` query and ``kv_heads`` key/value heads; only ``"grouped"`` offsets depend on them.
 
         Raises:
             TypeError, ValueError: no ints of at least 1, or ``heads`` that ``kv_heads`` does not divide.

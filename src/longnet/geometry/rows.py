@@ -105,7 +105,7 @@ class Branch:
         return whole * block + last, places + last * (whole * cycle + start) + last * (last - 1) // 2
 
     def most_rows(self, tokens: int) -> int:
-        """At least as many as any head selects of so many tokens, wherever on the grid they begin; any block."""
+        """An upper bound of the rows that a head selects of ``tokens`` tokens, for every offset of the grid and any block."""
         cycle = self.dilation_rate * self.block
         if self.segment_length == UNBOUNDED:
             return min(tokens, (tokens // cycle + 2) * self.block)

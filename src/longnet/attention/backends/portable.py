@@ -17,7 +17,7 @@ from longnet.attention.backends.views import bias_columns, padding_view, repeat_
 from longnet.attention.by_offset import backward_by_offset, by_offset
 from longnet.attention.call import AttentionInputs, Gradients, SavedForward, lse_dtype
 from longnet.attention.chunked import Rows
-from longnet.attention.key_ranges import KeyRanges, key_ranges
+from longnet.attention.key_ranges import KeyRanges, index_of, key_ranges
 from longnet.geometry import BranchPlan, Tile, make_plan
 
 
@@ -56,14 +56,11 @@ def _rows(tile: Tile, inputs: AttentionInputs) -> Rows:
 
 
 class _RangeRows:
-    """The rows of a part that is no tile, gathered: as :func:`_rows`, and back."""
+    """The rows of a window, or of a branch that is no tile, as :func:`_rows`; and where they are in whole tensors."""
 
     def __init__(self, part: KeyRanges, device: torch.device) -> None:
-        self.part = part
-        self.heads = part.heads.to(device)
-        self.at_queries, self.at_keys = (
-            (slice(None), self.heads[:, None], x.to(device)) for x in (part.queries, part.keys)
-        )
+        self.part, self.heads = part, part.heads.to(device)
+        self.at_queries, self.at_keys = (index_of(part.heads, x, device) for x in (part.queries, part.keys))
 
     def of(self, inputs: AttentionInputs) -> Rows:
         """What is computed."""
@@ -166,7 +163,7 @@ def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None) -> 
             # No index occurs twice.
             total[at] += part.unflatten(0, (len(query), -1))
         if grad_bias is not None and by_distance is not None:
-            grad_bias[ranges.part.heads] += by_distance
+            grad_bias[ranges.heads] += by_distance
     for grad, total, shared in zip(grads, totals, (1, group, group), strict=False):
         grad.copy_(sum_heads(total, shared))
     if grad_bias is not None:

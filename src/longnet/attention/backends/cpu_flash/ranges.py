@@ -12,7 +12,7 @@ from torch import Tensor
 from longnet.attention import merge
 from longnet.attention.backends.views import repeat_heads, signed
 from longnet.attention.call import AttentionInputs
-from longnet.attention.key_ranges import KeyRanges, at, key_ranges
+from longnet.attention.key_ranges import KeyRanges, index_of, key_ranges
 from longnet.runtime.torch_internals import cpu_flash, cpu_flash_backward
 
 
@@ -32,18 +32,18 @@ class _Call:
 
 
 class _Part:
-    """The rows of one part: whole tensors as they are, others gathered."""
+    """The rows of one part: views where they lie at equal steps, others gathered."""
 
     def __init__(self, ranges: KeyRanges, inputs: AttentionInputs) -> None:
         self.ranges, self.inputs = ranges, inputs
 
     def queries(self, some: slice = slice(None)) -> tuple[slice, Any, Any]:
         """The index of queries, by number, in a (B, H, N, ...) tensor; none occurs twice."""
-        return at(self.ranges.heads, self.ranges.queries[some])
+        return index_of(self.ranges.heads, self.ranges.queries[some], self.ranges.heads.device)
 
     def keys(self) -> tuple[slice, Any, Any]:
         """The index of the keys."""
-        return at(self.ranges.heads, self.ranges.keys)
+        return index_of(self.ranges.heads, self.ranges.keys, self.ranges.heads.device)
 
     def calls(self, dtype: torch.dtype) -> Iterator[_Call]:
         ranges, mask = self.ranges, self.inputs.mask
@@ -52,7 +52,7 @@ class _Part:
             if first >= last:
                 # These queries read nothing.
                 continue
-            place = torch.arange(first, last)
+            place = torch.arange(first, last, device="cpu")
             unread = (place < ranges.low[low:high, None]) | (place >= ranges.high[low:high, None])
             if gone is not None:
                 unread = unread | gone[..., first:last]
