@@ -30,9 +30,7 @@ TYPES: dict[str, Any] = {
     "LSE": "*fp32",
     "DELTA": "*fp32",
     "PADDING": "*i8",
-    "BIAS": "*fp32",
     "padding_at": ("i64", "i64"),
-    "bias_at": ("i64", "i64"),
     "sizes": bands.BandSizes("i32", "i32", "i32", "fp32", "i32", "i64"),  # type: ignore[arg-type]
 }
 
@@ -44,7 +42,7 @@ def products(kernel: str, case: str, target: int) -> int:
     if kernel == "key_value":
         launch = launch.by_band[-1]
     settings = bands.BandSettings(
-        64, 64, 64, 64, 2, **launch.constants(pattern), BY_ROW=by_row, CAUSAL=is_causal, PADDED=padded, BIASED=False,
+        64, 64, 64, 64, 2, **launch.constants(pattern), BY_ROW=by_row, CAUSAL=is_causal, PADDED=padded,
         MERGE=merge, PRECISION="tf32",
     )  # fmt: skip
     function = getattr(kernels, f"band_{kernel}_kernel")

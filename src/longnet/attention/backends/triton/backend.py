@@ -150,7 +150,7 @@ class _Call:
             settings = bands.BandSettings(
                 self.dim, power_of_two(self.dim), *rows, cut.stages, **launch.constants(pattern),
                 BY_ROW=self.by_row, CAUSAL=self.spec.is_causal, PADDED=self.padding is not None,
-                BIASED=False, MERGE=merge, PRECISION="ieee" if self.q.dtype == torch.float32 else "tf32",
+                MERGE=merge, PRECISION="ieee" if self.q.dtype == torch.float32 else "tf32",
             )  # fmt: skip
             sizes = bands.BandSizes(self.length, self.heads, self.group, self.scale, tiles, self.spec.segment_offset)
             yield (tiles * self.heads * self.batch,), (sizes, settings), cut.warps
@@ -260,8 +260,8 @@ def forward(inputs: AttentionInputs, use_hopper: bool = True) -> tuple[Tensor, T
             )  # fmt: skip
         for grid, arguments, warps in call.band_launches("forward"):
             band_forward_kernel[grid](
-                *call.tensors(), buffer, lse, call.mask, call.table, call.row_offsets,
-                *call.strides(*call.tensors(), buffer, lse), *call.extra_strides(), *arguments, num_warps=warps,
+                *call.tensors(), buffer, lse, call.mask, call.row_offsets,
+                *call.strides(*call.tensors(), buffer, lse), call.mask.stride()[:2], *arguments, num_warps=warps,
             )  # fmt: skip
     if buffer is not out:
         out.copy_(buffer)
@@ -310,8 +310,8 @@ def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None, use
             )  # fmt: skip
         for grid, arguments, warps in call.band_launches("key_value"):
             band_key_value_kernel[grid](
-                queries, *others, *more, call.row_offsets, *of_keys,
-                *call.strides(queries, *others), *call.extra_strides(), *call.strides(*of_keys), *arguments, num_warps=warps,
+                queries, *others, delta, call.mask, call.row_offsets, *of_keys,
+                *call.strides(queries, *others), call.mask.stride()[:2], *call.strides(*of_keys), *arguments, num_warps=warps,
             )  # fmt: skip
         if not call.covers():
             queries.zero_()
@@ -323,8 +323,9 @@ def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None, use
             query_kernel[grid](*shared, queries, *strides, *call.strides(queries), *arguments, num_warps=warps)
         for grid, arguments, warps in call.band_launches("query"):
             band_query_kernel[grid](
-                *shared, call.row_offsets, queries, *strides, *call.strides(queries), *arguments, num_warps=warps
-            )
+                call.q, *others, delta, call.mask, call.row_offsets, queries,
+                *call.strides(call.q, *others), call.mask.stride()[:2], *call.strides(queries), *arguments, num_warps=warps,
+            )  # fmt: skip
         if inputs.bias is not None:
             grads.bias.copy_(_bias_gradient(call, shared, strides))
     for grad, buffer, group in zip(grads, buffers, (1, call.group, call.group), strict=False):

@@ -64,7 +64,6 @@ class BandSettings:
     BY_ROW: bool
     CAUSAL: bool
     PADDED: bool
-    BIASED: bool
     MERGE: bool
     PRECISION: str
 

@@ -16,11 +16,10 @@ import triton.language as tl
 from longnet.attention.backends.triton.kernels.rows import (
     LOG2E,
     accumulator,
-    bias_of,
-    extras_of,
     head_rows,
     load_tile,
     mixed,
+    padding_alone,
     padding_of,
 )
 
@@ -185,6 +184,17 @@ def whole_blocks(low, clear, cut, high, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def phase_of(phase: tl.constexpr, begin, whole, rest, end):
+    """(where the blocks of one of three phases begin and end): cut, whole, cut."""
+    if phase == 0:
+        return begin, whole
+    elif phase == 1:
+        return whole, rest
+    else:
+        return rest, end
+
+
+@triton.jit
 def band_of(first, last, row, place, OFFSETS, sizes, i: tl.constexpr, C: tl.constexpr):
     """What queries read in a band: (origin, offset, low and high of each, of the first, and of the last)."""
     origin, offset = origin_of(OFFSETS, place.batch, i, sizes, C), offset_in(place.head, i, sizes, C)
@@ -200,7 +210,7 @@ def band_of(first, last, row, place, OFFSETS, sizes, i: tl.constexpr, C: tl.cons
 
 @triton.jit
 def _attend(
-    q, k_rows, v_rows, k_step, v_step, j, stop, low, high, origin, offset, row_max, row_sum, acc, scale2, row, row_ok, d_ok,
+    q, k_rows, v_rows, k_step, v_step, j, stop, low, high, origin, offset, row_max, row_sum, acc, scale2, d_ok,
     extras, i: tl.constexpr, CUT: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """(row max, row sum, acc) after one more block of keys, from number ``j`` on; ``CUT``: some row may not see all of it."""
@@ -210,11 +220,6 @@ def _attend(
     wide = key.to(tl.int64)[:, None]
     k = load_tile(k_rows + wide * k_step, inside, d_ok, CUT, C)
     s = tl.dot(q, tl.trans(k), input_precision=C.PRECISION) * scale2
-    if C.BIASED:
-        met = row_ok[:, None] & inside[None, :] if CUT else row_ok[:, None]
-        if CUT:
-            met = met & (number[None, :] >= low[:, None]) & (number[None, :] < high[:, None])
-        s += bias_of(extras, key[None, :] - row[:, None], met)
     if C.PADDED:
         gone = padding_of(extras, key, inside, CUT) != 0
     if CUT:
@@ -240,7 +245,7 @@ def _attend(
 
 @triton.jit
 def band_forward_kernel(
-    Q, K, V, OUT, LSE, PADDING, BIAS, OFFSETS, q_at, k_at, v_at, out_at, lse_at, padding_at, bias_at, sizes, C: tl.constexpr
+    Q, K, V, OUT, LSE, PADDING, OFFSETS, q_at, k_at, v_at, out_at, lse_at, padding_at, sizes, C: tl.constexpr
 ):  # fmt: skip
     """``M`` query rows: out and lse over all bands, mixed into what earlier launches left if ``MERGE``."""
     M: tl.constexpr = C.M
@@ -258,7 +263,7 @@ def band_forward_kernel(
     q = tl.load(head_rows(Q, q_at, place.batch, head) + wide[:, None] * q_at[2] + d[None, :], mask=stored, other=0.0)
     k_rows = head_rows(K, k_at, place.batch, kv_head) + d[None, :]
     v_rows = head_rows(V, v_at, place.batch, kv_head) + d[None, :]
-    extras = extras_of(PADDING, BIAS, padding_at, bias_at, place.batch, head)
+    extras = padding_alone(PADDING, padding_at, place.batch)
     scale2 = sizes.scale * LOG2E
     row_max = tl.full([M], float("-inf"), tl.float32)
     row_sum = tl.zeros([M], tl.float32)
@@ -269,21 +274,14 @@ def band_forward_kernel(
             first, last, row, place, OFFSETS, sizes, i, C
         )
         whole, rest = whole_blocks(begin, low_last, high_first, end, N)
-        for j in tl.range(begin, whole, N, num_stages=C.STAGES):
-            row_max, row_sum, acc = _attend(
-                q, k_rows, v_rows, k_at[2], v_at[2], j, end, low, high, origin, offset, row_max, row_sum, acc,
-                scale2, row, row_ok, d_ok, extras, i, True, C,
-            )  # fmt: skip
-        for j in tl.range(whole, rest, N, num_stages=C.STAGES):
-            row_max, row_sum, acc = _attend(
-                q, k_rows, v_rows, k_at[2], v_at[2], j, end, low, high, origin, offset, row_max, row_sum, acc,
-                scale2, row, row_ok, d_ok, extras, i, False, C,
-            )  # fmt: skip
-        for j in tl.range(rest, end, N, num_stages=C.STAGES):
-            row_max, row_sum, acc = _attend(
-                q, k_rows, v_rows, k_at[2], v_at[2], j, end, low, high, origin, offset, row_max, row_sum, acc,
-                scale2, row, row_ok, d_ok, extras, i, True, C,
-            )  # fmt: skip
+        for phase in tl.static_range(3):
+            # Blocks that every row sees whole lie between those that some row sees in part.
+            start, stop = phase_of(phase, begin, whole, rest, end)
+            for j in tl.range(start, stop, N, num_stages=C.STAGES):
+                row_max, row_sum, acc = _attend(
+                    q, k_rows, v_rows, k_at[2], v_at[2], j, end, low, high, origin, offset, row_max, row_sum, acc, scale2, d_ok,
+                    extras, i, phase != 1, C,
+                )  # fmt: skip
 
     # Not "greater": the sum of a query that is NaN is NaN, and so is its lse.
     some = row_sum != 0.0
@@ -299,7 +297,7 @@ def band_forward_kernel(
 
 @triton.jit
 def _query_step(
-    q, grad, k_rows, v_rows, k_step, v_step, j, stop, low, high, origin, offset, grad_q, lse2, delta, scale2, row, row_ok, d_ok,
+    q, grad, k_rows, v_rows, k_step, v_step, j, stop, low, high, origin, offset, grad_q, lse2, delta, scale2, row_ok, d_ok,
     extras, i: tl.constexpr, CUT: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the queries after one more block of keys, from number ``j`` on."""
@@ -316,8 +314,6 @@ def _query_step(
     seen = row_ok[:, None]
     if CUT:
         seen = seen & (number[None, :] >= low[:, None]) & (number[None, :] < high[:, None])
-    if C.BIASED:
-        s += bias_of(extras, key[None, :] - row[:, None], seen)
     p = tl.exp2(s - lse2[:, None])
     if C.PADDED:
         p = tl.where(held[None, :], p, 0.0)
@@ -330,8 +326,8 @@ def _query_step(
 
 @triton.jit
 def band_query_kernel(
-    Q, K, V, GRAD_OUT, LSE, DELTA, PADDING, BIAS, OFFSETS, GRAD_Q,
-    q_at, k_at, v_at, grad_at, lse_at, padding_at, bias_at, grad_q_at, sizes, C: tl.constexpr,
+    Q, K, V, GRAD_OUT, LSE, DELTA, PADDING, OFFSETS, GRAD_Q,
+    q_at, k_at, v_at, grad_at, lse_at, padding_at, grad_q_at, sizes, C: tl.constexpr,
 ):  # fmt: skip
     """Gradients of ``M`` query rows over all bands, added to what earlier launches left if ``MERGE``."""
     M: tl.constexpr = C.M
@@ -356,7 +352,7 @@ def band_query_kernel(
     delta = tl.load(head_rows(DELTA, lse_at, place.batch, head) + wide * lse_at[2], mask=row_ok, other=0.0)
     k_rows = head_rows(K, k_at, place.batch, kv_head) + d[None, :]
     v_rows = head_rows(V, v_at, place.batch, kv_head) + d[None, :]
-    extras = extras_of(PADDING, BIAS, padding_at, bias_at, place.batch, head)
+    extras = padding_alone(PADDING, padding_at, place.batch)
     scale2 = sizes.scale * LOG2E
     grad_q = accumulator(M, C.D_BLOCK)
 
@@ -365,21 +361,13 @@ def band_query_kernel(
             first, last, row, place, OFFSETS, sizes, i, C
         )
         whole, rest = whole_blocks(begin, low_last, high_first, end, N)
-        for j in tl.range(begin, whole, N, num_stages=C.STAGES):
-            grad_q = _query_step(
-                q, grad, k_rows, v_rows, k_at[2], v_at[2], j, end, low, high, origin, offset, grad_q, lse2, delta,
-                scale2, row, row_ok, d_ok, extras, i, True, C,
-            )  # fmt: skip
-        for j in tl.range(whole, rest, N, num_stages=C.STAGES):
-            grad_q = _query_step(
-                q, grad, k_rows, v_rows, k_at[2], v_at[2], j, end, low, high, origin, offset, grad_q, lse2, delta,
-                scale2, row, row_ok, d_ok, extras, i, False, C,
-            )  # fmt: skip
-        for j in tl.range(rest, end, N, num_stages=C.STAGES):
-            grad_q = _query_step(
-                q, grad, k_rows, v_rows, k_at[2], v_at[2], j, end, low, high, origin, offset, grad_q, lse2, delta,
-                scale2, row, row_ok, d_ok, extras, i, True, C,
-            )  # fmt: skip
+        for phase in tl.static_range(3):
+            start, stop = phase_of(phase, begin, whole, rest, end)
+            for j in tl.range(start, stop, N, num_stages=C.STAGES):
+                grad_q = _query_step(
+                    q, grad, k_rows, v_rows, k_at[2], v_at[2], j, end, low, high, origin, offset, grad_q, lse2, delta, scale2,
+                    row_ok, d_ok, extras, i, phase != 1, C,
+                )  # fmt: skip
 
     grad_q = tl.where(nothing[:, None], 0.0, grad_q * sizes.scale)
     at_rows = head_rows(GRAD_Q, grad_q_at, place.batch, head) + wide[:, None] * grad_q_at[2] + d[None, :]
@@ -391,7 +379,7 @@ def band_query_kernel(
 @triton.jit
 def _key_step(
     k, v, q_rows, grad_rows, lse_rows, delta_rows, q_step, grad_step, lse_step, j, stop, first, end, q_origin, q_offset,
-    grad_k, grad_v, scale2, key, key_ok, held, d_ok, extras, CUT: tl.constexpr, C: tl.constexpr,
+    grad_k, grad_v, scale2, held, d_ok, extras, CUT: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The gradients of keys and values after one more block of queries, from number ``j`` on."""
     number = j + tl.arange(0, C.M)
@@ -407,8 +395,6 @@ def _key_step(
     seen = held[:, None] & inside[None, :]
     if CUT:
         seen = seen & (row[None, :] >= first[:, None]) & (row[None, :] < end[:, None])
-    if C.BIASED:
-        s += bias_of(extras, key[:, None] - row[None, :], seen)
     p = tl.exp2(s + shift[None, :])
     if CUT or C.PADDED:
         p = tl.where(seen, p, 0.0)
@@ -422,8 +408,8 @@ def _key_step(
 
 @triton.jit
 def band_key_value_kernel(
-    Q, K, V, GRAD_OUT, LSE, DELTA, PADDING, BIAS, OFFSETS, GRAD_K, GRAD_V,
-    q_at, k_at, v_at, grad_at, lse_at, padding_at, bias_at, grad_k_at, grad_v_at, sizes, C: tl.constexpr,
+    Q, K, V, GRAD_OUT, LSE, DELTA, PADDING, OFFSETS, GRAD_K, GRAD_V,
+    q_at, k_at, v_at, grad_at, lse_at, padding_at, grad_k_at, grad_v_at, sizes, C: tl.constexpr,
 ):  # fmt: skip
     """Gradients of ``N`` keys and values of band 0 by one query head, added to what earlier launches left if ``MERGE``."""
     M: tl.constexpr = C.M
@@ -437,7 +423,7 @@ def band_key_value_kernel(
     stored = key_ok[:, None] & d_ok[None, :]
     head, kv_head = tl.cast(place.head, tl.int64), tl.cast(place.kv_head, tl.int64)
     wide = key.to(tl.int64)[:, None]
-    extras = extras_of(PADDING, BIAS, padding_at, bias_at, place.batch, head)
+    extras = padding_alone(PADDING, padding_at, place.batch)
     held = key_ok
     if C.PADDED:
         held = key_ok & (padding_of(extras, key, key_ok, True) == 0)
@@ -466,21 +452,13 @@ def band_key_value_kernel(
         cut = number_at(cut, q_origin, q_offset, C.ROWS_OF, C)
         stop = number_at(stop, q_origin, q_offset, C.ROWS_OF, C)
     whole, rest = whole_blocks(begin, clear, cut, stop, M)
-    for j in tl.range(begin, whole, M, num_stages=C.STAGES):
-        grad_k, grad_v = _key_step(
-            k, v, q_rows, grad_rows, lse_rows, delta_rows, q_at[2], grad_at[2], lse_at[2], j, stop, first, end, q_origin,
-            q_offset, grad_k, grad_v, scale2, key, key_ok, held, d_ok, extras, True, C,
-        )  # fmt: skip
-    for j in tl.range(whole, rest, M, num_stages=C.STAGES):
-        grad_k, grad_v = _key_step(
-            k, v, q_rows, grad_rows, lse_rows, delta_rows, q_at[2], grad_at[2], lse_at[2], j, stop, first, end, q_origin,
-            q_offset, grad_k, grad_v, scale2, key, key_ok, held, d_ok, extras, False, C,
-        )  # fmt: skip
-    for j in tl.range(rest, stop, M, num_stages=C.STAGES):
-        grad_k, grad_v = _key_step(
-            k, v, q_rows, grad_rows, lse_rows, delta_rows, q_at[2], grad_at[2], lse_at[2], j, stop, first, end, q_origin,
-            q_offset, grad_k, grad_v, scale2, key, key_ok, held, d_ok, extras, True, C,
-        )  # fmt: skip
+    for phase in tl.static_range(3):
+        low, high = phase_of(phase, begin, whole, rest, stop)
+        for j in tl.range(low, high, M, num_stages=C.STAGES):
+            grad_k, grad_v = _key_step(
+                k, v, q_rows, grad_rows, lse_rows, delta_rows, q_at[2], grad_at[2], lse_at[2], j, stop, first, end, q_origin,
+                q_offset, grad_k, grad_v, scale2, held, d_ok, extras, phase != 1, C,
+            )  # fmt: skip
 
     grad_k *= sizes.scale
     k_out = head_rows(GRAD_K, grad_k_at, place.batch, head) + wide * grad_k_at[2] + d[None, :]

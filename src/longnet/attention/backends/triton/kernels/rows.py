@@ -266,6 +266,12 @@ def extras_of(PADDING, BIAS, padding_at, bias_at, batch, head):
 
 
 @triton.jit
+def padding_alone(PADDING, padding_at, batch):
+    """:func:`extras_of` for kernels that take no bias."""
+    return Extras(PADDING + batch * padding_at[0], padding_at[1], PADDING, 0)
+
+
+@triton.jit
 def bias_of(extras, distance, mask):
     """The bias at distances from query to key, in the base of the exponentials."""
     return LOG2E * tl.load(extras.bias + (distance + extras.bias_centre), mask=mask, other=0.0)
