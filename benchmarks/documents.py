@@ -2,7 +2,7 @@
 
 NAME is a table's title in lower case with dashes (``speed``, ``gigapaths-shape``); with ``/all`` behind it the notes follow.
 ``header`` is the line with commit, versions and device, ``summary`` says which limits are missed. FILE is a path from the
-root of the checkout.
+root of the checkout; a folder holds runs of ``benchmarks.learning``, and its only table is ``patterns``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from benchmarks import report, results
+from benchmarks.learning import report as learning
 
 _BLOCK = re.compile(
     r"^(?P<open><!-- table: (?P<name>\S+) (?P<file>\S+) -->)\n(?P<body>.*?)^(?P<close><!-- end -->)$",
@@ -52,6 +53,10 @@ def table(name: str, file: Path) -> str:
         BadMarker: there is no table of this name.
         NoResult: a file that is no result.
     """
+    if file.is_dir():
+        if name != "patterns":
+            raise BadMarker(f"{file.name} has no table {name!r}: expected patterns")
+        return learning.comparison(learning.load(file)).markdown()
     result = results.load(file)
     title, _, rest = name.partition("/")
     if rest not in ("", "all"):
