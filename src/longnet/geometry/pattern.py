@@ -184,6 +184,23 @@ class Pattern(Branches):
         """At least 1, and above every distance from a query to a key in a sequence of ``length``."""
         return max(1, min(max(*self.segment_lengths, self.window or 1, 1), length))
 
+    def read_span(self, branch: Branch | None, position: T, is_causal: bool, origin: int) -> tuple[T, T]:
+        """The positions among which a query at ``position`` reads keys, of any sequence: (first, one past the last).
+
+        Args:
+            branch: one of the pattern's; None for its window.
+            origin: what :meth:`Branch.origin` gives; a window has none.
+        """
+        if branch is None:
+            assert self.window is not None
+            return position - self.window + 1, position + (1 if is_causal else self.window)
+        start, stop = branch.segment_start(position + origin), branch.segment_stop(position + origin)
+        return start - origin, position + 1 if is_causal else stop - origin
+
+    def on_own_grid(self, segment_offset: int) -> int:
+        """``segment_offset``, or 0 where that is the same grid."""
+        return segment_offset if any(branch.origin(segment_offset) for branch in self.branches) else 0
+
     def of(self, *branches: Branch) -> Pattern:
         """These branches alone, for the same heads."""
         return replace(self, branches=branches, window=None)

@@ -104,6 +104,11 @@ class Branch:
         places = block * (cycle * (whole * (whole - 1) // 2) + whole * start) + whole * (block * (block - 1) // 2)
         return whole * block + last, places + last * (whole * cycle + start) + last * (last - 1) // 2
 
+    def count(self, start: int, stop: int, offset: int) -> int:
+        """How many positions from ``start`` to ``stop``, all of one segment, a head selects; any block."""
+        before = self.segment_start(start)
+        return self.chosen(max(start, stop) - before, offset)[0] - self.chosen(start - before, offset)[0]
+
     def most_rows(self, tokens: int) -> int:
         """An upper bound of the rows that a head selects of ``tokens`` tokens, for every offset of the grid and any block."""
         cycle = self.dilation_rate * self.block
