@@ -223,8 +223,13 @@ def checked_inputs(
     return AttentionInputs(query, key, value, mask, bias, AttentionSpec(pattern, is_causal, scale))
 
 
-def with_segment_offset(inputs: AttentionInputs, segment_offset: int | Tensor) -> AttentionInputs:
+def with_segment_offset(
+    inputs: AttentionInputs, segment_offset: int | Tensor, *, on_host: bool = False
+) -> AttentionInputs:
     """The same on another grid.
+
+    Args:
+        on_host: a tensor is on the CPU, where it is read, in place of the query's device.
 
     Raises:
         TypeError, ValueError: as :func:`longnet.dilated_attention`.
@@ -238,7 +243,11 @@ def with_segment_offset(inputs: AttentionInputs, segment_offset: int | Tensor) -
             raise ValueError(
                 f"segment_offset has shape {tuple(segment_offset.shape)}: expected ({axis},) = ({rows},), or an int"
             )
-        if segment_offset.device != query.device:
+        if on_host and segment_offset.device.type != "cpu":
+            raise ValueError(
+                f"segment_offset is on {segment_offset.device}: expected a CPU tensor with a group, or an int"
+            )
+        if not on_host and segment_offset.device != query.device:
             raise ValueError(
                 f"segment_offset is on {segment_offset.device}: expected the query's device {query.device}"
             )
@@ -252,7 +261,7 @@ def with_segment_offset(inputs: AttentionInputs, segment_offset: int | Tensor) -
         raise ValueError(f"segment_offset={segment_offset}: expected at most {LONGEST_SEGMENT} in magnitude")
     if torch.compiler.is_compiling() and segment_offset != 0:
         # As a tensor, so that another number is no other graph.
-        offsets = torch.full((rows,), segment_offset, dtype=torch.int64, device=query.device)
+        offsets = torch.full((rows,), segment_offset, dtype=torch.int64, device="cpu" if on_host else query.device)
         return replace(inputs, offsets=offsets)
     return inputs.with_spec(segment_offset=segment_offset)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -47,6 +47,9 @@ def _run(inputs: AttentionInputs, backend: Backend, peers: Peers | None) -> tupl
         return packed_attention(inputs, backend)
     if peers is not None and peers.size > 1:
         return sharded_attention(inputs, backend, peers)
+    if peers is not None and inputs.offsets is not None:
+        # A group's are on the host.
+        inputs = replace(inputs, offsets=inputs.offsets.to(inputs.query.device))
     return backend.run(inputs)
 
 

@@ -206,9 +206,9 @@ def pattern_attention(
         if cu_seqlens is not None:
             inputs = inputs.with_spec(documents=_check_documents(cu_seqlens, inputs, group))
         if not (is_int(segment_offset) and segment_offset == 0):
-            inputs = with_segment_offset(inputs, segment_offset)
+            inputs = with_segment_offset(inputs, segment_offset, on_host=group is not None)
         if (beyond := inputs.beyond_paper) is not None:
-            _check_beyond_paper(beyond, needed_by_first, definition, group)
+            _check_beyond_paper(beyond, needed_by_first, definition)
         chosen = select_backend(backend, inputs)
     except (TypeError, ValueError) as error:
         _broadcast_error(group, error)
@@ -217,11 +217,9 @@ def pattern_attention(
     return (out, lse) if return_lse else out
 
 
-def _check_beyond_paper(beyond: str, needed_by_first: bool, definition: AttentionDefinition, group: Any) -> None:
+def _check_beyond_paper(beyond: str, needed_by_first: bool, definition: AttentionDefinition) -> None:
     if needed_by_first or not definition.takes_all_options:
         raise ValueError(f"{beyond} with needed_by_first or {definition.name}: expected what LongNet's paper has")
-    if group is not None:
-        raise ValueError(f"{beyond} given with a group: expected what LongNet's paper has, or no group")
 
 
 def _broadcast_error(group: Any, error: Exception) -> None:
