@@ -105,3 +105,14 @@ def refused(group, rank, what):
 def test_what_one_rank_gets_wrong_raises_on_every_rank(ranks, what, said):
     for ok, error in ranks.outcomes(3, refused, what):
         assert not ok and said in error, error
+
+
+def without_rows(group, rank):
+    x = torch.ones(0, 2, 3, 4, requires_grad=True)
+    row = row_before(x, group)
+    row.sum().backward()
+    return row.shape, x.grad.shape
+
+
+def test_no_sequence_gives_none(ranks):
+    assert ranks(3, without_rows) == [((0, 2, 1, 4), (0, 2, 3, 4))] * 3

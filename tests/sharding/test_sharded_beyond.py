@@ -15,7 +15,7 @@ from patterns import relative_error
 from torch import Tensor
 
 from longnet.attention.functional import pattern_attention
-from longnet.geometry import Pattern
+from longnet.geometry import HeadNumbers, Pattern
 from longnet.geometry.shards import Shards, rows_sent
 
 pytestmark = pytest.mark.filterwarnings("ignore:segment_lengths=")
@@ -30,6 +30,7 @@ MIXED = {
     "is_causal": True,
     "scale": None,
 }
+PAPER = {"segment_lengths": (64, 24), "dilation_rates": (1, 3), "window": None, "dilated_queries": True}
 TOKENS = {"query": 2, "key": 2, "value": 2, "grad": 2, "grad_lse": 2, "mask": 1, "out": 2, "lse": 2}
 
 
@@ -40,6 +41,7 @@ class Case:
     Args:
         offset: of the grid, or one for each row of the batch.
         padded: some keys are, and hold NaN. Padded queries have no gradient.
+        pruned: how many heads there were before these.
     """
 
     shards: tuple[int, ...]
@@ -49,6 +51,7 @@ class Case:
     group: int = 2
     padded: bool = False
     biased: bool = False
+    pruned: int = 0
     dtype: torch.dtype = torch.float64
     backend: str = "auto"
     seed: int = 0
@@ -65,11 +68,17 @@ class Case:
     def pattern(self) -> Pattern:
         names = ("window", "dilated_queries", "dilation_block", "head_offsets")
         options = {name: self.call[name] for name in names}
-        return Pattern.compose(self.call["segment_lengths"], self.call["dilation_rates"], **options)
+        pattern = Pattern.compose(self.call["segment_lengths"], self.call["dilation_rates"], **options)
+        total = self.heads + self.pruned
+        return (
+            replace(pattern, head_numbers=HeadNumbers(tuple(range(self.pruned, total)), total))
+            if self.pruned
+            else pattern
+        )
 
     @property
     def segment_offset(self) -> int | Tensor:
-        return self.offset if isinstance(self.offset, int) else torch.tensor(self.offset)
+        return self.offset if isinstance(self.offset, int) else torch.tensor(self.offset, dtype=torch.int64)
 
     def inputs(self) -> dict[str, Tensor | None]:
         """Of the whole sequence."""
@@ -201,8 +210,7 @@ def test_all_kinds_in_one_softmax_and_no_memory_is_read_before_it_is_written(ran
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("shards", [(16, 16, 16), (17, 20, 11)])
 def test_a_padded_key_of_the_papers_pattern_may_hold_nan(ranks, shards, is_causal):
-    call = {"segment_lengths": (64, 32), "dilation_rates": (1, 3), "window": None, "dilated_queries": True}
-    compare(ranks, Case(shards, MIXED | call | {"dilation_block": 1, "is_causal": is_causal}, padded=True))
+    compare(ranks, Case(shards, MIXED | PAPER | {"dilation_block": 1, "is_causal": is_causal}, padded=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -215,6 +223,44 @@ def test_shorter_types(ranks, dtype):
         # Whatever one device loses to this type, and half as much again: sums are rounded once more.
         allowed = 1.5 * relative_error(alone[name], want[name])
         assert relative_error(got[name], want[name]) < allowed, name
+
+
+@pytest.mark.parametrize("call", [MIXED, MIXED | PAPER | {"dilation_block": 1}])
+@pytest.mark.parametrize(("shards", "offset"), [((5, 0, 9), ()), ((0, 0), (3, 4)), ((0, 0, 0), 0)])
+def test_no_sequence_and_no_token(ranks, shards, offset, call):
+    compare(ranks, Case(shards, call, offset, padded=True))
+
+
+@pytest.mark.parametrize("head_offsets", ["interleaved", "blocked", "grouped"])
+def test_heads_that_are_left_of_more(ranks, head_offsets):
+    case = Case((20, 31), MIXED | {"head_offsets": head_offsets}, 4, pruned=2)
+    got, want = together(ranks(2, run_shard, case)), case.run(case.inputs())
+    for name in want:
+        assert relative_error(got[name], want[name]) < 1e-10, name
+
+
+def run_compiled(group, rank, case):
+    inputs = shard_of(case, rank)
+    tensors = [inputs[name].requires_grad_() for name in ("query", "key", "value")]
+
+    def attend(query, key, value, offset):
+        return 2 * pattern_attention(
+            query, key, value, case.pattern, is_causal=True, segment_offset=offset, group=group
+        )
+
+    out = torch.compile(attend, backend="aot_eager")(*tensors, case.segment_offset)
+    grads = torch.autograd.grad(out, tensors, inputs["grad"])
+    return {"out": out.detach() / 2, **{name: x / 2 for name, x in zip(("query", "key", "value"), grads, strict=True)}}
+
+
+@pytest.mark.parametrize("offset", [6, (6, -5)])
+def test_compiled(ranks, offset):
+    case = Case((20, 31), offset=offset)
+    got = together(ranks(2, run_compiled, case))
+    inputs = case.inputs()
+    want = case.run(inputs | {"grad_lse": torch.zeros_like(inputs["grad_lse"])}, exact=True)
+    for name in got:
+        assert relative_error(got[name], want[name]) < 1e-10, name
 
 
 def twice(group, rank, case):

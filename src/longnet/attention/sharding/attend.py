@@ -170,7 +170,10 @@ def rows_backward(
         those of the queries (B, h, a, D), of the keys and values (B, h / share, b, 2 D), and of the bias or None.
     """
     # Of these rows alone: over a whole shard it would cost as much as an eighth of the attention.
-    grad_rows, mixed = (x[index].to(saved.lse.dtype).flatten(0, 1) for x in (grad_out, saved.out))
+    grad_rows, mixed = (x[index].to(saved.lse.dtype) for x in (grad_out, saved.out))
+    # Below neither may be inferred: the other may be 0.
+    batch, heads = grad_rows.shape[:2]
+    grad_rows, mixed = grad_rows.flatten(0, 1), mixed.flatten(0, 1)
     grad_lse_rows = None if grad_lse is None else grad_lse[index].flatten(0, 1)
     query, mixed, mixed_lse = merge.rows_for_backward(
         grad_rows, grad_lse_rows, call.query, mixed, saved.lse[index].flatten(0, 1)
@@ -179,6 +182,5 @@ def rows_backward(
     if grad_lse_rows is not None:
         delta -= grad_lse_rows
     grad_q, grad_k, grad_v, by_distance = replace(call, query=query).backward(grad_rows, mixed_lse, delta)
-    batch = len(grad_out)
-    grad_kv = torch.cat((grad_k, grad_v), -1).unflatten(0, (batch, -1, share)).sum(2)
-    return grad_q.unflatten(0, (batch, -1)), grad_kv, by_distance
+    grad_kv = torch.cat((grad_k, grad_v), -1).unflatten(0, (batch, heads // share, share)).sum(2)
+    return grad_q.unflatten(0, (batch, heads)), grad_kv, by_distance
