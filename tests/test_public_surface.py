@@ -36,8 +36,8 @@ NAMES = {
     longnet.geometry: [
         *("HEAD_OFFSETS", "Branch", "BranchPlan", "Cost", "Coverage", "HeadNumbers", "HeadOffsets", "KeysPerQuery"),
         *("LayerReach", "Pattern", "Plan", "Tile", "Uncovered", "Work"),
-        *("cost", "coverage", "keys_per_query", "make_plan", "receptive_field", "score_pairs", "suggest_pattern"),
-        "uncovered_positions",
+        *("cost", "coverage", "keys_per_query", "make_plan", "receptive_field", "score_pairs"),
+        *("score_pairs_by_shard", "suggest_pattern", "uncovered_positions"),
     ],
     longnet.training: [
         *("CheckpointError", "Corpus", "Evaluation", "TrainSettings", "TrainSummary", "TrainingDiverged"),
@@ -117,6 +117,7 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     (longnet.geometry.uncovered_positions, "(pattern, heads, length=None)"),
     (longnet.geometry.keys_per_query, "(pattern, heads, length, is_causal=False)"),
     (longnet.geometry.score_pairs, "(pattern, heads, length, is_causal=False)"),
+    (longnet.geometry.score_pairs_by_shard, "(pattern, heads, shard_lengths, is_causal=False)"),
     (longnet.geometry.receptive_field, "(pattern, heads, length, layers, is_causal=False, position=None)"),
     (
         longnet.geometry.suggest_pattern,

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from patterns import branches
 
-from longnet.geometry import Pattern
-from longnet.geometry.cost import score_pairs, score_pairs_by_shard
+from longnet.geometry import Pattern, score_pairs, score_pairs_by_shard
 from longnet.geometry.shards import Shards, rows_sent, shared_keys, shared_rows
 
 SHARDS = st.lists(st.integers(0, 20), min_size=1, max_size=5).map(tuple)

@@ -122,8 +122,8 @@ def dilated_attention(
             debugging: Triton without the kernels for Hopper GPUs.
         group: the ranks that share one sequence, a ``ProcessGroup`` or a ``DeviceMesh`` of one dimension. Query, key, value
             and mask are then this rank's contiguous shard, in rank order, of any length, and so is the result; every rank
-            of the group makes the call. Only selected rows of segments that cross a shard's border travel. None: one
-            device has it all.
+            of the group makes the call. Only keys that queries of another shard read travel. ``segment_offset`` is for the
+            whole sequence, the same on all ranks, and a tensor is on the CPU. None: one device has it all.
 
     Returns:
         out (B, H, N, D) in the query's dtype and layout; with ``return_lse`` also lse (B, H, N), float32 (float64 for

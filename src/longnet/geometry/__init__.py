@@ -1,6 +1,6 @@
 """Which rows attend to which: patterns, plans, and what they cost. Integers and the standard library only."""
 
-from longnet.geometry.cost import Cost, KeysPerQuery, Work, cost, keys_per_query, score_pairs
+from longnet.geometry.cost import Cost, KeysPerQuery, Work, cost, keys_per_query, score_pairs, score_pairs_by_shard
 from longnet.geometry.coverage import Coverage, LayerReach, Uncovered, coverage, receptive_field, uncovered_positions
 from longnet.geometry.pattern import HEAD_OFFSETS, HeadNumbers, HeadOffsets, Pattern
 from longnet.geometry.plan import BranchPlan, Plan, Tile, make_plan
@@ -28,6 +28,7 @@ __all__ = [
     "make_plan",
     "receptive_field",
     "score_pairs",
+    "score_pairs_by_shard",
     "suggest_pattern",
     "uncovered_positions",
 ]
