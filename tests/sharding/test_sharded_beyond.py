@@ -231,6 +231,12 @@ def test_no_sequence_and_no_token(ranks, shards, offset, call):
     compare(ranks, Case(shards, call, offset, padded=True))
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_a_branch_given_twice_counts_twice(ranks, is_causal):
+    call = {"segment_lengths": (None, 40, None, 40), "dilation_rates": (3, 2, 3, 2), "is_causal": is_causal}
+    compare(ranks, Case((20, 31, 9), MIXED | call, 3))
+
+
 @pytest.mark.parametrize("head_offsets", ["interleaved", "blocked", "grouped"])
 def test_heads_that_are_left_of_more(ranks, head_offsets):
     case = Case((20, 31), MIXED | {"head_offsets": head_offsets}, 4, pruned=2)

@@ -91,12 +91,14 @@ class KeyPart:
     """The keys of one branch that heads with one offset select, or those of the window, and who reads them. Hashable.
 
     Args:
+        number: of the branch in the pattern, since it may be there twice; -1 for the window.
         branch: None for the window, which has every key.
         offset: of the heads in the branch.
         kv_heads: whose keys they are, rising.
         heads: the query heads that read them, rising: the same number of each key/value head.
     """
 
+    number: int
     branch: Branch | None
     offset: int
     kv_heads: tuple[int, ...]
@@ -117,14 +119,14 @@ def key_parts(pattern: Pattern, heads: int, kv_heads: int) -> tuple[KeyPart, ...
     """All keys of a pattern, in the order in which they travel. Cached."""
     parts = []
     if pattern.window is not None:
-        parts.append(KeyPart(None, 0, tuple(range(kv_heads)), tuple(range(heads))))
-    for branch in pattern.branches:
+        parts.append(KeyPart(-1, None, 0, tuple(range(kv_heads)), tuple(range(heads))))
+    for number, branch in enumerate(pattern.branches):
         alike: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
         for (offset, kv_head), readers in pattern.readers(branch, heads, kv_heads).items():
             whose, who = alike.setdefault((offset, len(readers)), ([], []))
             whose.append(kv_head)
             who.extend(readers)
-        parts += [KeyPart(branch, offset, tuple(whose), tuple(who)) for (offset, _), (whose, who) in alike.items()]
+        parts += [KeyPart(number, branch, offset, tuple(kv), tuple(q)) for (offset, _), (kv, q) in alike.items()]
     return tuple(parts)
 
 

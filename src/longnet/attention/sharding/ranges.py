@@ -236,10 +236,10 @@ class RangeShard:
         received = transfer.wait()
         out, lse = self.inputs.empty_outputs()
         for grid, views, (own_out, own_lse) in zip(self.grids, self._views(received, False), results, strict=True):
-            mixed, mixed_lse = own_out.to(own_lse.dtype), own_lse
+            mixed, mixed_lse, remote = own_out.to(own_lse.dtype), own_lse, _by_part(views)
             for part, ranges in grid.plan.read:
                 index = grid.index(ranges.heads, ranges.queries)
-                found, found_lse = grid.call(part, ranges, _of_part(part, views)).forward()
+                found, found_lse = grid.call(part, ranges, torch.cat(remote[part], 2)).forward()
                 rows, rows_lse = mixed[index], mixed_lse[index]
                 merge.merge_(rows, rows_lse, found.view(rows.shape), found_lse.view(rows_lse.shape))
                 mixed[index], mixed_lse[index] = rows, rows_lse
@@ -262,12 +262,14 @@ class RangeShard:
         buffers = zip(self._views(received, False), self._views(returned, False), query_grads, strict=True)
         for grid, (views, targets, of_queries) in zip(self.grids, buffers, strict=True):
             forward, grad, of_lse = rows_of(grid)
+            remote, places = _by_part(views), _by_part(targets)
             for part, ranges in grid.plan.read:
-                index, call = grid.index(ranges.heads, ranges.queries), grid.call(part, ranges, _of_part(part, views))
+                index = grid.index(ranges.heads, ranges.queries)
+                call = grid.call(part, ranges, torch.cat(remote[part], 2))
                 grad_q, grad_kv, by_distance = rows_backward(call, index, forward, grad, of_lse, part.share)
                 of_queries.append((index, grad_q))
-                places = [rows for keys, rows in targets if keys.part == part]
-                for rows, own in zip(places, grad_kv.split([x.shape[2] for x in places], 2), strict=True):
+                sizes = [rows.shape[2] for rows in places[part]]
+                for rows, own in zip(places[part], grad_kv.split(sizes, 2), strict=True):
                     rows.copy_(own)
                 if by_distance is not None:
                     grad_bias[ranges.heads.to(grad_bias.device)] += by_distance
@@ -292,6 +294,9 @@ class RangeShard:
         return grads
 
 
-def _of_part(part: KeyPart, views: list[tuple[Keys, Tensor]]) -> Tensor:
-    """The received keys of a part, in order: (B, kv_heads, b, channels)."""
-    return torch.cat([rows for keys, rows in views if keys.part == part], 2)
+def _by_part(views: list[tuple[Keys, Tensor]]) -> dict[KeyPart, list[Tensor]]:
+    """The buffers of each part's keys, in order."""
+    found: dict[KeyPart, list[Tensor]] = {}
+    for keys, rows in views:
+        found.setdefault(keys.part, []).append(rows)
+    return found
