@@ -279,6 +279,26 @@ def test_two_runs_are_bit_identical(ranks):
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def changed_later(group, rank, case, first):
+    """Whether rows before ``first`` keep their bits when tokens from there on change."""
+    inputs = case.inputs()
+    found = []
+    for change in (0.0, 1.0):
+        tensors = [inputs[name].clone() for name in ("query", "key", "value")]
+        for x in tensors:
+            x[:, :, first:] += change
+        query, key, value = (x.split(case.shards, 2)[rank] for x in tensors)
+        options = {"is_causal": True, "segment_offset": case.segment_offset, "return_lse": True, "group": group}
+        found.append(pattern_attention(query, key, value, case.pattern, **options))
+    kept = max(0, first - sum(case.shards[:rank]))
+    return all(torch.equal(x[:, :, :kept], y[:, :, :kept]) for x, y in zip(*found, strict=True))
+
+
+def test_later_tokens_change_no_bit_of_earlier_rows(ranks):
+    case = Case((40, 25, 50), offset=(3, -8), dtype=torch.float32)
+    assert all(ranks(3, changed_later, case, 55))
+
+
 def bytes_sent(group, rank, case):
     """What the collective calls of one forward and backward pass carry to every rank."""
     counted = []
