@@ -9,8 +9,8 @@ from typer.testing import CliRunner, Result
 
 from longnet.cli.inspect import inspect
 from longnet.geometry.cost import cost
-from longnet.geometry.coverage import receptive_field
 from longnet.geometry.pattern import Pattern
+from longnet.geometry.reach import receptive_field
 
 app = typer.Typer()
 app.command()(inspect)

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from longnet.geometry.cost import Cost, KeysPerQuery, cost, keys_per_query
-from longnet.geometry.coverage import LONGEST_REACH, Coverage, LayerReach, coverage, receptive_field
+from longnet.geometry.coverage import Coverage, coverage
 from longnet.geometry.pattern import Pattern
+from longnet.geometry.reach import LONGEST_REACH, LayerReach, receptive_field
 from longnet.geometry.suggest import spanning_pattern, suggest_pattern
 
 Found = TypeVar("Found")

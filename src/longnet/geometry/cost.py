@@ -12,7 +12,7 @@ from fractions import Fraction
 from functools import cache
 from itertools import pairwise
 
-from longnet.checks import check_ints
+from longnet.checks import check_int, check_ints
 from longnet.geometry.pattern import Pattern
 from longnet.geometry.rows import Branch
 
@@ -53,7 +53,7 @@ class Cost:
         return Fraction(self.dilated.pairs, self.dense.pairs)
 
 
-def score_pairs(pattern: Pattern, heads: int, length: int, is_causal: bool = False) -> int:
+def score_pairs(pattern: Pattern, heads: int, length: int, is_causal: bool = False, *, segment_offset: int = 0) -> int:
     """Exact number of (query, key) pairs of one sequence, summed over heads, branches and the window.
 
     Closed form per branch and offset, so the length does not matter to the time it takes.
@@ -63,20 +63,24 @@ def score_pairs(pattern: Pattern, heads: int, length: int, is_causal: bool = Fal
         heads: query heads H.
         length: tokens N.
         is_causal: keys after the query are left out.
+        segment_offset: on the grid position ``p`` counts as ``p + segment_offset``.
     """
     check_ints(1, heads=heads, length=length)
+    check_int("segment_offset", segment_offset)
     total = 0
     if pattern.window is not None:
         before = _square(length, True) - _square(max(0, length - pattern.window), True)
         total += heads * (before if is_causal else 2 * before - length)
     for branch in pattern.branches:
         for offset, count in Counter(pattern.offset(branch, head, heads) for head in range(heads)).items():
-            for _, segments, tokens in branch.spans(length):
-                rows, places = branch.chosen(tokens, offset)
+            for start, segments, tokens in branch.spans(length, branch.origin(segment_offset)):
+                first = start - branch.segment_start(start)
+                earlier, rows = branch.chosen(first, offset), branch.chosen(first + tokens, offset)
+                keys, places = rows[0] - earlier[0], rows[1] - earlier[1]
                 if pattern.dilated_queries:
-                    pairs = _square(rows, is_causal)
+                    pairs = _square(keys, is_causal)
                 else:
-                    pairs = rows * tokens - (places if is_causal else 0)
+                    pairs = keys * (first + tokens) - places if is_causal else keys * tokens
                 total += count * segments * pairs
     return total
 
@@ -124,6 +128,7 @@ def cost(
     kv_heads: int | None = None,
     batch: int = 1,
     bytes_per_element: int = 2,
+    segment_offset: int = 0,
 ) -> Cost:
     """FLOPs and least memory traffic of attention with this pattern and of dense attention.
 
@@ -132,7 +137,7 @@ def cost(
     its gradient and lse, and writes three gradients. They are the same for dense attention: a pattern saves pairs.
 
     Args:
-        pattern, heads, length, is_causal: as in :func:`score_pairs`.
+        pattern, heads, length, is_causal, segment_offset: as in :func:`score_pairs`.
         head_dim: D.
         kv_heads: key/value heads Hk, a divisor of ``heads``; ``heads`` when None.
         batch: B.
@@ -160,7 +165,9 @@ def cost(
         )
 
     dense = batch * heads * _square(length, is_causal)
-    return Cost(work(batch * score_pairs(pattern, heads, length, is_causal)), work(dense))
+    pattern = pattern if kv_heads == heads else pattern.grouped(heads, kv_heads)
+    pairs = score_pairs(pattern, heads, length, is_causal, segment_offset=segment_offset)
+    return Cost(work(batch * pairs), work(dense))
 
 
 def digit_steps(chain: list[Branch], common: int) -> float:

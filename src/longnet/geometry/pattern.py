@@ -123,8 +123,10 @@ class Pattern(Branches):
         dilated_queries: bool = True,
         dilation_block: int = 1,
         head_offsets: str = "interleaved",
+        head_numbers: Sequence[int] | None = None,
+        total_heads: int = 0,
     ) -> Pattern:
-        """A pattern beyond the paper: see :func:`longnet.dilated_attention` for the arguments.
+        """A pattern beyond the paper: see :func:`longnet.dilated_attention` for the arguments, and :meth:`parse` for the last.
 
         Raises:
             TypeError, ValueError: as :meth:`parse`; also a ``window`` or ``dilation_block`` that is no int or below 1,
@@ -146,7 +148,8 @@ class Pattern(Branches):
             raise ValueError(
                 "segment_lengths=() and dilation_rates=() are empty and window=None: expected at least one branch, or a window"
             )
-        return cls(branches, _head_offsets(head_offsets, HEAD_OFFSETS), window=window, dilated_queries=dilated_queries)
+        numbers = None if head_numbers is None else HeadNumbers.parse(head_numbers, total_heads)
+        return cls(branches, _head_offsets(head_offsets, HEAD_OFFSETS), numbers, window, dilated_queries)
 
     @property
     def beyond_paper(self) -> str | None:
@@ -169,12 +172,29 @@ class Pattern(Branches):
 
     @property
     def period(self) -> int:
-        """The shortest distance after which every branch starts a new segment: no key is ever read across it."""
+        """The shortest distance after which every branch starts a new segment: no branch reads a key across it."""
         return math.lcm(*self.segment_lengths)
 
-    def window_start(self, position: int) -> int:
-        """The last position up to this one at which every branch starts a segment: no earlier key is read."""
-        return position - position % self.period
+    @property
+    def closed_period(self) -> int | None:
+        """The period, if no key is ever read across it; None with a window or a segment without end."""
+        return None if self.window is not None or UNBOUNDED in self.segment_lengths else self.period
+
+    @property
+    def longest_finite(self) -> int:
+        """Tokens of the longest segment that ends; 0 if none does."""
+        return max((length for length in self.given_lengths if length is not None), default=0)
+
+    @property
+    def farthest(self) -> int:
+        """At least 1, and above every distance from a query to a key."""
+        return max(*self.segment_lengths, self.window or 1, 1)
+
+    def window_start(self, position: int, segment_offset: int = 0) -> int:
+        """The last position up to this one, or 0, at which every branch starts a segment: no earlier key is read."""
+        if self.closed_period is None:
+            return 0
+        return max(0, position - (position + segment_offset) % self.closed_period)
 
     def same_segments(self, position: int, other: int) -> bool:
         """Whether both positions lie in one segment of every branch."""
@@ -182,7 +202,7 @@ class Pattern(Branches):
 
     def span(self, length: int) -> int:
         """At least 1, and above every distance from a query to a key in a sequence of ``length``."""
-        return max(1, min(max(*self.segment_lengths, self.window or 1, 1), length))
+        return max(1, min(self.farthest, length))
 
     def of(self, *branches: Branch) -> Pattern:
         """These branches alone, for the same heads."""

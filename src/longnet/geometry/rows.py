@@ -127,11 +127,19 @@ class Branch:
         """Whether the offset 0 selects a position: a head then has the same offset after it as in the segment."""
         return position % self.segment_length % self.dilation_rate == 0
 
-    def is_own_sequence(self, start: int, length: int | None) -> bool:
-        """Whether a sequence that began at ``start`` would have the same rows. A ``length`` of None means that it never ends."""
+    def is_own_sequence(self, start: int, length: int | None, segment_offset: int = 0) -> bool:
+        """Whether a sequence that began at ``start`` would have the same rows on its own grid, which is offset alike.
+
+        A ``length`` of None means that it never ends.
+        """
+        cycle = self.dilation_rate * self.block
+        if self.segment_length == UNBOUNDED:
+            return start % cycle == 0
         if start == self.segment_start(start):
             return True
-        return length is not None and self.is_aligned(start) and start + length <= self.segment_stop(start)
+        alone, moved = (position % self.segment_length for position in (segment_offset, segment_offset + start))
+        is_inside = length is not None and max(alone, moved) + length <= self.segment_length
+        return is_inside and (moved - alone) % cycle == 0
 
 
 class Branches:
@@ -147,6 +155,11 @@ class Branches:
     def given_lengths(self) -> tuple[int | None, ...]:
         """The segment lengths as a user writes them: None for a segment without end."""
         return tuple(None if length == UNBOUNDED else length for length in self.segment_lengths)
+
+    @property
+    def block(self) -> int:
+        """Tokens of a block: one number for all branches, 1 without any."""
+        return max((branch.block for branch in self.branches), default=1)
 
     @property
     def dilation_rates(self) -> tuple[int, ...]:
