@@ -63,9 +63,13 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
         "(dim, heads, dilation_rate, segment_size, dropout=0.0, causal=False, use_xpos=False, "
         "use_rel_pos_bias=False, distributed=False, *, qk_norm=False, kv_heads=None, "
         "bias=True, sub_norm=None, head_offsets='interleaved', head_numbers=None, xpos_scale_base=None, "
-        "rel_pos_buckets=32, rel_pos_max_distance=128, backend='auto', device=None, dtype=None)",
+        "rel_pos_buckets=32, rel_pos_max_distance=128, backend='auto', window=None, dilated_queries=True, "
+        "dilation_block=1, segment_offset=0, shift_keys=False, check_coverage=True, device=None, dtype=None)",
     ),
-    (DilatedAttention.forward, "(self, x, key_padding_mask=None, *, cu_seqlens=None, cache=None)"),
+    (
+        DilatedAttention.forward,
+        "(self, x, key_padding_mask=None, *, cu_seqlens=None, cache=None, segment_offset=None)",
+    ),
     (
         DilatedCache,
         "(segment_lengths, dilation_rates, *, batch_size, heads, head_dim, kv_heads=None, head_offsets='interleaved', "
@@ -111,13 +115,17 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     (longnet.geometry.make_plan, "(pattern, heads, length, first_head=0, last_head=None, segment_offset=0)"),
     (
         longnet.geometry.cost,
-        "(pattern, heads, length, head_dim, *, is_causal=False, kv_heads=None, batch=1, bytes_per_element=2)",
+        "(pattern, heads, length, head_dim, *, is_causal=False, kv_heads=None, batch=1, bytes_per_element=2, "
+        "segment_offset=0)",
     ),
     (longnet.geometry.coverage, "(pattern, heads, length=None)"),
     (longnet.geometry.uncovered_positions, "(pattern, heads, length=None)"),
     (longnet.geometry.keys_per_query, "(pattern, heads, length, is_causal=False)"),
-    (longnet.geometry.score_pairs, "(pattern, heads, length, is_causal=False)"),
-    (longnet.geometry.receptive_field, "(pattern, heads, length, layers, is_causal=False, position=None)"),
+    (longnet.geometry.score_pairs, "(pattern, heads, length, is_causal=False, *, segment_offset=0)"),
+    (
+        longnet.geometry.receptive_field,
+        "(pattern, heads, length, layers, is_causal=False, position=None, *, segment_offset=0)",
+    ),
     (
         longnet.geometry.suggest_pattern,
         "(max_length, budget, *, heads=None, ratio=2, head_offsets='interleaved')",
@@ -135,7 +143,9 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
 
 # Public methods and properties of the classes, their own and those of their bases in this package.
 MEMBERS = {
-    DilatedAttention: {"attend", "definition", "extra_repr", "forward", "reset_parameters"},
+    DilatedAttention: {
+        *("attend", "definition", "extra_repr", "forward", "reset_parameters", "segment_offset", "shift_keys"),
+    },
     DilatedCache: {
         *("clone", "device", "dtype", "load_state_dict", "moved", "nbytes", "position", "reorder", "reset"),
         "state_dict",

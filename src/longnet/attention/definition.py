@@ -41,8 +41,6 @@ class AttentionDefinition:
 
 
 def _run(inputs: AttentionInputs, backend: Backend, peers: Peers | None) -> tuple[Tensor, Tensor]:
-    if not torch.compiler.is_compiling():
-        warn_uncovered(inputs.spec.pattern, inputs.query.shape[1])
     if inputs.spec.documents is not None:
         return packed_attention(inputs, backend)
     if peers is not None and peers.size > 1:
@@ -73,7 +71,7 @@ def warn_uncovered(pattern: Pattern, heads: int) -> None:
             f"leave {uncovered.description} to no head ({float(uncovered.fraction):.1%} of {counted}): they get zero "
             "attention. Use at least as many heads as the rate, or add a branch of rate 1.",
             UserWarning,
-            stacklevel=5,
+            stacklevel=4,
         )
 
 
@@ -97,5 +95,5 @@ def _warn_unread(pattern: Pattern, heads: int) -> None:
             f"they {what}. Give each of a rate's offsets a head (more {whose}, or other head_offsets), or add a window or a "
             "branch of rate 1.",
             UserWarning,
-            stacklevel=6,
+            stacklevel=5,
         )

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor
 
 from longnet.attention.backends import select_backend
 from longnet.attention.call import AttentionInputs, checked_inputs, with_segment_offset
-from longnet.attention.definition import LONGNET, AttentionDefinition
+from longnet.attention.definition import LONGNET, AttentionDefinition, warn_uncovered
 from longnet.attention.packed import boundaries
 from longnet.attention.sharding import broadcast_error, peers_of
 from longnet.checks import check_flags, is_int
@@ -145,7 +146,7 @@ def dilated_attention(
     except (TypeError, ValueError) as error:
         _broadcast_error(group, error)
         raise
-    return pattern_attention(
+    result = pattern_attention(
         query,
         key,
         value,
@@ -159,6 +160,9 @@ def dilated_attention(
         backend=backend,
         group=group,
     )
+    if not torch.compiler.is_compiling():
+        _warn_uncovered(pattern, query, key)
+    return result
 
 
 def pattern_attention(
@@ -222,6 +226,10 @@ def _check_beyond_paper(beyond: str, needed_by_first: bool, definition: Attentio
         raise ValueError(f"{beyond} with needed_by_first or {definition.name}: expected what LongNet's paper has")
     if group is not None:
         raise ValueError(f"{beyond} given with a group: expected what LongNet's paper has, or no group")
+
+
+def _warn_uncovered(pattern: Pattern, query: Tensor, key: Tensor) -> None:
+    warn_uncovered(pattern.grouped(query.shape[1], key.shape[1]), query.shape[1])
 
 
 def _broadcast_error(group: Any, error: Exception) -> None:
