@@ -230,45 +230,36 @@ def with_segment_offset(inputs: AttentionInputs, segment_offset: int | Tensor) -
         TypeError, ValueError: as :func:`longnet.dilated_attention`.
     """
     documents, query = inputs.spec.documents, inputs.query
-    segment_offset = check_segment_offsets(segment_offset, query, None if documents is None else len(documents) - 1)
+    rows, axis = (query.shape[0], "B") if documents is None else (len(documents) - 1, "documents")
+    check_segment_offset(segment_offset, rows, query.device, "the query's", axis)
     if isinstance(segment_offset, Tensor):
         return replace(inputs, offsets=segment_offset)
     if torch.compiler.is_compiling() and segment_offset != 0:
         # As a tensor, so that another number is no other graph.
-        rows = query.shape[0] if documents is None else len(documents) - 1
         offsets = torch.full((rows,), segment_offset, dtype=torch.int64, device=query.device)
         return replace(inputs, offsets=offsets)
     return inputs.with_spec(segment_offset=segment_offset)
 
 
-def check_segment_offset(segment_offset: object, expected: str = "an int") -> int:
-    """``segment_offset`` itself.
-
-    Raises:
-        TypeError: no int. ValueError: above ``LONGEST_SEGMENT`` in magnitude.
-    """
+def check_segment_offset(segment_offset: object, rows: int, device: torch.device, whose: str, axis: str = "B") -> None:
+    """Raises TypeError, ValueError: neither an int of at most 2**40 nor an int64 tensor (rows,) on the device."""
+    if isinstance(segment_offset, Tensor):
+        if segment_offset.dtype != torch.int64:
+            raise TypeError(f"segment_offset has dtype {segment_offset.dtype}: expected torch.int64, or an int")
+        if segment_offset.dim() != 1 or segment_offset.shape[0] != rows:
+            raise ValueError(
+                f"segment_offset has shape {tuple(segment_offset.shape)}: expected ({axis},) = ({rows},), or an int"
+            )
+        if segment_offset.device != device:
+            raise ValueError(f"segment_offset is on {segment_offset.device}: expected {whose} device {device}")
+        return
     if not isinstance(segment_offset, int) or isinstance(segment_offset, bool):
-        kind = type(segment_offset).__name__
-        raise TypeError(f"segment_offset={segment_offset!r} has type {kind}: expected {expected}")
+        raise TypeError(
+            f"segment_offset={segment_offset!r} has type {type(segment_offset).__name__}: "
+            f"expected an int, or an int64 tensor ({axis},)"
+        )
     if not -LONGEST_SEGMENT <= segment_offset <= LONGEST_SEGMENT:
         raise ValueError(f"segment_offset={segment_offset}: expected at most {LONGEST_SEGMENT} in magnitude")
-    return segment_offset
-
-
-def check_segment_offsets(segment_offset: int | Tensor, query: Tensor, documents: int | None) -> int | Tensor:
-    """``segment_offset`` itself: as :func:`check_segment_offset`, or int64 of every row or document, on the query's device."""
-    rows, axis = (query.shape[0], "B") if documents is None else (documents, "documents")
-    if not isinstance(segment_offset, Tensor):
-        return check_segment_offset(segment_offset, f"an int, or an int64 tensor ({axis},)")
-    if segment_offset.dtype != torch.int64:
-        raise TypeError(f"segment_offset has dtype {segment_offset.dtype}: expected torch.int64, or an int")
-    if segment_offset.dim() != 1 or segment_offset.shape[0] != rows:
-        raise ValueError(
-            f"segment_offset has shape {tuple(segment_offset.shape)}: expected ({axis},) = ({rows},), or an int"
-        )
-    if segment_offset.device != query.device:
-        raise ValueError(f"segment_offset is on {segment_offset.device}: expected the query's device {query.device}")
-    return segment_offset
 
 
 def refuse_tracing() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longnet.attention.call import check_segment_offset, check_segment_offsets
+from longnet.attention.call import check_segment_offset
 from longnet.attention.definition import LONGNET, AttentionDefinition, warn_uncovered
 from longnet.attention.functional import pattern_attention
 from longnet.attention.packed import boundaries, by_token, positions
@@ -122,7 +122,7 @@ class DilatedAttention(nn.Module):
         }
         numbered: dict[str, Any] = {"head_offsets": head_offsets, "head_numbers": head_numbers, "total_heads": heads}
         self.pattern = _parse_pattern(segment_size, dilation_rate, **beyond, **numbered).grouped(heads, kv_heads)
-        self.segment_offset, self.shift_keys = check_segment_offset(segment_offset), shift_keys
+        self.segment_offset, self.shift_keys = _checked_offset(segment_offset), shift_keys
         self.dim, self.head_dim = dim, dim // heads
         if (numbers := self.pattern.head_numbers) is not None:
             heads, kv_heads = len(numbers.numbers), numbers.kv_heads(kv_heads)
@@ -197,7 +197,9 @@ class DilatedAttention(nn.Module):
         group = group_of(self.distributed)
         offset: int | Tensor = self.segment_offset
         if segment_offset is not None:
-            offset = check_segment_offsets(segment_offset, x, None if bounds is None else len(bounds) - 1)
+            rows, axis = (x.shape[0], "B") if bounds is None else (len(bounds) - 1, "documents")
+            check_segment_offset(segment_offset, rows, x.device, "x's", axis)
+            offset = segment_offset
         at = _positions(self, x, bounds, cache, group, offset)
         if self.shift_keys:
             _check_shift(cache, group)
@@ -272,6 +274,13 @@ def _parse_pattern(
         # Name the arguments as this constructor calls them.
         said = str(error).replace("segment_lengths", "segment_size").replace("dilation_rates", "dilation_rate")
         raise type(error)(said) from None
+
+
+def _checked_offset(segment_offset: int) -> int:
+    if isinstance(segment_offset, Tensor):
+        raise TypeError("segment_offset is a tensor: expected an int, or the tensor in the call itself")
+    check_segment_offset(segment_offset, 0, torch.device("cpu"), "the module's")
+    return segment_offset
 
 
 def _check_sizes(dim: int, heads: int, kv_heads: int, dropout: float) -> None:
