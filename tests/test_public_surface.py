@@ -85,7 +85,8 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
         "segment_lengths=(2048, 4096, 8192, 16384, 32768), dilation_rates=(1, 2, 4, 6, 12), kv_heads=None, "
         "causal=True, norm='layer', qk_norm=False, bias=True, dropout=0.0, use_xpos=True, use_rel_pos_bias=False, "
         "head_offsets='interleaved', head_numbers=None, xpos_scale_base=None, tie_embeddings=True, "
-        "gradient_checkpointing=False, loss_chunk=4096, feed_forward_chunk=None, backend='auto')",
+        "gradient_checkpointing=False, loss_chunk=4096, feed_forward_chunk=None, backend='auto', layer_types=None, "
+        "sliding_window=512, stride=4, stride_block=1, shift_keys=False)",
     ),
     (LongNetConfig.preset, "(name, **changes)"),
     (LongNetConfig.presets, "()"),
@@ -97,6 +98,7 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     (LongNetLM.hidden, "(self, tokens, key_padding_mask=None, *, cache=None)"),
     (LongNetLM.new_cache, "(self, batch_size, *, max_length=None, dtype=None)"),
     (LongNetLM.logits, "(self, hidden)"),
+    (LongNetLM.with_layer_types, "(self, layer_types, **changes)"),
     (
         LongNetLM.loss,
         "(self, tokens, targets, *, key_padding_mask=None, reduction='mean', ignore_index=-100)",
@@ -151,13 +153,16 @@ MEMBERS = {
         "state_dict",
     },
     LongNetConfig: {
-        *("feed_forward_dim", "from_dict", "head_dim", "layer_head_numbers", "preset", "presets", "replace", "to_dict"),
+        *("feed_forward_dim", "from_dict", "head_dim", "layer_attention", "layer_attentions", "layer_head_numbers"),
+        *("preset", "presets", "replace", "to_dict"),
     },
     LongNetLM: {
         *("check_mask", "check_tokens", "embed", "forward", "generate", "hidden", "logits", "loss", "new_cache"),
-        *("reset_parameters", "run_blocks"),
+        *("reset_parameters", "run_blocks", "with_layer_types"),
     },
-    LongNetEncoder: {"check_mask", "check_tokens", "embed", "forward", "reset_parameters", "run_blocks"},
+    LongNetEncoder: {
+        *("check_mask", "check_tokens", "embed", "forward", "reset_parameters", "run_blocks", "with_layer_types"),
+    },
 }
 
 

@@ -15,6 +15,7 @@ from longnet.attention.call import AttentionInputs
 from longnet.attention.packed import packed_attention
 from longnet.attention.sharding import Peers, sharded_attention
 from longnet.geometry import Pattern, uncovered_positions
+from longnet.geometry.reach import LayerAttention, uncovered_by_stack
 
 # Positions that are counted for a warning where a pattern's selection does not repeat early enough to count them all.
 _COUNTED = 1 << 20
@@ -72,6 +73,28 @@ def warn_uncovered(pattern: Pattern, heads: int) -> None:
             "attention. Use at least as many heads as the rate, or add a branch of rate 1.",
             UserWarning,
             stacklevel=4,
+        )
+
+
+def warn_uncovered_by_stack(layers: tuple[LayerAttention, ...]) -> None:
+    """As :func:`warn_uncovered`, once for the layers of a model together."""
+    if len({(layer.pattern, layer.heads, layer.segment_offset) for layer in layers}) == 1:
+        warn_uncovered(layers[0].pattern, layers[0].heads)
+    else:
+        _warn_uncovered_together(layers)
+
+
+@lru_cache(maxsize=256)
+def _warn_uncovered_together(layers: tuple[LayerAttention, ...]) -> None:
+    uncovered = uncovered_by_stack(layers, _LOOKED_AT)
+    if uncovered:
+        first = next(place for place in range(_LOOKED_AT) if uncovered >> place & 1)
+        warnings.warn(
+            f"the layers together leave {uncovered.bit_count() / _LOOKED_AT:.1%} of the first {_LOOKED_AT:,} positions to no "
+            f"head (position {first} is the first): they get zero attention. Use at least as many heads as the rates, or add a "
+            "branch of rate 1, a window or another layer type.",
+            UserWarning,
+            stacklevel=5,
         )
 
 

@@ -34,6 +34,19 @@ def make_cache(
     return LongNetCache(config, batch_size, dtype=dtype, device=devices)
 
 
+def uncached_reason(config: LongNetConfig) -> str | None:
+    """What keeps a model of this config from being read bit by bit, None if nothing does."""
+    if config.use_rel_pos_bias:
+        return "use_rel_pos_bias=True: cached attention takes no relative position bias yet; expected xPos or neither"
+    for layer in config.layer_attentions():
+        beyond = layer.pattern.beyond_paper or (
+            f"segment_offset={layer.segment_offset}" if layer.segment_offset else None
+        )
+        if beyond is not None:
+            return f"layer_types={config.layer_types}: a cache has no {beyond} yet; expected 'dilated_attention'"
+    return None
+
+
 class LongNetCache:
     """The keys and values that later tokens can still reach, layer by layer.
 
@@ -65,10 +78,8 @@ class LongNetCache:
             raise ValueError(
                 "config.causal=False: a bidirectional model reads later tokens first; expected a causal one"
             )
-        if config.use_rel_pos_bias:
-            raise ValueError(
-                "config.use_rel_pos_bias=True: cached attention takes no relative position bias yet; expected xPos or neither"
-            )
+        if (reason := uncached_reason(config)) is not None:
+            raise ValueError(f"config.{reason}")
         devices = [device] * config.layers if device is None or isinstance(device, (torch.device, str)) else device
         if len(devices) != config.layers:
             raise ValueError(
