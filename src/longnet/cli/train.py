@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from longnet.cli.model_config import read_config
 from longnet.cli.options import Options, options_of
 from longnet.cli.stopping import INTERRUPTED, stop_on_signal
 from longnet.training.settings import DEFAULT_STEPS, TrainSettings
@@ -123,17 +122,7 @@ def _read_model(preset: str | None, config: Path | None) -> LongNetConfig | None
         return LongNetConfig.preset(preset)
     if config is None:
         return None
-    text = config.read_text(encoding="utf-8")
-    try:
-        values = tomllib.loads(text) if config.suffix.lower() == ".toml" else json.loads(text)
-    except ValueError as error:
-        raise ValueError(
-            f"--config {config} is not {'TOML' if config.suffix == '.toml' else 'JSON'}: {error}"
-        ) from None
-    if not isinstance(values, dict):
-        raise ValueError(f"--config {config} holds a {type(values).__name__}: expected fields of LongNetConfig")
-    base = values.pop("preset", None)
-    return LongNetConfig.from_dict(values) if base is None else LongNetConfig.preset(base, **values)
+    return read_config("--config", config)
 
 
 def _run(settings: TrainSettings, resume: bool) -> None:

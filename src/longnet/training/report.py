@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from longnet.figures import plot_pattern
-from longnet.figures.patterns import EXACT_TOKENS
+from longnet.figures.patterns import plot_layers
+from longnet.geometry.reach import LayerAttention
 from longnet.models import LongNetConfig, LongNetLM
 from longnet.training.baselines import Baselines, measure_baselines
 from longnet.training.charts import plot_loss, plot_positions
@@ -107,7 +107,7 @@ def write_report(run: str | Path, *, corpus: Corpus | None = None, reporter: Rep
         pictures = {name: folder.path / f"{name}.png" for name in ("loss", "positions")}
         plot_loss(metrics, evaluation.baselines, pictures["loss"])
         plot_positions(evaluation.positions, evaluation.cuts, evaluation.baselines, pictures["positions"])
-        patterns = draw_patterns(settings.model, settings.context, folder.path)
+        patterns = plot_layers(_kinds_of_layers(settings.model), settings.context, folder.path / "pattern.png")
         prompt, continuation = _sample(model, data, device, tell)
         record["parameters"] = sum(weight.numel() for weight in model.parameters())
         write_text(
@@ -118,25 +118,10 @@ def write_report(run: str | Path, *, corpus: Corpus | None = None, reporter: Rep
         return evaluation
 
 
-def draw_patterns(config: LongNetConfig, context: int, folder: Path) -> dict[str, Path]:
-    """Draw the attention of every type of layer of a model, all heads; the first one is ``pattern.png``.
-
-    Types that LongNet's paper does not have are drawn for the first tokens alone, up to 128.
-    """
-    whole = config.replace(head_numbers=None)
-    pictures: dict[str, Path] = {}
-    kinds = config.layer_types or ("dilated_attention",)
-    for kind in dict.fromkeys(kinds):
-        layer = whole.layer_attention(kinds.index(kind))
-        is_paper = layer.pattern.beyond_paper is None and not layer.segment_offset
-        pictures[kind] = plot_pattern(
-            layer.pattern,
-            layer.heads,
-            context if is_paper else min(context, EXACT_TOKENS),
-            folder / (f"pattern_{kind}.png" if pictures else "pattern.png"),
-            segment_offset=layer.segment_offset,
-        )
-    return pictures
+def _kinds_of_layers(config: LongNetConfig) -> dict[str, LayerAttention]:
+    """Every type of layer of a model once, with all heads."""
+    whole, types = config.replace(head_numbers=None), config.layer_types or ("dilated_attention",)
+    return {kind: whole.layer_attention(types.index(kind)) for kind in dict.fromkeys(types)}
 
 
 def evaluate_model(
