@@ -73,12 +73,15 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     (
         DilatedCache,
         "(segment_lengths, dilation_rates, *, batch_size, heads, head_dim, kv_heads=None, head_offsets='interleaved', "
-        "head_numbers=None, dtype=None, device=None)",
+        "head_numbers=None, window=None, dilated_queries=True, dilation_block=1, segment_offset=0, capacity=None, "
+        "shift_keys=False, dtype=None, device=None)",
     ),
     (DilatedCache.reorder, "(self, index)"),
     (DilatedCache.load_state_dict, "(self, state)"),
     (DilatedCache.moved, "(self, tokens, *, on_device=True)"),
-    (stream_attention, "(query, key, value, cache, *, scale=None, key_padding_mask=None)"),
+    (DilatedCache.set_segment_offset, "(self, segment_offset)"),
+    (DilatedCache.holds, "(self, position)"),
+    (stream_attention, "(query, key, value, cache, *, scale=None, key_padding_mask=None, return_lse=False)"),
     (
         LongNetConfig,
         "(vocab_size=256, dim=768, heads=12, layers=12, ffn_dim=None, "
@@ -149,8 +152,19 @@ MEMBERS = {
         *("attend", "definition", "extra_repr", "forward", "reset_parameters", "segment_offset", "shift_keys"),
     },
     DilatedCache: {
-        *("clone", "device", "dtype", "load_state_dict", "moved", "nbytes", "position", "reorder", "reset"),
-        "state_dict",
+        *(
+            "bounded",
+            "clone",
+            "device",
+            "dtype",
+            "holds",
+            "load_state_dict",
+            "moved",
+            "nbytes",
+            "nbytes_used",
+            "position",
+        ),
+        *("reading", "reorder", "reset", "set_segment_offset", "state_dict"),
     },
     LongNetConfig: {
         *("feed_forward_dim", "from_dict", "head_dim", "layer_attention", "layer_attentions", "layer_head_numbers"),

@@ -186,6 +186,11 @@ class Pattern(Branches):
         return max((length for length in self.given_lengths if length is not None), default=0)
 
     @property
+    def shifted_offset(self) -> int:
+        """The grid's offset in layers whose segments are to begin elsewhere: two thirds of the longest that ends."""
+        return 2 * self.longest_finite // 3
+
+    @property
     def farthest(self) -> int:
         """At least 1, and above every distance from a query to a key."""
         return max(*self.segment_lengths, self.window or 1, 1)

@@ -178,7 +178,7 @@ class LongNetConfig:
         return LayerAttention(
             pattern,
             self.heads if numbers is None else len(numbers),
-            2 * max(self.segment_lengths) // 3 if kind == "shifted_dilated_attention" else 0,
+            pattern.shifted_offset if kind == "shifted_dilated_attention" else 0,
             self.shift_keys and kind in SHIFTED_KEYS_TYPES,
         )
 
