@@ -326,6 +326,12 @@ def _check_cache(module: DilatedAttention, cache: DilatedCache | None, cu_seqlen
         raise ValueError("cache given with causal=False: a cache holds what came before, expected a causal module")
     if module.rel_pos_bias is not None:
         raise ValueError("cache given with use_rel_pos_bias=True: cached attention takes no relative bias yet")
+    for name in ("dilated_queries", "block", "head_offsets"):
+        of_cache, own = getattr(cache.pattern, name), getattr(module.pattern, name)
+        if of_cache != own:
+            raise ValueError(f"cache has {name}={of_cache!r}: expected the module's {own!r}")
+    if (cache.pattern.window is None) != (module.pattern.window is None):
+        raise ValueError(f"cache has window={cache.pattern.window}: expected the module's {module.pattern.window}")
     if cache.pattern.head_numbers != module.pattern.head_numbers:
         raise ValueError(
             f"cache is of head_numbers={cache.pattern.head_numbers}: expected the module's {module.pattern.head_numbers}"
@@ -351,7 +357,8 @@ def _positions(
     """Where the tokens of a call stand: in a stream, in documents, in a shard, or in one sequence."""
     length = x.shape[1]
     if cache is not None:
-        return Positions(cache.position, length, streaming=True, counter=cache.position_tensor)
+        grid = 0 if cache.offsets is None else cache.offsets.unsqueeze(-1)
+        return Positions(cache.position, length, streaming=True, counter=cache.position_tensor, segment_offset=grid)
     if bounds is not None and (module.xpos is not None or module.shift_keys):
         longest = max((stop - start for start, stop in pairwise(bounds)), default=0)
         if isinstance(segment_offset, Tensor):

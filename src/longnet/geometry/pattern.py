@@ -213,6 +213,12 @@ class Pattern(Branches):
         """These branches alone, for the same heads."""
         return replace(self, branches=branches, window=None)
 
+    def shortened(self, length: int, segment_offset: int) -> Pattern:
+        """What ``length`` tokens cannot tell from this pattern, with the shortest segments and window."""
+        branches = tuple(branch.shortened(length, segment_offset) for branch in self.branches)
+        window = None if self.window is None else min(self.window, length)
+        return replace(self, branches=branches, window=window)
+
     def offset(self, branch: Branch, head: T, heads: int) -> T:
         """The offset of ``head`` (of ``heads``) inside every segment of ``branch``.
 

@@ -5,7 +5,7 @@ Source: LongNet, arXiv 2307.02486, section 2.2. All other files ask this one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 # An int, or an array or tensor of ints.
@@ -58,6 +58,13 @@ class Branch:
         return segment_offset % (
             self.dilation_rate * self.block if self.segment_length == UNBOUNDED else self.segment_length
         )
+
+    def shortened(self, length: int, segment_offset: int) -> Branch:
+        """The branch of the shortest segments that ``length`` tokens cannot tell from this one."""
+        stop = segment_offset + length
+        if self.segment_length == UNBOUNDED or not 0 <= segment_offset < stop < self.segment_length:
+            return self
+        return replace(self, segment_length=max(self.dilation_rate, stop))
 
     def segment_number(self, position: T) -> T:
         """Which segment holds a position."""

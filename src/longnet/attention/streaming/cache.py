@@ -40,10 +40,11 @@ class DilatedCache(SavedRows):
         head_numbers: which of the ``heads`` there are, None for all: others were pruned, with whole key/value heads. The
             attributes ``heads`` and ``kv_heads`` count those that are left.
         window, dilated_queries, dilation_block, segment_offset: as of :func:`longnet.dilated_attention`; the offset may be
-            int64 (B,), and :meth:`set_segment_offset` can change it until the first token.
+            int64 (B,), and :meth:`set_segment_offset` can change a row's until its first real token.
         capacity: tokens that are read at most, more raise an error. Segments without end then have room for exactly these;
             without it their room doubles when it is full, which a captured step of a CUDA graph cannot do.
         shift_keys: also keep ``last_key``, for a module whose keys depend on the token before.
+        check_coverage: warn of positions that no head covers.
         dtype: of keys and values, torch's default dtype if None.
         device: where they are.
 
@@ -79,6 +80,7 @@ class DilatedCache(SavedRows):
         segment_offset: int | Tensor = 0,
         capacity: int | None = None,
         shift_keys: bool = False,
+        check_coverage: bool = True,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -86,7 +88,7 @@ class DilatedCache(SavedRows):
         check_ints(1, batch_size=batch_size, heads=heads, head_dim=head_dim, kv_heads=kv_heads)
         if capacity is not None:
             check_int("capacity", capacity, 1)
-        check_flags(shift_keys=shift_keys)
+        check_flags(shift_keys=shift_keys, check_coverage=check_coverage)
         if heads % kv_heads:
             raise ValueError(f"heads={heads} is not divisible by kv_heads={kv_heads}")
         pattern = Pattern.compose(
@@ -106,7 +108,8 @@ class DilatedCache(SavedRows):
             raise TypeError(f"dtype={dtype!r} has type {type(dtype).__name__}: expected a torch.dtype")
         if dtype not in _DTYPES:
             raise ValueError(f"dtype={dtype}: expected one of {', '.join(map(str, _DTYPES))}")
-        warn_uncovered(pattern, heads)
+        if check_coverage:
+            warn_uncovered(pattern, heads)
         super().__init__(
             pattern,
             batch_size=batch_size,

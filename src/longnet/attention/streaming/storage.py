@@ -174,7 +174,7 @@ class RowStorage:
         self._most_padding = most
 
     def set_segment_offset(self, segment_offset: int | Tensor) -> None:
-        """Move the grid before the first token: position ``p`` counts as ``p + segment_offset``, until :meth:`reset`.
+        """Move the grid before a row's first real token: position ``p`` counts as ``p + segment_offset``, until :meth:`reset`.
 
         For rows that are padded on the left: minus a row's padding makes it what it is alone. A step is captured in a CUDA
         graph after it. A tensor is read once and waited for.
@@ -183,14 +183,19 @@ class RowStorage:
             segment_offset: an int, or (B,) int64 on the cache's device, one for each batch row.
 
         Raises:
-            TypeError: neither. ValueError: another shape or device, above 2**40 in magnitude, or tokens have been read.
+            TypeError: neither. ValueError: another shape or device, above 2**40 in magnitude, or another offset of a row that
+                has read a token that is no padding.
         """
         self._check_whole()
-        if self._position:
-            raise ValueError(
-                f"segment_offset={segment_offset} after {self._position} tokens: expected it before the first, or after reset()"
-            )
         self._check_offset(segment_offset)
+        if self._position:
+            begun = (self.padding < self._position).tolist()
+            offsets = zip(begun, self._row_offsets, self._offsets_of(segment_offset), strict=True)
+            if any(row_begun and new != old for row_begun, old, new in offsets):
+                raise ValueError(
+                    f"segment_offset={segment_offset} after {self._position} tokens: expected it before a row's first real "
+                    "token, or after reset()"
+                )
         with self._writing():
             self._place_grid(segment_offset)
 
