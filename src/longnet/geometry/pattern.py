@@ -176,9 +176,10 @@ class Pattern(Branches):
         """The last position up to this one at which every branch starts a segment: no earlier key is read."""
         return position - position % self.period
 
-    def same_segments(self, position: int, other: int) -> bool:
+    def same_segments(self, position: int, other: int, segment_offset: int = 0) -> bool:
         """Whether both positions lie in one segment of every branch."""
-        return all(branch.segment_number(position) == branch.segment_number(other) for branch in self.branches)
+        grids = ((branch, branch.origin(segment_offset)) for branch in self.branches)
+        return all(branch.segment_number(position + c) == branch.segment_number(other + c) for branch, c in grids)
 
     def span(self, length: int) -> int:
         """At least 1, and above every distance from a query to a key in a sequence of ``length``."""

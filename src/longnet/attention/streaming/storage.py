@@ -274,10 +274,5 @@ class RowStorage:
         return (
             not overwritten
             and self.last_key is None
-            and all(
-                branch.segment_number(position + branch.origin(offset))
-                == branch.segment_number(self._position + branch.origin(offset))
-                for offset in set(self._row_offsets)
-                for branch in self.pattern.branches
-            )
+            and all(self.pattern.same_segments(position, self._position, offset) for offset in set(self._row_offsets))
         )
