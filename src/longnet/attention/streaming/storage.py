@@ -214,8 +214,8 @@ class RowStorage:
         return (segment_offset,) * self.batch_size
 
     def _make_tables(self) -> None:
-        kind = StepTables if self._is_paper else BandTables
-        self.tables = kind(self.layout, self.keys.device)
+        layout, device = self.layout, self.keys.device
+        self.tables = StepTables(layout, device) if self._is_paper else BandTables(layout, self.batch_size, device)
 
     def _make_room(self, tokens: int) -> None:
         """See to it that the next tokens can be written.
