@@ -172,6 +172,11 @@ class Pattern(Branches):
         """The shortest distance after which every branch starts a new segment: no key is ever read across it."""
         return math.lcm(*self.segment_lengths)
 
+    def least_offset(self, segment_offset: int) -> int:
+        """The least offset, from 0 on, that gives the same grid; the offset itself where the grid repeats too late."""
+        period = math.lcm(*(branch.grid_period for branch in self.branches))
+        return segment_offset % period if period <= LONGEST_SEGMENT else segment_offset
+
     def window_start(self, position: int) -> int:
         """The last position up to this one at which every branch starts a segment: no earlier key is read."""
         return position - position % self.period
