@@ -13,9 +13,9 @@ from triton.compiler import ASTSource
 from longnet.attention.streaming import band_kernels as kernels
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "alone": ("*bf16", {"SHARE": 1, "SHARE_BLOCK": 1, "PRODUCTS": False, "D": 64, "D_BLOCK": 64, "ROWS": 256}),
-    "shared": ("*bf16", {"SHARE": 4, "SHARE_BLOCK": 16, "PRODUCTS": True, "D": 128, "D_BLOCK": 128, "ROWS": 256}),
-    "single": ("*fp32", {"SHARE": 3, "SHARE_BLOCK": 4, "PRODUCTS": False, "D": 20, "D_BLOCK": 32, "ROWS": 128}),
+    "alone": ("*bf16", {"SHARE": 1, "SHARE_BLOCK": 16, "PRODUCTS": True, "D": 64, "D_BLOCK": 64, "ROWS": 64}),
+    "shared": ("*bf16", {"SHARE": 4, "SHARE_BLOCK": 16, "PRODUCTS": True, "D": 256, "D_BLOCK": 256, "ROWS": 32}),
+    "single": ("*fp32", {"SHARE": 3, "SHARE_BLOCK": 4, "PRODUCTS": False, "D": 20, "D_BLOCK": 32, "ROWS": 32}),
 }
 
 
@@ -39,7 +39,9 @@ def assembler(name: str, case: str, target: int) -> str:
     own = {key: value for key, value in constants.items() if key in function.arg_names}
     signature = {key: "constexpr" if key in own else types.get(key, kind) for key in function.arg_names}
     compiled: Any = triton.compile(
-        ASTSource(function, signature, own), target=GPUTarget("cuda", target, 32), options={"num_warps": 8}
+        ASTSource(function, signature, own),
+        target=GPUTarget("cuda", target, 32),
+        options={"num_warps": 4, "num_stages": 3},
     )
     assert len(compiled.asm["cubin"]) > 1000
     # What a program may have on GPUs from compute capability 8.0 on.

@@ -58,11 +58,11 @@ STRIDED = BandStream(
 )  # fmt: skip
 
 
-# The interpreter multiplies matrices of bfloat16 as if they were integers: they have one head for each key/value head.
+# No bfloat16: the interpreter multiplies matrices of it as if they were of integers. test_stream_device.py has it.
 @interpreted_only
 @pytest.mark.parametrize(
     ("dtype", "group", "allowed"),
-    [(torch.float32, 4, 1e-5), (torch.float16, 4, 2e-3), (torch.float16, 1, 2e-3), (torch.bfloat16, 1, 1e-2)],
+    [(torch.float32, 4, 1e-5), (torch.float16, 4, 2e-3), (torch.float16, 1, 2e-3)],
 )
 def test_half_precision_statistics_are_float32(dtype: torch.dtype, group: int, allowed: float) -> None:
     stream = replace(STRIDED, dtype=dtype, group=group)
@@ -119,5 +119,5 @@ def test_the_kernels_compile() -> None:
     rows = [line.split() for line in done.stdout.splitlines()]
     cases = [(case, target) for case in ("alone", "shared", "single") for target in ("80", "90")]
     assert [tuple(row[:2]) for row in rows] == cases
-    # Products of matrices where heads share rows, no registers in memory anywhere.
-    assert all((int(products) > 0) == (case == "shared") and spilled == "0" for case, _, products, spilled in rows)
+    # Products of matrices for 16 bits, no registers in memory anywhere.
+    assert all((int(products) > 0) == (case != "single") and spilled == "0" for case, _, products, spilled in rows)

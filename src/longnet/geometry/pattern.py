@@ -201,9 +201,15 @@ class Pattern(Branches):
             return 0
         return max(0, position - (position + segment_offset) % self.closed_period)
 
-    def same_segments(self, position: int, other: int) -> bool:
+    def least_offset(self, segment_offset: int) -> int:
+        """The least offset, from 0 on, that gives the same grid; the offset itself where the grid repeats too late."""
+        period = math.lcm(*(branch.grid_period for branch in self.branches))
+        return segment_offset % period if period <= LONGEST_SEGMENT else segment_offset
+
+    def same_segments(self, position: int, other: int, segment_offset: int = 0) -> bool:
         """Whether both positions lie in one segment of every branch."""
-        return all(branch.segment_number(position) == branch.segment_number(other) for branch in self.branches)
+        grids = ((branch, branch.origin(segment_offset)) for branch in self.branches)
+        return all(branch.segment_number(position + c) == branch.segment_number(other + c) for branch, c in grids)
 
     def span(self, length: int) -> int:
         """At least 1, and above every distance from a query to a key in a sequence of ``length``."""

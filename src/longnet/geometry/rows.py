@@ -55,9 +55,12 @@ class Branch:
 
     def origin(self, segment_offset: T) -> T:
         """Where token 0 stands on the grid when position ``p`` counts as ``p + segment_offset``; at least 0."""
-        return segment_offset % (
-            self.dilation_rate * self.block if self.segment_length == UNBOUNDED else self.segment_length
-        )
+        return segment_offset % self.grid_period
+
+    @property
+    def grid_period(self) -> int:
+        """Tokens after which its grid repeats."""
+        return self.dilation_rate * self.block if self.segment_length == UNBOUNDED else self.segment_length
 
     def shortened(self, length: int, segment_offset: int) -> Branch:
         """The branch of the shortest segments that ``length`` tokens cannot tell from this one."""

@@ -44,7 +44,9 @@ def attend_band_chunk(
     if cache._most_padding > start:
         padded = torch.arange(start, start + length, device=query.device) < cache.padding[:, None]
     same = len(set(cache._row_offsets)) == 1
-    spec = AttentionSpec(cache.pattern, True, scale, segment_offset=cache._row_offsets[0] + start if same else 0)
+    # The least offset, so that chunks at one place of the grid have one plan.
+    place = cache.pattern.least_offset(cache._row_offsets[0] + start) if same else 0
+    spec = AttentionSpec(cache.pattern, True, scale, segment_offset=place)
     offsets = None if same or cache.offsets is None else cache.offsets + start
     chunk = AttentionInputs(query, key, value, padded, None, spec, offsets)
     out, lse = select_backend("auto", chunk).run(chunk)

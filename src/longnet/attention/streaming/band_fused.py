@@ -13,11 +13,12 @@ from longnet.attention.streaming.band_tables import BandTables
 from longnet.attention.streaming.cache import DilatedCache
 from longnet.runtime.triton_support import power_of_two
 
-_WARPS = 8
-# Rows, at least, of a product of matrices; elements of keys that a program holds at a time, and of products that it sums.
+# What registers and shared memory hold of several programs of an H200's multiprocessor at a time, so that memory never waits.
+_WARPS, _STAGES = 4, 3
+# Rows, at least, of a product of matrices; elements of keys in a tile, and of products that are summed.
 _LEAST_ROWS = 16
-_KEYS = 1 << 15
-_SUMS = 1 << 14
+_KEYS = 1 << 13
+_SUMS = 1 << 12
 
 
 def fused_band_step(
@@ -31,10 +32,10 @@ def fused_band_step(
     query, key, value = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (query, key, value))
     (batch, heads, _, dim), tables, kind = query.shape, cache.tables, lse_dtype(query.dtype)
     assert isinstance(tables, BandTables)
-    # Heads that share rows are the rows of one product; other heads, and wide numbers, are multiplied and summed.
-    products = tables.share > 1 and query.dtype.itemsize == 2
+    # The query heads of a reader are the rows of a product of matrices; wide numbers are multiplied and summed.
+    products = query.dtype.itemsize == 2
     share, d_block = (power_of_two(x, _LEAST_ROWS if products else 1) for x in (tables.share, dim))
-    rows = min(band_tables.PART, _KEYS // d_block if products else max(1, _SUMS // (share * d_block)))
+    rows = min(64, band_tables.PART, _KEYS // d_block if products else max(1, _SUMS // (share * d_block)))
     options = {
         "SHARE": tables.share, "D": dim, "D_BLOCK": d_block,
         "KIND": tl.float64 if kind == torch.float64 else tl.float32,
@@ -49,7 +50,7 @@ def fused_band_step(
             cache.padding if cache.offsets is None else cache.offsets, tables.readers, tables.members,
             tables.part_table, query.stride()[:2], key.stride()[:2], value.stride()[:2], cache.keys.stride(0),
             tables.parts, tables.part_rows // rows, SHARE_BLOCK=share, PRODUCTS=products, BY_ROW=cache.offsets is not None,
-            DILATED=cache.pattern.dilated_queries, ROWS=rows, SCALE=scale, num_warps=_WARPS, **options,
+            DILATED=cache.pattern.dilated_queries, ROWS=rows, SCALE=scale, num_warps=_WARPS, num_stages=_STAGES, **options,
         )  # fmt: skip
         mix_bands_kernel[(batch * heads,)](
             parts, part_lse, out, lse, cache.position_tensor, seen, tables.of_heads, out.stride()[:2], heads,

@@ -55,8 +55,8 @@ def parts_kernel(
     base = tl.where(length > 0, 0, _chosen_before(origin, offset, rate, block))
     new_row = _chosen_before(place, offset, rate, block) - base
     selected = (place // block % rate) == offset
-    before = tl.maximum(padding - (position - place), 0)
-    hidden = _chosen_before(before, offset, rate, block) - base
+    padded = tl.maximum(padding - (position - place), 0)
+    hidden = _chosen_before(padded, offset, rate, block) - base
     # Rows of the ring are read all around, those of a segment up to the new one.
     last = tl.where(is_ring, tl.minimum(position, rows), new_row)
     g = tl.arange(0, SHARE_BLOCK)
@@ -76,45 +76,49 @@ def parts_kernel(
     q = tl.load(Q + batch * q_at[0] + head[:, None] * q_at[1] + d[None, :], mask=q_ok, other=0.0)
     wide = q.to(KIND)
     stretch = batch * cache_at + first * D
+    # Rows are numbers of 32 bits from here on.
+    new_row, hidden = tl.minimum(new_row, rows).to(tl.int32), tl.minimum(hidden, rows).to(tl.int32)
+    last, reach = tl.minimum(last, rows).to(tl.int32), tl.minimum(position - padding, rows).to(tl.int32)
+    around = rows.to(tl.int32)
     row_max = tl.full([SHARE_BLOCK], float("-inf"), KIND)
     row_sum = tl.zeros([SHARE_BLOCK], KIND)
     acc = tl.zeros([SHARE_BLOCK, D_BLOCK], KIND)
+    inside = n[:, None] * D + d[None, :]
     for tile in tl.range(0, tiles):
         start = low + tile * ROWS
         row = start + n
-        # The latest position of each row of the ring.
-        age = (new_row - row + rows) % rows
-        ok = tl.where(is_ring, (position - age >= padding) & (row != new_row), row >= hidden) & (row < last)
-        at = stretch + tl.cast(start, tl.int64) * D + n[:, None] * D + d[None, :]
-        k = tl.load(KEYS + at, mask=ok[:, None] & d_ok[None, :], other=0.0)
-        v = tl.load(VALUES + at, mask=ok[:, None] & d_ok[None, :], other=0.0)
+        # Tokens since the one in a row of the ring.
+        age = new_row - row + tl.where(row > new_row, around, 0)
+        ok = tl.where(is_ring, (age > 0) & (age <= reach), row >= hidden) & (row < last)
+        tile_at = stretch + tl.cast(start, tl.int64) * D
+        k = tl.load(KEYS + tile_at + inside, mask=ok[:, None] & d_ok[None, :], other=0.0)
+        v = tl.load(VALUES + tile_at + inside, mask=ok[:, None] & d_ok[None, :], other=0.0)
         if PRODUCTS:
-            s = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
+            s = tl.dot(q, tl.trans(k)) * SCALE
         else:
             s = tl.sum(wide[:, None, :] * k.to(KIND)[None, :, :], 2) * SCALE
         s = tl.where(ok[None, :], s, float("-inf"))
         new = tl.maximum(row_max, tl.max(s, 1))
         # Before the first key both are -inf, and their difference would be NaN.
         top = tl.where(new == float("-inf"), 0.0, new)
-        p = tl.exp(s - top[:, None])
-        rescale = tl.exp(row_max - top)
+        p, rescale = tl.exp(s - top[:, None]), tl.exp(row_max - top)
         row_max, row_sum = new, row_sum * rescale + tl.sum(p, 1)
         if PRODUCTS:
-            acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+            acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v)
         else:
             acc = acc * rescale[:, None] + tl.sum(p[:, :, None] * v.to(KIND)[None, :, :], 1)
     if here:
         k_new = tl.load(K + batch * k_at[0] + kv_head * k_at[1] + d, mask=d_ok, other=0.0)
         v_new = tl.load(V + batch * v_at[0] + kv_head * v_at[1] + d, mask=d_ok, other=0.0)
-        at = stretch + new_row * D + d
+        at = stretch + tl.cast(new_row, tl.int64) * D + d
         tl.store(KEYS + at, k_new, mask=d_ok)
         tl.store(VALUES + at, v_new, mask=d_ok)
         if position >= padding:
-            s = tl.sum(wide * k_new.to(KIND)[None, :], 1) * SCALE
-            new = tl.maximum(row_max, s)
-            rescale, p = tl.exp(row_max - new), tl.exp(s - new)
-            row_max, row_sum = new, row_sum * rescale + p
-            acc = acc * rescale[:, None] + p[:, None] * v_new.to(KIND)[None, :]
+            own = tl.sum(wide * k_new.to(KIND)[None, :], 1) * SCALE
+            both = tl.maximum(row_max, own)
+            before, weight = tl.exp(row_max - both), tl.exp(own - both)
+            row_max, row_sum = both, row_sum * before + weight
+            acc = acc * before[:, None] + weight[:, None] * v_new.to(KIND)[None, :]
     some = row_sum > 0
     total = tl.where(some, row_sum, 1.0)
     is_stored = (g < SHARE)[:, None] & d_ok[None, :]

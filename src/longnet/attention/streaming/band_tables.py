@@ -8,9 +8,10 @@ from torch import Tensor
 from longnet.geometry.layout import Layout, head_numbers
 from longnet.geometry.rows import UNBOUNDED
 
-# Rows that a program reads, or a multiple where more than the most programs would share a reader's.
+# Rows that a program reads, or a power of two as many where that is more than the most programs, of a reader or in all.
 PART = 256
 MOST_PARTS = 64
+MOST_PROGRAMS = 8192
 
 
 class BandTables:
@@ -20,9 +21,12 @@ class BandTables:
     Its rows are cut into parts of ``part_rows`` rows, a program each.
     """
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
+    def __init__(self, layout: Layout, batch_size: int, device: torch.device) -> None:
         largest = max((block.rows for block in layout.blocks), default=0)
-        self.part_rows = PART * max(1, -(-largest // (PART * MOST_PARTS)))
+        least = max(largest / MOST_PARTS, batch_size * layout.rows / MOST_PROGRAMS)
+        self.part_rows = PART
+        while self.part_rows < least:
+            self.part_rows *= 2
         readers: list[list[int]] = []
         members: list[list[int]] = []
         parts: list[list[int]] = []

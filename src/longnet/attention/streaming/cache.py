@@ -125,13 +125,14 @@ class DilatedCache(SavedRows):
 
     def reset(self) -> None:
         """Forget everything: the next token is the first, on the grid that the cache was made with."""
+        as_made = not self._torn and self._row_offsets == self._offsets_of(self._first_offset)
         self._torn = True
         self._position = self._most_padding = 0
         self.position_tensor.zero_()
         self.padding.zero_()
         if self.last_key is not None:
             self.last_key.zero_()
-        if self._row_offsets != self._offsets_of(self._first_offset):
+        if not as_made:
             self._place_grid(self._first_offset)
         self._torn = False
 

@@ -62,9 +62,10 @@ class SavedRows(RowStorage):
         if self.capacity is not None and position > self.capacity:
             raise ValueError(f"state['position'] is {position}: expected at most this cache's capacity={self.capacity}")
         self._make_room(position - self._position)
-        self._torn = True
-        if offsets != self._row_offsets:
-            self._place_grid(_ints(offsets))
+        another_grid, self._torn = self._torn or offsets != self._row_offsets, True
+        if another_grid:
+            as_made = offsets == self._offsets_of(self._first_offset)
+            self._place_grid(self._first_offset if as_made else _ints(offsets))
         first = 0
         for block, low, high in self._saved_blocks(position, offsets) if "format" in state else self._all_blocks():
             last = first + block.kv_count * (high - low)

@@ -24,9 +24,13 @@ _FIRST_ROOM = 1024
 class RowStorage:
     """The tensors of a :class:`longnet.DilatedCache`, and the numbers that say what is where in them."""
 
+    keys: Tensor
+    values: Tensor
     layout: Layout
     tables: StepTables | BandTables
     offsets: Tensor | None
+    _row_offsets: tuple[int, ...]
+    _by_row: bool
 
     def __init__(
         self,
@@ -196,8 +200,7 @@ class RowStorage:
                     f"segment_offset={segment_offset} after {self._position} tokens: expected it before a row's first real "
                     "token, or after reset()"
                 )
-        with self._writing():
-            self._place_grid(segment_offset)
+        self._place_grid(segment_offset)
 
     def _check_offset(self, segment_offset: int | Tensor) -> None:
         check_segment_offset(segment_offset, self.batch_size, self.padding.device, "the cache's")
@@ -205,22 +208,24 @@ class RowStorage:
             raise ValueError(f"segment_offset holds {largest} in magnitude: expected at most {LONGEST_SEGMENT}")
 
     def _place_grid(self, segment_offset: int | Tensor) -> None:
-        self._row_offsets = self._offsets_of(segment_offset)
-        # Who gave each row its grid knows what padding does.
-        self._by_row = isinstance(segment_offset, Tensor)
+        row_offsets = self._offsets_of(segment_offset)
         with torch.inference_mode(False):
-            some = any(self._row_offsets)
-            self.offsets = torch.tensor(self._row_offsets, device=self.padding.device) if some else None
-            self._make_tables()
+            offsets = torch.tensor(row_offsets, device=self.padding.device) if any(row_offsets) else None
+            tables = self._make_tables(self.layout, offsets)
+        # At once: an interrupt finds all of it or nothing. Who gave each row its grid knows what padding does.
+        self.__dict__.update(
+            _row_offsets=row_offsets, offsets=offsets, tables=tables, _by_row=isinstance(segment_offset, Tensor)
+        )
 
     def _offsets_of(self, segment_offset: int | Tensor) -> tuple[int, ...]:
         if isinstance(segment_offset, Tensor):
             return tuple(segment_offset.tolist())
         return (segment_offset,) * self.batch_size
 
-    def _make_tables(self) -> None:
-        kind = StepTables if self._is_paper else BandTables
-        self.tables = kind(self.layout, self.keys.device)
+    def _make_tables(self, layout: Layout, offsets: Tensor | None) -> StepTables | BandTables:
+        if offsets is None and self.pattern.beyond_paper is None:
+            return StepTables(layout, self.keys.device)
+        return BandTables(layout, self.batch_size, self.keys.device)
 
     def _make_room(self, tokens: int) -> None:
         """See to it that the next tokens can be written.
@@ -259,10 +264,9 @@ class RowStorage:
                     rows[:, :, : old.rows] = source[:, old.first : old.first + old.size].unflatten(
                         1, (old.kv_count, old.rows)
                     )
-            with self._writing():
-                self.keys, self.values = grown
-                self.layout, self._room = layout, room
-                self._make_tables()
+            tables = self._make_tables(layout, self.offsets)
+        # At once: an interrupt finds all of it or nothing.
+        self.__dict__.update(keys=grown[0], values=grown[1], layout=layout, tables=tables, _room=room)
 
     def holds(self, position: int) -> bool:
         """Whether all that the token after an earlier ``position`` reads is still there, so that ``moved`` can go back to it.
@@ -279,10 +283,5 @@ class RowStorage:
         return (
             not overwritten
             and self.last_key is None
-            and all(
-                branch.segment_number(position + branch.origin(offset))
-                == branch.segment_number(self._position + branch.origin(offset))
-                for offset in set(self._row_offsets)
-                for branch in self.pattern.branches
-            )
+            and all(self.pattern.same_segments(position, self._position, offset) for offset in set(self._row_offsets))
         )
