@@ -28,7 +28,8 @@ OPTIONS = {
     ],
     "inspect": [
         *("--segments", "--rates", "--length", "--heads", "--head-dim", "--kv-heads", "--layers", "--bidirectional"),
-        *("--head-offsets", "--suggest-budget", "--out", "--json"),
+        *("--head-offsets", "--window", "--all-queries", "--dilation-block", "--segment-offset", "--layer-types"),
+        *("--stride", "--stride-block", "--shift-keys", "--model", "--suggest-budget", "--out", "--json"),
     ],
     "slide_encode": [
         *(
