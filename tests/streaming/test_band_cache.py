@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from streams import Stream, read
 
-from longnet import DilatedCache, stream_attention
+from longnet import DilatedCache, dilated_attention, stream_attention
 from longnet.attention.streaming import storage
 from longnet.geometry import Pattern
 
@@ -263,12 +264,40 @@ def test_reset_goes_back_to_the_grid_of_the_start(made_with: int) -> None:
     read(stream, cache)
     cache.last_key.fill_(1.0)
     with pytest.raises(
-        ValueError, match="segment_offset=5 after 60 tokens: expected it before the first, or after reset"
+        ValueError, match="segment_offset=5 after 60 tokens: expected it before a row's first real token"
     ):
         cache.set_segment_offset(5)
     cache.reset()
     assert cache.position == 0 and not cache.last_key.any()
     close(read(stream, cache), stream.expected())
+
+
+@pytest.mark.parametrize("by_steps", [False, True])
+def test_a_row_that_is_padding_so_far_may_still_move(by_steps: bool) -> None:
+    """Row 1's padding ends in the second chunk: its grid begins there, and row 0's stays."""
+    lead = torch.tensor([4, 31])
+    stream = replace(SHIFTED, batch=2, segment_offset=0, lead=None)
+    mask = torch.arange(stream.length) < lead[:, None]
+    # Full of NaN: what a grid that has moved says of rows that were never written must not matter.
+    cache = stream.cache(segment_offset=torch.tensor([-4, -20]))
+    tensors, outs = stream.tensors(), []
+    cuts = list(range(20, stream.length + 1)) if by_steps else [20, 40, stream.length]
+    for first, last in itertools.pairwise([0, *cuts]):
+        if first == 20:
+            with pytest.raises(ValueError, match="after 20 tokens: expected it before a row's first real token"):
+                cache.set_segment_offset(torch.tensor([-5, -31]))
+            cache.set_segment_offset(-lead)
+        part = mask[:, first:last]
+        outs.append(
+            stream_attention(
+                *(x[:, :, first:last] for x in tensors), cache, key_padding_mask=part if part.any() else None
+            )
+        )
+    got = torch.cat(outs, 2)
+    for row, start in enumerate(lead.tolist()):
+        alone = [x[row : row + 1, :, start:] for x in tensors]
+        want = dilated_attention(*alone, *stream.pattern, is_causal=True, **stream.beyond)
+        close(got[row : row + 1, :, start:], want)
 
 
 @pytest.mark.parametrize("beyond", [{}, {"window": 5}])
