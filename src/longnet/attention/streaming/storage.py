@@ -62,6 +62,7 @@ class RowStorage:
             self._first_offset = segment_offset.clone() if isinstance(segment_offset, Tensor) else segment_offset
             self._place_grid(segment_offset)
         self._position = 0
+        self._furthest = 0  # the largest position so far: tokens that were taken back have been written over others
         self._most_padding = 0  # the largest of `padding`, known without asking the device
         self._torn = False  # an exception came while the cache was written
         self._captured = False  # a CUDA graph knows where the rows lie
@@ -131,6 +132,7 @@ class RowStorage:
         """
         with self._writing():
             self._position += tokens
+            self._furthest = max(self._furthest, self._position)
             if on_device:
                 self.position_tensor.fill_(self._position)
             room = self.capacity if self.capacity is not None or self.bounded else self._room
@@ -274,7 +276,7 @@ class RowStorage:
         if position == self._position:
             return True
         width = self.pattern.window
-        overwritten = width is not None and self._position > max(width, position + 1)
+        overwritten = width is not None and self._furthest > max(width, position + 1)
         return (
             not overwritten
             and self.last_key is None
