@@ -13,9 +13,45 @@ from triton.compiler import ASTSource
 from longnet.attention.streaming import band_kernels as kernels
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "alone": ("*bf16", {"SHARE": 1, "SHARE_BLOCK": 16, "PRODUCTS": True, "D": 64, "D_BLOCK": 64, "ROWS": 64}),
-    "shared": ("*bf16", {"SHARE": 4, "SHARE_BLOCK": 16, "PRODUCTS": True, "D": 256, "D_BLOCK": 256, "ROWS": 32}),
-    "single": ("*fp32", {"SHARE": 3, "SHARE_BLOCK": 4, "PRODUCTS": False, "D": 20, "D_BLOCK": 32, "ROWS": 32}),
+    "alone": (
+        "*bf16",
+        {
+            "SHARE": 1,
+            "SHARE_BLOCK": 16,
+            "PRODUCTS": True,
+            "D": 64,
+            "D_BLOCK": 64,
+            "ROWS": 64,
+            "BY_ROW": True,
+            "DILATED": False,
+        },
+    ),
+    "shared": (
+        "*bf16",
+        {
+            "SHARE": 4,
+            "SHARE_BLOCK": 16,
+            "PRODUCTS": True,
+            "D": 256,
+            "D_BLOCK": 256,
+            "ROWS": 32,
+            "BY_ROW": False,
+            "DILATED": True,
+        },
+    ),
+    "single": (
+        "*fp32",
+        {
+            "SHARE": 3,
+            "SHARE_BLOCK": 4,
+            "PRODUCTS": False,
+            "D": 20,
+            "D_BLOCK": 32,
+            "ROWS": 32,
+            "BY_ROW": True,
+            "DILATED": True,
+        },
+    ),
 }
 
 
@@ -23,7 +59,7 @@ def assembler(name: str, case: str, target: int) -> str:
     """The kernel's PTX."""
     kind, constants = CASES[case]
     constants = constants | {
-        "KIND": tl.float32, "BY_ROW": True, "DILATED": False,
+        "KIND": tl.float32,
         "SCALE": 0.125, "BANDS": 2, "PARTS": 64,
     }  # fmt: skip
     integers = {"POSITION", "SEEN", "PADDING", "OFFSETS", "READERS"}

@@ -172,7 +172,7 @@ def test_a_file(tmp_path: Any) -> None:
     assert described == {
         "format": 2, "segment_lengths": [0, 21], "dilation_rates": [2, 2], "heads": [2, 2], "head_offsets": 0,
         "window": 5, "dilated_queries": 1, "dilation_block": 3, "segment_offset": [4, -3], "offsets": [4, -3],
-        "position": 20, "padding": [0, 9],
+        "position": 20, "furthest": 20, "padding": [0, 9],
     }  # fmt: skip
 
 
@@ -233,7 +233,8 @@ def test_corrupted_states_are_refused() -> None:
         ({**good, "offsets": torch.tensor([4])}, r"state\['offsets'\] has shape \(1,\)"),
         ({**good, "offsets": torch.tensor([4, 2**50])}, "segment_offset holds"),
         ({**good, "keys": good["keys"][:, 1:]}, r"state\['keys'\] has shape"),
-        ({**good, "position": torch.tensor(21)}, r"state\['keys'\] has shape"),
+        ({**good, "position": torch.tensor(19)}, r"state\['keys'\] has shape"),
+        ({**good, "furthest": torch.tensor(19)}, r"state\['furthest'\] is 19: expected at least the position, 20"),
     ):
         with pytest.raises(ValueError, match=message):
             cache.load_state_dict(state)
@@ -325,6 +326,39 @@ def test_what_is_still_held_can_be_taken_back(stream: BandStream, data: st.DataO
         if back < stream.length:
             attend = by_band_step if by_steps and not cache._is_paper else stream_attention
             close(read(stream, cache, first=back, attend=attend), stream.expected()[:, :, back:])
+
+
+@given(stream=band_streams(), moves=st.lists(st.integers(1, 9) | st.sampled_from([-1, -1, -2, -9]), max_size=12))
+@settings(max_examples=200)
+def test_tokens_can_be_taken_back_again_and_again(stream: BandStream, moves: list[int]) -> None:
+    """Tokens that were taken back are written over others, also where a file comes in between."""
+    stream = replace(stream, lead=None)
+    cache, position, good = stream.cache(), 0, stream.tensors()
+    bad, want = [x + 1.0 for x in good], stream.expected()
+    for number, move in enumerate(moves):
+        end = min(stream.length, max(0, position + move))
+        if end < position:
+            if cache.holds(end):
+                cache.moved(end - position)
+                position = end
+            continue
+        if end == position:
+            continue
+        if number % 3 == 2:
+            # Read what is none of the stream's, if it can be taken back.
+            kept = cache.clone()
+            stream_attention(*(x[:, :, position:end] for x in bad), cache)
+            if cache.holds(position):
+                cache.moved(position - end)
+            else:
+                cache = kept
+        else:
+            close(stream_attention(*(x[:, :, position:end] for x in good), cache), want[:, :, position:end])
+            position = end
+        if number % 4 == 3:
+            loaded = stream.cache()
+            loaded.load_state_dict(cache.state_dict())
+            cache = loaded
 
 
 def test_what_is_held() -> None:

@@ -127,7 +127,7 @@ class DilatedCache(SavedRows):
         """Forget everything: the next token is the first, on the grid that the cache was made with."""
         as_made = not self._torn and self._row_offsets == self._offsets_of(self._first_offset)
         self._torn = True
-        self._position = self._most_padding = 0
+        self._position = self._furthest = self._most_padding = 0
         self.position_tensor.zero_()
         self.padding.zero_()
         if self.last_key is not None:

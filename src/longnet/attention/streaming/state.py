@@ -27,8 +27,9 @@ class SavedRows(RowStorage):
 
         Where anything is beyond LongNet's paper there is also a ``format`` () of 2: each block has only its rows in reach,
         0 stands for None in ``segment_lengths`` and ``window`` (), and ``dilated_queries`` (), ``dilation_block`` (),
-        ``segment_offset`` () or (B,) as the cache was made with and ``offsets`` (B,) as they are now are int64 on the CPU;
-        with ``shift_keys`` also ``last_key``. A cache of the paper's patterns has all rows and no ``format``.
+        ``segment_offset`` () or (B,) as the cache was made with, ``offsets`` (B,) as they are now and ``furthest`` (), the
+        largest position so far, are int64 on the CPU; with ``shift_keys`` also ``last_key``.
+        A cache of the paper's patterns has all rows and no ``format``.
 
         Raises:
             ValueError: an exception left the cache half-written.
@@ -42,7 +43,8 @@ class SavedRows(RowStorage):
             state[name] = torch.cat([self._rows_of(*block)[i].flatten(1, 2) for block in blocks], 1)
         if self.last_key is not None:
             state["last_key"] = self.last_key.clone()
-        return state | {"offsets": _ints(self._row_offsets)} | self._description(_FORMAT)
+        own = {"offsets": _ints(self._row_offsets), "furthest": _ints(self._furthest)}
+        return state | own | self._description(_FORMAT)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a state of :meth:`state_dict`, on any device and of any capacity. On any error the cache is as it was.
@@ -74,7 +76,7 @@ class SavedRows(RowStorage):
             first = last
         if self.last_key is not None:
             self.last_key.copy_(state["last_key"])
-        self._position = position
+        self._position, self._furthest = position, int(state.get("furthest", position))
         self.position_tensor.fill_(position)
         self._set_padding(padding, int(padding.max()))
         self._torn = False
@@ -123,7 +125,7 @@ class SavedRows(RowStorage):
             raise TypeError(f"state has type {type(state).__name__}: expected a mapping of names to tensors")
         new = "format" in state or not self._as_published
         described = self._description(_FORMAT if new else None)
-        names = {"keys", "values", "padding", "position", *described, *(("offsets",) if new else ())}
+        names = {"keys", "values", "padding", "position", *described, *(("offsets", "furthest") if new else ())}
         if self.last_key is not None:
             names.add("last_key")
         if set(state) != names:
@@ -137,7 +139,8 @@ class SavedRows(RowStorage):
                 raise ValueError(f"state[{name!r}] is {saved.tolist()}: expected this cache's {expected.tolist()}")
 
     def _checked_position(self, state: Mapping[str, Tensor]) -> tuple[int, Tensor]:
-        shapes = {"position": (), "padding": (self.batch_size,), "offsets": (self.batch_size,)}
+        rows = (self.batch_size,)
+        shapes: dict[str, tuple[int, ...]] = {"position": (), "padding": rows, "offsets": rows, "furthest": ()}
         for name, shape in shapes.items():
             if name in state and (state[name].shape != shape or state[name].dtype != torch.int64):
                 raise ValueError(
@@ -149,8 +152,10 @@ class SavedRows(RowStorage):
             raise ValueError(f"state['position'] is {position}: expected a number of tokens")
         if int(padding.min()) < 0 or int(padding.max()) > position:
             raise ValueError(f"state['padding'] is {padding.tolist()}: expected 0 to the position, {position}")
-        if "offsets" in state:
+        if "format" in state:
             self._check_offset(state["offsets"].to(self.device))
+            if (furthest := int(state["furthest"])) < position:
+                raise ValueError(f"state['furthest'] is {furthest}: expected at least the position, {position}")
         return position, padding
 
     def _check_rows(self, state: Mapping[str, Tensor], rows: int) -> None:

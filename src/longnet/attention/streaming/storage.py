@@ -29,8 +29,11 @@ class RowStorage:
     layout: Layout
     tables: StepTables | BandTables
     offsets: Tensor | None
+    # Each batch row's offset of the grid, and whether they were given one by one: who does so knows what padding does.
     _row_offsets: tuple[int, ...]
     _by_row: bool
+    # Whether all is as in LongNet's paper: what the paths that know nothing else can take.
+    _is_paper: bool
 
     def __init__(
         self,
@@ -55,6 +58,7 @@ class RowStorage:
             last = (batch_size, kv_heads, head_dim // 2)
             self.last_key = torch.zeros(last, dtype=dtype, device=device) if shift_keys else None
             self._check_offset(segment_offset)
+            # Tokens that a segment without end has room for; 0 where there is none.
             self._room = 0 if self.bounded else _FIRST_ROOM if capacity is None else capacity
             self.layout = make_layout(pattern, heads, kv_heads, self._room)
             self.keys = torch.zeros(batch_size, self.layout.rows, head_dim, dtype=dtype, device=device)
@@ -62,6 +66,7 @@ class RowStorage:
             self._first_offset = segment_offset.clone() if isinstance(segment_offset, Tensor) else segment_offset
             self._place_grid(segment_offset)
         self._position = 0
+        self._furthest = 0  # the largest position so far: tokens that were taken back have been written over others
         self._most_padding = 0  # the largest of `padding`, known without asking the device
         self._torn = False  # an exception came while the cache was written
         self._captured = False  # a CUDA graph knows where the rows lie
@@ -102,11 +107,6 @@ class RowStorage:
         each = 2 * self.head_dim * self.keys.element_size()
         return self.nbytes - (self.batch_size * self.layout.rows - rows) * each
 
-    @property
-    def _is_paper(self) -> bool:
-        """Whether all is as in LongNet's paper: what the paths that know nothing else can take."""
-        return self.offsets is None and self.pattern.beyond_paper is None
-
     def _kept_rows(self, position: int, offsets: tuple[int, ...]) -> Iterator[tuple[tuple[int, int], ...]]:
         """For each block what :meth:`longnet.geometry.layout.Layout.kept_rows` says of each row of the batch."""
         by_offset = {offset: self.layout.kept_rows(position, offset) for offset in set(offsets)}
@@ -131,10 +131,11 @@ class RowStorage:
         """
         with self._writing():
             self._position += tokens
+            self._furthest = max(self._furthest, self._position)
             if on_device:
                 self.position_tensor.fill_(self._position)
-            room = self.capacity if self.capacity is not None or self.bounded else self._room
-            if room is not None and self._position > room:
+            room = self.capacity or self._room
+            if room and self._position > room:
                 raise ValueError(
                     f"cache stands at position {self._position} and has room for {room} tokens: expected a capacity of as many "
                     "tokens as are read, replays of a captured step among them"
@@ -209,12 +210,17 @@ class RowStorage:
 
     def _place_grid(self, segment_offset: int | Tensor) -> None:
         row_offsets = self._offsets_of(segment_offset)
+        is_paper = self.pattern.beyond_paper is None and not any(row_offsets)
         with torch.inference_mode(False):
             offsets = torch.tensor(row_offsets, device=self.padding.device) if any(row_offsets) else None
-            tables = self._make_tables(self.layout, offsets)
-        # At once: an interrupt finds all of it or nothing. Who gave each row its grid knows what padding does.
+            tables = self._make_tables(self.layout, is_paper)
+        # At once: an interrupt finds all of it or nothing.
         self.__dict__.update(
-            _row_offsets=row_offsets, offsets=offsets, tables=tables, _by_row=isinstance(segment_offset, Tensor)
+            _row_offsets=row_offsets,
+            _by_row=isinstance(segment_offset, Tensor),
+            _is_paper=is_paper,
+            offsets=offsets,
+            tables=tables,
         )
 
     def _offsets_of(self, segment_offset: int | Tensor) -> tuple[int, ...]:
@@ -222,8 +228,8 @@ class RowStorage:
             return tuple(segment_offset.tolist())
         return (segment_offset,) * self.batch_size
 
-    def _make_tables(self, layout: Layout, offsets: Tensor | None) -> StepTables | BandTables:
-        if offsets is None and self.pattern.beyond_paper is None:
+    def _make_tables(self, layout: Layout, is_paper: bool) -> StepTables | BandTables:
+        if is_paper:
             return StepTables(layout, self.keys.device)
         return BandTables(layout, self.batch_size, self.keys.device)
 
@@ -239,7 +245,7 @@ class RowStorage:
                 f"{tokens} tokens at position {self._position} of a cache with capacity={self.capacity}: expected at most "
                 f"{self.capacity - self._position} more"
             )
-        if self.bounded:
+        if not self._room:
             return
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if needed > self._room and (capturing or self._captured):
@@ -264,7 +270,7 @@ class RowStorage:
                     rows[:, :, : old.rows] = source[:, old.first : old.first + old.size].unflatten(
                         1, (old.kv_count, old.rows)
                     )
-            tables = self._make_tables(layout, self.offsets)
+            tables = self._make_tables(layout, self._is_paper)
         # At once: an interrupt finds all of it or nothing.
         self.__dict__.update(keys=grown[0], values=grown[1], layout=layout, tables=tables, _room=room)
 
@@ -279,7 +285,7 @@ class RowStorage:
         if position == self._position:
             return True
         width = self.pattern.window
-        overwritten = width is not None and self._position > max(width, position + 1)
+        overwritten = width is not None and self._furthest > max(width, position + 1)
         return (
             not overwritten
             and self.last_key is None
