@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from longnet import LongNetConfig, LongNetEncoder, LongNetLM
 from longnet.distributed import parallelize, shard_lengths, shard_sequence, unshard_sequence
+from longnet.models.layer_types import LAYER_TYPES
 from longnet.training.ranks import Ranks
 
 CONFIG = LongNetConfig(
@@ -197,3 +198,72 @@ def test_a_distributed_checkpoint_goes_on_with_any_number_of_ranks(ranks, tmp_pa
     for results, part in ((first, want[:3]), (second, want[3:6]), (third, want[6:])):
         for got in results:
             assert got == pytest.approx(part, rel=1e-9)
+
+
+def layered(layer_types, **changes):
+    options = {"sliding_window": 9, "stride": 2, "kv_heads": 2, "layers": 2, "segment_lengths": (32, 64)}
+    return make(config=CONFIG.replace(layer_types=layer_types, **options | {"dilation_rates": (1, 2)} | changes))
+
+
+def losses_of_layers(group, rank, layer_types):
+    """Over replicas alone."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+    model = parallelize(layered(layer_types), mesh)
+    rows = batches(1, 2)[0][rank : rank + 1]
+    loss = model.loss(rows[:, :-1], rows[:, 1:])
+    loss.backward()
+    return loss.item(), {name: full(weight.grad).clone() for name, weight in model.named_parameters()}
+
+
+@pytest.mark.parametrize("layer_types", [*((one,) for one in LAYER_TYPES), LAYER_TYPES[2:4]])
+def test_layers_of_every_type_over_replicas(ranks, layer_types):
+    results = ranks(2, losses_of_layers, layer_types)
+    model, rows = layered(layer_types), batches(1, 2)[0]
+    loss = model.loss(rows[:, :-1], rows[:, 1:])
+    loss.backward()
+    for got, grads in results:
+        assert abs(got - loss.item()) < 1e-12
+        for name, weight in model.named_parameters():
+            assert relative_error(grads[name], weight.grad) < 1e-10, name
+
+
+def refusal(group, rank, layer_types, shift_keys):
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("cp",))
+    model = parallelize(layered(layer_types, shift_keys=shift_keys), mesh)
+    tokens = shard_sequence(batches(1, 1)[0][:, :-1], mesh["cp"])
+    try:
+        model(tokens)
+    except ValueError as error:
+        said = str(error)
+    with pytest.raises(ValueError, match="model is parallelized: expected with_layer_types before parallelize"):
+        model.with_layer_types(("full_attention",))
+    return said
+
+
+@pytest.mark.parametrize(
+    ("layer_type", "shift_keys", "said"),
+    [
+        ("shifted_dilated_attention", False, "segment_offset=42 given with a group"),
+        ("sliding_attention", False, "window=9 given with a group"),
+        ("strided_attention", False, "window=9 given with a group"),
+        ("full_attention", False, "segment_lengths=None given with a group"),
+        ("full_attention", True, "group given with shift_keys=True"),
+    ],
+)
+def test_rows_over_several_ranks_refuse_other_layers_by_name(ranks, layer_type, shift_keys, said):
+    assert all(said in one for one in ranks(2, refusal, (layer_type,), shift_keys))
+
+
+def left_padded(group, rank):
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("cp",))
+    model = parallelize(make(), mesh)
+    rows, mask = batches(1, 1)[0][:, :-1], torch.arange(CONTEXT)[None] < 7
+    got = model(*(shard_sequence(x, mesh["cp"]) for x in (rows, mask)))
+    return unshard_sequence(got, mesh["cp"]).detach()
+
+
+def test_padding_counts_as_positions_where_ranks_share_rows(ranks):
+    model, rows, mask = make(), batches(1, 1)[0][:, :-1], torch.arange(CONTEXT)[None] < 7
+    want = model.logits(model.run_blocks(model.embed(rows), mask)).detach()
+    for got in ranks(2, left_padded):
+        assert relative_error(got[:, 7:], want[:, 7:]) < 1e-10
