@@ -28,8 +28,11 @@ def dense_module(
     pattern, heads, dim = module.pattern, module.heads, module.head_dim
     options: dict[str, Any] = {
         "window": pattern.window, "dilated_queries": pattern.dilated_queries, "dilation_block": pattern.block,
-        "kv_heads": module.kv_heads,
     }  # fmt: skip
+    # Heads that are left when others were pruned select what they selected.
+    numbers = range(heads) if pattern.head_numbers is None else pattern.head_numbers.numbers
+    total = heads if pattern.head_numbers is None else pattern.head_numbers.total
+    options["kv_heads"] = module.kv_heads * total // heads
     given = module.segment_offset if segment_offset is None else segment_offset
     offsets = given if isinstance(given, list) else [given] * batch
     rows = []
@@ -52,19 +55,16 @@ def dense_module(
             distance = torch.arange(length) - torch.arange(length)[:, None]
             scores = scores + table[:, distance + max(1, length) - 1]
         count = multiplicity(
-            pattern.given_lengths, pattern.dilation_rates, heads, length, module.causal, pattern.head_offsets,
+            pattern.given_lengths, pattern.dilation_rates, total, length, module.causal, pattern.head_offsets,
             segment_offset=offset, **options,
-        )  # fmt: skip
+        )[list(numbers)]  # fmt: skip
         if mask is not None:
             count = count.masked_fill(mask[row], 0.0)
         empty = (count == 0).all(-1, keepdim=True)
         scores = (scores + count.clamp(min=1).log()).masked_fill((count == 0) & ~empty, -torch.inf)
         weights = scores.softmax(-1).masked_fill(empty, 0.0)
-        rows.append((weights @ v).transpose(0, 1).flatten(-2))
-    out = torch.stack(rows)
-    if module.sub_norm is not None:
-        out = module.sub_norm(out, mask)
-    return module.out_proj(out)
+        rows.append(weights @ v)
+    return module._finish(torch.stack(rows), mask)
 
 
 def _xpos_scores(q: Tensor, k: Tensor, scale_base: float | None) -> Tensor:

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from longnet.attention.call import check_segment_offset
 from longnet.attention.definition import LONGNET, AttentionDefinition, warn_uncovered
 from longnet.attention.functional import pattern_attention
+from longnet.attention.module_checks import check_sizes, check_sub_norm, checked_offset, parse_pattern
 from longnet.attention.packed import boundaries, by_token, positions
 from longnet.attention.padding import warn_left_padding
 from longnet.attention.sharding import group_of, peers_of, shard_place
 from longnet.attention.streaming import DilatedCache, stream_attention_warned
-from longnet.checks import check_flags, check_ints, check_number
+from longnet.checks import check_flags, check_ints
 from longnet.compat.spellings import accept_spellings
-from longnet.geometry import HeadOffsets, Pattern
+from longnet.geometry import HeadOffsets
 from longnet.nn.norm import PartialNorm, make_norm, make_sub_norm
 from longnet.nn.position import Positions, RelativeBias, XPos
 from longnet.nn.shift_keys import shift_keys
@@ -111,8 +112,8 @@ class DilatedAttention(nn.Module):
         check_ints(1, dim=dim, heads=heads, kv_heads=kv_heads)
         check_flags(causal=causal, use_xpos=use_xpos, use_rel_pos_bias=use_rel_pos_bias, qk_norm=qk_norm, bias=bias)
         check_flags(shift_keys=shift_keys, check_coverage=check_coverage)
-        _check_sizes(dim, heads, kv_heads, dropout)
-        _check_sub_norm(sub_norm, causal, distributed)
+        check_sizes(dim, heads, kv_heads, dropout)
+        check_sub_norm(sub_norm, causal, distributed)
         if distributed is not False:
             peers_of(group_of(distributed))
         beyond: dict[str, Any] = {
@@ -121,8 +122,8 @@ class DilatedAttention(nn.Module):
             "dilation_block": dilation_block,
         }
         numbered: dict[str, Any] = {"head_offsets": head_offsets, "head_numbers": head_numbers, "total_heads": heads}
-        self.pattern = _parse_pattern(segment_size, dilation_rate, **beyond, **numbered).grouped(heads, kv_heads)
-        self.segment_offset, self.shift_keys = _checked_offset(segment_offset), shift_keys
+        self.pattern = parse_pattern(segment_size, dilation_rate, **beyond, **numbered).grouped(heads, kv_heads)
+        self.segment_offset, self.shift_keys = checked_offset(segment_offset), shift_keys
         self.dim, self.head_dim = dim, dim // heads
         if (numbers := self.pattern.head_numbers) is not None:
             heads, kv_heads = len(numbers.numbers), numbers.kv_heads(kv_heads)
@@ -263,50 +264,6 @@ class DilatedAttention(nn.Module):
         }
         said |= {name: value for name, value in optional.items() if value is not None}
         return ", ".join(f"{name}={value!r}" for name, value in said.items())
-
-
-def _parse_pattern(
-    segment_size: int | Sequence[int | None] | None, dilation_rate: int | Sequence[int], **options: Any
-) -> Pattern:
-    try:
-        return Pattern.compose(segment_size, dilation_rate, **options)
-    except (TypeError, ValueError) as error:
-        # Name the arguments as this constructor calls them.
-        said = str(error).replace("segment_lengths", "segment_size").replace("dilation_rates", "dilation_rate")
-        raise type(error)(said) from None
-
-
-def _checked_offset(segment_offset: int) -> int:
-    if isinstance(segment_offset, Tensor):
-        raise TypeError("segment_offset is a tensor: expected an int, or the tensor in the call itself")
-    check_segment_offset(segment_offset, 0, torch.device("cpu"), "the module's")
-    return segment_offset
-
-
-def _check_sizes(dim: int, heads: int, kv_heads: int, dropout: float) -> None:
-    check_ints(1, dim=dim, heads=heads, kv_heads=kv_heads)
-    if dim % heads:
-        raise ValueError(f"dim={dim} is not divisible by heads={heads}")
-    if heads % kv_heads:
-        raise ValueError(f"heads={heads} is not divisible by kv_heads={kv_heads}")
-    check_number("dropout", dropout)
-    if not 0.0 <= dropout <= 1.0:
-        raise ValueError(f"dropout={dropout}: expected a probability in [0, 1]")
-
-
-def _check_sub_norm(sub_norm: str | None, causal: bool, distributed: Any) -> None:
-    if sub_norm != "batch":
-        return
-    if causal:
-        raise ValueError(
-            "sub_norm='batch' with causal=True: batch statistics run over the whole sequence, so every token would "
-            "see later ones; expected 'layer' or 'rms'"
-        )
-    if distributed is not False:
-        raise ValueError(
-            "sub_norm='batch' with distributed: batch statistics run over the whole sequence, and a rank holds "
-            "only its shard; expected 'layer' or 'rms'"
-        )
 
 
 def _check_cache(module: DilatedAttention, cache: DilatedCache | None, cu_seqlens: Any) -> None:
