@@ -27,7 +27,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("attention.packed", "attention.padding"),
     ("attention.definition",),
     ("attention.functional",),
-    ("attention.streaming",),
+    ("attention.module_checks", "attention.streaming"),
     ("attention.module",),
     ("attention", "position"),
     ("models",),
