@@ -263,13 +263,34 @@ def test_reset_goes_back_to_the_grid_of_the_start(made_with: int) -> None:
     cache.set_segment_offset(torch.tensor([3, -40]))
     read(stream, cache)
     cache.last_key.fill_(1.0)
-    with pytest.raises(
-        ValueError, match="segment_offset=5 after 60 tokens: expected it before the first, or after reset"
-    ):
+    with pytest.raises(ValueError, match="segment_offset=5 for row 0, 60 tokens of which were read with 3: expected"):
         cache.set_segment_offset(5)
     cache.reset()
     assert cache.position == 0 and not cache.last_key.any()
     close(read(stream, cache), stream.expected())
+
+
+@given(stream=band_streams(), paper=st.booleans())
+@settings(max_examples=80)
+def test_rows_of_padding_alone_can_still_be_moved(stream: BandStream, paper: bool) -> None:
+    """Padding that is longer than a chunk: how long it is, later masks tell."""
+    if paper:
+        stream = BandStream(((8, 1), (21, 2)), stream.length, stream.cuts, batch=stream.batch, lead=stream.lead)
+    stream = replace(stream, lead=stream.lead or (3, 0, 40), segment_offset=0)
+    cache, mask, outs, first = stream.cache(), stream.mask(), [], 0
+    assert mask is not None
+    for last in stream.ends():
+        # What a user knows by now: a row without a real token is padded up to here, at least.
+        known = mask[:, :last].sum(1)
+        cache.set_segment_offset(-known)
+        tokens = (x[:, :, first:last] for x in stream.tensors())
+        outs.append(stream_attention(*tokens, cache, key_padding_mask=mask[:, first:last]))
+        first = last
+    out = torch.cat(outs, 2)
+    for row, padding in enumerate(mask.sum(1).tolist()):
+        alone = [x[row : row + 1, :, padding:] for x in stream.tensors()]
+        want = stream.expected_with_lse(alone, key_padding_mask=None)[0]
+        close(out[row : row + 1, :, padding:], want)
 
 
 @pytest.mark.parametrize("beyond", [{}, {"window": 5}])
