@@ -14,6 +14,7 @@ from torch import Tensor
 from longnet import DilatedCache
 from longnet.attention.streaming.band_fused import fused_band_step
 from longnet.attention.streaming.band_step import band_step
+from longnet.attention.streaming.step import step
 from longnet.geometry import HEAD_OFFSETS
 
 
@@ -85,7 +86,7 @@ def band_streams(draw: st.DrawFn, longest: int = 60) -> BandStream:
     )
 
 
-def _by(step: Any) -> Any:
+def _by(band_step: Any) -> Any:
     def attend(
         query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, key_padding_mask: Tensor | None = None
     ) -> Tensor:
@@ -97,7 +98,7 @@ def _by(step: Any) -> Any:
                 cache._set_padding(lead, int(lead.max()))
             cache._make_room(1)
             token = [x[:, :, i : i + 1] for x in (query, key, value)]
-            out, _ = step(*token, cache, query.shape[-1] ** -0.5)
+            out, _ = (step if cache._is_paper else band_step)(*token, cache, query.shape[-1] ** -0.5)
             cache.moved(1, on_device=False)
             assert cache.position == int(cache.position_tensor)
             outs.append(out)

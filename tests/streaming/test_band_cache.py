@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from streams import Stream, read
 
-from longnet import DilatedCache, dilated_attention, stream_attention
+from longnet import DilatedCache, stream_attention
 from longnet.attention.streaming import storage
 from longnet.geometry import Pattern
 
@@ -264,41 +263,34 @@ def test_reset_goes_back_to_the_grid_of_the_start(made_with: int) -> None:
     cache.set_segment_offset(torch.tensor([3, -40]))
     read(stream, cache)
     cache.last_key.fill_(1.0)
-    with pytest.raises(
-        ValueError, match="segment_offset=5 after 60 tokens: expected it before a row's first real token"
-    ):
+    with pytest.raises(ValueError, match="segment_offset=5 for row 0, 60 tokens of which were read with 3: expected"):
         cache.set_segment_offset(5)
     cache.reset()
     assert cache.position == 0 and not cache.last_key.any()
     close(read(stream, cache), stream.expected())
 
 
-@pytest.mark.parametrize("by_steps", [False, True])
-def test_a_row_that_is_padding_so_far_may_still_move(by_steps: bool) -> None:
-    """Row 1's padding ends in the second chunk: its grid begins there, and row 0's stays."""
-    lead = torch.tensor([4, 31])
-    stream = replace(SHIFTED, batch=2, segment_offset=0, lead=None)
-    mask = torch.arange(stream.length) < lead[:, None]
-    # Full of NaN: what a grid that has moved says of rows that were never written must not matter.
-    cache = stream.cache(segment_offset=torch.tensor([-4, -20]))
-    tensors, outs = stream.tensors(), []
-    cuts = list(range(20, stream.length + 1)) if by_steps else [20, 40, stream.length]
-    for first, last in itertools.pairwise([0, *cuts]):
-        if first == 20:
-            with pytest.raises(ValueError, match="after 20 tokens: expected it before a row's first real token"):
-                cache.set_segment_offset(torch.tensor([-5, -31]))
-            cache.set_segment_offset(-lead)
-        part = mask[:, first:last]
-        outs.append(
-            stream_attention(
-                *(x[:, :, first:last] for x in tensors), cache, key_padding_mask=part if part.any() else None
-            )
-        )
-    got = torch.cat(outs, 2)
-    for row, start in enumerate(lead.tolist()):
-        alone = [x[row : row + 1, :, start:] for x in tensors]
-        want = dilated_attention(*alone, *stream.pattern, is_causal=True, **stream.beyond)
-        close(got[row : row + 1, :, start:], want)
+@given(stream=band_streams(), paper=st.booleans())
+@settings(max_examples=80)
+def test_rows_of_padding_alone_can_still_be_moved(stream: BandStream, paper: bool) -> None:
+    """Padding that is longer than a chunk: how long it is, later masks tell."""
+    if paper:
+        stream = BandStream(((8, 1), (21, 2)), stream.length, stream.cuts, batch=stream.batch, lead=stream.lead)
+    stream = replace(stream, lead=stream.lead or (3, 0, 40), segment_offset=0)
+    cache, mask, outs, first = stream.cache(), stream.mask(), [], 0
+    assert mask is not None
+    for last in stream.ends():
+        # What a user knows by now: a row without a real token is padded up to here, at least.
+        known = mask[:, :last].sum(1)
+        cache.set_segment_offset(-known)
+        tokens = (x[:, :, first:last] for x in stream.tensors())
+        outs.append(stream_attention(*tokens, cache, key_padding_mask=mask[:, first:last]))
+        first = last
+    out = torch.cat(outs, 2)
+    for row, padding in enumerate(mask.sum(1).tolist()):
+        alone = [x[row : row + 1, :, padding:] for x in stream.tensors()]
+        want = stream.expected_with_lse(alone, key_padding_mask=None)[0]
+        close(out[row : row + 1, :, padding:], want)
 
 
 @pytest.mark.parametrize("beyond", [{}, {"window": 5}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,13 @@ from hypothesis import strategies as st
 from patterns import relative_error
 from streams import read
 from test_stream_attention import _Count
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from longnet import DilatedCache, dilated_attention, stream_attention
-from longnet.attention.streaming import band_step
+from longnet.attention.backends import Backend, select_backend
+from longnet.attention.call import AttentionInputs
+from longnet.attention.streaming import band_chunk, band_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*to no head:UserWarning")
 
@@ -55,6 +60,19 @@ def test_any_scale(stream: BandStream, scale: float) -> None:
     cache = stream.cache()
     out = read(stream, cache, attend=lambda *x, **more: stream_attention(*x, scale=scale, **more))
     torch.testing.assert_close(out, stream.expected_with_lse(scale=scale)[0], rtol=1e-10, atol=1e-10)
+
+
+@given(stream=band_streams())
+@settings(max_examples=40)
+def test_where_no_kernels_take_a_grid_for_each_row(stream: BandStream) -> None:
+    def select(name: str, inputs: AttentionInputs) -> Backend:
+        if inputs.offsets is not None:
+            raise ValueError("a segment_offset for each row")
+        return select_backend(name, inputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(band_chunk, "select_backend", select)
+        torch.testing.assert_close(read(stream, stream.cache()), stream.expected(), rtol=1e-10, atol=1e-10)
 
 
 @given(stream=band_streams(), pruned=st.integers(0, 5))
@@ -178,6 +196,40 @@ def test_work_without_end_is_that_of_the_rows_read() -> None:
     assert 1.5 * work[0] < work[1] < 2.2 * work[0]
     # Rows are read once for keys, once for values, and widened or masked a few times.
     assert work[1] < 12 * 2000 * 4 * stream.head_dim
+
+
+def test_a_step_reads_nothing_on_the_host_and_its_shapes_are_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CUDA graph can repeat, heads at unequal steps included."""
+    monkeypatch.setattr(band_step, "_reads_few", lambda _: False)
+    stream = BandStream(
+        ((20, 3), (None, 3)), 1, batch=2, kv_heads=6, group=4, window=5, segment_offset=(3, -8), capacity=90,
+        dilation_block=2,
+    )  # fmt: skip
+    cache, steps, token = stream.cache(), [], stream.tensors()
+    assert any(isinstance(block.heads, list) for block in cache.layout.blocks)
+    for position in (0, 7, 41):
+        cache.moved(position - cache.position)
+        with _Names() as names:
+            band_step.band_step(*token, cache, 0.5)
+        steps.append(names.called)
+    assert steps[0] == steps[1] == steps[2]
+    # A number of a tensor, places of a mask, a tensor made of a list, and others of no fixed shape.
+    asked = ("_local_scalar_dense", "nonzero", "lift_fresh", "_to_copy", "unique", "masked_select")
+    assert not [name for name, *_ in steps[0] if any(one in name for one in asked)]
+
+
+class _Names(TorchDispatchMode):
+    """Every operation and the shapes that it gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[tuple[str, list[torch.Size]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        shapes = [x.shape for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.called.append((str(func), shapes))
+        return result
 
 
 def test_numbers_of_heads_that_share_rows() -> None:

@@ -49,7 +49,7 @@ def attend_band_chunk(
     spec = AttentionSpec(cache.pattern, True, scale, segment_offset=place)
     offsets = None if same or cache.offsets is None else cache.offsets + start
     chunk = AttentionInputs(query, key, value, padded, None, spec, offsets)
-    out, lse = select_backend("auto", chunk).run(chunk)
+    out, lse = _own_part(chunk, cache)
     mixture = out.to(lse.dtype), lse
     _add_ring(mixture, chunk, cache)
     for rows, offset in _grids(cache):
@@ -64,6 +64,22 @@ def attend_band_chunk(
                     _store_block(chunk, cache, rows, branch, block, branch.origin(offset))
         cache.moved(length)
     return mixture[0].to(query.dtype), lse
+
+
+def _own_part(chunk: AttentionInputs, cache: DilatedCache) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the chunk's tokens among themselves."""
+    try:
+        return select_backend("auto", chunk).run(chunk)
+    except ValueError:
+        if chunk.offsets is None:
+            raise
+    # No kernels for this device and dtype take a grid for each row: the rows of one grid at a time.
+    out, lse = chunk.empty_outputs()
+    for rows, offset in _grids(cache):
+        assert isinstance(rows, Tensor)
+        same = chunk.rows(rows, cache.pattern.least_offset(offset + cache.position))
+        out[rows], lse[rows] = select_backend("auto", same).run(same)
+    return out, lse
 
 
 def _grids(cache: DilatedCache) -> Iterator[tuple[Index, int]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from longnet.attention import merge
 from longnet.attention.call import lse_dtype
+from longnet.attention.streaming.band_tables import BandTables
 from longnet.attention.streaming.cache import DilatedCache
 from longnet.geometry import Branch
 from longnet.geometry.layout import Block
@@ -29,7 +30,9 @@ def band_step(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, sc
     """
     kind = lse_dtype(query.dtype)
     q, few = query[:, :, 0].to(kind) * scale, _reads_few(query.device)
+    assert isinstance(cache.tables, BandTables)
     kept = cache._kept_rows(cache.position, cache._row_offsets)
+    indices = iter(cache.tables.heads)
     outs, lses = [], []
     for branch, blocks, is_ring in cache.layout.bands:
         # Each head has one block in a band.
@@ -37,8 +40,9 @@ def band_step(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, sc
         for block in blocks:
             most = max(high for _, high in next(kept)) + 1
             read = min(most, block.rows) if few else block.rows
-            index = slice(None), block.heads
-            band_out[index], band_lse[index] = _attend(q[index], key, value, cache, branch, block, is_ring, read)
+            heads, kv_heads = next(indices)
+            new = key[:, kv_heads, 0], value[:, kv_heads, 0]
+            band_out[:, heads], band_lse[:, heads] = _attend(q[:, heads], *new, cache, branch, block, is_ring, read)
         outs.append(band_out)
         lses.append(band_lse)
     out, lse = torch.stack(outs, 1), torch.stack(lses, 1)  # (B, bands, H, D), (B, bands, H)
@@ -64,14 +68,17 @@ def _attend(
     is_ring: bool,
     read: int,
 ) -> tuple[Tensor, Tensor]:
-    """(B, heads of the block, D) scaled queries to the first ``read`` rows, the new token's written: out and lse (B, heads)."""
+    """Scaled queries (B, heads of the block, D) to the first ``read`` rows, once the new token's are written: out and lse.
+
+    Args:
+        key, value: (B, key/value heads of the block, D), the new token's.
+    """
     row, selected, hidden, last = _place(cache, branch, block, is_ring)
     keys, values = cache._rows_of(block, 0, read)
     writes = selected & (row < read)
     at, batch = row.clamp(0, read - 1), torch.arange(len(row), device=row.device)
     for rows, new in ((keys, key), (values, value)):
-        fresh = new[:, block.kv_heads, 0]
-        rows[batch, :, at] = torch.where(writes[:, None, None], fresh, rows[batch, :, at])
+        rows[batch, :, at] = torch.where(writes[:, None, None], new, rows[batch, :, at])
     number = torch.arange(read, device=row.device)
     if is_ring:
         # The latest position of each row: before the first token, or padding, it holds nothing.

@@ -52,6 +52,11 @@ class BandTables:
         def table(numbers: object, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.tensor(numbers, dtype=dtype, device=device)
 
+        # Query heads and key/value heads of each block, as indices that need no copy from the host.
+        self.heads = [
+            tuple(own if isinstance(own, slice) else table(own, torch.int64) for own in (block.heads, block.kv_heads))
+            for block in layout.blocks
+        ]
         self.readers = table(readers, torch.int64)
         self.members = table([own + [-1] * (self.share - len(own)) for own in members])
         self.part_table, self.of_heads = table(parts), table(of_heads)

@@ -40,7 +40,7 @@ class DilatedCache(SavedRows):
         head_numbers: which of the ``heads`` there are, None for all: others were pruned, with whole key/value heads. The
             attributes ``heads`` and ``kv_heads`` count those that are left.
         window, dilated_queries, dilation_block, segment_offset: as of :func:`longnet.dilated_attention`; the offset may be
-            int64 (B,), and :meth:`set_segment_offset` can change a row's until its first real token.
+            int64 (B,), and :meth:`set_segment_offset` can change it until a row's first real token.
         capacity: tokens that are read at most, more raise an error. Segments without end then have room for exactly these;
             without it their room doubles when it is full, which a captured step of a CUDA graph cannot do.
         shift_keys: also keep ``last_key``, for a module whose keys depend on the token before.

@@ -179,7 +179,7 @@ class RowStorage:
         self._most_padding = most
 
     def set_segment_offset(self, segment_offset: int | Tensor) -> None:
-        """Move the grid before a row's first real token: position ``p`` counts as ``p + segment_offset``, until :meth:`reset`.
+        """Move the grid of rows without a real token yet: position ``p`` counts as ``p + segment_offset``, until :meth:`reset`.
 
         For rows that are padded on the left: minus a row's padding makes it what it is alone. A step is captured in a CUDA
         graph after it. A tensor is read once and waited for.
@@ -188,19 +188,20 @@ class RowStorage:
             segment_offset: an int, or (B,) int64 on the cache's device, one for each batch row.
 
         Raises:
-            TypeError: neither. ValueError: another shape or device, above 2**40 in magnitude, or another offset of a row that
-                has read a token that is no padding.
+            TypeError: neither. ValueError: another shape or device, above 2**40 in magnitude, or another offset than before
+                for a row of which more than padding has been read.
         """
         self._check_whole()
         self._check_offset(segment_offset)
         if self._position:
-            begun = (self.padding < self._position).tolist()
-            offsets = zip(begun, self._row_offsets, self._offsets_of(segment_offset), strict=True)
-            if any(row_begun and new != old for row_begun, old, new in offsets):
-                raise ValueError(
-                    f"segment_offset={segment_offset} after {self._position} tokens: expected it before a row's first real "
-                    "token, or after reset()"
-                )
+            started = (self.padding < self._position).tolist()
+            pairs = zip(self._row_offsets, self._offsets_of(segment_offset), strict=True)
+            for row, (old, new) in enumerate(pairs):
+                if started[row] and old != new:
+                    raise ValueError(
+                        f"segment_offset={new} for row {row}, {self._position} tokens of which were read with {old}: expected "
+                        "it before the row's first real token, or after reset()"
+                    )
         self._place_grid(segment_offset)
 
     def _check_offset(self, segment_offset: int | Tensor) -> None:
