@@ -287,6 +287,7 @@ def test_coverage_is_told_once_for_all_layers(layer_types: tuple[str, ...] | Non
         warnings.simplefilter("always")
         model = LongNetLM(sparse)
         model(tokens(40))
+        model.new_cache(1)
     told = [str(one.message) for one in found]
     assert len(told) == (said is not None), told
     if said is not None:

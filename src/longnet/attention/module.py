@@ -59,7 +59,7 @@ class DilatedAttention(nn.Module):
         backend, window, dilated_queries, dilation_block: as in :func:`longnet.dilated_attention`.
         segment_offset: as there, an int; a call may have another one.
         shift_keys: after any norm and before xPos each key gets the second half of its channels from the token before, see
-            :func:`longnet.nn.shift_keys`.
+            :func:`longnet.nn.shift_keys.shift_keys`.
         check_coverage: warn of positions that no head covers; False where other layers of a model cover them.
         device, dtype: of the parameters.
 

@@ -30,7 +30,7 @@ class LayerAttention:
         pattern: of the heads that the layer has.
         heads: how many they are.
         segment_offset: on the grid position ``p`` counts as ``p + segment_offset``.
-        shift_keys: a key also holds channels of the token before, see :func:`longnet.nn.shift_keys`.
+        shift_keys: a key also holds channels of the token before, see :func:`longnet.nn.shift_keys.shift_keys`.
     """
 
     pattern: Pattern

@@ -52,7 +52,7 @@ class LongNetConfig:
         stride: of strided layers: each key/value head reads every ``stride``-th block of all earlier tokens.
         stride_block: tokens of such a block.
         shift_keys: in strided and full layers each key also holds what the token before was, see
-            :func:`longnet.nn.shift_keys`.
+            :func:`longnet.nn.shift_keys.shift_keys`.
 
     Raises:
         TypeError: a value of the wrong type.
