@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from oracle import multiplicity
 from stacks import dense_module
 from torch import Tensor
@@ -88,12 +90,12 @@ def test_what_each_type_computes(kind: type[LongNetBase]) -> None:
 
 
 def test_a_config_repeats_stores_and_survives_json() -> None:
-    given = config(("sliding_attention", "strided_attention"), layers=6)
-    assert given.layer_types == ("sliding_attention", "strided_attention") * 3
-    for values in (given.to_dict(), json.loads(json.dumps(given.to_dict()))):
-        assert LongNetConfig.from_dict(values) == given
-    assert copy.deepcopy(given) == given == pickle.loads(pickle.dumps(given))
-    assert hash(copy.deepcopy(given)) == hash(given)
+    repeated = config(("sliding_attention", "strided_attention"), layers=6)
+    assert repeated.layer_types == ("sliding_attention", "strided_attention") * 3
+    for values in (repeated.to_dict(), json.loads(json.dumps(repeated.to_dict()))):
+        assert LongNetConfig.from_dict(values) == repeated
+    assert copy.deepcopy(repeated) == repeated == pickle.loads(pickle.dumps(repeated))
+    assert hash(copy.deepcopy(repeated)) == hash(repeated)
     no_segments = config(("full_attention",), segment_lengths=(), dilation_rates=())
     assert no_segments.segment_lengths == () and LongNetConfig.from_dict(no_segments.to_dict()) == no_segments
 
@@ -292,3 +294,52 @@ def test_coverage_is_told_once_for_all_layers(layer_types: tuple[str, ...] | Non
     assert len(told) == (said is not None), told
     if said is not None:
         assert told[0].startswith(said.partition("=")[0])
+
+
+def reference(model: LongNetBase, ids: Tensor) -> Tensor:
+    """Hidden states of the stack, its attention by the definition."""
+    x = model.embed(ids)
+    for block in model.blocks:
+        attention = block.attention
+        scaled = attention.pattern.window is None and None not in attention.pattern.given_lengths
+        scale_base = attention.xpos.scale_base if attention.xpos is not None and scaled else None
+        x = x + dense_module(attention, block.attention_norm(x), scale_base=scale_base)
+        x = x + block.feed_forward(block.feed_forward_norm(x))
+    return model.norm(x)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> LongNetConfig:
+    heads, kv_heads = draw(st.sampled_from([(2, 1), (4, 2), (6, 6), (6, 2)]))
+    types = tuple(draw(st.lists(st.sampled_from(ALL), min_size=1, max_size=2)))
+    branches = draw(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 6)), min_size=1, max_size=3))
+    shifts = any(one in ("strided_attention", "full_attention") for one in types)
+    use_xpos = draw(st.booleans())
+    return LongNetConfig(
+        vocab_size=20, dim=heads * 4, heads=heads, kv_heads=kv_heads, ffn_dim=8, layers=2 * len(types),
+        segment_lengths=tuple(w for w, _ in branches), dilation_rates=tuple(min(w, r) for w, r in branches),
+        layer_types=types, sliding_window=draw(st.sampled_from([1, 2, 17, 100])), stride=draw(st.integers(1, 6)),
+        stride_block=draw(st.sampled_from([1, 2, 7])), shift_keys=shifts and draw(st.booleans()),
+        use_xpos=use_xpos, use_rel_pos_bias=not use_xpos and draw(st.booleans()), causal=draw(st.booleans()),
+        norm=draw(st.sampled_from(["layer", "rms"])), head_offsets=draw(st.sampled_from(["interleaved", "blocked"])),
+    )  # fmt: skip
+
+
+@given(configs(), st.integers(1, 80), st.integers(0, 99), st.booleans())
+@settings(max_examples=40)
+@pytest.mark.filterwarnings("ignore:.*to no head:UserWarning", "ignore:the layers together leave")
+def test_random_stacks(given_config: LongNetConfig, length: int, seed: int, is_pruned: bool) -> None:
+    assert LongNetConfig.from_dict(json.loads(json.dumps(given_config.to_dict()))) == given_config
+    torch.manual_seed(seed)
+    model: Any = (LongNetLM if given_config.causal else LongNetEncoder)(given_config, dtype=torch.float64).eval()
+    kv_heads = given_config.kv_heads or given_config.heads
+    if is_pruned and kv_heads > 1:
+        model = prune_heads(model, {0: range(given_config.heads // kv_heads)})
+    ids = torch.randint(20, (2, length))
+    with torch.no_grad():
+        got = model.hidden(ids) if given_config.causal else model(ids)
+        torch.testing.assert_close(got, reference(model, ids), rtol=1e-9, atol=1e-9)
+        cut = length // 3
+        packed = model.run_blocks(model.embed(ids[:1]), cu_seqlens=(0, cut, length))
+        for part in (slice(0, cut), slice(cut, length)):
+            torch.testing.assert_close(packed[:, part], reference(model, ids[:1, part]), rtol=1e-9, atol=1e-9)
