@@ -66,10 +66,10 @@ def inspect(
     """
     causal = not bidirectional
     sources = {name: context.get_parameter_source(name) for name in context.params}
-    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
-    if given & BY_LAYER:
+    named = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    if named & BY_LAYER:
         try:
-            stack = layers_of(context.params, given, causal)
+            stack = layers_of(context.params, named, causal)
             _show_layers(stack, out, as_json)
         except (ValueError, TypeError, OSError) as error:
             _fail(str(error))
@@ -125,14 +125,14 @@ def inspect(
 
 
 def _show_layers(stack: Layers, out: Path, as_json: bool) -> None:
-    found = describe(stack)
+    report = describe(stack)
     from longnet.figures.patterns import plot_layers
 
     pictures = plot_layers(stack.kinds(), stack.length, out, is_causal=stack.is_causal)
     if as_json:
-        typer.echo(json.dumps(found | {"figures": {name: str(path) for name, path in pictures.items()}}, indent=2))
+        typer.echo(json.dumps(report | {"figures": {name: str(path) for name, path in pictures.items()}}, indent=2))
         return
-    show(stack, found, pictures, _count, _bytes)
+    show(stack, report, pictures, _count, _bytes)
 
 
 def _or_reason(compute: Callable[[], Found]) -> Found | str:

@@ -114,34 +114,35 @@ def _describe_reach(mask: int, length: int) -> dict[str, Any]:
     }
 
 
-def show(stack: Layers, found: dict[str, Any], pictures: dict[str, Path], count: Any, in_bytes: Any) -> None:
+def show(stack: Layers, report: dict[str, Any], pictures: dict[str, Path], count: Any, in_bytes: Any) -> None:
     """Print it as tables; ``count`` and ``in_bytes`` write large numbers."""
     console = Console()
     direction = "causal" if stack.is_causal else "bidirectional"
     console.print(f"\n[bold]{len(stack.layers)} layers[/]  {stack.length:,} tokens, {direction}\n")
-    if found["uncovered"]:
-        _warn(
-            console, f"No head of any layer covers {found['uncovered']:,} of the first {found['followed']:,} positions."
-        )
-    if found["unreached"]:
-        nearest = found["layers"][-1]["reach"]["nearest_missing"]
+    if report["uncovered"]:
         _warn(
             console,
-            f"No path of the layers leads from {found['unreached']:,} of {found['followed']:,} tokens to the last one; the "
+            f"No head of any layer covers {report['uncovered']:,} of the first {report['followed']:,} positions.",
+        )
+    if report["unreached"]:
+        nearest = report["layers"][-1]["reach"]["nearest_missing"]
+        _warn(
+            console,
+            f"No path of the layers leads from {report['unreached']:,} of {report['followed']:,} tokens to the last one; the "
             f"nearest of them is {nearest:,} tokens away. A full or strided layer, a wider window, longer segments or more "
             "layers reach farther.",
         )
     cost = Table(title="Cost by layer, one sequence", title_justify="left", title_style="bold")
     for name in ("layer", "type", "what it reads", "pairs", "share of dense", "forward traffic", "cache"):
         cost.add_column(name, justify="left" if name in ("type", "what it reads") else "right")
-    for layer in found["layers"]:
+    for layer in report["layers"]:
         kept = "" if layer["cache_bytes"] is None else in_bytes(layer["cache_bytes"])
         cost.add_row(
             str(layer["layer"]), layer["type"], _words(layer), count(layer["pairs"]), f"{layer['ratio']:.2%}",
             in_bytes(layer["forward_bytes"]), kept,
         )  # fmt: skip
-    total = "" if found["cache_bytes"] is None else in_bytes(found["cache_bytes"])
-    cost.add_row("all", "", "", count(found["pairs"]), f"{found['ratio']:.2%}", "", total, style="cyan")
+    total = "" if report["cache_bytes"] is None else in_bytes(report["cache_bytes"])
+    cost.add_row("all", "", "", count(report["pairs"]), f"{report['ratio']:.2%}", "", total, style="cyan")
     console.print(cost)
     console.print(
         f"Caches hold what a stream of one row has in reach after {stack.length:,} tokens, in 2-byte elements.\n"
@@ -149,18 +150,20 @@ def show(stack: Layers, found: dict[str, Any], pictures: dict[str, Path], count:
         else "Bidirectional layers have no cache.\n",
         style="dim",
     )
-    reach = Table(title=f"What position {found['followed'] - 1:,} depends on", title_justify="left", title_style="bold")
+    reach = Table(
+        title=f"What position {report['followed'] - 1:,} depends on", title_justify="left", title_style="bold"
+    )
     for name in ("layers", "tokens reached", "share", "farthest token", "nearest token not reached"):
         reach.add_column(name, justify="right", style="cyan" if name == "share" else None)
-    for layer in found["layers"]:
+    for layer in report["layers"]:
         seen = layer["reach"]
         missing = "none" if seen["nearest_missing"] is None else f"{seen['nearest_missing']:,} away"
         share, farthest = f"{seen['fraction']:.2%}", f"{seen['farthest']:,} away"
         reach.add_row(str(layer["layer"] + 1), f"{seen['tokens']:,}", share, farthest, missing)
     console.print(reach)
     console.print("After the first so many layers, itself included; heads mix between layers.", style="dim")
-    if found["followed"] < stack.length:
-        console.print(f"Followed for the first {found['followed']:,} tokens only.", style="yellow")
+    if report["followed"] < stack.length:
+        console.print(f"Followed for the first {report['followed']:,} tokens only.", style="yellow")
     for name, picture in pictures.items():
         console.print(f"\nPicture of {name}: ", end="")
         console.print(str(picture), style="bold", markup=False, soft_wrap=True)

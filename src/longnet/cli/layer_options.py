@@ -31,23 +31,23 @@ _OF_TYPES = {"stride", "stride_block", "shift_keys"}
 _WITH_MODEL = {"model", "length", "out", "as_json"}
 
 
-def layers_of(options: dict[str, Any], given: set[str], causal: bool) -> Layers:
+def layers_of(options: dict[str, Any], named: set[str], causal: bool) -> Layers:
     """The layers that the options ask for.
 
     Raises:
         TypeError, ValueError: options that do not go together, or values that are out of range.
     """
-    if "suggest_budget" in given:
+    if "suggest_budget" in named:
         raise ValueError("--suggest-budget suggests one of the paper's patterns: leave out the options of other layers")
-    if "model" in given:
-        if refused := sorted(given - _WITH_MODEL):
+    if "model" in named:
+        if refused := sorted(named - _WITH_MODEL):
             raise ValueError(f"--model has layers of its own: leave out {', '.join(map(_option, refused))}")
         return _of_config(read_config("--model", options["model"]), options["length"])
-    if "layer_types" in given:
-        if refused := sorted(given & {"all_queries", "dilation_block", "segment_offset"}):
+    if "layer_types" in named:
+        if refused := sorted(named & {"all_queries", "dilation_block", "segment_offset"}):
             raise ValueError(f"--layer-types says what layers compute: leave out {', '.join(map(_option, refused))}")
         return _of_config(_config(options, causal), options["length"])
-    if refused := sorted(given & _OF_TYPES):
+    if refused := sorted(named & _OF_TYPES):
         raise ValueError(f"{', '.join(map(_option, refused))} given without --layer-types: expected it as well")
     return _of_pattern(options, causal)
 

@@ -55,14 +55,14 @@ def train(
     Over several processes: torchrun --nproc-per-node 4 -m longnet train --cp 4 ... shares each window among four. Without
     --cp each process takes its own windows from the batch.
     """
-    given = {
+    of_layers = {
         "layer_types": None if layer_types is None else tuple(one.strip() for one in layer_types.split(",")),
         "sliding_window": window,
         "stride": stride,
         "stride_block": stride_block,
         "shift_keys": shift_keys,
     }
-    changes = {name: value for name, value in given.items() if value is not None}
+    changes = {name: value for name, value in of_layers.items() if value is not None}
     options["out"] = str(out)
     if data is not None:
         options["data"] = str(data.absolute())
