@@ -283,16 +283,16 @@ def _check_cache(module: DilatedAttention, cache: DilatedCache | None, cu_seqlen
         raise ValueError("cache given with causal=False: a cache holds what came before, expected a causal module")
     if module.rel_pos_bias is not None:
         raise ValueError("cache given with use_rel_pos_bias=True: cached attention takes no relative bias yet")
+    if cache.pattern.head_numbers != module.pattern.head_numbers:
+        raise ValueError(
+            f"cache is of head_numbers={cache.pattern.head_numbers}: expected the module's {module.pattern.head_numbers}"
+        )
     for name in ("dilated_queries", "block", "head_offsets"):
         of_cache, own = getattr(cache.pattern, name), getattr(module.pattern, name)
         if of_cache != own:
             raise ValueError(f"cache has {name}={of_cache!r}: expected the module's {own!r}")
     if (cache.pattern.window is None) != (module.pattern.window is None):
         raise ValueError(f"cache has window={cache.pattern.window}: expected the module's {module.pattern.window}")
-    if cache.pattern.head_numbers != module.pattern.head_numbers:
-        raise ValueError(
-            f"cache is of head_numbers={cache.pattern.head_numbers}: expected the module's {module.pattern.head_numbers}"
-        )
 
 
 def _check_shift(cache: DilatedCache | None, group: Any) -> None:
