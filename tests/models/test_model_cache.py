@@ -285,3 +285,8 @@ def test_a_cache_of_another_kind_of_layer_is_refused() -> None:
         module(x, cache=DilatedCache(8, 1, **plain))
     with pytest.raises(ValueError, match="cache has dilated_queries=False: expected the module's True"):
         module(x, cache=DilatedCache(8, 1, window=5, dilated_queries=False, **plain))
+    with pytest.raises(ValueError, match="segment_offset given with a cache"):
+        module(x, cache=DilatedCache((), (), window=5, **plain), segment_offset=3)
+    shifted = DilatedAttention(16, 4, 1, 8, causal=True, segment_offset=5)
+    with pytest.raises(ValueError, match="cache has segment_offset=0: expected the module's 5"):
+        shifted(x, cache=DilatedCache(8, 1, **plain))

@@ -198,6 +198,10 @@ class DilatedAttention(nn.Module):
         group = group_of(self.distributed)
         offset: int | Tensor = self.segment_offset
         if segment_offset is not None:
+            if cache is not None:
+                raise ValueError(
+                    "segment_offset given with a cache: expected cache.set_segment_offset before the first token"
+                )
             rows, axis = (x.shape[0], "B") if bounds is None else (len(bounds) - 1, "documents")
             check_segment_offset(segment_offset, rows, x.device, "x's", axis)
             offset = segment_offset
@@ -293,6 +297,9 @@ def _check_cache(module: DilatedAttention, cache: DilatedCache | None, cu_seqlen
             raise ValueError(f"cache has {name}={of_cache!r}: expected the module's {own!r}")
     if (cache.pattern.window is None) != (module.pattern.window is None):
         raise ValueError(f"cache has window={cache.pattern.window}: expected the module's {module.pattern.window}")
+    # Who moved the grid of each row knows why.
+    if not cache._by_row and (of_cache := cache._row_offsets[0]) != module.segment_offset:
+        raise ValueError(f"cache has segment_offset={of_cache}: expected the module's {module.segment_offset}")
 
 
 def _check_shift(cache: DilatedCache | None, group: Any) -> None:
