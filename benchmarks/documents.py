@@ -11,7 +11,6 @@ import re
 from pathlib import Path
 
 from benchmarks import report, results
-from benchmarks.learning import report as learning
 
 _BLOCK = re.compile(
     r"^(?P<open><!-- table: (?P<name>\S+) (?P<file>\S+) -->)\n(?P<body>.*?)^(?P<close><!-- end -->)$",
@@ -56,6 +55,9 @@ def table(name: str, file: Path) -> str:
     if file.is_dir():
         if name != "patterns":
             raise BadMarker(f"{file.name} has no table {name!r}: expected patterns")
+        # Here: it needs numpy and matplotlib.
+        from benchmarks.learning import report as learning
+
         return learning.comparison(learning.load(file)).markdown()
     result = results.load(file)
     title, _, rest = name.partition("/")

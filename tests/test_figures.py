@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
@@ -194,3 +195,17 @@ def test_too_few_and_too_many_ranks_are_refused(tmp_path: Path, ranks: int) -> N
 def test_nothing_that_travels_is_drawn_too(tmp_path: Path) -> None:
     path = plot_shards(Pattern.parse(16, 1), 4, 8, [16] * 4, tmp_path / "shards.png")
     assert pixels(path, "#f1f0ec") > 1000
+
+
+def test_the_title_says_how_busy_the_busiest_rank_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = []
+    real = Axes.set_title
+    monkeypatch.setattr(
+        Axes, "set_title", lambda axes, text, **options: said.append(text) or real(axes, text, **options)
+    )
+    pattern = Pattern.compose(None, 4, dilated_queries=False, head_offsets="grouped")
+    for is_causal, times in ((True, "1.75"), (False, "1.00")):
+        plot_shards(pattern, 8, 8, [1 << 16] * 4, tmp_path / "shards.png", kv_heads=4, is_causal=is_causal)
+        assert said[-1].endswith(f"work of the busiest rank: {times} times the mean")
+    with pytest.raises(ValueError, match="heads=8 is not divisible by kv_heads=3"):
+        plot_shards(pattern, 8, 8, [16] * 4, tmp_path / "shards.png", kv_heads=3)

@@ -27,7 +27,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("attention.packed", "attention.padding"),
     ("attention.definition",),
     ("attention.functional",),
-    ("attention.streaming",),
+    ("attention.module_checks", "attention.streaming"),
     ("attention.module",),
     ("attention", "position"),
     ("models",),
@@ -56,12 +56,15 @@ THIRD_PARTY = {
 
 # The only modules that import triton. Kernels run on its tensors, never on torch's.
 KERNELS = ("longnet", "attention", "backends", "triton", "kernels")
-EVERY_KERNEL = (KERNELS, ("longnet", "attention", "streaming", "kernels"), ("longnet", "nn", "kernels"))
+STREAMING = ("longnet", "attention", "streaming")
+EVERY_KERNEL = (KERNELS, (*STREAMING, "kernels"), (*STREAMING, "band_kernels"), ("longnet", "nn", "kernels"))
 MEETS_TRITON = {
     KERNELS: {"triton"},
-    ("longnet", "attention", "streaming", "kernels"): {"triton"},
+    (*STREAMING, "kernels"): {"triton"},
+    (*STREAMING, "band_kernels"): {"triton"},
     ("longnet", "nn", "kernels"): {"triton"},
-    ("longnet", "attention", "streaming", "fused"): {"torch", "triton"},
+    (*STREAMING, "fused"): {"torch", "triton"},
+    (*STREAMING, "band_fused"): {"torch", "triton"},
     ("longnet", "runtime", "triton_internals"): {"torch", "triton"},
 }
 

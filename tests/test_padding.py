@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longnet import DilatedAttention, DilatedCache, LongNetConfig, LongNetEncoder, LongNetLM
+from longnet import DilatedAttention, DilatedCache, LongNetConfig, LongNetEncoder
 from longnet.attention.padding import warn_left_padding
 from longnet.geometry import Pattern
 
@@ -45,6 +45,29 @@ def warned(given: Tensor, pattern: Pattern = PATTERN, **options: object) -> bool
 )
 def test_only_padding_that_moves_segments_is_told(rows: tuple[str, ...], expected: bool) -> None:
     assert warned(mask(*rows)) is expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "padding", "expected"),
+    [
+        (Pattern.compose(window=5), 3, False),
+        (Pattern.compose(None, 1), 3, False),
+        (Pattern.compose(None, 4, dilated_queries=False, window=5, dilation_block=2), 8, False),
+        (Pattern.compose(None, 4, dilated_queries=False, window=5, dilation_block=2), 4, True),
+        (Pattern.compose(8, 2, dilation_block=2), 8, False),
+        (Pattern.compose(24, 2, dilation_block=2), 4, False),
+        (Pattern.compose(24, 2, dilation_block=2), 2, True),
+    ],
+)
+def test_windows_strides_and_blocks_move_by_their_own_cycle(pattern: Pattern, padding: int, expected: bool) -> None:
+    assert warned(mask("-" * padding + "x" * 9), pattern) is expected
+
+
+def test_padding_moves_rows_on_their_own_grid() -> None:
+    # Four tokens fill the end of a segment of 8, and cross it where padding moves them.
+    assert warned(mask("--xxxx"), Pattern.parse(8, 1), segment_offset=4)
+    assert not warned(mask("--xxxx"), Pattern.parse(8, 1), segment_offset=2)
+    assert not warned(mask("-" * 8 + "xxxx"), Pattern.parse(8, 1), segment_offset=4)
 
 
 @pytest.mark.parametrize("rows", ["--xxxx", "-" * 24 + "x" * 30, "-" * 10 + "x" * 4])
@@ -84,9 +107,8 @@ def config(causal: bool) -> LongNetConfig:
 LEFT, RIGHT = mask("-" * 5 + "x" * 35, "x" * 40), mask("x" * 35 + "-" * 5, "x" * 40)
 
 
-@pytest.mark.parametrize("kind", [LongNetLM, LongNetEncoder])
-def test_models_tell_of_left_padding(kind: type[LongNetLM] | type[LongNetEncoder]) -> None:
-    model = kind(config(kind is LongNetLM)).eval()
+def test_an_encoder_tells_of_left_padding() -> None:
+    model = LongNetEncoder(config(causal=False)).eval()
     tokens = torch.arange(80).view(2, 40)
     model(tokens, RIGHT)
     with pytest.warns(UserWarning, match=r"padded on the left.*Pad on the right.*cu_seqlens.*one row at a time"):
@@ -96,17 +118,16 @@ def test_models_tell_of_left_padding(kind: type[LongNetLM] | type[LongNetEncoder
 
 
 def test_a_stream_tells_once_a_row_has_moved() -> None:
-    model = LongNetLM(config(causal=True)).eval()
-    tokens = torch.arange(80).view(2, 40)
-    cache = model.new_cache(2)
+    module, x = attention().requires_grad_(False), torch.randn(2, 40, 16, dtype=torch.float64)
+    cache = DilatedCache((8, 24), (1, 2), batch_size=2, heads=4, head_dim=4, dtype=torch.float64)
     with pytest.warns(UserWarning, match="padded on the left"):
-        model(tokens[:, :20], LEFT[:, :20], cache=cache)
-    model(tokens[:, 20:], LEFT[:, 20:], cache=cache)
-    assert isinstance(cache.layers[0], DilatedCache) and cache.layers[0].padding.tolist() == [5, 0]
+        module(x[:, :20], LEFT[:, :20], cache=cache)
+    module(x[:, 20:], LEFT[:, 20:], cache=cache)
+    assert cache.padding.tolist() == [5, 0]
 
 
 def test_python_shows_it_once() -> None:
-    model = LongNetLM(config(causal=True)).eval()
+    model = LongNetEncoder(config(causal=False)).eval()
     tokens = torch.arange(80).view(2, 40)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("default")

@@ -36,8 +36,8 @@ NAMES = {
     longnet.geometry: [
         *("HEAD_OFFSETS", "Branch", "BranchPlan", "Cost", "Coverage", "HeadNumbers", "HeadOffsets", "KeysPerQuery"),
         *("LayerReach", "Pattern", "Plan", "Tile", "Uncovered", "Work"),
-        *("cost", "coverage", "keys_per_query", "make_plan", "receptive_field", "score_pairs", "suggest_pattern"),
-        "uncovered_positions",
+        *("cost", "coverage", "keys_per_query", "make_plan", "receptive_field", "score_pairs"),
+        *("score_pairs_by_shard", "suggest_pattern", "uncovered_positions"),
     ],
     longnet.training: [
         *("CheckpointError", "Corpus", "Evaluation", "TrainSettings", "TrainSummary", "TrainingDiverged"),
@@ -63,25 +63,33 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
         "(dim, heads, dilation_rate, segment_size, dropout=0.0, causal=False, use_xpos=False, "
         "use_rel_pos_bias=False, distributed=False, *, qk_norm=False, kv_heads=None, "
         "bias=True, sub_norm=None, head_offsets='interleaved', head_numbers=None, xpos_scale_base=None, "
-        "rel_pos_buckets=32, rel_pos_max_distance=128, backend='auto', device=None, dtype=None)",
+        "rel_pos_buckets=32, rel_pos_max_distance=128, backend='auto', window=None, dilated_queries=True, "
+        "dilation_block=1, segment_offset=0, shift_keys=False, check_coverage=True, device=None, dtype=None)",
     ),
-    (DilatedAttention.forward, "(self, x, key_padding_mask=None, *, cu_seqlens=None, cache=None)"),
+    (
+        DilatedAttention.forward,
+        "(self, x, key_padding_mask=None, *, cu_seqlens=None, cache=None, segment_offset=None)",
+    ),
     (
         DilatedCache,
         "(segment_lengths, dilation_rates, *, batch_size, heads, head_dim, kv_heads=None, head_offsets='interleaved', "
-        "head_numbers=None, dtype=None, device=None)",
+        "head_numbers=None, window=None, dilated_queries=True, dilation_block=1, segment_offset=0, capacity=None, "
+        "shift_keys=False, check_coverage=True, dtype=None, device=None)",
     ),
     (DilatedCache.reorder, "(self, index)"),
     (DilatedCache.load_state_dict, "(self, state)"),
     (DilatedCache.moved, "(self, tokens, *, on_device=True)"),
-    (stream_attention, "(query, key, value, cache, *, scale=None, key_padding_mask=None)"),
+    (DilatedCache.set_segment_offset, "(self, segment_offset)"),
+    (DilatedCache.holds, "(self, position)"),
+    (stream_attention, "(query, key, value, cache, *, scale=None, key_padding_mask=None, return_lse=False)"),
     (
         LongNetConfig,
         "(vocab_size=256, dim=768, heads=12, layers=12, ffn_dim=None, "
         "segment_lengths=(2048, 4096, 8192, 16384, 32768), dilation_rates=(1, 2, 4, 6, 12), kv_heads=None, "
         "causal=True, norm='layer', qk_norm=False, bias=True, dropout=0.0, use_xpos=True, use_rel_pos_bias=False, "
         "head_offsets='interleaved', head_numbers=None, xpos_scale_base=None, tie_embeddings=True, "
-        "gradient_checkpointing=False, loss_chunk=4096, feed_forward_chunk=None, backend='auto')",
+        "gradient_checkpointing=False, loss_chunk=4096, feed_forward_chunk=None, backend='auto', layer_types=None, "
+        "sliding_window=512, stride=4, stride_block=1, shift_keys=False)",
     ),
     (LongNetConfig.preset, "(name, **changes)"),
     (LongNetConfig.presets, "()"),
@@ -93,6 +101,7 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     (LongNetLM.hidden, "(self, tokens, key_padding_mask=None, *, cache=None)"),
     (LongNetLM.new_cache, "(self, batch_size, *, max_length=None, dtype=None)"),
     (LongNetLM.logits, "(self, hidden)"),
+    (LongNetLM.with_layer_types, "(self, layer_types, **changes)"),
     (
         LongNetLM.loss,
         "(self, tokens, targets, *, key_padding_mask=None, reduction='mean', ignore_index=-100)",
@@ -111,13 +120,18 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     (longnet.geometry.make_plan, "(pattern, heads, length, first_head=0, last_head=None, segment_offset=0)"),
     (
         longnet.geometry.cost,
-        "(pattern, heads, length, head_dim, *, is_causal=False, kv_heads=None, batch=1, bytes_per_element=2)",
+        "(pattern, heads, length, head_dim, *, is_causal=False, kv_heads=None, batch=1, bytes_per_element=2, "
+        "segment_offset=0)",
     ),
     (longnet.geometry.coverage, "(pattern, heads, length=None)"),
     (longnet.geometry.uncovered_positions, "(pattern, heads, length=None)"),
     (longnet.geometry.keys_per_query, "(pattern, heads, length, is_causal=False)"),
-    (longnet.geometry.score_pairs, "(pattern, heads, length, is_causal=False)"),
-    (longnet.geometry.receptive_field, "(pattern, heads, length, layers, is_causal=False, position=None)"),
+    (longnet.geometry.score_pairs, "(pattern, heads, length, is_causal=False, *, segment_offset=0)"),
+    (
+        longnet.geometry.receptive_field,
+        "(pattern, heads, length, layers, is_causal=False, position=None, *, segment_offset=0)",
+    ),
+    (longnet.geometry.score_pairs_by_shard, "(pattern, heads, shard_lengths, is_causal=False)"),
     (
         longnet.geometry.suggest_pattern,
         "(max_length, budget, *, heads=None, ratio=2, head_offsets='interleaved')",
@@ -135,19 +149,35 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
 
 # Public methods and properties of the classes, their own and those of their bases in this package.
 MEMBERS = {
-    DilatedAttention: {"attend", "definition", "extra_repr", "forward", "reset_parameters"},
+    DilatedAttention: {
+        *("attend", "definition", "extra_repr", "forward", "reset_parameters", "segment_offset", "shift_keys"),
+    },
     DilatedCache: {
-        *("clone", "device", "dtype", "load_state_dict", "moved", "nbytes", "position", "reorder", "reset"),
-        "state_dict",
+        *(
+            "bounded",
+            "clone",
+            "device",
+            "dtype",
+            "holds",
+            "load_state_dict",
+            "moved",
+            "nbytes",
+            "nbytes_used",
+            "position",
+        ),
+        *("reading", "reorder", "reset", "set_segment_offset", "state_dict"),
     },
     LongNetConfig: {
-        *("feed_forward_dim", "from_dict", "head_dim", "layer_head_numbers", "preset", "presets", "replace", "to_dict"),
+        *("feed_forward_dim", "from_dict", "head_dim", "layer_attention", "layer_attentions", "layer_head_numbers"),
+        *("preset", "presets", "replace", "to_dict"),
     },
     LongNetLM: {
         *("check_mask", "check_tokens", "embed", "forward", "generate", "hidden", "logits", "loss", "new_cache"),
-        *("reset_parameters", "run_blocks"),
+        *("reset_parameters", "run_blocks", "with_layer_types"),
     },
-    LongNetEncoder: {"check_mask", "check_tokens", "embed", "forward", "reset_parameters", "run_blocks"},
+    LongNetEncoder: {
+        *("check_mask", "check_tokens", "embed", "forward", "reset_parameters", "run_blocks", "with_layer_types"),
+    },
 }
 
 

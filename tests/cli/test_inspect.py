@@ -4,13 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner, Result
 
+from longnet import LongNetConfig
 from longnet.cli.inspect import inspect
-from longnet.geometry.cost import cost
-from longnet.geometry.coverage import receptive_field
+from longnet.geometry.cost import cost, score_pairs
 from longnet.geometry.pattern import Pattern
+from longnet.geometry.reach import receptive_field
+from longnet.models import LongNetCache
 
 app = typer.Typer()
 app.command()(inspect)
@@ -117,3 +120,109 @@ def test_a_picture_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     result = run(tmp_path / "missing", *EXAMPLE)
     assert result.exit_code == 2
     assert "missing" in result.stderr
+
+
+LAYERS = ("--layer-types", "sliding_attention,strided_attention", "--window", "64", "--stride", "2", "--heads", "4")
+LAYERS = (*LAYERS, "--head-dim", "8", "--length", "5000", "--shift-keys")
+
+
+def test_layers_that_differ(tmp_path: Path) -> None:
+    result = run(tmp_path, *LAYERS)
+    assert result.exit_code == 0, result.output
+    assert "No path" not in result.output and "4 layers  5,000 tokens, causal" in result.output
+    for words in ("window 64, 1 of 2 of all tokens; shifted keys", "63 away", "4,999 away", "What position 4,999"):
+        assert words in result.output
+    for name in ("pattern.png", "pattern_strided_attention.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_json_of_layers_holds_the_exact_numbers(tmp_path: Path) -> None:
+    result = run(tmp_path, *LAYERS, "--kv-heads", "2", "--layers", "2", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    window = Pattern.compose(window=64)
+    strided = Pattern.compose(None, 2, window=64, dilated_queries=False, head_offsets="grouped").grouped(4, 2)
+    assert [layer["pairs"] for layer in found["layers"]] == [
+        score_pairs(one, 4, 5000, True) for one in (window, strided)
+    ]
+    assert found["pairs"] == sum(layer["pairs"] for layer in found["layers"])
+    assert [layer["reach"]["tokens"] for layer in found["layers"]] == [64, 5000]
+    assert (found["uncovered"], found["unreached"]) == (0, 0)
+    # What caches of such layers hold, less the few numbers that say where.
+    config = LongNetConfig(
+        dim=32, heads=4, kv_heads=2, layers=2, layer_types=("sliding_attention", "strided_attention"), sliding_window=64,
+        stride=2, segment_lengths=(), dilation_rates=(),
+    )  # fmt: skip
+    cache = LongNetCache(config, 1, dtype=torch.bfloat16, max_length=5000)
+    assert found["cache_bytes"] == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def test_tokens_that_no_path_reaches_are_told(tmp_path: Path) -> None:
+    options = ("--layer-types", "sliding_attention", "--window", "64", "--length", "5000", "--layers", "3")
+    result = run(tmp_path, *options)
+    assert "leads from 4,810 of 5,000 tokens to the last one; the nearest of them is 190 tokens away" in result.output
+    found = json.loads(run(tmp_path, *options, "--json").stdout)
+    assert found["unreached"] == 5000 - (3 * 63 + 1)
+    sparse = (
+        "--layer-types",
+        "dilated_attention",
+        "--segments",
+        "2048",
+        "--rates",
+        "8",
+        "--length",
+        "2048",
+        "--heads",
+        "6",
+    )
+    assert "No head of any layer covers 512 of the first 2,048 positions" in run(tmp_path, *sparse).output
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--window", "16"),
+        ("--segments", "none", "--rates", "4", "--all-queries", "--window", "16"),
+        ("--segments", "64,none", "--rates", "2,4", "--dilation-block", "2", "--head-offsets", "grouped"),
+        ("--segments", "64,128", "--rates", "1,2", "--segment-offset", "42"),
+    ],
+)
+@pytest.mark.parametrize("direction", [(), ("--bidirectional",)])
+def test_a_pattern_beyond_the_paper(tmp_path: Path, options: tuple[str, ...], direction: tuple[str, ...]) -> None:
+    given = (*options, *direction, "--heads", "4", "--length", "300", "--layers", "2")
+    assert run(tmp_path, *given).exit_code == 0
+    found = json.loads(run(tmp_path, *given, "--json").stdout)
+    assert len(found["layers"]) == 2 and found["causal"] == (not direction)
+    assert (found["cache_bytes"] is None) == bool(direction)
+
+
+def test_the_layers_of_a_model(tmp_path: Path) -> None:
+    config = LongNetConfig.preset(
+        "nano", layers=4, layer_types=("shifted_dilated_attention", "full_attention"), head_numbers=[[0, 1]] * 4
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    for path in (tmp_path, tmp_path / "config.json"):
+        found = json.loads(run(tmp_path, "--model", str(path), "--length", "200", "--json").stdout)
+        assert [layer["type"] for layer in found["layers"]] == list(config.layer_types or ())
+        assert found["layers"][0]["segment_offset"] == 42 and found["layers"][0]["heads"] == 2
+    old = LongNetConfig.preset("nano").to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    found = json.loads(run(tmp_path, "--model", str(tmp_path), "--json").stdout)
+    assert [layer["type"] for layer in found["layers"]] == ["dilated_attention"] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--model", "run", "--heads", "4"), "--model has layers of its own: leave out --heads"),
+        (("--stride", "2", *EXAMPLE), "--stride given without --layer-types"),
+        (("--layer-types", "full_attention", "--all-queries"), "--layer-types says what layers compute: leave out --all-queries"),
+        (("--layer-types", "dense"), "layer_types holds 'dense': expected one of"),
+        (("--window", "0"), "window=0: expected at least 1"),
+        (("--window", "8", "--suggest-budget", "64"), "--suggest-budget suggests one of the paper's patterns"),
+        (("--segments", "none,x", "--rates", "1,1", "--window", "8"), "--segments 'x' holds 'x'"),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_go_together(tmp_path: Path, options: tuple[str, ...], said: str) -> None:
+    result = run(tmp_path, *options)
+    assert result.exit_code == 2 and said in result.output

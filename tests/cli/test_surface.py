@@ -17,7 +17,8 @@ Longnet = Callable[..., "subprocess.CompletedProcess[str]"]
 
 OPTIONS = {
     "train": [
-        *("--out", "--data", "--preset", "--config", "--context", "--steps", "--minutes", "--batch", "--accumulate"),
+        *("--out", "--data", "--preset", "--config", "--layer-types", "--window", "--stride", "--stride-block"),
+        *("--shift-keys", "--context", "--steps", "--minutes", "--batch", "--accumulate"),
         *("--lr", "--warmup", "--schedule", "--weight-decay", "--clip", "--dtype", "--device", "--seed"),
         *("--eval-every", "--save-every", "--threads", "--cp", "--resume"),
     ],
@@ -27,7 +28,8 @@ OPTIONS = {
     ],
     "inspect": [
         *("--segments", "--rates", "--length", "--heads", "--head-dim", "--kv-heads", "--layers", "--bidirectional"),
-        *("--head-offsets", "--suggest-budget", "--out", "--json"),
+        *("--head-offsets", "--window", "--all-queries", "--dilation-block", "--segment-offset", "--layer-types"),
+        *("--stride", "--stride-block", "--shift-keys", "--model", "--suggest-budget", "--out", "--json"),
     ],
     "slide_encode": [
         *(

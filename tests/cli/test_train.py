@@ -93,6 +93,38 @@ def test_it_says_what_it_is_doing_and_writes_the_run_folder(finished_run: Path) 
     assert Path(json.loads((finished_run / "run.json").read_text())["settings"]["data"]).is_absolute()
 
 
+def test_layers_of_several_types_are_trained_and_resumed(
+    tmp_path: Path, longnet: Longnet, train_arguments: list[object]
+) -> None:
+    out = tmp_path / "run"
+    layers = ("--layer-types", "strided_attention", "--window", 9, "--stride", 2, "--stride-block", 3, "--shift-keys")
+    result = longnet("train", *train_arguments, *layers, "--out", out, "--steps", 2)
+    assert result.returncode == 0, result.stderr
+    assert (
+        "1 strided_attention; segments (16, 32, 64), dilation rates (1, 2, 4), window 9, stride 2 by 3" in result.stdout
+    )
+    config = json.loads((out / "config.json").read_text())
+    written = {
+        "layer_types": ["strided_attention"],
+        "sliding_window": 9,
+        "stride": 2,
+        "stride_block": 3,
+        "shift_keys": True,
+    }
+    assert config.items() >= written.items()
+    # The same settings or none continue it, others are refused by name.
+    for given in ((), layers):
+        result = longnet("train", "--out", out, "--resume", *given)
+        assert result.returncode == 0, result.stderr
+    result = longnet("train", "--out", out, "--resume", "--window", 10)
+    assert result.returncode == 2 and "model sliding_window was 9, now 10" in result.stderr
+    result = longnet("generate", out, "--prompt", "abc", "--tokens", 3)
+    assert result.returncode == 0, result.stderr
+    result = longnet("train", *train_arguments, "--window", 9, "--out", tmp_path / "other", "--steps", 1)
+    assert result.returncode == 2 and "expected --layer-types as well" in result.stderr
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_finished_run_resumed_makes_its_report_again(finished_run: Path, longnet: Longnet) -> None:
     (finished_run / "report.html").unlink()
     result = longnet("train", "--out", finished_run, "--resume")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 
 from longnet import LongNetConfig, LongNetLM
 from longnet.compress import SCHEMES, convert_qat, prepare_qat, prune_heads, quantization, quantize, quantized
+from longnet.models.layer_types import LAYER_TYPES
 from longnet.training import CheckpointError, load_model, save_model
 
 pytest.importorskip("torchao")
@@ -202,3 +204,37 @@ def test_a_missing_torchao_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         match=r"needs torchao, which is not installed. In a checkout of longnet: pip install '.\[quant\]'",
     ):
         quantize(make(), "int8wo")
+
+
+@pytest.mark.parametrize("layer_types", [*((one,) for one in LAYER_TYPES), LAYER_TYPES])
+def test_layers_of_every_type(tmp_path: Path, layer_types: tuple[str, ...]) -> None:
+    """Quantised, saved, read back, generating, and as another stack."""
+    layers = {"layers": max(2, len(layer_types)), "sliding_window": 9, "stride": 2, "stride_block": 3, "kv_heads": 2}
+    model = make(layer_types=layer_types, **layers)
+    exact = model(tokens())
+    quantize(model, "int8wo")
+    rounded = model(tokens())
+    assert 0 < (rounded - exact).norm() / exact.norm() < 0.1
+    save_model(model, tmp_path)
+    loaded = load_model(tmp_path)
+    assert loaded.config == model.config and quantization(loaded) == "int8wo"
+    assert torch.equal(loaded(tokens()), rounded)
+    assert torch.equal(loaded.generate(tokens(9), 3, temperature=0), model.generate(tokens(9), 3, temperature=0))
+    other = model.with_layer_types(("full_attention",))
+    assert quantization(other) == "int8wo" and other(tokens()).isfinite().all()
+
+
+def test_weights_of_another_stack_are_not_read_as_this_one(tmp_path: Path) -> None:
+    save_model(make(layer_types=("sliding_attention",)), tmp_path)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text())
+    for changes in ({"layer_types": ["full_attention"] * 2}, {"layer_types": None}, {"sliding_window": 5}):
+        file.write_text(json.dumps(values | changes))
+        with pytest.raises(CheckpointError, match=f"does not fit .*{next(iter(changes))}="):
+            load_model(tmp_path)
+    plain = tmp_path / "plain"
+    save_model(make(), plain)
+    without = json.loads((plain / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps(without | {"layer_types": ["full_attention"]}))
+    with pytest.raises(CheckpointError, match="does not fit .*layer_types="):
+        load_model(plain)

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longnet.geometry.coverage import coverage, reach, receptive_field, uncovered_positions
+from longnet.geometry.coverage import coverage, uncovered_positions
 from longnet.geometry.pattern import HEAD_OFFSETS, Pattern
+from longnet.geometry.reach import reach, receptive_field
 
 
 @st.composite

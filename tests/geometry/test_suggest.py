@@ -6,7 +6,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from longnet.geometry.coverage import offsets_taken, uncovered_positions
+from longnet.geometry.coverage import uncovered_positions
+from longnet.geometry.reach import offsets_taken
 from longnet.geometry.suggest import suggest_pattern
 
 

@@ -11,24 +11,39 @@ import torch.distributed as dist
 
 from longnet import dilated_attention
 
-# (heads, kv heads, segment lengths, dilation rates, causal, padded, head offsets, tokens)
+# (heads, kv heads, segment lengths, dilation rates, causal, padded, head offsets, tokens, and what is beyond the paper)
 CASES = [
     (4, 4, (64, 256, 1024), (1, 4, 16), True, False, "interleaved", 1000),
     (4, 2, (64, 256, 1024), (1, 4, 16), False, True, "interleaved", 777),
     (6, 3, (50, 300, 2000), (1, 3, 7), True, True, "blocked", 1300),
     (3, 3, (128, 5000), (2, 9), False, False, "interleaved", 1501),
     (16, 16, (2048, 8192, 32768), (1, 4, 16), True, False, "interleaved", 32768),
+    (4, 4, (), (), False, True, "interleaved", 999, {"window": 200}),
+    (8, 4, None, 4, True, False, "grouped", 4000, {"window": 64, "dilated_queries": False, "dilation_block": 16}),
+    (6, 3, (None, 300), (3, 7), False, True, "blocked", 1300, {"dilated_queries": False, "segment_offset": 11}),
+    (4, 2, (64, 1000), (1, 4), True, True, "interleaved", 1500, {"window": 30, "segment_offset": (5, -400)}),
 ]
 
 
 def run(tensors, case, dtype, group=None, mask=None):
-    _, _, lengths, rates, is_causal, _, offsets, _ = case
+    _, _, lengths, rates, is_causal, _, head_offsets, _, *beyond = case
+    options = dict(*beyond)
+    offset = options.pop("segment_offset", 0)
     *inputs, grad = (x.to(dtype) for x in tensors)
     query, key, value = (x.detach().requires_grad_() for x in inputs)
-    out, lse = dilated_attention(
-        query, key, value, lengths, rates, is_causal=is_causal, key_padding_mask=mask, head_offsets=offsets,
-        return_lse=True, group=group,
-    )  # fmt: skip
+
+    def attend(rows, offset):
+        return dilated_attention(
+            query[rows], key[rows], value[rows], lengths, rates, is_causal=is_causal, head_offsets=head_offsets,
+            key_padding_mask=None if mask is None else mask[rows], segment_offset=offset, return_lse=True, group=group,
+            **options,
+        )  # fmt: skip
+
+    if group is None and isinstance(offset, tuple):
+        alone = [attend(slice(row, row + 1), own) for row, own in enumerate(offset)]
+        out, lse = (torch.cat(parts) for parts in zip(*alone, strict=True))
+    else:
+        out, lse = attend(slice(None), torch.tensor(offset) if isinstance(offset, tuple) else offset)
     return {
         "out": out.detach(),
         "lse": lse.detach(),
@@ -44,7 +59,7 @@ def error(got, want):
 
 
 def check(case, seed, device):
-    heads, kv_heads, *_, padded, _, tokens = case
+    heads, kv_heads, _, _, _, padded, _, tokens, *_ = case
     generator = torch.Generator(device).manual_seed(seed)
     world, rank = dist.get_world_size(), dist.get_rank()
     shares = torch.rand(world, generator=torch.Generator().manual_seed(seed)) + 0.2

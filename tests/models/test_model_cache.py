@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from longnet import LongNetConfig, LongNetLM
+from longnet import DilatedAttention, DilatedCache, LongNetConfig, LongNetLM
 from longnet.models import LongNetCache
+from longnet.models.layer_types import LAYER_TYPES
 
 pytestmark = pytest.mark.filterwarnings("ignore:segment_lengths=.*to no head")
 
@@ -203,3 +204,103 @@ def test_a_change_that_reached_some_layers_only_refuses_to_go_on(change: str, mo
 def test_logits_of_a_cached_read_hold_no_graph() -> None:
     lm, ids = model(), tokens()
     assert not lm(ids, cache=lm.new_cache(2)).requires_grad
+
+
+LAYERS: dict[str, Any] = {
+    "layers": 5,
+    "layer_types": LAYER_TYPES,
+    "sliding_window": 6,
+    "stride": 2,
+    "stride_block": 3,
+    "kv_heads": 2,
+}
+
+
+@pytest.mark.parametrize("layer_types", [*((one,) for one in LAYER_TYPES), LAYER_TYPES])
+@pytest.mark.parametrize("max_length", [None, 75, 500])
+@pytest.mark.parametrize("head_numbers", [None, [(0, 1)] + [(0, 1, 2, 3)] * 4])
+def test_every_layer_type_is_read_bit_by_bit(
+    layer_types: tuple[str, ...], max_length: int | None, head_numbers: Any
+) -> None:
+    lm, ids = model(**LAYERS | {"layer_types": layer_types, "head_numbers": head_numbers}), tokens()
+    cache = lm.new_cache(2, max_length=max_length)
+    got = torch.cat([lm(part, cache=cache) for part in ids.split([30, 1, 1, 20, 23], 1)], 1)
+    torch.testing.assert_close(got, lm(ids).detach(), rtol=1e-10, atol=1e-10)
+    grows = "strided_attention" in layer_types or "full_attention" in layer_types
+    assert cache.bounded == (not grows) and 0 < cache.nbytes_used <= cache.nbytes
+    if max_length == 75:
+        with pytest.raises(ValueError, match="capacity=75"):
+            lm(ids[:, :1], cache=cache)
+
+
+def test_the_grid_stays_where_it_is_in_a_cache_of_a_known_length() -> None:
+    """Segments that cannot end before the last token may be shorter, but not begin elsewhere: 10 begins the second one here."""
+    changes = {"segment_lengths": (8, 30), "dilation_rates": (1, 2), "layer_types": ("shifted_dilated_attention",)}
+    lm, ids = model(**changes), tokens(2, 12)
+    for length in (12, 20, 40):
+        cache = lm.new_cache(2, max_length=length)
+        got = torch.cat([lm(part, cache=cache) for part in ids.split(5, 1)], 1)
+        torch.testing.assert_close(got, lm(ids).detach(), rtol=1e-10, atol=1e-10)
+        assert [layer.offsets.tolist() for layer in cache.layers] == [[20, 20]] * 2  # type: ignore[union-attr]
+
+
+def test_a_mixed_cache_is_forked_reordered_and_saved() -> None:
+    lm, ids = model(**LAYERS), tokens()
+    mask = torch.arange(75) < torch.tensor([9, 0])[:, None]
+    cache, other = lm.new_cache(2), lm.new_cache(2)
+    lm(ids[:, :50], mask[:, :50], cache=cache)
+    want = lm(ids, mask).detach()[:, 50:]
+    other.load_state_dict(cache.state_dict())
+    for one in (cache.clone(), other):
+        torch.testing.assert_close(lm(ids[:, 50:], cache=one), want, rtol=1e-10, atol=1e-10)
+    cache.reorder(torch.tensor([1, 0]))
+    torch.testing.assert_close(lm(ids[:, 50:].flip(0), cache=cache), want.flip(0), rtol=1e-10, atol=1e-10)
+
+
+def test_far_along_a_stream_of_bounded_layers_nothing_overflows() -> None:
+    lm, ids = model(**LAYERS | {"layers": 3, "layer_types": LAYER_TYPES[:3]}), tokens(1, 70)
+    start = 32 * (10**9 // 32)
+    far = lm.new_cache(1)
+    far.moved(start - 64)
+    ahead = torch.randint(32, (1, 64), generator=torch.Generator().manual_seed(2))
+    got = [lm(part, cache=far) for part in torch.cat((ahead, ids), 1).split(20, 1)]
+    want = lm(torch.cat((ahead, ids), 1)).detach()
+    # What was before is not remembered here: tokens whose receptive field begins later agree.
+    torch.testing.assert_close(torch.cat(got, 1)[:, 128:], want[:, 128:], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("padded", [0, 9, 21])
+def test_shifted_keys_are_read_into_a_cache(padded: int) -> None:
+    """The first key of a chunk takes from the last token of the one before, which may be padding."""
+    lm, ids = model(**LAYERS | {"layers": 2, "layer_types": LAYER_TYPES[-2:], "shift_keys": True}).double(), tokens()
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask[1, :padded] = True
+    got, cache = read(lm, ids, [20, 21, 22, 50], mask if padded else None)
+    want = lm(ids, mask if padded else None).detach()
+    torch.testing.assert_close(got[~mask], want[~mask], rtol=1e-10, atol=1e-10)
+    other = cache.clone()
+    other.reorder(torch.tensor([1, 0]))
+    other.load_state_dict(other.state_dict())
+    more = tokens(2, 5).flip(1)
+    torch.testing.assert_close(lm(more[[1, 0]], cache=other), lm(more, cache=cache)[[1, 0]], rtol=1e-10, atol=1e-10)
+    # And what was before matters.
+    assert (
+        lm(more[:1], cache=read(lm, more[:1], [3])[1]) - lm(more[:1], cache=read(lm, ids[:1, :5], [3])[1])
+    ).abs().max() > 1e-6
+
+
+def test_a_cache_of_another_kind_of_layer_is_refused() -> None:
+    module = DilatedAttention(16, 4, (), (), causal=True, window=5)
+    x = torch.zeros(1, 3, 16)
+    plain: dict[str, Any] = {"batch_size": 1, "heads": 4, "head_dim": 4}
+    with pytest.raises(ValueError, match="cache has window=None: expected the module's 5"):
+        module(x, cache=DilatedCache(8, 1, **plain))
+    with pytest.raises(ValueError, match="cache has shift_keys=True: expected the module's, False"):
+        module(x, cache=DilatedCache((), (), window=5, shift_keys=True, **plain))
+    with pytest.raises(ValueError, match="cache has dilated_queries=False: expected the module's True"):
+        module(x, cache=DilatedCache(8, 1, window=5, dilated_queries=False, **plain))
+    with pytest.raises(ValueError, match="segment_offset given with a cache"):
+        module(x, cache=DilatedCache((), (), window=5, **plain), segment_offset=3)
+    shifted = DilatedAttention(16, 4, 1, 8, causal=True, segment_offset=5)
+    with pytest.raises(ValueError, match="cache has segment_offset=0: expected the module's 5"):
+        shifted(x, cache=DilatedCache(8, 1, **plain))

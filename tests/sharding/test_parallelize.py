@@ -7,10 +7,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from patterns import relative_error
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from longnet import LongNetConfig, LongNetEncoder, LongNetLM
 from longnet.distributed import parallelize, shard_lengths, shard_sequence, unshard_sequence
+from longnet.models.layer_types import LAYER_TYPES
 from longnet.training.ranks import Ranks
 
 CONFIG = LongNetConfig(
@@ -41,9 +42,14 @@ def full(x):
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def gradients(group, rank, dp, cp, lengths, ignored):
+LAYERED = CONFIG.replace(
+    layers=5, layer_types=LAYER_TYPES, sliding_window=11, stride=2, stride_block=3, kv_heads=2, shift_keys=True
+)
+
+
+def gradients(group, rank, dp, cp, lengths, ignored, config=CONFIG):
     mesh = init_device_mesh("cpu", (dp, cp), mesh_dim_names=("dp", "cp"))
-    model = parallelize(make(), mesh)
+    model = parallelize(make(config=config), mesh)
     rows = batches(1, 2 * dp)[0]
     rows = rows[2 * mesh["dp"].get_local_rank() :][:2]
     targets = rows[:, 1:].clone()
@@ -62,6 +68,19 @@ def test_gradients_are_those_of_one_device(ranks, dp, cp, lengths, ignored):
     targets = rows[:, 1:].clone()
     targets[:, :ignored] = -100
     loss = model.loss(rows[:, :-1], targets)
+    loss.backward()
+    for got, grads in results:
+        assert abs(got - loss.item()) < 1e-12
+        for name, weight in model.named_parameters():
+            assert relative_error(grads[name], weight.grad) < 1e-10, name
+
+
+@pytest.mark.parametrize("lengths", [None, (40, 0, 103, 57)])
+def test_every_layer_type_is_shared_by_ranks(ranks, lengths):
+    # All of the processes: a mesh of some would leave the others behind.
+    results = ranks(8, gradients, 2, 4, lengths, 0, LAYERED)
+    model, rows = make(config=LAYERED), batches(1, 4)[0]
+    loss = model.loss(rows[:, :-1], rows[:, 1:])
     loss.backward()
     for got, grads in results:
         assert abs(got - loss.item()) < 1e-12
@@ -197,3 +216,56 @@ def test_a_distributed_checkpoint_goes_on_with_any_number_of_ranks(ranks, tmp_pa
     for results, part in ((first, want[:3]), (second, want[3:6]), (third, want[6:])):
         for got in results:
             assert got == pytest.approx(part, rel=1e-9)
+
+
+def layered(layer_types, **changes):
+    options = {"sliding_window": 9, "stride": 2, "kv_heads": 2, "layers": 2, "segment_lengths": (32, 64)}
+    return make(config=CONFIG.replace(layer_types=layer_types, **options | {"dilation_rates": (1, 2)} | changes))
+
+
+def losses_of_layers(group, rank, layer_types):
+    """Over replicas alone."""
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("dp",))
+    model = parallelize(layered(layer_types), mesh)
+    rows = batches(1, 2)[0][rank : rank + 1]
+    loss = model.loss(rows[:, :-1], rows[:, 1:])
+    loss.backward()
+    return loss.item(), {name: full(weight.grad).clone() for name, weight in model.named_parameters()}
+
+
+@pytest.mark.parametrize("layer_types", [*((one,) for one in LAYER_TYPES), LAYER_TYPES[2:4]])
+def test_layers_of_every_type_over_replicas(ranks, layer_types):
+    results = ranks(2, losses_of_layers, layer_types)
+    model, rows = layered(layer_types), batches(1, 2)[0]
+    loss = model.loss(rows[:, :-1], rows[:, 1:])
+    loss.backward()
+    for got, grads in results:
+        assert abs(got - loss.item()) < 1e-12
+        for name, weight in model.named_parameters():
+            assert relative_error(grads[name], weight.grad) < 1e-10, name
+
+
+def refusal(group, rank):
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("cp",))
+    model = parallelize(layered(("full_attention",)), mesh)
+    with pytest.raises(ValueError, match="model is parallelized: expected with_layer_types before parallelize"):
+        model.with_layer_types(("sliding_attention",))
+
+
+def test_layer_types_are_changed_before_a_model_is_shared(ranks):
+    ranks(2, refusal)
+
+
+def left_padded(group, rank):
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("cp",))
+    model = parallelize(make(), mesh)
+    rows, mask = batches(1, 1)[0][:, :-1], torch.arange(CONTEXT)[None] < 7
+    got = model(*(shard_sequence(x, mesh["cp"]) for x in (rows, mask)))
+    return unshard_sequence(got, mesh["cp"]).detach()
+
+
+def test_padding_counts_as_positions_where_ranks_share_rows(ranks):
+    model, rows, mask = make(), batches(1, 1)[0][:, :-1], torch.arange(CONTEXT)[None] < 7
+    want = model.logits(model.run_blocks(model.embed(rows), mask)).detach()
+    for got in ranks(2, left_padded):
+        assert relative_error(got[:, 7:], want[:, 7:]) < 1e-10

@@ -107,7 +107,7 @@ def by_step(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, key_
     if key_padding_mask is not None:
         lead = cache.padding + key_padding_mask[:, 0]
         cache._set_padding(lead, int(lead.max()))
-    out = step(query, key, value, cache, query.shape[-1] ** -0.5)
+    out, _ = step(query, key, value, cache, query.shape[-1] ** -0.5)
     cache.moved(1, on_device=False)
     return out
 

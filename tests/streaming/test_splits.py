@@ -73,7 +73,7 @@ def test_the_capturable_step_equals_the_definition(problem):
     cache.keys.fill_(torch.nan)
     cache.values.fill_(torch.nan)
     for t in range(problem.length):
-        outs.append(step(*(x[:, :, t : t + 1] for x in tensors), cache, problem.head_dim**-0.5))
+        outs.append(step(*(x[:, :, t : t + 1] for x in tensors), cache, problem.head_dim**-0.5)[0])
         cache.moved(1, on_device=False)
     want = dilated_attention(
         *tensors, problem.segment_lengths, problem.dilation_rates, is_causal=True, head_offsets=problem.head_offsets

@@ -179,7 +179,7 @@ def test_the_scale_of_a_step(scale):
     cache, tensors = stream.cache(), stream.tensors()
     outs = []
     for i in range(30):
-        outs.append(step(*(x[:, :, i : i + 1] for x in tensors), cache, scale))
+        outs.append(step(*(x[:, :, i : i + 1] for x in tensors), cache, scale)[0])
         cache.moved(1, on_device=False)
     expected, _ = dense_attention(*tensors, *stream.pattern, is_causal=True, scale=scale)
     assert relative_error(torch.cat(outs, 2), expected) < 1e-10

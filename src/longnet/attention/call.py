@@ -223,14 +223,35 @@ def checked_inputs(
     return AttentionInputs(query, key, value, mask, bias, AttentionSpec(pattern, is_causal, scale))
 
 
-def with_segment_offset(inputs: AttentionInputs, segment_offset: int | Tensor) -> AttentionInputs:
+def with_segment_offset(
+    inputs: AttentionInputs, segment_offset: int | Tensor, *, on_host: bool = False
+) -> AttentionInputs:
     """The same on another grid.
+
+    Args:
+        on_host: a tensor is on the CPU, where it is read, in place of the query's device.
 
     Raises:
         TypeError, ValueError: as :func:`longnet.dilated_attention`.
     """
     documents, query = inputs.spec.documents, inputs.query
     rows, axis = (query.shape[0], "B") if documents is None else (len(documents) - 1, "documents")
+    device = torch.device("cpu") if on_host else query.device
+    expected = "a CPU tensor with a group, or an int" if on_host else f"the query's device {device}"
+    check_segment_offset(segment_offset, rows, device, expected, axis)
+    if isinstance(segment_offset, Tensor):
+        return replace(inputs, offsets=segment_offset)
+    if torch.compiler.is_compiling() and segment_offset != 0:
+        # As a tensor, so that another number is no other graph.
+        offsets = torch.full((rows,), segment_offset, dtype=torch.int64, device=device)
+        return replace(inputs, offsets=offsets)
+    return inputs.with_spec(segment_offset=segment_offset)
+
+
+def check_segment_offset(
+    segment_offset: object, rows: int, device: torch.device, expected: str, axis: str = "B"
+) -> None:
+    """Raises TypeError, ValueError: neither an int of at most 2**40 nor an int64 tensor (rows,) on the device."""
     if isinstance(segment_offset, Tensor):
         if segment_offset.dtype != torch.int64:
             raise TypeError(f"segment_offset has dtype {segment_offset.dtype}: expected torch.int64, or an int")
@@ -238,11 +259,9 @@ def with_segment_offset(inputs: AttentionInputs, segment_offset: int | Tensor) -
             raise ValueError(
                 f"segment_offset has shape {tuple(segment_offset.shape)}: expected ({axis},) = ({rows},), or an int"
             )
-        if segment_offset.device != query.device:
-            raise ValueError(
-                f"segment_offset is on {segment_offset.device}: expected the query's device {query.device}"
-            )
-        return replace(inputs, offsets=segment_offset)
+        if segment_offset.device != device:
+            raise ValueError(f"segment_offset is on {segment_offset.device}: expected {expected}")
+        return
     if not isinstance(segment_offset, int) or isinstance(segment_offset, bool):
         raise TypeError(
             f"segment_offset={segment_offset!r} has type {type(segment_offset).__name__}: "
@@ -250,11 +269,6 @@ def with_segment_offset(inputs: AttentionInputs, segment_offset: int | Tensor) -
         )
     if not -LONGEST_SEGMENT <= segment_offset <= LONGEST_SEGMENT:
         raise ValueError(f"segment_offset={segment_offset}: expected at most {LONGEST_SEGMENT} in magnitude")
-    if torch.compiler.is_compiling() and segment_offset != 0:
-        # As a tensor, so that another number is no other graph.
-        offsets = torch.full((rows,), segment_offset, dtype=torch.int64, device=query.device)
-        return replace(inputs, offsets=offsets)
-    return inputs.with_spec(segment_offset=segment_offset)
 
 
 def refuse_tracing() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -15,6 +15,7 @@ from longnet.attention.call import AttentionInputs
 from longnet.attention.packed import packed_attention
 from longnet.attention.sharding import Peers, sharded_attention
 from longnet.geometry import Pattern, uncovered_positions
+from longnet.geometry.reach import LayerAttention, uncovered_by_stack
 
 # Positions that are counted for a warning where a pattern's selection does not repeat early enough to count them all.
 _COUNTED = 1 << 20
@@ -41,12 +42,13 @@ class AttentionDefinition:
 
 
 def _run(inputs: AttentionInputs, backend: Backend, peers: Peers | None) -> tuple[Tensor, Tensor]:
-    if not torch.compiler.is_compiling():
-        warn_uncovered(inputs.spec.pattern, inputs.query.shape[1])
     if inputs.spec.documents is not None:
         return packed_attention(inputs, backend)
     if peers is not None and peers.size > 1:
         return sharded_attention(inputs, backend, peers)
+    if peers is not None and inputs.offsets is not None:
+        # A group's are on the host.
+        inputs = replace(inputs, offsets=inputs.offsets.to(inputs.query.device))
     return backend.run(inputs)
 
 
@@ -73,6 +75,28 @@ def warn_uncovered(pattern: Pattern, heads: int) -> None:
             f"leave {uncovered.description} to no head ({float(uncovered.fraction):.1%} of {counted}): they get zero "
             "attention. Use at least as many heads as the rate, or add a branch of rate 1.",
             UserWarning,
+            stacklevel=4,
+        )
+
+
+def warn_uncovered_by_stack(layers: tuple[LayerAttention, ...]) -> None:
+    """As :func:`warn_uncovered`, once for the layers of a model together."""
+    if len({(layer.pattern, layer.heads, layer.segment_offset) for layer in layers}) == 1:
+        warn_uncovered(layers[0].pattern, layers[0].heads)
+    else:
+        _warn_uncovered_together(layers)
+
+
+@lru_cache(maxsize=256)
+def _warn_uncovered_together(layers: tuple[LayerAttention, ...]) -> None:
+    uncovered = uncovered_by_stack(layers, _LOOKED_AT)
+    if uncovered:
+        first = next(place for place in range(_LOOKED_AT) if uncovered >> place & 1)
+        warnings.warn(
+            f"the layers together leave {uncovered.bit_count() / _LOOKED_AT:.1%} of the first {_LOOKED_AT:,} positions to no "
+            f"head (position {first} is the first): they get zero attention. Use at least as many heads as the rates, or add a "
+            "branch of rate 1, a window or another layer type.",
+            UserWarning,
             stacklevel=5,
         )
 
@@ -97,5 +121,5 @@ def _warn_unread(pattern: Pattern, heads: int) -> None:
             f"they {what}. Give each of a rate's offsets a head (more {whose}, or other head_offsets), or add a window or a "
             "branch of rate 1.",
             UserWarning,
-            stacklevel=6,
+            stacklevel=5,
         )

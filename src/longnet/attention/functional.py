@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor
 
 from longnet.attention.backends import select_backend
 from longnet.attention.call import AttentionInputs, checked_inputs, with_segment_offset
-from longnet.attention.definition import LONGNET, AttentionDefinition
+from longnet.attention.definition import LONGNET, AttentionDefinition, warn_uncovered
 from longnet.attention.packed import boundaries
 from longnet.attention.sharding import broadcast_error, peers_of
 from longnet.checks import check_flags, is_int
@@ -122,8 +123,8 @@ def dilated_attention(
             debugging: Triton without the kernels for Hopper GPUs.
         group: the ranks that share one sequence, a ``ProcessGroup`` or a ``DeviceMesh`` of one dimension. Query, key, value
             and mask are then this rank's contiguous shard, in rank order, of any length, and so is the result; every rank
-            of the group makes the call. Only selected rows of segments that cross a shard's border travel. None: one
-            device has it all.
+            of the group makes the call. Only keys that queries of another shard read travel. ``segment_offset`` is for the
+            whole sequence, the same on all ranks, and a tensor is on the CPU. None: one device has it all.
 
     Returns:
         out (B, H, N, D) in the query's dtype and layout; with ``return_lse`` also lse (B, H, N), float32 (float64 for
@@ -145,7 +146,7 @@ def dilated_attention(
     except (TypeError, ValueError) as error:
         _broadcast_error(group, error)
         raise
-    return pattern_attention(
+    result = pattern_attention(
         query,
         key,
         value,
@@ -159,6 +160,9 @@ def dilated_attention(
         backend=backend,
         group=group,
     )
+    if not torch.compiler.is_compiling():
+        _warn_uncovered(pattern, query, key)
+    return result
 
 
 def pattern_attention(
@@ -206,9 +210,9 @@ def pattern_attention(
         if cu_seqlens is not None:
             inputs = inputs.with_spec(documents=_check_documents(cu_seqlens, inputs, group))
         if not (is_int(segment_offset) and segment_offset == 0):
-            inputs = with_segment_offset(inputs, segment_offset)
+            inputs = with_segment_offset(inputs, segment_offset, on_host=group is not None)
         if (beyond := inputs.beyond_paper) is not None:
-            _check_beyond_paper(beyond, needed_by_first, definition, group)
+            _check_beyond_paper(beyond, needed_by_first, definition)
         chosen = select_backend(backend, inputs)
     except (TypeError, ValueError) as error:
         _broadcast_error(group, error)
@@ -217,11 +221,13 @@ def pattern_attention(
     return (out, lse) if return_lse else out
 
 
-def _check_beyond_paper(beyond: str, needed_by_first: bool, definition: AttentionDefinition, group: Any) -> None:
+def _check_beyond_paper(beyond: str, needed_by_first: bool, definition: AttentionDefinition) -> None:
     if needed_by_first or not definition.takes_all_options:
         raise ValueError(f"{beyond} with needed_by_first or {definition.name}: expected what LongNet's paper has")
-    if group is not None:
-        raise ValueError(f"{beyond} given with a group: expected what LongNet's paper has, or no group")
+
+
+def _warn_uncovered(pattern: Pattern, query: Tensor, key: Tensor) -> None:
+    warn_uncovered(pattern.grouped(query.shape[1], key.shape[1]), query.shape[1])
 
 
 def _broadcast_error(group: Any, error: Exception) -> None:

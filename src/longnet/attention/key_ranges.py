@@ -78,15 +78,34 @@ def key_ranges(
     return make(pattern, heads, length, is_causal, segment_offset)
 
 
+def ranges_between(
+    pattern: Pattern,
+    branch: Branch | None,
+    heads: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    is_causal: bool,
+    origin: int,
+) -> KeyRanges:
+    """Which of some chosen ``keys`` of a branch, or of the window for None, some of its ``queries`` read.
+
+    Queries that read none are left out.
+    """
+    first, stop = pattern.read_span(branch, queries, is_causal, origin)
+    low, high = torch.searchsorted(keys, first), torch.searchsorted(keys, stop)
+    read = low < high
+    return KeyRanges(heads, queries[read], keys, low[read], high[read])
+
+
 def _make_ranges(
     pattern: Pattern, heads: int, length: int, is_causal: bool, segment_offset: int
 ) -> tuple[KeyRanges, ...]:
     with torch.inference_mode(False):
         position, parts = torch.arange(length, device="cpu"), []
         if pattern.window is not None:
-            low = (position - pattern.window + 1).clamp(min=0)
-            high = (position + 1) if is_causal else (position + pattern.window).clamp(max=length)
-            parts.append(KeyRanges(torch.arange(heads, device="cpu"), position, position, low, high))
+            low, high = pattern.read_span(None, position, is_causal, 0)
+            everyone = torch.arange(heads, device="cpu")
+            parts.append(KeyRanges(everyone, position, position, low.clamp(min=0), high.clamp(max=length)))
         if not pattern.rows_at_equal_steps:
             for branch in pattern.branches:
                 parts.extend(_of_branch(pattern, branch, heads, position, is_causal, branch.origin(segment_offset)))
@@ -99,16 +118,14 @@ _cached_ranges = lru_cache(maxsize=16)(_make_ranges)
 def _of_branch(
     pattern: Pattern, branch: Branch, heads: int, position: Tensor, is_causal: bool, origin: int
 ) -> Iterator[KeyRanges]:
-    length = len(position)
-    on_grid = position + origin
-    start = (branch.segment_start(on_grid) - origin).clamp(min=0)
-    stop = position + 1 if is_causal else (branch.segment_stop(on_grid) - origin).clamp(max=length)
+    first, stop = pattern.read_span(branch, position, is_causal, origin)
+    first, stop = first.clamp(min=0), stop.clamp(max=len(position))
     offsets = [pattern.offset(branch, head, heads) for head in range(heads)]
     for offset in sorted(set(offsets)):
-        selected = branch.selects(on_grid, offset)
+        selected = branch.selects(position + origin, offset)
         # How many keys there are before each position, and before the end.
         before = torch.cat((torch.zeros(1, dtype=torch.int64, device="cpu"), selected.cumsum(0)))
         keys = position[selected]
         queries = keys if pattern.dilated_queries else position
         those = torch.tensor([head for head in range(heads) if offsets[head] == offset], device="cpu")
-        yield KeyRanges(those, queries, keys, before[start[queries]], before[stop[queries]])
+        yield KeyRanges(those, queries, keys, before[first[queries]], before[stop[queries]])

@@ -9,17 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longnet.attention.call import check_segment_offset
 from longnet.attention.definition import LONGNET, AttentionDefinition, warn_uncovered
 from longnet.attention.functional import pattern_attention
-from longnet.attention.packed import boundaries, positions
+from longnet.attention.module_checks import check_sizes, check_sub_norm, checked_offset, parse_pattern
+from longnet.attention.packed import boundaries, by_token, positions
 from longnet.attention.padding import warn_left_padding
-from longnet.attention.sharding import group_of, peers_of, shard_place
+from longnet.attention.sharding import group_of, peers_of, row_before, shard_place
 from longnet.attention.streaming import DilatedCache, stream_attention_warned
-from longnet.checks import check_flags, check_ints, check_number
+from longnet.checks import check_flags, check_ints
 from longnet.compat.spellings import accept_spellings
-from longnet.geometry import HeadOffsets, Pattern
+from longnet.geometry import HeadOffsets
 from longnet.nn.norm import PartialNorm, make_norm, make_sub_norm
 from longnet.nn.position import Positions, RelativeBias, XPos
+from longnet.nn.shift_keys import second_half, shift_keys
 
 
 class DilatedAttention(nn.Module):
@@ -32,7 +35,8 @@ class DilatedAttention(nn.Module):
         dim: channels, divisible by ``heads``.
         heads: H query heads.
         dilation_rate: r, an int or one per branch.
-        segment_size: w in tokens, an int or one per branch (a mixture).
+        segment_size: w in tokens, an int or one per branch (a mixture). None: the whole sequence is one segment. With a
+            ``window`` there may be no branch: ``()``.
         dropout: probability, applied to the attention output before ``out_proj``; off in eval mode.
         causal: tokens see only earlier tokens and themselves. ``casual`` is an accepted spelling.
         use_xpos: rotate and scale q and k by position (arXiv 2212.10554); the head dimension must be even.
@@ -45,13 +49,18 @@ class DilatedAttention(nn.Module):
         kv_heads: Hk key/value heads (grouped-query attention), divides ``heads``. Default ``heads``.
         bias: of the projections.
         sub_norm: MAGNETO's norm between attention and ``out_proj`` (arXiv 2210.06423): None, "layer", "rms" or "batch".
-        head_offsets: ``"interleaved"`` (the paper) or ``"blocked"`` (torchscale's checkpoints).
+        head_offsets: ``"interleaved"`` (the paper), ``"blocked"`` (torchscale's checkpoints) or ``"grouped"`` (heads of one
+            key/value head select the same rows).
         head_numbers: which of the ``heads`` there are, None for all: others were pruned (see ``longnet.compress``), with whole
             key/value heads. These keep their offsets, D stays ``dim / heads``, and a ``sub_norm`` ("layer" or "rms") takes its
             statistics as if the others gave zeros. The attributes ``heads`` and ``kv_heads`` count those that are left.
         xpos_scale_base: tokens, see :class:`longnet.nn.position.XPos`.
         rel_pos_buckets, rel_pos_max_distance: see :class:`longnet.nn.position.RelativeBias`.
-        backend: as in :func:`longnet.dilated_attention`.
+        backend, window, dilated_queries, dilation_block: as in :func:`longnet.dilated_attention`.
+        segment_offset: as there, an int; a call may have another one.
+        shift_keys: after any norm and before xPos each key gets the second half of its channels from the token before, see
+            :func:`longnet.nn.shift_keys.shift_keys`.
+        check_coverage: warn of positions that no head covers; False where other layers of a model cover them.
         device, dtype: of the parameters.
 
     Attributes:
@@ -62,6 +71,8 @@ class DilatedAttention(nn.Module):
     """
 
     definition: AttentionDefinition = LONGNET
+    segment_offset = 0
+    shift_keys = False
     _mask_seen = False
 
     @accept_spellings(casual="causal", Distributed="distributed")
@@ -70,7 +81,7 @@ class DilatedAttention(nn.Module):
         dim: int,
         heads: int,
         dilation_rate: int | Sequence[int],
-        segment_size: int | Sequence[int],
+        segment_size: int | Sequence[int | None] | None,
         dropout: float = 0.0,
         causal: bool = False,
         use_xpos: bool = False,
@@ -87,6 +98,12 @@ class DilatedAttention(nn.Module):
         rel_pos_buckets: int = 32,
         rel_pos_max_distance: int = 128,
         backend: str = "auto",
+        window: int | None = None,
+        dilated_queries: bool = True,
+        dilation_block: int = 1,
+        segment_offset: int = 0,
+        shift_keys: bool = False,
+        check_coverage: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -94,15 +111,24 @@ class DilatedAttention(nn.Module):
         kv_heads = heads if kv_heads is None else kv_heads
         check_ints(1, dim=dim, heads=heads, kv_heads=kv_heads)
         check_flags(causal=causal, use_xpos=use_xpos, use_rel_pos_bias=use_rel_pos_bias, qk_norm=qk_norm, bias=bias)
-        _check_sizes(dim, heads, kv_heads, dropout)
-        _check_sub_norm(sub_norm, causal, distributed)
+        check_flags(shift_keys=shift_keys, check_coverage=check_coverage)
+        check_sizes(dim, heads, kv_heads, dropout)
+        check_sub_norm(sub_norm, causal, distributed)
         if distributed is not False:
             peers_of(group_of(distributed))
-        self.pattern = _parse_pattern(segment_size, dilation_rate, head_offsets, head_numbers, heads)
+        beyond: dict[str, Any] = {
+            "window": window,
+            "dilated_queries": dilated_queries,
+            "dilation_block": dilation_block,
+        }
+        numbered: dict[str, Any] = {"head_offsets": head_offsets, "head_numbers": head_numbers, "total_heads": heads}
+        self.pattern = parse_pattern(segment_size, dilation_rate, **beyond, **numbered).grouped(heads, kv_heads)
+        self.segment_offset, self.shift_keys = checked_offset(segment_offset), shift_keys
         self.dim, self.head_dim = dim, dim // heads
         if (numbers := self.pattern.head_numbers) is not None:
             heads, kv_heads = len(numbers.numbers), numbers.kv_heads(kv_heads)
-        warn_uncovered(self.pattern, heads)
+        if check_coverage:
+            warn_uncovered(self.pattern, heads)
         self.heads, self.kv_heads = heads, kv_heads
         self.causal, self.distributed, self.backend = causal, distributed, backend
         inner, kv_dim = heads * self.head_dim, kv_heads * self.head_dim
@@ -139,6 +165,7 @@ class DilatedAttention(nn.Module):
         *,
         cu_seqlens: Tensor | Sequence[int] | None = None,
         cache: DilatedCache | None = None,
+        segment_offset: int | Tensor | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -150,6 +177,7 @@ class DilatedAttention(nn.Module):
             cu_seqlens: the documents packed into one row, see :func:`longnet.dilated_attention`; positions restart with each.
             cache: what came before: x are the next N >= 1 tokens, and the result is what one call over everything read so
                 far would give for them. Causal only, without gradients, and without a relative bias.
+            segment_offset: in place of the module's: an int, or int64 (B,), as in :func:`longnet.dilated_attention`.
 
         Returns:
             (B, N, dim). Positions that no head covers carry only ``out_proj``'s bias (and the sub-norm's).
@@ -168,20 +196,38 @@ class DilatedAttention(nn.Module):
         _check_cache(self, cache, cu_seqlens)
         bounds = None if cu_seqlens is None else boundaries(cu_seqlens, x.shape[1])
         group = group_of(self.distributed)
-        at = _positions(self, x, bounds, cache, group)
+        offset: int | Tensor = self.segment_offset
+        if segment_offset is not None:
+            if cache is not None:
+                raise ValueError(
+                    "segment_offset given with a cache: expected cache.set_segment_offset before the first token"
+                )
+            rows, axis = (x.shape[0], "B") if bounds is None else (len(bounds) - 1, "documents")
+            check_segment_offset(segment_offset, rows, x.device, f"x's device {x.device}", axis)
+            offset = segment_offset
+        at = _positions(self, x, bounds, cache, group, offset)
+        half = None
+        if self.shift_keys:
+            half = _half_of_tokens(k, key_padding_mask)
+            before = row_before(half, group) if group is not None else None if cache is None else cache.last_key
+            k = shift_keys(k, before=before, padding=key_padding_mask, in_document=at.in_document)
         if self.xpos is not None:
             q, k = self.xpos(q, k, at)
         if cache is not None:
-            out = stream_attention_warned(q, k, v, cache, key_padding_mask=key_padding_mask)
+            with cache.reading():
+                out = stream_attention_warned(q, k, v, cache, key_padding_mask=key_padding_mask)
+                if cache.last_key is not None and half is not None:
+                    cache.last_key.copy_(half[:, :, -1:])
             return self._finish(out, key_padding_mask)
-        _warn_left_padding(self, key_padding_mask, bounds)
-        longest = max(self.pattern.segment_lengths)
-        bias = (
-            None if self.rel_pos_bias is None else self.rel_pos_bias(torch.sym_max(1, torch.sym_min(at.whole, longest)))
-        )
+        if segment_offset is None:
+            _warn_left_padding(self, key_padding_mask, bounds)
+        bias = None
+        if self.rel_pos_bias is not None:
+            bias = self.rel_pos_bias(torch.sym_max(1, torch.sym_min(at.whole, self.pattern.farthest)))
         out = self.attend(
-            q, k, v, key_padding_mask=key_padding_mask, cu_seqlens=bounds, distance_bias=bias, group=group
-        )
+            q, k, v, key_padding_mask=key_padding_mask, cu_seqlens=bounds, distance_bias=bias, group=group,
+            segment_offset=offset,
+        )  # fmt: skip
         return self._finish(out, key_padding_mask)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
@@ -207,53 +253,26 @@ class DilatedAttention(nn.Module):
 
     def extra_repr(self) -> str:
         pattern = self.pattern
-        return (
-            f"dim={self.dim}, heads={self.heads}, kv_heads={self.kv_heads}, segment_lengths={pattern.segment_lengths}, "
-            f"dilation_rates={pattern.dilation_rates}, head_offsets={pattern.head_offsets!r}, causal={self.causal}, "
-            f"xpos={self.xpos is not None}"
-            + ("" if pattern.head_numbers is None else f", head_numbers={pattern.head_numbers.numbers}")
-        )
-
-
-def _parse_pattern(
-    segment_size: int | Sequence[int],
-    dilation_rate: int | Sequence[int],
-    head_offsets: HeadOffsets,
-    head_numbers: Sequence[int] | None,
-    heads: int,
-) -> Pattern:
-    try:
-        return Pattern.parse(segment_size, dilation_rate, head_offsets, head_numbers, heads)
-    except (TypeError, ValueError) as error:
-        # Name the arguments as this constructor calls them.
-        said = str(error).replace("segment_lengths", "segment_size").replace("dilation_rates", "dilation_rate")
-        raise type(error)(said) from None
-
-
-def _check_sizes(dim: int, heads: int, kv_heads: int, dropout: float) -> None:
-    check_ints(1, dim=dim, heads=heads, kv_heads=kv_heads)
-    if dim % heads:
-        raise ValueError(f"dim={dim} is not divisible by heads={heads}")
-    if heads % kv_heads:
-        raise ValueError(f"heads={heads} is not divisible by kv_heads={kv_heads}")
-    check_number("dropout", dropout)
-    if not 0.0 <= dropout <= 1.0:
-        raise ValueError(f"dropout={dropout}: expected a probability in [0, 1]")
-
-
-def _check_sub_norm(sub_norm: str | None, causal: bool, distributed: Any) -> None:
-    if sub_norm != "batch":
-        return
-    if causal:
-        raise ValueError(
-            "sub_norm='batch' with causal=True: batch statistics run over the whole sequence, so every token would "
-            "see later ones; expected 'layer' or 'rms'"
-        )
-    if distributed is not False:
-        raise ValueError(
-            "sub_norm='batch' with distributed: batch statistics run over the whole sequence, and a rank holds "
-            "only its shard; expected 'layer' or 'rms'"
-        )
+        said: dict[str, Any] = {
+            "dim": self.dim,
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "segment_lengths": pattern.given_lengths,
+            "dilation_rates": pattern.dilation_rates,
+            "head_offsets": pattern.head_offsets,
+            "causal": self.causal,
+            "xpos": self.xpos is not None,
+        }
+        optional: dict[str, Any] = {
+            "head_numbers": None if pattern.head_numbers is None else pattern.head_numbers.numbers,
+            "window": pattern.window,
+            "dilated_queries": None if pattern.dilated_queries else False,
+            "dilation_block": None if pattern.block == 1 else pattern.block,
+            "segment_offset": self.segment_offset or None,
+            "shift_keys": self.shift_keys or None,
+        }
+        said |= {name: value for name, value in optional.items() if value is not None}
+        return ", ".join(f"{name}={value!r}" for name, value in said.items())
 
 
 def _check_cache(module: DilatedAttention, cache: DilatedCache | None, cu_seqlens: Any) -> None:
@@ -277,21 +296,52 @@ def _check_cache(module: DilatedAttention, cache: DilatedCache | None, cu_seqlen
         raise ValueError(
             f"cache is of head_numbers={cache.pattern.head_numbers}: expected the module's {module.pattern.head_numbers}"
         )
+    for name in ("dilated_queries", "block", "head_offsets"):
+        of_cache, own = getattr(cache.pattern, name), getattr(module.pattern, name)
+        if of_cache != own:
+            raise ValueError(f"cache has {name}={of_cache!r}: expected the module's {own!r}")
+    if (cache.pattern.window is None) != (module.pattern.window is None):
+        raise ValueError(f"cache has window={cache.pattern.window}: expected the module's {module.pattern.window}")
+    if (cache.last_key is not None) != module.shift_keys:
+        raise ValueError(
+            f"cache has shift_keys={cache.last_key is not None}: expected the module's, {module.shift_keys}"
+        )
+    # Who moved the grid of each row knows why.
+    if not cache._by_row and (of_cache := cache._row_offsets[0]) != module.segment_offset:
+        raise ValueError(f"cache has segment_offset={of_cache}: expected the module's {module.segment_offset}")
+
+
+def _half_of_tokens(key: Tensor, padding: Tensor | None) -> Tensor:
+    """What the keys after these take from them: of padding zeros."""
+    half = second_half(key)
+    return half if padding is None else half.masked_fill(padding[:, None, :, None], 0.0)
 
 
 def _positions(
-    module: DilatedAttention, x: Tensor, bounds: tuple[int, ...] | None, cache: DilatedCache | None, group: Any
+    module: DilatedAttention,
+    x: Tensor,
+    bounds: tuple[int, ...] | None,
+    cache: DilatedCache | None,
+    group: Any,
+    segment_offset: int | Tensor,
 ) -> Positions:
     """Where the tokens of a call stand: in a stream, in documents, in a shard, or in one sequence."""
     length = x.shape[1]
     if cache is not None:
-        return Positions(cache.position, length, streaming=True, counter=cache.position_tensor)
-    if bounds is not None and module.xpos is not None:
+        grid = 0 if cache.offsets is None else cache.offsets.unsqueeze(-1)
+        return Positions(cache.position, length, streaming=True, counter=cache.position_tensor, segment_offset=grid)
+    if bounds is not None and (module.xpos is not None or module.shift_keys):
         longest = max((stop - start for start, stop in pairwise(bounds)), default=0)
-        return Positions(0, length, in_document=positions(bounds, x.device), longest=longest)
+        if isinstance(segment_offset, Tensor):
+            segment_offset = by_token(segment_offset, bounds)
+        return Positions(
+            0, length, in_document=positions(bounds, x.device), longest=longest, segment_offset=segment_offset
+        )
+    if isinstance(segment_offset, Tensor):
+        segment_offset = segment_offset.unsqueeze(-1)
     if group is None or (module.xpos is None and module.rel_pos_bias is None):
-        return Positions(0, length)
-    return Positions(*shard_place(group, length))
+        return Positions(0, length, segment_offset=segment_offset)
+    return Positions(*shard_place(group, length), segment_offset=segment_offset)
 
 
 def _warn_left_padding(module: DilatedAttention, mask: Tensor | None, bounds: tuple[int, ...] | None) -> None:
@@ -299,5 +349,6 @@ def _warn_left_padding(module: DilatedAttention, mask: Tensor | None, bounds: tu
     if mask is None or module.distributed is not False or not module.definition.takes_all_options:
         return
     if not torch.compiler.is_compiling():
-        warn_left_padding(mask, module.pattern, bounds, first=not module._mask_seen)
+        grid = module.segment_offset
+        warn_left_padding(mask, module.pattern, bounds, segment_offset=grid, first=not module._mask_seen)
         module._mask_seen = True

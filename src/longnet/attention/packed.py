@@ -88,6 +88,12 @@ def positions(bounds: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.cat(place).to(device) if place else torch.empty(0, dtype=torch.int64, device=device)
 
 
+def by_token(numbers: Tensor, bounds: tuple[int, ...]) -> Tensor:
+    """The number (documents,) of every token's own document, (N,)."""
+    lengths = torch.tensor([stop - start for start, stop in pairwise(bounds)], device=numbers.device)
+    return numbers.repeat_interleave(lengths, output_size=bounds[-1])
+
+
 @lru_cache(maxsize=64)
 def make_buckets(bounds: tuple[int, ...], long: int) -> tuple[Bucket, ...]:
     """The documents that have tokens, in buckets; those of ``long`` tokens and more only beside others of their length."""

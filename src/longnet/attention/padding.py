@@ -19,7 +19,12 @@ _MOVED = (
 
 
 def warn_left_padding(
-    key_padding_mask: Tensor, pattern: Pattern, bounds: Sequence[int] | None = None, *, first: bool = False
+    key_padding_mask: Tensor,
+    pattern: Pattern,
+    bounds: Sequence[int] | None = None,
+    *,
+    segment_offset: int = 0,
+    first: bool = False,
 ) -> None:
     """Warn if leading padding moves a row's segments.
 
@@ -29,6 +34,7 @@ def warn_left_padding(
     Args:
         key_padding_mask: (B, N) bool, True where a token is padding.
         bounds: where the documents begin that are packed into one row, B = 1, and N; each is a row of its own.
+        segment_offset: of the pattern's grid.
         first: whether the caller has not passed a mask of a device before.
     """
     if not _may_look(key_padding_mask, first) or not key_padding_mask.numel():
@@ -41,22 +47,23 @@ def warn_left_padding(
     if begins.any():
         rows = key_padding_mask.flatten().split(lengths)
         leading = [int(row.long().cumprod(0).sum()) for row in rows]
-        warn_moved_rows(zip(leading, lengths, strict=True), pattern)
+        warn_moved_rows(zip(leading, lengths, strict=True), pattern, segment_offset)
 
 
-def warn_moved_rows(rows: Iterable[tuple[int, int | None]], pattern: Pattern) -> None:
+def warn_moved_rows(rows: Iterable[tuple[int, int | None]], pattern: Pattern, segment_offset: int = 0) -> None:
     """Warn if one of these rows does not have the segments that it has alone.
 
     Args:
         rows: tokens of leading padding, and all tokens, padding included; None for a stream that goes on.
     """
-    if any(_moves(padding, tokens, pattern) for padding, tokens in rows):
+    if any(_moves(padding, tokens, pattern, segment_offset) for padding, tokens in rows):
         warnings.warn(_MOVED, UserWarning, stacklevel=2)
 
 
-def _moves(padding: int, tokens: int | None, pattern: Pattern) -> bool:
+def _moves(padding: int, tokens: int | None, pattern: Pattern, segment_offset: int) -> bool:
     length = None if tokens is None else tokens - padding
-    return length != 0 and not all(branch.is_own_sequence(padding, length) for branch in pattern.branches)
+    is_own = (branch.is_own_sequence(padding, length, segment_offset) for branch in pattern.branches)
+    return length != 0 and not all(is_own)
 
 
 def _may_look(mask: Tensor, first: bool) -> bool:

@@ -11,16 +11,22 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from longnet.cli.inspect_layers import Layers, describe, show
+from longnet.cli.layer_options import BY_LAYER, integers, layers_of
 from longnet.geometry.cost import Cost, KeysPerQuery, cost, keys_per_query
-from longnet.geometry.coverage import LONGEST_REACH, Coverage, LayerReach, coverage, receptive_field
+from longnet.geometry.coverage import Coverage, coverage
 from longnet.geometry.pattern import Pattern
+from longnet.geometry.reach import LONGEST_REACH, LayerReach, receptive_field
 from longnet.geometry.suggest import spanning_pattern, suggest_pattern
 
 Found = TypeVar("Found")
 
 
 def inspect(
-    segments: Annotated[str | None, typer.Option(help="Segment length of each branch in tokens: 2048,4096.")] = None,
+    context: typer.Context,
+    segments: Annotated[
+        str | None, typer.Option(help="Segment length of each branch in tokens: 2048,4096; none for no end.")
+    ] = None,
     rates: Annotated[str | None, typer.Option(help="Dilation rate of each branch, as many as segments: 1,2.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of the sequence (left out: the longest segment).")] = None,
     heads: Annotated[int, typer.Option(help="Query heads.")] = 12,
@@ -28,15 +34,46 @@ def inspect(
     kv_heads: Annotated[int | None, typer.Option(help="Key/value heads (left out: as many as heads).")] = None,
     layers: Annotated[int, typer.Option(help="Attention layers for the receptive field.")] = 4,
     bidirectional: Annotated[bool, typer.Option("--bidirectional", help="Keys after the query count too.")] = False,
-    head_offsets: Annotated[str, typer.Option(help="Offset of each head: interleaved or blocked.")] = "interleaved",
+    head_offsets: Annotated[
+        str, typer.Option(help="Offset of each head: interleaved, blocked or grouped.")
+    ] = "interleaved",
+    window: Annotated[int | None, typer.Option(help="Tokens of a window, also of sliding and strided layers.")] = None,
+    all_queries: Annotated[
+        bool, typer.Option("--all-queries", help="Every token is a query of every branch; keys alone are dilated.")
+    ] = False,
+    dilation_block: Annotated[int, typer.Option(help="Tokens of the blocks that dilation counts.")] = 1,
+    segment_offset: Annotated[int, typer.Option(help="Tokens by which segments begin earlier.")] = 0,
+    layer_types: Annotated[
+        str | None, typer.Option(help="What each layer computes, repeated: sliding_attention,strided_attention.")
+    ] = None,
+    stride: Annotated[int | None, typer.Option(help="Strided layers read every so-many-th block.")] = None,
+    stride_block: Annotated[int | None, typer.Option(help="Tokens of such a block.")] = None,
+    shift_keys: Annotated[
+        bool, typer.Option("--shift-keys", help="Keys of strided and full layers hold the token before too.")
+    ] = False,
+    model: Annotated[
+        Path | None, typer.Option(help="Run folder, or JSON or TOML file of LongNetConfig fields: its layers.")
+    ] = None,
     suggest_budget: Annotated[
         int | None, typer.Option(help="Suggest a pattern for --length with at most this many keys per query.")
     ] = None,
     out: Annotated[Path, typer.Option(help="File for the picture of the pattern.")] = Path("pattern.png"),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Show what a dilated-attention pattern costs, which positions it covers, how far it sees; draw it as PNG."""
+    """Show what a dilated-attention pattern costs, which positions it covers, how far it sees; draw it as PNG.
+
+    With --model or --layer-types, or a pattern that LongNet's paper does not have, it shows cost, cache and reach by layer.
+    """
     causal = not bidirectional
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    named = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    if named & BY_LAYER:
+        try:
+            stack = layers_of(context.params, named, causal)
+            _show_layers(stack, out, as_json)
+        except (ValueError, TypeError, OSError) as error:
+            _fail(str(error))
+        return
     try:
         pattern, length = _pattern(segments, rates, length, heads, head_offsets, suggest_budget)
         spent = cost(pattern, heads, length, head_dim, is_causal=causal, kv_heads=kv_heads)
@@ -87,6 +124,17 @@ def inspect(
     console.print(str(figure), style="bold", markup=False, soft_wrap=True)
 
 
+def _show_layers(stack: Layers, out: Path, as_json: bool) -> None:
+    report = describe(stack)
+    from longnet.figures.patterns import plot_layers
+
+    pictures = plot_layers(stack.kinds(), stack.length, out, is_causal=stack.is_causal)
+    if as_json:
+        typer.echo(json.dumps(report | {"figures": {name: str(path) for name, path in pictures.items()}}, indent=2))
+        return
+    show(stack, report, pictures, _count, _bytes)
+
+
 def _or_reason(compute: Callable[[], Found]) -> Found | str:
     """The result, or the reason why it cannot be computed for this pattern."""
     try:
@@ -116,20 +164,8 @@ def _pattern(
         return suggest_pattern(length, budget, heads=heads, head_offsets=head_offsets), length
     if segments is None or rates is None:
         raise ValueError("a pattern needs both --segments and --rates, say --segments 2048,4096 --rates 1,2")
-    pattern = Pattern.parse(_integers("--segments", segments), _integers("--rates", rates), head_offsets)
+    pattern = Pattern.parse(integers("--segments", segments), integers("--rates", rates), head_offsets)
     return pattern, max(pattern.segment_lengths) if length is None else length
-
-
-def _integers(option: str, text: str) -> list[int]:
-    values = []
-    for item in text.split(","):
-        try:
-            values.append(int(item))
-        except ValueError:
-            raise ValueError(
-                f"{option} {text!r} holds {item.strip()!r}: expected whole numbers separated by commas, say 2048,4096"
-            ) from None
-    return values
 
 
 def _cost_table(spent: Cost, keys: KeysPerQuery | str, heads: int, length: int) -> Table:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from longnet.cli.model_config import read_config
 from longnet.cli.options import Options, options_of
 from longnet.cli.stopping import INTERRUPTED, stop_on_signal
 from longnet.training.settings import DEFAULT_STEPS, TrainSettings
@@ -33,6 +32,15 @@ def train(
         Path | None,
         typer.Option(help='JSON or TOML file of LongNetConfig fields, and "preset" to start from one.'),
     ] = None,
+    layer_types: Annotated[
+        str | None, typer.Option(help="What each layer computes, repeated: sliding_attention,strided_attention.")
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens of the window of sliding and strided layers.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Strided layers read every so-many-th block.")] = None,
+    stride_block: Annotated[int | None, typer.Option(help="Tokens of such a block.")] = None,
+    shift_keys: Annotated[
+        bool | None, typer.Option("--shift-keys", help="Keys of strided and full layers hold the token before too.")
+    ] = None,
     *,
     options: Options,
     resume: Annotated[
@@ -47,14 +55,27 @@ def train(
     Over several processes: torchrun --nproc-per-node 4 -m longnet train --cp 4 ... shares each window among four. Without
     --cp each process takes its own windows from the batch.
     """
+    of_layers = {
+        "layer_types": None if layer_types is None else tuple(one.strip() for one in layer_types.split(",")),
+        "sliding_window": window,
+        "stride": stride,
+        "stride_block": stride_block,
+        "shift_keys": shift_keys,
+    }
+    changes = {name: value for name, value in of_layers.items() if value is not None}
     options["out"] = str(out)
     if data is not None:
         options["data"] = str(data.absolute())
-    _run(_make_settings(options, preset, config, resume), resume)
+    _run(_make_settings(options, preset, config, changes, resume), resume)
 
 
-def _make_settings(options: Options, preset: str | None, config: Path | None, resume: bool) -> TrainSettings:
-    """Settings from the options; the rest comes from the run that is resumed, or from the defaults of a new one."""
+def _make_settings(
+    options: Options, preset: str | None, config: Path | None, changes: Options, resume: bool
+) -> TrainSettings:
+    """Settings from the options; the rest comes from the run that is resumed, or from the defaults of a new one.
+
+    ``changes`` are to the model.
+    """
     from longnet.models import LongNetConfig
     from longnet.training.device import choose_dtype
     from longnet.training.folder import RunFolder
@@ -64,12 +85,27 @@ def _make_settings(options: Options, preset: str | None, config: Path | None, re
     if options.get("dtype", None if resume else "auto") == "auto":
         options["dtype"] = choose_dtype(options.get("device", "auto"))
     if resume:
-        if model is not None:
-            options["model"] = model
-        return read_settings(RunFolder(options["out"])).replace(**options)
+        saved = read_settings(RunFolder(options["out"]))
+        if model is not None or changes:
+            options["model"] = _with_layers(model or saved.model, changes)
+        return saved.replace(**options)
     if "steps" not in options and "minutes" not in options:
         options["steps"] = DEFAULT_STEPS
-    return TrainSettings(model=model or LongNetConfig.preset(DEFAULT_PRESET), **options)
+    return TrainSettings(model=_with_layers(model or LongNetConfig.preset(DEFAULT_PRESET), changes), **options)
+
+
+def _with_layers(model: LongNetConfig, changes: Options) -> LongNetConfig:
+    """The model with other layers.
+
+    Raises:
+        ValueError: changes of layers that it does not have.
+    """
+    model = model.replace(**changes)
+    if changes and model.layer_types is None:
+        raise ValueError(
+            f"{', '.join(changes)} given for a model whose layers are all 'dilated_attention': expected --layer-types as well"
+        )
+    return model
 
 
 def _read_model(preset: str | None, config: Path | None) -> LongNetConfig | None:
@@ -86,17 +122,7 @@ def _read_model(preset: str | None, config: Path | None) -> LongNetConfig | None
         return LongNetConfig.preset(preset)
     if config is None:
         return None
-    text = config.read_text(encoding="utf-8")
-    try:
-        values = tomllib.loads(text) if config.suffix.lower() == ".toml" else json.loads(text)
-    except ValueError as error:
-        raise ValueError(
-            f"--config {config} is not {'TOML' if config.suffix == '.toml' else 'JSON'}: {error}"
-        ) from None
-    if not isinstance(values, dict):
-        raise ValueError(f"--config {config} holds a {type(values).__name__}: expected fields of LongNetConfig")
-    base = values.pop("preset", None)
-    return LongNetConfig.from_dict(values) if base is None else LongNetConfig.preset(base, **values)
+    return read_config("--config", config)
 
 
 def _run(settings: TrainSettings, resume: bool) -> None:

@@ -78,7 +78,8 @@ def plot_cache(
     if check_int("heads", heads, 1) % kv_heads:
         raise ValueError(f"heads={heads} is not divisible by kv_heads={kv_heads}: expected a divisor of heads")
     row = 2 * check_int("head_dim", head_dim, 1) * check_int("bytes_per_element", bytes_per_element, 1)
-    bounded = [float(make_layout(pattern, heads, kv_heads).rows * row)] * len(ordered)
+    pattern = pattern.grouped(heads, kv_heads)
+    bounded = [float(make_layout(pattern, heads, kv_heads, n).rows * row) for n in ordered]
     dense = [float(kv_heads * n * row) for n in ordered]
     about = f"at position {ordered[-1]:,} a dense cache is {dense[-1] / bounded[-1]:,.0f} times as large"
     title = f"Cache of one layer ({heads} heads of {head_dim} channels)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from matplotlib.patches import Patch, Rectangle
 from longnet.checks import check_int
 from longnet.figures.style import EMPTY, FAINT, INK, branch_colors, legend, new_figure, quiet, save, ticks
 from longnet.geometry import Branch, Pattern
+from longnet.geometry.reach import LayerAttention
 
 EXACT_TOKENS = 128
 _WINDOW = 48
@@ -91,6 +93,36 @@ def plot_pattern(
         axes.set(xlabel="key position" if below else "", ylabel="query position" if first else "")
     legend(figure, [Patch(color=color, label=_name(part)) for color, part in zip(colors, parts, strict=True)])
     return save(figure, path)
+
+
+def plot_layers(
+    layers: Mapping[str, LayerAttention], length: int, path: str | Path, *, is_causal: bool = True
+) -> dict[str, Path]:
+    """Draw several kinds of layers as :func:`plot_pattern` does: the first one as ``path``, others with their name behind its.
+
+    Of patterns beyond the paper and offset grids only the first tokens are drawn, up to 128.
+
+    Args:
+        layers: by name.
+        length, path, is_causal: as in :func:`plot_pattern`.
+
+    Returns:
+        The pictures, by name.
+    """
+    path = Path(path)
+    pictures: dict[str, Path] = {}
+    for name, layer in layers.items():
+        pattern, offset = layer.pattern, layer.segment_offset
+        is_paper = pattern.beyond_paper is None and not offset
+        pictures[name] = plot_pattern(
+            pattern,
+            layer.heads,
+            length if is_paper else min(length, EXACT_TOKENS),
+            path.with_stem(f"{path.stem}_{name}") if pictures else path,
+            is_causal=is_causal,
+            segment_offset=offset,
+        )
+    return pictures
 
 
 def _name(part: Pattern) -> str:

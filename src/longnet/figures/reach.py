@@ -9,8 +9,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from longnet.figures.style import EMPTY, FAINT, new_figure, quiet, save, short
-from longnet.geometry.coverage import reach, receptive_field
 from longnet.geometry.pattern import Pattern
+from longnet.geometry.reach import reach, receptive_field
 
 
 def plot_receptive_field(

@@ -11,6 +11,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, MultipleLo
 
 from longnet.checks import check_int
 from longnet.figures.style import EMPTY, FAINT, new_figure, quiet, save, short
+from longnet.geometry.cost import score_pairs_by_shard
 from longnet.geometry.pattern import Pattern
 from longnet.geometry.shards import Shards, rows_sent
 
@@ -24,15 +25,20 @@ def plot_shards(
     shard_lengths: Sequence[int],
     path: str | Path,
     *,
+    kv_heads: int | None = None,
     is_causal: bool = True,
     bytes_per_element: int = 2,
 ) -> Path:
     """Draw the bytes that every rank sends to every other in a forward pass of one layer, and their sum for each rank.
 
+    The title says how many times the mean work the busiest rank has, in score pairs. In causal attention ranks with later
+    queries of a segment have more: see :func:`longnet.geometry.score_pairs_by_shard`.
+
     Args:
         pattern, heads, path, is_causal: as in :func:`plot_pattern`.
         head_dim: D.
         shard_lengths: tokens of every rank's shard, in rank order; at most 64 ranks.
+        kv_heads: key/value heads Hk, a divisor of ``heads``; ``heads`` when None.
         bytes_per_element: 2 for bfloat16.
 
     Returns:
@@ -45,10 +51,12 @@ def plot_shards(
     if not 2 <= ranks <= MOST_RANKS:
         raise ValueError(f"shard_lengths holds {ranks} lengths: expected 2 to {MOST_RANKS}, one per rank")
     shards = Shards(tuple(shard_lengths))
+    kv_heads = heads if kv_heads is None else kv_heads
+    pattern = pattern.grouped(heads, kv_heads)
     row = 2 * check_int("head_dim", head_dim, 1) * check_int("bytes_per_element", bytes_per_element, 1)
     sent = np.zeros((ranks, ranks))
     for rank in range(ranks):
-        for receiver, rows in rows_sent(pattern, heads, heads, shards, rank, is_causal).items():
+        for receiver, rows in rows_sent(pattern, heads, kv_heads, shards, rank, is_causal).items():
             sent[rank, receiver] = rows * row
     title = f"What travels between {ranks} shards, per layer, forward ({heads} heads of {head_dim} channels)"
     figure = new_figure(9.5, 4.9, title)
@@ -71,9 +79,11 @@ def plot_shards(
     # Ticks are round in binary units, the units of their labels.
     bars.xaxis.set_major_locator(MultipleLocator(2.0 ** np.ceil(np.log2(max(sent.sum(1).max(), 1) / 5))))
     bars.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value) + "B"))
-    total = sum(shard_lengths)
+    total, pairs = shards.total, score_pairs_by_shard(pattern, heads, shard_lengths, is_causal)
+    kind = f"{total:,} tokens, {'causal' if is_causal else 'bidirectional'}"
+    busiest = max(pairs) * ranks / (sum(pairs) or 1)
     bars.set_title(
-        f"{total:,} tokens, {'causal' if is_causal else 'bidirectional'}", loc="left", fontsize=9, color=FAINT
+        f"{kind}\nwork of the busiest rank: {busiest:.2f} times the mean", loc="left", fontsize=9, color=FAINT
     )
     for axes in (matrix, bars):
         axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))

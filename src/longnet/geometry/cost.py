@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
-from longnet.checks import check_ints
+from longnet.checks import check_int, check_ints
 from longnet.geometry.pattern import Pattern
 from longnet.geometry.rows import Branch
 
@@ -53,7 +54,7 @@ class Cost:
         return Fraction(self.dilated.pairs, self.dense.pairs)
 
 
-def score_pairs(pattern: Pattern, heads: int, length: int, is_causal: bool = False) -> int:
+def score_pairs(pattern: Pattern, heads: int, length: int, is_causal: bool = False, *, segment_offset: int = 0) -> int:
     """Exact number of (query, key) pairs of one sequence, summed over heads, branches and the window.
 
     Closed form per branch and offset, so the length does not matter to the time it takes.
@@ -63,20 +64,57 @@ def score_pairs(pattern: Pattern, heads: int, length: int, is_causal: bool = Fal
         heads: query heads H.
         length: tokens N.
         is_causal: keys after the query are left out.
+        segment_offset: on the grid position ``p`` counts as ``p + segment_offset``.
     """
     check_ints(1, heads=heads, length=length)
+    check_int("segment_offset", segment_offset)
+    return _pairs_below(pattern, heads, length, is_causal, length, segment_offset)
+
+
+def score_pairs_by_shard(
+    pattern: Pattern, heads: int, shard_lengths: Sequence[int], is_causal: bool = False
+) -> tuple[int, ...]:
+    """:func:`score_pairs` of the queries of each shard of a sequence: what every rank of a group computes.
+
+    In causal attention later queries of a segment have more keys. With one causal segment without end the last of R equal
+    shards has ``2 - 1 / R`` times the mean: 1.75 at four ranks.
+
+    Args:
+        pattern, heads, is_causal: as in :func:`score_pairs`.
+        shard_lengths: tokens of every rank's shard, in rank order; shards may be empty.
+    """
+    check_ints(1, heads=heads)
+    check_ints(0, **{f"shard_lengths[{rank}]": length for rank, length in enumerate(shard_lengths)})
+    ends = list(accumulate(shard_lengths, initial=0))
+    below = [_pairs_below(pattern, heads, ends[-1], is_causal, end) for end in ends]
+    return tuple(last - first for first, last in pairwise(below))
+
+
+def _pairs_below(pattern: Pattern, heads: int, length: int, is_causal: bool, stop: int, segment_offset: int = 0) -> int:
+    """The pairs of a sequence of ``length`` whose queries are below ``stop``."""
     total = 0
     if pattern.window is not None:
-        before = _square(length, True) - _square(max(0, length - pattern.window), True)
-        total += heads * (before if is_causal else 2 * before - length)
+        # Of the first n tokens: the keys up to each.
+        first, last, whole = (
+            _square(n, True) - _square(max(0, n - pattern.window), True) for n in (stop, length - stop, length)
+        )
+        total += heads * (first if is_causal else first + whole - last - stop)
     for branch in pattern.branches:
         for offset, count in Counter(pattern.offset(branch, head, heads) for head in range(heads)).items():
-            for _, segments, tokens in branch.spans(length):
-                rows, places = branch.chosen(tokens, offset)
-                if pattern.dilated_queries:
-                    pairs = _square(rows, is_causal)
+            origin = branch.origin(segment_offset)
+            for start, segments, tokens in branch.spans(stop, origin):
+                first = start - branch.segment_start(start)
+                (earlier, passed), (later, places) = (branch.chosen(at, offset) for at in (first, first + tokens))
+                rows = later - earlier
+                queries = rows if pattern.dilated_queries else tokens
+                if not is_causal:
+                    # The segment may go on behind the last query.
+                    end = branch.longest(first + length + origin - start)
+                    pairs = queries * (branch.chosen(end, offset)[0] - earlier)
+                elif pattern.dilated_queries:
+                    pairs = _square(rows, True)
                 else:
-                    pairs = rows * tokens - (places if is_causal else 0)
+                    pairs = rows * (first + tokens) - (places - passed)
                 total += count * segments * pairs
     return total
 
@@ -124,6 +162,7 @@ def cost(
     kv_heads: int | None = None,
     batch: int = 1,
     bytes_per_element: int = 2,
+    segment_offset: int = 0,
 ) -> Cost:
     """FLOPs and least memory traffic of attention with this pattern and of dense attention.
 
@@ -132,7 +171,7 @@ def cost(
     its gradient and lse, and writes three gradients. They are the same for dense attention: a pattern saves pairs.
 
     Args:
-        pattern, heads, length, is_causal: as in :func:`score_pairs`.
+        pattern, heads, length, is_causal, segment_offset: as in :func:`score_pairs`.
         head_dim: D.
         kv_heads: key/value heads Hk, a divisor of ``heads``; ``heads`` when None.
         batch: B.
@@ -160,7 +199,9 @@ def cost(
         )
 
     dense = batch * heads * _square(length, is_causal)
-    return Cost(work(batch * score_pairs(pattern, heads, length, is_causal)), work(dense))
+    pattern = pattern if kv_heads == heads else pattern.grouped(heads, kv_heads)
+    pairs = score_pairs(pattern, heads, length, is_causal, segment_offset=segment_offset)
+    return Cost(work(batch * pairs), work(dense))
 
 
 def digit_steps(chain: list[Branch], common: int) -> float:

@@ -1,7 +1,7 @@
-"""What a pattern reaches: positions that heads take part in, and the receptive field of stacked layers.
+"""Positions that heads take part in, and those that none does.
 
-Source: LongNet, arXiv 2307.02486, sections 2.3 (the attentive field grows exponentially) and 2.4 (heads shift the
-selection). Integers and fractions only; sets of positions are Python integers, bit ``p`` for position ``p``.
+Source: LongNet, arXiv 2307.02486, section 2.4 (heads shift the selection). Integers and fractions only; sets of positions are
+Python integers, bit ``p`` for position ``p``.
 """
 
 from __future__ import annotations
@@ -11,19 +11,16 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 
-from longnet.checks import check_int, check_ints
+from longnet.checks import check_int
 from longnet.geometry.cost import digit_steps
 from longnet.geometry.pattern import Pattern
+from longnet.geometry.reach import Offsets, offsets_taken, repeat_bits
 from longnet.geometry.rows import UNBOUNDED, Branch
 
-LONGEST_REACH = 1 << 20
 _DIGIT_STEPS = 1 << 20
 # Tokens after which blocks of several tokens repeat.
 _LONGEST_CYCLE = 1 << 14
 _MASK_BITS = 1 << 26
-
-# Offsets that some head has, rising.
-Offsets = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -56,20 +53,6 @@ class Coverage:
     def fractions(self) -> tuple[Fraction, ...]:
         """The fraction of positions that each head covers."""
         return tuple(1 - head.fraction for head in self.heads)
-
-
-@dataclass(frozen=True)
-class LayerReach:
-    """What a position depends on after ``layer`` layers: ``tokens`` of the ``visible`` ones, itself included."""
-
-    layer: int
-    tokens: int
-    visible: int
-    farthest: int
-
-    @property
-    def fraction(self) -> Fraction:
-        return Fraction(self.tokens, self.visible)
 
 
 def coverage(pattern: Pattern, heads: int, length: int | None = None) -> Coverage:
@@ -111,97 +94,6 @@ def uncovered_positions(pattern: Pattern, heads: int, length: int | None = None)
     check_int("heads", heads, 1)
     taken = tuple(offsets_taken(pattern, branch, heads) for branch in pattern.branches)
     return _uncovered(pattern, taken, length)
-
-
-def offsets_taken(pattern: Pattern, branch: Branch, heads: int) -> Offsets:
-    """Which of the branch's ``r`` offsets some head has, rising."""
-    return tuple(sorted({pattern.offset(branch, head, heads) for head in range(heads)}))
-
-
-def reach(
-    pattern: Pattern, heads: int, length: int, layers: int, is_causal: bool = False, position: int | None = None
-) -> tuple[int, tuple[int, ...]]:
-    """The set of positions that ``position`` depends on after 0, 1, ..., ``layers`` layers.
-
-    Heads mix between layers, so a layer reaches the union over its heads; the residual stream keeps the position.
-
-    Returns:
-        ``(start, masks)``: bit ``b`` of ``masks[l]`` is set when position ``start + b`` is reached after ``l`` layers.
-
-    Raises:
-        TypeError, ValueError: numbers out of range, or more than ``LONGEST_REACH`` tokens to follow.
-    """
-    check_ints(1, heads=heads, length=length, layers=layers)
-    position = length - 1 if position is None else position
-    if not 0 <= position < length:
-        raise ValueError(f"position={position} is outside the sequence: expected 0 <= position < length={length}")
-    # Every branch starts a segment at a multiple of the period, so nothing is reached across one.
-    start = pattern.window_start(position)
-    size = (position + 1 if is_causal else min(start + pattern.period, length)) - start
-    if size > LONGEST_REACH:
-        raise ValueError(f"length={length} asks to follow {size} tokens: expected at most {LONGEST_REACH}")
-    taken = {branch: offsets_taken(pattern, branch, heads) for branch in pattern.branches}
-    masks = [1 << (position - start)]
-    for _ in range(layers):
-        reached = masks[-1]
-        for branch, offsets in taken.items():
-            reached |= _step(masks[-1], branch, offsets, size, is_causal)
-        masks.append(reached)
-    return start, tuple(masks)
-
-
-def receptive_field(
-    pattern: Pattern, heads: int, length: int, layers: int, is_causal: bool = False, position: int | None = None
-) -> tuple[LayerReach, ...]:
-    """How far ``position`` (the last one by default) sees after 1, 2, ..., ``layers`` layers. Exact.
-
-    Args:
-        pattern, heads, length: as in :func:`coverage`, with a length.
-        layers: attention layers stacked.
-        is_causal: keys after the query are left out; the visible tokens are then those up to ``position``.
-        position: whose receptive field; the last position when None.
-
-    Returns:
-        One :class:`LayerReach` per layer: tokens reached (itself included) and the farthest distance in tokens.
-
-    Raises:
-        TypeError, ValueError: as in :func:`reach`.
-    """
-    start, masks = reach(pattern, heads, length, layers, is_causal, position)
-    local = masks[0].bit_length() - 1
-    visible = start + local + 1 if is_causal else length
-    layers_reached = []
-    for layer, mask in enumerate(masks[1:], 1):
-        lowest, highest = (mask & -mask).bit_length() - 1, mask.bit_length() - 1
-        layers_reached.append(LayerReach(layer, mask.bit_count(), visible, max(local - lowest, highest - local)))
-    return tuple(layers_reached)
-
-
-def _step(reached: int, branch: Branch, offsets: Offsets, size: int, is_causal: bool) -> int:
-    """The keys in one branch of every reached query: same segment, same residue, not after it when causal."""
-    width, rate = min(branch.segment_length, size), branch.dilation_rate
-    ones = (1 << width) - 1
-    classes = [_repeat(1, rate, width) << offset & ones for offset in offsets if offset < width]
-    keys = 0
-    for start in range(0, size, width):
-        queries = reached >> start & ones
-        if not queries:
-            continue
-        in_segment = 0
-        for members in classes:
-            own = queries & members
-            if own:
-                in_segment |= members & ((1 << own.bit_length()) - 1) if is_causal else members
-        keys |= in_segment << start
-    return keys & ((1 << size) - 1)
-
-
-def _repeat(bits: int, every: int, size: int) -> int:
-    """``bits`` at 0, every, 2 * every, ... in a mask of ``size`` bits."""
-    while every < size:
-        bits |= bits << every
-        every *= 2
-    return bits & ((1 << max(0, size)) - 1)
 
 
 def _uncovered(pattern: Pattern, taken: tuple[Offsets, ...], length: int | None) -> Uncovered:
@@ -254,8 +146,8 @@ def _count(
         for branch, offsets in aligned + shifted:
             segment = 0
             for offset in offsets:
-                segment |= _repeat(1, branch.dilation_rate, min(branch.segment_length, size) - offset) << offset
-            covered |= _repeat(segment, branch.segment_length, size)
+                segment |= repeat_bits(1, branch.dilation_rate, min(branch.segment_length, size) - offset) << offset
+            covered |= repeat_bits(segment, branch.segment_length, size)
         return size - covered.bit_count()
 
     whole, rest = divmod(positions, period)

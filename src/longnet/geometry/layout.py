@@ -3,6 +3,9 @@
 A later token reaches, in a branch (w, r), the selected positions of its own segment: ``ceil((w - s) / r)`` rows for a head
 with the offset ``s``. Heads of one offset select the same positions, so their rows form a dense rectangle, a block; all
 blocks of all branches lie one behind the other in one tensor, and heads whose numbers of rows differ waste nothing.
+
+A segment without end has as many rows as are selected of the tokens that there is room for. A window is a ring of as many rows
+as it has tokens, of each key/value head: position ``p`` lies at ``p mod W``, its place in a segment of a branch (W, 1).
 """
 
 from __future__ import annotations
@@ -41,13 +44,35 @@ class Block:
 
 @dataclass(frozen=True)
 class Layout:
-    """All blocks, by branch in the pattern's order, and the rows they fill together."""
+    """All blocks, by branch in the pattern's order, the ring of the window, and the rows they fill together."""
 
     pattern: Pattern
     heads: int
     kv_heads: int
     branches: tuple[tuple[Branch, tuple[Block, ...]], ...]
     rows: int
+    ring: tuple[Branch, Block] | None = None
+
+    @property
+    def bands(self) -> tuple[tuple[Branch, tuple[Block, ...], bool], ...]:
+        """(branch, its blocks, whether it is the ring), as they lie in the storage."""
+        ring = () if self.ring is None else ((self.ring[0], (self.ring[1],), True),)
+        return *((branch, blocks, False) for branch, blocks in self.branches), *ring
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """As they lie in the storage."""
+        return tuple(block for _, blocks, _ in self.bands for block in blocks)
+
+    def kept_rows(self, position: int, segment_offset: int) -> list[tuple[int, int]]:
+        """For each block the rows, from the first to before the last, that hold what was read before ``position`` in reach."""
+        return [
+            (0, min(position, block.rows))
+            if is_ring
+            else branch.kept_rows(position, block.offset, branch.origin(segment_offset))
+            for branch, blocks, is_ring in self.bands
+            for block in blocks
+        ]
 
     def first_rows(self) -> list[list[int]]:
         """The storage row where each query head's rows begin, by branch and head."""
@@ -62,8 +87,12 @@ class Layout:
 
 
 @lru_cache(maxsize=256)
-def make_layout(pattern: Pattern, heads: int, kv_heads: int) -> Layout:
-    """The blocks of ``pattern`` for ``heads`` query heads that read ``kv_heads`` key/value heads. Cached."""
+def make_layout(pattern: Pattern, heads: int, kv_heads: int, tokens: int = 0) -> Layout:
+    """The blocks of ``pattern`` for ``heads`` query heads that read ``kv_heads`` key/value heads. Cached.
+
+    Args:
+        tokens: how many there is room for in a segment without end.
+    """
     branches, first = [], 0
     for branch in pattern.branches:
         blocks = []
@@ -73,12 +102,16 @@ def make_layout(pattern: Pattern, heads: int, kv_heads: int) -> Layout:
             rectangles.setdefault((offset, len(readers)), {})[kv_head] = readers
         for (offset, share), chosen in sorted(rectangles.items()):
             numbers = [head for readers in chosen.values() for head in readers]
-            rows = branch.rows(branch.segment_length, offset)
-            block = Block(offset, _index(numbers), _index(list(chosen)), len(chosen), share, first, rows)
-            blocks.append(block)
-            first += block.size
+            if rows := branch.kept(offset, tokens):
+                block = Block(offset, _index(numbers), _index(list(chosen)), len(chosen), share, first, rows)
+                blocks.append(block)
+                first += block.size
         branches.append((branch, tuple(blocks)))
-    return Layout(pattern, heads, kv_heads, tuple(branches), first)
+    ring = None
+    if (width := pattern.window) is not None:
+        block = Block(0, slice(0, heads, 1), slice(0, kv_heads, 1), kv_heads, heads // kv_heads, first, width)
+        ring, first = (Branch(width, 1), block), first + block.size
+    return Layout(pattern, heads, kv_heads, tuple(branches), first, ring)
 
 
 def head_numbers(heads: Heads) -> list[int]:

@@ -123,8 +123,10 @@ class Pattern(Branches):
         dilated_queries: bool = True,
         dilation_block: int = 1,
         head_offsets: str = "interleaved",
+        head_numbers: Sequence[int] | None = None,
+        total_heads: int = 0,
     ) -> Pattern:
-        """A pattern beyond the paper: see :func:`longnet.dilated_attention` for the arguments.
+        """A pattern beyond the paper: see :func:`longnet.dilated_attention` for the arguments, and :meth:`parse` for the last.
 
         Raises:
             TypeError, ValueError: as :meth:`parse`; also a ``window`` or ``dilation_block`` that is no int or below 1,
@@ -146,7 +148,8 @@ class Pattern(Branches):
             raise ValueError(
                 "segment_lengths=() and dilation_rates=() are empty and window=None: expected at least one branch, or a window"
             )
-        return cls(branches, _head_offsets(head_offsets, HEAD_OFFSETS), window=window, dilated_queries=dilated_queries)
+        numbers = None if head_numbers is None else HeadNumbers.parse(head_numbers, total_heads)
+        return cls(branches, _head_offsets(head_offsets, HEAD_OFFSETS), numbers, window, dilated_queries)
 
     @property
     def beyond_paper(self) -> str | None:
@@ -163,30 +166,105 @@ class Pattern(Branches):
         return None if self.head_offsets in PAPER_OFFSETS else f"head_offsets={self.head_offsets!r}"
 
     @property
+    def block(self) -> int:
+        """Tokens of a block of its branches."""
+        return self.branches[0].block if self.branches else 1
+
+    @property
+    def has_grid(self) -> bool:
+        """Whether it matters where segments and dilation begin."""
+        return any(b.segment_length != UNBOUNDED or b.dilation_rate > 1 for b in self.branches)
+
+    @property
     def rows_at_equal_steps(self) -> bool:
         """Whether the same rows are queries and keys of a branch, at equal steps: what a plan can express."""
         return self.dilated_queries and all(branch.block == 1 for branch in self.branches)
 
     @property
     def period(self) -> int:
-        """The shortest distance after which every branch starts a new segment: no key is ever read across it."""
+        """The shortest distance after which every branch starts a new segment: no branch reads a key across it."""
         return math.lcm(*self.segment_lengths)
 
-    def window_start(self, position: int) -> int:
-        """The last position up to this one at which every branch starts a segment: no earlier key is read."""
-        return position - position % self.period
+    @property
+    def closed_period(self) -> int | None:
+        """The period, if no key is ever read across it; None with a window or a segment without end."""
+        return None if self.window is not None or UNBOUNDED in self.segment_lengths else self.period
 
-    def same_segments(self, position: int, other: int) -> bool:
+    @property
+    def longest_finite(self) -> int:
+        """Tokens of the longest segment that ends; 0 if none does."""
+        return max((length for length in self.given_lengths if length is not None), default=0)
+
+    @property
+    def shifted_offset(self) -> int:
+        """The grid's offset in layers whose segments are to begin elsewhere: two thirds of the longest that ends."""
+        return 2 * self.longest_finite // 3
+
+    @property
+    def farthest(self) -> int:
+        """At least 1, and above every distance from a query to a key."""
+        return max(*self.segment_lengths, self.window or 1, 1)
+
+    def window_start(self, position: int, segment_offset: int = 0) -> int:
+        """The last position up to this one, or 0, at which every branch starts a segment: no earlier key is read."""
+        if self.closed_period is None:
+            return 0
+        return max(0, position - (position + segment_offset) % self.closed_period)
+
+    def least_offset(self, segment_offset: int) -> int:
+        """The least offset, from 0 on, that gives the same grid; the offset itself where the grid repeats too late."""
+        period = math.lcm(*(branch.grid_period for branch in self.branches))
+        return segment_offset % period if period <= LONGEST_SEGMENT else segment_offset
+
+    def same_segments(self, position: int, other: int, segment_offset: int = 0) -> bool:
         """Whether both positions lie in one segment of every branch."""
-        return all(branch.segment_number(position) == branch.segment_number(other) for branch in self.branches)
+        grids = ((branch, branch.origin(segment_offset)) for branch in self.branches)
+        return all(branch.segment_number(position + c) == branch.segment_number(other + c) for branch, c in grids)
 
     def span(self, length: int) -> int:
         """At least 1, and above every distance from a query to a key in a sequence of ``length``."""
-        return max(1, min(max(*self.segment_lengths, self.window or 1, 1), length))
+        return max(1, min(self.farthest, length))
+
+    def read_span(self, branch: Branch | None, position: T, is_causal: bool, origin: int) -> tuple[T, T]:
+        """The positions among which a query at ``position`` reads keys, of any sequence: (first, one past the last).
+
+        Args:
+            branch: one of the pattern's; None for its window.
+            origin: what :meth:`Branch.origin` gives; a window has none.
+        """
+        if branch is None:
+            assert self.window is not None
+            return position - self.window + 1, position + (1 if is_causal else self.window)
+        start, stop = branch.segment_start(position + origin), branch.segment_stop(position + origin)
+        return start - origin, position + 1 if is_causal else stop - origin
+
+    def on_own_grid(self, segment_offset: int) -> int:
+        """``segment_offset``, or 0 where that is the same grid."""
+        return segment_offset if any(branch.origin(segment_offset) for branch in self.branches) else 0
 
     def of(self, *branches: Branch) -> Pattern:
         """These branches alone, for the same heads."""
         return replace(self, branches=branches, window=None)
+
+    def shortened(self, length: int, segment_offset: int) -> Pattern:
+        """What ``length`` tokens cannot tell from this pattern, with the shortest segments and window."""
+        branches = tuple(branch.shortened(length, segment_offset) for branch in self.branches)
+        window = None if self.window is None else min(self.window, length)
+        return replace(self, branches=branches, window=window)
+
+    def ended(self, length: int) -> Pattern:
+        """What ``length`` tokens cannot tell from this pattern, with segments that end; the same for many lengths.
+
+        Only branches whose queries and keys are the same rows change: then they are the paper's.
+        """
+        if not self.rows_at_equal_steps:
+            return self
+
+        def end(branch: Branch) -> Branch:
+            least = max(length, branch.dilation_rate, 1)
+            return replace(branch, segment_length=1 << (least - 1).bit_length())
+
+        return replace(self, branches=tuple(end(b) if b.segment_length == UNBOUNDED else b for b in self.branches))
 
     def offset(self, branch: Branch, head: T, heads: int) -> T:
         """The offset of ``head`` (of ``heads``) inside every segment of ``branch``.

@@ -5,7 +5,7 @@ Source: LongNet, arXiv 2307.02486, section 2.2. All other files ask this one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 # An int, or an array or tensor of ints.
@@ -53,11 +53,21 @@ class Branch:
     dilation_rate: int
     block: int = 1
 
-    def origin(self, segment_offset: int) -> int:
+    def origin(self, segment_offset: T) -> T:
         """Where token 0 stands on the grid when position ``p`` counts as ``p + segment_offset``; at least 0."""
-        return segment_offset % (
-            self.dilation_rate * self.block if self.segment_length == UNBOUNDED else self.segment_length
-        )
+        return segment_offset % self.grid_period
+
+    @property
+    def grid_period(self) -> int:
+        """Tokens after which its grid repeats."""
+        return self.dilation_rate * self.block if self.segment_length == UNBOUNDED else self.segment_length
+
+    def shortened(self, length: int, segment_offset: int) -> Branch:
+        """The branch of the shortest segments that ``length`` tokens cannot tell from this one."""
+        stop = segment_offset + length
+        if self.segment_length == UNBOUNDED or not 0 <= segment_offset < stop < self.segment_length:
+            return self
+        return replace(self, segment_length=max(self.dilation_rate, stop))
 
     def segment_number(self, position: T) -> T:
         """Which segment holds a position."""
@@ -104,6 +114,48 @@ class Branch:
         places = block * (cycle * (whole * (whole - 1) // 2) + whole * start) + whole * (block * (block - 1) // 2)
         return whole * block + last, places + last * (whole * cycle + start) + last * (last - 1) // 2
 
+    def kept(self, offset: int, tokens: int) -> int:
+        """The most positions that a head with this ``offset`` selects of a segment; of ``tokens`` tokens where it never ends."""
+        if self.segment_length != UNBOUNDED:
+            return self.chosen(self.segment_length, offset)[0]
+        cycle = self.dilation_rate * self.block
+        return tokens // cycle * self.block + min(tokens % cycle, self.block)
+
+    def kept_rows(self, position: int, offset: int, origin: int) -> tuple[int, int]:
+        """Which rows, from the first to before the last, hold what was read of a segment: all selected before ``position``.
+
+        A segment's rows are numbered from its start on the grid; those of a segment without end from token 0 on.
+
+        Args:
+            origin: where token 0 stands on the grid.
+        """
+        start, first = self.segment_start(position + origin), self.first_row(offset, origin)
+        low, high = (self.chosen(max(at - start, 0), offset)[0] for at in (origin, position + origin))
+        return low - first, high - first
+
+    def first_row(self, offset: int, origin: int) -> int:
+        """The number, counted from the start of the grid, of what :meth:`kept_rows` counts as row 0."""
+        return self.chosen(origin, offset)[0] if self.segment_length == UNBOUNDED else 0
+
+    def place_of(self, position: T) -> T:
+        """Where in its segment a position on the grid stands."""
+        return position - self.segment_start(position)
+
+    def chosen_before(self, place: Any, offset: Any) -> Any:
+        """How many positions of a segment a head with this ``offset`` selects before a place in it: tensors, any block."""
+        cycle = place // (self.dilation_rate * self.block)
+        return cycle * self.block + (place - (cycle * self.dilation_rate + offset) * self.block).clamp(0, self.block)
+
+    def place_of_row(self, number: T, offset: int) -> T:
+        """Where in its segment the row stands that a head selects, by its number: the inverse of :meth:`chosen_before`."""
+        cycle = number // self.block
+        return (cycle * self.dilation_rate + offset) * self.block + number - cycle * self.block
+
+    def count(self, start: int, stop: int, offset: int) -> int:
+        """How many positions from ``start`` to ``stop``, all of one segment, a head selects; any block."""
+        before = self.segment_start(start)
+        return self.chosen(max(start, stop) - before, offset)[0] - self.chosen(start - before, offset)[0]
+
     def most_rows(self, tokens: int) -> int:
         """An upper bound of the rows that a head selects of ``tokens`` tokens, for every offset of the grid and any block."""
         cycle = self.dilation_rate * self.block
@@ -127,11 +179,19 @@ class Branch:
         """Whether the offset 0 selects a position: a head then has the same offset after it as in the segment."""
         return position % self.segment_length % self.dilation_rate == 0
 
-    def is_own_sequence(self, start: int, length: int | None) -> bool:
-        """Whether a sequence that began at ``start`` would have the same rows. A ``length`` of None means that it never ends."""
-        if start == self.segment_start(start):
+    def is_own_sequence(self, start: int, length: int | None, segment_offset: int = 0) -> bool:
+        """Whether a sequence that began at ``start`` would have the same rows on its own grid, which is offset alike.
+
+        A ``length`` of None means that it never ends.
+        """
+        if self.origin(start) == 0:
             return True
-        return length is not None and self.is_aligned(start) and start + length <= self.segment_stop(start)
+        if self.segment_length == UNBOUNDED:
+            return False
+            return True
+        alone, moved = (position % self.segment_length for position in (segment_offset, segment_offset + start))
+        is_inside = length is not None and max(alone, moved) + length <= self.segment_length
+        return is_inside and (moved - alone) % (self.dilation_rate * self.block) == 0
 
 
 class Branches:
@@ -147,6 +207,11 @@ class Branches:
     def given_lengths(self) -> tuple[int | None, ...]:
         """The segment lengths as a user writes them: None for a segment without end."""
         return tuple(None if length == UNBOUNDED else length for length in self.segment_lengths)
+
+    @property
+    def block(self) -> int:
+        """Tokens of a block: one number for all branches, 1 without any."""
+        return max((branch.block for branch in self.branches), default=1)
 
     @property
     def dilation_rates(self) -> tuple[int, ...]:

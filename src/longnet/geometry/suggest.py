@@ -6,8 +6,8 @@ Source: LongNet, arXiv 2307.02486, section 2.3 (segment lengths and rates grow a
 from __future__ import annotations
 
 from longnet.checks import check_int, check_ints
-from longnet.geometry.coverage import offsets_taken
 from longnet.geometry.pattern import Pattern
+from longnet.geometry.reach import offsets_taken
 from longnet.geometry.rows import Branch
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from longnet.attention.definition import warn_uncovered_by_stack
 from longnet.checks import check_ints
 from longnet.compat.attention import TORCHSCALE
 from longnet.compat.names import load_theirs, module_names, to_theirs
@@ -98,6 +99,7 @@ class SlideEncoder(Encoder):
             dropout=dropout,
             backend=backend,
         )
+        warn_uncovered_by_stack(self.config.layer_attentions())
         if dim % 4:
             raise ValueError(f"dim={dim} is not divisible by 4: positions are a sine and a cosine of two coordinates")
         self.tile_size, self.slide_ngrids, self.global_pool = tile_size, slide_ngrids, global_pool

@@ -90,7 +90,7 @@ class BoundedLayer(CacheLayerMixin):
             raise ValueError(f"tokens_to_remove={int(tokens_to_remove)}: expected {-position} to 0")
         if self.cache is None or keep == position:
             return
-        if not self.cache.pattern.same_segments(keep, position):
+        if not self.cache.holds(keep):
             raise ValueError(
                 f"crop to {keep} of {position} tokens: a segment has ended since and was written over; expected a DynamicCache"
             )

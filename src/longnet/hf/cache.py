@@ -149,7 +149,7 @@ class LongNetCache(Cache):
         # Later states have read what never was.
         states = [state for state in self._states if state.position <= keep]
         since = [read.until(keep) for read in self._since if read.position < keep]
-        if not self._is_behind() and self._plain.layers[0].pattern.same_segments(keep, position):
+        if not self._is_behind() and all(layer.holds(keep) for layer in self._plain.layers):
             # No segment has ended since: rows after the position are written before they are read.
             with self._plain.writing():
                 self._plain.moved(keep - position)

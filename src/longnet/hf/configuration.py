@@ -116,7 +116,13 @@ class LongNetConfig(PreTrainedConfig):
 
     @classmethod
     def from_longnet(cls, config: PlainConfig, **more: Any) -> LongNetConfig:
-        """The config of a plain model. ``more`` are fields that the plain library has not: token ids, labels."""
+        """The config of a plain model. ``more`` are fields that the plain library has not: token ids, labels.
+
+        Raises:
+            ValueError: a plain model with layer types.
+        """
+        if config.layer_types is not None:
+            raise ValueError(f"layer_types={config.layer_types}: Hugging Face's classes have none yet, expected None")
         plain = config.to_dict()
         fields = {theirs: plain[name] for name, theirs in _NAMES.items()} | {name: plain[name] for name in _ALIKE}
         if config.vocab_size <= 256:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from longnet.attention.definition import LONGNET, warn_uncovered_by_stack
 from longnet.models.cache import LongNetCache
 from longnet.models.config import LongNetConfig
 from longnet.models.layers import Block
 from longnet.models.placement import device_of, is_dispatched
 from longnet.nn.norm import BatchNorm, make_norm
+
+# Fields that may change with the layer types, and what of a layer's attention follows from its type: no parameters.
+_WITH_LAYER_TYPES = ("sliding_window", "stride", "stride_block", "shift_keys", "segment_lengths", "dilation_rates")
+_OF_LAYER_TYPE = ("pattern", "xpos", "segment_offset", "shift_keys")
 
 
 class LongNetBase(nn.Module):
@@ -34,6 +40,7 @@ class LongNetBase(nn.Module):
         super().__init__()
         if not isinstance(config, LongNetConfig):
             raise TypeError(f"config={config!r} has type {type(config).__name__}: expected a LongNetConfig")
+        warn_uncovered_by_stack(config.layer_attentions())
         self.config = config
         self.gradient_checkpointing = config.gradient_checkpointing
         self.loss_group: Any = None
@@ -49,6 +56,39 @@ class LongNetBase(nn.Module):
         for block in self.blocks:
             block.reset_parameters(self.config.layers)  # type: ignore[operator]
         self.norm.reset_parameters()  # type: ignore[operator]
+
+    @torch.no_grad()
+    def with_layer_types(self, layer_types: Sequence[str], **changes: Any) -> Self:
+        """A copy whose layers compute something else with this model's weights: all types have the same parameters.
+
+        The copy owns its weights: training one model changes nothing in the other. A model that was trained as another stack
+        needs more training before it is good as this one.
+
+        Args:
+            layer_types: of :class:`LongNetConfig`, for every layer or repeated.
+            changes: ``sliding_window``, ``stride``, ``stride_block``, ``shift_keys``, ``segment_lengths`` and
+                ``dilation_rates`` in place of the config's.
+
+        Raises:
+            TypeError, ValueError: as the config, for a change of another field too. ValueError: a model that is parallelized or
+                computes what torchscale does.
+        """
+        if unknown := [name for name in changes if name not in _WITH_LAYER_TYPES]:
+            raise ValueError(f"{', '.join(unknown)} cannot change with layer_types: expected {_WITH_LAYER_TYPES}")
+        config = self.config.replace(layer_types=layer_types, **changes)
+        if self.loss_group is not None:
+            raise ValueError("model is parallelized: expected with_layer_types before parallelize")
+        for layer, block in enumerate(self.blocks):
+            if (computed := block.attention.definition) is not LONGNET:  # type: ignore[union-attr]
+                raise ValueError(f"layer {layer} computes {computed.name}: expected LongNet's attention")  # type: ignore[union-attr]
+        warn_uncovered_by_stack(config.layer_attentions())
+        copied = copy.deepcopy(self)
+        copied.config = config
+        for layer, block in enumerate(copied.blocks):
+            made = Block(config, layer, device="meta").attention
+            for name in _OF_LAYER_TYPE:
+                setattr(block.attention, name, getattr(made, name))
+        return copied
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids (B, N) int64 -> (B, N, dim), of unit variance at initialisation.

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from longnet.attention.streaming import DilatedCache
+from longnet.checks import check_int
+from longnet.geometry.reach import LayerAttention
 from longnet.models.config import LongNetConfig
+from longnet.models.padding import leading_padding
 from longnet.models.placement import device_of, dtype_of
 from longnet.runtime.autocast import autocast_dtype
 
@@ -27,18 +31,39 @@ def make_cache(
     if dtype is None:
         own, kind = dtype_of(model.embedding, model), devices[0].type  # type: ignore[arg-type]
         dtype = own if own == torch.float64 else autocast_dtype(kind) or own
-    if max_length is not None:
-        # A segment that is not left before the end may as well end there.
-        pairs = zip(config.segment_lengths, config.dilation_rates, strict=True)
-        config = config.replace(segment_lengths=tuple(max(rate, min(width, max_length)) for width, rate in pairs))
-    return LongNetCache(config, batch_size, dtype=dtype, device=devices)
+    return LongNetCache(config, batch_size, dtype=dtype, device=devices, max_length=max_length)
+
+
+def uncached_reason(config: LongNetConfig) -> str | None:
+    """What keeps a model of this config from being read bit by bit, None if nothing does."""
+    if config.use_rel_pos_bias:
+        return "use_rel_pos_bias=True: cached attention takes no relative position bias yet; expected xPos or neither"
+    return None
+
+
+def _layer_cache(layer: LayerAttention, max_length: int | None, **options: Any) -> DilatedCache:
+    pattern = layer.pattern if max_length is None else layer.pattern.shortened(max_length, layer.segment_offset)
+    return DilatedCache(
+        pattern.given_lengths,
+        pattern.dilation_rates,
+        head_offsets=pattern.head_offsets,
+        window=pattern.window,
+        dilated_queries=pattern.dilated_queries,
+        dilation_block=pattern.block,
+        segment_offset=layer.segment_offset,
+        shift_keys=layer.shift_keys,
+        capacity=max_length,
+        check_coverage=False,
+        **options,
+    )
 
 
 class LongNetCache:
     """The keys and values that later tokens can still reach, layer by layer.
 
     A branch with segment w and rate r reaches at most w / r keys per head, whatever came before, so its size is fixed when
-    it is made: reading goes on forever in constant memory. ``model.new_cache(batch_size)`` makes one.
+    it is made: reading goes on forever in constant memory. Strided and full layers keep a share of all tokens instead.
+    ``model.new_cache(batch_size)`` makes one.
 
     A call that raises after some layer has read its tokens leaves a cache that refuses to go on, until it is reset or loads a
     state; a clone made before is not touched.
@@ -48,6 +73,7 @@ class LongNetCache:
         batch_size: rows that are read side by side.
         dtype: of keys and values, the model's.
         device: the model's, or one for each layer.
+        max_length: how many tokens will be read at most, None for any number; see ``LongNetLM.new_cache``.
 
     Raises:
         ValueError: a bidirectional config, or one with a relative position bias, which has no cached form yet.
@@ -60,34 +86,36 @@ class LongNetCache:
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | Sequence[torch.device | str] | None = None,
+        max_length: int | None = None,
     ) -> None:
         if not config.causal:
             raise ValueError(
                 "config.causal=False: a bidirectional model reads later tokens first; expected a causal one"
             )
-        if config.use_rel_pos_bias:
-            raise ValueError(
-                "config.use_rel_pos_bias=True: cached attention takes no relative position bias yet; expected xPos or neither"
-            )
+        if (reason := uncached_reason(config)) is not None:
+            raise ValueError(f"config.{reason}")
         devices = [device] * config.layers if device is None or isinstance(device, (torch.device, str)) else device
         if len(devices) != config.layers:
             raise ValueError(
                 f"device={device} has {len(devices)} entries: expected one for each of {config.layers} layers"
             )
+        if max_length is not None:
+            check_int("max_length", max_length, 1)
+        layers = config.layer_attentions()
+        self._grids = tuple(layer.segment_offset for layer in layers)
         self.layers = tuple(
-            DilatedCache(
-                config.segment_lengths,
-                config.dilation_rates,
+            _layer_cache(
+                layer,
+                max_length,
                 batch_size=batch_size,
                 heads=config.heads,
                 kv_heads=config.kv_heads,
                 head_dim=config.head_dim,
-                head_offsets=config.head_offsets,
-                head_numbers=config.layer_head_numbers(layer),
+                head_numbers=config.layer_head_numbers(number),
                 dtype=dtype,
-                device=devices[layer],
+                device=devices[number],
             )
-            for layer in range(config.layers)
+            for number, layer in enumerate(layers)
         )
         self._torn = False  # an exception came while layers were moving
 
@@ -101,8 +129,34 @@ class LongNetCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all layers together; the same before and after any number of tokens."""
+        """Bytes of all layers together; the same before and after any number of tokens where all are :attr:`bounded`."""
         return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def nbytes_used(self) -> int:
+        """Of these, the bytes that later tokens can reach by now."""
+        return sum(layer.nbytes_used for layer in self.layers)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the size of every layer is fixed."""
+        return all(layer.bounded for layer in self.layers)
+
+    def place_rows(self, key_padding_mask: Tensor) -> None:
+        """Let the grid of each row that has had no real token yet begin at its first one, as this mask of the next tokens tells.
+
+        Args:
+            key_padding_mask: (B, T) bool of the next T tokens, True where one is padding.
+        """
+        padding, position = self.layers[0].padding, self.position
+        leading = leading_padding(key_padding_mask.to(padding.device))
+        leading = torch.where(padding < position, padding, position + leading)
+        if not leading.any():
+            return
+        for layer, grid in zip(self.layers, self._grids, strict=True):
+            offsets = grid - leading.to(layer.device)
+            if layer.offsets is None or not torch.equal(layer.offsets, offsets):
+                layer.set_segment_offset(offsets)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -157,6 +211,7 @@ class LongNetCache:
         """A copy that goes its own way: read a long prefix once, continue it many ways."""
         copy = LongNetCache.__new__(LongNetCache)
         copy.layers, copy._torn = tuple(layer.clone() for layer in self.layers), self._torn
+        copy._grids = self._grids
         return copy
 
     def reorder(self, index: Tensor) -> None:

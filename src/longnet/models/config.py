@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from longnet.checks import check_settings
 from longnet.geometry import HeadNumbers, HeadOffsets, Pattern
+from longnet.geometry.reach import LayerAttention
+from longnet.models.layer_types import DILATED_TYPES, SHIFTED_KEYS_TYPES, expand_layer_types, pattern_of
 from longnet.nn.norm import NORM_KINDS
 
 
@@ -42,6 +45,14 @@ class LongNetConfig:
         feed_forward_chunk: tokens of a row whose hidden layer (``ffn_dim`` wide, the widest of all) is held at once; it is
             computed again in the backward pass. None holds all. Not with ``norm="batch"``.
         backend: name of the attention backend, or ``"auto"``.
+        layer_types: what each layer computes, one of :data:`longnet.models.layer_types.LAYER_TYPES` for every layer; a shorter
+            tuple whose length divides ``layers`` is repeated. None: ``"dilated_attention"`` in all. With types of which none is
+            dilated ``segment_lengths`` and ``dilation_rates`` may be ``()``.
+        sliding_window: tokens of the window in sliding and strided layers: a query reads keys at distances below it.
+        stride: of strided layers: each key/value head reads every ``stride``-th block of all earlier tokens.
+        stride_block: tokens of such a block.
+        shift_keys: in strided and full layers each key also holds what the token before was, see
+            :func:`longnet.nn.shift_keys.shift_keys`.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -71,6 +82,11 @@ class LongNetConfig:
     loss_chunk: int = 4096
     feed_forward_chunk: int | None = None
     backend: str = "auto"
+    layer_types: tuple[str, ...] | None = None
+    sliding_window: int = 512
+    stride: int = 4
+    stride_block: int = 1
+    shift_keys: bool = False
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -78,10 +94,12 @@ class LongNetConfig:
             value = getattr(self, name)
             if not isinstance(value, str):
                 raise TypeError(f"{name}={value!r} has type {type(value).__name__}: expected a string")
-        pattern = Pattern.parse(self.segment_lengths, self.dilation_rates, self.head_offsets)
+        if self.layer_types is not None:
+            object.__setattr__(self, "layer_types", expand_layer_types(self.layer_types, self.layers))
         # Lists from JSON and single ints become tuples: equal patterns make equal, hashable configs.
-        object.__setattr__(self, "segment_lengths", pattern.segment_lengths)
-        object.__setattr__(self, "dilation_rates", pattern.dilation_rates)
+        lengths, rates = self._checked_segments()
+        object.__setattr__(self, "segment_lengths", lengths)
+        object.__setattr__(self, "dilation_rates", rates)
         if self.dim % self.heads:
             raise ValueError(f"dim={self.dim} is not divisible by heads={self.heads}: expected a multiple")
         if self.kv_heads is not None and self.heads % self.kv_heads:
@@ -110,6 +128,46 @@ class LongNetConfig:
             raise ValueError(f"xpos_scale_base={self.xpos_scale_base}: expected None or a finite number above 0")
         if not self.backend:
             raise ValueError("backend='' names nothing: expected 'auto' or the name of a backend")
+        kinds = self._kinds()
+        if self.shift_keys and not any(kind in SHIFTED_KEYS_TYPES for kind in kinds):
+            raise ValueError(f"shift_keys=True with layers of {kinds}: expected one of {SHIFTED_KEYS_TYPES} among them")
+        for kind in kinds:
+            self._pattern(kind)
+
+    def _checked_segments(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        given = self.segment_lengths, self.dilation_rates
+        if all(values in ((), []) for values in given) and not any(kind in DILATED_TYPES for kind in self._kinds()):
+            return (), ()
+        pattern = Pattern.parse(*given, self.head_offsets)
+        return pattern.segment_lengths, pattern.dilation_rates
+
+    def _kinds(self) -> tuple[str, ...]:
+        """The types of layers that there are, each once."""
+        return DILATED_TYPES[:1] if self.layer_types is None else tuple(dict.fromkeys(self.layer_types))
+
+    def _pattern(self, kind: str) -> Pattern:
+        """Of all heads of a layer of this type."""
+        if kind in DILATED_TYPES:
+            return Pattern.parse(self.segment_lengths, self.dilation_rates, self.head_offsets)
+        pattern = pattern_of(kind, self.sliding_window, self.stride, self.stride_block)
+        return pattern.grouped(self.heads, self.heads if self.kv_heads is None else self.kv_heads)
+
+    def layer_attention(self, layer: int) -> LayerAttention:
+        """What a layer computes, for the heads that it has: all that follows from its type."""
+        kind = DILATED_TYPES[0] if self.layer_types is None else self.layer_types[layer]
+        pattern, numbers = self._pattern(kind), self.layer_head_numbers(layer)
+        if numbers is not None:
+            pattern = dataclasses.replace(pattern, head_numbers=HeadNumbers.parse(numbers, self.heads))
+        return LayerAttention(
+            pattern,
+            self.heads if numbers is None else len(numbers),
+            pattern.shifted_offset if kind == "shifted_dilated_attention" else 0,
+            self.shift_keys and kind in SHIFTED_KEYS_TYPES,
+        )
+
+    def layer_attentions(self) -> tuple[LayerAttention, ...]:
+        """:meth:`layer_attention` of every layer, the first one first."""
+        return tuple(self.layer_attention(layer) for layer in range(self.layers))
 
     def _checked_numbers(self) -> tuple[tuple[int, ...], ...] | None:
         """``head_numbers`` as tuples, None when no head is missing."""
@@ -168,8 +226,16 @@ class LongNetConfig:
         return tuple(_PRESETS)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as values that JSON keeps as they are: tuples become lists."""
-        return {name: _lists(value) for name, value in asdict(self).items()}
+        """All fields as values that JSON keeps as they are: tuples become lists.
+
+        Without ``layer_types``, the fields that describe them are left out where they have their defaults.
+        """
+        values = {name: _lists(value) for name, value in asdict(self).items()}
+        if self.layer_types is None:
+            for name, default in _OF_LAYER_TYPES.items():
+                if values[name] == default:
+                    del values[name]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LongNetConfig:
@@ -184,10 +250,16 @@ class LongNetConfig:
     def replace(self, **changes: Any) -> LongNetConfig:
         """A copy with some fields changed, checked again as a whole; an unknown field is a ValueError."""
         _refuse_unknown(changes)
-        return replace(self, **changes)
+        return dataclasses.replace(self, **changes)
 
 
 _FIELDS: tuple[str, ...] = tuple(field.name for field in fields(LongNetConfig))
+# Files from before there were layer types do not hold them.
+_OF_LAYER_TYPES: Mapping[str, Any] = {
+    field.name: field.default
+    for field in fields(LongNetConfig)
+    if field.name in ("layer_types", "sliding_window", "stride", "stride_block", "shift_keys")
+}
 
 
 def _lists(value: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from longnet.checks import check_int, check_settings
 from longnet.models.base import LongNetBase
-from longnet.models.cache import LongNetCache
+from longnet.models.cache import LongNetCache, uncached_reason
 from longnet.models.threads import step_threads
 
 
@@ -100,10 +100,10 @@ class LanguageModel(LongNetBase):
     ) -> Tensor:
         """Continue each prompt by up to ``max_new_tokens`` tokens.
 
-        The prompt is read once, in chunks, into a cache of bounded size (:class:`longnet.models.cache.LongNetCache`); a new token
-        then costs one step. A model with a relative position bias, which has no cached form yet, passes over the whole prefix for
-        every token. Only the last position goes through the output head. The model is in eval mode meanwhile, and back in its
-        previous mode afterwards. On the CPU a small model's steps run on one thread (``longnet.models.threads.step_threads``).
+        The prompt is read once, in chunks, into a :class:`longnet.models.cache.LongNetCache`; a new token then costs one step. A
+        model that has no cached form yet (a relative position bias) passes over the whole prefix for every token.
+        Only the last position goes through the output head. The model is in eval mode meanwhile, and back in its previous mode
+        afterwards. On the CPU a small model's steps run on one thread (``longnet.models.threads.step_threads``).
 
         Prompts of unequal length are read without their padding, rows of one length together: each row gets the distribution
         that it gets alone.
@@ -145,7 +145,7 @@ class LanguageModel(LongNetBase):
             groups = _grouped(self, tokens, spans, seed, max_new_tokens)
             ended = tokens.new_zeros(batch, dtype=torch.bool)
             for step in range(max_new_tokens):
-                if step == 1 and not self.config.use_rel_pos_bias:
+                if step == 1 and uncached_reason(self.config) is None:
                     # The prompts have been read; from here on each step is one token.
                     threads.enter_context(step_threads(self, batch))
                 new = tokens.new_empty(batch)
@@ -215,7 +215,7 @@ def _grouped(
     for length, rows in numbers.items():
         prompts = torch.stack([tokens[row, slice(*spans[row])] for row in rows])
         cache = None
-        if not model.config.use_rel_pos_bias:
+        if uncached_reason(model.config) is None:
             # Of one size for all groups, so that they share compiled kernels.
             cache = model.new_cache(len(rows), max_length=max(numbers) + max_new_tokens)
         own_seeds = [seeds] if seeds is None or isinstance(seeds, int) else [seeds[row] for row in rows]

@@ -68,7 +68,7 @@ class Block(nn.Module):
 
     Forward takes ``key_padding_mask`` (B, N) bool, True where the token is padding, for the attention and every norm,
     the ``cache`` of what came before x, if anything did, and ``cu_seqlens`` of documents packed into one row. ``layer`` is the
-    block's place in the stack: which heads it has.
+    block's place in the stack: which heads it has, and what its attention computes.
     """
 
     def __init__(
@@ -81,11 +81,13 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.attention_norm = make_norm(config.norm, config.dim, device=device, dtype=dtype)
+        layered = config.layer_attention(layer)
+        pattern = layered.pattern
         self.attention = DilatedAttention(
             config.dim,
             config.heads,
-            config.dilation_rates,
-            config.segment_lengths,
+            pattern.dilation_rates,
+            pattern.given_lengths,
             causal=config.causal,
             use_xpos=config.use_xpos,
             use_rel_pos_bias=config.use_rel_pos_bias,
@@ -93,10 +95,16 @@ class Block(nn.Module):
             kv_heads=config.kv_heads,
             bias=config.bias,
             sub_norm=config.norm,
-            head_offsets=config.head_offsets,
+            head_offsets=pattern.head_offsets,
             head_numbers=config.layer_head_numbers(layer),
             xpos_scale_base=config.xpos_scale_base,
             backend=config.backend,
+            window=pattern.window,
+            dilated_queries=pattern.dilated_queries,
+            dilation_block=pattern.block,
+            segment_offset=layered.segment_offset,
+            shift_keys=layered.shift_keys,
+            check_coverage=False,
             device=device,
             dtype=dtype,
         )

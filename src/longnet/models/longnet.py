@@ -14,6 +14,7 @@ from longnet.models.cache import LongNetCache, make_cache
 from longnet.models.config import LongNetConfig
 from longnet.models.generation import LanguageModel
 from longnet.models.loss import chunked_cross_entropy
+from longnet.models.padding import rows_from_start
 from longnet.models.placement import dtype_of
 from longnet.runtime.autocast import autocast_dtype
 
@@ -57,8 +58,10 @@ class LongNetLM(LanguageModel):
 
         Args:
             tokens: (B, N) int64 ids.
-            key_padding_mask: (B, N) bool, True where the token is padding and not to be attended to. With a cache padding
-                comes before all other tokens of its row.
+            key_padding_mask: (B, N) bool, True where the token is padding and not to be attended to. Padding at a row's start is
+                no part of the row: it gives what it gives alone, padded on the right or not at all. (Where ranks share rows,
+                and in models of torchscale's definition, padding counts as positions.) With a cache padding comes before all
+                other tokens of its row.
             cache: from :meth:`new_cache`. ``tokens`` are then the next N >= 1 of each row, after all that were read with this
                 cache, and logits are those of one call over everything. Without gradients.
 
@@ -87,7 +90,12 @@ class LongNetLM(LanguageModel):
         self.check_tokens(tokens)
         self.check_mask(key_padding_mask, *tokens.shape)
         if cache is None:
-            return finish(self.run_blocks(self.embed(tokens), key_padding_mask))
+            rows = rows_from_start(self, self.config.causal, key_padding_mask)
+            if rows is None:
+                return finish(self.run_blocks(self.embed(tokens), key_padding_mask))
+            assert key_padding_mask is not None
+            hidden = self.run_blocks(self.embed(rows.moved(tokens)), rows.moved(key_padding_mask))
+            return finish(rows.moved_back(hidden))
         if not isinstance(cache, LongNetCache):
             raise TypeError(f"cache has type {type(cache).__name__}: expected a LongNetCache from model.new_cache")
         if len(cache.layers) != len(self.blocks):
@@ -99,16 +107,20 @@ class LongNetLM(LanguageModel):
                 f"tokens has shape {tuple(tokens.shape)}: expected at least one token to read into the cache"
             )
         with torch.no_grad(), cache.reading():
+            if key_padding_mask is not None:
+                cache.place_rows(key_padding_mask)
             return finish(self.run_blocks(self.embed(tokens), key_padding_mask, cache))
 
     def new_cache(
         self, batch_size: int, *, max_length: int | None = None, dtype: torch.dtype | None = None
     ) -> LongNetCache:
-        """An empty cache for reading ``batch_size`` rows bit by bit; its size depends on the pattern, never on the length.
+        """An empty cache for reading ``batch_size`` rows bit by bit.
+
+        Its size depends on the layers, never on the length, except in strided and full layers: these keep a share of all tokens.
 
         Args:
             max_length: how many tokens will be read at most, if that is known: the cache is smaller where segments are
-                longer. None reads forever.
+                longer, and what grows with the length has room for exactly so many. More raise an error. None reads forever.
             dtype: of keys and values, default the model's, or autocast's where that is on.
 
         Raises:

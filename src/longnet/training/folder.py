@@ -6,6 +6,7 @@ import json
 import platform
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -177,8 +178,10 @@ def _check_config(
     The model is made only after this check, whatever size a wrong config asks for. A file of version 1 holds no config; its
     tensors give the sizes.
     """
+    stated = {field.name: getattr(config, field.name) for field in fields(config)}
     if "config" in metadata:
-        expected = LongNetConfig.from_dict(json.loads(metadata["config"])).to_dict()
+        other = LongNetConfig.from_dict(json.loads(metadata["config"]))
+        expected = {name: getattr(other, name) for name in stated}
     else:
         names = ("embedding.weight", "blocks.0.feed_forward.sub_norm.weight")
         if missing := [name for name in names if name not in weights]:
@@ -186,7 +189,7 @@ def _check_config(
         vocab_size, dim = weights[names[0]].shape
         layers = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
         expected = {"vocab_size": vocab_size, "dim": dim, "layers": layers, "ffn_dim": len(weights[names[1]])}
-    stated = {**config.to_dict(), **({} if "config" in metadata else {"ffn_dim": config.feed_forward_dim})}
+        stated["ffn_dim"] = config.feed_forward_dim
     if changes := [name for name in expected if stated[name] != expected[name]]:
         raise CheckpointError(
             f"{folder.config_file} does not fit {folder.model_file}: "

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from longnet.figures import plot_pattern
-from longnet.geometry.pattern import Pattern
-from longnet.models import LongNetLM
+from longnet.figures.patterns import plot_layers
+from longnet.geometry.reach import LayerAttention
+from longnet.models import LongNetConfig, LongNetLM
 from longnet.training.baselines import Baselines, measure_baselines
 from longnet.training.charts import plot_loss, plot_positions
 from longnet.training.data import Corpus, read_corpus
@@ -104,17 +104,24 @@ def write_report(run: str | Path, *, corpus: Corpus | None = None, reporter: Rep
         evaluation = evaluate_model(model, data, settings, device, tell)
         write_json(folder.evaluation_file, asdict(evaluation))
         tell.say("Drawing the figures")
-        pictures = {name: folder.path / f"{name}.png" for name in ("loss", "positions", "pattern")}
+        pictures = {name: folder.path / f"{name}.png" for name in ("loss", "positions")}
         plot_loss(metrics, evaluation.baselines, pictures["loss"])
         plot_positions(evaluation.positions, evaluation.cuts, evaluation.baselines, pictures["positions"])
-        config = settings.model
-        pattern = Pattern.parse(config.segment_lengths, config.dilation_rates, config.head_offsets)
-        plot_pattern(pattern, config.heads, settings.context, pictures["pattern"])
+        patterns = plot_layers(_kinds_of_layers(settings.model), settings.context, folder.path / "pattern.png")
         prompt, continuation = _sample(model, data, device, tell)
         record["parameters"] = sum(weight.numel() for weight in model.parameters())
-        write_text(folder.report_file, _compose(record, settings, evaluation, metrics, pictures, prompt, continuation))
+        write_text(
+            folder.report_file,
+            _compose(record, settings, evaluation, metrics, pictures, patterns, prompt, continuation),
+        )
         tell.say(f"Report: {folder.report_file}")
         return evaluation
+
+
+def _kinds_of_layers(config: LongNetConfig) -> dict[str, LayerAttention]:
+    """Every type of layer of a model once, with all heads."""
+    whole, types = config.replace(head_numbers=None), config.layer_types or ("dilated_attention",)
+    return {kind: whole.layer_attention(types.index(kind)) for kind in dict.fromkeys(types)}
 
 
 def evaluate_model(
@@ -203,6 +210,7 @@ def _compose(
     evaluation: Evaluation,
     metrics: list[dict[str, Any]],
     pictures: dict[str, Path],
+    patterns: dict[str, Path],
     prompt: str,
     continuation: str,
 ) -> str:
@@ -240,7 +248,8 @@ def _compose(
     page.heading("Loss")
     page.picture(pictures["loss"], "Bits per byte over the run")
     page.heading("Attention pattern, per head")
-    page.picture(pictures["pattern"], "Which keys each head reads")
+    for kind, picture in patterns.items():
+        page.picture(picture, "Which keys each head reads" + (f" in layers of {kind}" if len(patterns) > 1 else ""))
     if settings.model.head_numbers is not None:
         page.text("All heads are drawn, those pruned from some layers too.", "soft")
     page.heading("A sample")

@@ -135,8 +135,8 @@ def changed_settings(saved: TrainSettings, asked: TrainSettings) -> list[str]:
         if field.name != "model":
             changes.append(f"{field.name} was {old!r}, now {new!r}")
             continue
-        before, after = saved.model.to_dict(), asked.model.to_dict()
-        changes += [
-            f"model {key} was {before[key]!r}, now {after[key]!r}" for key in before if before[key] != after[key]
-        ]
+        for one in fields(saved.model):
+            before, after = (getattr(model, one.name) for model in (saved.model, asked.model))
+            if before != after:
+                changes.append(f"model {one.name} was {before!r}, now {after!r}")
     return changes

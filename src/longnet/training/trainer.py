@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from longnet.models import LongNetLM
+from longnet.models import LongNetConfig, LongNetLM
 from longnet.training.checkpoint import Checkpoint, save_checkpoint
 from longnet.training.data import Corpus, draw_windows
 from longnet.training.device import autocast
@@ -95,7 +96,7 @@ class Trainer:
         count = sum(weight.numel() for weight in self.model.parameters())
         self.reporter.say(
             f"Model: {count:,} parameters, {config.layers} layers, width {config.dim}, {config.heads} heads; "
-            f"segments {config.segment_lengths}, dilation rates {config.dilation_rates}"
+            + _describe_layers(config)
         )
         self.reporter.say(
             f"Training on {self.device} in {settings.dtype} with {torch.get_num_threads()} CPU threads: context "
@@ -265,6 +266,15 @@ class Trainer:
         # After a kill here, the next start writes the model from the checkpoint.
         self.folder.write_weights(model_weights(tensors), self.settings.model)
         self.saved_step = self.step
+
+
+def _describe_layers(config: LongNetConfig) -> str:
+    segments = f"segments {config.segment_lengths}, dilation rates {config.dilation_rates}"
+    if config.layer_types is None:
+        return segments
+    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(config.layer_types).items())
+    numbers = f"window {config.sliding_window:,}, stride {config.stride} by {config.stride_block}"
+    return f"{kinds}; {segments + ', ' if config.segment_lengths else ''}{numbers}"
 
 
 def _length(settings: TrainSettings) -> str:

@@ -8,6 +8,7 @@ are rows against rows. All parts are mixed by their softmax denominators into on
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -60,6 +61,9 @@ class Shard:
             key, value = remote[..., :dim].to(kind), remote[..., dim : 2 * dim].to(kind)
             if mask is not None:
                 padded = remote[..., 2 * dim] != 0
+        if padded is not None:
+            # A NaN must not reach 0 * key.
+            key = key.masked_fill(padded.unsqueeze(-1), 0.0)
         key, value = (x.repeat_interleave(rows.share, 1) for x in (key, value))
         padded = None if padded is None else padded.repeat_interleave(rows.share, 1)
         bias = None
@@ -101,25 +105,14 @@ class Shard:
         grad_bias = own_query.new_empty(0) if own_bias is None else torch.zeros_like(own_bias, dtype=kind)
         query_grads = []
 
-        def rows_backward(rows: RowGroup) -> Tensor:
+        def group_backward(rows: RowGroup) -> Tensor:
             """Gradients of the group's keys and values, (B, h / share, b, 2 D); those of its queries go to ``query_grads``."""
-            index = (slice(None), rows.heads, rows.tokens)
-            # Of these rows alone: over a whole shard it would cost as much as an eighth of the attention.
-            grad_rows, mixed = (x[index].to(kind).flatten(0, 1) for x in (grad_out, saved.out))
-            grad_lse_rows = None if grad_lse is None else grad_lse[index].flatten(0, 1)
-            call = self._rows(rows, received)
-            query, mixed, mixed_lse = merge.rows_for_backward(
-                grad_rows, grad_lse_rows, call.query, mixed, saved.lse[index].flatten(0, 1)
-            )
-            delta = (grad_rows * mixed).sum(-1)
-            if grad_lse_rows is not None:
-                delta -= grad_lse_rows
-            grad_q, grad_k, grad_v, by_distance = replace(call, query=query).backward(grad_rows, mixed_lse, delta)
-            batch = len(own_query)
-            query_grads.append((rows, grad_q.unflatten(0, (batch, -1))))
+            index, call = (slice(None), rows.heads, rows.tokens), self._rows(rows, received)
+            grad_q, grad_kv, by_distance = rows_backward(call, index, saved, grad_out, grad_lse, rows.share)
+            query_grads.append((rows, grad_q))
             if by_distance is not None:
                 grad_bias[rows.heads[:, 0], rows.bias_columns(grad_bias)] += by_distance
-            return torch.cat((grad_k, grad_v), -1).unflatten(0, (batch, -1, rows.share)).sum(2)
+            return grad_kv
 
         # What others wait for comes first, and travels while the rest is computed.
         dim = own_query.shape[-1]
@@ -127,7 +120,7 @@ class Shard:
         for rows in plan.remote:
             assert rows.received is not None
             # No row is twice in a group, so sums have one order on every device.
-            returned[rows.received] += rows_backward(rows).movedim(0, 2)
+            returned[rows.received] += group_backward(rows).movedim(0, 2)
         transfer = send(returned.to(own_query.dtype), plan.received, plan.sent, self.group)
 
         inputs = (own_query, self.inputs.key, self.inputs.value)
@@ -143,7 +136,7 @@ class Shard:
                 grad_bias += part_bias
         for rows in plan.own:
             assert rows.key_tokens is not None
-            more = rows_backward(rows)
+            more = group_backward(rows)
             for grad, half in zip(grads[1:], more.split(dim, -1), strict=True):
                 grad[:, rows.key_heads, rows.key_tokens] += half
         for rows, grad_q in query_grads:
@@ -161,3 +154,33 @@ class Shard:
             g if g.dtype == x.dtype else torch.empty_like(x).copy_(g) for x, g in zip(inputs, grads, strict=True)
         )
         return Gradients(grad_q, grad_k, grad_v, grad_bias if own_bias is None else grad_bias.to(own_bias.dtype))
+
+
+def rows_backward(
+    call: Rows, index: tuple[Any, Any, Any], saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None, share: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of rows against rows that are a part of the joint softmax.
+
+    Args:
+        call: B times h attentions of a queries to b keys.
+        index: of the queries in (B, H, n, ...) tensors.
+        share: neighbouring heads that read the same keys.
+
+    Returns:
+        those of the queries (B, h, a, D), of the keys and values (B, h / share, b, 2 D), and of the bias or None.
+    """
+    # Of these rows alone: over a whole shard it would cost as much as an eighth of the attention.
+    grad_rows, mixed = (x[index].to(saved.lse.dtype) for x in (grad_out, saved.out))
+    # Below neither may be inferred: the other may be 0.
+    batch, heads = grad_rows.shape[:2]
+    grad_rows, mixed = grad_rows.flatten(0, 1), mixed.flatten(0, 1)
+    grad_lse_rows = None if grad_lse is None else grad_lse[index].flatten(0, 1)
+    query, mixed, mixed_lse = merge.rows_for_backward(
+        grad_rows, grad_lse_rows, call.query, mixed, saved.lse[index].flatten(0, 1)
+    )
+    delta = (grad_rows * mixed).sum(-1)
+    if grad_lse_rows is not None:
+        delta -= grad_lse_rows
+    grad_q, grad_k, grad_v, by_distance = replace(call, query=query).backward(grad_rows, mixed_lse, delta)
+    grad_kv = torch.cat((grad_k, grad_v), -1).unflatten(0, (batch, heads // share, share)).sum(2)
+    return grad_q.unflatten(0, (batch, heads)), grad_kv, by_distance

@@ -38,7 +38,6 @@ def send(rows: Tensor, sent: tuple[int, ...], received: tuple[int, ...], group: 
     out = rows.new_empty(sum(received), *rows.shape[1:])
     # As bytes: not every library of collectives knows every floating type.
     size = rows[:1].numel() * rows.element_size() if len(rows) else out[:1].numel() * out.element_size()
-    size = max(1, size)
     target, source = (x.view(-1).view(torch.uint8) for x in (out, rows))
     work = dist.all_to_all_single(
         target, source, [n * size for n in received], [n * size for n in sent], group=group, async_op=True

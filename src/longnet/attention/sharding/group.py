@@ -22,7 +22,7 @@ _log = logging.getLogger("longnet")
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -79,26 +79,30 @@ def _talks_on_the_host(backend: str) -> bool:
 
 @dataclass(frozen=True)
 class Terms:
-    """What a sharded call is about; all ranks must say the same."""
+    """What a call over ranks is about; all ranks must say the same."""
 
     batch: int
     heads: int
-    kv_heads: int
     head_dim: int
     dtype: torch.dtype
-    is_causal: bool
-    mask: bool
-    bias: int
     gradients: bool
-    scale: float
-    pattern: Pattern
+    kv_heads: int = 0
+    is_causal: bool = False
+    mask: bool = False
+    bias: int = 0
+    scale: float = 0.0
+    pattern: Pattern | None = None
+    segment_offset: int | tuple[int, ...] = 0
 
     def numbers(self) -> list[int]:
         """The terms as int64, for comparison."""
-        digest = hashlib.blake2b(repr(self.pattern).encode(), digest_size=7).digest()
+        pattern, segment_offset = (
+            int.from_bytes(hashlib.blake2b(repr(one).encode(), digest_size=7).digest())
+            for one in (self.pattern, self.segment_offset)
+        )
         return [
-            self.batch, self.heads, self.kv_heads, self.head_dim, _DTYPES.index(self.dtype), self.is_causal, self.mask,
-            self.bias, self.gradients, struct.unpack("<q", struct.pack("<d", self.scale))[0], int.from_bytes(digest),
+            self.batch, self.heads, self.head_dim, DTYPES.index(self.dtype), self.gradients, self.kv_heads, self.is_causal,
+            self.mask, self.bias, struct.unpack("<q", struct.pack("<d", self.scale))[0], pattern, segment_offset,
         ]  # fmt: skip
 
 

@@ -87,7 +87,7 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class Place:
-    """A rank's place in a sharded call. Hashable."""
+    """A rank's place in a sharded call. Hashable. The paper's patterns have a ``segment_offset`` of 0."""
 
     pattern: Pattern
     heads: int
@@ -95,6 +95,7 @@ class Place:
     shards: Shards
     rank: int
     is_causal: bool
+    segment_offset: int = 0
 
     def shared_rows(self, owner: int, receiver: int) -> tuple[SharedRows, ...]:
         return shared_rows(self.pattern, self.heads, self.kv_heads, self.shards, owner, receiver, self.is_causal)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -10,12 +10,42 @@ from torch.autograd import forward_ad
 
 from longnet.attention.call import check_mask, check_scale, check_tensor, refuse_tracing
 from longnet.attention.padding import warn_moved_rows
+from longnet.attention.streaming.band_chunk import attend_band_chunk
+from longnet.attention.streaming.band_fused import fused_band_step
+from longnet.attention.streaming.band_step import band_step
 from longnet.attention.streaming.cache import DilatedCache
 from longnet.attention.streaming.chunk import attend_chunk
 from longnet.attention.streaming.fused import fits, fused_step
 from longnet.attention.streaming.step import step
+from longnet.checks import check_flags
 from longnet.runtime.autocast import autocast_dtype, no_autocast
 from longnet.runtime.torch_internals import has_tangents, is_transformed
+
+
+@overload
+def stream_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: DilatedCache,
+    *,
+    scale: float | None = ...,
+    key_padding_mask: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def stream_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: DilatedCache,
+    *,
+    scale: float | None = ...,
+    key_padding_mask: Tensor | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def stream_attention(
@@ -26,12 +56,14 @@ def stream_attention(
     *,
     scale: float | None = None,
     key_padding_mask: Tensor | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of the next T tokens of a causal stream, exact; then the cache holds what later tokens can reach.
 
     The rows are those that one causal :func:`longnet.dilated_attention` call over everything read so far would give for these
     tokens (LongNet, arXiv 2307.02486, sections 2.2 to 2.4), however the stream is cut into chunks. Time and extra memory
-    follow the chunk's own attention, T queries to at most w / r keys in a branch (w, r), never what was read before.
+    follow the chunk's own attention, T queries to at most w / r keys in a branch (w, r), never what was read before; to
+    the cached N / r in a segment without end.
     Chunks that start at multiples of the dilation rates and end at segment ends (or lie inside one segment) are fastest.
 
     Args:
@@ -44,8 +76,11 @@ def stream_attention(
         key_padding_mask: (B, T) bool, True where a token is to be ignored as a key, now and later. Padding counts as
             positions, and stands before a row's first real token only: a stream is padded on the left.
 
+        return_lse: also return the natural log of the softmax denominators.
+
     Returns:
-        out (B, H, T, D) in the query's dtype and layout. A row without any key has out 0.
+        out (B, H, T, D) in the query's dtype and layout; with ``return_lse`` also lse (B, H, T), float32 (float64 for
+        float64). A row without any key has out 0 and lse -inf.
 
     Raises:
         TypeError: an argument of the wrong type. ValueError: any other bad value, gradients among them: a cache holds
@@ -55,14 +90,17 @@ def stream_attention(
     _check_transforms(query, key, value)
     query, key, value = _check_tensors(query, key, value, cache)
     scale = check_scale(scale, cache.head_dim, cache.dtype)
+    check_flags(return_lse=return_lse)
     with torch.no_grad(), no_autocast(query):
         if key_padding_mask is None:
-            return _read(query, key, value, cache, scale)
+            cache._make_room(query.shape[2])
+            return _read(query, key, value, cache, scale, return_lse)
         padding, most = _check_mask(key_padding_mask, query, cache)
+        cache._make_room(query.shape[2])
         before = cache.padding.clone(), cache._most_padding
         try:
             cache._set_padding(padding, most)
-            return _read(query, key, value, cache, scale)
+            return _read(query, key, value, cache, scale, return_lse)
         except BaseException:
             # Memory may run out, say: the tokens have not been read then, and neither has their padding.
             cache._set_padding(*before)
@@ -73,22 +111,39 @@ def stream_attention_warned(query: Tensor, key: Tensor, value: Tensor, cache: Di
     """:func:`stream_attention`, and a warning where padding on the left has moved a row's segments."""
     before = cache._most_padding
     out = stream_attention(query, key, value, cache, **options)
-    if cache._most_padding > before:
+    if cache._most_padding > before and not cache._by_row:
         warn_moved_rows(((count, None) for count in cache.padding.tolist()), cache.pattern)
     return out
 
 
-def _read(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, scale: float) -> Tensor:
-    # A GPU waits for launches, so few operations that touch rows in vain are better there; the CPU waits for bytes.
-    single = query.shape[2] == 1 and query.device.type != "cpu"
-    return (_step if single else attend_chunk)(query, key, value, cache, scale)
+def _read(
+    query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, scale: float, return_lse: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    single, on_host = query.shape[2] == 1, query.device.type == "cpu"
+    if single and not (on_host and cache._is_paper):
+        # A GPU waits for launches, so few operations that touch rows in vain are better there; the CPU waits for bytes.
+        out, lse = _step(query, key, value, cache, scale, return_lse)
+    else:
+        out, lse = (attend_chunk if cache._is_paper else attend_band_chunk)(query, key, value, cache, scale)
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
 
 
-def _step(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, scale: float) -> Tensor:
+def _step(
+    query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, scale: float, return_lse: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    lse: Tensor | None
     with cache._writing():
-        out = (fused_step if fits(cache) else step)(query, key, value, cache, scale)
+        if not cache._is_paper:
+            out, lse = (fused_band_step if fits(cache) else band_step)(query, key, value, cache, scale)
+        elif fits(cache) and not return_lse:
+            out, lse = fused_step(query, key, value, cache, scale), None
+        else:
+            out, lse = step(query, key, value, cache, scale)
         cache.moved(1, on_device=False)
-    return out
+    return out, lse
 
 
 def _check_transforms(*tensors: Tensor) -> None:

@@ -39,7 +39,7 @@ class _Mixture:
             self.out[index], self.lse[index] = mixed_out, mixed_lse
 
 
-def attend_chunk(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, scale: float) -> Tensor:
+def attend_chunk(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of the next T >= 1 tokens, whose keys and values are then in the cache, and counted.
 
     Args:
@@ -47,18 +47,18 @@ def attend_chunk(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache,
         key, value: (B, Hk, T, D).
 
     Returns:
-        (B, H, T, D) in the query's dtype.
+        (B, H, T, D) in the query's dtype, and the lse (B, H, T).
     """
     start, length = cache.position, query.shape[2]
     padded = None
     if cache._most_padding > start:
         padded = torch.arange(start, start + length, device=query.device) < cache.padding[:, None]
     chunk = AttentionInputs(query, key, value, padded, None, AttentionSpec(cache.pattern, True, scale))
-    out = _attend(chunk, cache)
+    both = _attend(chunk, cache)
     with cache._writing():
         _store(chunk, cache)
         cache.moved(length)
-    return out
+    return both
 
 
 def _run(inputs: AttentionInputs, pattern: Pattern) -> tuple[Tensor, Tensor]:
@@ -67,10 +67,10 @@ def _run(inputs: AttentionInputs, pattern: Pattern) -> tuple[Tensor, Tensor]:
     return select_backend("auto", inputs).run(inputs)
 
 
-def _attend(chunk: AttentionInputs, cache: DilatedCache) -> Tensor:
+def _attend(chunk: AttentionInputs, cache: DilatedCache) -> tuple[Tensor, Tensor]:
     pattern, start, scale = cache.pattern, cache.position, chunk.spec.scale
     if pattern.window_start(start) == start:
-        return _run(chunk, pattern)[0]
+        return _run(chunk, pattern)
     parts, unaligned = own_parts(pattern, start, chunk.length)
     # Branches that can be computed in one go are: backends visit keys that nested branches share once.
     if parts and parts[0].tokens == slice(0, chunk.length):
@@ -98,7 +98,7 @@ def _attend(chunk: AttentionInputs, cache: DilatedCache) -> Tensor:
                 padded = _padded_rows(cache, branch, block.offset)
                 cached = cache._rows_of(block, 0, rows.number)
                 mixture.add(block.heads, tokens, *rectangle_attention(query, *cached, scale, padded))
-    return mixture.out.to(chunk.query.dtype)
+    return mixture.out.to(chunk.query.dtype), mixture.lse
 
 
 def _own_rows(query: Tensor, chunk: AttentionInputs, block: Block, tokens: slice) -> tuple[Tensor, Tensor]:

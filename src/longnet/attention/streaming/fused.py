@@ -12,6 +12,7 @@ from torch import Tensor
 from longnet.attention.backends.triton.backend import LARGEST_HEAD_DIM
 from longnet.attention.call import lse_dtype
 from longnet.attention.streaming.cache import DilatedCache
+from longnet.attention.streaming.tables import StepTables
 from longnet.runtime.triton_support import HAS_TRITON, power_of_two
 
 _log = logging.getLogger("longnet")
@@ -28,10 +29,12 @@ def fits(cache: DilatedCache) -> bool:
         reason = f"they run on cuda tensors, not {cache.device.type}"
     elif not HAS_TRITON:
         reason = "triton is not installed"
-    elif cache.pattern.head_numbers is not None:
+    elif cache._is_paper and cache.pattern.head_numbers is not None:
         reason = "they compute offsets from the heads' places, not from head_numbers"
     elif cache.head_dim > LARGEST_HEAD_DIM:
         reason = f"they take head dimensions up to {LARGEST_HEAD_DIM}, not {cache.head_dim}"
+    elif not cache.layout.rows:
+        reason = "no head selects anything"
     if reason is not None:
         _log.debug("kernels of a single token passed over: %s", reason)
     return reason is None
@@ -45,6 +48,7 @@ def fused_step(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, s
 
     query, key, value = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (query, key, value))
     batch, heads, _, dim = query.shape
+    assert isinstance(cache.tables, StepTables)
     counts, most = cache.tables.lane_counts, cache.tables.most_rows
     *first_lanes, lanes = accumulate(counts, initial=0)
     splits = min(_MOST_SPLITS, -(-most // _ROWS))

@@ -14,10 +14,11 @@ from torch import Tensor
 from longnet.attention import merge
 from longnet.attention.call import lse_dtype
 from longnet.attention.streaming.cache import DilatedCache
+from longnet.attention.streaming.tables import StepTables
 from longnet.geometry.rows import locate, row_count
 
 
-def step(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, scale: float) -> Tensor:
+def step(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of the next token, which is then in the cache; ``cache.position_tensor`` counts it, ``cache.position`` not.
 
     Args:
@@ -25,9 +26,10 @@ def step(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, scale: 
         key, value: (B, Hk, 1, D).
 
     Returns:
-        (B, H, 1, D) in the query's dtype.
+        (B, H, 1, D) in the query's dtype, and the lse (B, H, 1).
     """
     tables, heads = cache.tables, cache.heads
+    assert isinstance(tables, StepTables)
     kind = lse_dtype(query.dtype)
     offset, row, start = locate(cache.position_tensor, *tables.grid)  # (branches,)
     listed = torch.minimum(offset, tables.last_offsets)
@@ -59,11 +61,12 @@ def step(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, scale: 
     lane_of = tables.lane_of.view(-1)
     lse = lse.index_select(1, lane_of).unflatten(1, absent.shape).masked_fill_(absent, -torch.inf)
     out = out.index_select(1, lane_of).unflatten(1, absent.shape).masked_fill_(absent[..., None], 0.0)
-    total = merge.lse_for_backward(lse.logsumexp(1, keepdim=True))
+    joint = lse.logsumexp(1, keepdim=True)
+    total = merge.lse_for_backward(joint)
     out = (out * (lse - total).exp_().unsqueeze(-1)).sum(1)
     cache.position_tensor.add_(1)
     assert out.dtype == kind
-    return out.to(query.dtype).unsqueeze(2)
+    return out.to(query.dtype).unsqueeze(2), joint.transpose(1, 2)
 
 
 def _write(x: Tensor, storage: Tensor, rows: Tensor, head: Tensor, taken: Tensor, cache: DilatedCache) -> None:

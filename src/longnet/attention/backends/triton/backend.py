@@ -107,7 +107,10 @@ class _Call:
         # Kernels take the largest scaled score from the largest score, so a scale's sign goes into the query.
         self.q, self.scale = _unit_stride(signed(query, spec.scale)), abs(spec.scale) or 1.0
         self.k, self.v = _unit_stride(key), _unit_stride(value)
-        self.padding, self.bias, self.spec = padding, bias, spec
+        # The paper's branches, on a grid that begins at 0, are nests.
+        on_grid = not spec.segment_offset and inputs.offsets is None
+        pattern = spec.pattern.ended(query.shape[2]) if on_grid else spec.pattern
+        self.padding, self.bias, self.spec = padding, bias, replace(spec, pattern=pattern)
         self.batch, self.heads, self.length, self.dim = query.shape
         self.group = inputs.group
         self.mask = self.q if padding is None else padding.view(torch.int8)
@@ -115,9 +118,6 @@ class _Call:
         self.table = self.q if bias is None else bias.to(torch.float32).contiguous()
         self.by_row = inputs.offsets is not None
         self.row_offsets = self.q if inputs.offsets is None else inputs.offsets.contiguous()
-        # The paper's branches, on a grid that begins at 0, are nests.
-        pattern = spec.pattern
-        on_grid = not spec.segment_offset and inputs.offsets is None
         nests = bool(pattern.branches) and on_grid and replace(pattern, window=None).beyond_paper is None
         self.for_hopper, self.left = self._split(use_hopper) if nests else ((), ())
         self.bands = () if inputs.beyond_paper is None else bands.band_launches(pattern, not nests)

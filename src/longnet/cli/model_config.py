@@ -1,0 +1,32 @@
+"""A model's config from a file that a user wrote, or a run folder."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from longnet.models import LongNetConfig
+
+
+def read_config(option: str, path: Path) -> LongNetConfig:
+    """The config in a JSON or TOML file of LongNetConfig's fields, with ``preset`` to start from one, or in a run folder.
+
+    Raises:
+        ValueError: neither JSON nor TOML, no table of fields, or an unknown field or preset; ``option`` is for the message.
+    """
+    from longnet.models import LongNetConfig
+
+    file = path / "config.json" if path.is_dir() else path
+    text = file.read_text(encoding="utf-8")
+    is_toml = file.suffix.lower() == ".toml"
+    try:
+        values = tomllib.loads(text) if is_toml else json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{option} {file} is not {'TOML' if is_toml else 'JSON'}: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{option} {file} holds a {type(values).__name__}: expected fields of LongNetConfig")
+    base = values.pop("preset", None)
+    return LongNetConfig.from_dict(values) if base is None else LongNetConfig.preset(base, **values)
