@@ -47,12 +47,19 @@ def set_to_oracle(
             scale=scaling,
             key_padding_mask=None if mask is None else ~mask,
             head_offsets=head_offsets,
+            # The grid of a row of a decoder begins with its first token.
+            segment_offset=-leading(mask) if module.is_causal and mask is not None else 0,
         )
         return out.transpose(1, 2), None
 
     AttentionInterface.register("oracle_of_tests", attend)
     AttentionMaskInterface.register("oracle_of_tests", flash_attention_mask)
     model.set_attn_implementation("oracle_of_tests")
+
+
+def leading(mask: Tensor) -> Tensor:
+    """Tokens of padding at the beginning of each row of (B, N) bool, True where a token is."""
+    return (~mask).long().cumprod(1).sum(1)
 
 
 def padding(side: str | None, batch: int = 2, length: int = 50) -> Tensor:
@@ -314,14 +321,20 @@ def test_no_mask_of_all_pairs_is_ever_built(tmp_path: Path, forked_hf: tuple[lis
 
 @pytest.mark.filterwarnings("error:a row is padded on the left")
 @pytest.mark.parametrize("use_cache", [False, True])
-def test_left_padding_is_told_and_right_padding_is_not(use_cache: bool) -> None:
-    model, ids = apply(make("llama"), (8, 24), (1, 3)), inputs("llama")["input_ids"]
-    right = torch.ones_like(ids)
-    right[1, -13:] = 0
-    whole = torch.ones_like(ids)
-    whole[1, :24] = 0  # a whole period moves nothing
-    for mask in (right, whole):
-        logits(model, {"input_ids": ids, "attention_mask": mask}, use_cache=False)
-    cache = BoundedCache(model) if use_cache else None
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_row_padded_on_the_left_gives_what_it_gives_alone(name: str, use_cache: bool) -> None:
+    model, ids = apply(make(name).double(), SEGMENTS, RATES), inputs(name)["input_ids"]
+    mask = padding("left")
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = {CACHE: BoundedCache(model)} if use_cache else {}
+    given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    together = logits(model, given, use_cache=use_cache, **cache)
+    alone = logits(model, {"input_ids": ids[1:, 13:]}, use_cache=False)
+    assert (together[1, 13:] - alone[0]).abs().max() < 1e-9
+    assert (together[0] - logits(model, {"input_ids": ids[:1]}, use_cache=False)[0]).abs().max() < 1e-9
+
+
+def test_left_padding_of_an_encoder_counts_as_positions() -> None:
+    model = apply(make("bert"), SEGMENTS, RATES)
     with pytest.warns(UserWarning, match="padded on the left"):
-        logits(model, {"input_ids": ids, "attention_mask": right.flip(1)}, use_cache=use_cache, **{CACHE: cache})
+        logits(model, {**inputs("bert"), "attention_mask": padding("left")})

@@ -19,7 +19,8 @@ NAMES = [
 ]
 
 SIGNATURES = {
-    "apply": "(model, segment_lengths, dilation_rates, *, layers=None, head_offsets='interleaved', backend='auto')",
+    "apply": "(model, segment_lengths=None, dilation_rates=None, *, layers=None, layer_types=None, sliding_window=None, "
+    "stride=4, stride_block=1, head_offsets='interleaved', backend='auto')",
     "restore": "(model)",
     "load": "(folder, model_class=None, **options)",
     "save_remote_code": "(folder)",
@@ -53,6 +54,11 @@ FIELDS = {
     "head_numbers": None,
     "feed_forward_chunk": None,
     "backend": "auto",
+    "layer_types": None,
+    "sliding_window": None,
+    "stride": 4,
+    "stride_block": 1,
+    "shift_keys": False,
     "use_cache": True,
     "pad_token_id": 256,
     "bos_token_id": 257,

@@ -10,7 +10,6 @@ from torch.nn.functional import pad
 
 from longnet.attention.functional import pattern_attention
 from longnet.attention.padding import warn_moved_rows
-from longnet.geometry import Pattern
 from longnet.hf import masks
 from longnet.hf.bounded import bounded_layer
 from longnet.hf.layers import ATTRIBUTE, NAME, Dilation
@@ -52,13 +51,18 @@ def attention(
         mask = masks.documents(mask, positions, length, has_past=has_past)
     if own.pattern is None:
         packed = mask is not None and masks.packed_bounds(mask) is not None
+        if mask is not None and own.window is not None:
+            # Its cache may keep fewer keys than those of other layers.
+            mask = mask[:, -keys:]
         options |= {"dropout": dropout, "scaling": scaling}
-        return attend_by(own.original, module, query, key, value, mask, causal, packed, **options)
+        return attend_by(own.original, module, query, key, value, mask, causal, packed, own.window, **options)
     if dropout:
         raise ValueError(
             f"attention dropout of {dropout} in training: flash kernels would have to agree on it; expected 0 in the "
             "model's config (attention_dropout, attn_pdrop or attention_probs_dropout_prob)"
         )
+    if own.had_window:
+        options.pop("sliding_window", None)
     refuse_changed_scores(module, options)
     # Values may be narrower or wider than queries: channels of zeros change no score and are cut off again.
     channels, width = value.shape[-1], max(query.shape[-1], value.shape[-1])
@@ -66,16 +70,26 @@ def attention(
     query, key, value = (x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
     if layer is not None:
         padded = None if mask is None else mask[:, -length:] == 0
-        return layer.attend(query, key, value, own.pattern, scaling, padded).transpose(1, 2)[..., :channels], None
+        return layer.attend(query, key, value, own, scaling, padded).transpose(1, 2)[..., :channels], None
     if keys < length or (keys > length and not causal):
         raise ValueError(
             f"{type(module).__name__} asks {keys} keys with {length} queries: expected self-attention, dilated attention "
             "takes no other"
         )
-    if mask is not None and not torch.compiler.is_compiling():
+    if keys > length and masks.is_of_last_keys(attention_mask):
+        raise ValueError(
+            f"a cache of the last {keys} keys, as of a sliding window, in a layer that reads earlier ones too: expected "
+            "longnet.hf.BoundedCache(model) or a DynamicCache made without a config"
+        )
+    offset = _grid_offset(own, mask, causal)
+    if mask is not None and not causal and not torch.compiler.is_compiling():
         warn_moved_rows(((count, keys) for count in masks.leading_padding(mask)), own.pattern)
     if keys > length:
-        query, key, value, mask = _with_past(query, key, value, mask, own.pattern)
+        start = 0
+        if isinstance(offset, int) and own.pattern.beyond_paper is None:
+            start = max(0, own.pattern.window_start(keys - length + offset) - offset)
+        query, key, value, mask = _with_past(query, key, value, mask, start)
+        offset = offset + start
     bounds = None if mask is None else masks.packed_bounds(mask)
     padding = None if mask is None else mask == 0
     batch = query.shape[0]
@@ -87,6 +101,7 @@ def attention(
         key,
         value,
         own.pattern,
+        segment_offset=own.segment_offset if bounds is not None else offset,
         is_causal=causal,
         scale=scaling,
         key_padding_mask=padding,
@@ -100,12 +115,21 @@ def attention(
     return out[:, -length:, :, :channels], None
 
 
+def _grid_offset(own: Dilation, mask: Tensor | None, causal: bool) -> int | Tensor:
+    """The grid of each row begins at its first token: the layer's own offset less leading padding, (B,) where there is some."""
+    assert own.pattern is not None
+    if mask is None or not causal or not own.pattern.has_grid:
+        return own.segment_offset
+    if not torch.compiler.is_compiling() and not any(masks.leading_padding(mask)):
+        return own.segment_offset
+    return own.segment_offset - masks.count_leading_padding(mask)
+
+
 def _with_past(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, pattern: Pattern
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, start: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Queries of the last T of S positions as queries of all that the pattern lets them reach: the others are dropped later."""
+    """Queries of the last T of S positions as queries of all positions from ``start`` on: the others are dropped later."""
     before = key.shape[2] - query.shape[2]
-    start = pattern.window_start(before)
     # Random-looking rows are as good as any; these are at hand, and never NaN.
     missing = query[:, :, :1].detach().expand(-1, -1, before - start, -1)
     query = torch.cat((missing, query), 2)

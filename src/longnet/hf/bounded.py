@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from longnet.attention.streaming import DilatedCache, stream_attention_warned
-from longnet.geometry import Pattern
-from longnet.hf.layers import ATTRIBUTE, dilated_layers
-from longnet.hf.transformers_internals import CacheLayerMixin, DynamicLayer, unbounded_reason
+from longnet.attention.streaming import DilatedCache, stream_attention
+from longnet.hf.layers import ATTRIBUTE, Dilation, dilated_layers
+from longnet.hf.masks import count_leading_padding
+from longnet.hf.transformers_internals import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    unbounded_reason,
+)
 from longnet.runtime.autocast import autocast_dtype
 
 # A model hands the keys that a cache gave it to the attention function, and nothing else of the cache.
@@ -18,7 +24,7 @@ _LAYER = "longnet_layer"
 
 
 class BoundedLayer(CacheLayerMixin):
-    """One layer's keys and values that later tokens can reach: a fixed size, whatever was read.
+    """One layer's keys and values that later tokens can reach.
 
     ``update`` keeps nothing: the attention function reads the new tokens with :meth:`attend`.
     """
@@ -49,7 +55,7 @@ class BoundedLayer(CacheLayerMixin):
         return keys, value_states
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, scale: float | None, padded: Tensor | None
+        self, query: Tensor, key: Tensor, value: Tensor, own: Dilation, scale: float | None, padded: Tensor | None
     ) -> Tensor:
         """(B, H, T, D) of the next T tokens; ``padded`` (B, T) bool."""
         if not self._expected:
@@ -61,19 +67,11 @@ class BoundedLayer(CacheLayerMixin):
             batch, heads, _, head_dim = query.shape
             # Under autocast a model may hand over keys of one type and values of another: they are cast alike.
             dtype = autocast_dtype(query.device.type) or key.dtype
-            self.cache = DilatedCache(
-                pattern.segment_lengths,
-                pattern.dilation_rates,
-                batch_size=batch,
-                heads=heads,
-                kv_heads=key.shape[1],
-                head_dim=head_dim,
-                head_offsets=pattern.head_offsets,
-                dtype=dtype,
-                device=key.device,
-            )
+            self.cache = _make_cache(own, batch, heads, key.shape[1], head_dim, dtype, key.device)
             self.is_initialized = True
-        out = stream_attention_warned(query, key, value, self.cache, scale=scale, key_padding_mask=padded)
+        if padded is not None:
+            _begin_at_first_tokens(self.cache, own.segment_offset, padded)
+        out = stream_attention(query, key, value, self.cache, scale=scale, key_padding_mask=padded)
         self._expected = False
         return out
 
@@ -90,12 +88,12 @@ class BoundedLayer(CacheLayerMixin):
             raise ValueError(f"tokens_to_remove={int(tokens_to_remove)}: expected {-position} to 0")
         if self.cache is None or keep == position:
             return
+        if int(self.cache.padding.max()) > keep:
+            raise ValueError(f"crop to {keep} of {position} tokens: some are padding; expected reset() and a new read")
         if not self.cache.holds(keep):
             raise ValueError(
                 f"crop to {keep} of {position} tokens: a segment has ended since and was written over; expected a DynamicCache"
             )
-        if int(self.cache.padding.max()) > keep:
-            raise ValueError(f"crop to {keep} of {position} tokens: some are padding; expected reset() and a new read")
         # Rows after the position are written before they are read.
         self.cache.moved(keep - position)
 
@@ -122,6 +120,44 @@ class BoundedLayer(CacheLayerMixin):
         """Is where it was."""
 
 
+def _begin_at_first_tokens(cache: DilatedCache, segment_offset: int, padded: Tensor) -> None:
+    """Let the grid of each row that has read padding alone begin with its first token; ``padded`` (B, T) of the next ones."""
+    if not cache.pattern.has_grid or not bool(padded[:, 0].any()):
+        return
+    before = 0 if cache.offsets is None else cache.offsets
+    offsets = segment_offset - cache.position - count_leading_padding(~padded)
+    cache.set_segment_offset(torch.where(cache.padding < cache.position, before, offsets))
+
+
+def _make_cache(
+    own: Dilation, batch_size: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> DilatedCache:
+    assert own.pattern is not None
+    pattern = own.pattern
+    return DilatedCache(
+        pattern.given_lengths,
+        pattern.dilation_rates,
+        batch_size=batch_size,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        head_offsets=pattern.head_offsets,
+        window=pattern.window,
+        dilated_queries=pattern.dilated_queries,
+        dilation_block=pattern.block,
+        segment_offset=own.segment_offset,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _layer_of(own: Dilation) -> CacheLayerMixin:
+    """The cache of a layer that attends like this."""
+    if own.pattern is not None:
+        return BoundedLayer()
+    return DynamicLayer() if own.window is None else DynamicSlidingWindowLayer(own.window)
+
+
 def bounded_layer(keys: Tensor) -> BoundedLayer | None:
     """The layer that gave a model these keys."""
     layer = getattr(keys, _LAYER, None)
@@ -129,11 +165,12 @@ def bounded_layer(keys: Tensor) -> BoundedLayer | None:
 
 
 class BoundedCache(Cache):
-    """A cache of fixed size for a decoder under :func:`apply`, as ``past_key_values``; ``generate`` makes one by itself.
+    """A cache for a decoder under :func:`apply`, as ``past_key_values``; ``generate`` makes one by itself.
 
     Dilated layers keep what later tokens can reach (see :class:`longnet.DilatedCache`), at most w / r keys a head in a branch
-    (w, r), other layers everything. Logits are those of one forward over everything read. It takes padding before
-    a row's first real token only, can be cropped within a segment, and holds no graph: read under ``torch.no_grad()``.
+    (w, r), sliding ones their window, strided ones a share of all keys; layers that attend as before keep what they kept.
+    Logits are those of one forward over everything read. It takes padding before a row's first real token only, can be
+    cropped within a segment, and holds no graph: read under ``torch.no_grad()``.
     After a forward that raised between two layers it refuses to go on.
 
     Raises:
@@ -150,11 +187,7 @@ class BoundedCache(Cache):
         reason = unbounded_reason(attending)
         if reason is not None:
             raise ValueError(f"{type(model).__name__} {reason}: expected the model's own cache")
-        super().__init__(
-            layers=[
-                DynamicLayer() if getattr(module, ATTRIBUTE).pattern is None else BoundedLayer() for module in attending
-            ]
-        )
+        super().__init__(layers=[_layer_of(getattr(module, ATTRIBUTE)) for module in attending])
         self._last_layer, self._position = -1, 0
 
     def update(
@@ -181,5 +214,5 @@ class BoundedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the dilated layers; the same after any number of tokens, from the first on."""
+        """Bytes of the layers that dilate; from the first token on the same, where no layer is strided or reads all."""
         return sum(layer.cache.nbytes for layer in self.layers if isinstance(layer, BoundedLayer) and layer.cache)

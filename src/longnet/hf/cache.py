@@ -20,7 +20,7 @@ _STRIDE = 512
 # What the models of one cache must agree on, as fields of the plain config.
 _SHARED = (
     *("dim", "layers", "heads", "kv_heads", "head_numbers", "segment_lengths", "dilation_rates", "head_offsets"),
-    *("use_xpos", "xpos_scale_base"),
+    *("use_xpos", "xpos_scale_base", "layer_types", "sliding_window", "stride", "stride_block", "shift_keys"),
 )
 
 
@@ -103,6 +103,8 @@ class LongNetCache(Cache):
             self._states = [*self._states[-1:], self._plain.clone()]
             self._since = [read for read in self._since if read.position >= self._states[0].position]
         with torch.no_grad(), self._plain.reading():
+            if padding is not None:
+                self._plain.place_rows(padding)
             hidden = stack.run_blocks(x, padding, self._plain, states=states)
             if self.rewindable:
                 self._since.append(_Read(position, x.detach(), padding))
@@ -175,6 +177,8 @@ class LongNetCache(Cache):
         with torch.no_grad():
             for read in self._since:
                 if read.position >= self._plain.position:
+                    if read.padding is not None:
+                        plain.place_rows(read.padding)
                     stack.run_blocks(read.x, read.padding, plain)
         self._plain = plain
 

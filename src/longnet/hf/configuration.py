@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from longnet.checks import check_int
+from longnet.hf.transformers_internals import allows_own_layer_types
 from longnet.models import LongNetConfig as PlainConfig
 
 # Ours and theirs; what is called alike in both stands in _ALIKE.
@@ -22,6 +24,7 @@ _NAMES = {
 _ALIKE = (
     *("vocab_size", "segment_lengths", "dilation_rates", "norm", "qk_norm", "bias", "dropout", "use_xpos"),
     *("use_rel_pos_bias", "head_offsets", "xpos_scale_base", "head_numbers", "feed_forward_chunk", "backend"),
+    *("layer_types", "stride", "stride_block", "shift_keys"),
 )
 
 
@@ -43,12 +46,15 @@ def check_size(config: PreTrainedConfig) -> None:
             raise ValueError(f"{asked} ask for a weight larger than a tensor can be: expected smaller ones")
 
 
+@allows_own_layer_types
 class LongNetConfig(PreTrainedConfig):
     """Shape and options of a LongNet, see :class:`longnet.LongNetConfig` for what they mean and which values fit.
 
     ``hidden_size``, ``num_hidden_layers``, ``num_attention_heads``, ``num_key_value_heads`` and ``intermediate_size`` are its
     ``dim``, ``layers``, ``heads``, ``kv_heads`` and ``ffn_dim``, ``is_causal`` its ``causal`` and ``tie_word_embeddings`` its
-    ``tie_embeddings``; all others are called alike. The vocabulary is that of :class:`LongNetByteTokenizer` unless given.
+    ``tie_embeddings``; all others are called alike. ``sliding_window`` is the plain config's, 512 if None; in an encoder it
+    counts the keys on each side of a query, as transformers counts them: one less. The vocabulary is that of
+    :class:`LongNetByteTokenizer` unless given.
 
     Raises:
         TypeError, ValueError: as the plain config does, when it is made. ValueError: sizes that no machine can make.
@@ -77,6 +83,11 @@ class LongNetConfig(PreTrainedConfig):
     head_numbers: Any = PlainConfig.head_numbers
     feed_forward_chunk: int | None = PlainConfig.feed_forward_chunk
     backend: str = PlainConfig.backend
+    layer_types: Any = PlainConfig.layer_types
+    sliding_window: int | None = None
+    stride: int = PlainConfig.stride
+    stride_block: int = PlainConfig.stride_block
+    shift_keys: bool = PlainConfig.shift_keys
     use_cache: bool = True
     pad_token_id: int | None = 256
     bos_token_id: int | None = 257
@@ -86,6 +97,9 @@ class LongNetConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         # Where a folder says what code reads it: that was this.
         kwargs.pop("auto_map", None)
+        if isinstance(self.layer_types, str):
+            # transformers would make a list of its letters.
+            raise TypeError(f"layer_types={self.layer_types!r} has type str: expected a list of layer types, or None")
         super().__post_init__(**kwargs)
         plain = self.to_longnet()
         # As JSON gives them back, so that a config equals the one it was saved as.
@@ -93,6 +107,7 @@ class LongNetConfig(PreTrainedConfig):
         self.num_key_value_heads = plain.heads if plain.kv_heads is None else plain.kv_heads
         self.intermediate_size = plain.feed_forward_dim
         self.head_numbers = plain.to_dict()["head_numbers"]
+        self.layer_types = None if plain.layer_types is None else list(plain.layer_types)
         check_size(self)
 
     @classmethod
@@ -107,6 +122,8 @@ class LongNetConfig(PreTrainedConfig):
     def to_longnet(self) -> PlainConfig:
         """The plain library's config; raises for values that do not fit together."""
         renamed = {name: getattr(self, theirs) for name, theirs in _NAMES.items()}
+        if self.sliding_window is not None:
+            renamed["sliding_window"] = check_int("sliding_window", self.sliding_window) + (not self.is_causal)
         try:
             return PlainConfig(**renamed, **{name: getattr(self, name) for name in _ALIKE})
         except (TypeError, ValueError) as error:
@@ -116,15 +133,12 @@ class LongNetConfig(PreTrainedConfig):
 
     @classmethod
     def from_longnet(cls, config: PlainConfig, **more: Any) -> LongNetConfig:
-        """The config of a plain model. ``more`` are fields that the plain library has not: token ids, labels.
-
-        Raises:
-            ValueError: a plain model with layer types.
-        """
-        if config.layer_types is not None:
-            raise ValueError(f"layer_types={config.layer_types}: Hugging Face's classes have none yet, expected None")
+        """The config of a plain model. ``more`` are fields that the plain library has not: token ids, labels."""
         plain = config.to_dict()
-        fields = {theirs: plain[name] for name, theirs in _NAMES.items()} | {name: plain[name] for name in _ALIKE}
+        fields = {theirs: plain[name] for name, theirs in _NAMES.items()}
+        fields |= {name: plain[name] for name in _ALIKE if name in plain}
+        if config.layer_types is not None:
+            fields["sliding_window"] = config.sliding_window - (not config.causal)
         if config.vocab_size <= 256:
             # Bytes alone: there are no ids for other tokens.
             fields |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))

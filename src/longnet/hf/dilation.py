@@ -17,18 +17,24 @@ from longnet.hf import saving
 from longnet.hf.bounded import BoundedCache
 from longnet.hf.configuration import check_size
 from longnet.hf.inputs import refuse_exported_documents, refuse_misspelt
+from longnet.hf.layer_types import Settings, dilations_of
 from longnet.hf.layers import ATTRIBUTE, NAME, Dilation, dilated_layers
 from longnet.hf.own_configs import give_own_configs, put_back_configs
 from longnet.hf.transformers_internals import (
     CACHE,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
     attention_layers,
     check_model,
+    check_scores,
+    check_windows,
+    forget_windows,
     implementation_of,
     prepare_cache_as_its_class,
     set_implementation,
     unbounded_reason,
 )
+from longnet.models.layer_types import DILATED_TYPES, expand_layer_types
 from longnet.runtime.torch_internals import remove_pre_hook
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -41,18 +47,23 @@ _OF_MODEL = frozenset(("dtype", "torch_dtype", "quantization_config", "attn_impl
 
 def apply(
     model: Model,
-    segment_lengths: int | Sequence[int],
-    dilation_rates: int | Sequence[int],
+    segment_lengths: int | Sequence[int] | None = None,
+    dilation_rates: int | Sequence[int] | None = None,
     *,
     layers: Sequence[int] | None = None,
+    layer_types: Sequence[str] | None = None,
+    sliding_window: int | None = None,
+    stride: int = 4,
+    stride_block: int = 1,
     head_offsets: HeadOffsets = "interleaved",
     backend: str = "auto",
 ) -> Model:
     """Let a Hugging Face decoder or encoder attend as LongNet does (arXiv 2307.02486, section 2), in place; nothing is trained.
 
     Every model whose attention goes through transformers' ``AttentionInterface`` will do: it keeps its weights, positions,
-    masks (padding on either side counts as positions), grouped heads and packed documents (restarting ``position_ids``
-    separate them: segments restart, none sees another). ``generate`` gets a :class:`BoundedCache`. What
+    padding masks, grouped heads and packed documents (restarting ``position_ids`` separate them: segments restart, none
+    sees another). In a decoder a row that is padded on the left gives what it gives alone; in an encoder padding counts
+    as positions. ``generate`` gets a :class:`BoundedCache`. What
     ``save_pretrained`` writes is read by :func:`load` alone. With one branch of rate 1 and a segment as long as the
     input, nothing changes. The model gets a config of its own: a model around it, or of the same config, attends as before.
 
@@ -61,6 +72,14 @@ def apply(
         segment_lengths: w in tokens, an int or one per branch.
         dilation_rates: r, an int or one per branch.
         layers: numbers of the attention layers to dilate, from 0; others stay as they are. None for all.
+        layer_types: what each attention layer computes, in place of ``layers``; as many as layers, or a part that is repeated.
+            ``"dilated_attention"`` has the pattern above, ``"shifted_dilated_attention"`` has it on a grid shifted by two
+            thirds of its longest segment; both need it and the others do not. ``"sliding_attention"`` reads a window,
+            ``"strided_attention"`` a window and every ``stride``-th block of ``stride_block`` keys of the whole sequence, other
+            ones for each key/value head. ``"full_attention"`` reads all. A layer that is of its type already runs its own
+            function.
+        sliding_window: tokens, for sliding and strided layers. Default: the model's own.
+        stride, stride_block: of strided layers.
         head_offsets, backend: as in :func:`longnet.dilated_attention`.
 
     Returns:
@@ -68,39 +87,59 @@ def apply(
 
     Raises:
         TypeError: no ``PreTrainedModel``, or values of wrong types. ValueError: any other bad value, and models that compute
-            something else: no attention interface, cross-attention, more than one stack, sliding windows or chunks,
-            soft-capped scores, sinks. The model is then as it was. A later call raises for attention dropout in
+            something else: no attention interface, cross-attention, more than one stack, sliding windows (without
+            ``layer_types``) or chunks, soft-capped scores, sinks, or rotary positions that depend on a layer's type
+            where that is changed. The model is then as it was. A later call raises for attention dropout in
             training, 4-D masks, attention weights as an output and static caches.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model has type {type(model).__name__}: expected a transformers.PreTrainedModel")
-    pattern = Pattern.parse(segment_lengths, dilation_rates, head_offsets)
+    if layer_types is not None and layers is not None:
+        raise ValueError(
+            f"layers={layers} given with layer_types, which says it of every layer: expected one of the two"
+        )
+    pattern = _pattern(segment_lengths, dilation_rates, head_offsets, is_needed=layer_types is None)
     if backend not in NAMES:
         raise ValueError(f"backend={backend!r} is unknown: expected one of {NAMES}")
     attending = attention_layers(model)
     if any(hasattr(module, ATTRIBUTE) for module in attending):
         raise ValueError(f"{type(model).__name__} is dilated already: call longnet.hf.restore(model) first")
     check_model(model, attending)
-    dilated = range(len(attending)) if layers is None else _check_layers(layers, len(attending))
     shared = attending[0].config
-    warn_uncovered(pattern, shared.num_attention_heads)
-
     original = implementation_of(shared)
     if original == NAME:
         raise ValueError(
             f"attn_implementation={NAME!r} was set before longnet.hf.apply: expected the implementation of layers that are not "
             "dilated, 'sdpa' or 'eager' say"
         )
-    entry = {
-        "segment_lengths": list(pattern.segment_lengths),
-        "dilation_rates": list(pattern.dilation_rates),
-        "layers": None if layers is None else sorted(dilated),
+    entry: dict[str, Any] = {
+        "segment_lengths": [] if pattern is None else list(pattern.segment_lengths),
+        "dilation_rates": [] if pattern is None else list(pattern.dilation_rates),
+        "layers": None,
         "head_offsets": head_offsets,
         "attention_layers": len(attending),
     }
+    if layer_types is None:
+        check_windows(model, attending)
+        check_scores(model, attending)
+        chosen = range(len(attending)) if layers is None else _check_layers(layers, len(attending))
+        entry["layers"] = None if layers is None else sorted(chosen)
+        dilations = [Dilation(pattern if i in chosen else None, backend, original) for i in range(len(attending))]
+    else:
+        types = expand_layer_types(layer_types, len(attending))
+        settings = Settings(pattern, sliding_window, stride, stride_block)
+        dilations = dilations_of(model, attending, types, settings, backend, original)
+        entry |= {"types": list(types), "sliding_window": sliding_window}
+        entry |= {"stride": stride, "stride_block": stride_block}
+    if pattern is not None and (layer_types is None or set(types) <= set(DILATED_TYPES)):
+        warn_uncovered(pattern, shared.num_attention_heads)
+
     give_own_configs(model)
     config = attending[0].config
     try:
+        replaced = [number for number, own in enumerate(dilations) if own.had_window]
+        if replaced:
+            entry["own"] = forget_windows(config, replaced)
         saving.mark(config, entry, model.config)
         try:
             set_implementation(model, config, NAME)
@@ -111,8 +150,8 @@ def apply(
         put_back_configs(model)
         raise
     saving.mark_around(shared)
-    for number, module in enumerate(attending):
-        setattr(module, ATTRIBUTE, Dilation(pattern if number in dilated else None, backend, original))
+    for module, own in zip(attending, dilations, strict=True):
+        setattr(module, ATTRIBUTE, own)
         module.register_forward_pre_hook(_check_implementation)
     for name in _METHODS:
         # Encoders generate nothing.
@@ -137,6 +176,8 @@ def restore(model: Model) -> Model:
     for module in attending:
         delattr(module, ATTRIBUTE)
         remove_pre_hook(module, _check_implementation)
+    for name, value in saving.as_before(getattr(config, saving.ENTRY)).items():
+        setattr(config, name, value)
     saving.unmark(config)
     put_back_configs(model)
     shared = attending[0].config
@@ -201,6 +242,21 @@ def _part(model: PreTrainedModel, place: tuple[str, ...], count: int) -> PreTrai
     )
 
 
+def _pattern(
+    segment_lengths: int | Sequence[int] | None,
+    dilation_rates: int | Sequence[int] | None,
+    head_offsets: HeadOffsets,
+    *,
+    is_needed: bool,
+) -> Pattern | None:
+    if not is_needed and not segment_lengths and not dilation_rates:
+        return None
+    if segment_lengths is None or dilation_rates is None:
+        name = "segment_lengths" if segment_lengths is None else "dilation_rates"
+        raise ValueError(f"{name}=None: expected an int, or one per branch")
+    return Pattern.parse(segment_lengths, dilation_rates, head_offsets)
+
+
 def _check_layers(layers: Sequence[int], count: int) -> set[int]:
     try:
         numbers = list(layers)
@@ -252,7 +308,7 @@ def _prepare_cache(
         and type(cache) is DynamicCache
         and unbounded_reason(attending) is None
         and len(cache.layers) in (0, len(attending))
-        and all(type(layer) is DynamicLayer for layer in cache.layers)
+        and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
     ):
         model_kwargs[CACHE] = BoundedCache(self)
 

@@ -18,11 +18,20 @@ ATTRIBUTE = "longnet_dilation"
 
 @dataclass(frozen=True)
 class Dilation:
-    """How one layer attends: by ``pattern``, or with None as before. ``original`` is what its model was set to."""
+    """How one layer attends: by ``pattern``, or with None as before. ``original`` is what its model was set to.
+
+    Args:
+        segment_offset: of the pattern.
+        window: the sliding window of a layer that attends as before; None if it has none.
+        had_window: whether its model gives it a sliding window, in place of which the pattern stands.
+    """
 
     pattern: Pattern | None
     backend: str
     original: str
+    segment_offset: int = 0
+    window: int | None = None
+    had_window: bool = False
 
 
 def dilated_layers(model: PreTrainedModel) -> list[Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from longnet.hf.saving import ENTRY
 from longnet.hf.transformers_internals import packs_documents
 from longnet.runtime.torch_internals import version_of
 from longnet.runtime.tracing import untraced
@@ -24,6 +25,8 @@ R = TypeVar("R")
 _seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 # The same for ``cu_seq_lens_q`` or ``seq_idx``: positions in documents.
 _positions: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# Masks of caches that keep the last keys alone.
+_of_last_keys: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _once(function: Callable[[Tensor], R]) -> Callable[[Tensor], R]:
@@ -48,6 +51,7 @@ def document_mask(
     kv_offset: int = 0,
     mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | None = None,
+    config: Any = None,
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> Tensor | None:
@@ -57,8 +61,10 @@ def document_mask(
         ValueError: a mask that dilated attention cannot honour: sliding windows, chunks, blocks, a function of the user's, or
             a static cache.
     """
-    packed = packs_documents(mask_function)
-    if isinstance(q_offset, Tensor) or kv_offset != 0 or q_offset + q_length != kv_length:
+    # Layers of a model with layer types know their own windows.
+    windows = bool((getattr(config, ENTRY, None) or {}).get("types"))
+    packed = packs_documents(mask_function, windows=windows)
+    if isinstance(q_offset, Tensor) or (kv_offset and not windows) or q_offset + q_length != kv_offset + kv_length:
         raise ValueError(
             f"a cache that holds {kv_length} keys for {q_length} queries at {q_offset}: dilated attention reads caches that "
             "hold what was read and no more; expected longnet.hf.BoundedCache(model) or a DynamicCache"
@@ -72,6 +78,11 @@ def document_mask(
         padding = attention_mask[:, -kv_length:].bool()
         if not torch.compiler.is_exporting() and _all(padding):
             padding = None
+    if kv_offset:
+        of_last = torch.ones(batch_size, kv_length, device=device) if padding is None else padding
+        mask = of_last.long()
+        _of_last_keys[mask] = True
+        return mask
     # While torch exports, transformers takes positions for packed ones: it cannot look. Ours refuse such positions.
     if not packed or torch.compiler.is_exporting():
         return None if padding is None else padding.long()
@@ -186,19 +197,24 @@ def _with_restarts(mask: Tensor | None, position_ids: Tensor) -> Tensor | None:
     return result
 
 
+def is_of_last_keys(mask: Tensor | None) -> bool:
+    """Whether a mask is that of a cache that keeps a sliding window of keys."""
+    return mask is not None and mask in _of_last_keys
+
+
 def packed_bounds(mask: Tensor) -> tuple[int, ...] | None:
     """Where the documents of all rows begin when rows stand one after the other, (B * N) last; None if no row has two, and in
     an exported graph, which takes no documents.
 
-    Padding counts as positions of the document before it, or of a row's first.
+    Padding counts as positions of the document before it, and is a document of its own at the beginning of a row.
     """
     return None if torch.compiler.is_exporting() else _bounds(mask)
 
 
 @_once
 def _bounds(mask: Tensor) -> tuple[int, ...] | None:
-    number = mask.cummax(1).values.clamp(min=1)
-    if int(number.max()) == 1:
+    number = mask.cummax(1).values
+    if int(number.max()) <= 1:
         return None
     changes = torch.nn.functional.pad(number.diff(dim=1) != 0, (1, 0), value=True)
     return (*changes.flatten().nonzero().flatten().tolist(), mask.numel())
@@ -207,7 +223,12 @@ def _bounds(mask: Tensor) -> tuple[int, ...] | None:
 @_once
 def leading_padding(mask: Tensor) -> tuple[int, ...]:
     """How many tokens of padding each row begins with."""
-    return tuple((mask == 0).long().cumprod(1).sum(1).tolist())
+    return tuple(count_leading_padding(mask).tolist())
+
+
+def count_leading_padding(mask: Tensor) -> Tensor:
+    """:func:`leading_padding` as (B,) int64, which the host does not wait for."""
+    return (mask == 0).long().cumprod(1).sum(1)
 
 
 def _numbered(restarts: Tensor, padding: Tensor | None) -> Tensor:

@@ -22,6 +22,7 @@ from longnet.hf.inputs import (
 )
 from longnet.hf.transformers_internals import CACHE, can_return_tuple, implementation_of, overrides
 from longnet.models.base import LongNetBase
+from longnet.models.padding import rows_from_start
 
 
 class LongNetPreTrainedModel(PreTrainedModel):
@@ -98,9 +99,9 @@ class LongNetModel(LongNetPreTrainedModel):
 
         Args:
             input_ids: (B, N) int64 or int32.
-            attention_mask: (B, N), with a cache (B, S) for all S tokens read so far, 0 where a token is padding. Padding
-                counts as positions: what a row computes is what it computes with it, on either side. With a cache it
-                comes before a row's first real token only.
+            attention_mask: (B, N), with a cache (B, S) for all S tokens read so far, 0 where a token is padding. A decoder's row
+                gives what it gives alone, padded on either side; in an encoder padding counts as positions. With a cache
+                it comes before a row's first real token only.
             position_ids: (B, N) say where documents begin that are packed into a row: where they do not go up by one between
                 real tokens. Documents do not see each other, and segments restart. Otherwise positions are places in the row.
             past_key_values: a :class:`LongNetCache`; the inputs are then the next N tokens, and no graph is kept.
@@ -141,7 +142,12 @@ class LongNetModel(LongNetPreTrainedModel):
             hidden = hidden.view(batch, length, -1)
             states = None if states is None else [state.view(batch, length, -1) for state in states]
         else:
-            hidden = self.stack.run_blocks(x, padding, states=states)
+            rows = rows_from_start(self.stack, self.stack.config.causal, padding)
+            if rows is None or padding is None:
+                hidden = self.stack.run_blocks(x, padding, states=states)
+            else:
+                hidden = rows.moved_back(self.stack.run_blocks(rows.moved(x), rows.moved(padding), states=states))
+                states = None if states is None else [rows.moved_back(state) for state in states]
         named: dict[str, Any] = {CACHE: cache}
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,

@@ -21,6 +21,8 @@ _TYPE = "dilated_attention"
 # Fields that the entry holds meanwhile. Without a number of layers the config of no model in particular is read, which is what
 # ``Trainer`` does when it resumes a model that it was given; every model's own config has a number and refuses.
 _MOVED = ("layer_types", "num_hidden_layers")
+# Under which the entry holds the ``layer_types`` of :func:`longnet.hf.apply`, and fields of the config that it changed.
+_TYPES, _OWN = "types", "own"
 _HOW = f"{_TYPE} (load this folder with longnet.hf.load)"
 
 
@@ -140,7 +142,9 @@ def _unmarked(
 ) -> dict[str, Any]:
     entry = config.get(ENTRY)
     if isinstance(entry, dict) and "segment_lengths" in entry:
-        applied[place] = {name: value for name, value in entry.items() if name not in _MOVED}
+        applied[place] = {name: value for name, value in entry.items() if name not in (*_MOVED, _OWN, _TYPES)}
+        if _TYPES in entry:
+            applied[place]["layer_types"] = entry[_TYPES]
         rest = {name: value for name, value in config.items() if name not in (ENTRY, *_MOVED)}
         config = {**rest, **{name: entry[name] for name in _MOVED if name in entry}}
     return {
@@ -149,7 +153,14 @@ def _unmarked(
     }
 
 
+def as_before(entry: dict[str, Any]) -> dict[str, Any]:
+    """Fields of the config as they were before :func:`longnet.hf.apply` changed them."""
+    fields: dict[str, Any] = entry.get(_OWN, {})
+    return fields
+
+
 def _marked(config: dict[str, Any]) -> dict[str, Any]:
+    config = {**config, **as_before(config[ENTRY])}
     moved = {name: config[name] for name in _MOVED if config.get(name) is not None}
     rest = {name: value for name, value in config.items() if name not in _MOVED}
     layer_types = [_HOW, *[_TYPE] * (config[ENTRY]["attention_layers"] - 1)]

@@ -18,6 +18,7 @@ TRIED = Tried("transformers", "5.17", "5.24")
 try:
     from transformers.cache_utils import CacheLayerMixin as CacheLayerMixin
     from transformers.cache_utils import DynamicLayer as DynamicLayer
+    from transformers.cache_utils import DynamicSlidingWindowLayer as DynamicSlidingWindowLayer
     from transformers.generation.configuration_utils import GenerationMode
     from transformers.loss.loss_utils import ForSequenceClassificationLoss as ForSequenceClassificationLoss
     from transformers.masking_utils import (
@@ -26,6 +27,8 @@ try:
         bidirectional_mask_function,
         causal_mask_function,
         packed_sequence_mask_function,
+        sliding_window_bidirectional_mask_function,
+        sliding_window_causal_mask_function,
     )
     from transformers.modeling_outputs import CausalLMOutputWithPast
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -50,6 +53,13 @@ _MASKS = (
     "remap_positions_for_packed_sequence.<locals>.inner_mask",
 )
 _PACKED = _MASKS[3]
+# Of layers that know their own window.
+_WINDOWS = (
+    "sliding_window_overlay.<locals>.inner_mask",
+    "sliding_window_bidirectional_overlay.<locals>.inner_mask",
+)
+# Models that rotate queries and keys in the layers of one type alone.
+_ROTATES_BY_TYPE = ("cohere2", "exaone4", "llama4_text", "smollm3")
 
 # What attention layers have that change scores on the way, or choose keys.
 _SCORES = {
@@ -92,6 +102,23 @@ def overrides(base: type) -> Callable[[Method], Method]:
     return check
 
 
+def allows_own_layer_types(config_class: type[PretrainedConfig]) -> type[PretrainedConfig]:
+    """Decorates a config class that checks its ``layer_types`` itself; transformers refuses types that it does not know."""
+    name = "validate_layer_type"
+    validators = TRIED.of(config_class, "__class_validators__")
+    others = [one for one in validators if one.__name__ != name]
+    if len(others) == len(validators):
+        raise TRIED.gone(f"{name} among the validators of a config class")
+
+    def validate(self: PretrainedConfig) -> None:
+        for one in others:
+            one(self)
+
+    # What transformers calls before it saves a config, and after it made one: that of the class it was decorated with.
+    config_class.__class_validators__, config_class.validate = others, validate  # type: ignore[attr-defined]
+    return config_class
+
+
 def name_classes(model_type: str, **classes: str) -> None:
     """Enter the names of a model's classes, by task, in the tables that ``register`` of an Auto class leaves out.
 
@@ -120,7 +147,7 @@ def attends_causally(module: nn.Module, asked: bool | None = None) -> bool:
 
 
 def check_model(model: PreTrainedModel, layers: Sequence[Any]) -> None:
-    """Raise ValueError unless the model is one stack of self-attention layers, each a softmax of plain scores."""
+    """Raise ValueError unless the model is one stack of self-attention layers."""
     kind = type(model).__name__
     if _has_cross_attention(model, layers):
         raise ValueError(f"{kind} has cross-attention: expected self-attention alone, a decoder or an encoder")
@@ -132,17 +159,31 @@ def check_model(model: PreTrainedModel, layers: Sequence[Any]) -> None:
         raise ValueError(f"{kind} does not use transformers' AttentionInterface: expected a model that does{hint}")
     if len({id(getattr(module, "config", None)) for module in layers}) != 1 or not hasattr(layers[0], "config"):
         raise ValueError(f"{kind} has attention layers of several configs: expected one stack, so apply to that part")
-    config = layers[0].config
-    types = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if types:
-        raise ValueError(f"{kind} has layer_types {sorted(types)}: expected full attention in all layers")
-    heads = getattr(config, "num_attention_heads", None)
+    heads = getattr(layers[0].config, "num_attention_heads", None)
     if not isinstance(heads, int):
         raise ValueError(f"{kind} has num_attention_heads={heads!r}: expected one number, the same in all layers")
+
+
+def check_windows(model: PreTrainedModel, layers: Sequence[Any]) -> None:
+    """Raise ValueError unless every layer attends to all keys."""
+    kind, config = type(model).__name__, layers[0].config
+    types = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if types:
+        raise ValueError(
+            f"{kind} has layer_types {sorted(types)}: expected full attention in all layers, or layer_types="
+        )
     for module in layers:
         window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
         if window is not None:
-            raise ValueError(f"{kind} has a sliding window of {window} tokens: expected full attention in all layers")
+            raise ValueError(
+                f"{kind} has a sliding window of {window} tokens: expected full attention in all layers, or layer_types="
+            )
+
+
+def check_scores(model: PreTrainedModel, layers: Sequence[Any]) -> None:
+    """Raise ValueError unless these layers are softmaxes of plain scores."""
+    kind, config = type(model).__name__, layers[0].config if layers else None
+    for module in layers:
         if getattr(config, "attn_logit_softcapping", None) or getattr(module, "attn_logit_softcapping", None):
             raise ValueError(f"{kind} soft-caps its scores: expected a softmax of plain scores")
         for name, what in _SCORES.items():
@@ -150,6 +191,48 @@ def check_model(model: PreTrainedModel, layers: Sequence[Any]) -> None:
                 raise ValueError(
                     f"{kind} has {what} (its attention has {name!r}): expected a softmax of plain scores of all keys"
                 )
+
+
+def own_windows(model: PreTrainedModel, layers: Sequence[Any]) -> list[int | None]:
+    """The sliding window of each layer as the model has it, None for full attention.
+
+    Raises:
+        ValueError: a layer of another type.
+    """
+    config = layers[0].config
+    types, windows = getattr(config, "layer_types", None), []
+    for number, module in enumerate(layers):
+        own = types[getattr(module, "layer_idx", number)] if types else None
+        if own not in (None, "sliding_attention", "full_attention"):
+            raise ValueError(
+                f"{type(model).__name__} has a layer of type {own!r}: expected full or sliding attention in all layers"
+            )
+        is_full = own == "full_attention" or getattr(module, "sliding_window", 0) is None
+        windows.append(None if is_full else getattr(config, "sliding_window", None))
+    return windows
+
+
+def positions_by_type(config: PretrainedConfig) -> bool:
+    """Whether a layer's rotary positions depend on its type."""
+    given = getattr(config, "rope_parameters", None)
+    by_type = [one for one in given.values() if isinstance(one, dict)] if isinstance(given, dict) else []
+    return any(one != by_type[0] for one in by_type) or config.model_type in _ROTATES_BY_TYPE
+
+
+def forget_windows(config: PretrainedConfig, numbers: Sequence[int]) -> dict[str, Any]:
+    """Let caches and masks that are made of a config be whole for these layers.
+
+    Returns:
+        the fields that were changed, as they were.
+    """
+    types = getattr(config, "layer_types", None)
+    if types:
+        config.layer_types = ["full_attention" if i in numbers else own for i, own in enumerate(types)]
+        return {"layer_types": list(types)}
+    if getattr(config, "sliding_window", None) is None:
+        return {}
+    before, config.sliding_window = config.sliding_window, None
+    return {"sliding_window": before}
 
 
 def _has_cross_attention(model: PreTrainedModel, layers: Sequence[Any]) -> bool:
@@ -215,13 +298,17 @@ def attend_by(
     mask: Tensor | None,
     causal: bool,
     packed: bool,
+    window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention of transformers' own function of a name, with the mask that this function would be given.
 
     Args:
         mask: (B, S) int64, 0 where a key is padding, else the number of its document; ``packed`` if there are several in a row.
+        window: the layer's sliding window.
     """
+    if window is not None:
+        options["sliding_window"] = window
     if implementation == "eager":
         function = TRIED.of(sys.modules[type(module).__module__], "eager_attention_forward")
     else:
@@ -230,6 +317,9 @@ def attend_by(
     if implementation in ALL_MASK_ATTENTION_FUNCTIONS:
         length, keys = query.shape[2], key.shape[2]
         mask_function: Callable[..., Any] = causal_mask_function if causal else bidirectional_mask_function
+        if window is not None:
+            make = sliding_window_causal_mask_function if causal else sliding_window_bidirectional_mask_function
+            mask_function = make(window)
         if packed and mask is not None:
             mask_function = and_masks(mask_function, packed_sequence_mask_function(mask))
         made = ALL_MASK_ATTENTION_FUNCTIONS[implementation](
@@ -239,6 +329,7 @@ def attend_by(
             q_offset=keys - length,
             mask_function=mask_function,
             attention_mask=None if mask is None else mask > 0,
+            local_size=window,
             allow_is_causal_skip=causal and not packed,
             allow_is_bidirectional_skip=not causal and not packed,
             dtype=query.dtype,
@@ -249,14 +340,17 @@ def attend_by(
     return out
 
 
-def packs_documents(mask_function: Callable[..., Any] | None) -> bool:
+def packs_documents(mask_function: Callable[..., Any] | None, *, windows: bool) -> bool:
     """Whether a mask separates documents.
+
+    Args:
+        windows: whether layers know their windows, so that the mask may have one.
 
     Raises:
         ValueError: it is made of more than the causal mask and documents.
     """
     names = [] if mask_function is None else list(_names(mask_function))
-    unknown = [name for name in names if name not in _MASKS]
+    unknown = [name for name in names if name not in (*_MASKS, *_WINDOWS * windows)]
     if unknown:
         raise ValueError(
             f"the model asks for a mask made of {unknown}: dilated attention honours padding, packed documents and the causal "
