@@ -74,7 +74,7 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
         DilatedCache,
         "(segment_lengths, dilation_rates, *, batch_size, heads, head_dim, kv_heads=None, head_offsets='interleaved', "
         "head_numbers=None, window=None, dilated_queries=True, dilation_block=1, segment_offset=0, capacity=None, "
-        "shift_keys=False, check_coverage=True, dtype=None, device=None)",
+        "shift_keys=False, check_coverage=True, backend='auto', dtype=None, device=None)",
     ),
     (DilatedCache.reorder, "(self, index)"),
     (DilatedCache.load_state_dict, "(self, state)"),

@@ -243,3 +243,26 @@ def test_numbers_of_heads_that_share_rows() -> None:
         head_offsets="grouped",
     )  # fmt: skip
     assert grouped.keys.shape[1] == 2 * 20 + 2 * 5
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_stream_runs_on_the_backend_of_its_cache(window: int | None) -> None:
+    options: dict[str, Any] = {"batch_size": 1, "heads": 4, "head_dim": 8, "window": window}
+    q, k, v = torch.randn(3, 1, 4, 20, 8)
+    found = []
+    for backend in ("auto", "portable"):
+        cache = DilatedCache((8, 16), (1, 2), backend=backend, **options)
+        found.append(torch.cat([stream_attention(*(x[:, :, part] for x in (q, k, v)), cache) for part in CUTS], 2))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+    refused = DilatedCache((8, 16), (1, 2), backend="triton", **options | {"window": 5})
+    with pytest.raises(
+        ValueError, match="backend='triton', whose kernels of a single token cannot run: they run on cuda"
+    ):
+        stream_attention(*(x[:, :, :1] for x in (q, k, v)), refused)
+    assert refused.position == 0
+    stream_attention(*(x[:, :, :3] for x in (q, k, v)), DilatedCache(8, 1, backend="cpu_flash", **options))
+    with pytest.raises(ValueError, match="backend='fast' is unknown: expected one of"):
+        DilatedCache(8, 1, backend="fast", batch_size=1, heads=4, head_dim=8)
+
+
+CUTS = (slice(0, 9), slice(9, 10), slice(10, 20))

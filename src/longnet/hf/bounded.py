@@ -146,6 +146,7 @@ def _make_cache(
         dilated_queries=pattern.dilated_queries,
         dilation_block=pattern.block,
         segment_offset=own.segment_offset,
+        backend=own.backend,
         dtype=dtype,
         device=device,
     )

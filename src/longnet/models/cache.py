@@ -112,6 +112,7 @@ class LongNetCache:
                 kv_heads=config.kv_heads,
                 head_dim=config.head_dim,
                 head_numbers=config.layer_head_numbers(number),
+                backend=config.backend,
                 dtype=dtype,
                 device=devices[number],
             )

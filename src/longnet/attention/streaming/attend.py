@@ -135,10 +135,11 @@ def _step(
     query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, scale: float, return_lse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     lse: Tensor | None
+    by_kernels = fits(cache)
     with cache._writing():
         if not cache._is_paper:
-            out, lse = (fused_band_step if fits(cache) else band_step)(query, key, value, cache, scale)
-        elif fits(cache) and not return_lse:
+            out, lse = (fused_band_step if by_kernels else band_step)(query, key, value, cache, scale)
+        elif by_kernels and not return_lse:
             out, lse = fused_step(query, key, value, cache, scale), None
         else:
             out, lse = step(query, key, value, cache, scale)

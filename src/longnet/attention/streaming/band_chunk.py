@@ -69,7 +69,7 @@ def attend_band_chunk(
 def _own_part(chunk: AttentionInputs, cache: DilatedCache) -> tuple[Tensor, Tensor]:
     """(out, lse) of the chunk's tokens among themselves."""
     try:
-        return select_backend("auto", chunk).run(chunk)
+        return select_backend(cache.backend, chunk).run(chunk)
     except ValueError:
         if chunk.offsets is None:
             raise
@@ -78,7 +78,7 @@ def _own_part(chunk: AttentionInputs, cache: DilatedCache) -> tuple[Tensor, Tens
     for rows, offset in _grids(cache):
         assert isinstance(rows, Tensor)
         same = chunk.rows(rows, cache.pattern.least_offset(offset + cache.position))
-        out[rows], lse[rows] = select_backend("auto", same).run(same)
+        out[rows], lse[rows] = select_backend(cache.backend, same).run(same)
     return out, lse
 
 

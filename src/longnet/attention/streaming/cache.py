@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from longnet.attention.backends import NAMES
 from longnet.attention.definition import warn_uncovered
 from longnet.attention.streaming.state import SavedRows
 from longnet.checks import check_flags, check_int, check_ints
@@ -45,6 +46,7 @@ class DilatedCache(SavedRows):
             without it their room doubles when it is full, which a captured step of a CUDA graph cannot do.
         shift_keys: also keep ``last_key``, for a module whose keys depend on the token before.
         check_coverage: warn of positions that no head covers.
+        backend: of the calls that read with it, as in :func:`longnet.dilated_attention`.
         dtype: of keys and values, torch's default dtype if None.
         device: where they are.
 
@@ -81,6 +83,7 @@ class DilatedCache(SavedRows):
         capacity: int | None = None,
         shift_keys: bool = False,
         check_coverage: bool = True,
+        backend: str = "auto",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -89,6 +92,9 @@ class DilatedCache(SavedRows):
         if capacity is not None:
             check_int("capacity", capacity, 1)
         check_flags(shift_keys=shift_keys, check_coverage=check_coverage)
+        if backend not in NAMES:
+            raise ValueError(f"backend={backend!r} is unknown: expected one of {NAMES}")
+        self.backend = backend
         if heads % kv_heads:
             raise ValueError(f"heads={heads} is not divisible by kv_heads={kv_heads}")
         pattern = Pattern.compose(

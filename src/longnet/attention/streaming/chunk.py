@@ -61,25 +61,25 @@ def attend_chunk(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache,
     return both
 
 
-def _run(inputs: AttentionInputs, pattern: Pattern) -> tuple[Tensor, Tensor]:
+def _run(inputs: AttentionInputs, pattern: Pattern, backend: str) -> tuple[Tensor, Tensor]:
     """(out, lse) of the tokens as if they were a whole sequence with this pattern."""
     inputs = replace(inputs, spec=AttentionSpec(pattern, True, inputs.spec.scale))
-    return select_backend("auto", inputs).run(inputs)
+    return select_backend(backend, inputs).run(inputs)
 
 
 def _attend(chunk: AttentionInputs, cache: DilatedCache) -> tuple[Tensor, Tensor]:
     pattern, start, scale = cache.pattern, cache.position, chunk.spec.scale
     if pattern.window_start(start) == start:
-        return _run(chunk, pattern)
+        return _run(chunk, pattern, cache.backend)
     parts, unaligned = own_parts(pattern, start, chunk.length)
     # Branches that can be computed in one go are: backends visit keys that nested branches share once.
     if parts and parts[0].tokens == slice(0, chunk.length):
-        mixture = _Mixture(*_run(chunk, parts[0].pattern))
+        mixture = _Mixture(*_run(chunk, parts[0].pattern, cache.backend))
         parts = parts[1:]
     else:
         mixture = _Mixture(*chunk.mixture_of_nothing())
     for part in parts:
-        mixture.add(slice(None), part.tokens, *_run(chunk.tokens(part.tokens), part.pattern))
+        mixture.add(slice(None), part.tokens, *_run(chunk.tokens(part.tokens), part.pattern, cache.backend))
     for branch, blocks in cache.layout.branches:
         segment, stop = branch.segment_start(start), min(branch.segment_stop(start), start + chunk.length)
         if segment == start or _add_rectangle(mixture, chunk, cache, branch, blocks, stop):
@@ -93,7 +93,7 @@ def _attend(chunk: AttentionInputs, cache: DilatedCache) -> tuple[Tensor, Tensor
             tokens = rows.tokens(start)
             query = chunk.query[:, block.heads, tokens]
             if row_by_row:
-                mixture.add(block.heads, tokens, *_own_rows(query, chunk, block, tokens))
+                mixture.add(block.heads, tokens, *_own_rows(query, chunk, block, tokens, cache.backend))
             if rows.number:
                 padded = _padded_rows(cache, branch, block.offset)
                 cached = cache._rows_of(block, 0, rows.number)
@@ -101,14 +101,16 @@ def _attend(chunk: AttentionInputs, cache: DilatedCache) -> tuple[Tensor, Tensor
     return mixture.out.to(chunk.query.dtype), mixture.lse
 
 
-def _own_rows(query: Tensor, chunk: AttentionInputs, block: Block, tokens: slice) -> tuple[Tensor, Tensor]:
+def _own_rows(
+    query: Tensor, chunk: AttentionInputs, block: Block, tokens: slice, backend: str
+) -> tuple[Tensor, Tensor]:
     """What a block's rows among these tokens say to each other: plain causal attention."""
     key, value = (x[:, block.kv_heads, tokens] for x in (chunk.key, chunk.value))
     padded = None if chunk.mask is None else chunk.mask[:, tokens]
     count = query.shape[2]
     if count == 1:
         return rectangle_attention(query, key, value, chunk.spec.scale, padded)
-    return _run(AttentionInputs(query, key, value, padded, None, chunk.spec), Pattern((Branch(count, 1),)))
+    return _run(AttentionInputs(query, key, value, padded, None, chunk.spec), Pattern((Branch(count, 1),)), backend)
 
 
 def _add_rectangle(

@@ -20,12 +20,20 @@ _log = logging.getLogger("longnet")
 _ROWS = 256
 _WARPS = 8
 _MOST_SPLITS = 64
+# The backends that these kernels belong to.
+_OWN = ("triton", "triton:general")
 
 
 def fits(cache: DilatedCache) -> bool:
-    """Whether the kernels can take the next token of this cache; the log says why not."""
+    """Whether the kernels can take the next token of this cache; the log says why not.
+
+    Raises:
+        ValueError: they cannot, and the cache's backend asks for them.
+    """
     reason = None
-    if cache.device.type != "cuda":
+    if cache.backend not in ("auto", *_OWN):
+        reason = f"backend={cache.backend!r} was asked for"
+    elif cache.device.type != "cuda":
         reason = f"they run on cuda tensors, not {cache.device.type}"
     elif not HAS_TRITON:
         reason = "triton is not installed"
@@ -36,6 +44,10 @@ def fits(cache: DilatedCache) -> bool:
     elif not cache.layout.rows:
         reason = "no head selects anything"
     if reason is not None:
+        if cache.backend in _OWN:
+            raise ValueError(
+                f"cache has backend={cache.backend!r}, whose kernels of a single token cannot run: {reason}"
+            )
         _log.debug("kernels of a single token passed over: %s", reason)
     return reason is None
 
