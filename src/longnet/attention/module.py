@@ -209,7 +209,9 @@ class DilatedAttention(nn.Module):
         half = None
         if self.shift_keys:
             half = _half_of_tokens(k, key_padding_mask)
-            before = row_before(half, group) if group is not None else None if cache is None else cache.last_key
+            before = None if cache is None else cache.last_key
+            if group is not None:
+                before = row_before(half, group)
             k = shift_keys(k, before=before, padding=key_padding_mask, in_document=at.in_document)
         if self.xpos is not None:
             q, k = self.xpos(q, k, at)

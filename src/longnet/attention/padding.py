@@ -18,6 +18,11 @@ _MOVED = (
 )
 
 
+def leading_padding(key_padding_mask: Tensor) -> Tensor:
+    """How many padded tokens each row begins with: (B, N) bool to (B,) int64, computed on the mask's device."""
+    return key_padding_mask.long().cumprod(1).sum(1)
+
+
 def warn_left_padding(
     key_padding_mask: Tensor,
     pattern: Pattern,
@@ -46,7 +51,7 @@ def warn_left_padding(
         begins = key_padding_mask[0, [0, *accumulate(lengths[:-1])]]
     if begins.any():
         rows = key_padding_mask.flatten().split(lengths)
-        leading = [int(row.long().cumprod(0).sum()) for row in rows]
+        leading = [int(leading_padding(row[None])) for row in rows]
         warn_moved_rows(zip(leading, lengths, strict=True), pattern, segment_offset)
 
 

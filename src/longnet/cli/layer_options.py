@@ -15,17 +15,8 @@ if TYPE_CHECKING:
 
 # Options that ask for a view by layer; those that come with ``--layer-types`` alone; those that come with ``--model``.
 BY_LAYER = {
-    *(
-        "window",
-        "all_queries",
-        "dilation_block",
-        "segment_offset",
-        "layer_types",
-        "stride",
-        "stride_block",
-        "shift_keys",
-    ),
-    "model",
+    *("window", "all_queries", "dilation_block", "segment_offset"),
+    *("layer_types", "stride", "stride_block", "shift_keys", "model"),
 }
 _OF_TYPES = {"stride", "stride_block", "shift_keys"}
 _WITH_MODEL = {"model", "length", "out", "as_json"}
@@ -112,11 +103,7 @@ def _option(name: str) -> str:
 
 
 def _lengths(text: str) -> list[int | None]:
-    return [
-        None if one.strip() == "none" else number
-        for one in text.split(",")
-        for number in ([0] if one.strip() == "none" else integers("--segments", one))
-    ]
+    return [None if one.strip() == "none" else integers("--segments", one)[0] for one in text.split(",")]
 
 
 def integers(option: str, text: str) -> list[int]:

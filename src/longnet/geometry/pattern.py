@@ -166,6 +166,16 @@ class Pattern(Branches):
         return None if self.head_offsets in PAPER_OFFSETS else f"head_offsets={self.head_offsets!r}"
 
     @property
+    def options(self) -> dict[str, Any]:
+        """What :meth:`compose` takes besides lengths and rates, by name: for whatever takes a pattern in these words."""
+        return {
+            "window": self.window,
+            "dilated_queries": self.dilated_queries,
+            "dilation_block": self.block,
+            "head_offsets": self.head_offsets,
+        }
+
+    @property
     def block(self) -> int:
         """Tokens of a block of its branches."""
         return self.branches[0].block if self.branches else 1
@@ -173,7 +183,7 @@ class Pattern(Branches):
     @property
     def has_grid(self) -> bool:
         """Whether it matters where segments and dilation begin."""
-        return any(b.segment_length != UNBOUNDED or b.dilation_rate > 1 for b in self.branches)
+        return any(branch.grid_period > 1 for branch in self.branches)
 
     @property
     def rows_at_equal_steps(self) -> bool:
@@ -237,10 +247,6 @@ class Pattern(Branches):
             return position - self.window + 1, position + (1 if is_causal else self.window)
         start, stop = branch.segment_start(position + origin), branch.segment_stop(position + origin)
         return start - origin, position + 1 if is_causal else stop - origin
-
-    def on_own_grid(self, segment_offset: int) -> int:
-        """``segment_offset``, or 0 where that is the same grid."""
-        return segment_offset if any(branch.origin(segment_offset) for branch in self.branches) else 0
 
     def of(self, *branches: Branch) -> Pattern:
         """These branches alone, for the same heads."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from longnet.attention.functional import pattern_attention
-from longnet.attention.padding import warn_moved_rows
+from longnet.attention.padding import leading_padding, warn_moved_rows
 from longnet.hf import masks
 from longnet.hf.bounded import bounded_layer
 from longnet.hf.layers import ATTRIBUTE, NAME, Dilation
@@ -83,7 +83,7 @@ def attention(
         )
     offset = _grid_offset(own, mask, causal)
     if mask is not None and not causal and not torch.compiler.is_compiling():
-        warn_moved_rows(((count, keys) for count in masks.leading_padding(mask)), own.pattern)
+        warn_moved_rows(((count, keys) for count in masks.leading_of(mask)), own.pattern)
     if keys > length:
         start = 0
         if isinstance(offset, int) and own.pattern.beyond_paper is None:
@@ -120,9 +120,9 @@ def _grid_offset(own: Dilation, mask: Tensor | None, causal: bool) -> int | Tens
     assert own.pattern is not None
     if mask is None or not causal or not own.pattern.has_grid:
         return own.segment_offset
-    if not torch.compiler.is_compiling() and not any(masks.leading_padding(mask)):
+    if not torch.compiler.is_compiling() and not any(masks.leading_of(mask)):
         return own.segment_offset
-    return own.segment_offset - masks.count_leading_padding(mask)
+    return own.segment_offset - leading_padding(mask == 0)
 
 
 def _with_past(

@@ -10,7 +10,6 @@ from transformers import Cache, PreTrainedModel
 
 from longnet.attention.streaming import DilatedCache, stream_attention
 from longnet.hf.layers import ATTRIBUTE, Dilation, dilated_layers
-from longnet.hf.masks import count_leading_padding
 from longnet.hf.transformers_internals import (
     CacheLayerMixin,
     DynamicLayer,
@@ -69,8 +68,10 @@ class BoundedLayer(CacheLayerMixin):
             dtype = autocast_dtype(query.device.type) or key.dtype
             self.cache = _make_cache(own, batch, heads, key.shape[1], head_dim, dtype, key.device)
             self.is_initialized = True
-        if padded is not None:
-            _begin_at_first_tokens(self.cache, own.segment_offset, padded)
+        if padded is not None and self.cache.pattern.has_grid:
+            leading = self.cache._leading(padded)
+            if leading is not None:
+                self.cache.set_segment_offset(own.segment_offset - leading)
         out = stream_attention(query, key, value, self.cache, scale=scale, key_padding_mask=padded)
         self._expected = False
         return out
@@ -120,15 +121,6 @@ class BoundedLayer(CacheLayerMixin):
         """Is where it was."""
 
 
-def _begin_at_first_tokens(cache: DilatedCache, segment_offset: int, padded: Tensor) -> None:
-    """Let the grid of each row that has read padding alone begin with its first token; ``padded`` (B, T) of the next ones."""
-    if not cache.pattern.has_grid or not bool(padded[:, 0].any()):
-        return
-    before = 0 if cache.offsets is None else cache.offsets
-    offsets = segment_offset - cache.position - count_leading_padding(~padded)
-    cache.set_segment_offset(torch.where(cache.padding < cache.position, before, offsets))
-
-
 def _make_cache(
     own: Dilation, batch_size: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> DilatedCache:
@@ -141,10 +133,7 @@ def _make_cache(
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        head_offsets=pattern.head_offsets,
-        window=pattern.window,
-        dilated_queries=pattern.dilated_queries,
-        dilation_block=pattern.block,
+        **pattern.options,
         segment_offset=own.segment_offset,
         backend=own.backend,
         dtype=dtype,

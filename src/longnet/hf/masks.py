@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from longnet.attention.padding import leading_padding
 from longnet.hf.saving import ENTRY
 from longnet.hf.transformers_internals import packs_documents
 from longnet.runtime.torch_internals import version_of
@@ -221,14 +222,9 @@ def _bounds(mask: Tensor) -> tuple[int, ...] | None:
 
 
 @_once
-def leading_padding(mask: Tensor) -> tuple[int, ...]:
+def leading_of(mask: Tensor) -> tuple[int, ...]:
     """How many tokens of padding each row begins with."""
-    return tuple(count_leading_padding(mask).tolist())
-
-
-def count_leading_padding(mask: Tensor) -> Tensor:
-    """:func:`leading_padding` as (B,) int64, which the host does not wait for."""
-    return (mask == 0).long().cumprod(1).sum(1)
+    return tuple(leading_padding(mask == 0).tolist())
 
 
 def _numbered(restarts: Tensor, padding: Tensor | None) -> Tensor:

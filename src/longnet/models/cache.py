@@ -13,7 +13,6 @@ from longnet.attention.streaming import DilatedCache
 from longnet.checks import check_int
 from longnet.geometry.reach import LayerAttention
 from longnet.models.config import LongNetConfig
-from longnet.models.padding import leading_padding
 from longnet.models.placement import device_of, dtype_of
 from longnet.runtime.autocast import autocast_dtype
 
@@ -46,10 +45,7 @@ def _layer_cache(layer: LayerAttention, max_length: int | None, **options: Any) 
     return DilatedCache(
         pattern.given_lengths,
         pattern.dilation_rates,
-        head_offsets=pattern.head_offsets,
-        window=pattern.window,
-        dilated_queries=pattern.dilated_queries,
-        dilation_block=pattern.block,
+        **pattern.options,
         segment_offset=layer.segment_offset,
         shift_keys=layer.shift_keys,
         capacity=max_length,
@@ -149,10 +145,8 @@ class LongNetCache:
         Args:
             key_padding_mask: (B, T) bool of the next T tokens, True where one is padding.
         """
-        padding, position = self.layers[0].padding, self.position
-        leading = leading_padding(key_padding_mask.to(padding.device))
-        leading = torch.where(padding < position, padding, position + leading)
-        if not leading.any():
+        leading = self.layers[0]._leading(key_padding_mask)
+        if leading is None:
             return
         for layer, grid in zip(self.layers, self._grids, strict=True):
             offsets = grid - leading.to(layer.device)

@@ -8,11 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from longnet.attention import DilatedAttention
-
-
-def leading_padding(key_padding_mask: Tensor) -> Tensor:
-    """How many padded tokens each row begins with: (B, N) bool to (B,) int64, computed on the mask's device."""
-    return key_padding_mask.long().cumprod(1).sum(1)
+from longnet.attention.padding import leading_padding
 
 
 class RowsFromStart(NamedTuple):

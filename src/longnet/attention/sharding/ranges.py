@@ -147,7 +147,7 @@ class _Grid:
     @property
     def own(self) -> AttentionInputs:
         """The shard as a sequence of its own."""
-        on_grid = self.place.pattern.on_own_grid(self.place.segment_offset + self.start)
+        on_grid = self.place.pattern.least_offset(self.place.segment_offset + self.start)
         return self.inputs.with_spec(segment_offset=on_grid)
 
     def index(self, heads: Sequence[int] | Tensor, positions: Tensor) -> tuple[slice, Any, Any]:

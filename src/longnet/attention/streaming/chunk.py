@@ -49,10 +49,8 @@ def attend_chunk(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache,
     Returns:
         (B, H, T, D) in the query's dtype, and the lse (B, H, T).
     """
-    start, length = cache.position, query.shape[2]
-    padded = None
-    if cache._most_padding > start:
-        padded = torch.arange(start, start + length, device=query.device) < cache.padding[:, None]
+    length = query.shape[2]
+    padded = cache._padded(length)
     chunk = AttentionInputs(query, key, value, padded, None, AttentionSpec(cache.pattern, True, scale))
     both = _attend(chunk, cache)
     with cache._writing():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from longnet.attention.call import check_segment_offset
+from longnet.attention.padding import leading_padding
 from longnet.attention.streaming.band_tables import BandTables
 from longnet.attention.streaming.tables import StepTables
 from longnet.checks import check_int
@@ -127,7 +128,7 @@ class RowStorage:
         Who replays a captured step calls ``moved(1, on_device=False)`` after it: a replay knows nothing of Python's numbers.
 
         Raises:
-            ValueError: there is no room for so many tokens. The cache then refuses to go on.
+            ValueError: they do not fit into the capacity. The cache then refuses to go on.
         """
         with self._writing():
             self._position += tokens
@@ -173,6 +174,13 @@ class RowStorage:
                 "load_state_dict(), or a clone made before"
             )
 
+    def _padded(self, tokens: int) -> Tensor | None:
+        """Which of the next tokens are padding, (B, tokens) bool; None where none is."""
+        if self._most_padding <= self._position:
+            return None
+        position = torch.arange(self._position, self._position + tokens, device=self.device)
+        return position < self.padding[:, None]
+
     def _set_padding(self, padding: Tensor, most: int) -> None:
         """Take over what a key padding mask said: (B,) int64 and its largest value."""
         self.padding.copy_(padding)
@@ -203,6 +211,12 @@ class RowStorage:
                         "it before the row's first real token, or after reset()"
                     )
         self._place_grid(segment_offset)
+
+    def _leading(self, padded: Tensor) -> Tensor | None:
+        """Tokens before each row's first real one, (B,) int64, by a mask (B, T) of the next tokens; None if no row has any."""
+        leading = self._position + leading_padding(padded.to(self.device))
+        leading = torch.where(self.padding < self._position, self.padding, leading)
+        return leading if leading.any() else None
 
     def _check_offset(self, segment_offset: int | Tensor) -> None:
         device = self.padding.device
