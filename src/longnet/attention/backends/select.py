@@ -65,6 +65,19 @@ def select_backend(name: str, inputs: AttentionInputs) -> Backend:
     Raises:
         ValueError: an unknown name, a named backend that cannot run (with its reason), or no backend that can.
     """
+    found = find_backend(name, inputs)
+    if isinstance(found, Backend):
+        return found
+    said = "; ".join(f"{backend_name}: {reason}" for backend_name, reason in found)
+    raise ValueError(f"backend={name!r} cannot run these inputs: {said}")
+
+
+def find_backend(name: str, inputs: AttentionInputs) -> Backend | list[tuple[str, str]]:
+    """As :func:`select_backend`, or the reasons, by backend, why none can.
+
+    Raises:
+        ValueError: an unknown name.
+    """
     reasons: list[tuple[str, str]] = []
     for backend in BACKENDS if name == "auto" else (*BACKENDS, *VARIANTS):
         if name not in ("auto", backend.name):
@@ -80,5 +93,4 @@ def select_backend(name: str, inputs: AttentionInputs) -> Backend:
         reasons.append((backend.name, reason))
     if not reasons:
         raise ValueError(f"backend={name!r} is unknown: expected one of {NAMES}")
-    said = "; ".join(f"{backend_name}: {reason}" for backend_name, reason in reasons)
-    raise ValueError(f"backend={name!r} cannot run these inputs: {said}")
+    return reasons

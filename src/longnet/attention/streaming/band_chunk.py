@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longnet.attention import merge
-from longnet.attention.backends import select_backend
+from longnet.attention.backends import Backend, find_backend, select_backend
 from longnet.attention.call import AttentionInputs, AttentionSpec, lse_dtype
 from longnet.attention.chunked import Rows
 from longnet.attention.key_ranges import KeyRanges
@@ -40,9 +40,7 @@ def attend_band_chunk(
         (B, H, T, D) in the query's dtype, and the lse (B, H, T).
     """
     start, length = cache.position, query.shape[2]
-    padded = None
-    if cache._most_padding > start:
-        padded = torch.arange(start, start + length, device=query.device) < cache.padding[:, None]
+    padded = cache._padded(length)
     same = len(set(cache._row_offsets)) == 1
     # The least offset, so that chunks at one place of the grid have one plan.
     place = cache.pattern.least_offset(cache._row_offsets[0] + start) if same else 0
@@ -68,12 +66,9 @@ def attend_band_chunk(
 
 def _own_part(chunk: AttentionInputs, cache: DilatedCache) -> tuple[Tensor, Tensor]:
     """(out, lse) of the chunk's tokens among themselves."""
-    try:
+    if chunk.offsets is None or isinstance(find_backend(cache.backend, chunk), Backend):
         return select_backend(cache.backend, chunk).run(chunk)
-    except ValueError:
-        if chunk.offsets is None:
-            raise
-    # No kernels for this device and dtype take a grid for each row: the rows of one grid at a time.
+    # Backends that would have to wait for the offsets of all rows (of float64 on a GPU, say) take one grid at a time.
     out, lse = chunk.empty_outputs()
     for rows, offset in _grids(cache):
         assert isinstance(rows, Tensor)
