@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from compiled import words_of
 
 HERE = Path(__file__).parent
 
@@ -22,16 +20,7 @@ def has_gluon() -> bool:
 @pytest.mark.skipif(not has_gluon(), reason="needs a triton with Gluon")
 def test_the_kernels_compile() -> None:
     cases = ["nest", "branch", "wide"]
-    # By themselves: tests run in Triton's interpreter, which does not compile.
-    done = subprocess.run(
-        [sys.executable, str(HERE / "hopper_compile.py"), *cases],
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = [line.split() for line in done.stdout.splitlines()]
+    rows = words_of(HERE / "hopper_compile.py", *cases)
     assert [row[:2] for row in rows] == [
         [kernel, case] for kernel in ("forward", "key_value", "query") for case in cases
     ]

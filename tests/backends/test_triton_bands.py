@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import interpreted
 import pytest
 import torch
 from beyond import calls, compare, draw_tensors
+from compiled import words_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import dense_attention
@@ -119,16 +117,7 @@ def test_no_grid_is_too_small(length: int, width: int | None, rate: int, block: 
 
 
 def test_the_kernels_compile() -> None:
-    # By themselves: tests run in Triton's interpreter, which does not compile.
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "band_compile.py")],
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = [line.split() for line in done.stdout.splitlines()]
+    rows = words_of(Path(__file__).parent / "band_compile.py")
     assert [row[:3] for row in rows] == [
         [kernel, case, target]
         for case, target in (("stride", "90"), ("rows", "80"))

@@ -64,7 +64,11 @@ def gradients(group, rank, dp, cp, lengths, ignored, config=CONFIG):
 @pytest.mark.parametrize(("dp", "cp", "lengths"), [(1, 8, None), (2, 4, (40, 70, 13, 77)), (4, 2, None), (8, 1, None)])
 def test_gradients_are_those_of_one_device(ranks, dp, cp, lengths, ignored):
     results = ranks(8, gradients, dp, cp, lengths, ignored)
-    model, rows = make(), batches(1, 2 * dp)[0]
+    assert_alike(results, make(), batches(1, 2 * dp)[0], ignored)
+
+
+def assert_alike(results, model, rows, ignored=0):
+    """(loss, gradients) of every rank are those of one device, whose first targets are left out."""
     targets = rows[:, 1:].clone()
     targets[:, :ignored] = -100
     loss = model.loss(rows[:, :-1], targets)
@@ -79,13 +83,7 @@ def test_gradients_are_those_of_one_device(ranks, dp, cp, lengths, ignored):
 def test_every_layer_type_is_shared_by_ranks(ranks, lengths):
     # All of the processes: a mesh of some would leave the others behind.
     results = ranks(8, gradients, 2, 4, lengths, 0, LAYERED)
-    model, rows = make(config=LAYERED), batches(1, 4)[0]
-    loss = model.loss(rows[:, :-1], rows[:, 1:])
-    loss.backward()
-    for got, grads in results:
-        assert abs(got - loss.item()) < 1e-12
-        for name, weight in model.named_parameters():
-            assert relative_error(grads[name], weight.grad) < 1e-10, name
+    assert_alike(results, make(config=LAYERED), batches(1, 4)[0])
 
 
 def steps_of(model, optimizer, mesh, first, last):
@@ -236,13 +234,7 @@ def losses_of_layers(group, rank, layer_types):
 @pytest.mark.parametrize("layer_types", [*((one,) for one in LAYER_TYPES), LAYER_TYPES[2:4]])
 def test_layers_of_every_type_over_replicas(ranks, layer_types):
     results = ranks(2, losses_of_layers, layer_types)
-    model, rows = layered(layer_types), batches(1, 2)[0]
-    loss = model.loss(rows[:, :-1], rows[:, 1:])
-    loss.backward()
-    for got, grads in results:
-        assert abs(got - loss.item()) < 1e-12
-        for name, weight in model.named_parameters():
-            assert relative_error(grads[name], weight.grad) < 1e-10, name
+    assert_alike(results, layered(layer_types), batches(1, 2)[0])
 
 
 def refusal(group, rank):
