@@ -161,7 +161,7 @@ def show(stack: Layers, report: dict[str, Any], pictures: dict[str, Path], count
         share, farthest = f"{seen['fraction']:.2%}", f"{seen['farthest']:,} away"
         reach.add_row(str(layer["layer"] + 1), f"{seen['tokens']:,}", share, farthest, missing)
     console.print(reach)
-    console.print("After the first so many layers, itself included; heads mix between layers.", style="dim")
+    console.print("Each row is for the layers up to that one; the position itself is counted.", style="dim")
     if report["followed"] < stack.length:
         console.print(f"Followed for the first {report['followed']:,} tokens only.", style="yellow")
     for name, picture in pictures.items():

@@ -53,7 +53,7 @@ class Settings:
         check_int("stride_block", self.stride_block, 1)
 
     def form(self, layer_type: str, is_causal: bool, heads: int, kv_heads: int) -> tuple[Pattern, int]:
-        """What a layer of this type computes: a pattern, on a grid that begins so many tokens earlier."""
+        """What a layer of this type computes: (pattern, segment_offset)."""
         if layer_type in DILATED_TYPES:
             assert self.dilated is not None
             return self.dilated, self.dilated.shifted_offset if layer_type == SHIFTED else 0

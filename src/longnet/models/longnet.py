@@ -120,7 +120,7 @@ class LongNetLM(LanguageModel):
 
         Args:
             max_length: how many tokens will be read at most, if that is known: the cache is smaller where segments are
-                longer, and what grows with the length has room for exactly so many. More raise an error. None reads forever.
+                longer, and what grows with the length has room for ``max_length`` tokens. More raise an error. None: any number.
             dtype: of keys and values, default the model's, or autocast's where that is on.
 
         Raises:
