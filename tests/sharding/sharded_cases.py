@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from on_shards import run_shard, together
 from oracle import dense_attention
 from torch import Tensor
 
@@ -23,7 +24,6 @@ MIXED = {
     "scale": None,
 }
 PAPER = {"segment_lengths": (64, 24), "dilation_rates": (1, 3), "window": None, "dilated_queries": True}
-TOKENS = {"query": 2, "key": 2, "value": 2, "grad": 2, "grad_lse": 2, "mask": 1, "out": 2, "lse": 2}
 
 
 @dataclass(frozen=True)
@@ -124,26 +124,6 @@ class Case:
             for name in ("out", "lse"):
                 found[name][mask[:, None].expand(found[name].shape[:3])] = 0
         return found
-
-
-def shard_of(case: Case, rank: int) -> dict[str, Tensor | None]:
-    return {
-        name: x.split(case.shards, TOKENS[name])[rank] if x is not None and name in TOKENS else x
-        for name, x in case.inputs().items()
-    }
-
-
-def run_shard(group, rank, case):
-    return case.run(shard_of(case, rank), group)
-
-
-def together(results):
-    return {
-        name: torch.cat([one[name] for one in results], TOKENS[name])
-        if name in TOKENS
-        else torch.stack([one[name] for one in results]).sum(0)
-        for name in results[0]
-    }
 
 
 def compare(ranks, case, tolerance=1e-10, run=run_shard):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from on_shards import bytes_sent, run_shard, together
 from patterns import branches, relative_error
 from torch import Tensor
 
@@ -93,31 +94,6 @@ class Case:
         return {"out": out.detach(), "lse": lse.detach(), **dict(zip(tensors, found, strict=True))}
 
 
-TOKENS = {"query": 2, "key": 2, "value": 2, "grad": 2, "grad_lse": 2, "mask": 1, "out": 2, "lse": 2}
-
-
-def shard_of(case: Case, rank: int) -> dict[str, Tensor | None]:
-    inputs = case.inputs()
-    return {
-        name: x.split(case.shards, TOKENS[name])[rank] if x is not None and name in TOKENS else x
-        for name, x in inputs.items()
-    }
-
-
-def run_shard(group, rank, case):
-    return case.run(shard_of(case, rank), group)
-
-
-def together(results):
-    """The shards' results as one sequence's; the bias belongs to all, and its gradients add up."""
-    return {
-        name: torch.cat([one[name] for one in results], TOKENS[name])
-        if name in TOKENS
-        else torch.stack([one[name] for one in results]).sum(0)
-        for name in results[0]
-    }
-
-
 def compare(ranks, case, tolerance=1e-10):
     got = together(ranks(len(case.shards), run_shard, case))
     want = case.run(case.inputs())
@@ -197,24 +173,6 @@ def test_shorter_types(ranks, dtype, backend):
         assert relative_error(got[name].double(), want[name]) < allowed, name
 
 
-def bytes_sent(group, rank, case):
-    """What the collective calls of one forward and backward pass carry away from this rank."""
-    counted = []
-    real = torch.distributed.all_to_all_single
-
-    def counting(into, given, received, sent, **options):
-        counted.append([n for other, n in enumerate(sent) if other != rank])
-        assert sent[rank] == received[rank] == 0
-        return real(into, given, received, sent, **options)
-
-    torch.distributed.all_to_all_single = counting
-    try:
-        run_shard(group, rank, case)
-    finally:
-        torch.distributed.all_to_all_single = real
-    return [sum(one) for one in counted]
-
-
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("shards", [(64,) * 4, (50, 70, 3, 90), (64,) * 8])
 def test_exactly_the_rows_that_others_need_travel(ranks, shards, is_causal):
@@ -235,8 +193,9 @@ def test_exactly_the_rows_that_others_need_travel(ranks, shards, is_causal):
     row = 2 * case.head_dim * 8  # a key and a value in float64
     received = [sum(1 for rows in needed for one in rows if one[0] == rank) for rank in range(len(shards))]
     for rank, (forward, backward) in enumerate(counted):
-        assert forward == len(needed[rank]) * row
-        assert backward == received[rank] * row
+        assert forward[rank] == backward[rank] == 0
+        assert sum(forward) == len(needed[rank]) * row
+        assert sum(backward) == received[rank] * row
 
 
 def refusal(group, rank, changes):

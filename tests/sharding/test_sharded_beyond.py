@@ -9,8 +9,9 @@ import torch
 from beyond import calls
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from on_shards import bytes_sent, run_shard, shard_of, together
 from patterns import relative_error
-from sharded_cases import MIXED, PAPER, Case, compare, run_shard, shard_of, together
+from sharded_cases import MIXED, PAPER, Case, compare
 
 from longnet.attention.functional import pattern_attention
 from longnet.geometry import Pattern
@@ -153,23 +154,6 @@ def changed_later(group, rank, case, first):
 def test_later_tokens_change_no_bit_of_earlier_rows(ranks):
     case = Case((40, 25, 50), offset=(3, -8), dtype=torch.float32)
     assert all(ranks(3, changed_later, case, 55))
-
-
-def bytes_sent(group, rank, case):
-    """What the collective calls of one forward and backward pass carry to every rank."""
-    counted = []
-    real = torch.distributed.all_to_all_single
-
-    def counting(into, given, received, sent, **options):
-        counted.append(list(sent))
-        return real(into, given, received, sent, **options)
-
-    torch.distributed.all_to_all_single = counting
-    try:
-        run_shard(group, rank, case)
-    finally:
-        torch.distributed.all_to_all_single = real
-    return counted
 
 
 def keys_needed(case, offset):
