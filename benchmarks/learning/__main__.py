@@ -6,20 +6,19 @@ import argparse
 import json
 import os
 import re
+import sys
 import sysconfig
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from benchmarks.environment import commit, gpu_versions, versions
-from benchmarks.learning.data import Text, read_text
+from benchmarks.learning.data import read_text
 from benchmarks.learning.model import Shape
 from benchmarks.learning.patterns import ARMS
-from benchmarks.learning.together import train_together
-from benchmarks.learning.train import Run, Settings, run
+from benchmarks.learning.train import Settings, run
 
 SMALL = Settings(
     Shape(layers=2, dim=32, heads=8, context=512),
@@ -32,18 +31,7 @@ SMALL = Settings(
 )
 
 
-@dataclass(frozen=True)
-class Task:
-    """A run, and the file that holds its result."""
-
-    path: Path
-    arm: str
-    seed: int
-    settings: Settings
-
-
-def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[Task]]:
-    """(options, runs that have no result yet) of a command line, the program's own if None."""
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.learning", description=__doc__.partition(": ")[2])
     parser.add_argument("--arms", default=",".join(ARMS), help="names of patterns, by commas; all by default")
     parser.add_argument("--seeds", default="0", help="by commas")
@@ -52,7 +40,6 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of results: what it holds is not run again")
     parser.add_argument("--minutes", type=float, help="start no run that would end later; by default there is no limit")
-    parser.add_argument("--together", type=int, default=1, help="runs that train side by side")
     parser.add_argument("--label", default="", help="added to the results' names: another comparison")
     parser.add_argument("--small", action="store_true", help="toy sizes, for a CPU")
     parser.add_argument("--steps", type=int)
@@ -62,12 +49,10 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
     parser.add_argument("--no-far-positions", action="store_true")
     parser.add_argument("--sinks", type=int, default=0)
     parser.add_argument("--adamw", action="store_true", help="AdamW for matrices too, in place of Muon")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     arms, seeds = options.arms.split(","), [int(seed) for seed in options.seeds.split(",")]
     if unknown := [arm for arm in arms if arm not in ARMS]:
         parser.error(f"--arms names {unknown}: expected some of {list(ARMS)}")
-    if options.together < 1:
-        parser.error(f"--together is {options.together}: expected at least 1")
     settings = SMALL if options.small else Settings()
     changes = {name: value for name in ("steps", "batch") if (value := getattr(options, name)) is not None}
     shape = replace(
@@ -80,55 +65,37 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
     settings = replace(settings, shape=shape, **changes)
     if options.adamw:
         settings = replace(settings, matrix_lr=None)
-    tasks = []
-    for seed in seeds:
-        for arm in arms:
-            name = "-".join(part for part in (re.sub(r"[^A-Za-z0-9.]+", "_", arm), options.label, str(seed)) if part)
-            tasks.append(Task(options.out / f"{name}.json", arm, seed, settings))
-    return options, [task for task in tasks if not task.path.exists()]
-
-
-def main() -> None:
-    options, tasks = parse()
     device = torch.device("cuda" if torch.cuda.is_available() and not options.small else "cpu")
     text = read_text(options.data or [Path(sysconfig.get_paths()["purelib"])])
     print(", ".join(f"{name} {value:,}" for name, value in text.facts.items()), flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
     begun, longest = time.monotonic(), 0.0
-
-    def within_the_budget() -> Iterator[Task]:
-        for task in tasks:
+    for seed in seeds:
+        for arm in arms:
+            name = "-".join(part for part in (re.sub(r"[^A-Za-z0-9.]+", "_", arm), options.label, str(seed)) if part)
+            path = options.out / f"{name}.json"
+            if path.exists():
+                continue
             used = (time.monotonic() - begun) / 60
             if options.minutes is not None and used + longest > options.minutes:
-                print(f"{task.path.stem}: not begun, {options.minutes - used:.1f} minutes are left", flush=True)
-                return
-            yield task
-
-    for minutes in train_and_save(within_the_budget(), options.together, text, device):
-        longest = max(longest, minutes)
-
-
-def train_and_save(tasks: Iterator[Task], together: int, text: Text, device: torch.device) -> Iterator[float]:
-    """Train what is asked for one after the other, or side by side; each result is written when its run ends.
-
-    Yields:
-        the minutes that each took.
-    """
-
-    def started() -> Iterator[tuple[Task, Run]]:
-        for task in tasks:
-            yield task, run(task.arm, task.seed, task.settings, text, device, lambda line: print(line, flush=True))
-
-    for task, record, minutes in train_together(started(), together, device):
-        record |= {"data": text.facts, "environment": _environment(device), "minutes": minutes}
-        task.path.parent.mkdir(parents=True, exist_ok=True)
-        part = task.path.with_suffix(".part")
-        part.write_text(json.dumps(record, indent=1) + "\n")
-        os.replace(part, task.path)
-        print(
-            f"{task.arm}, seed {task.seed}: {record['bits']:.4f} bits, cost {record['cost']:.3f}, written to {task.path}",
-            flush=True,
-        )
-        yield minutes
+                print(f"{arm}, seed {seed}: not begun, {options.minutes - used:.1f} minutes are left", flush=True)
+                sys.exit(0)
+            start = time.monotonic()
+            torch.compiler.reset()
+            record = run(arm, seed, settings, text, device, lambda line: print(line, flush=True))
+            record |= {
+                "data": text.facts,
+                "environment": _environment(device),
+                "minutes": (time.monotonic() - start) / 60,
+            }
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps(record, indent=1) + "\n")
+            os.replace(part, path)
+            longest = max(longest, (time.monotonic() - start) / 60)
+            print(
+                f"{arm}, seed {seed}: {record['bits']:.4f} bits, cost {record['cost']:.3f}, written to {path}",
+                flush=True,
+            )
 
 
 def _environment(device: torch.device) -> dict[str, object]:

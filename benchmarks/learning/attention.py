@@ -120,7 +120,7 @@ def make_mask(layer: Layer, heads: int, length: int, device: torch.device, sinks
         return None
     function, keys = mask_of(layer.bands, length, sinks, device)
     # Compiled, or the whole table of pairs would lie in memory.
-    return torch.compile(create_block_mask, dynamic=False)(function, None, heads, length, keys, device=device)
+    return torch.compile(create_block_mask)(function, None, heads, length, keys, device=device)
 
 
 def mask_of(bands: tuple[Band, ...], length: int, sinks: int, device: torch.device) -> tuple[Any, int]:

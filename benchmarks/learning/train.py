@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -41,16 +41,13 @@ class Settings:
     checked: int = 16
 
 
-Run = Generator[None, None, dict[str, Any]]
-# Steps that are timed, with nothing else on the device.
-_TIMED = 50
-
-
-def run(arm: str, seed: int, settings: Settings, text: Text, device: torch.device, say: Callable[[str], None]) -> Run:
-    """Train and probe one pattern, a step at every ``next``: several can share a GPU, each on a stream of its own.
+def run(
+    arm: str, seed: int, settings: Settings, text: Text, device: torch.device, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Train and probe one pattern.
 
     Returns:
-        what a result file holds, as the value of ``StopIteration``.
+        what a result file holds.
     """
     shape = settings.shape
     layers = ARMS[arm](shape.layers)
@@ -67,22 +64,19 @@ def run(arm: str, seed: int, settings: Settings, text: Text, device: torch.devic
     inside = (repeats > 0) & (repeats <= WINDOW)
     losses: list[Tensor] = []
     curve, checks = [], []
-    begun, seconds = 0.0, None
-    first_timed = _Steps.EAGER + 1  # compilation and capture apart
-    last_timed = min(first_timed + _TIMED, settings.steps) - 1
+    begun, excluded = time.perf_counter(), 0.0
     for step in range(settings.steps):
         if step == int(share * settings.steps) > 0:
             model.read_as(layers, device)
             train.begin_anew()
         rows = windows(text.train, settings.batch, shape.context + 1, (seed << 32) + step)
-        if step == first_timed:
-            _wait(device)
-            begun = time.perf_counter()
         losses.append(train.step(rows, _rate(step, settings)))
-        if first_timed <= step == last_timed:
+        if step == _Steps.EAGER:
             _wait(device)
-            seconds = time.perf_counter() - begun
+            begun = time.perf_counter()  # compilation and capture apart
         if (step + 1) % settings.check_every == 0 or step + 1 == settings.steps:
+            _wait(device)
+            paused = time.perf_counter()
             bits = probes.bits_of(model, fixed[: settings.checked], device, settings.checked)
             curve.append([step + 1, float(torch.stack(losses).mean()) / math.log(2)])
             losses.clear()
@@ -92,8 +86,8 @@ def run(arm: str, seed: int, settings: Settings, text: Text, device: torch.devic
             say(f"{arm}, seed {seed}: step {step + 1} of {settings.steps}, {curve[-1][1]:.4f} bits, late {late:.4f}")
             if not math.isfinite(curve[-1][1]):
                 raise ValueError(f"{arm}: the loss is {curve[-1][1]} at step {step + 1}")
-        if not first_timed <= step < last_timed:
-            yield
+            excluded += time.perf_counter() - paused
+    seconds = time.perf_counter() - begun - excluded
     score = lambda rows: probes.bits_of(model, rows, device, settings.checked)  # noqa: E731
     return {
         "arm": arm,
@@ -104,7 +98,7 @@ def run(arm: str, seed: int, settings: Settings, text: Text, device: torch.devic
         "pairs_a_token": sum(layer.pairs(shape.heads, shape.context) for layer in layers) / shape.context,
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "tokens": settings.steps * settings.batch * shape.context,
-        "tokens_a_second": seconds and (last_timed - first_timed + 1) * settings.batch * shape.context / seconds,
+        "tokens_a_second": (settings.steps - 1 - _Steps.EAGER) * settings.batch * shape.context / seconds,
         "curve": curve,
         "checks": checks,
         "formed": formation_step(checks),
@@ -171,8 +165,6 @@ class _Steps:
             here.wait_stream(aside)
         else:
             if self._graph is None:
-                # Graphs that are captured on one stream share cuBLAS's scratch memory, and may not run side by side.
-                torch._C._cuda_clearCublasWorkspaces()
                 self._graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(self._graph):
                     self._run()
