@@ -580,7 +580,71 @@ _GPU_TABLES = (
     ("checks", _checks), ("ceilings", _ceilings), ("speed", _gpu_speed), ("memory", _gpu_memory),
     ("gigapath", _gigapath), ("growth", _growth), ("longest", _longest), ("stream", _stream),
 )  # fmt: skip
+
+
+def _windows(result: Record) -> list[Table]:
+    def name(kind: Record) -> str:
+        if (
+            not kind.get("segment_lengths") and kind.get("segment_lengths") is not None
+        ) or "segment_lengths" not in kind:
+            return f"window {kind['window']:,}"
+        if kind["segment_lengths"] is None:
+            blocks = f", blocks of {kind['dilation_block']}" * (kind["dilation_block"] > 1)
+            return f"stride {kind['dilation_rates']}{blocks}, window {kind['window']:,}"
+        if "window" in kind:
+            return f"LongNet, window {kind['window']:,}"
+        rows = isinstance(kind["segment_offset"], list)
+        return "LongNet, an offset for each row" if rows else f"LongNet, offset {kind['segment_offset']:,}"
+
+    rows = []
+    for record in result["rows"]:
+        for which, one in record["passes"].items():
+            verdict = Verdict(name(record["kind"]), one["ratio"], one["limit"])
+            by_tiles = record.get("tiles") and one["ratio"] * record["pairs"] / record["tiles"]
+            row = {
+                "what": name(record["kind"]),
+                "case": record["case"],
+                "pass": which,
+                "beside": _BESIDE[record["beside"]],
+            }
+            rows.append(row | one | {"by_tiles": by_tiles, "verdict": str(verdict)})
+    columns = {
+        "what": "{what}", "N": "{case[length]:,}", "D": "{case[head_dim]}", "pass": "{pass}", "longnet ms": "{seconds[ours]:ms}",
+        "beside": "{beside}", "its ms": "{seconds[other]:ms}", "time over pairs": "{ratio:.3f}", "over tiles": "{by_tiles:.3f}",
+        **_JUDGED,
+    }  # fmt: skip
+    made = [table("Windows and strides", columns, rows)]
+    if result.get("host"):
+        host = [record | {"verdict": str(Verdict("", record["value"], record["limit"]))} for record in result["host"]]
+        columns = {
+            "call": "{kind}", "pass": "{pass}", "host us": "{seconds:us}", "over LongNet's": "{value:.3f}", **_JUDGED
+        }  # fmt: skip
+        made.append(table("Host time of a call", columns, host))
+    return made
+
+
+_BESIDE = {
+    "flex": "FlexAttention", "dense": "dense cuDNN", "longnet": "LongNet alone", "grid": "LongNet alone",
+    "grids": "LongNet alone",
+}  # fmt: skip
+
+
+def _decoding(result: Record) -> list[Table]:
+    rows = []
+    for record in result["rows"]:
+        share, limits = record["bytes"] / record["dense_bytes"], record["limits"]
+        judged = record["case"]["batch"] > 1
+        verdict = Verdict("", record["ratio"], limits["seconds"], judged)
+        rows.append(record | {"share": share, "limit": limits["seconds"] if judged else None, "verdict": str(verdict)})
+    columns = {
+        "batch": "{case[batch]}", "heads": "{case[heads]}", "key/value heads": "{case[kv_heads]}", "D": "{case[head_dim]}",
+        "longnet us": "{seconds[ours]:us}", "dense us": "{seconds[dense]:us}", "ratio": "{ratio:.3f}", **_JUDGED,
+        "cache bytes over dense's": "{share:.3f}",
+    }  # fmt: skip
+    return [table("Decoding", columns, rows)]
+
+
 _KINDS: dict[str, Callable[[Record], list[Table]]] = {
     "stream record": _long_stream, "gigapath": _slide_encoder, "compress": _compressed, "scaling": _scaling, "hf": _hf,
-    "longest training": _longest_training,
+    "longest training": _longest_training, "windows": _windows, "decoding": _decoding,
 }  # fmt: skip

@@ -4,11 +4,12 @@
 
 Windows stand beside FlexAttention with the same window, compiled; strided keys beside dense attention (cuDNN on a GPU), by
 time over the share of its pairs; a window with LongNet's branches, and LongNet on an offset grid, beside LongNet alone. Results
-are compared with the definition before anything is timed.
+are compared with the definition before anything is timed. On a GPU the host's time of short calls stands beside LongNet's too.
 """
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -29,6 +30,9 @@ from longnet.geometry import Pattern, score_pairs
 
 Kind = dict[str, Any]
 ROUNDS, ALLOWED = 21, 2e-2
+# Queries and keys of a tile of the GPU kernels.
+TILE = 128
+HOST_LIMIT, HOST_CALLS = 1.05, 10
 LIMITS = {"flex": (0.9, 0.9), "dense": (1.25, 1.35), "longnet": (1.10, 1.10), "grid": (1.0, 1.0), "grids": (1.03, 1.03)}
 
 
@@ -54,6 +58,26 @@ class Row:
         sizes = (self.case.heads, self.case.length, self.case.is_causal)
         other = {"dense": Pattern.parse(self.case.length, 1), "longnet": self.case.pattern}.get(self.beside)
         return 1.0 if other is None else score_pairs(self.pattern, *sizes) / score_pairs(other, *sizes)
+
+    @property
+    def tile_share(self) -> float | None:
+        """As ``share``, of pairs in whole tiles; None where queries are dilated."""
+        if self.beside not in ("flex", "dense"):
+            return None
+        other = self.pattern if self.beside == "flex" else Pattern.compose(None, 1, dilated_queries=False)
+        return pairs_in_tiles(self.pattern, self.case) / pairs_in_tiles(other, self.case)
+
+
+def pairs_in_tiles(pattern: Pattern, case: Case) -> int:
+    """Pairs of the tiles that a causal call touches: of every ``TILE`` queries, keys in runs of ``TILE``."""
+    total = 0
+    for head in range(case.heads):
+        for first in range(0, case.length, TILE):
+            stop = min(first + TILE, case.length)
+            counts = [stop - max(0, first + 1 - pattern.window)] if pattern.window else []
+            counts += [one.count(0, stop, pattern.offset(one, head, case.heads)) for one in pattern.branches]
+            total += sum(-(-count // TILE) for count in counts) * TILE * TILE
+    return total
 
 
 def strided(rate: int, block: int, window: int = 512) -> Kind:
@@ -136,6 +160,7 @@ def measure(row: Row, device: Device, rounds: int = ROUNDS) -> Record:
         other = ours(row.case, tensors, "other")
     shown = {name: x.tolist() if isinstance(x, Tensor) else x for name, x in row.kind.items()}
     record: Record = {"case": row.case.to_dict(), "kind": shown, "beside": row.beside, "pairs": row.share, "passes": {}}
+    record["tiles"] = row.tile_share
     record["error"] = check(row, device)
     # FlexAttention has no backward pass on a CPU.
     for number, which in enumerate(PASSES if device.kind == "cuda" or row.beside != "flex" else PASSES[:1]):
@@ -143,22 +168,63 @@ def measure(row: Row, device: Device, rounds: int = ROUNDS) -> Record:
         ratio = median(a / b for a, b in zip(seconds["ours"], seconds["other"], strict=True)) / row.share
         limit = LIMITS[row.beside][number]
         record["passes"][which] = {"seconds": seconds, "ratio": ratio, "limit": limit}
+        by_tiles = "" if row.tile_share is None else f", over tiles {ratio * row.share / row.tile_share:.3f}"
         ms = {name: 1e3 * median(values) for name, values in seconds.items()}
         print(
             f"N={row.case.length:,} D={row.case.head_dim} {shown} {which}: {ms['ours']:.3f} ms, {row.beside} "
-            f"{ms['other']:.3f} ms, ratio over pairs {ratio:.3f} (limit {limit})",
+            f"{ms['other']:.3f} ms, ratio over pairs {ratio:.3f} (limit {limit}){by_tiles}",
             flush=True,
         )
     device.release()
     return record
 
 
-def run(out: Path | None, dims: tuple[int, ...] = ()) -> Record:
+def host_kinds(device: torch.device) -> dict[str, Kind]:
+    """Short calls by name, LongNet's first."""
+    branches: Kind = {"segment_lengths": (256, 512, 1024), "dilation_rates": (1, 2, 4)}
+    return {
+        "LongNet": branches,
+        "window": {"window": 128},
+        "window and stride 4": strided(4, 1, 128),
+        "LongNet and window": {**branches, "window": 128},
+        "offset": {**branches, "segment_offset": 100},
+        "offset of each row": {**branches, "segment_offset": torch.tensor([100], device=device)},
+    }
+
+
+def measure_host(device: Device, rounds: int = ROUNDS) -> list[Record]:
+    """Seconds that the host needs to launch a call of 1,024 tokens, and their ratio to LongNet's."""
+    case = replace(GPU, length=1024, heads=8, head_dim=64)
+    calls = {
+        name: contender(name, attend(Row(case, kind, "host"), device.device), draw(case, 0, device.device))
+        for name, kind in host_kinds(device.device).items()
+    }
+    records = []
+    for which in PASSES:
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        for number in range(rounds + 2):
+            for name, call in calls.items():
+                device.finish()
+                began = time.perf_counter()
+                for _ in range(HOST_CALLS):
+                    call.passes[which]()
+                # The first two rounds warm up.
+                seconds[name] += [(time.perf_counter() - began) / HOST_CALLS] * (number > 1)
+        for name, own in seconds.items():
+            ratio = median(a / b for a, b in zip(own, seconds["LongNet"], strict=True))
+            records.append({"kind": name, "pass": which, "seconds": own, "value": ratio, "limit": HOST_LIMIT})
+            print(f"host, {name}, {which}: {1e6 * median(own):.0f} us, {ratio:.3f} of LongNet's", flush=True)
+    return records
+
+
+def run(out: Path | None, dims: tuple[int, ...] = (), rounds: int = ROUNDS) -> Record:
     device = here()
     result = results.started(kind="windows", device=device.describe(), rows=[])
+    if device.kind == "cuda":
+        result["host"] = measure_host(device, rounds)
     for row in rows(device.kind == "cuda"):
         if not dims or row.case.head_dim in dims:
-            result["rows"].append(measure(row, device))
+            result["rows"].append(measure(row, device, rounds))
             # After every row: a run that is cut short keeps what it has.
             results.save(result, out)
     return result
@@ -167,8 +233,11 @@ def run(out: Path | None, dims: tuple[int, ...] = ()) -> Record:
 def main() -> None:
     options = results.program("windows", __doc__)
     options.add_argument("--dims", type=int, nargs="*", default=[], help="head dimensions; all by default")
+    options.add_argument(
+        "--rounds", type=int, default=ROUNDS, help="calls of each that are timed; %(default)s by default"
+    )
     given = options.parse_args()
-    run(given.out, tuple(given.dims))
+    run(given.out, tuple(given.dims), given.rounds)
 
 
 if __name__ == "__main__":

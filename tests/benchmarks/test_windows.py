@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import windows
+from benchmarks import decoding, report, windows
 from benchmarks.checks import CheckFailed
 from benchmarks.device import Cpu
 
@@ -45,3 +45,32 @@ def test_a_run_keeps_what_it_has(monkeypatch, tmp_path):
     result = windows.run(tmp_path / "windows.json")
     assert (tmp_path / "windows.json").is_file() and len(result["rows"]) == 2
     assert {"commit", "versions", "device"} <= result.keys()
+
+
+def test_pairs_in_tiles_are_those_that_tiles_touch():
+    """Of 300 queries in three blocks: a window's keys up to 128, 256 and from 57 to 300, a stride's 64, 128 and 150."""
+    case = next(row for row in windows.rows(on_gpu=False)).case
+    case = windows.replace(case, length=300, heads=2)
+    pattern = windows.Pattern.compose(None, 2, window=200, dilated_queries=False)
+    window, strided = 1 + 2 + 2, 1 + 1 + 2
+    assert windows.pairs_in_tiles(pattern, case) == 2 * (window + strided) * 128 * 128
+
+
+def test_a_token_beside_dense_decoding():
+    for row in decoding.rows(on_gpu=False):
+        record = decoding.measure(row, Cpu(), rounds=2)
+        assert record["error"] < 1e-5 and record["ratio"] > 0
+        assert record["bytes"] < 0.4 * record["dense_bytes"]
+
+
+def test_results_become_tables():
+    rows = [windows.measure(row, Cpu(), rounds=2) for row in windows.rows(on_gpu=False)]
+    (made,) = report.tables({"kind": "windows", "rows": rows})
+    passes = [name for record in rows for name in record["passes"]]
+    assert len(made.rows) == len(passes)
+    named = {row[0] for row in made.rows}
+    assert {"window 32", "stride 2, window 32", "stride 8, blocks of 32, window 32", "LongNet, window 512"} <= named
+    assert all(row[-1] in ("reached", "missed") for row in made.rows)
+    records = [decoding.measure(row, Cpu(), rounds=2) for row in decoding.rows(on_gpu=False)]
+    (made,) = report.tables({"kind": "decoding", "rows": records})
+    assert [row[:4] for row in made.rows] == [("2", "4", "4", "16"), ("2", "4", "1", "16")]
