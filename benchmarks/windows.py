@@ -97,13 +97,13 @@ def rows(on_gpu: bool) -> Iterator[Row]:
     for case in (replace(base, head_dim=dim) for dim in ((64, 128) if on_gpu else (16,))):
         for window in (512, 4096) if on_gpu else (32,):
             yield Row(case, {"window": window}, "flex")
+        yield Row(case, {**branches, "window": 512}, "longnet")
+        yield Row(case, {**branches, "segment_offset": 1000}, "grid")
+        yield Row(case, {**branches, "segment_offset": torch.tensor([1000])}, "grids")
         for length in (32768, 131072) if on_gpu else (256,):
             for rate in (2, 4, 8):
                 for block in (1, 32):
                     yield Row(replace(case, length=length), strided(rate, block, 512 if on_gpu else 32), "dense")
-        yield Row(case, {**branches, "window": 512}, "longnet")
-        yield Row(case, {**branches, "segment_offset": 1000}, "grid")
-        yield Row(case, {**branches, "segment_offset": torch.tensor([1000])}, "grids")
 
 
 def attend(row: Row, device: torch.device) -> Callable[..., Tensor]:
