@@ -220,13 +220,14 @@ def measure_host(device: Device, rounds: int = ROUNDS) -> list[Record]:
 def run(out: Path | None, dims: tuple[int, ...] = (), rounds: int = ROUNDS) -> Record:
     device = here()
     result = results.started(kind="windows", device=device.describe(), rows=[])
-    if device.kind == "cuda":
-        result["host"] = measure_host(device, rounds)
     for row in rows(device.kind == "cuda"):
         if not dims or row.case.head_dim in dims:
             result["rows"].append(measure(row, device, rounds))
             # After every row: a run that is cut short keeps what it has.
             results.save(result, out)
+    if device.kind == "cuda":
+        result["host"] = measure_host(device, rounds)
+        results.save(result, out)
     return result
 
 
