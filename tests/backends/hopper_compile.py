@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import sys
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from longnet.attention.backends.triton import hopper
-from longnet.geometry import Branch
+from longnet.attention.backends.triton import bands, hopper, hopper_bands
+from longnet.attention.backends.triton.kernels import hopper_bands as band_kernels
+from longnet.geometry import Branch, Pattern
 from longnet.geometry.nests import Nest
 
 LENGTH = 45_681
@@ -19,6 +21,13 @@ CASES = {
     "nest": (64, 48, False, ((1024, 1), (32768, 4))),
     "branch": (64, 64, True, ((5792, 2),)),
     "wide": (128, 96, True, ((1024, 1), (4096, 2), (16384, 4))),
+}
+
+
+BANDS = {
+    "window": (64, 64, Pattern.compose(window=512)),
+    "stride": (64, 48, Pattern.compose(None, 4, window=512, dilated_queries=False)),
+    "blocks": (128, 128, Pattern.compose(None, 2, window=512, dilated_queries=False, dilation_block=32)),
 }
 
 
@@ -32,15 +41,34 @@ def compiled(kernel: str, case: str) -> object:
     settings = hopper.Constants(
         shape, tiles, dim, channels, hopper._OWNED, swept, stages, True, is_causal, MERGE=True, LIMITED=limited
     )
-    constants: dict[str, object] = {"C": settings}
     letters = [name[0] for name in function.arg_names if name.endswith("_fold")]
+    rows = {letter: [hopper._OWNED if i in owned else swept] * len(branches) for i, letter in enumerate(letters)}
+    return _compiled(function, settings, rows, dim)
+
+
+def compiled_band(kernel: str, case: str) -> object:
+    dim, channels, pattern = BANDS[case]
+    (launch,) = bands.band_launches(pattern, True)
+    of_keys = kernel == "key_value"
+    launch = launch.by_band[-1] if of_keys else launch
+    settings = hopper_bands.constants_of(launch, pattern, kernel, dim, channels, is_causal=True, merge=True)
+    own, swept = hopper._OWNED, settings.N
+    of_queries = [swept if of_keys else own]
+    of_bands = [hopper_bands.rows_of_copy(band, own if of_keys else swept) for band in launch.bands]
+    function = getattr(band_kernels, f"hopper_band_{kernel}_kernel")
+    return _compiled(function, settings, {"q": of_queries, "g": of_queries, "k": of_bands, "v": of_bands}, dim)
+
+
+def _compiled(function: Any, settings: object, rows: dict[str, list[int]], dim: int) -> object:
+    """``rows``: of the copies by each descriptor, by the first letter of its name."""
+    constants: dict[str, object] = {"C": settings}
     signature: dict[str, object] = {}
     for name in function.arg_names:
         if re.fullmatch("[qkvg][0-4]", name):
-            if int(name[1]) >= len(branches):
+            if int(name[1]) >= len(rows[name[0]]):
                 constants[name] = None
             else:
-                block = [hopper._OWNED if letters.index(name[0]) in owned else swept, dim]
+                block = [rows[name[0]][int(name[1])], dim]
                 layout = gl.NVMMASharedLayout.get_default_for(block, gl.float16)
                 signature[name] = f"tensordesc<fp16{block},{layout!r}>"
         elif name in ("OUT", "GRAD_Q", "GRAD_K", "GRAD_V"):
@@ -62,5 +90,5 @@ def compiled(kernel: str, case: str) -> object:
 if __name__ == "__main__":
     for kernel in ("forward", "key_value", "query"):
         for case in sys.argv[1:]:
-            asm = compiled(kernel, case).asm
+            asm = (compiled if case in CASES else compiled_band)(kernel, case).asm
             sys.stdout.write(f"{kernel} {case} {asm['ptx'].count('wgmma.mma_async')} {len(asm['cubin'])}\n")

@@ -57,11 +57,43 @@ def on_device(kind: dict[str, Any]) -> dict[str, Any]:
 )
 @pytest.mark.parametrize("padded", [False, True])
 def test_it_is_the_definition(name: str, is_causal: bool, dtype: torch.dtype, head_dim: int, padded: bool) -> None:
-    inputs, grad = draw(head_dim, dtype)
     mask = torch.rand(2, 777, generator=torch.Generator().manual_seed(1)) < 0.2 if padded else None
-    options = {"is_causal": is_causal, **on_device(KINDS[name])}
+    check(KINDS[name], is_causal, *draw(head_dim, dtype), mask)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_general_kernels_are_the_definition_too(name: str) -> None:
+    check(KINDS[name], True, *draw(64, torch.bfloat16), None, "triton:general")
+
+
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 2048])
+@pytest.mark.parametrize("block", [1, 8, 16, 32, 64])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_tiles_of_any_length_and_block(length: int, block: int, is_causal: bool) -> None:
+    """What the Hopper kernels take: windows beside strided keys, on a grid that begins anywhere."""
+    kind: dict[str, Any] = {
+        "segment_lengths": (None,),
+        "dilation_rates": (4,),
+        "window": 200,
+        "dilated_queries": False,
+        "dilation_block": block,
+        "segment_offset": 77,
+    }
+    check(kind, is_causal, *draw(64, torch.bfloat16, length), None)
+
+
+def check(
+    kind: dict[str, Any],
+    is_causal: bool,
+    inputs: list[Tensor],
+    grad: Tensor,
+    mask: Tensor | None,
+    backend: str = "triton",
+) -> None:
+    """Compare out, lse and gradients with the definition in float64."""
+    options = {"is_causal": is_causal, **on_device(kind)}
     got, lse = dilated_attention(
-        *inputs, **options, key_padding_mask=None if mask is None else mask.cuda(), return_lse=True, backend="triton"
+        *inputs, **options, key_padding_mask=None if mask is None else mask.cuda(), return_lse=True, backend=backend
     )
     exact = [x.detach().double().cpu().requires_grad_() for x in inputs]
     offset = options.get("segment_offset", 0)
@@ -69,10 +101,9 @@ def test_it_is_the_definition(name: str, is_causal: bool, dtype: torch.dtype, he
     want, want_lse = dense_attention(*exact, **options, key_padding_mask=mask)
     grads = torch.autograd.grad(got, inputs, grad), torch.autograd.grad(want, exact, grad.double().cpu())
     assert torch.equal(lse.cpu() == -torch.inf, want_lse == -torch.inf)
+    allowed = ALLOWED[inputs[0].dtype]
     for one, other in zip((got, *grads[0]), (want, *grads[1]), strict=True):
-        assert float((one.detach().double().cpu() - other.detach()).norm()) <= ALLOWED[dtype] * float(
-            other.detach().norm()
-        )
+        assert float((one.detach().double().cpu() - other.detach()).norm()) <= allowed * float(other.detach().norm())
 
 
 def test_offsets_of_rows_are_read_on_the_device() -> None:

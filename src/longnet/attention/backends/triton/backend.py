@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longnet.attention.backends.triton import bands, hopper
+from longnet.attention.backends.triton import bands, hopper, hopper_bands
 from longnet.attention.backends.triton.all_heads import backward_among_all_heads, forward_among_all_heads
 from longnet.attention.backends.triton.launches import Blocks, Settings, Sizes, plan_launches
 from longnet.attention.backends.views import bias_columns, signed, sum_heads
@@ -112,7 +112,7 @@ class _Call:
         pattern = spec.pattern.ended(query.shape[2]) if on_grid else spec.pattern
         self.padding, self.bias, self.spec = padding, bias, replace(spec, pattern=pattern)
         self.batch, self.heads, self.length, self.dim = query.shape
-        self.group = inputs.group
+        self.group, self.use_hopper = inputs.group, use_hopper
         self.mask = self.q if padding is None else padding.view(torch.int8)
         # Statistics are float32, and a bias is part of the scores.
         self.table = self.q if bias is None else bias.to(torch.float32).contiguous()
@@ -136,25 +136,44 @@ class _Call:
             grid = (launch.tiles * launch.segments * self.heads * self.batch,)
             yield grid, (sizes, launch.shape, settings), cut.warps
 
-    def band_launches(self, kernel: str) -> Iterator[tuple[tuple[int], tuple[Any, ...], int]]:
-        """(grid, last arguments, warps) of every launch of the band kernels."""
+    def band_order(self, of_keys: bool) -> Iterator[tuple[bands.BandLaunch, bool]]:
+        """(a launch of a band kernel, whether it is mixed into what there is) one after the other."""
+        # The first launch of all is mixed in too, unless it writes every row.
+        merge = bool(self.for_hopper or self.left) or not self.covers(of_keys)
+        for launch in self.bands:
+            for one in launch.by_band if of_keys else (launch,):
+                yield one, merge
+                merge = True
+
+    def band_arguments(
+        self, kernel: str, launch: bands.BandLaunch, merge: bool
+    ) -> tuple[tuple[int], tuple[Any, ...], int]:
+        """(grid, last arguments, warps) of a launch of a general band kernel."""
         cut, _ = blocks_for(kernel, self.dim, self.q.dtype)
-        of_keys, pattern, written = kernel == "key_value", self.spec.pattern, bool(self.for_hopper or self.left)
-        launches = [one for launch in self.bands for one in (launch.by_band if of_keys else (launch,))]
-        for launch in launches:
-            count = launch.keys(self.length) if of_keys else launch.rows(self.length)
-            tiles = -(-count // cut.owned)
-            rows = (cut.swept, cut.owned) if of_keys else (cut.owned, cut.swept)
-            # The first launch of all is mixed in too, unless it writes every row.
-            merge = written or not self.covers(of_keys)
-            settings = bands.BandSettings(
-                self.dim, power_of_two(self.dim), *rows, cut.stages, **launch.constants(pattern),
-                BY_ROW=self.by_row, CAUSAL=self.spec.is_causal, PADDED=self.padding is not None,
-                MERGE=merge, PRECISION="ieee" if self.q.dtype == torch.float32 else "tf32",
-            )  # fmt: skip
-            sizes = bands.BandSizes(self.length, self.heads, self.group, self.scale, tiles, self.spec.segment_offset)
-            yield (tiles * self.heads * self.batch,), (sizes, settings), cut.warps
-            written = True
+        of_keys = kernel == "key_value"
+        tiles = -(-(launch.keys(self.length) if of_keys else launch.rows(self.length)) // cut.owned)
+        rows = (cut.swept, cut.owned) if of_keys else (cut.owned, cut.swept)
+        settings = bands.BandSettings(
+            self.dim, power_of_two(self.dim), *rows, cut.stages, **launch.constants(self.spec.pattern),
+            BY_ROW=self.by_row, CAUSAL=self.spec.is_causal, PADDED=self.padding is not None,
+            MERGE=merge, PRECISION="ieee" if self.q.dtype == torch.float32 else "tf32",
+        )  # fmt: skip
+        sizes = bands.BandSizes(self.length, self.heads, self.group, self.scale, tiles, self.spec.segment_offset)
+        return (tiles * self.heads * self.batch,), (sizes, settings), cut.warps
+
+    def band_work(self, launch: bands.BandLaunch, merge: bool) -> hopper_bands.BandWork | None:
+        """A launch of a Hopper band kernel, None where a general one is needed; the log says why."""
+        reason = (
+            hopper.unsupported_reason(self.q, self.padding, self.bias)
+            if self.use_hopper
+            else "the general ones were asked for"
+        )
+        reason = reason or hopper_bands.unsupported_reason(launch, self.by_row)
+        if reason is not None:
+            _log.debug("triton: Hopper band kernels passed over: %s", reason)
+            return None
+        spec = self.spec
+        return hopper_bands.BandWork(launch, spec.pattern, self.scale, spec.is_causal, spec.segment_offset, merge)
 
     def settings(
         self, m: int, n: int, stages: int = 1, period: int = 1, weighted: bool = False, merge: bool = False
@@ -258,7 +277,11 @@ def forward(inputs: AttentionInputs, use_hopper: bool = True) -> tuple[Tensor, T
                 *call.tensors(), buffer, lse, call.mask, call.table,
                 *call.strides(*call.tensors(), buffer, lse), *call.extra_strides(), *arguments, num_warps=warps,
             )  # fmt: skip
-        for grid, arguments, warps in call.band_launches("forward"):
+        for band, merge in call.band_order(of_keys=False):
+            if by_tma := call.band_work(band, merge):
+                by_tma.forward(*call.tensors(), buffer, lse)
+                continue
+            grid, arguments, warps = call.band_arguments("forward", band, merge)
             band_forward_kernel[grid](
                 *call.tensors(), buffer, lse, call.mask, call.row_offsets,
                 *call.strides(*call.tensors(), buffer, lse), call.mask.stride()[:2], *arguments, num_warps=warps,
@@ -308,7 +331,11 @@ def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None, use
                 queries, *others, *more, *of_keys,
                 *call.strides(queries, *others), *call.extra_strides(), *call.strides(*of_keys), *arguments, num_warps=warps,
             )  # fmt: skip
-        for grid, arguments, warps in call.band_launches("key_value"):
+        for band, merge in call.band_order(of_keys=True):
+            if by_tma := call.band_work(band, merge):
+                by_tma.key_value(queries, call.k, call.v, grad_out, statistics, of_keys)
+                continue
+            grid, arguments, warps = call.band_arguments("key_value", band, merge)
             band_key_value_kernel[grid](
                 queries, *others, delta, call.mask, call.row_offsets, *of_keys,
                 *call.strides(queries, *others), call.mask.stride()[:2], *call.strides(*of_keys), *arguments, num_warps=warps,
@@ -321,7 +348,11 @@ def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None, use
             work.query(call.q, readable, statistics, queries)
         for grid, arguments, warps in call.launches("query"):
             query_kernel[grid](*shared, queries, *strides, *call.strides(queries), *arguments, num_warps=warps)
-        for grid, arguments, warps in call.band_launches("query"):
+        for band, merge in call.band_order(of_keys=False):
+            if by_tma := call.band_work(band, merge):
+                by_tma.query(call.q, call.k, call.v, grad_out, statistics, queries)
+                continue
+            grid, arguments, warps = call.band_arguments("query", band, merge)
             band_query_kernel[grid](
                 call.q, *others, delta, call.mask, call.row_offsets, queries,
                 *call.strides(call.q, *others), call.mask.stride()[:2], *call.strides(queries), *arguments, num_warps=warps,

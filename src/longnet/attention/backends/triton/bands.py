@@ -93,6 +93,11 @@ class BandLaunch:
         }
 
     @property
+    def block(self) -> int:
+        """Tokens of a block of the first band."""
+        return 1 if isinstance(self.bands[0], int) else self.bands[0].block
+
+    @property
     def by_band(self) -> tuple[BandLaunch, ...]:
         """A launch for each band: those that own keys."""
         return tuple(replace(self, bands=(band,)) for band in self.bands)

@@ -31,7 +31,7 @@ SHIFT_OF = gl.constexpr({1: 0, 2: 1, 4: 2, 8: 3, 16: 4, 32: 5, 64: 6})
 HALF = gl.constexpr(64)
 
 # Triton 3.6 has the one name, 3.9 the other.
-_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
 @aggregate
@@ -192,7 +192,7 @@ class Source:
         for i in gl.static_range(len(RATES)):
             # Two branches of one rate have one view.
             match = (step == RATES[i]) & (not found)
-            _copy(self.views[i], [matrix_row + row, column], barrier, target, pred=match)
+            copy_tile(self.views[i], [matrix_row + row, column], barrier, target, pred=match)
             found = found | match
 
 

@@ -1,0 +1,215 @@
+"""The launches of the band kernels for Hopper GPUs: what they take, and how they are cut."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from longnet.attention.backends.triton import hopper
+from longnet.attention.backends.triton.bands import BandLaunch
+from longnet.geometry import Branch, Pattern
+from longnet.geometry.rows import UNBOUNDED
+from longnet.runtime.tma import View, is_matrix, view_of
+from longnet.runtime.triton_internals import VIEWS, Launch, descriptors
+
+# Rows that a program owns: two warpgroups of 64.
+_OWNED = 128
+# (rows swept at a time, pipeline stages) by kernel and head dimension.
+_CUTS = {
+    ("forward", 64): (128, 4),
+    ("forward", 128): (128, 2),
+    ("query", 64): (128, 3),
+    ("query", 128): (64, 3),
+    ("key_value", 64): (64, 3),
+    ("key_value", 128): (64, 2),
+}
+# Copies of a part of a tile: the pattern of swizzled shared memory repeats after 8 rows.
+_BLOCKS = (8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class BandConstants:
+    """What a kernel is compiled for: see ``bands.BandSettings`` and ``hopper.Constants``.
+
+    Args:
+        LONGEST_FIRST: items of all heads in turn, as some take longer than others; else those of one head are neighbours.
+        LAST_FIRST: the last rows of a head come first.
+    """
+
+    D: int
+    CHANNELS: int
+    M: int
+    N: int
+    STAGES: int
+    LENGTHS: tuple[int, ...]
+    RATES: tuple[int, ...]
+    BLOCKS: tuple[int, ...]
+    WINDOWS: tuple[int, ...]
+    HEAD_OFFSETS: int
+    CAUSAL: bool
+    MERGE: bool
+    LONGEST_FIRST: bool
+    LAST_FIRST: bool
+    BY_ROW: bool = False
+
+    @property
+    def split_channels(self) -> bool:
+        """Whether the last quarter of the channels is padding, so that products over channels can do without it."""
+        return self.D // 2 < self.CHANNELS <= self.D // 4 * 3
+
+
+def unsupported_reason(launch: BandLaunch, by_row: bool) -> str | None:
+    """Why these kernels cannot run a launch, or None when they can. Of tensors ``hopper.unsupported_reason`` says it."""
+    if launch.branch is not None:
+        return "they take bands of all queries"
+    if by_row:
+        return "they take one offset for all rows of the batch"
+    if len(launch.bands) > VIEWS:
+        return f"they take {VIEWS} bands, not {len(launch.bands)}"
+    for band in launch.bands:
+        if isinstance(band, int):
+            continue
+        if band.segment_length != UNBOUNDED:
+            return "they take windows and segments without end"
+        if band.block > 1 and band.block not in _BLOCKS:
+            return f"they take blocks of {_BLOCKS} keys, not {band.block}"
+    return None
+
+
+def _unit(launch: BandLaunch) -> int:
+    """What the tokens of keys and values have to be a multiple of, so that every band has a view of them."""
+    return math.lcm(*(_rate(band) for band in launch.bands))
+
+
+def _rate(band: Branch | int) -> int:
+    """The step of a copy's rows: blocks are copied by themselves."""
+    return 1 if isinstance(band, int) or band.block > 1 else int(band.dilation_rate)
+
+
+def rows_of_copy(band: Branch | int, rows: int) -> int:
+    """Rows of one copy of a tile of ``rows`` keys."""
+    return rows if isinstance(band, int) or band.block == 1 else min(band.block, rows)
+
+
+def constants_of(
+    launch: BandLaunch, pattern: Pattern, kernel: str, dim: int, channels: int, *, is_causal: bool, merge: bool
+) -> BandConstants:
+    """What a kernel of a launch is compiled for."""
+    swept, stages = _CUTS[kernel, dim]
+    unequal = is_causal and not all(isinstance(band, int) for band in launch.bands)
+    of_bands = {name: value for name, value in launch.constants(pattern).items() if name not in ("BANDS", "ROWS_OF")}
+    return BandConstants(
+        dim, channels, _OWNED, swept, stages, **of_bands, CAUSAL=is_causal, MERGE=merge,
+        LONGEST_FIRST=unequal, LAST_FIRST=unequal and kernel != "key_value",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BandWork:
+    """What a launch computes, apart from its tensors. ``scale`` is positive."""
+
+    launch: BandLaunch
+    pattern: Pattern
+    scale: float
+    is_causal: bool
+    segment_offset: int
+    merge: bool
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Write out like the query and lse (B, H, N) float32."""
+        self._run("forward", (query,), (key, value), (out, lse))
+
+    def key_value(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        grad_out: Tensor,
+        statistics: tuple[Tensor, Tensor],
+        grads: Sequence[Tensor],
+    ) -> None:
+        """Write the gradients of keys and values by query head, two (B, H, N, D); dead rows of the query are 0.
+
+        Args:
+            statistics: lse and delta, of ``prepare_kernel``.
+        """
+        self._run("key_value", (query, grad_out), (key, value), tuple(grads), statistics)
+
+    def query(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        grad_out: Tensor,
+        statistics: tuple[Tensor, Tensor],
+        grad_q: Tensor,
+    ) -> None:
+        """Write the gradient of the query."""
+        self._run("query", (query, grad_out), (key, value), (grad_q,), statistics)
+
+    def _run(
+        self,
+        kernel: str,
+        of_queries: tuple[Tensor, ...],
+        of_keys: tuple[Tensor, ...],
+        written: tuple[Tensor, ...],
+        statistics: tuple[Tensor, ...] = (),
+    ) -> None:
+        inputs = (*map(_readable, of_queries), *(_readable(x, _unit(self.launch)) for x in of_keys))
+        # Of the statistics one stride is enough, they are alike.
+        strides = tuple(x.stride()[:3] for x in (*statistics[:1], *written))
+        views = tuple(view_of(x) for x in inputs)
+        shape, dtype, device = tuple(of_queries[0].shape), inputs[0].dtype, inputs[0].device
+        one = _launch(self, kernel, shape, inputs[-1].shape[1], inputs[0].shape[-1], views, strides, dtype, device)
+        one.run((*statistics, *written), inputs)
+
+
+def _readable(x: Tensor, unit: int = 1) -> Tensor:
+    """The tensor as kernels can read it: copied with zeros after tokens and channels where they cannot as it is."""
+    dim = next(dim for dim in hopper.HEAD_DIMS if dim >= x.shape[-1])
+    return x if is_matrix(x, dim, unit) else hopper.pad_for_tma((x,), dim, unit)[0]
+
+
+@lru_cache(maxsize=512)
+def _launch(
+    work: BandWork,
+    kernel: str,
+    shape: tuple[int, int, int, int],
+    key_heads: int,
+    dim: int,
+    views: tuple[View, ...],
+    strides: tuple[tuple[int, ...], ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Launch:
+    from longnet.attention.backends.triton.kernels import hopper_bands as kernels
+
+    batch, heads, length, channels = shape
+    of_keys, launch, swept = kernel == "key_value", work.launch, _CUTS[kernel, dim][0]
+    count = launch.keys(length) if of_keys else length
+    # A block that begins before the first token moves all numbers by less than a block.
+    tiles = -(-(count + (launch.block if of_keys else 0)) // _OWNED)
+    items = tiles * heads * batch
+    constants = constants_of(launch, work.pattern, kernel, dim, channels, is_causal=work.is_causal, merge=work.merge)
+    key_rows = _OWNED if of_keys else swept
+    templates = []
+    for number, view in enumerate(views):
+        if number < len(views) - 2:
+            templates.append(descriptors(view, dtype, dim, (1,), swept if of_keys else _OWNED))
+            continue
+        of_bands = [
+            descriptors(view, dtype, dim, (_rate(band),), rows_of_copy(band, key_rows))[0] for band in launch.bands
+        ]
+        templates.append((*of_bands, *[None] * (VIEWS - len(of_bands))))
+    rest = (
+        *(view.arguments for view in views), *strides,
+        items, length, heads, heads // key_heads, tiles, work.segment_offset, work.scale,
+    )  # fmt: skip
+    function = getattr(kernels, f"hopper_band_{kernel}_kernel")
+    options = {"C": constants, "num_warps": 4, "maxnreg": hopper._REGISTERS}
+    return Launch(function, min(items, hopper._multiprocessors(device)), tuple(templates), rest, options)
