@@ -19,14 +19,16 @@ from longnet.runtime.triton_internals import VIEWS, Launch, descriptors
 
 # Rows that a program owns: two warpgroups of 64.
 _OWNED = 128
-# (rows swept at a time, pipeline stages) by kernel and head dimension.
+# (rows swept at a time, pipeline stages, items whose own rows are in shared memory, tiles whose products run into one
+# another) by kernel and head dimension. The query kernel has one item at a time: with two, ptxas (of CUDA 13.0) computes
+# where an item's rows lie inside of its first loop alone, and reads the register after that loop was skipped too.
 _CUTS = {
-    ("forward", 64): (128, 4),
-    ("forward", 128): (128, 2),
-    ("query", 64): (128, 3),
-    ("query", 128): (64, 3),
-    ("key_value", 64): (64, 3),
-    ("key_value", 128): (64, 2),
+    ("forward", 64): (128, 4, 2, 1),
+    ("forward", 128): (128, 2, 1, 1),
+    ("query", 64): (128, 3, 1, 1),
+    ("query", 128): (64, 3, 1, 1),
+    ("key_value", 64): (64, 4, 2, 2),
+    ("key_value", 128): (64, 3, 1, 2),
 }
 # Copies of a part of a tile: the pattern of swizzled shared memory repeats after 8 rows.
 _BLOCKS = (8, 16, 32, 64)
@@ -46,6 +48,8 @@ class BandConstants:
     M: int
     N: int
     STAGES: int
+    OWNED: int
+    TOGETHER: int
     LENGTHS: tuple[int, ...]
     RATES: tuple[int, ...]
     BLOCKS: tuple[int, ...]
@@ -100,11 +104,11 @@ def constants_of(
     launch: BandLaunch, pattern: Pattern, kernel: str, dim: int, channels: int, *, is_causal: bool, merge: bool
 ) -> BandConstants:
     """What a kernel of a launch is compiled for."""
-    swept, stages = _CUTS[kernel, dim]
+    swept, stages, owned, together = _CUTS[kernel, dim]
     unequal = is_causal and not all(isinstance(band, int) for band in launch.bands)
     of_bands = {name: value for name, value in launch.constants(pattern).items() if name not in ("BANDS", "ROWS_OF")}
     return BandConstants(
-        dim, channels, _OWNED, swept, stages, **of_bands, CAUSAL=is_causal, MERGE=merge,
+        dim, channels, _OWNED, swept, stages, owned, together, **of_bands, CAUSAL=is_causal, MERGE=merge,
         LONGEST_FIRST=unequal, LAST_FIRST=unequal and kernel != "key_value",
     )  # fmt: skip
 

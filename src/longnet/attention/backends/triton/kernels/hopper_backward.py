@@ -152,7 +152,7 @@ class Statistics:
 
 
 @gluon.jit
-def _key_block(
+def key_block(
     k, v, zero, queries, grads, acc_k, acc_v, statistics, low, high, scale2, done,
     CUT: gl.constexpr, PENDING: gl.constexpr, OPERAND: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
@@ -160,7 +160,7 @@ def _key_block(
 
     The products of the block before, where they are ``PENDING``, run until this one's scores follow them, so that matrix
     units have no gap from one block to the next.
-    Queries from column ``low`` of a key's row up to column ``high`` see the key, where ``CUT``.
+    Queries from column ``low`` of a key's row up to column ``high``, of its own or of all rows, see the key, where ``CUT``.
     """
     column: gl.constexpr = gl.SliceLayout(0, zero.type.layout)
     # Of one matrix of scores.
@@ -178,7 +178,10 @@ def _key_block(
     p = gl.exp2(s * scale2 + shift[None, :])
     if CUT:
         n = gl.arange(0, C.N, layout=column)
-        p = gl.where((n[None, :] >= low[:, None]) & (n <= high)[None, :], p, 0.0)
+        if high.type.is_block():
+            p = gl.where((n[None, :] >= low[:, None]) & (n[None, :] <= high[:, None]), p, 0.0)
+        else:
+            p = gl.where((n[None, :] >= low[:, None]) & (n <= high)[None, :], p, 0.0)
     p_half = gl.convert_layout(p.to(queries.tiles.dtype), OPERAND)
     acc_v = warpgroup_mma(p_half, grads.tile(done), acc_v, is_async=True)
     delta = statistics.delta(done, column)
@@ -199,7 +202,7 @@ def _key_blocks(
     """
     for i in gl.static_range(COUNT):
         shift, delta = _statistics(lse_rows - (i + 1) * back, delta_rows - (i + 1) * back, weights, n < j - i * C.N)
-        acc_k, acc_v = _key_block(
+        acc_k, acc_v = key_block(
             k, v, zero, queries, grads, acc_k, acc_v, statistics, seen - (j - i * C.N), count - 1 - (j - i * C.N), scale2,
             done + i, CUT, i > 0, OPERAND, C,
         )  # fmt: skip
@@ -212,7 +215,7 @@ def _key_blocks(
 
 
 @gluon.jit
-def _loaded(parts, LAYOUT: gl.constexpr):
+def loaded(parts, LAYOUT: gl.constexpr):
     """An owned operand's parts in registers."""
     if len(parts) == 2:
         return parts[0].load(LAYOUT), parts[1].load(LAYOUT)
@@ -252,7 +255,7 @@ def _consume_queries(
             turn += 1
             k, v = own.parts(0, WHICH, C), own.parts(1, WHICH, C)
             if C.D == 64:
-                k, v = _loaded(k, left), _loaded(v, left)
+                k, v = loaded(k, left), loaded(v, left)
             # Times 1. Of a single range the compiler knows that there is no loop, arranges what follows differently, and has
             # no registers left for products under way (ptxas says C7511 and waits for each).
             ranges = program.ranges(block) * ((2 * program.items - slot - 1) // program.items)

@@ -31,18 +31,18 @@ from longnet.attention.backends.triton.kernels.hopper import (
     LN2,
     LOG2E,
     Channel,
-    OwnedTiles,
     Source,
     copy_tile,
     head_start,
     make_barriers,
     mma_layout,
+    own_parts,
     scores_of,
     warpgroup_rows,
     warpgroup_zeros,
     written_rows,
 )
-from longnet.attention.backends.triton.kernels.hopper_backward import Statistics
+from longnet.attention.backends.triton.kernels.hopper_backward import Statistics, key_block, loaded
 from longnet.attention.backends.triton.kernels.rows import OwnedRows
 from longnet.attention.backends.triton.kernels.triton_internals import aggregate
 
@@ -63,6 +63,11 @@ class Bands:
     def block(self, slot):
         """The positions of a slot's item: queries, or numbers of keys from the first on."""
         if self.C.LONGEST_FIRST:
+            # Items grow shorter. Of every second round the programs take theirs in reverse, so that all end together.
+            programs = gl.num_programs(0)
+            turn = slot // programs
+            reversed_slot = (2 * turn + 1) * programs - 1 - slot
+            slot = gl.where((turn % 2 == 1) & ((turn + 1) * programs <= self.items), reversed_slot, slot)
             pairs = self.items // self.tiles
             tile, pair = slot // pairs, slot % pairs
         else:
@@ -122,15 +127,34 @@ def _copy_keys(
 
 
 @gluon.jit
-def _fill(channel, done, source, batch, head, number, origin, offset, i: gl.constexpr, C: gl.constexpr):
-    """One tile of keys or values on its way."""
+def _begin(channel, done):
+    """(barrier, tile) of a channel's next stage, which is empty from here on; rows that fill it are announced."""
     STAGES: gl.constexpr = channel.tiles.shape[0]
     stage = done % STAGES
     mbarrier.wait(channel.empty.index(stage), ((done // STAGES) & 1) ^ 1)
-    mbarrier.expect(channel.full.index(stage), C.N * C.D * 2)
-    _copy_keys(
-        source, batch, head, number, origin, offset, channel.full.index(stage), channel.tiles.index(stage), C.N, i, C
-    )
+    mbarrier.expect(channel.full.index(stage), channel.tiles.shape[1] * channel.tiles.shape[2] * 2)
+    return channel.full.index(stage), channel.tiles.index(stage)
+
+
+@gluon.jit
+def _fill_keys(channel, done, source, batch, head, number, origin, offset, i: gl.constexpr, C: gl.constexpr):
+    """One tile of keys or values on its way."""
+    barrier, tile = _begin(channel, done)
+    _copy_keys(source, batch, head, number, origin, offset, barrier, tile, channel.tiles.shape[1], i, C)
+
+
+@gluon.jit
+def _fill_queries(channel, done, source, block, row):
+    """One tile of queries or their gradients on its way."""
+    barrier, tile = _begin(channel, done)
+    source.copy(block.batch, block.head, row, 1, 0, barrier, tile, (1,))
+
+
+@gluon.jit
+def _own(channel, turn, WHICH: gl.constexpr, C: gl.constexpr):
+    """A warpgroup's rows of an owned tile, when they are there."""
+    channel.wait(turn)
+    return own_parts(channel.tile(turn).slice(WHICH * HALF, HALF), C)
 
 
 @gluon.jit
@@ -140,7 +164,8 @@ def _produce_keys(bands, own, own_sources, keys, values, k, v):
     done, turn = 0, 0
     for slot in range(gl.program_id(0), bands.items, gl.num_programs(0)):
         block = bands.block(slot)
-        own.fill(turn, own_sources, block.head, block, (1,))
+        for one in gl.static_range(len(own)):
+            _fill_queries(own[one], turn, own_sources[one], block, block.first_row)
         turn = turn + 1
         kv_head = block.head // bands.group
         for i in gl.static_range(len(C.RATES)):
@@ -148,8 +173,8 @@ def _produce_keys(bands, own, own_sources, keys, values, k, v):
             begin, _, tiles = bands.swept_keys(block, origin, offset, i)
             for t in range(0, tiles):
                 number = begin + t * C.N
-                _fill(keys, done, k, block.batch, kv_head, number, origin, offset, i, C)
-                _fill(values, done, v, block.batch, kv_head, number, origin, offset, i, C)
+                _fill_keys(keys, done, k, block.batch, kv_head, number, origin, offset, i, C)
+                _fill_keys(values, done, v, block.batch, kv_head, number, origin, offset, i, C)
                 done += 1
 
 
@@ -208,7 +233,7 @@ CUT_OF_PART = gl.constexpr((True, False, True))
 
 
 @gluon.jit
-def _forward(bands, own, keys, values, OUT, LSE, out_at, lse_at, scale, WHICH: gl.constexpr):
+def _forward(bands, queries, keys, values, OUT, LSE, out_at, lse_at, scale, WHICH: gl.constexpr):
     C: gl.constexpr = bands.C
     scores: gl.constexpr = mma_layout(C.N)
     outs: gl.constexpr = mma_layout(C.D)
@@ -216,7 +241,6 @@ def _forward(bands, own, keys, values, OUT, LSE, out_at, lse_at, scale, WHICH: g
     out_rows: gl.constexpr = gl.SliceLayout(1, outs)
     operand: gl.constexpr = gl.DotOperandLayout(0, outs, 2)
     zero = warpgroup_zeros(C.N)
-    q = own.parts(0, WHICH, C)
     scale2 = scale * LOG2E
     done, turn = 0, 0
     for slot in range(gl.program_id(0), bands.items, gl.num_programs(0)):
@@ -228,8 +252,7 @@ def _forward(bands, own, keys, values, OUT, LSE, out_at, lse_at, scale, WHICH: g
         row_sum = gl.zeros([HALF], gl.float32, layout=row_layout)
         acc = warpgroup_zeros(C.D)
         p = gl.zeros(zero.shape, keys.tiles.dtype, layout=operand)
-        own.wait(turn)
-        turn = turn + 1
+        q = _own(queries, turn, WHICH, C)
         for i in gl.static_range(len(C.RATES)):
             origin, offset = bands.grid(block, i)
             begin, end, tiles = bands.swept_keys(block, origin, offset, i)
@@ -274,7 +297,8 @@ def _forward(bands, own, keys, values, OUT, LSE, out_at, lse_at, scale, WHICH: g
                     )
                     done += 1
                     j += C.N
-        own.release()
+        queries.release(turn)
+        turn = turn + 1
         values.wait(done - 1)
         last_acc = warpgroup_mma(p, values.tile(done - 1), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(last_acc,))
@@ -304,6 +328,13 @@ def _forward(bands, own, keys, values, OUT, LSE, out_at, lse_at, scale, WHICH: g
 
 
 @gluon.jit
+def _channel(descriptor, COUNT: gl.constexpr, ROWS: gl.constexpr, C: gl.constexpr):
+    """``COUNT`` tiles in shared memory, filled by the copying warp and emptied by both warpgroups."""
+    tiles = gl.allocate_shared_memory(descriptor.dtype, [COUNT, ROWS, C.D], descriptor.layout)
+    return Channel(tiles, make_barriers(COUNT, 1), make_barriers(COUNT, 2))
+
+
+@gluon.jit
 def hopper_band_forward_kernel(
     OUT, LSE,
     q0, q1, q2, q3, q4, k0, k1, k2, k3, k4, v0, v1, v2, v3, v4,
@@ -311,21 +342,17 @@ def hopper_band_forward_kernel(
     items, length, heads, group, tiles, segment_offset, scale, C: gl.constexpr,
 ):  # fmt: skip
     """``M`` queries over all bands: out and lse, mixed into what earlier launches left if ``MERGE``."""
-    q_smem = gl.allocate_shared_memory(q0.dtype, [C.M, C.D], q0.layout)
-    k_smem = gl.allocate_shared_memory(k0.dtype, [C.STAGES, C.N, C.D], k0.layout)
-    v_smem = gl.allocate_shared_memory(v0.dtype, [C.STAGES, C.N, C.D], v0.layout)
-    own = OwnedTiles((q_smem,), make_barriers(1, 1), make_barriers(1, 2))
-    keys = Channel(k_smem, make_barriers(C.STAGES, 1), make_barriers(C.STAGES, 2))
-    values = Channel(v_smem, make_barriers(C.STAGES, 1), make_barriers(C.STAGES, 2))
+    queries = _channel(q0, C.OWNED, C.M, C)
+    keys, values = _channel(k0, C.STAGES, C.N, C), _channel(v0, C.STAGES, C.N, C)
     fence_async_shared()
     bands = Bands(items, length, heads, group, tiles, segment_offset, C)
     q = Source((q0, q1, q2, q3, q4), q_fold)
     k, v = Source((k0, k1, k2, k3, k4), k_fold), Source((v0, v1, v2, v3, v4), v_fold)
     gl.warp_specialize(
         [
-            (_forward, (bands, own, keys, values, OUT, LSE, out_at, lse_at, scale, 0)),
-            (_forward, (bands, own, keys, values, OUT, LSE, out_at, lse_at, scale, 1)),
-            (_produce_keys, (bands, own, (q,), keys, values, k, v)),
+            (_forward, (bands, queries, keys, values, OUT, LSE, out_at, lse_at, scale, 0)),
+            (_forward, (bands, queries, keys, values, OUT, LSE, out_at, lse_at, scale, 1)),
+            (_produce_keys, (bands, (queries,), (q,), keys, values, k, v)),
         ],
         [4, 1],
         [240, 24],
@@ -359,14 +386,13 @@ def _query_tile(
 
 
 @gluon.jit
-def _query_gradients(bands, own, keys, values, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, scale, WHICH: gl.constexpr):
+def _query_gradients(bands, queries, grads, keys, values, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, scale, WHICH: gl.constexpr):
     C: gl.constexpr = bands.C
     scores: gl.constexpr = mma_layout(C.N)
     outs: gl.constexpr = mma_layout(C.D)
     row_layout: gl.constexpr = gl.SliceLayout(1, scores)
     operand: gl.constexpr = gl.DotOperandLayout(0, outs, 2)
     zero = warpgroup_zeros(C.N)
-    q, grad = own.parts(0, WHICH, C), own.parts(1, WHICH, C)
     scale2 = scale * LOG2E
     done, turn = 0, 0
     for slot in range(gl.program_id(0), bands.items, gl.num_programs(0)):
@@ -380,8 +406,7 @@ def _query_gradients(bands, own, keys, values, LSE, DELTA, GRAD_Q, lse_at, grad_
         lse2 = gl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
         delta = gl.load(DELTA + rows, mask=m < bands.length, other=0.0)
         acc = warpgroup_zeros(C.D)
-        own.wait(turn)
-        turn = turn + 1
+        q, grad = _own(queries, turn, WHICH, C), _own(grads, turn, WHICH, C)
         for i in gl.static_range(len(C.RATES)):
             origin, offset = bands.grid(block, i)
             begin, end, tiles = bands.swept_keys(block, origin, offset, i)
@@ -412,7 +437,9 @@ def _query_gradients(bands, own, keys, values, LSE, DELTA, GRAD_Q, lse_at, grad_
                     )
                     done += 1
                     j += C.N
-        own.release()
+        queries.release(turn)
+        grads.release(turn)
+        turn = turn + 1
 
         where, ok = written_rows(grad_q_at, block, own_first, C, outs)
         nothing = gl.convert_layout(lse, gl.SliceLayout(1, outs)) == float("-inf")
@@ -423,19 +450,6 @@ def _query_gradients(bands, own, keys, values, LSE, DELTA, GRAD_Q, lse_at, grad_
 
 
 @gluon.jit
-def _shared_memory(own_a, own_b, swept_a, swept_b, C: gl.constexpr):
-    """(owned tiles, two channels) for copies of these descriptors."""
-    own_a_smem = gl.allocate_shared_memory(own_a.dtype, [C.M, C.D], own_a.layout)
-    own_b_smem = gl.allocate_shared_memory(own_b.dtype, [C.M, C.D], own_b.layout)
-    a_smem = gl.allocate_shared_memory(swept_a.dtype, [C.STAGES, C.N, C.D], swept_a.layout)
-    b_smem = gl.allocate_shared_memory(swept_b.dtype, [C.STAGES, C.N, C.D], swept_b.layout)
-    own = OwnedTiles((own_a_smem, own_b_smem), make_barriers(1, 1), make_barriers(1, 2))
-    first = Channel(a_smem, make_barriers(C.STAGES, 1), make_barriers(C.STAGES, 2))
-    second = Channel(b_smem, make_barriers(C.STAGES, 1), make_barriers(C.STAGES, 2))
-    return own, first, second
-
-
-@gluon.jit
 def hopper_band_query_kernel(
     LSE, DELTA, GRAD_Q,
     q0, q1, q2, q3, q4, g0, g1, g2, g3, g4, k0, k1, k2, k3, k4, v0, v1, v2, v3, v4,
@@ -443,16 +457,17 @@ def hopper_band_query_kernel(
     items, length, heads, group, tiles, segment_offset, scale, C: gl.constexpr,
 ):  # fmt: skip
     """Gradients of ``M`` queries over all bands, added to what earlier launches left if ``MERGE``."""
-    own, keys, values = _shared_memory(q0, g0, k0, v0, C)
+    queries, grads = _channel(q0, C.OWNED, C.M, C), _channel(g0, C.OWNED, C.M, C)
+    keys, values = _channel(k0, C.STAGES, C.N, C), _channel(v0, C.STAGES, C.N, C)
     fence_async_shared()
     bands = Bands(items, length, heads, group, tiles, segment_offset, C)
     q, g = Source((q0, q1, q2, q3, q4), q_fold), Source((g0, g1, g2, g3, g4), g_fold)
     k, v = Source((k0, k1, k2, k3, k4), k_fold), Source((v0, v1, v2, v3, v4), v_fold)
     gl.warp_specialize(
         [
-            (_query_gradients, (bands, own, keys, values, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, scale, 0)),
-            (_query_gradients, (bands, own, keys, values, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, scale, 1)),
-            (_produce_keys, (bands, own, (q, g), keys, values, k, v)),
+            (_query_gradients, (bands, queries, grads, keys, values, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, scale, 0)),
+            (_query_gradients, (bands, queries, grads, keys, values, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, scale, 1)),
+            (_produce_keys, (bands, (queries, grads), (q, g), keys, values, k, v)),
         ],
         [4, 1],
         [232, 40],
@@ -489,39 +504,16 @@ def _produce_queries(bands, own, own_sources, queries, grads, q, g):
         block = bands.block(slot)
         origin, offset, number, end = _own_keys(bands, block)
         if number < end:
-            mbarrier.wait(own.empty.index(0), (turn & 1) ^ 1)
-            mbarrier.expect(own.full.index(0), 2 * C.M * C.D * 2)
             kv_head = block.head // bands.group
             for one in gl.static_range(2):
-                _copy_keys(
-                    own_sources[one],
-                    block.batch,
-                    kv_head,
-                    number,
-                    origin,
-                    offset,
-                    own.full.index(0),
-                    own.tiles[one],
-                    C.M,
-                    0,
-                    C,
-                )
+                _fill_keys(own[one], turn, own_sources[one], block.batch, kv_head, number, origin, offset, 0, C)
             turn += 1
             begin, stop = _swept_queries(bands, number, end, origin, offset, C.M)
             for t in range(0, gl.cdiv(gl.maximum(stop - begin, 0), C.N)):
                 row = begin + t * C.N
-                _fill_queries(queries, done, q, block, row, C)
-                _fill_queries(grads, done, g, block, row, C)
+                _fill_queries(queries, done, q, block, row)
+                _fill_queries(grads, done, g, block, row)
                 done += 1
-
-
-@gluon.jit
-def _fill_queries(channel, done, source, block, row, C: gl.constexpr):
-    STAGES: gl.constexpr = channel.tiles.shape[0]
-    stage = done % STAGES
-    mbarrier.wait(channel.empty.index(stage), ((done // STAGES) & 1) ^ 1)
-    mbarrier.expect(channel.full.index(stage), C.N * C.D * 2)
-    source.copy(block.batch, block.head, row, 1, 0, channel.full.index(stage), channel.tiles.index(stage), (1,))
 
 
 @gluon.jit
@@ -534,39 +526,36 @@ def _read_statistics(lse_rows, delta_rows, inside):
 
 
 @gluon.jit
-def _key_tile(
-    k, v, zero, queries, grads, acc_k, acc_v, statistics, row, first, end, scale2, done,
-    CUT: gl.constexpr, OPERAND: gl.constexpr, C: gl.constexpr,
+def _key_tiles(
+    k, v, zero, queries, grads, acc_k, acc_v, statistics, lse_rows, delta_rows, step, n, row, length, first, last, scale2, done,
+    COUNT: gl.constexpr, CUT: gl.constexpr, OPERAND: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
-    """One tile of queries from position ``row`` on, added to the gradients of keys and values."""
-    column: gl.constexpr = gl.SliceLayout(0, zero.type.layout)
-    # Of one matrix of scores.
-    PRODUCTS: gl.constexpr = 2 if C.split_channels else 1
-    queries.wait(done)
-    next_s = scores_of(k, queries.tile(done), zero, C)
-    grads.wait(done)
-    next_p = scores_of(v, grads.tile(done), zero, C)
-    shift = statistics.shift(done, column)
-    s = warpgroup_mma_wait(PRODUCTS, deps=(next_s,))
-    p = gl.exp2(s * scale2 + shift[None, :])
-    if CUT:
-        n = row + gl.arange(0, C.N, layout=column)
-        p = gl.where((n[None, :] >= first[:, None]) & (n[None, :] < end[:, None]), p, 0.0)
-    p_half = gl.convert_layout(p.to(queries.tiles.dtype), OPERAND)
-    acc_v = warpgroup_mma(p_half, grads.tile(done), acc_v, is_async=True)
-    delta = statistics.delta(done, column)
-    grad_p = warpgroup_mma_wait(1, deps=(next_p,))
-    grad_s = gl.convert_layout((p * (grad_p - delta[None, :])).to(queries.tiles.dtype), OPERAND)
-    acc_k = warpgroup_mma(grad_s, queries.tile(done), acc_k, is_async=True)
-    acc_k, acc_v = warpgroup_mma_wait(0, deps=(acc_k, acc_v))
-    queries.release(done)
-    grads.release(done)
+    """``COUNT`` tiles of queries from position ``row`` on, whose products run into one another.
+
+    Under each the statistics of the next are read, few by each thread.
+    """
+    for i in gl.static_range(COUNT):
+        at = (i + 1) * C.N
+        shift, delta = _read_statistics(lse_rows + at * step, delta_rows + at * step, row + at + n < length)
+        acc_k, acc_v = key_block(
+            k, v, zero, queries, grads, acc_k, acc_v, statistics, first - row - i * C.N, last - row - i * C.N, scale2,
+            done + i, CUT, i > 0, OPERAND, C,
+        )  # fmt: skip
+        if i == COUNT - 1:
+            acc_k, acc_v = warpgroup_mma_wait(0, deps=(acc_k, acc_v))
+            queries.release(done + i)
+            grads.release(done + i)
+        statistics.store(done + i + 1, shift, delta)
     return acc_k, acc_v
+
+
+# Of the parts of an item of keys, one of them ``C.TOGETHER`` tiles at a time: whether some key may not be read by all queries.
+CUT_OF_KEYS = gl.constexpr((True, False, False, True))
 
 
 @gluon.jit
 def _key_gradients(
-    bands, own, queries, grads, statistics, LSE, DELTA, GRAD_K, GRAD_V, lse_at, grad_k_at, grad_v_at, scale,
+    bands, keys, values, queries, grads, statistics, LSE, DELTA, GRAD_K, GRAD_V, lse_at, grad_k_at, grad_v_at, scale,
     WHICH: gl.constexpr,
 ):  # fmt: skip
     C: gl.constexpr = bands.C
@@ -576,9 +565,10 @@ def _key_gradients(
     out_rows: gl.constexpr = gl.SliceLayout(1, outs)
     operand: gl.constexpr = gl.DotOperandLayout(0, outs, 2)
     linear: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    left: gl.constexpr = gl.DotOperandLayout(0, scores, 2)
+    TILES_OF_PART: gl.constexpr = (1, 1, C.TOGETHER, 1)
     zero = warpgroup_zeros(C.N)
     scale2 = scale * LOG2E
-    k, v = own.parts(0, WHICH, C), own.parts(1, WHICH, C)
     done, turn = 0, 0
     for slot in range(gl.program_id(0), bands.items, gl.num_programs(0)):
         block = bands.block(slot)
@@ -592,7 +582,7 @@ def _key_gradients(
             key = gl.maximum(position_of(gl.minimum(m, keys_end - 1), origin, offset, 0, C), 0)
             there = (m >= least) & (m < keys_end)
             first = gl.where(there, first_query(key, origin, 0, C), bands.length)
-            end = gl.where(there, end_of_queries(key, origin, bands, 0, C), 0)
+            last = gl.where(there, end_of_queries(key, origin, bands, 0, C), 0) - 1
             begin, stop = _swept_queries(bands, number, keys_end, origin, offset, C.M)
             tiles = gl.cdiv(gl.maximum(stop - begin, 0), C.N)
             # Which tiles all keys of the warpgroup are read by.
@@ -607,24 +597,24 @@ def _key_gradients(
 
             at = head_start(lse_at, block) + (begin + gl.arange(0, C.N, layout=linear)).to(gl.int64) * lse_at[2]
             row, n = begin, gl.arange(0, C.N, layout=linear)
-            own.wait(turn)
-            turn += 1
+            k, v = _own(keys, turn, WHICH, C), _own(values, turn, WHICH, C)
+            if C.D == 64:
+                k, v = loaded(k, left), loaded(v, left)
             shift, delta = _read_statistics(LSE + at, DELTA + at, row + n < bands.length)
             statistics.store(done, shift, delta)
-            counts = (before, whole, after)
-            for part in gl.static_range(3):
+            counts = (before, whole % C.TOGETHER, whole // C.TOGETHER, after)
+            for part in gl.static_range(4):
                 for _ in range(0, counts[part]):
-                    at += C.N * lse_at[2]
-                    # Those of the next tile, read while this one is computed.
-                    shift, delta = _read_statistics(LSE + at, DELTA + at, row + C.N + n < bands.length)
-                    acc_k, acc_v = _key_tile(
-                        k, v, zero, queries, grads, acc_k, acc_v, statistics, row, first, end, scale2, done,
-                        CUT_OF_PART[part], operand, C,
+                    acc_k, acc_v = _key_tiles(
+                        k, v, zero, queries, grads, acc_k, acc_v, statistics, LSE + at, DELTA + at, lse_at[2], n, row,
+                        bands.length, first, last, scale2, done, TILES_OF_PART[part], CUT_OF_KEYS[part], operand, C,
                     )  # fmt: skip
-                    statistics.store(done + 1, shift, delta)
-                    done += 1
-                    row += C.N
-            own.release()
+                    at += TILES_OF_PART[part] * C.N * lse_at[2]
+                    done += TILES_OF_PART[part]
+                    row += TILES_OF_PART[part] * C.N
+            keys.release(turn)
+            values.release(turn)
+            turn += 1
 
             position = gl.convert_layout(key, out_rows).to(gl.int64)[:, None]
             d = gl.arange(0, C.D, layout=gl.SliceLayout(0, outs))[None, :]
@@ -647,7 +637,8 @@ def hopper_band_key_value_kernel(
     items, length, heads, group, tiles, segment_offset, scale, C: gl.constexpr,
 ):  # fmt: skip
     """Gradients of ``M`` keys and values of band 0 by query head, added to what earlier launches left if ``MERGE``."""
-    own, queries, grads = _shared_memory(k0, v0, q0, g0, C)
+    keys, values = _channel(k0, C.OWNED, C.M, C), _channel(v0, C.OWNED, C.M, C)
+    queries, grads = _channel(q0, C.STAGES, C.N, C), _channel(g0, C.STAGES, C.N, C)
     fence_async_shared()
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     first = Statistics(gl.allocate_shared_memory(gl.float32, [4, C.N], plain))
@@ -659,13 +650,13 @@ def hopper_band_key_value_kernel(
         [
             (
                 _key_gradients,
-                (bands, own, queries, grads, first, LSE, DELTA, GRAD_K, GRAD_V, lse_at, grad_k_at, grad_v_at, scale, 0),
+                (bands, keys, values, queries, grads, first, LSE, DELTA, GRAD_K, GRAD_V, lse_at, grad_k_at, grad_v_at, scale, 0),
             ),
             (
                 _key_gradients,
-                (bands, own, queries, grads, second, LSE, DELTA, GRAD_K, GRAD_V, lse_at, grad_k_at, grad_v_at, scale, 1),
+                (bands, keys, values, queries, grads, second, LSE, DELTA, GRAD_K, GRAD_V, lse_at, grad_k_at, grad_v_at, scale, 1),
             ),
-            (_produce_queries, (bands, own, (k, v), queries, grads, q, g)),
+            (_produce_queries, (bands, (keys, values), (k, v), queries, grads, q, g)),
         ],
         [4, 1],
         [240, 24],
