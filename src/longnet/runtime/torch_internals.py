@@ -24,6 +24,7 @@ default_store = TRIED.function("torch.distributed.distributed_c10d._get_default_
 # The CPU's own flash attention and its backward pass; ``scaled_dot_product_attention`` returns no lse.
 cpu_flash = TRIED.function("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default")
 cpu_flash_backward = TRIED.function("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default")
+gpu_flash = TRIED.function("torch.ops.aten._scaled_dot_product_flash_attention.default")
 # Operators without a public form: raise on the device, copy many tensors in one launch, multiply int8 matrices.
 assert_async = TRIED.function("torch._assert_async")
 copy_many = TRIED.function("torch._foreach_copy_")

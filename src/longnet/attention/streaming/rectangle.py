@@ -7,7 +7,7 @@ from torch import Tensor
 
 from longnet.attention.call import lse_dtype
 from longnet.attention.chunked import Rows
-from longnet.runtime.torch_internals import cpu_flash
+from longnet.runtime.torch_internals import cpu_flash, gpu_flash
 
 
 def rectangle_attention(
@@ -28,7 +28,10 @@ def rectangle_attention(
     batch, heads, count, dim = query.shape
     # Without a diagonal it does not matter which query a row is: heads that share keys become more rows.
     rows = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-    compute = _by_cpu_flash if query.device.type == "cpu" else _by_products
+    if query.device.type == "cpu":
+        compute = _by_cpu_flash
+    else:
+        compute = _by_gpu_flash if _fits_gpu_flash(query, padded) else _by_products
     out, lse = compute(rows, key, value, scale, padded)
     return out.reshape(batch, heads, count, dim), lse.reshape(batch, heads, count)
 
@@ -48,6 +51,24 @@ def _by_cpu_flash(
     if padded is not None:
         # The kernel says 0 for a row without keys.
         lse = lse.masked_fill(padded.all(-1)[:, None, None], -torch.inf)
+    return out, lse
+
+
+def _fits_gpu_flash(query: Tensor, padded: Tensor | None) -> bool:
+    """Whether torch's flash attention takes these: half precision, no mask, a GPU of compute capability 8 or more."""
+    if query.device.type != "cuda" or padded is not None or query.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return (
+        query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _by_gpu_flash(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, padded: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    assert padded is None
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    out, lse, *_ = gpu_flash(query, key, value, 0.0, False, False, scale=scale)
     return out, lse
 
 
