@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from calls import call_on
 
 from longnet import dilated_attention
 from longnet.attention.backends import BACKENDS, NAMES, VARIANTS, select_backend
+from longnet.attention.backends.triton import backend as triton_flash
+from longnet.geometry import Pattern
 
 
 def test_a_plain_cpu_call_takes_the_flash_kernel():
@@ -66,3 +69,28 @@ def test_a_variant_is_taken_by_name_alone():
     assert select_backend("auto", inputs).name == "triton"
     with pytest.raises(ValueError, match="backend='triton:general' cannot run these inputs: triton:general: it takes"):
         select_backend("triton:general", call_on("cuda", torch.float64))
+
+
+def test_kernels_for_hopper_alone_say_what_they_do_not_take(monkeypatch):
+    on_gpu = call_on("cuda", torch.bfloat16)
+    with pytest.raises(ValueError, match="triton:hopper: (it runs on cuda|they need a GPU of compute capability 9)"):
+        select_backend("triton:hopper", call_on("cpu", torch.bfloat16))
+    # The reasons behind the GPU's: everything that a launch looks at.
+    monkeypatch.setattr(triton_flash.hopper, "unsupported_reason", lambda query, mask, bias: None)
+    monkeypatch.setattr(triton_flash, "unsupported_reason", lambda inputs: None)
+
+    def reason(length=4096, **kind):
+        query = torch.empty(1, 4, length, 64, device="meta", dtype=torch.bfloat16)
+        pattern = Pattern.compose(**kind)
+        return triton_flash.Hopper.unsupported_reason(
+            replace(on_gpu, query=query, key=query, value=query).with_spec(pattern=pattern)
+        )
+
+    assert reason(segment_lengths=(1024, 4096), dilation_rates=(1, 4)) is None
+    assert reason(window=512) is None
+    assert reason(segment_lengths=None, dilation_rates=4, window=512, dilated_queries=False) is None
+    assert "too short" in reason(segment_lengths=16, dilation_rates=4)
+    assert "without end" in reason(segment_lengths=1024, dilation_rates=4, dilated_queries=False)
+    assert "blocks of" in reason(segment_lengths=None, dilation_rates=4, dilated_queries=False, dilation_block=3)
+    assert "bands of all queries" in reason(segment_lengths=1024, dilation_rates=4, dilation_block=16)
+    assert reason(length=0, window=512) is None

@@ -144,3 +144,12 @@ def test_two_runs_are_the_same_to_the_bit() -> None:
         out = dilated_attention(*inputs, **KINDS["window and stride"], is_causal=True)
         runs.append((out, *torch.autograd.grad(out, inputs, grad)))
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+
+
+def test_hopper_kernels_alone() -> None:
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    check(KINDS["window and stride"], True, *draw(64, torch.bfloat16), None, "triton:hopper")
+    mask = torch.zeros(2, 777, dtype=torch.bool)
+    with pytest.raises(ValueError, match="triton:hopper: they take no padding mask"):
+        check(KINDS["window"], True, *draw(64, torch.bfloat16), mask, "triton:hopper")

@@ -119,8 +119,8 @@ def dilated_attention(
         head_offsets: ``"interleaved"`` (``j mod r``, the paper), ``"blocked"`` (``j // ceil(H / r)``, torchscale) or
             ``"grouped"`` (``j // (H / Hk) mod r``: heads of one key/value head select the same rows).
         return_lse: also return the natural log of the softmax denominators. It is differentiable.
-        backend: ``"auto"``, or one by name; a named one that cannot run raises its reason. ``"triton:general"`` is for
-            debugging: Triton without the kernels for Hopper GPUs.
+        backend: ``"auto"``, or one by name; a named one that cannot run raises its reason. For debugging:
+            ``"triton:general"`` is Triton without the kernels for Hopper GPUs, ``"triton:hopper"`` these alone.
         group: the ranks that share one sequence, a ``ProcessGroup`` or a ``DeviceMesh`` of one dimension. Query, key, value
             and mask are then this rank's contiguous shard, in rank order, of any length, and so is the result; every rank
             of the group makes the call. Only keys that queries of another shard read travel. ``segment_offset`` is for the

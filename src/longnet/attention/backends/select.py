@@ -54,7 +54,10 @@ BACKENDS: tuple[Backend, ...] = (
 )
 
 # For debugging, by name alone: a part of a backend that can replace another part.
-VARIANTS: tuple[Backend, ...] = (Backend("triton:general", triton_flash.General),)
+VARIANTS: tuple[Backend, ...] = (
+    Backend("triton:general", triton_flash.General),
+    Backend("triton:hopper", triton_flash.Hopper),
+)
 
 NAMES = ("auto", *(backend.name for backend in (*BACKENDS, *VARIANTS)))
 

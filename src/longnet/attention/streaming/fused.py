@@ -20,8 +20,8 @@ _log = logging.getLogger("longnet")
 _ROWS = 256
 _WARPS = 8
 _MOST_SPLITS = 64
-# The backends that these kernels belong to.
-_OWN = ("triton", "triton:general")
+# The backends that these kernels belong to. Hopper GPUs have no others for a single token.
+_OWN = ("triton", "triton:general", "triton:hopper")
 
 
 def fits(cache: DilatedCache) -> bool:

@@ -23,6 +23,7 @@ from longnet.attention.backends.triton.all_heads import backward_among_all_heads
 from longnet.attention.backends.triton.launches import Blocks, Settings, Sizes, plan_launches
 from longnet.attention.backends.views import bias_columns, signed, sum_heads
 from longnet.attention.call import AttentionInputs, Gradients, SavedForward
+from longnet.geometry import Pattern
 from longnet.geometry.needed_rows import needed_by_first
 from longnet.geometry.nests import Nest, make_nests
 from longnet.runtime.triton_support import HAS_TRITON, interpreting, power_of_two
@@ -98,6 +99,19 @@ def _device(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
+def _launched(inputs: AttentionInputs) -> tuple[Pattern, bool]:
+    """(the pattern as launches take it, whether its branches are nests: the paper's, on a grid that begins at 0)."""
+    on_grid = not inputs.spec.segment_offset and inputs.offsets is None
+    pattern = inputs.spec.pattern.ended(inputs.length) if on_grid else inputs.spec.pattern
+    return pattern, bool(pattern.branches) and on_grid and replace(pattern, window=None).beyond_paper is None
+
+
+def _nests(pattern: Pattern, heads: int, query: Tensor) -> tuple[Nest, ...]:
+    cuts = [blocks_for(name, query.shape[-1], query.dtype) for name in ("forward", "query", "key_value")]
+    unit = min(hopper.UNIT, *(cut.swept for both in cuts for cut in both))
+    return make_nests(pattern, heads, unit, LEAST_ROWS)
+
+
 class _Call:
     """What all launches of one call share."""
 
@@ -107,9 +121,7 @@ class _Call:
         # Kernels take the largest scaled score from the largest score, so a scale's sign goes into the query.
         self.q, self.scale = _unit_stride(signed(query, spec.scale)), abs(spec.scale) or 1.0
         self.k, self.v = _unit_stride(key), _unit_stride(value)
-        # The paper's branches, on a grid that begins at 0, are nests.
-        on_grid = not spec.segment_offset and inputs.offsets is None
-        pattern = spec.pattern.ended(query.shape[2]) if on_grid else spec.pattern
+        pattern, nested = _launched(inputs)
         self.padding, self.bias, self.spec = padding, bias, replace(spec, pattern=pattern)
         self.batch, self.heads, self.length, self.dim = query.shape
         self.group, self.use_hopper = inputs.group, use_hopper
@@ -118,9 +130,8 @@ class _Call:
         self.table = self.q if bias is None else bias.to(torch.float32).contiguous()
         self.by_row = inputs.offsets is not None
         self.row_offsets = self.q if inputs.offsets is None else inputs.offsets.contiguous()
-        nests = bool(pattern.branches) and on_grid and replace(pattern, window=None).beyond_paper is None
-        self.for_hopper, self.left = self._split(use_hopper) if nests else ((), ())
-        self.bands = () if inputs.beyond_paper is None else bands.band_launches(pattern, not nests)
+        self.for_hopper, self.left = self._split(use_hopper) if nested else ((), ())
+        self.bands = () if inputs.beyond_paper is None else bands.band_launches(pattern, not nested)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.q, self.k, self.v
@@ -194,9 +205,7 @@ class _Call:
 
     def _split(self, use_hopper: bool) -> tuple[tuple[Nest, ...], tuple[Nest, ...]]:
         """The nests for the Hopper kernels, and those left to the portable ones; the log says why."""
-        cuts = [blocks_for(name, self.dim, self.q.dtype) for name in ("forward", "query", "key_value")]
-        unit = min(hopper.UNIT, *(cut.swept for both in cuts for cut in both))
-        nests = make_nests(self.spec.pattern, self.heads, unit, LEAST_ROWS)
+        nests = _nests(self.spec.pattern, self.heads, self.q)
         reason = (
             hopper.unsupported_reason(self.q, self.padding, self.bias)
             if use_hopper
@@ -379,3 +388,26 @@ class General:
     @staticmethod
     def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None, /) -> Gradients:
         return backward(saved, grad_out, grad_lse, use_hopper=False)
+
+
+class Hopper:
+    """The backend with the kernels for Hopper GPUs alone: what they do not take is refused, with the reason."""
+
+    forward, backward = staticmethod(forward), staticmethod(backward)
+
+    @staticmethod
+    def unsupported_reason(inputs: AttentionInputs, /) -> str | None:
+        reason = unsupported_reason(inputs) or hopper.unsupported_reason(inputs.query, inputs.mask, inputs.bias)
+        if reason is not None or inputs.query.numel() == 0:
+            return reason
+        pattern, nested = _launched(inputs)
+        numbers = pattern.head_numbers
+        heads = inputs.query.shape[1] if numbers is None else numbers.total
+        pattern = replace(pattern, head_numbers=None)
+        if nested:
+            _, others = hopper.split_nests(_nests(pattern, heads, inputs.query), inputs.length)
+            for nest, reason in others:
+                return f"{reason} (branches {nest.segment_lengths} at rates {nest.dilation_rates})"
+        launches = () if inputs.beyond_paper is None else bands.band_launches(pattern, not nested)
+        reasons = (hopper_bands.unsupported_reason(launch, inputs.offsets is not None) for launch in launches)
+        return next((reason for reason in reasons if reason is not None), None)

@@ -386,7 +386,9 @@ def _query_tile(
 
 
 @gluon.jit
-def _query_gradients(bands, queries, grads, keys, values, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, scale, WHICH: gl.constexpr):
+def _query_gradients(
+    bands, queries, grads, keys, values, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, scale, WHICH: gl.constexpr
+):
     C: gl.constexpr = bands.C
     scores: gl.constexpr = mma_layout(C.N)
     outs: gl.constexpr = mma_layout(C.D)
