@@ -103,7 +103,9 @@ def check(
     assert torch.equal(lse.cpu() == -torch.inf, want_lse == -torch.inf)
     allowed = ALLOWED[inputs[0].dtype]
     for one, other in zip((got, *grads[0]), (want, *grads[1]), strict=True):
-        assert float((one.detach().double().cpu() - other.detach()).norm()) <= allowed * float(other.detach().norm())
+        # Of a single key gradients are 0 but for the rounding of sums.
+        error, size = float((one.detach().double().cpu() - other.detach()).norm()), float(other.detach().norm())
+        assert error <= allowed * max(size, 1e-3)
 
 
 def test_offsets_of_rows_are_read_on_the_device() -> None:
