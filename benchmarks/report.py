@@ -583,6 +583,9 @@ _GPU_TABLES = (
 
 
 def _windows(result: Record) -> list[Table]:
+    from benchmarks.cases import Case
+    from benchmarks.windows import Row
+
     def name(kind: Record) -> str:
         if (
             not kind.get("segment_lengths") and kind.get("segment_lengths") is not None
@@ -598,9 +601,10 @@ def _windows(result: Record) -> list[Table]:
 
     rows = []
     for record in result["rows"]:
+        tiles = Row(Case(**record["case"]), record["kind"], record["beside"]).tile_share
         for which, one in record["passes"].items():
             verdict = Verdict(name(record["kind"]), one["ratio"], one["limit"])
-            by_tiles = record.get("tiles") and one["ratio"] * record["pairs"] / record["tiles"]
+            by_tiles = tiles and one["ratio"] * record["pairs"] / tiles
             row = {
                 "what": name(record["kind"]),
                 "case": record["case"],

@@ -160,7 +160,6 @@ def measure(row: Row, device: Device, rounds: int = ROUNDS) -> Record:
         other = ours(row.case, tensors, "other")
     shown = {name: x.tolist() if isinstance(x, Tensor) else x for name, x in row.kind.items()}
     record: Record = {"case": row.case.to_dict(), "kind": shown, "beside": row.beside, "pairs": row.share, "passes": {}}
-    record["tiles"] = row.tile_share
     record["error"] = check(row, device)
     # FlexAttention has no backward pass on a CPU.
     for number, which in enumerate(PASSES if device.kind == "cuda" or row.beside != "flex" else PASSES[:1]):
