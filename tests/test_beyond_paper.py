@@ -186,6 +186,21 @@ def test_another_offset_is_no_other_graph() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("name", ["window", "dilation_block"])
+def test_a_second_number_compiles(name: str) -> None:
+    """The second time dynamo takes a number as a symbol."""
+    *inputs, _ = draw_tensors(2, 4, 2, 40, 0)
+
+    def attend(options: dict[str, int]) -> Any:
+        return dilated_attention(*inputs, 16, 2, is_causal=True, **options)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, backend="eager", fullgraph=True)
+    for number in (2, 3, 5):
+        torch.testing.assert_close(compiled({name: number}), attend({name: number}))
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("name", ["cpu_flash", "portable"])
 def test_opcheck(name: str) -> None:
     from longnet.attention.call import AttentionSpec

@@ -116,6 +116,8 @@ def test_the_cache_of_others_is_refused() -> None:
     ("changes", "error", "message"),
     [
         ({"layer_types": "full_attention"}, TypeError, "layer_types='full_attention' has type str"),
+        ({"layer_types": 5}, TypeError, "layer_types=5 has type int: expected a list of layer types, or None"),
+        ({"layer_types": {"a": 1}}, TypeError, "has type dict: expected a list"),
         ({"layer_types": ["linear_attention"]}, ValueError, "layer_types holds 'linear_attention'"),
         ({"layer_types": ["full_attention"] * 3}, ValueError, "has 3 entries: expected a number that divides"),
         ({"sliding_window": 0}, ValueError, "sliding_window=0"),

@@ -251,3 +251,12 @@ def test_a_single_step_that_fails_refuses_to_go_on(monkeypatch):
         attend._step(query, key, value, cache, 0.5)
     with pytest.raises(ValueError, match="cache was being written"):
         read(STREAM, cache, first=7)
+
+
+def test_no_more_is_taken_back_than_was_counted():
+    cache = STREAM.cache()
+    read(STREAM, cache, last=7)
+    with pytest.raises(ValueError, match="tokens=-8 at position 7: expected at least -7"):
+        cache.moved(-8)
+    expected = read(STREAM, STREAM.cache())[:, :, 7:]
+    assert cache.position == 7 and torch.equal(read(STREAM, cache, first=7), expected)

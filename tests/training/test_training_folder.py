@@ -132,6 +132,13 @@ def test_a_model_is_saved_for_reading_back(tmp_path: Path) -> None:
         save_model(model, tmp_path / "a" / "model")
 
 
+def test_only_float32_is_saved(tmp_path: Path) -> None:
+    model = LongNetLM(LongNetConfig.preset("nano")).bfloat16()
+    with pytest.raises(ValueError, match="embedding.weight of the model is torch.bfloat16: expected torch.float32"):
+        save_model(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 def test_only_language_models_are_saved(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="model has type LongNetEncoder: expected a LongNetLM"):
         save_model(LongNetEncoder(LongNetConfig.preset("nano", causal=False)), tmp_path / "model")  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longnet.checks import check_flags, check_number
 from longnet.geometry import HEAD_OFFSETS, Branch, Pattern
-from longnet.geometry.pattern import LONGEST_SEGMENT, HeadNumbers
+from longnet.geometry.pattern import LONGEST_SEGMENT, Beyond, HeadNumbers
 from longnet.runtime.autocast import autocast_dtype
 
 
@@ -39,9 +39,11 @@ class AttentionSpec:
     segment_offset: int = 0
 
     @property
-    def beyond_paper(self) -> str | None:
+    def beyond_paper(self) -> Beyond | None:
         """A part that LongNet's paper does not have, as it was asked for; None if all is the paper's."""
-        return self.pattern.beyond_paper or (f"segment_offset={self.segment_offset}" if self.segment_offset else None)
+        return self.pattern.beyond_paper or (
+            Beyond("segment_offset", self.segment_offset) if self.segment_offset else None
+        )
 
     def encode(self) -> tuple[tuple[int, ...], float]:
         """As torch's operators take it, see :func:`decode`: integers and the scale."""
@@ -109,9 +111,9 @@ class AttentionInputs:
         return self.query, self.key, self.value, self.mask, self.offsets, self.bias
 
     @property
-    def beyond_paper(self) -> str | None:
+    def beyond_paper(self) -> Beyond | None:
         """A part that LongNet's paper does not have, as it was asked for; None if all is the paper's."""
-        return self.spec.beyond_paper or (None if self.offsets is None else "a segment_offset for each row")
+        return self.spec.beyond_paper or (None if self.offsets is None else Beyond("a segment_offset for each row"))
 
     def flat(self) -> tuple[Any, ...]:
         """As torch's operators take it: tensors, integers and the scale. The inverse is :func:`from_flat`."""

@@ -15,6 +15,7 @@ from longnet.attention.packed import boundaries
 from longnet.attention.sharding import broadcast_error, peers_of
 from longnet.checks import check_flags, is_int
 from longnet.geometry import HeadOffsets, Pattern
+from longnet.geometry.pattern import Beyond
 
 
 @overload
@@ -221,7 +222,7 @@ def pattern_attention(
     return (out, lse) if return_lse else out
 
 
-def _check_beyond_paper(beyond: str, needed_by_first: bool, definition: AttentionDefinition) -> None:
+def _check_beyond_paper(beyond: Beyond, needed_by_first: bool, definition: AttentionDefinition) -> None:
     if needed_by_first or not definition.takes_all_options:
         raise ValueError(f"{beyond} with needed_by_first or {definition.name}: expected what LongNet's paper has")
 

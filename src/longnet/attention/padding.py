@@ -13,8 +13,9 @@ from longnet.geometry import Pattern
 
 # One text: Python's own filter shows it once.
 _MOVED = (
-    "a row is padded on the left: its segments are counted from the padding, so its result differs from that of the row alone. "
-    "Pad on the right, pack rows as documents (cu_seqlens, or position_ids of Hugging Face models), or give one row at a time."
+    "a row is padded on the left: its segments and strides are counted from the padding, so its result differs from that of "
+    "the row alone. Pad on the right, pack rows as documents (cu_seqlens, or position_ids of Hugging Face models), or give one "
+    "row at a time."
 )
 
 

@@ -134,7 +134,7 @@ def show(stack: Layers, report: dict[str, Any], pictures: dict[str, Path], count
         )
     cost = Table(title="Cost by layer, one sequence", title_justify="left", title_style="bold")
     for name in ("layer", "type", "what it reads", "pairs", "share of dense", "forward traffic", "cache"):
-        cost.add_column(name, justify="left" if name in ("type", "what it reads") else "right")
+        cost.add_column(name, justify="left" if name in ("type", "what it reads") else "right", overflow="fold")
     for layer in report["layers"]:
         kept = "" if layer["cache_bytes"] is None else in_bytes(layer["cache_bytes"])
         cost.add_row(

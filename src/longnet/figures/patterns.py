@@ -15,6 +15,7 @@ from matplotlib.patches import Patch, Rectangle
 from longnet.checks import check_int
 from longnet.figures.style import EMPTY, FAINT, INK, branch_colors, legend, new_figure, quiet, save, ticks
 from longnet.geometry import Branch, Pattern
+from longnet.geometry.pattern import Beyond
 from longnet.geometry.reach import LayerAttention
 
 EXACT_TOKENS = 128
@@ -48,7 +49,7 @@ def plot_pattern(
         ValueError: more than 128 tokens of a pattern beyond the paper, or on a grid that is offset.
     """
     check_int("length", length, 1)
-    beyond = pattern.beyond_paper or (f"segment_offset={segment_offset}" if segment_offset else None)
+    beyond = pattern.beyond_paper or (Beyond("segment_offset", segment_offset) if segment_offset else None)
     if beyond is not None and length > EXACT_TOKENS:
         raise ValueError(f"length={length} with {beyond} is too long to draw: expected at most {EXACT_TOKENS}")
     groups: dict[tuple[int, ...], list[int]] = {}

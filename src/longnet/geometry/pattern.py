@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal, get_args, overload
+from typing import Any, Literal, NamedTuple, get_args, overload
 
 from longnet.checks import check_flags, check_int, is_int
 from longnet.geometry.rows import UNBOUNDED, Branch, Branches, T
@@ -60,6 +60,18 @@ class HeadNumbers:
                 "of a key/value head, or none of them"
             )
         return len(read)
+
+
+class Beyond(NamedTuple):
+    """An argument that LongNet's paper does not have. It is spelt out when it is printed: in ``torch.compile`` a number can be
+    symbolic, of which no text can be made.
+    """
+
+    name: str
+    value: int | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.value is None else f"{self.name}={self.value}"
 
 
 @dataclass(frozen=True)
@@ -152,18 +164,18 @@ class Pattern(Branches):
         return cls(branches, _head_offsets(head_offsets, HEAD_OFFSETS), numbers, window, dilated_queries)
 
     @property
-    def beyond_paper(self) -> str | None:
+    def beyond_paper(self) -> Beyond | None:
         """A part that LongNet's paper does not have, as it was asked for; None if all is the paper's."""
         if self.window is not None:
-            return f"window={self.window}"
+            return Beyond("window", self.window)
         if not self.dilated_queries:
-            return "dilated_queries=False"
+            return Beyond("dilated_queries=False")
         for branch in self.branches:
             if branch.block > 1:
-                return f"dilation_block={branch.block}"
+                return Beyond("dilation_block", branch.block)
             if branch.segment_length == UNBOUNDED:
-                return "segment_lengths=None"
-        return None if self.head_offsets in PAPER_OFFSETS else f"head_offsets={self.head_offsets!r}"
+                return Beyond("segment_lengths=None")
+        return None if self.head_offsets in PAPER_OFFSETS else Beyond(f"head_offsets={self.head_offsets!r}")
 
     @property
     def options(self) -> dict[str, Any]:

@@ -97,9 +97,12 @@ class LongNetConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         # Where a folder says what code reads it: that was this.
         kwargs.pop("auto_map", None)
-        if isinstance(self.layer_types, str):
-            # transformers would make a list of its letters.
-            raise TypeError(f"layer_types={self.layer_types!r} has type str: expected a list of layer types, or None")
+        if self.layer_types is not None and not isinstance(self.layer_types, (list, tuple)):
+            # transformers would make a list of a word's letters.
+            kind = type(self.layer_types).__name__
+            raise TypeError(
+                f"layer_types={self.layer_types!r} has type {kind}: expected a list of layer types, or None"
+            )
         super().__post_init__(**kwargs)
         plain = self.to_longnet()
         # As JSON gives them back, so that a config equals the one it was saved as.

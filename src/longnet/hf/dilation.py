@@ -98,6 +98,8 @@ def apply(
         raise ValueError(
             f"layers={layers} given with layer_types, which says it of every layer: expected one of the two"
         )
+    if layer_types is None:
+        _refuse_settings(sliding_window=(sliding_window, None), stride=(stride, 4), stride_block=(stride_block, 1))
     pattern = _pattern(segment_lengths, dilation_rates, head_offsets, is_needed=layer_types is None)
     if backend not in NAMES:
         raise ValueError(f"backend={backend!r} is unknown: expected one of {NAMES}")
@@ -240,6 +242,13 @@ def _part(model: PreTrainedModel, place: tuple[str, ...], count: int) -> PreTrai
         f"{type(model).__name__} has no part of {count} attention layers with the config {'.'.join(place) or 'of its own'!r}: "
         "expected model_class= of the model that was saved"
     )
+
+
+def _refuse_settings(**settings: tuple[Any, Any]) -> None:
+    """Refuse what only layer types read: (value, default) by name."""
+    for name, (value, default) in settings.items():
+        if value != default:
+            raise ValueError(f"{name}={value!r} without layer_types, which it belongs to: expected layer_types too")
 
 
 def _pattern(

@@ -130,7 +130,9 @@ class LongNetConfig:
             raise ValueError("backend='' names nothing: expected 'auto' or the name of a backend")
         kinds = self._kinds()
         if self.shift_keys and not any(kind in SHIFTED_KEYS_TYPES for kind in kinds):
-            raise ValueError(f"shift_keys=True with layers of {kinds}: expected one of {SHIFTED_KEYS_TYPES} among them")
+            raise ValueError(
+                f"shift_keys=True with layers of {kinds}: expected one of {SHIFTED_KEYS_TYPES} among them, or shift_keys=False"
+            )
         for kind in kinds:
             self._pattern(kind)
 

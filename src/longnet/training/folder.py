@@ -127,10 +127,15 @@ def save_model(model: LongNetLM, path: str | Path) -> None:
         path: a folder for ``config.json`` and ``model.safetensors``, made if it is missing.
 
     Raises:
-        TypeError: a model of another kind. ValueError: a run or a model is there already.
+        TypeError: a model of another kind. ValueError: a run or a model is there already, or weights that are not float32.
     """
     if not isinstance(model, LongNetLM):
         raise TypeError(f"model has type {type(model).__name__}: expected a LongNetLM")
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and weight.dtype != torch.float32:
+            raise ValueError(
+                f"{name} of the model is {weight.dtype}: expected torch.float32, which load_model gives back"
+            )
     folder = RunFolder(path)
     with locked(path):
         folder.require_new()

@@ -127,9 +127,16 @@ class RowStorage:
 
         Who replays a captured step calls ``moved(1, on_device=False)`` after it: a replay knows nothing of Python's numbers.
 
+        Args:
+            tokens: below 0 it takes back what was counted and not written, the token of a capture say. For tokens that were
+                read ask :meth:`holds` first: rows may have been written over.
+
         Raises:
-            ValueError: they do not fit into the capacity. The cache then refuses to go on.
+            ValueError: more than were counted are taken back, or they do not fit into the capacity. The cache then refuses to
+                go on.
         """
+        if self._position + tokens < 0:
+            raise ValueError(f"tokens={tokens} at position {self._position}: expected at least {-self._position}")
         with self._writing():
             self._position += tokens
             self._furthest = max(self._furthest, self._position)
