@@ -39,6 +39,8 @@ class BandConstants:
     """What a kernel is compiled for: see ``bands.BandSettings`` and ``hopper.Constants``.
 
     Args:
+        OWNED: items whose own rows are in shared memory at a time.
+        TOGETHER: tiles whose products run into one another, where keys are owned.
         LONGEST_FIRST: items of all heads in turn, as some take longer than others; else those of one head are neighbours.
         LAST_FIRST: the last rows of a head come first.
     """
