@@ -188,6 +188,22 @@ def _parts(begin, end, tiles, low_last, high_first, C: gl.constexpr):
 
 
 @gluon.jit
+def _read_by(bands, block, at, first, last, i: gl.constexpr):
+    """What a warpgroup's queries ``at`` read in a band.
+
+    ``first`` and ``last`` are their ends. Returns the number of the first key that is copied, how many tiles there are, each
+    query's first number and the number after its last; tiles that some query sees in part, that all see, and in part again.
+    """
+    origin, offset = bands.grid(block, i)
+    begin, end, tiles = bands.swept_keys(block, origin, offset, i)
+    low, high = bands.keys_of(at, origin, offset, i)
+    low_last, _ = bands.keys_of(last, origin, offset, i)
+    _, high_first = bands.keys_of(first, origin, offset, i)
+    before, whole, after = _parts(begin, end, tiles, low_last, high_first, bands.C)
+    return begin, tiles, low, high, before, whole, after
+
+
+@gluon.jit
 def _seen(s, j, low, high, C: gl.constexpr):
     """Which of a tile's keys, from number ``j`` on, each row reads: shaped like the scores ``s`` (64, N)."""
     number = j + gl.arange(0, C.N, layout=gl.SliceLayout(0, s.type.layout))
@@ -254,13 +270,7 @@ def _forward(bands, queries, keys, values, OUT, LSE, out_at, lse_at, scale, WHIC
         p = gl.zeros(zero.shape, keys.tiles.dtype, layout=operand)
         q = _own(queries, turn, WHICH, C)
         for i in gl.static_range(len(C.RATES)):
-            origin, offset = bands.grid(block, i)
-            begin, end, tiles = bands.swept_keys(block, origin, offset, i)
-            low, high = bands.keys_of(at, origin, offset, i)
-            low_last, _ = bands.keys_of(last, origin, offset, i)
-            _, high_first = bands.keys_of(first, origin, offset, i)
-            before, whole, after = _parts(begin, end, tiles, low_last, high_first, C)
-            j = begin
+            j, tiles, low, high, before, whole, after = _read_by(bands, block, at, first, last, i)
             if i == 0:
                 # The first tile by itself: nothing runs under its exponentials yet.
                 keys.wait(done)
@@ -410,13 +420,8 @@ def _query_gradients(
         acc = warpgroup_zeros(C.D)
         q, grad = _own(queries, turn, WHICH, C), _own(grads, turn, WHICH, C)
         for i in gl.static_range(len(C.RATES)):
-            origin, offset = bands.grid(block, i)
-            begin, end, tiles = bands.swept_keys(block, origin, offset, i)
-            low, high = bands.keys_of(at, origin, offset, i)
-            low_last, _ = bands.keys_of(last, origin, offset, i)
-            _, high_first = bands.keys_of(first, origin, offset, i)
-            counts = _parts(begin, end, tiles, low_last, high_first, C)
-            j = begin
+            j, _, low, high, before, whole, after = _read_by(bands, block, at, first, last, i)
+            counts = (before, whole, after)
             for part in gl.static_range(3):
                 for _ in range(0, counts[part]):
                     acc = _query_tile(
