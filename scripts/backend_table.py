@@ -91,7 +91,8 @@ def hopper_row() -> list[str]:
     """The kernels that the Triton backend prefers on Hopper GPUs, nest by nest."""
     dims = ", ".join(map(str, hopper.HEAD_DIMS))
     name, device = "`triton` on Hopper GPUs prefers", "cuda, capability 9"
-    return [name, device, names(hopper.DTYPES), dims, "no", "no", "as above", "no", *["as above"] * 2]
+    bands = "windows, strides without segments"
+    return [name, device, names(hopper.DTYPES), dims, "no", "no", "as above", bands, *["as above"] * 2]
 
 
 def names(dtypes: tuple[torch.dtype, ...]) -> str:
