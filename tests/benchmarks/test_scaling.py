@@ -11,7 +11,7 @@ def test_two_processes_are_compared_with_one(tmp_path, forked):
     out = tmp_path / "scaling.json"
     found = subprocess.run(
         [
-            *(*forked, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"),
+            *(*forked, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"),
             *(*forked, "-m", "benchmarks.scaling"),
             "--out",
             out,

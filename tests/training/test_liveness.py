@@ -41,7 +41,7 @@ with join_ranks(1, "cpu") as (ranks, device):
 def run(tmp_path, script, processes, python):
     path = tmp_path / "script.py"
     path.write_text(script)
-    launch = [*python, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--no-python"]
+    launch = [*python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--no-python"]
     command = [*launch, *python, str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)

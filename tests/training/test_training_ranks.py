@@ -44,9 +44,19 @@ def metrics(out):
 
 
 def start(*arguments, python=(sys.executable,)):
-    """torchrun, and what it starts, by ``python``."""
+    """torchrun, and what it starts, by ``python``; one host alone takes a free port, as other tests run at the same time."""
     place = arguments.index("-m")
-    launch = [*python, "-m", "torch.distributed.run", *arguments[:place], "--no-python", *python, *arguments[place:]]
+    alone = [] if "--nnodes" in arguments else ["--standalone"]
+    launch = [
+        *python,
+        "-m",
+        "torch.distributed.run",
+        *alone,
+        *arguments[:place],
+        "--no-python",
+        *python,
+        *arguments[place:],
+    ]
     return subprocess.Popen(launch, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
