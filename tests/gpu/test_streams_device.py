@@ -21,9 +21,12 @@ KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize("scale", [None, -0.3])
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 64), (torch.float16, 48), (torch.float32, 32)])
-def test_chunks_are_the_whole(name: str, dtype: torch.dtype, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_are_the_whole(
+    name: str, dtype: torch.dtype, head_dim: int, scale: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lengths, rates, more = KINDS[name]
     calls = []
 
@@ -38,12 +41,12 @@ def test_chunks_are_the_whole(name: str, dtype: torch.dtype, head_dim: int, monk
         lengths, rates, batch_size=2, heads=4, kv_heads=2, head_dim=head_dim, dtype=dtype, device="cuda", **more
     )
     parts = [
-        stream_attention(*(x[:, :, start:stop] for x in (q, k, v)), cache)
+        stream_attention(*(x[:, :, start:stop] for x in (q, k, v)), cache, scale=scale)
         for start, stop in ((0, 130), (130, 133), (133, 320), (320, 400))
     ]
     given = {"segment_lengths": lengths, "dilation_rates": rates}
     kind = {key: one if isinstance(one, tuple) else (one,) for key, one in given.items()} | more
-    want, _ = dense_attention(*(x.double().cpu() for x in (q, k, v)), **kind, is_causal=True)
+    want, _ = dense_attention(*(x.double().cpu() for x in (q, k, v)), **kind, is_causal=True, scale=scale)
     got = torch.cat(parts, 2).double().cpu()
     allowed = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
     assert float((got - want).norm()) <= allowed * float(want.norm())

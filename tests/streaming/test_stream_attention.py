@@ -15,7 +15,7 @@ from streams import Stream, by_step, read, streams
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from longnet import dilated_attention, stream_attention
+from longnet import DilatedCache, dilated_attention, stream_attention
 from longnet.attention import chunked
 from longnet.attention.streaming import rectangle
 from longnet.attention.streaming.step import step
@@ -251,3 +251,43 @@ def test_what_padded_rows_hold_does_not_reach_the_others(monkeypatch, by_product
     got = rectangle.rectangle_attention(query, key, value, 0.5, padded)
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
     assert got[0].isfinite().all() and (got[0][1] == 0).all() and (got[1][1] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("scale", [0.3, -0.3, 0.0])
+@pytest.mark.parametrize("backend", ["auto", "portable"])
+def test_rows_against_rows_by_either_way(monkeypatch, backend, scale):
+    """Portable streams are plain torch throughout; the kernel's scales have a sign too."""
+
+    def refused(*_: Any) -> Any:
+        raise AssertionError("a flash kernel")
+
+    query, key, value = (
+        torch.randn(2, heads, count, 4, dtype=torch.float64) for heads, count in ((4, 3), (2, 5), (2, 5))
+    )
+    if backend == "portable":
+        monkeypatch.setattr(rectangle, "_by_cpu_flash", refused)
+    out, lse = rectangle.rectangle_attention(query, key, value, scale, None, backend)
+    scores = query @ key.repeat_interleave(2, 1).transpose(-1, -2) * scale
+    torch.testing.assert_close(out, scores.softmax(-1) @ value.repeat_interleave(2, 1))
+    torch.testing.assert_close(lse, scores.logsumexp(-1))
+
+
+def test_a_portable_cache_reads_its_rows_in_plain_torch(monkeypatch):
+    def refused(*_: Any) -> Any:
+        raise AssertionError("a flash kernel")
+
+    monkeypatch.setattr(rectangle, "_by_cpu_flash", refused)
+    for lengths, rates, more in (((8, 16), (1, 2), {}), (None, 4, {"window": 3, "dilated_queries": False})):
+        q, k, v = torch.randn(3, 1, 4, 20, 4, dtype=torch.float64)
+        for backend in ("portable", "auto"):
+            cache = DilatedCache(
+                lengths, rates, batch_size=1, heads=4, head_dim=4, dtype=torch.float64, backend=backend, **more
+            )
+            stream_attention(q[:, :, :13], k[:, :, :13], v[:, :, :13], cache)
+            rest = q[:, :, 13:], k[:, :, 13:], v[:, :, 13:], cache
+            if backend == "auto":
+                with pytest.raises(AssertionError, match="a flash kernel"):
+                    stream_attention(*rest)
+            else:
+                whole = dilated_attention(q, k, v, lengths, rates, is_causal=True, **more)
+                torch.testing.assert_close(stream_attention(*rest), whole[:, :, 13:])

@@ -140,7 +140,8 @@ def _add_block(
         number = torch.arange(low, high, device=cache.device) + branch.first_row(block.offset, origin)
         segment = branch.segment_start(start + origin) - origin
         padded = segment + branch.place_of_row(number, block.offset) < cache.padding[rows, None]
-    _mix(mixture, rows, block.heads, tokens, *rectangle_attention(query, key, value, chunk.spec.scale, padded))
+    found = rectangle_attention(query, key, value, chunk.spec.scale, padded, cache.backend)
+    _mix(mixture, rows, block.heads, tokens, *found)
 
 
 def _add_ring(mixture: tuple[Tensor, Tensor], chunk: AttentionInputs, cache: DilatedCache) -> None:

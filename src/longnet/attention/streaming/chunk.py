@@ -95,7 +95,7 @@ def _attend(chunk: AttentionInputs, cache: DilatedCache) -> tuple[Tensor, Tensor
             if rows.number:
                 padded = _padded_rows(cache, branch, block.offset)
                 cached = cache._rows_of(block, 0, rows.number)
-                mixture.add(block.heads, tokens, *rectangle_attention(query, *cached, scale, padded))
+                mixture.add(block.heads, tokens, *rectangle_attention(query, *cached, scale, padded, cache.backend))
     return mixture.out.to(chunk.query.dtype), mixture.lse
 
 
@@ -107,7 +107,7 @@ def _own_rows(
     padded = None if chunk.mask is None else chunk.mask[:, tokens]
     count = query.shape[2]
     if count == 1:
-        return rectangle_attention(query, key, value, chunk.spec.scale, padded)
+        return rectangle_attention(query, key, value, chunk.spec.scale, padded, backend)
     return _run(AttentionInputs(query, key, value, padded, None, chunk.spec), Pattern((Branch(count, 1),)), backend)
 
 
@@ -124,7 +124,7 @@ def _add_rectangle(
     # Offset by offset and head by head, as the blocks lie.
     query = tile_view(chunk.query, tile)
     cached = cache._rows_of(blocks[0], 0, branch.selected(start, stop, 0).number, len(blocks))
-    out, lse = rectangle_attention(query.flatten(1, 3), *cached, chunk.spec.scale, None)
+    out, lse = rectangle_attention(query.flatten(1, 3), *cached, chunk.spec.scale, None, cache.backend)
     mixed = tile_view(mixture.out, tile), tile_view(mixture.lse, tile)
     merge.merge_(*mixed, out.view(query.shape), lse.view(query.shape[:-1]))
     return True

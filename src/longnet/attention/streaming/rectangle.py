@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longnet.attention.backends.views import signed
 from longnet.attention.call import lse_dtype
 from longnet.attention.chunked import Rows
 from longnet.runtime.torch_internals import cpu_flash, gpu_flash
 
 
 def rectangle_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, padded: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, scale: float, padded: Tensor | None, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """Attention of T queries to n keys each, none masked but the padded ones.
 
@@ -20,6 +21,7 @@ def rectangle_attention(
         key: (B, Hk, n, D), n >= 1.
         value: (B, Hk, n, D).
         padded: (B, n) bool, True where a key is to be ignored, or None.
+        backend: the cache's; ``"portable"`` is plain torch here too, all others take torch's flash kernels where they fit.
 
     Returns:
         out (B, Hk * share, T, D) in the query's dtype (or that of the lse) and lse (B, Hk * share, T), float32 or float64.
@@ -28,11 +30,12 @@ def rectangle_attention(
     batch, heads, count, dim = query.shape
     # Without a diagonal it does not matter which query a row is: heads that share keys become more rows.
     rows = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-    if query.device.type == "cpu":
-        compute = _by_cpu_flash
+    if backend == "portable" or not (query.device.type == "cpu" or _fits_gpu_flash(query, padded)):
+        out, lse = _by_products(rows, key, value, scale, padded)
     else:
-        compute = _by_gpu_flash if _fits_gpu_flash(query, padded) else _by_products
-    out, lse = compute(rows, key, value, scale, padded)
+        compute = _by_cpu_flash if query.device.type == "cpu" else _by_gpu_flash
+        # The kernels take a scale above 0, so its sign goes into the query.
+        out, lse = compute(signed(rows, scale), key, value, abs(scale) or 1.0, padded)
     return out.reshape(batch, heads, count, dim), lse.reshape(batch, heads, count)
 
 
