@@ -124,13 +124,16 @@ class _Call:
         pattern, nested = _launched(inputs)
         self.padding, self.bias, self.spec = padding, bias, replace(spec, pattern=pattern)
         self.batch, self.heads, self.length, self.dim = query.shape
-        self.group, self.use_hopper = inputs.group, use_hopper
+        self.group = inputs.group
         self.mask = self.q if padding is None else padding.view(torch.int8)
         # Statistics are float32, and a bias is part of the scores.
         self.table = self.q if bias is None else bias.to(torch.float32).contiguous()
         self.by_row = inputs.offsets is not None
         self.row_offsets = self.q if inputs.offsets is None else inputs.offsets.contiguous()
-        self.for_hopper, self.left = self._split(use_hopper) if nested else ((), ())
+        self.not_hopper: str | None = "the general ones were asked for"
+        if use_hopper:
+            self.not_hopper = hopper.unsupported_reason(self.q, padding, bias)
+        self.for_hopper, self.left = self._split() if nested else ((), ())
         self.bands = () if inputs.beyond_paper is None else bands.band_launches(pattern, not nested)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,12 +177,7 @@ class _Call:
 
     def band_work(self, launch: bands.BandLaunch, merge: bool) -> hopper_bands.BandWork | None:
         """A launch of a Hopper band kernel, None where a general one is needed; the log says why."""
-        reason = (
-            hopper.unsupported_reason(self.q, self.padding, self.bias)
-            if self.use_hopper
-            else "the general ones were asked for"
-        )
-        reason = reason or hopper_bands.unsupported_reason(launch, self.by_row)
+        reason = self.not_hopper or hopper_bands.unsupported_reason(launch, self.by_row)
         if reason is not None:
             _log.debug("triton: Hopper band kernels passed over: %s", reason)
             return None
@@ -203,16 +201,11 @@ class _Call:
         """Of the padding mask (B, N), and of the bias (H, 2L - 1) with its centre, the place of distance 0."""
         return self.mask.stride()[:2], (self.table.stride(0), self.table.shape[-1] // 2)
 
-    def _split(self, use_hopper: bool) -> tuple[tuple[Nest, ...], tuple[Nest, ...]]:
+    def _split(self) -> tuple[tuple[Nest, ...], tuple[Nest, ...]]:
         """The nests for the Hopper kernels, and those left to the portable ones; the log says why."""
         nests = _nests(self.spec.pattern, self.heads, self.q)
-        reason = (
-            hopper.unsupported_reason(self.q, self.padding, self.bias)
-            if use_hopper
-            else "the general ones were asked for"
-        )
-        if reason is not None:
-            _log.debug("triton: Hopper kernels passed over: %s", reason)
+        if self.not_hopper is not None:
+            _log.debug("triton: Hopper kernels passed over: %s", self.not_hopper)
             return (), nests
         ours, others = hopper.split_nests(nests, self.length)
         for nest, reason in others:
@@ -288,7 +281,7 @@ def forward(inputs: AttentionInputs, use_hopper: bool = True) -> tuple[Tensor, T
             )  # fmt: skip
         for band, merge in call.band_order(of_keys=False):
             if by_tma := call.band_work(band, merge):
-                by_tma.forward(*call.tensors(), buffer, lse)
+                by_tma.run("forward", (call.q,), (call.k, call.v), (buffer, lse))
                 continue
             grid, arguments, warps = call.band_arguments("forward", band, merge)
             band_forward_kernel[grid](
@@ -342,7 +335,7 @@ def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None, use
             )  # fmt: skip
         for band, merge in call.band_order(of_keys=True):
             if by_tma := call.band_work(band, merge):
-                by_tma.key_value(queries, call.k, call.v, grad_out, statistics, of_keys)
+                by_tma.run("key_value", (queries, grad_out), (call.k, call.v), of_keys, statistics)
                 continue
             grid, arguments, warps = call.band_arguments("key_value", band, merge)
             band_key_value_kernel[grid](
@@ -359,7 +352,7 @@ def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None, use
             query_kernel[grid](*shared, queries, *strides, *call.strides(queries), *arguments, num_warps=warps)
         for band, merge in call.band_order(of_keys=False):
             if by_tma := call.band_work(band, merge):
-                by_tma.query(call.q, call.k, call.v, grad_out, statistics, queries)
+                by_tma.run("query", (call.q, grad_out), (call.k, call.v), (queries,), statistics)
                 continue
             grid, arguments, warps = call.band_arguments("query", band, merge)
             band_query_kernel[grid](

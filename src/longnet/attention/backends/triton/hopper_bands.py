@@ -126,46 +126,24 @@ class BandWork:
     segment_offset: int
     merge: bool
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor) -> None:
-        """Write out like the query and lse (B, H, N) float32."""
-        self._run("forward", (query,), (key, value), (out, lse))
-
-    def key_value(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        grad_out: Tensor,
-        statistics: tuple[Tensor, Tensor],
-        grads: Sequence[Tensor],
-    ) -> None:
-        """Write the gradients of keys and values by query head, two (B, H, N, D); dead rows of the query are 0.
-
-        Args:
-            statistics: lse and delta, of ``prepare_kernel``.
-        """
-        self._run("key_value", (query, grad_out), (key, value), tuple(grads), statistics)
-
-    def query(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        grad_out: Tensor,
-        statistics: tuple[Tensor, Tensor],
-        grad_q: Tensor,
-    ) -> None:
-        """Write the gradient of the query."""
-        self._run("query", (query, grad_out), (key, value), (grad_q,), statistics)
-
-    def _run(
+    def run(
         self,
         kernel: str,
         of_queries: tuple[Tensor, ...],
-        of_keys: tuple[Tensor, ...],
-        written: tuple[Tensor, ...],
+        of_keys: tuple[Tensor, Tensor],
+        written: Sequence[Tensor],
         statistics: tuple[Tensor, ...] = (),
     ) -> None:
+        """Run one of its kernels.
+
+        Args:
+            kernel: ``"forward"``, ``"key_value"`` or ``"query"``.
+            of_queries: the query (B, H, N, D), in the backward pass also the gradient of out. ``"key_value"`` needs dead rows of
+                the query to be 0.
+            of_keys: key and value, (B, Hk, N, D).
+            written: out and lse (B, H, N); the gradients of keys and values by query head; the gradient of the query.
+            statistics: lse and delta of ``prepare_kernel``, in the backward pass.
+        """
         inputs = (*map(_readable, of_queries), *(_readable(x, _unit(self.launch)) for x in of_keys))
         # Of the statistics one stride is enough, they are alike.
         strides = tuple(x.stride()[:3] for x in (*statistics[:1], *written))
