@@ -63,8 +63,9 @@ class HeadNumbers:
 
 
 class Beyond(NamedTuple):
-    """An argument that LongNet's paper does not have. It is spelt out when it is printed: in ``torch.compile`` a number can be
-    symbolic, of which no text can be made.
+    """An argument that LongNet's paper does not have, and its value.
+
+    It becomes text when it is printed, not before: ``torch.compile`` cannot format a number that it holds as a symbol.
     """
 
     name: str
