@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Set
 from typing import Any
 
 import triton
@@ -17,10 +18,11 @@ from longnet.geometry import Branch, Pattern
 from longnet.geometry.nests import Nest
 
 LENGTH = 45_681
-CASES = {
-    "nest": (64, 48, False, ((1024, 1), (32768, 4))),
-    "branch": (64, 64, True, ((5792, 2),)),
-    "wide": (128, 96, True, ((1024, 1), (4096, 2), (16384, 4))),
+# The last is the offset of the grid, None where each row of the batch has its own.
+CASES: dict[str, tuple[int, int, bool, tuple[tuple[int, int], ...], int | None]] = {
+    "nest": (64, 48, False, ((1024, 1), (32768, 4)), 0),
+    "branch": (64, 64, True, ((5792, 2),), None),
+    "wide": (128, 96, True, ((1024, 1), (4096, 2), (16384, 4)), 5),
 }
 
 
@@ -32,18 +34,19 @@ BANDS = {
 
 
 def compiled(kernel: str, case: str) -> object:
-    dim, channels, is_causal, branches = CASES[case]
+    dim, channels, is_causal, branches, offset = CASES[case]
     function, owned = hopper._kernel(kernel)
     swept, stages, _ = hopper._CUTS[kernel, dim]
     nest = Nest(tuple(Branch(*branch) for branch in branches))
     tiles, shape = hopper._shape(nest, LENGTH)
     limited = kernel == "key_value" and not is_causal
     settings = hopper.Constants(
-        shape, tiles, dim, channels, hopper._OWNED, swept, stages, True, is_causal, MERGE=True, LIMITED=limited
-    )
+        shape, tiles, dim, channels, hopper._OWNED, swept, stages, True, is_causal,
+        MERGE=True, LIMITED=limited, OFFSET=offset != 0, BY_ROW=offset is None,
+    )  # fmt: skip
     letters = [name[0] for name in function.arg_names if name.endswith("_fold")]
     rows = {letter: [hopper._OWNED if i in owned else swept] * len(branches) for i, letter in enumerate(letters)}
-    return _compiled(function, settings, rows, dim)
+    return _compiled(function, settings, rows, dim, {"segment_offset"} if not offset else set())
 
 
 def compiled_band(kernel: str, case: str) -> object:
@@ -51,7 +54,9 @@ def compiled_band(kernel: str, case: str) -> object:
     (launch,) = bands.band_launches(pattern, True)
     of_keys = kernel == "key_value"
     launch = launch.by_band[-1] if of_keys else launch
-    settings = hopper_bands.constants_of(launch, pattern, kernel, dim, channels, is_causal=True, merge=True)
+    settings = hopper_bands.constants_of(
+        launch, pattern, kernel, dim, channels, is_causal=True, merge=True, by_row=case == "blocks"
+    )
     own, swept = hopper._OWNED, settings.N
     of_queries = [swept if of_keys else own]
     of_bands = [hopper_bands.rows_of_copy(band, own if of_keys else swept) for band in launch.bands]
@@ -59,9 +64,13 @@ def compiled_band(kernel: str, case: str) -> object:
     return _compiled(function, settings, {"q": of_queries, "g": of_queries, "k": of_bands, "v": of_bands}, dim)
 
 
-def _compiled(function: Any, settings: object, rows: dict[str, list[int]], dim: int) -> object:
-    """``rows``: of the copies by each descriptor, by the first letter of its name."""
-    constants: dict[str, object] = {"C": settings}
+def _compiled(
+    function: Any, settings: Any, rows: dict[str, list[int]], dim: int, absent: Set[str] = frozenset()
+) -> object:
+    """``rows``: of the copies by each descriptor, by the first letter of its name. Arguments that are ``absent`` are None."""
+    constants: dict[str, object] = {"C": settings} | dict.fromkeys(absent)
+    if not settings.BY_ROW:
+        constants["OFFSETS"] = None
     signature: dict[str, object] = {}
     for name in function.arg_names:
         if re.fullmatch("[qkvg][0-4]", name):
@@ -80,7 +89,7 @@ def _compiled(function: Any, settings: object, rows: dict[str, list[int]], dim: 
         elif name.endswith("_at"):
             signature[name] = ("i32",) * 3
         else:
-            signature[name] = {"ORDER": "*i32", "LIMITS": "*i32", "scale": "fp32"}.get(name, "i32")
+            signature[name] = {"ORDER": "*i32", "LIMITS": "*i32", "OFFSETS": "*i64", "scale": "fp32"}.get(name, "i32")
     signature |= dict.fromkeys(constants, "constexpr")
     source = GluonASTSource(function, {name: signature[name] for name in function.arg_names}, constants, {})
     options = {"num_warps": 4, "maxnreg": hopper._REGISTERS}

@@ -32,12 +32,25 @@ def test_every_item_is_in_one_place(costs, programs, launches):
 
 
 def schedule(
-    pattern, heads, length, *, programs=132, rounds=128, owned=128, swept=128, is_causal=True, sweeps_later=False
+    pattern,
+    heads,
+    length,
+    *,
+    programs=132,
+    rounds=128,
+    owned=128,
+    swept=128,
+    is_causal=True,
+    sweeps_later=False,
+    segment_offset=0,
 ):
     (nest,) = make_nests(pattern, heads, 64, 64)
     width = min(nest.segment_lengths[0], length)
     _, shape = kernel_arguments(nest, nest.classes, width, owned)
-    return Schedule(nest, shape, length, heads, programs, rounds, owned, swept, is_causal, sweeps_later, CPU)
+    return Schedule(
+        nest, shape, length, heads, programs, rounds, owned, swept, is_causal, sweeps_later, CPU,
+        segment_offset=segment_offset,
+    )  # fmt: skip
 
 
 @given(
@@ -78,14 +91,17 @@ def test_work_is_level(is_causal, sweeps_later, heads):
 
 
 @pytest.mark.parametrize("length", [65536, 50000])
+@pytest.mark.parametrize("offset", [0, 1024, -3000])
 @pytest.mark.parametrize(("is_causal", "sweeps_later"), [(True, False), (True, True), (False, False)])
-def test_costs_are_the_blocks_met(is_causal, sweeps_later, length):
+def test_costs_are_the_blocks_met(is_causal, sweeps_later, offset, length):
     pattern = Pattern.parse((1024, 4096, 16384), (1, 2, 8))
-    one = schedule(pattern, 8, length, swept=64, is_causal=is_causal, sweeps_later=sweeps_later)
-    nest, tiles = one.nest, len(one.head_costs()) // -(-length // 1024)
+    one = schedule(pattern, 8, length, swept=64, is_causal=is_causal, sweeps_later=sweeps_later, segment_offset=offset)
+    nest, before = one.nest, offset % 16384
+    tiles = len(one.head_costs()) // -(-(length + before % 1024) // 1024)
     costs = one.head_costs().view(-1, tiles)
-    for segment in (0, 1, 5, 17, len(costs) - 1):
-        start = segment * 1024
+    # The first segment has rows of the grid that no token stands on, which the costs count roughly.
+    for segment in (*([0] if before % 1024 == 0 else []), 1, 5, 17, len(costs) - 1):
+        start = segment * 1024 + before // 1024 * 1024
         tile = 0
         for row_class in nest.classes:
             count = -(-1024 // (row_class.step * 128))
@@ -93,19 +109,23 @@ def test_costs_are_the_blocks_met(is_causal, sweeps_later, length):
                 for block in range(count):
                     first, last = block * 128 * row_class.step, (block + 1) * 128 * row_class.step
                     expected = 0
-                    if start + first < length:
-                        expected = 1 + met(nest, row_class.level, start, first, last, length, is_causal, sweeps_later)
+                    tokens = range(before, before + length)
+                    if start + first < tokens.stop:
+                        expected = 1 + met(nest, row_class.level, start, first, last, tokens, is_causal, sweeps_later)
                     assert costs[segment, tile] == expected, (segment, tile)
                     tile += 1
 
 
-def met(nest, level, start, first, last, length, is_causal, sweeps_later):
-    """Blocks of 64 rows, range by range, that the rows [first, last) of the segment from ``start`` on meet."""
+def met(nest, level, start, first, last, tokens, is_causal, sweeps_later):
+    """Blocks of 64 rows, range by range, that the rows [first, last) of the segment from ``start`` on meet.
+
+    ``tokens`` are the places of the grid that a token stands on.
+    """
     blocks = 0
     for index in range(level):
         width, rate = nest.segment_lengths[index], nest.dilation_rates[index]
         low = start // width * width
-        positions = list(range(low, min(low + width, length), rate))
+        positions = [p for p in range(low, low + width, rate) if p in tokens]
         if index == 0:
             if is_causal and sweeps_later:
                 positions = [p for p in positions if p >= start + first]

@@ -17,6 +17,7 @@ from oracle import dense_attention
 
 from longnet import dilated_attention
 from longnet.attention.backends.triton import backend as triton_flash
+from longnet.attention.backends.triton import bands
 from longnet.geometry import Branch, Pattern
 
 pytestmark = [
@@ -76,6 +77,29 @@ def test_a_window_is_mixed_into_a_nest(is_causal: bool) -> None:
     options = {**NEST_AND_WINDOW, "is_causal": is_causal}
     got = dilated_attention(*inputs, **options, return_lse=True, backend="triton")
     compare(got, dense_attention(*exact, **options), inputs, grad, exact, 3e-5)
+
+
+@interpreted_only
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(
+    ("offset", "head_offsets"), [(5, "interleaved"), (-1000, "blocked"), (torch.tensor([37, 64]), "blocked")]
+)
+def test_a_nest_begins_anywhere(
+    is_causal: bool, offset: int | torch.Tensor, head_offsets: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys that branches share are visited once on every grid: the kernels of nests run, and those of bands do not."""
+    launches: list[object] = []
+    plan = bands.band_launches
+    monkeypatch.setattr(bands, "band_launches", lambda *given: launches.append(plan(*given)) or launches[-1])
+    *inputs, grad = draw_tensors(2, 4, 2, 90, 0, torch.float32)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    options: dict[str, Any] = {
+        "segment_lengths": (16, 32, 64), "dilation_rates": (1, 2, 4), "is_causal": is_causal,
+        "segment_offset": offset, "head_offsets": head_offsets,
+    }  # fmt: skip
+    got = dilated_attention(*inputs, **options, return_lse=True, backend="triton")
+    compare(got, dense_attention(*exact, **options), inputs, grad, exact, 3e-5)
+    assert launches and not any(launches)
 
 
 @interpreted_only

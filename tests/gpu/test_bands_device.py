@@ -42,6 +42,10 @@ def draw(head_dim: int, dtype: torch.dtype, length: int = 777) -> tuple[list[Ten
     return [x.requires_grad_() for x in inputs], grad
 
 
+def is_hopper() -> bool:
+    return torch.cuda.get_device_capability()[0] == 9
+
+
 def on_device(kind: dict[str, Any]) -> dict[str, Any]:
     """What the operation takes: offsets of rows as a tensor."""
     if not isinstance(offset := kind.get("segment_offset"), tuple):
@@ -82,6 +86,18 @@ def test_tiles_of_any_length_and_block(length: int, block: int, is_causal: bool)
     check(kind, is_causal, *draw(64, torch.bfloat16, length), None)
 
 
+@pytest.mark.parametrize("offset", [1000, 4097, -3, (1000, 8191)])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 64), (torch.float16, 128)])
+@pytest.mark.parametrize("more", [{}, {"window": 300}, {"head_offsets": "blocked"}], ids=["nest", "window", "blocked"])
+def test_long_segments_on_another_grid(
+    offset: int | tuple[int, int], is_causal: bool, dtype: torch.dtype, head_dim: int, more: dict[str, Any]
+) -> None:
+    """What the Hopper kernels of nests take, on a grid that begins before token 0."""
+    kind = {"segment_lengths": (1024, 2048, 8192), "dilation_rates": (1, 2, 4), "segment_offset": offset, **more}
+    check(kind, is_causal, *draw(head_dim, dtype, 5000), None, "triton:hopper" if is_hopper() else "triton", "cuda")
+
+
 def check(
     kind: dict[str, Any],
     is_causal: bool,
@@ -89,22 +105,24 @@ def check(
     grad: Tensor,
     mask: Tensor | None,
     backend: str = "triton",
+    oracle_on: str = "cpu",
 ) -> None:
     """Compare out, lse and gradients with the definition in float64."""
     options = {"is_causal": is_causal, **on_device(kind)}
     got, lse = dilated_attention(
         *inputs, **options, key_padding_mask=None if mask is None else mask.cuda(), return_lse=True, backend=backend
     )
-    exact = [x.detach().double().cpu().requires_grad_() for x in inputs]
+    exact = [x.detach().double().to(oracle_on).requires_grad_() for x in inputs]
     offset = options.get("segment_offset", 0)
-    options["segment_offset"] = offset.cpu() if isinstance(offset, Tensor) else offset
-    want, want_lse = dense_attention(*exact, **options, key_padding_mask=mask)
-    grads = torch.autograd.grad(got, inputs, grad), torch.autograd.grad(want, exact, grad.double().cpu())
-    assert torch.equal(lse.cpu() == -torch.inf, want_lse == -torch.inf)
+    options["segment_offset"] = offset.to(oracle_on) if isinstance(offset, Tensor) else offset
+    with torch.device(oracle_on):
+        want, want_lse = dense_attention(*exact, **options, key_padding_mask=mask)
+    grads = torch.autograd.grad(got, inputs, grad), torch.autograd.grad(want, exact, grad.double().to(oracle_on))
+    assert torch.equal(lse.to(oracle_on) == -torch.inf, want_lse == -torch.inf)
     allowed = ALLOWED[inputs[0].dtype]
     for one, other in zip((got, *grads[0]), (want, *grads[1]), strict=True):
         # Of a single key gradients are 0 but for the rounding of sums.
-        error, size = float((one.detach().double().cpu() - other.detach()).norm()), float(other.detach().norm())
+        error, size = float((one.detach().double().to(oracle_on) - other.detach()).norm()), float(other.detach().norm())
         assert error <= allowed * max(size, 1e-3)
 
 
@@ -149,7 +167,7 @@ def test_two_runs_are_the_same_to_the_bit() -> None:
 
 
 def test_hopper_kernels_alone() -> None:
-    if torch.cuda.get_device_capability()[0] != 9:
+    if not is_hopper():
         pytest.skip("needs a Hopper GPU")
     check(KINDS["window and stride"], True, *draw(64, torch.bfloat16), None, "triton:hopper")
     mask = torch.zeros(2, 777, dtype=torch.bool)

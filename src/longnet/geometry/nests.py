@@ -51,6 +51,12 @@ class Nest(Branches):
         """Whether every (head, position) is in it."""
         return self.branches[0].dilation_rate == 1
 
+    def segments(self, length: int, segment_offset: int | None) -> int:
+        """How many segments of the finest branch hold some of ``length`` tokens, at most; None is any offset of the grid."""
+        finest = self.branches[0]
+        before = finest.segment_length - 1 if segment_offset is None else finest.origin(segment_offset)
+        return -(-(before + length) // finest.segment_length)
+
     @property
     def classes(self) -> tuple[RowClass, ...]:
         """Every row of the finest branch, by level. Empty classes (two branches of one rate) are left out."""

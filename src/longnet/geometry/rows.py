@@ -188,7 +188,6 @@ class Branch:
             return True
         if self.segment_length == UNBOUNDED:
             return False
-            return True
         alone, moved = (position % self.segment_length for position in (segment_offset, segment_offset + start))
         is_inside = length is not None and max(alone, moved) + length <= self.segment_length
         return is_inside and (moved - alone) % (self.dilation_rate * self.block) == 0

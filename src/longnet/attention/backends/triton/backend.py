@@ -100,10 +100,10 @@ def _device(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def _launched(inputs: AttentionInputs) -> tuple[Pattern, bool]:
-    """(the pattern as launches take it, whether its branches are nests: the paper's, on a grid that begins at 0)."""
+    """(the pattern as launches take it, whether its branches are nests: the paper's, but for where their grid begins)."""
     on_grid = not inputs.spec.segment_offset and inputs.offsets is None
     pattern = inputs.spec.pattern.ended(inputs.length) if on_grid else inputs.spec.pattern
-    return pattern, bool(pattern.branches) and on_grid and replace(pattern, window=None).beyond_paper is None
+    return pattern, bool(pattern.branches) and replace(pattern, window=None).beyond_paper is None
 
 
 def _nests(pattern: Pattern, heads: int, query: Tensor) -> tuple[Nest, ...]:
@@ -129,7 +129,9 @@ class _Call:
         # Statistics are float32, and a bias is part of the scores.
         self.table = self.q if bias is None else bias.to(torch.float32).contiguous()
         self.by_row = inputs.offsets is not None
-        self.row_offsets = self.q if inputs.offsets is None else inputs.offsets.contiguous()
+        self.segment_offset = None if self.by_row else spec.segment_offset
+        self.offsets = inputs.offsets.contiguous() if inputs.offsets is not None else None
+        self.row_offsets = self.q if self.offsets is None else self.offsets
         self.not_hopper: str | None = "the general ones were asked for"
         if use_hopper:
             self.not_hopper = hopper.unsupported_reason(self.q, padding, bias)
@@ -142,10 +144,11 @@ class _Call:
     def launches(self, kernel: str) -> Iterator[tuple[tuple[int], tuple[Any, ...], int]]:
         """(grid, last arguments, warps) of every launch of the general kernels."""
         both = blocks_for(kernel, self.dim, self.q.dtype)
-        for launch in plan_launches(self.left, bool(self.for_hopper), self.length, both):
+        for launch in plan_launches(self.left, bool(self.for_hopper), self.length, self.segment_offset, both):
             cut = launch.blocks
             rows = (cut.swept, cut.owned) if kernel == "key_value" else (cut.owned, cut.swept)
-            sizes = Sizes(self.length, self.heads, self.group, self.scale, launch.segments, launch.tiles)
+            counts = launch.segments, launch.tiles, self.spec.segment_offset
+            sizes = Sizes(self.length, self.heads, self.group, self.scale, *counts)
             settings = self.settings(*rows, cut.stages, launch.period, launch.weighted, launch.merge)
             grid = (launch.tiles * launch.segments * self.heads * self.batch,)
             yield grid, (sizes, launch.shape, settings), cut.warps
@@ -177,19 +180,20 @@ class _Call:
 
     def band_work(self, launch: bands.BandLaunch, merge: bool) -> hopper_bands.BandWork | None:
         """A launch of a Hopper band kernel, None where a general one is needed; the log says why."""
-        reason = self.not_hopper or hopper_bands.unsupported_reason(launch, self.by_row)
+        reason = self.not_hopper or hopper_bands.unsupported_reason(launch)
         if reason is not None:
             _log.debug("triton: Hopper band kernels passed over: %s", reason)
             return None
         spec = self.spec
-        return hopper_bands.BandWork(launch, spec.pattern, self.scale, spec.is_causal, spec.segment_offset, merge)
+        return hopper_bands.BandWork(launch, spec.pattern, self.scale, spec.is_causal, self.segment_offset, merge)
 
     def settings(
         self, m: int, n: int, stages: int = 1, period: int = 1, weighted: bool = False, merge: bool = False
     ) -> Settings:
         return Settings(
             self.dim, power_of_two(self.dim), m, n, stages, period, weighted,
-            BLOCKED=self.spec.pattern.head_offsets == "blocked", CAUSAL=self.spec.is_causal,
+            BLOCKED=self.spec.pattern.head_offsets == "blocked", OFFSET=self.segment_offset != 0, BY_ROW=self.by_row,
+            CAUSAL=self.spec.is_causal,
             PADDED=self.padding is not None, BIASED=self.bias is not None, MERGE=merge,
             PRECISION="ieee" if self.q.dtype == torch.float32 else "tf32",
         )  # fmt: skip
@@ -224,9 +228,9 @@ class _Call:
         if not self.for_hopper:
             return None
         pattern, is_causal = self.spec.pattern, self.spec.is_causal
-        some = self.spec.needed_by_first and not is_causal
+        some = self.spec.needed_by_first and not is_causal and self.segment_offset == 0
         needed = needed_by_first(pattern, self.heads, self.length) if some else None
-        return hopper.Work(self.for_hopper, self.scale, is_causal, pattern.head_offsets, needed)
+        return hopper.Work(self.for_hopper, self.scale, is_causal, pattern.head_offsets, needed, self.segment_offset)
 
 
 def _bias_gradient(call: _Call, tensors: tuple[Tensor, ...], strides: tuple[Any, ...]) -> Tensor:
@@ -273,15 +277,15 @@ def forward(inputs: AttentionInputs, use_hopper: bool = True) -> tuple[Tensor, T
         lse.fill_(-torch.inf)
     with _device(out):
         if work := call.work:
-            work.forward(*call.tensors(), buffer, lse)
+            work.forward(*call.tensors(), buffer, lse, call.offsets)
         for grid, arguments, warps in call.launches("forward"):
             forward_kernel[grid](
-                *call.tensors(), buffer, lse, call.mask, call.table,
+                *call.tensors(), buffer, lse, call.mask, call.table, call.row_offsets,
                 *call.strides(*call.tensors(), buffer, lse), *call.extra_strides(), *arguments, num_warps=warps,
             )  # fmt: skip
         for band, merge in call.band_order(of_keys=False):
             if by_tma := call.band_work(band, merge):
-                by_tma.run("forward", (call.q,), (call.k, call.v), (buffer, lse))
+                by_tma.run("forward", (call.q,), (call.k, call.v), (buffer, lse), offsets=call.offsets)
                 continue
             grid, arguments, warps = call.band_arguments("forward", band, merge)
             band_forward_kernel[grid](
@@ -327,15 +331,15 @@ def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None, use
         others = (call.k, call.v, grad_out, row_lse)
         more = (delta, call.mask, call.table)
         if work := call.work:
-            readable = work.key_value(queries, call.k, call.v, grad_out, statistics, of_keys)
+            readable = work.key_value(queries, call.k, call.v, grad_out, statistics, of_keys, call.offsets)
         for grid, arguments, warps in call.launches("key_value"):
             key_value_kernel[grid](
-                queries, *others, *more, *of_keys,
+                queries, *others, *more, call.row_offsets, *of_keys,
                 *call.strides(queries, *others), *call.extra_strides(), *call.strides(*of_keys), *arguments, num_warps=warps,
             )  # fmt: skip
         for band, merge in call.band_order(of_keys=True):
             if by_tma := call.band_work(band, merge):
-                by_tma.run("key_value", (queries, grad_out), (call.k, call.v), of_keys, statistics)
+                by_tma.run("key_value", (queries, grad_out), (call.k, call.v), of_keys, statistics, call.offsets)
                 continue
             grid, arguments, warps = call.band_arguments("key_value", band, merge)
             band_key_value_kernel[grid](
@@ -347,12 +351,14 @@ def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None, use
         shared = (call.q, *others, *more)
         strides = (*call.strides(call.q, *others), *call.extra_strides())
         if work:
-            work.query(call.q, readable, statistics, queries)
+            work.query(call.q, readable, statistics, queries, call.offsets)
         for grid, arguments, warps in call.launches("query"):
-            query_kernel[grid](*shared, queries, *strides, *call.strides(queries), *arguments, num_warps=warps)
+            query_kernel[grid](
+                *shared, call.row_offsets, queries, *strides, *call.strides(queries), *arguments, num_warps=warps
+            )
         for band, merge in call.band_order(of_keys=False):
             if by_tma := call.band_work(band, merge):
-                by_tma.run("query", (call.q, grad_out), (call.k, call.v), (queries,), statistics)
+                by_tma.run("query", (call.q, grad_out), (call.k, call.v), (queries,), statistics, call.offsets)
                 continue
             grid, arguments, warps = call.band_arguments("query", band, merge)
             band_query_kernel[grid](
@@ -402,5 +408,5 @@ class Hopper:
             for nest, reason in others:
                 return f"{reason} (branches {nest.segment_lengths} at rates {nest.dilation_rates})"
         launches = () if inputs.beyond_paper is None else bands.band_launches(pattern, not nested)
-        reasons = (hopper_bands.unsupported_reason(launch, inputs.offsets is not None) for launch in launches)
+        reasons = (hopper_bands.unsupported_reason(launch) for launch in launches)
         return next((reason for reason in reasons if reason is not None), None)

@@ -131,6 +131,8 @@ class Constants:
         STAGES: swept tiles that are on their way at once.
         MERGE: earlier nests have written their results, so these are mixed in.
         LIMITED: not all rows are swept, see :func:`longnet.geometry.needed_rows.swept_limits`.
+        OFFSET: the grid does not begin at token 0.
+        BY_ROW: each row of the batch has an offset of the grid.
     """
 
     NEST: NestShape
@@ -144,6 +146,8 @@ class Constants:
     CAUSAL: bool
     MERGE: bool
     LIMITED: bool
+    OFFSET: bool = False
+    BY_ROW: bool = False
 
     @property
     def weighted(self) -> bool:
@@ -167,7 +171,8 @@ class Work:
 
     Queries and gradients of out are (B, H, N, D), keys and values (B, Hk, N, D). They are read through copies with zeros at the
     end of their channels and tokens where the kernels cannot read them as they are. What is written has its own shape.
-    Of the query's rows only those that are ``needed`` need be right, None for all; others may not be written at all.
+    Of the query's rows only those that are ``needed`` need be right, None for all; others may not be written at all. Where each
+    row of the batch has an offset of the grid, ``segment_offset`` is None and launches are given ``offsets`` (B,) int64.
     """
 
     nests: tuple[Nest, ...]
@@ -175,10 +180,13 @@ class Work:
     is_causal: bool
     head_offsets: HeadOffsets
     needed: NeededRows | None = None
+    segment_offset: int | None = 0
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor) -> None:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, offsets: Tensor | None = None
+    ) -> None:
         """Write out like the query and lse (B, H, N) float32."""
-        self._launch("forward", query.shape, self._readable(query, key, value), (out, lse), ())
+        self._launch("forward", query.shape, self._readable(query, key, value), (out, lse), (), offsets)
 
     def key_value(
         self,
@@ -188,6 +196,7 @@ class Work:
         grad_out: Tensor,
         statistics: tuple[Tensor, Tensor],
         grads: Sequence[Tensor],
+        offsets: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Write the gradients of keys and values by query head, two (B, H, N, D).
 
@@ -199,16 +208,21 @@ class Work:
             what :meth:`query` takes.
         """
         inputs = self._readable(room, grad_out, key, value)
-        self._launch("key_value", room.shape, inputs, tuple(grads), statistics)
+        self._launch("key_value", room.shape, inputs, tuple(grads), statistics, offsets)
         return inputs
 
     def query(
-        self, query: Tensor, inputs: tuple[Tensor, ...], statistics: tuple[Tensor, Tensor], grad_q: Tensor
+        self,
+        query: Tensor,
+        inputs: tuple[Tensor, ...],
+        statistics: tuple[Tensor, Tensor],
+        grad_q: Tensor,
+        offsets: Tensor | None = None,
     ) -> None:
         """Write the gradient of the query, over the room of :meth:`key_value`, where ``inputs`` come from."""
         if inputs[0] is grad_q:
             inputs = (*self._readable(query), *inputs[1:])
-        self._launch("query", query.shape, inputs, (grad_q,), statistics)
+        self._launch("query", query.shape, inputs, (grad_q,), statistics, offsets)
 
     def _readable(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         dim = next(dim for dim in HEAD_DIMS if dim >= tensors[0].shape[-1])
@@ -230,6 +244,7 @@ class Work:
         inputs: tuple[Tensor, ...],
         written: tuple[Tensor, ...],
         statistics: tuple[Tensor, ...],
+        offsets: Tensor | None,
     ) -> None:
         key_heads, dim = inputs[-1].shape[1], inputs[0].shape[-1]
         # Of the statistics one stride is enough, they are alike.
@@ -240,8 +255,8 @@ class Work:
             self, kernel, tuple(shape), key_heads, dim, views, strides, query.dtype, query.device
         ):
             order = cached_order(schedule)
-            pointers = (*statistics, *written, order if part is None else order[part])
-            one.run((*pointers, cached_limits(schedule)) if kernel == "key_value" else pointers, inputs)
+            limits = (cached_limits(schedule),) if kernel == "key_value" else ()
+            one.run((*statistics, *written, order if part is None else order[part], *limits, offsets), inputs)
 
 
 # One entry per shape of tensors, kernel and pattern.
@@ -276,21 +291,22 @@ def _launches(
         rates = nest.dilation_rates
         schedule = Schedule(
             nest, nest_shape, length, heads * batch, _multiprocessors(device), rounds, _OWNED, swept,
-            work.is_causal, kernel == "key_value", device, work.needed, heads, work.head_offsets,
+            work.is_causal, kernel == "key_value", device, work.needed, heads, work.head_offsets, work.segment_offset,
         )  # fmt: skip
         templates = tuple(descriptors(view, dtype, dim, rates, count) for view, count in zip(views, rows, strict=True))
         constants = Constants(
             nest_shape, tiles, dim, channels, _OWNED, swept, stages, work.head_offsets == "blocked", work.is_causal,
             MERGE=number > 0, LIMITED=kernel == "key_value" and work.needed is not None,
+            OFFSET=work.segment_offset != 0, BY_ROW=work.segment_offset is None,
         )  # fmt: skip
         options = {"C": constants, "num_warps": 4, "maxnreg": _REGISTERS}
-        segments = -(-length // nest.segment_lengths[0])
+        segments = nest.segments(length, work.segment_offset)
         each = schedule.per_launch
         for first in range(0, schedule.items, each):
             items = min(each, schedule.items - first)
             rest = (
                 *(view.arguments for view in views), *strides,
-                items, length, heads, heads // key_heads, work.scale, segments,
+                items, length, heads, heads // key_heads, work.scale, segments, work.segment_offset or None,
             )  # fmt: skip
             one = Launch(function, min(items, schedule.programs), templates, rest, options)
             found.append((one, schedule, None if items == schedule.items else slice(first, first + items)))

@@ -43,6 +43,7 @@ class BandConstants:
         TOGETHER: tiles whose products run into one another, where keys are owned.
         LONGEST_FIRST: items of all heads in turn, as some take longer than others; else those of one head are neighbours.
         LAST_FIRST: the last rows of a head come first.
+        BY_ROW: each row of the batch has an offset of the grid.
     """
 
     D: int
@@ -61,7 +62,7 @@ class BandConstants:
     MERGE: bool
     LONGEST_FIRST: bool
     LAST_FIRST: bool
-    BY_ROW: bool = False
+    BY_ROW: bool
 
     @property
     def split_channels(self) -> bool:
@@ -69,12 +70,10 @@ class BandConstants:
         return self.D // 2 < self.CHANNELS <= self.D // 4 * 3
 
 
-def unsupported_reason(launch: BandLaunch, by_row: bool) -> str | None:
+def unsupported_reason(launch: BandLaunch) -> str | None:
     """Why these kernels cannot run a launch, or None when they can. Of tensors ``hopper.unsupported_reason`` says it."""
     if launch.branch is not None:
         return "they take bands of all queries"
-    if by_row:
-        return "they take one offset for all rows of the batch"
     if len(launch.bands) > VIEWS:
         return f"they take {VIEWS} bands, not {len(launch.bands)}"
     for band in launch.bands:
@@ -103,7 +102,15 @@ def rows_of_copy(band: Branch | int, rows: int) -> int:
 
 
 def constants_of(
-    launch: BandLaunch, pattern: Pattern, kernel: str, dim: int, channels: int, *, is_causal: bool, merge: bool
+    launch: BandLaunch,
+    pattern: Pattern,
+    kernel: str,
+    dim: int,
+    channels: int,
+    *,
+    is_causal: bool,
+    merge: bool,
+    by_row: bool = False,
 ) -> BandConstants:
     """What a kernel of a launch is compiled for."""
     swept, stages, owned, together = _CUTS[kernel, dim]
@@ -111,19 +118,22 @@ def constants_of(
     of_bands = {name: value for name, value in launch.constants(pattern).items() if name not in ("BANDS", "ROWS_OF")}
     return BandConstants(
         dim, channels, _OWNED, swept, stages, owned, together, **of_bands, CAUSAL=is_causal, MERGE=merge,
-        LONGEST_FIRST=unequal, LAST_FIRST=unequal and kernel != "key_value",
+        LONGEST_FIRST=unequal, LAST_FIRST=unequal and kernel != "key_value", BY_ROW=by_row,
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class BandWork:
-    """What a launch computes, apart from its tensors. ``scale`` is positive."""
+    """What a launch computes, apart from its tensors. ``scale`` is positive.
+
+    ``segment_offset`` is that of the grid, None where each row of the batch has its own.
+    """
 
     launch: BandLaunch
     pattern: Pattern
     scale: float
     is_causal: bool
-    segment_offset: int
+    segment_offset: int | None
     merge: bool
 
     def run(
@@ -133,6 +143,7 @@ class BandWork:
         of_keys: tuple[Tensor, Tensor],
         written: Sequence[Tensor],
         statistics: tuple[Tensor, ...] = (),
+        offsets: Tensor | None = None,
     ) -> None:
         """Run one of its kernels.
 
@@ -143,6 +154,7 @@ class BandWork:
             of_keys: key and value, (B, Hk, N, D).
             written: out and lse (B, H, N); the gradients of keys and values by query head; the gradient of the query.
             statistics: lse and delta of ``prepare_kernel``, in the backward pass.
+            offsets: of the grid, (B,) int64, where each row of the batch has its own.
         """
         inputs = (*map(_readable, of_queries), *(_readable(x, _unit(self.launch)) for x in of_keys))
         # Of the statistics one stride is enough, they are alike.
@@ -150,7 +162,7 @@ class BandWork:
         views = tuple(view_of(x) for x in inputs)
         shape, dtype, device = tuple(of_queries[0].shape), inputs[0].dtype, inputs[0].device
         one = _launch(self, kernel, shape, inputs[-1].shape[1], inputs[0].shape[-1], views, strides, dtype, device)
-        one.run((*statistics, *written), inputs)
+        one.run((*statistics, *written, offsets), inputs)
 
 
 def _readable(x: Tensor, unit: int = 1) -> Tensor:
@@ -179,7 +191,10 @@ def _launch(
     # A block that begins before the first token moves all numbers by less than a block.
     tiles = -(-(count + (launch.block if of_keys else 0)) // _OWNED)
     items = tiles * heads * batch
-    constants = constants_of(launch, work.pattern, kernel, dim, channels, is_causal=work.is_causal, merge=work.merge)
+    constants = constants_of(
+        launch, work.pattern, kernel, dim, channels,
+        is_causal=work.is_causal, merge=work.merge, by_row=work.segment_offset is None,
+    )  # fmt: skip
     key_rows = _OWNED if of_keys else swept
     templates = []
     for number, view in enumerate(views):
@@ -192,7 +207,7 @@ def _launch(
         templates.append((*of_bands, *[None] * (VIEWS - len(of_bands))))
     rest = (
         *(view.arguments for view in views), *strides,
-        items, length, heads, heads // key_heads, tiles, work.segment_offset, work.scale,
+        items, length, heads, heads // key_heads, tiles, work.segment_offset or 0, work.scale,
     )  # fmt: skip
     function = getattr(kernels, f"hopper_band_{kernel}_kernel")
     options = {"C": constants, "num_warps": 4, "maxnreg": hopper._REGISTERS}

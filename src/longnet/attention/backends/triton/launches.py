@@ -49,6 +49,7 @@ class Sizes(NamedTuple):
         group: query heads of a key head.
         segments: of the nest's finest branch.
         tiles: blocks of rows in one of them.
+        segment_offset: of the grid, where it is one for all rows of the batch.
     """
 
     length: int
@@ -57,6 +58,7 @@ class Sizes(NamedTuple):
     scale: float
     segments: int
     tiles: int
+    segment_offset: int
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class Settings:
         STAGES: of the pipeline.
         PERIOD: after how many keys of a range their weights repeat, at most.
         WEIGHTED: rows that several branches select.
+        OFFSET: the grid does not begin at token 0.
+        BY_ROW: each row of the batch has an offset of the grid.
         MERGE: earlier launches have written these rows already, so results are mixed in.
     """
 
@@ -80,6 +84,8 @@ class Settings:
     PERIOD: int
     WEIGHTED: bool
     BLOCKED: bool
+    OFFSET: bool
+    BY_ROW: bool
     CAUSAL: bool
     PADDED: bool
     BIASED: bool
@@ -132,12 +138,13 @@ def kernel_arguments(nest: Nest, classes: Sequence[RowClass], width: int, owned:
 
 @lru_cache(maxsize=4096)
 def plan_launches(
-    nests: tuple[Nest, ...], merge: bool, length: int, both_blocks: tuple[Blocks, Blocks]
+    nests: tuple[Nest, ...], merge: bool, length: int, segment_offset: int | None, both_blocks: tuple[Blocks, Blocks]
 ) -> tuple[Launch, ...]:
     """Launches in the order in which they are to run.
 
     Args:
         merge: rows have been written already, so the first nest too is mixed in.
+        segment_offset: of the grid, None where each row of the batch has its own.
         both_blocks: for rows of level 1, and for the others.
     """
     found = []
@@ -159,7 +166,7 @@ def plan_launches(
                     nest,
                     merge or number > 0,
                     weighted,
-                    -(-length // nest.segment_lengths[0]),
+                    nest.segments(length, segment_offset),
                     tiles,
                     Blocks(owned, swept, blocks.warps, blocks.stages),
                     shape,

@@ -34,6 +34,7 @@ class Schedule:
         sweeps_later: a causal item meets what comes after it (keys), not before (queries). Items are keys then, else queries.
         needed: the query rows whose results are read, None for all; not causal.
         heads, head_offsets: of the call, which only ``needed`` needs.
+        segment_offset: of the grid, None where each row of the batch has its own: costs are then those of 0.
     """
 
     nest: Nest
@@ -50,6 +51,7 @@ class Schedule:
     needed: NeededRows | None = None
     heads: int = 1
     head_offsets: HeadOffsets = "interleaved"
+    segment_offset: int | None = 0
 
     @cached_property
     def _hash(self) -> int:
@@ -62,7 +64,7 @@ class Schedule:
     @property
     def items(self) -> int:
         tiles = sum(count * one.residues for count, one in zip(self.shape.tiles, self.nest.classes, strict=True))
-        return tiles * len(self.nest.branches[0].starts(self.length)) * self.copies
+        return tiles * self.nest.segments(self.length, self.segment_offset) * self.copies
 
     @property
     def per_launch(self) -> int:
@@ -104,9 +106,13 @@ class Schedule:
         """
         finest, *coarser = self.nest.branches
         ends = [self.length] * len(self.nest.branches) if limits is None else limits
-        start = torch.tensor(finest.starts(self.length), device=self.device)[:, None]
-        size = (self.length - start).clamp(max=finest.segment_length)
-        met = torch.minimum(size, (ends[0] - start).clamp(min=0))
+        origin = self.nest.branches[-1].origin(self.segment_offset or 0)
+        segments = torch.arange(self.nest.segments(self.length, self.segment_offset), device=self.device)[:, None]
+        # Where a segment starts on the grid, and its first token.
+        start = origin // finest.segment_length * finest.segment_length + segments * finest.segment_length
+        first = (start - origin).clamp(min=0)
+        size = ((finest.segment_stop(start) - origin).clamp(max=self.length) - first).clamp(min=0)
+        met = torch.minimum(size, (ends[0] - first).clamp(min=0))
         by_class = []
         for one, count in zip(self.nest.classes, self.shape.tiles, strict=True):
             # Every residue of the class has as many tiles.
@@ -120,11 +126,12 @@ class Schedule:
             cost = 1 + self._blocks(own)
             for finer, branch, end in zip(self.nest.branches, coarser[: one.level - 1], ends[1:], strict=False):
                 if not self.is_causal or self.sweeps_later:
-                    after = branch.segment_stop(start).clamp(max=end) - finer.segment_stop(start)
+                    after = (branch.segment_stop(start) - origin).clamp(max=end) - (finer.segment_stop(start) - origin)
                     cost = cost + self._blocks(branch.rows(after, 0))
                 if not self.is_causal or not self.sweeps_later:
-                    before = finer.segment_start(start).clamp(max=end) - branch.segment_start(start)
-                    cost = cost + self._blocks(branch.rows(before, 0))
+                    earlier = (finer.segment_start(start) - origin).clamp(max=end)
+                    earlier = earlier - (branch.segment_start(start) - origin).clamp(min=0)
+                    cost = cost + self._blocks(branch.rows(earlier, 0))
             by_class.append(torch.where(first_row * one.step < size, cost, 0))
         return torch.cat(by_class, 1).flatten()
 

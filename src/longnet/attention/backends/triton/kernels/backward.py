@@ -103,11 +103,11 @@ def _query_step(
 
 @triton.jit
 def query_kernel(
-    Q, K, V, GRAD_OUT, LSE, DELTA, PADDING, BIAS, GRAD_Q,
+    Q, K, V, GRAD_OUT, LSE, DELTA, PADDING, BIAS, OFFSETS, GRAD_Q,
     q_at, k_at, v_at, grad_at, lse_at, padding_at, bias_at, grad_q_at, sizes, nest, C: tl.constexpr,
 ):  # fmt: skip
     """Gradients of ``M`` query rows of one class, added to what earlier nests left if ``MERGE``."""
-    block = locate(sizes, nest, C.M, C.CAUSAL, C)
+    block = locate(OFFSETS, sizes, nest, C.M, C.CAUSAL, C)
     if block.first_row >= block.count:
         return
     batch, q_head, kv_head = heads_of(block, sizes)
@@ -148,13 +148,13 @@ def query_kernel(
 
 @triton.jit
 def key_value_kernel(
-    Q, K, V, GRAD_OUT, LSE, DELTA, PADDING, BIAS, GRAD_K, GRAD_V,
+    Q, K, V, GRAD_OUT, LSE, DELTA, PADDING, BIAS, OFFSETS, GRAD_K, GRAD_V,
     q_at, k_at, v_at, grad_at, lse_at, padding_at, bias_at, grad_k_at, grad_v_at, sizes, nest, C: tl.constexpr,
 ):  # fmt: skip
     """Gradients of ``N`` keys and values of one class by one query head, added to what earlier nests left if ``MERGE``."""
     M: tl.constexpr = C.M
     N: tl.constexpr = C.N
-    block = locate(sizes, nest, N, False, C)
+    block = locate(OFFSETS, sizes, nest, N, False, C)
     if block.first_row >= block.count:
         return
     batch, q_head, kv_head = heads_of(block, sizes)

@@ -21,6 +21,7 @@ from longnet.attention.backends.triton.kernels.rows import (
     mixed,
     padding_alone,
     padding_of,
+    tokens_before,
 )
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -49,12 +50,8 @@ def offset_in(head, i: tl.constexpr, sizes, C: tl.constexpr):
 @triton.jit
 def origin_of(OFFSETS, batch, i: tl.constexpr, sizes, C: tl.constexpr):
     """Where token 0 stands on a band's grid, at least 0."""
-    offset = tl.cast(sizes.segment_offset, tl.int64)
-    if C.BY_ROW:
-        offset = tl.load(OFFSETS + batch)
     PERIOD: tl.constexpr = C.LENGTHS[i] if C.LENGTHS[i] > 0 else C.RATES[i] * C.BLOCKS[i]
-    # Division rounds to zero.
-    return tl.cast((offset % PERIOD + PERIOD) % PERIOD, tl.int32)
+    return tokens_before(OFFSETS, sizes.segment_offset, batch, PERIOD, C.BY_ROW)
 
 
 @triton.jit

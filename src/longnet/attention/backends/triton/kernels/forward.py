@@ -70,11 +70,11 @@ def _attend(
 
 @triton.jit
 def forward_kernel(
-    Q, K, V, OUT, LSE, PADDING, BIAS, q_at, k_at, v_at, out_at, lse_at, padding_at, bias_at, sizes, nest, C: tl.constexpr
+    Q, K, V, OUT, LSE, PADDING, BIAS, OFFSETS, q_at, k_at, v_at, out_at, lse_at, padding_at, bias_at, sizes, nest, C: tl.constexpr
 ):  # fmt: skip
     """``M`` query rows of one class: out and lse, mixed into what earlier nests left if ``MERGE``."""
     M: tl.constexpr = C.M
-    block = locate(sizes, nest, M, C.CAUSAL, C)
+    block = locate(OFFSETS, sizes, nest, M, C.CAUSAL, C)
     if block.first_row >= block.count:
         return
     batch, q_head, kv_head = heads_of(block, sizes)

@@ -18,7 +18,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
 
-from longnet.attention.backends.triton.kernels.rows import OwnedRows, SweptRows, head_offset
+from longnet.attention.backends.triton.kernels.rows import (
+    OwnedRows,
+    SweptRows,
+    from_token_0,
+    head_offset,
+    tokens_before,
+)
 from longnet.attention.backends.triton.kernels.triton_internals import aggregate
 
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -39,11 +45,14 @@ class Program:
     """What all warps of a program know of the launch.
 
     ORDER: the items. LIMITS (heads, branches), read where ``C.LIMITED``: see
-    :func:`longnet.geometry.needed_rows.swept_limits`. C: the constants.
+    :func:`longnet.geometry.needed_rows.swept_limits`. OFFSETS of the grid, read where ``C.BY_ROW``; else ``segment_offset`` is
+    that of all rows of the batch, where ``C.OFFSET``. C: the constants.
     """
 
     ORDER: gl.tensor
     LIMITS: gl.tensor
+    OFFSETS: gl.tensor
+    segment_offset: gl.base_value
     items: gl.base_value
     length: gl.base_value
     heads: gl.base_value
@@ -76,19 +85,27 @@ class Program:
         rest = rest // self.segments
         head = rest % self.heads
         batch = rest // self.heads
+        before = 0
+        if self.C.OFFSET:
+            LONGEST: gl.constexpr = NEST.segment_lengths[len(NEST.segment_lengths) - 1]
+            before = tokens_before(self.OFFSETS, self.segment_offset, batch, LONGEST, self.C.BY_ROW)
+            start -= before % NEST.segment_lengths[0]
         size = gl.minimum(self.length - start, NEST.segment_lengths[0])
         level, origin, step, first_row, rows = 0, 0, 1, 0, 0
         for i in gl.static_range(len(NEST.steps)):
             number = tile - NEST.first_tiles[i]
             residue = head_offset(head, NEST.steps[i], self.heads, self.C.BLOCKED)
             here = (residue + (1 + number // NEST.tiles[i]) * NEST.inner_rates[i]) % NEST.steps[i]
+            if self.C.OFFSET:
+                first, _ = from_token_0(start + here, NEST.steps[i], self.C)
+                here = first - start
             inside = number >= 0
             level = gl.where(inside, NEST.levels[i], level)
             origin = gl.where(inside, here, origin)
             step = gl.where(inside, NEST.steps[i], step)
             first_row = gl.where(inside, number % NEST.tiles[i] * self.C.M, first_row)
             rows = gl.where(inside, gl.cdiv(gl.maximum(size - here, 0), NEST.steps[i]), rows)
-        return OwnedRows(batch, head, start, size, level, start + origin, step, first_row, rows)
+        return OwnedRows(batch, head, start, size, level, start + origin, step, first_row, rows, before)
 
     @gluon.jit
     def ranges(self, block):
@@ -113,14 +130,18 @@ class Program:
         offset = head_offset(block.head, RATES[0], self.heads, self.C.BLOCKED)
         step = index * 0 + RATES[0]
         first = block.start + offset
+        number = index * 0
         if len(RATES) == 1:
-            count = gl.cdiv(gl.maximum(block.size - offset, 0), RATES[0])
+            if self.C.OFFSET:
+                first, number = from_token_0(first, RATES[0], self.C)
+            count = gl.cdiv(gl.maximum(block.start + block.size - first, 0), RATES[0])
         else:
+            grid = block.start + block.before
             low, middle, finer, width = block.start, block.start, 0, 0
             for i in gl.static_range(1, len(RATES)):
                 here = branch == i
-                low = gl.where(here, block.start // LENGTHS[i] * LENGTHS[i], low)
-                middle = gl.where(here, block.start // LENGTHS[i - 1] * LENGTHS[i - 1], middle)
+                low = gl.where(here, grid // LENGTHS[i] * LENGTHS[i] - block.before, low)
+                middle = gl.where(here, grid // LENGTHS[i - 1] * LENGTHS[i - 1] - block.before, middle)
                 finer = gl.where(here, LENGTHS[i - 1], finer)
                 width = gl.where(here, LENGTHS[i], width)
                 step = gl.where(here, RATES[i], step)
@@ -128,18 +149,21 @@ class Program:
             end = gl.where(after, gl.minimum(low + width, self.length), middle)
             first = gl.where(index == 0, block.start, first) + offset_at(block.head, step, self.heads, self.C.BLOCKED)
             end = gl.where(index == 0, block.start + block.size, end)
+            if self.C.OFFSET:
+                number = (gl.maximum(-first, 0) + step - 1) >> shift_of(step, RATES)
+                first += number * step
             count = (gl.maximum(end - first, 0) + step - 1) >> shift_of(step, RATES)
         if self.C.LIMITED:
             limit = gl.load(self.LIMITS + block.head * len(RATES) + branch)
             count = gl.minimum(count, gl.cdiv(gl.maximum(limit - first, 0), step))
-        return SweptRows(branch, first, step, count)
+        return SweptRows(branch, first, step, count, number)
 
     @gluon.jit
     def weights(self, block, swept, COUNT: gl.constexpr, LAYOUT: gl.constexpr):
         """log2 of the weights of ``COUNT`` swept rows against owned rows; every block of a range has the same."""
         RATES: gl.constexpr = self.C.NEST.dilation_rates
         position = offset_at(block.head, swept.step, self.heads, self.C.BLOCKED)
-        position = position + gl.arange(0, COUNT, layout=LAYOUT) * swept.step
+        position = position + (swept.number + gl.arange(0, COUNT, layout=LAYOUT)) * swept.step
         levels = gl.zeros([COUNT], gl.int32, layout=LAYOUT)
         for i in gl.static_range(len(RATES)):
             beyond = (position - head_offset(block.head, RATES[i], self.heads, self.C.BLOCKED)) & (RATES[i] - 1)
@@ -149,6 +173,17 @@ class Program:
         for i in gl.static_range(2, len(RATES) + 1):
             weights = gl.where(multiplicity >= i, LOG2_OF[i], weights)
         return weights
+
+
+@gluon.jit
+def make_program(ORDER, LIMITS, OFFSETS, segment_offset, items, length, heads, group, segments, C: gl.constexpr):
+    """A launch's :class:`Program`; ``OFFSETS`` and ``segment_offset`` are None where they are not read."""
+    offsets, offset = ORDER, items
+    if C.BY_ROW:
+        offsets = OFFSETS
+    elif C.OFFSET:
+        offset = segment_offset
+    return Program(ORDER, LIMITS, offsets, offset, items, length, heads, group, segments, C)
 
 
 @gluon.jit

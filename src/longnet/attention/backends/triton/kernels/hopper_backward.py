@@ -15,11 +15,11 @@ from longnet.attention.backends.triton.kernels.hopper import (
     LOG2E,
     Channel,
     OwnedTiles,
-    Program,
     Source,
     all_keys,
     head_start,
     make_barriers,
+    make_program,
     mma_layout,
     produce,
     scores_of,
@@ -313,17 +313,17 @@ def _consume_queries(
 
 @gluon.jit
 def hopper_query_kernel(
-    LSE, DELTA, GRAD_Q, ORDER,
+    LSE, DELTA, GRAD_Q, ORDER, OFFSETS,
     q0, q1, q2, q3, q4, g0, g1, g2, g3, g4, k0, k1, k2, k3, k4, v0, v1, v2, v3, v4,
     q_fold, g_fold, k_fold, v_fold, lse_at, grad_q_at,
-    items, length, heads, group, scale, segments, C: gl.constexpr,
+    items, length, heads, group, scale, segments, segment_offset, C: gl.constexpr,
 ):  # fmt: skip
     """Gradients of the query rows of one nest, added to what earlier nests left if ``MERGE``."""
     q, g = Source((q0, q1, q2, q3, q4), q_fold), Source((g0, g1, g2, g3, g4), g_fold)
     k, v = Source((k0, k1, k2, k3, k4), k_fold), Source((v0, v1, v2, v3, v4), v_fold)
     own, keys, values = _shared_memory(q, g, k, v, C)
     fence_async_shared()
-    program = Program(ORDER, ORDER, items, length, heads, group, segments, C)
+    program = make_program(ORDER, ORDER, OFFSETS, segment_offset, items, length, heads, group, segments, C)
     gl.warp_specialize(
         [
             (_consume_keys, (program, own, keys, values, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, scale, 0)),
@@ -350,10 +350,10 @@ def _shared_memory(own_a, own_b, swept_a, swept_b, C: gl.constexpr):
 
 @gluon.jit
 def hopper_key_value_kernel(
-    LSE, DELTA, GRAD_K, GRAD_V, ORDER, LIMITS,
+    LSE, DELTA, GRAD_K, GRAD_V, ORDER, LIMITS, OFFSETS,
     q0, q1, q2, q3, q4, g0, g1, g2, g3, g4, k0, k1, k2, k3, k4, v0, v1, v2, v3, v4,
     q_fold, g_fold, k_fold, v_fold, lse_at, grad_k_at, grad_v_at,
-    items, length, heads, group, scale, segments, C: gl.constexpr,
+    items, length, heads, group, scale, segments, segment_offset, C: gl.constexpr,
 ):  # fmt: skip
     """Gradients of the keys and values of one nest by query head, added to what earlier nests left if ``MERGE``.
 
@@ -366,7 +366,7 @@ def hopper_key_value_kernel(
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     first = Statistics(gl.allocate_shared_memory(gl.float32, [4, C.N], plain))
     second = Statistics(gl.allocate_shared_memory(gl.float32, [4, C.N], plain))
-    program = Program(ORDER, LIMITS, items, length, heads, group, segments, C)
+    program = make_program(ORDER, LIMITS, OFFSETS, segment_offset, items, length, heads, group, segments, C)
     gl.warp_specialize(
         [
             (

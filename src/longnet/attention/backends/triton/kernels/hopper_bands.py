@@ -57,6 +57,7 @@ class Bands:
     group: gl.base_value
     tiles: gl.base_value
     segment_offset: gl.base_value
+    OFFSETS: gl.base_value
     C: gl.constexpr
 
     @gluon.jit
@@ -75,12 +76,12 @@ class Bands:
         if self.C.LAST_FIRST:
             tile = self.tiles - 1 - tile
         batch, head = pair // self.heads, pair % self.heads
-        return OwnedRows(batch, head, 0, self.length, 1, 0, 1, tile * self.C.M, self.length)
+        return OwnedRows(batch, head, 0, self.length, 1, 0, 1, tile * self.C.M, self.length, 0)
 
     @gluon.jit
     def grid(self, block, i: gl.constexpr):
         """(where token 0 stands on a band's grid, the head's offset in it)."""
-        return origin_of(0, block.batch, i, self, self.C), offset_in(block.head, i, self, self.C)
+        return origin_of(self.OFFSETS, block.batch, i, self, self.C), offset_in(block.head, i, self, self.C)
 
     @gluon.jit
     def keys_of(self, position, origin, offset, i: gl.constexpr):
@@ -346,7 +347,7 @@ def _channel(descriptor, COUNT: gl.constexpr, ROWS: gl.constexpr, C: gl.constexp
 
 @gluon.jit
 def hopper_band_forward_kernel(
-    OUT, LSE,
+    OUT, LSE, OFFSETS,
     q0, q1, q2, q3, q4, k0, k1, k2, k3, k4, v0, v1, v2, v3, v4,
     q_fold, k_fold, v_fold, out_at, lse_at,
     items, length, heads, group, tiles, segment_offset, scale, C: gl.constexpr,
@@ -355,7 +356,7 @@ def hopper_band_forward_kernel(
     queries = _channel(q0, C.OWNED, C.M, C)
     keys, values = _channel(k0, C.STAGES, C.N, C), _channel(v0, C.STAGES, C.N, C)
     fence_async_shared()
-    bands = Bands(items, length, heads, group, tiles, segment_offset, C)
+    bands = Bands(items, length, heads, group, tiles, segment_offset, OFFSETS if C.BY_ROW else items, C)
     q = Source((q0, q1, q2, q3, q4), q_fold)
     k, v = Source((k0, k1, k2, k3, k4), k_fold), Source((v0, v1, v2, v3, v4), v_fold)
     gl.warp_specialize(
@@ -458,7 +459,7 @@ def _query_gradients(
 
 @gluon.jit
 def hopper_band_query_kernel(
-    LSE, DELTA, GRAD_Q,
+    LSE, DELTA, GRAD_Q, OFFSETS,
     q0, q1, q2, q3, q4, g0, g1, g2, g3, g4, k0, k1, k2, k3, k4, v0, v1, v2, v3, v4,
     q_fold, g_fold, k_fold, v_fold, lse_at, grad_q_at,
     items, length, heads, group, tiles, segment_offset, scale, C: gl.constexpr,
@@ -467,7 +468,7 @@ def hopper_band_query_kernel(
     queries, grads = _channel(q0, C.OWNED, C.M, C), _channel(g0, C.OWNED, C.M, C)
     keys, values = _channel(k0, C.STAGES, C.N, C), _channel(v0, C.STAGES, C.N, C)
     fence_async_shared()
-    bands = Bands(items, length, heads, group, tiles, segment_offset, C)
+    bands = Bands(items, length, heads, group, tiles, segment_offset, OFFSETS if C.BY_ROW else items, C)
     q, g = Source((q0, q1, q2, q3, q4), q_fold), Source((g0, g1, g2, g3, g4), g_fold)
     k, v = Source((k0, k1, k2, k3, k4), k_fold), Source((v0, v1, v2, v3, v4), v_fold)
     gl.warp_specialize(
@@ -638,7 +639,7 @@ def _key_gradients(
 
 @gluon.jit
 def hopper_band_key_value_kernel(
-    LSE, DELTA, GRAD_K, GRAD_V,
+    LSE, DELTA, GRAD_K, GRAD_V, OFFSETS,
     q0, q1, q2, q3, q4, g0, g1, g2, g3, g4, k0, k1, k2, k3, k4, v0, v1, v2, v3, v4,
     q_fold, g_fold, k_fold, v_fold, lse_at, grad_k_at, grad_v_at,
     items, length, heads, group, tiles, segment_offset, scale, C: gl.constexpr,
@@ -650,7 +651,7 @@ def hopper_band_key_value_kernel(
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     first = Statistics(gl.allocate_shared_memory(gl.float32, [4, C.N], plain))
     second = Statistics(gl.allocate_shared_memory(gl.float32, [4, C.N], plain))
-    bands = Bands(items, length, heads, group, tiles, segment_offset, C)
+    bands = Bands(items, length, heads, group, tiles, segment_offset, OFFSETS if C.BY_ROW else items, C)
     q, g = Source((q0, q1, q2, q3, q4), q_fold), Source((g0, g1, g2, g3, g4), g_fold)
     k, v = Source((k0, k1, k2, k3, k4), k_fold), Source((v0, v1, v2, v3, v4), v_fold)
     gl.warp_specialize(

@@ -12,11 +12,11 @@ from longnet.attention.backends.triton.kernels.hopper import (
     LOG2E,
     Channel,
     OwnedTiles,
-    Program,
     Source,
     all_keys,
     head_start,
     make_barriers,
+    make_program,
     mma_layout,
     produce,
     scores_of,
@@ -149,10 +149,10 @@ def _consume(program, own, keys, values, OUT, LSE, out_at, lse_at, scale, WHICH:
 
 @gluon.jit
 def hopper_forward_kernel(
-    OUT, LSE, ORDER,
+    OUT, LSE, ORDER, OFFSETS,
     q0, q1, q2, q3, q4, k0, k1, k2, k3, k4, v0, v1, v2, v3, v4,
     q_fold, k_fold, v_fold, out_at, lse_at,
-    items, length, heads, group, scale, segments, C: gl.constexpr,
+    items, length, heads, group, scale, segments, segment_offset, C: gl.constexpr,
 ):  # fmt: skip
     """Query rows of one nest, ``M`` at a time: out and lse, mixed into what earlier nests left if ``MERGE``."""
     q_smem = gl.allocate_shared_memory(q0.dtype, [C.M, C.D], q0.layout)
@@ -162,7 +162,7 @@ def hopper_forward_kernel(
     keys = Channel(k_smem, make_barriers(C.STAGES, 1), make_barriers(C.STAGES, 2))
     values = Channel(v_smem, make_barriers(C.STAGES, 1), make_barriers(C.STAGES, 2))
     fence_async_shared()
-    program = Program(ORDER, ORDER, items, length, heads, group, segments, C)
+    program = make_program(ORDER, ORDER, OFFSETS, segment_offset, items, length, heads, group, segments, C)
     q = Source((q0, q1, q2, q3, q4), q_fold)
     k, v = Source((k0, k1, k2, k3, k4), k_fold), Source((v0, v1, v2, v3, v4), v_fold)
     gl.warp_specialize(

@@ -16,7 +16,8 @@ import triton.language as tl
 class OwnedRows(NamedTuple):
     """The rows that a program owns: some, from ``first_row`` on, of the ``count`` of one class in one segment and head.
 
-    The segment of the finest branch has ``size`` tokens from ``start`` on. Row i of the class stands at ``origin + i * step``.
+    The segment of the finest branch has ``size`` tokens from ``start`` on, which is below 0 where the grid begins earlier.
+    Row i of the class stands at ``origin + i * step``. ``before`` tokens of the grid come before token 0.
     """
 
     batch: Any
@@ -28,15 +29,20 @@ class OwnedRows(NamedTuple):
     step: Any
     first_row: Any
     count: Any
+    before: Any
 
 
 class SweptRows(NamedTuple):
-    """One range of the other side that owned rows meet: ``count`` rows of a branch, at ``first + i * step``."""
+    """One range of the other side that owned rows meet: ``count`` rows of a branch, at ``first + i * step``.
+
+    ``number`` rows of the range come before them, and before token 0.
+    """
 
     branch: Any
     first: Any
     step: Any
     count: Any
+    number: Any
 
 
 class KeyTiles(NamedTuple):
@@ -81,7 +87,27 @@ def head_offset(head, rate, heads, BLOCKED: tl.constexpr):
 
 
 @triton.jit
-def locate(sizes, nest, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr, C: tl.constexpr):
+def tokens_before(OFFSETS, segment_offset, batch, period, BY_ROW: tl.constexpr):
+    """How many tokens of a grid, which repeats after ``period``, come before token 0."""
+    offset = tl.cast(segment_offset, tl.int64)
+    if BY_ROW:
+        offset = tl.load(OFFSETS + batch)
+    # Division rounds to zero.
+    return tl.cast((offset % period + period) % period, tl.int32)
+
+
+@triton.jit
+def from_token_0(first, step, C: tl.constexpr):
+    """(the first of these rows that is not before token 0, how many are)."""
+    if C.OFFSET:
+        number = tl.cdiv(tl.maximum(-first, 0), step)
+        return first + number * step, number
+    else:
+        return first, step * 0
+
+
+@triton.jit
+def locate(OFFSETS, sizes, nest, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr, C: tl.constexpr):
     """The ``BLOCK`` rows of this program. Programs that read the same segment are neighbours."""
     tile = tl.program_id(0) % sizes.tiles
     if LAST_FIRST:
@@ -104,9 +130,15 @@ def locate(sizes, nest, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr, C: tl.con
         count = tl.where(inside, nest.tiles[i], count)
     tile -= first
     origin = (head_offset(head, step, sizes.heads, C.BLOCKED) + (1 + tile // count) * inner) % step
+    before = 0
+    if C.OFFSET:
+        longest = nest.segment_lengths[len(nest.segment_lengths) - 1]
+        before = tokens_before(OFFSETS, sizes.segment_offset, batch, longest, C.BY_ROW)
+        start -= before % nest.segment_lengths[0]
     size = tl.minimum(nest.segment_lengths[0], sizes.length - start)
-    rows = tl.cdiv(tl.maximum(size - origin, 0), step)
-    return OwnedRows(batch, head, start, size, level, start + origin, step, tile % count * BLOCK, rows)
+    first, _ = from_token_0(start + origin, step, C)
+    rows = tl.cdiv(tl.maximum(start + size - first, 0), step)
+    return OwnedRows(batch, head, start, size, level, first, step, tile % count * BLOCK, rows, before)
 
 
 @triton.jit
@@ -143,8 +175,8 @@ def own_range(block, sizes, nest, C: tl.constexpr):
     """Range 0: what the finest branch selects in the block's own segment."""
     branch = 0
     step = nest.dilation_rates[0] + 0
-    first = block.start + head_offset(block.head, step, sizes.heads, C.BLOCKED)
-    return SweptRows(branch, first, step, tl.cdiv(tl.maximum(block.start + block.size - first, 0), step))
+    first, number = from_token_0(block.start + head_offset(block.head, step, sizes.heads, C.BLOCKED), step, C)
+    return SweptRows(branch, first, step, tl.cdiv(tl.maximum(block.start + block.size - first, 0), step), number)
 
 
 @triton.jit
@@ -163,13 +195,12 @@ def outer_range(index, block, sizes, nest, LATER: tl.constexpr, C: tl.constexpr)
     rate = pick(nest.dilation_rates, branch)
     width = pick(nest.segment_lengths, branch)
     finer = pick(nest.segment_lengths, branch - 1)
-    low = block.start // width * width
-    middle = block.start // finer * finer
+    low = (block.start + block.before) // width * width - block.before
+    middle = (block.start + block.before) // finer * finer - block.before
     begin = tl.where(after, middle + finer, low)
     end = tl.where(after, tl.minimum(low + width, sizes.length), middle)
-    offset = head_offset(block.head, rate, sizes.heads, C.BLOCKED)
-    count = tl.cdiv(tl.maximum(end - begin - offset, 0), rate)
-    return SweptRows(branch, begin + offset, rate, count)
+    first, number = from_token_0(begin + head_offset(block.head, rate, sizes.heads, C.BLOCKED), rate, C)
+    return SweptRows(branch, first, rate, tl.cdiv(tl.maximum(end - first, 0), rate), number)
 
 
 @triton.jit
@@ -182,26 +213,27 @@ def key_range(index, block, row, sizes, nest, C: tl.constexpr):
     first_row = block.origin + block.first_row * block.step
     last_row = block.origin + (block.first_row + C.M - 1) * block.step
     if index == 0:
-        branch, first, step, count = own_range(block, sizes, nest, C)
+        branch, first, step, count, number = own_range(block, sizes, nest, C)
         whole = count
         if C.CAUSAL:
             # Rows of a nest lie on the finest branch's keys, so positions compare as key indices.
             whole = tl.minimum(count, (first_row - first) // step + 1)
             count = tl.minimum(count, (last_row - first) // step + 1)
     else:
-        branch, first, step, count = outer_range(index, block, sizes, nest, False, C)
+        branch, first, step, count, number = outer_range(index, block, sizes, nest, False, C)
         whole = count
     last = tl.zeros_like(row) + (count - 1)
     if C.CAUSAL:
         last = tl.minimum(last, (row - first) // step)
-    return SweptRows(branch, first, step, count), whole // C.N * C.N, last
+    return SweptRows(branch, first, step, count, number), whole // C.N * C.N, last
 
 
 @triton.jit
 def range_weights(swept, block, sizes, nest, C: tl.constexpr):
     """log2 of the weights of one period of a range's rows against the block's; every block of the range has the same."""
     PERIOD: tl.constexpr = C.PERIOD
-    position = head_offset(block.head, swept.step, sizes.heads, C.BLOCKED) + tl.arange(0, PERIOD) * swept.step
+    rows = swept.number + tl.arange(0, PERIOD)
+    position = head_offset(block.head, swept.step, sizes.heads, C.BLOCKED) + rows * swept.step
     levels = tl.zeros([PERIOD], tl.int32)
     for i in tl.static_range(len(nest.dilation_rates)):
         rate = nest.dilation_rates[i]
