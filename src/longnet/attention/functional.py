@@ -207,7 +207,8 @@ def pattern_attention(
             query, key, value, pattern, is_causal=is_causal, scale=scale, mask=key_padding_mask, bias=distance_bias
         )
         check_flags(return_lse=return_lse)
-        inputs = inputs.with_spec(needed_by_first=needed_by_first)
+        if needed_by_first:
+            inputs = inputs.with_spec(needed_by_first=True)
         if cu_seqlens is not None:
             inputs = inputs.with_spec(documents=_check_documents(cu_seqlens, inputs, group))
         if not (is_int(segment_offset) and segment_offset == 0):

@@ -167,8 +167,11 @@ class Pattern(Branches):
     @property
     def beyond_paper(self) -> Beyond | None:
         """A part that LongNet's paper does not have, as it was asked for; None if all is the paper's."""
-        if self.window is not None:
-            return Beyond("window", self.window)
+        return self.branches_beyond_paper if self.window is None else Beyond("window", self.window)
+
+    @property
+    def branches_beyond_paper(self) -> Beyond | None:
+        """As :attr:`beyond_paper`, of all but the window."""
         if not self.dilated_queries:
             return Beyond("dilated_queries=False")
         for branch in self.branches:
@@ -276,7 +279,7 @@ class Pattern(Branches):
 
         Only branches whose queries and keys are the same rows change: then they are the paper's.
         """
-        if not self.rows_at_equal_steps:
+        if not self.rows_at_equal_steps or UNBOUNDED not in self.segment_lengths:
             return self
 
         def end(branch: Branch) -> Branch:
@@ -311,7 +314,8 @@ class Pattern(Branches):
         check_int("heads", heads, 1)
         if heads % check_int("kv_heads", kv_heads, 1):
             raise ValueError(f"heads={heads} is not divisible by kv_heads={kv_heads}: expected a divisor of heads")
-        return replace(self, group=heads // kv_heads) if self.head_offsets == "grouped" else self
+        group = heads // kv_heads
+        return self if group == self.group or self.head_offsets != "grouped" else replace(self, group=group)
 
     def times_read(
         self,

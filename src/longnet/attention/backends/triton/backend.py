@@ -103,7 +103,7 @@ def _launched(inputs: AttentionInputs) -> tuple[Pattern, bool]:
     """(the pattern as launches take it, whether its branches are nests: the paper's, but for where their grid begins)."""
     on_grid = not inputs.spec.segment_offset and inputs.offsets is None
     pattern = inputs.spec.pattern.ended(inputs.length) if on_grid else inputs.spec.pattern
-    return pattern, bool(pattern.branches) and replace(pattern, window=None).beyond_paper is None
+    return pattern, bool(pattern.branches) and pattern.branches_beyond_paper is None
 
 
 def _nests(pattern: Pattern, heads: int, query: Tensor) -> tuple[Nest, ...]:
@@ -122,7 +122,8 @@ class _Call:
         self.q, self.scale = _unit_stride(signed(query, spec.scale)), abs(spec.scale) or 1.0
         self.k, self.v = _unit_stride(key), _unit_stride(value)
         pattern, nested = _launched(inputs)
-        self.padding, self.bias, self.spec = padding, bias, replace(spec, pattern=pattern)
+        self.padding, self.bias = padding, bias
+        self.spec = spec if pattern is spec.pattern else replace(spec, pattern=pattern)
         self.batch, self.heads, self.length, self.dim = query.shape
         self.group = inputs.group
         self.mask = self.q if padding is None else padding.view(torch.int8)

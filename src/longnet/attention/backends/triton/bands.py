@@ -7,7 +7,7 @@ branch whose queries are its own rows, in blocks or on an offset grid, is a laun
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from longnet.geometry import HEAD_OFFSETS, Branch, Pattern
@@ -97,7 +97,7 @@ class BandLaunch:
         """Tokens of a block of the first band."""
         return 1 if isinstance(self.bands[0], int) else self.bands[0].block
 
-    @property
+    @cached_property
     def by_band(self) -> tuple[BandLaunch, ...]:
         """A launch for each band: those that own keys."""
         return tuple(replace(self, bands=(band,)) for band in self.bands)

@@ -109,7 +109,7 @@ class Schedule:
         origin = self.nest.branches[-1].origin(self.segment_offset or 0)
         segments = torch.arange(self.nest.segments(self.length, self.segment_offset), device=self.device)[:, None]
         # Where a segment starts on the grid, and its first token.
-        start = origin // finest.segment_length * finest.segment_length + segments * finest.segment_length
+        start = finest.segment_start(origin) + segments * finest.segment_length
         first = (start - origin).clamp(min=0)
         size = ((finest.segment_stop(start) - origin).clamp(max=self.length) - first).clamp(min=0)
         met = torch.minimum(size, (ends[0] - first).clamp(min=0))

@@ -245,8 +245,37 @@ def _advance(
     return acc, gl.convert_layout(p_new.to(p.dtype), OPERAND), row_max, row_sum
 
 
+@gluon.constexpr_function
+def memory_layout(D):
+    """Rows of a warpgroup (64, D) as memory likes them: a thread has 16 bytes, and its neighbours the next."""
+    return gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+
+
+@gluon.jit
+def _store(rows, result, ok, previous, C: gl.constexpr):
+    """Write results (64, D) of a product, added to what ``previous`` launches left if ``MERGE``."""
+    if C.MERGE:
+        result += gl.convert_layout(previous, result.type.layout).to(gl.float32)
+    gl.store(rows, gl.convert_layout(result.to(rows.dtype.element_ty), memory_layout(C.D)), mask=ok)
+
+
+@gluon.jit
+def _stored(rows, ok, C: gl.constexpr):
+    """What earlier launches left, if ``MERGE``."""
+    if C.MERGE:
+        return gl.load(rows, mask=ok, other=0.0)
+    else:
+        return rows
+
+
 # Of the parts of a band: whether some row may not see all of its tiles.
 CUT_OF_PART = gl.constexpr((True, False, True))
+
+
+@gluon.jit
+def _earlier(lse_rows, row_ok, out_rows, ok):
+    """(lse, out) of earlier launches."""
+    return gl.load(lse_rows, mask=row_ok, other=float("-inf")), gl.load(out_rows, mask=ok, other=0.0)
 
 
 @gluon.jit
@@ -259,6 +288,8 @@ def _forward(bands, queries, keys, values, OUT, LSE, out_at, lse_at, scale, WHIC
     operand: gl.constexpr = gl.DotOperandLayout(0, outs, 2)
     zero = warpgroup_zeros(C.N)
     scale2 = scale * LOG2E
+    # What is mixed in is read early where there are registers for it: products run under it.
+    EARLY: gl.constexpr = C.MERGE and C.D == 64
     done, turn = 0, 0
     for slot in range(gl.program_id(0), bands.items, gl.num_programs(0)):
         block = bands.block(slot)
@@ -268,8 +299,16 @@ def _forward(bands, queries, keys, values, OUT, LSE, out_at, lse_at, scale, WHIC
         row_max = gl.full([HALF], float("-inf"), gl.float32, layout=row_layout)
         row_sum = gl.zeros([HALF], gl.float32, layout=row_layout)
         acc = warpgroup_zeros(C.D)
+        lse_rows = LSE + head_start(lse_at, block) + m.to(gl.int64) * lse_at[2]
+        row_ok = m < bands.length
+        if EARLY:
+            where, ok = written_rows(out_at, block, own_first, C, memory_layout(C.D))
+            earlier, previous = _earlier(lse_rows, row_ok, OUT + where, ok)
         p = gl.zeros(zero.shape, keys.tiles.dtype, layout=operand)
         q = _own(queries, turn, WHICH, C)
+        if C.D == 64 and len(C.RATES) == 1:
+            # In registers, where there are enough: products read less of shared memory.
+            q = loaded(q, gl.DotOperandLayout(0, scores, 2))
         for i in gl.static_range(len(C.RATES)):
             j, tiles, low, high, before, whole, after = _read_by(bands, block, at, first, last, i)
             if i == 0:
@@ -310,18 +349,19 @@ def _forward(bands, queries, keys, values, OUT, LSE, out_at, lse_at, scale, WHIC
                     j += C.N
         queries.release(turn)
         turn = turn + 1
+        if not EARLY:
+            where, ok = written_rows(out_at, block, own_first, C, memory_layout(C.D))
+            if C.MERGE:
+                earlier, previous = _earlier(lse_rows, row_ok, OUT + where, ok)
         values.wait(done - 1)
         last_acc = warpgroup_mma(p, values.tile(done - 1), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(last_acc,))
         values.release(done - 1)
 
-        row_ok = m < bands.length
         some = row_sum != 0.0
         lse = gl.where(some, row_max * LN2 + gl.log(gl.where(some, row_sum, 1.0)), float("-inf"))
         weight = 1.0 / gl.where(some, row_sum, 1.0)
-        lse_rows = LSE + head_start(lse_at, block) + m.to(gl.int64) * lse_at[2]
         if C.MERGE:
-            earlier = gl.load(lse_rows, mask=row_ok, other=float("-inf"))
             top = gl.maximum(earlier, lse)
             top = gl.where(top == float("-inf"), 0.0, top)
             ours, theirs = gl.exp(lse - top), gl.exp(earlier - top)
@@ -331,10 +371,9 @@ def _forward(bands, queries, keys, values, OUT, LSE, out_at, lse_at, scale, WHIC
             earlier_weight = gl.convert_layout(theirs / total, out_rows)
             lse = gl.where(both == 0.0, float("-inf"), top + gl.log(total))
         out = acc * gl.convert_layout(weight, out_rows)[:, None]
-        where, ok = written_rows(out_at, block, own_first, C, outs)
         if C.MERGE:
-            out += earlier_weight[:, None] * gl.load(OUT + where, mask=ok, other=0.0).to(gl.float32)
-        gl.store(OUT + where, out.to(OUT.dtype.element_ty), mask=ok)
+            out += earlier_weight[:, None] * gl.convert_layout(previous, outs).to(gl.float32)
+        gl.store(OUT + where, gl.convert_layout(out.to(OUT.dtype.element_ty), memory_layout(C.D)), mask=ok)
         gl.store(lse_rows, lse, mask=row_ok)
 
 
@@ -449,12 +488,10 @@ def _query_gradients(
         grads.release(turn)
         turn = turn + 1
 
-        where, ok = written_rows(grad_q_at, block, own_first, C, outs)
+        where, ok = written_rows(grad_q_at, block, own_first, C, memory_layout(C.D))
         nothing = gl.convert_layout(lse, gl.SliceLayout(1, outs)) == float("-inf")
         result = gl.where(nothing[:, None], 0.0, acc * scale)
-        if C.MERGE:
-            result += gl.load(GRAD_Q + where, mask=ok, other=0.0).to(gl.float32)
-        gl.store(GRAD_Q + where, result.to(GRAD_Q.dtype.element_ty), mask=ok)
+        _store(GRAD_Q + where, result, ok, _stored(GRAD_Q + where, ok, C), C)
 
 
 @gluon.jit
@@ -570,7 +607,6 @@ def _key_gradients(
     scores: gl.constexpr = mma_layout(C.N)
     outs: gl.constexpr = mma_layout(C.D)
     row_layout: gl.constexpr = gl.SliceLayout(1, scores)
-    out_rows: gl.constexpr = gl.SliceLayout(1, outs)
     operand: gl.constexpr = gl.DotOperandLayout(0, outs, 2)
     linear: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     left: gl.constexpr = gl.DotOperandLayout(0, scores, 2)
@@ -624,17 +660,15 @@ def _key_gradients(
             values.release(turn)
             turn += 1
 
-            position = gl.convert_layout(key, out_rows).to(gl.int64)[:, None]
-            d = gl.arange(0, C.D, layout=gl.SliceLayout(0, outs))[None, :]
-            ok = gl.convert_layout(there, out_rows)[:, None] & (d < C.CHANNELS)
+            memory: gl.constexpr = memory_layout(C.D)
+            position = gl.convert_layout(key, gl.SliceLayout(1, memory)).to(gl.int64)[:, None]
+            d = gl.arange(0, C.D, layout=gl.SliceLayout(0, memory))[None, :]
+            ok = gl.convert_layout(there, gl.SliceLayout(1, memory))[:, None] & (d < C.CHANNELS)
             k_at = head_start(grad_k_at, block) + position * grad_k_at[2] + d
             v_at = head_start(grad_v_at, block) + position * grad_v_at[2] + d
-            result_k, result_v = acc_k * scale, acc_v
-            if C.MERGE:
-                result_k += gl.load(GRAD_K + k_at, mask=ok, other=0.0).to(gl.float32)
-                result_v += gl.load(GRAD_V + v_at, mask=ok, other=0.0).to(gl.float32)
-            gl.store(GRAD_K + k_at, result_k.to(GRAD_K.dtype.element_ty), mask=ok)
-            gl.store(GRAD_V + v_at, result_v.to(GRAD_V.dtype.element_ty), mask=ok)
+            earlier_k, earlier_v = _stored(GRAD_K + k_at, ok, C), _stored(GRAD_V + v_at, ok, C)
+            _store(GRAD_K + k_at, acc_k * scale, ok, earlier_k, C)
+            _store(GRAD_V + v_at, acc_v, ok, earlier_v, C)
 
 
 @gluon.jit
