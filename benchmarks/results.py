@@ -62,6 +62,21 @@ def load(path: Path) -> Record:
     return result
 
 
+def continued(path: Path, started: Record) -> Record:
+    """The result of a run that was cut short, to be gone on with.
+
+    Raises:
+        NoResult: it is of another kind, or of other sources, versions or another device than ``started``.
+    """
+    result = load(path)
+    facts = [(one.get("kind"), one.get("versions"), one["device"]["model"]) for one in (result, started)]
+    if facts[0] != facts[1]:
+        raise NoResult(f"{path} is of {facts[0]}, this run of {facts[1]}: expected another --out")
+    if result["commit"]["sources"] != started["commit"]["sources"]:
+        raise NoResult(f"{path} was measured with other sources of longnet: expected another --out")
+    return result
+
+
 def merge(results: dict[str, Record]) -> Record:
     """Sections, or cells of one, of several GPU runs as one result.
 

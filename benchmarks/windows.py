@@ -9,6 +9,7 @@ are compared with the definition before anything is timed. On a GPU the host's t
 
 from __future__ import annotations
 
+import json
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -58,6 +59,12 @@ class Row:
         sizes = (self.case.heads, self.case.length, self.case.is_causal)
         other = {"dense": Pattern.parse(self.case.length, 1), "longnet": self.case.pattern}.get(self.beside)
         return 1.0 if other is None else score_pairs(self.pattern, *sizes) / score_pairs(other, *sizes)
+
+    @property
+    def shown(self) -> Kind:
+        """The kind as a result holds it."""
+        kind = {name: x.tolist() if isinstance(x, Tensor) else x for name, x in self.kind.items()}
+        return {name: list(x) if isinstance(x, tuple) else x for name, x in kind.items()}
 
     @property
     def tile_share(self) -> float | None:
@@ -158,7 +165,7 @@ def measure(row: Row, device: Device, rounds: int = ROUNDS) -> Record:
         other = bare_dense(device, tensors, row.case.is_causal, "other")
     else:
         other = ours(row.case, tensors, "other")
-    shown = {name: x.tolist() if isinstance(x, Tensor) else x for name, x in row.kind.items()}
+    shown = row.shown
     record: Record = {"case": row.case.to_dict(), "kind": shown, "beside": row.beside, "pairs": row.share, "passes": {}}
     record["error"] = check(row, device)
     # FlexAttention has no backward pass on a CPU.
@@ -217,10 +224,21 @@ def measure_host(device: Device, rounds: int = ROUNDS) -> list[Record]:
 
 
 def run(out: Path | None, dims: tuple[int, ...] = (), rounds: int = ROUNDS) -> Record:
+    """Measure what ``out`` does not hold yet.
+
+    Raises:
+        NoResult: ``out`` is another benchmark's, or of other sources, versions or another device.
+    """
     device = here()
     result = results.started(kind="windows", device=device.describe(), rows=[])
+    if out is not None and out.exists():
+        result = results.continued(out, result)
+    measured = [(record["case"], record["kind"]) for record in result["rows"]]
     for row in rows(device.kind == "cuda"):
-        if not dims or row.case.head_dim in dims:
+        if (not dims or row.case.head_dim in dims) and (
+            json.loads(json.dumps(row.case.to_dict())),
+            row.shown,
+        ) not in measured:
             result["rows"].append(measure(row, device, rounds))
             # After every row: a run that is cut short keeps what it has.
             results.save(result, out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import decoding, report, windows
+from benchmarks import decoding, report, results, windows
 from benchmarks.checks import CheckFailed
 from benchmarks.device import Cpu
 
@@ -45,6 +46,23 @@ def test_a_run_keeps_what_it_has(monkeypatch, tmp_path):
     result = windows.run(tmp_path / "windows.json")
     assert (tmp_path / "windows.json").is_file() and len(result["rows"]) == 2
     assert {"commit", "versions", "device"} <= result.keys()
+
+
+def test_a_run_goes_on_with_what_is_missing(monkeypatch, tmp_path):
+    every = list(windows.rows(on_gpu=False))
+    monkeypatch.setattr(windows.measure, "__defaults__", (2,))
+    out = tmp_path / "windows.json"
+    monkeypatch.setattr(windows, "rows", lambda on_gpu: iter(every[:2]))
+    first = windows.run(out)
+    monkeypatch.setattr(windows, "rows", lambda on_gpu: iter(every[:4]))
+    both = windows.run(out)
+    assert both["rows"][:2] == json.loads(json.dumps(first["rows"]))
+    assert [record["kind"] for record in both["rows"]] == [row.shown for row in every[:4]]
+    changed = json.loads(out.read_text())
+    changed["commit"]["sources"] = "others"
+    out.write_text(json.dumps(changed))
+    with pytest.raises(results.NoResult, match="other sources"):
+        windows.run(out)
 
 
 def test_pairs_in_tiles_are_those_that_tiles_touch():
