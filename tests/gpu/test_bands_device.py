@@ -126,6 +126,7 @@ def check(
         assert error <= allowed * max(size, 1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_offsets_of_rows_are_read_on_the_device() -> None:
     inputs, grad = draw(64, torch.bfloat16)
     kind = KINDS["another grid"] | {"is_causal": True}
