@@ -26,7 +26,7 @@ from longnet.attention.call import AttentionInputs, Gradients, SavedForward
 from longnet.geometry import Pattern
 from longnet.geometry.needed_rows import needed_by_first
 from longnet.geometry.nests import Nest, make_nests
-from longnet.runtime.triton_support import HAS_TRITON, interpreting, power_of_two
+from longnet.runtime.triton_support import HAS_TRITON, interpreting, power_of_two, shared_memory
 
 _log = logging.getLogger("longnet")
 
@@ -59,7 +59,8 @@ def unsupported_reason(inputs: AttentionInputs) -> str | None:
     return None
 
 
-# Measured on one H200: by kernel and padded head dimension, for rows of level 1 and for the others.
+# Measured on one H200: by kernel and padded head dimension, for rows of level 1 and for the others. ``test_cards`` says what
+# shared memory they take on each architecture.
 _BLOCKS = {
     ("forward", 64): (Blocks(64, 64, 4, 3), Blocks(128, 64, 4, 3)),
     ("forward", 128): (Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
@@ -69,15 +70,20 @@ _BLOCKS = {
     ("key_value", 128): (Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2)),
 }
 
+# In place of these on cards whose programs have 99 KiB of shared memory (8.6, 8.9, 12.0), where they would not start.
+_SMALLER = {("query", 128): (Blocks(64, 64, 4, 2),) * 2, ("key_value", 128): (Blocks(64, 64, 4, 2),) * 2}
+_SMALL = 128 * 1024
 
-def blocks_for(kernel: str, dim: int, dtype: torch.dtype) -> tuple[Blocks, Blocks]:
-    """Blocks for rows of level 1, and for the others."""
+
+def blocks_for(kernel: str, dim: int, dtype: torch.dtype, shared: int = _SMALL) -> tuple[Blocks, Blocks]:
+    """Blocks for rows of level 1, and for the others, where a program may have ``shared`` bytes of shared memory."""
     if dtype == torch.float32:
-        blocks = Blocks(64, 32, 4, 1) if dim <= 64 else Blocks(32, 32, 4, 1)
+        blocks = Blocks(64, 32, 4, 1) if dim <= 64 else Blocks(32, 32 if dim <= 128 or shared >= _SMALL else 16, 4, 1)
     elif dim > 128:
-        blocks = Blocks(64, 32, 8, 2)
+        blocks = Blocks(64, 32, 8, 2) if shared >= _SMALL else Blocks(32, 32, 4, 2)
     else:
-        return _BLOCKS[kernel, 64 if dim <= 64 else 128]
+        table = _BLOCKS if shared >= _SMALL else {**_BLOCKS, **_SMALLER}
+        return table[kernel, 64 if dim <= 64 else 128]
     return blocks, blocks
 
 
@@ -107,7 +113,8 @@ def _launched(inputs: AttentionInputs) -> tuple[Pattern, bool]:
 
 
 def _nests(pattern: Pattern, heads: int, query: Tensor) -> tuple[Nest, ...]:
-    cuts = [blocks_for(name, query.shape[-1], query.dtype) for name in ("forward", "query", "key_value")]
+    about = query.shape[-1], query.dtype, shared_memory(query.device)
+    cuts = [blocks_for(name, *about) for name in ("forward", "query", "key_value")]
     unit = min(hopper.UNIT, *(cut.swept for both in cuts for cut in both))
     return make_nests(pattern, heads, unit, LEAST_ROWS)
 
@@ -144,7 +151,7 @@ class _Call:
 
     def launches(self, kernel: str) -> Iterator[tuple[tuple[int], tuple[Any, ...], int]]:
         """(grid, last arguments, warps) of every launch of the general kernels."""
-        both = blocks_for(kernel, self.dim, self.q.dtype)
+        both = blocks_for(kernel, self.dim, self.q.dtype, shared_memory(self.q.device))
         for launch in plan_launches(self.left, bool(self.for_hopper), self.length, self.segment_offset, both):
             cut = launch.blocks
             rows = (cut.swept, cut.owned) if kernel == "key_value" else (cut.owned, cut.swept)
@@ -167,7 +174,7 @@ class _Call:
         self, kernel: str, launch: bands.BandLaunch, merge: bool
     ) -> tuple[tuple[int], tuple[Any, ...], int]:
         """(grid, last arguments, warps) of a launch of a general band kernel."""
-        cut, _ = blocks_for(kernel, self.dim, self.q.dtype)
+        cut, _ = blocks_for(kernel, self.dim, self.q.dtype, shared_memory(self.q.device))
         of_keys = kernel == "key_value"
         tiles = -(-(launch.keys(self.length) if of_keys else launch.rows(self.length)) // cut.owned)
         rows = (cut.swept, cut.owned) if of_keys else (cut.owned, cut.swept)
@@ -234,13 +241,22 @@ class _Call:
         return hopper.Work(self.for_hopper, self.scale, is_causal, pattern.head_offsets, needed, self.segment_offset)
 
 
+def bias_rows(dim: int, dtype: torch.dtype) -> int:
+    """Distances of a program of the bias gradient, at most: registers hold a block by two blocks of sums."""
+    return 16 if dtype == torch.float32 else 64 if dim <= 128 else 32
+
+
+def bias_warps(rows: int) -> int:
+    """Its warps."""
+    return 8 if rows == 64 else 4
+
+
 def _bias_gradient(call: _Call, tensors: tuple[Tensor, ...], strides: tuple[Any, ...]) -> Tensor:
     """The gradient of the relative bias (H, 2L - 1), branch by branch, in float32."""
     from longnet.attention.backends.triton.kernels.bias import bias_kernel
 
     grad = torch.zeros_like(call.table)
-    # As large as registers hold a block by two blocks of sums.
-    most = 16 if call.q.dtype == torch.float32 else 64 if call.dim <= 128 else 32
+    most = bias_rows(call.dim, call.q.dtype)
     for branch in call.spec.pattern.branches:
         rows = branch.rows(branch.longest(call.length), 0)
         # A causal query meets no key after itself.
@@ -256,7 +272,7 @@ def _bias_gradient(call: _Call, tensors: tuple[Tensor, ...], strides: tuple[Any,
         bias_kernel[(blocks * call.heads * shares,)](
             *tensors, parts, *strides, call.length, call.heads, call.group, call.scale,
             branch.segment_length, branch.dilation_rate, segments, units, share, blocks, rows, distances,
-            call.settings(size, size), num_warps=8 if size == 64 else 4,
+            call.settings(size, size), num_warps=bias_warps(size),
         )  # fmt: skip
         grad[:, bias_columns(grad, rows, keys, branch.dilation_rate)] += parts.sum(0)
     return grad
