@@ -145,6 +145,9 @@ class _Call:
             self.not_hopper = hopper.unsupported_reason(self.q, padding, bias)
         self.for_hopper, self.left = self._split() if nested else ((), ())
         self.bands = () if inputs.beyond_paper is None else bands.band_launches(pattern, not nested)
+        # See :meth:`for_bands`; by the id of a tensor that lives as long as the call.
+        self._copies: dict[int, Tensor] = {}
+        self._keys: tuple[Tensor, ...] | None = None
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.q, self.k, self.v
@@ -194,6 +197,15 @@ class _Call:
             return None
         spec = self.spec
         return hopper_bands.BandWork(launch, spec.pattern, self.scale, spec.is_causal, self.segment_offset, merge)
+
+    def for_bands(self, *of_queries: Tensor) -> tuple[Tensor, ...]:
+        """These, keys and values as Hopper band kernels read them; what has to be copied is copied once a call."""
+        queries = [x for x in of_queries if id(x) not in self._copies]
+        if queries:
+            self._copies |= zip(map(id, queries), hopper.readable(queries, 1), strict=True)
+        if self._keys is None:
+            self._keys = hopper.readable((self.k, self.v), hopper_bands.unit_of(self.bands))
+        return *(self._copies[id(x)] for x in of_queries), *self._keys
 
     def settings(
         self, m: int, n: int, stages: int = 1, period: int = 1, weighted: bool = False, merge: bool = False
@@ -302,7 +314,7 @@ def forward(inputs: AttentionInputs, use_hopper: bool = True) -> tuple[Tensor, T
             )  # fmt: skip
         for band, merge in call.band_order(of_keys=False):
             if by_tma := call.band_work(band, merge):
-                by_tma.run("forward", (call.q,), (call.k, call.v), (buffer, lse), offsets=call.offsets)
+                by_tma.run("forward", call.q.shape, call.for_bands(call.q), (buffer, lse), offsets=call.offsets)
                 continue
             grid, arguments, warps = call.band_arguments("forward", band, merge)
             band_forward_kernel[grid](
@@ -356,7 +368,8 @@ def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None, use
             )  # fmt: skip
         for band, merge in call.band_order(of_keys=True):
             if by_tma := call.band_work(band, merge):
-                by_tma.run("key_value", (queries, grad_out), (call.k, call.v), of_keys, statistics, call.offsets)
+                read = call.for_bands(queries, grad_out)
+                by_tma.run("key_value", call.q.shape, read, of_keys, statistics, call.offsets)
                 continue
             grid, arguments, warps = call.band_arguments("key_value", band, merge)
             band_key_value_kernel[grid](
@@ -375,7 +388,8 @@ def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None, use
             )
         for band, merge in call.band_order(of_keys=False):
             if by_tma := call.band_work(band, merge):
-                by_tma.run("query", (call.q, grad_out), (call.k, call.v), (queries,), statistics, call.offsets)
+                read = call.for_bands(call.q, grad_out)
+                by_tma.run("query", call.q.shape, read, (queries,), statistics, call.offsets)
                 continue
             grid, arguments, warps = call.band_arguments("query", band, merge)
             band_query_kernel[grid](

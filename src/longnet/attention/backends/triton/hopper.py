@@ -225,17 +225,7 @@ class Work:
         self._launch("query", query.shape, inputs, (grad_q,), statistics, offsets)
 
     def _readable(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        dim = next(dim for dim in HEAD_DIMS if dim >= tensors[0].shape[-1])
-        unit = _unit(self.nests)
-        found = list(tensors)
-        by_shape: dict[torch.Size, list[int]] = {}
-        for number, x in enumerate(tensors):
-            if not is_matrix(x, dim, unit):
-                by_shape.setdefault(x.shape, []).append(number)
-        for numbers in by_shape.values():
-            for number, x in zip(numbers, pad_for_tma([tensors[number] for number in numbers], dim, unit), strict=True):
-                found[number] = x
-        return tuple(found)
+        return readable(tensors, _unit(self.nests))
 
     def _launch(
         self,
@@ -322,6 +312,24 @@ def _kernel(name: str) -> tuple[Any, tuple[int, ...]]:
         "key_value": (hopper_backward.hopper_key_value_kernel, (2, 3)),
         "query": (hopper_backward.hopper_query_kernel, (0, 1)),
     }[name]
+
+
+def readable(tensors: Sequence[Tensor], unit: int) -> tuple[Tensor, ...]:
+    """Tensors (B, H, N, D) as these kernels can read them; those that they cannot as they are, copied: see :func:`pad_for_tma`.
+
+    Args:
+        unit: what the tokens have to be a multiple of.
+    """
+    dim = next(dim for dim in HEAD_DIMS if dim >= tensors[0].shape[-1])
+    found = list(tensors)
+    by_shape: dict[torch.Size, list[int]] = {}
+    for number, x in enumerate(tensors):
+        if not is_matrix(x, dim, unit):
+            by_shape.setdefault(x.shape, []).append(number)
+    for numbers in by_shape.values():
+        for number, x in zip(numbers, pad_for_tma([tensors[number] for number in numbers], dim, unit), strict=True):
+            found[number] = x
+    return tuple(found)
 
 
 def pad_for_tma(tensors: Sequence[Tensor], dim: int, unit: int) -> tuple[Tensor, ...]:

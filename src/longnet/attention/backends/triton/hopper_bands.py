@@ -14,7 +14,7 @@ from longnet.attention.backends.triton import hopper
 from longnet.attention.backends.triton.bands import BandLaunch
 from longnet.geometry import Branch, Pattern
 from longnet.geometry.rows import UNBOUNDED
-from longnet.runtime.tma import View, is_matrix, view_of
+from longnet.runtime.tma import View, view_of
 from longnet.runtime.triton_internals import VIEWS, Launch, descriptors
 
 # Rows that a program owns: two warpgroups of 64.
@@ -86,9 +86,10 @@ def unsupported_reason(launch: BandLaunch) -> str | None:
     return None
 
 
-def _unit(launch: BandLaunch) -> int:
+def unit_of(launches: Sequence[BandLaunch]) -> int:
     """What the tokens of keys and values have to be a multiple of, so that every band has a view of them."""
-    return math.lcm(*(_rate(band) for band in launch.bands))
+    supported = (launch for launch in launches if unsupported_reason(launch) is None)
+    return math.lcm(*(_rate(band) for launch in supported for band in launch.bands))
 
 
 def _rate(band: Branch | int) -> int:
@@ -139,8 +140,8 @@ class BandWork:
     def run(
         self,
         kernel: str,
-        of_queries: tuple[Tensor, ...],
-        of_keys: tuple[Tensor, Tensor],
+        shape: torch.Size,
+        inputs: tuple[Tensor, ...],
         written: Sequence[Tensor],
         statistics: tuple[Tensor, ...] = (),
         offsets: Tensor | None = None,
@@ -149,26 +150,19 @@ class BandWork:
 
         Args:
             kernel: ``"forward"``, ``"key_value"`` or ``"query"``.
-            of_queries: the query (B, H, N, D), in the backward pass also the gradient of out. ``"key_value"`` needs dead rows of
-                the query to be 0.
-            of_keys: key and value, (B, Hk, N, D).
+            shape: of the query, (B, H, N, D).
+            inputs: the query, in the backward pass the gradient of out, key (B, Hk, N, D) and value, ``hopper.readable`` each,
+                keys and values for :func:`unit_of`. ``"key_value"`` needs dead rows of the query to be 0.
             written: out and lse (B, H, N); the gradients of keys and values by query head; the gradient of the query.
             statistics: lse and delta of ``prepare_kernel``, in the backward pass.
             offsets: of the grid, (B,) int64, where each row of the batch has its own.
         """
-        inputs = (*map(_readable, of_queries), *(_readable(x, _unit(self.launch)) for x in of_keys))
         # Of the statistics one stride is enough, they are alike.
         strides = tuple(x.stride()[:3] for x in (*statistics[:1], *written))
         views = tuple(view_of(x) for x in inputs)
-        shape, dtype, device = tuple(of_queries[0].shape), inputs[0].dtype, inputs[0].device
-        one = _launch(self, kernel, shape, inputs[-1].shape[1], inputs[0].shape[-1], views, strides, dtype, device)
+        dim, dtype, device = inputs[0].shape[-1], inputs[0].dtype, inputs[0].device
+        one = _launch(self, kernel, tuple(shape), inputs[-1].shape[1], dim, views, strides, dtype, device)
         one.run((*statistics, *written, offsets), inputs)
-
-
-def _readable(x: Tensor, unit: int = 1) -> Tensor:
-    """The tensor as kernels can read it: copied with zeros after tokens and channels where they cannot as it is."""
-    dim = next(dim for dim in hopper.HEAD_DIMS if dim >= x.shape[-1])
-    return x if is_matrix(x, dim, unit) else hopper.pad_for_tma((x,), dim, unit)[0]
 
 
 @lru_cache(maxsize=512)
