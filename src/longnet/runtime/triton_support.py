@@ -19,8 +19,8 @@ def interpreting() -> bool:
 
 @lru_cache(maxsize=64)
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program may have on a device; on a CPU the interpreter has no limit."""
-    if device.type == "cpu":
+    """Bytes of shared memory that a program may have on a GPU; anywhere else, as in the interpreter, there is no limit."""
+    if device.type != "cuda":
         return 1 << 30
     from triton.runtime import driver
 
