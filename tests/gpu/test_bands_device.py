@@ -56,10 +56,16 @@ def on_device(kind: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize(
-    ("dtype", "head_dim"),
-    [(torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float16, 48), (torch.float32, 64)],
+    ("dtype", "head_dim", "padded"),
+    [
+        (torch.bfloat16, 64, False),
+        (torch.bfloat16, 128, False),
+        (torch.float16, 48, False),
+        # The general kernels.
+        (torch.bfloat16, 64, True),
+        (torch.float32, 64, True),
+    ],
 )
-@pytest.mark.parametrize("padded", [False, True])
 def test_it_is_the_definition(name: str, is_causal: bool, dtype: torch.dtype, head_dim: int, padded: bool) -> None:
     mask = torch.rand(2, 777, generator=torch.Generator().manual_seed(1)) < 0.2 if padded else None
     check(KINDS[name], is_causal, *draw(head_dim, dtype), mask)
@@ -88,10 +94,18 @@ def test_tiles_of_any_length_and_block(length: int, block: int, is_causal: bool)
 
 @pytest.mark.parametrize("offset", [1000, 4097, -3, (1000, 8191)])
 @pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 64), (torch.float16, 128)])
-@pytest.mark.parametrize("more", [{}, {"window": 300}, {"head_offsets": "blocked"}], ids=["nest", "window", "blocked"])
+@pytest.mark.parametrize(
+    ("more", "dtype", "head_dim"),
+    [
+        ({}, torch.bfloat16, 64),
+        ({}, torch.float16, 128),
+        ({"window": 300}, torch.bfloat16, 64),
+        ({"head_offsets": "blocked"}, torch.float16, 64),
+    ],
+    ids=["nest", "wide nest", "window", "blocked"],
+)
 def test_long_segments_on_another_grid(
-    offset: int | tuple[int, int], is_causal: bool, dtype: torch.dtype, head_dim: int, more: dict[str, Any]
+    offset: int | tuple[int, int], is_causal: bool, more: dict[str, Any], dtype: torch.dtype, head_dim: int
 ) -> None:
     """What the Hopper kernels of nests take, on a grid that begins before token 0."""
     kind = {"segment_lengths": (1024, 2048, 8192), "dilation_rates": (1, 2, 4), "segment_offset": offset, **more}
