@@ -121,7 +121,7 @@ def problems() -> st.SearchStrategy[Problem]:
 
 
 @dataclass(frozen=True)
-class GraphSafeCache:
+class KeptHeads:
     """A problem on all heads, and the key/value heads that are kept of it."""
 
     problem: Problem
@@ -156,8 +156,8 @@ class GraphSafeCache:
 
 
 @st.composite
-def kept_heads(draw: st.DrawFn) -> GraphSafeCache:
+def kept_heads(draw: st.DrawFn) -> KeptHeads:
     problem = draw(problems())
     problem = Problem(**{**vars(problem), "kv_heads": draw(st.integers(1, 9))})
     chosen = draw(st.sets(st.integers(0, problem.kv_heads - 1), min_size=1))
-    return GraphSafeCache(problem, tuple(sorted(chosen)))
+    return KeptHeads(problem, tuple(sorted(chosen)))

@@ -12,7 +12,7 @@ import interpreted
 import pytest
 import torch
 from hypothesis import given, settings
-from patterns import GraphSafeCache, Problem, backward, kept_heads, relative_error
+from patterns import KeptHeads, Problem, backward, kept_heads, relative_error
 from torch import Tensor
 
 from longnet import dilated_attention
@@ -24,7 +24,7 @@ from longnet.geometry import Pattern
 pytestmark = pytest.mark.filterwarnings("ignore:segment_lengths=.*to no head")
 
 
-def check(kept: GraphSafeCache, backend: str, tolerance: float = 1e-10, grad_tolerance: float = 1e-10) -> None:
+def check(kept: KeptHeads, backend: str, tolerance: float = 1e-10, grad_tolerance: float = 1e-10) -> None:
     inputs, one = kept.tensors(), kept.problem
     out, lse = pattern_attention(
         *inputs, kept.pattern, is_causal=one.is_causal, key_padding_mask=one.mask(), return_lse=True, backend=backend
@@ -41,16 +41,14 @@ def check(kept: GraphSafeCache, backend: str, tolerance: float = 1e-10, grad_tol
 @pytest.mark.parametrize("backend", ["cpu_flash", "portable"])
 @given(kept=kept_heads())
 @settings(max_examples=150, deadline=None)
-def test_kept_heads_are_those_of_the_full_computation(backend: str, kept: GraphSafeCache) -> None:
+def test_kept_heads_are_those_of_the_full_computation(backend: str, kept: KeptHeads) -> None:
     check(kept, backend)
 
 
 SOME = [
-    GraphSafeCache(
-        Problem(2, 5, 1, 35, 4, ((8, 1), (16, 3), (33, 4)), True, "interleaved", None, True, 1), (0, 1, 3, 4)
-    ),
-    GraphSafeCache(Problem(1, 6, 1, 41, 5, ((8, 2), (20, 5)), False, "blocked", 0.3, False, 2), (1, 3, 4)),
-    GraphSafeCache(Problem(1, 3, 2, 37, 8, ((7, 2), (30, 4)), True, "interleaved", 0.2, True, 3), (1, 2)),
+    KeptHeads(Problem(2, 5, 1, 35, 4, ((8, 1), (16, 3), (33, 4)), True, "interleaved", None, True, 1), (0, 1, 3, 4)),
+    KeptHeads(Problem(1, 6, 1, 41, 5, ((8, 2), (20, 5)), False, "blocked", 0.3, False, 2), (1, 3, 4)),
+    KeptHeads(Problem(1, 3, 2, 37, 8, ((7, 2), (30, 4)), True, "interleaved", 0.2, True, 3), (1, 2)),
 ]
 
 
@@ -60,12 +58,12 @@ SOME = [
 )
 @pytest.mark.parametrize("kept", SOME)
 def test_kernels_of_triton_compute_them_among_all_heads(
-    kept: GraphSafeCache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    kept: KeptHeads, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(triton_flash, "blocks_for", lambda *_: (triton_flash.Blocks(16, 16, 4, 1),) * 2)
     monkeypatch.setattr(triton_flash, "LEAST_ROWS", 1)
     interpreted.hasten()
-    kept = GraphSafeCache(Problem(**{**vars(kept.problem), "dtype": torch.float32}), kept.kv_heads)
+    kept = KeptHeads(Problem(**{**vars(kept.problem), "dtype": torch.float32}), kept.kv_heads)
     with caplog.at_level(logging.DEBUG, logger="longnet"):
         check(kept, "triton", 1e-5, 1e-4)
     assert f"heads {kept.numbers} are computed among all {kept.problem.heads}" in caplog.text

@@ -18,6 +18,7 @@ from oracle import dense_attention
 from longnet import dilated_attention
 from longnet.attention.backends.triton import backend as triton_flash
 from longnet.attention.backends.triton import bands
+from longnet.attention.functional import pattern_attention
 from longnet.geometry import Branch, Pattern
 
 pytestmark = [
@@ -100,6 +101,36 @@ def test_a_nest_begins_anywhere(
     got = dilated_attention(*inputs, **options, return_lse=True, backend="triton")
     compare(got, dense_attention(*exact, **options), inputs, grad, exact, 3e-5)
     assert launches and not any(launches)
+
+
+@interpreted_only
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"segment_lengths": (None,), "dilation_rates": (3,), "window": 5, "dilated_queries": False},
+        {"segment_lengths": (8, 16), "dilation_rates": (1, 3), "dilation_block": 2},
+    ],
+    ids=["stride", "blocks"],
+)
+@pytest.mark.parametrize("offset", [0, torch.tensor([3, -7])], ids=["one grid", "rows"])
+def test_heads_that_were_kept_have_the_grid_and_the_offsets_of_all(
+    kind: dict[str, Any], offset: int | torch.Tensor
+) -> None:
+    """Two query heads to a key/value head, whose offsets are alike; the middle ones are gone."""
+    *inputs, grad = draw_tensors(2, 6, 3, 40, 0, torch.float32)
+    options = {"head_offsets": "grouped", "is_causal": True, "segment_offset": offset}
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    numbers, shared = [0, 1, 4, 5], [0, 2]
+    kept = [x[:, heads].detach().requires_grad_() for x, heads in zip(inputs, (numbers, shared, shared), strict=True)]
+    pattern = Pattern.compose(**kind, head_offsets="grouped", head_numbers=numbers, total_heads=6)
+    got = pattern_attention(*kept, pattern, is_causal=True, segment_offset=offset, backend="triton")
+    want = dense_attention(*exact, **kind, **options)[0][:, numbers]
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    whole = torch.autograd.grad(want, exact, grad[:, numbers].double())
+    for one, other, heads in zip(
+        torch.autograd.grad(got, kept, grad[:, numbers]), whole, (numbers, shared, shared), strict=True
+    ):
+        torch.testing.assert_close(one.double(), other[:, heads], rtol=1e-4, atol=1e-5)
 
 
 @interpreted_only

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings
-from patterns import GraphSafeCache, Problem, backward, kept_heads, relative_error
+from patterns import KeptHeads, Problem, backward, kept_heads, relative_error
 
 from longnet import LongNetConfig, LongNetLM
 from longnet.attention.functional import pattern_attention
@@ -19,9 +19,9 @@ pytestmark = [
 
 @given(kept=kept_heads())
 @settings(max_examples=40, deadline=None)
-def test_the_kernels_give_kept_heads_what_they_have_among_all(kept: GraphSafeCache) -> None:
+def test_the_kernels_give_kept_heads_what_they_have_among_all(kept: KeptHeads) -> None:
     one = Problem(**{**vars(kept.problem), "dtype": torch.float32})
-    kept = GraphSafeCache(one, kept.kv_heads)
+    kept = KeptHeads(one, kept.kv_heads)
     inputs = tuple(x.detach().cuda().requires_grad_() for x in kept.tensors())
     mask = one.mask()
     out, lse = pattern_attention(

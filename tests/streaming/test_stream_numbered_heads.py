@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from patterns import GraphSafeCache, Problem, kept_heads, relative_error
+from patterns import KeptHeads, Problem, kept_heads, relative_error
 from streams import by_step
 
 from longnet import DilatedCache, stream_attention
@@ -16,10 +16,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:segment_lengths=.*to no head")
 
 @given(kept=kept_heads(), cuts=st.sets(st.integers(1, 44), max_size=5), single=st.booleans())
 @settings(max_examples=120, deadline=None)
-def test_streamed_in_any_chunks(kept: GraphSafeCache, cuts: set[int], single: bool) -> None:
+def test_streamed_in_any_chunks(kept: KeptHeads, cuts: set[int], single: bool) -> None:
     one = kept.problem
     one = Problem(**{**vars(one), "is_causal": True, "padding": None})
-    kept = GraphSafeCache(one, kept.kv_heads)
+    kept = KeptHeads(one, kept.kv_heads)
     cache = DilatedCache(
         one.segment_lengths, one.dilation_rates, batch_size=one.batch, heads=one.heads, kv_heads=one.kv_heads,
         head_dim=one.head_dim, head_offsets=one.head_offsets, head_numbers=kept.numbers, dtype=torch.float64,

@@ -1,12 +1,12 @@
-"""Internals of Triton: descriptors without their constructor, and launches without Triton's dispatch.
+"""Internals of Triton: descriptors without their constructor, launches without its dispatch, and what it knows of a GPU.
 
-Both save host time: a kernel that takes many tensors is otherwise done before it has been launched.
+The first two save host time: a kernel that takes many tensors is otherwise done before it has been launched.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -22,6 +22,19 @@ VIEWS = 5
 
 # What a kernel is given of tensors: one, several as one argument, or none.
 Pointer = Tensor | tuple[Tensor, ...] | None
+
+
+@lru_cache(maxsize=64)
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have on a GPU; anywhere else, as in the interpreter, there is no limit."""
+    if device.type != "cuda":
+        return 1 << 30
+    try:
+        from triton.runtime import driver
+
+        return int(driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"])
+    except (ImportError, AttributeError, KeyError) as error:
+        raise TRIED.gone(error) from None
 
 
 def descriptors(view: View, dtype: torch.dtype, dim: int, rates: tuple[int, ...], rows: int) -> tuple[Any, ...]:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import lru_cache
-
-import torch
 
 # Looked up once: torch.compile traces what asks, and cannot trace this.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -15,16 +12,6 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 def interpreting() -> bool:
     """Whether Triton kernels run on the CPU, in its interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@lru_cache(maxsize=64)
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program may have on a GPU; anywhere else, as in the interpreter, there is no limit."""
-    if device.type != "cuda":
-        return 1 << 30
-    from triton.runtime import driver
-
-    return int(driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"])
 
 
 def power_of_two(rows: int, least: int = 16) -> int:

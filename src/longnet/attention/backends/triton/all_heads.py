@@ -35,7 +35,7 @@ class _HeadScatter:
         key, value = (self.spread(repeat_heads(x, inputs.group)) for x in (inputs.key, inputs.value))
         bias = None if inputs.bias is None else self.spread(inputs.bias, 0)
         spec = replace(inputs.spec, pattern=replace(inputs.spec.pattern, head_numbers=None))
-        self.inputs = AttentionInputs(self.spread(inputs.query), key, value, inputs.mask, bias, spec)
+        self.inputs = replace(inputs, query=self.spread(inputs.query), key=key, value=value, bias=bias, spec=spec)
 
     def spread(self, x: Tensor, axis: int = 1) -> Tensor:
         """(B, H, ...) to (B, total, ...)."""

@@ -26,7 +26,8 @@ from longnet.attention.call import AttentionInputs, Gradients, SavedForward
 from longnet.geometry import Pattern
 from longnet.geometry.needed_rows import needed_by_first
 from longnet.geometry.nests import Nest, make_nests
-from longnet.runtime.triton_support import HAS_TRITON, interpreting, power_of_two, shared_memory
+from longnet.runtime.triton_internals import shared_memory
+from longnet.runtime.triton_support import HAS_TRITON, interpreting, power_of_two
 
 _log = logging.getLogger("longnet")
 

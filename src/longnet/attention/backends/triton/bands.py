@@ -45,6 +45,7 @@ class BandSettings:
         BANDS: how many; the next four say what each is, see ``kernels.bands``.
         ROWS_OF: the band whose rows are the queries; -1 for all positions.
         HEAD_OFFSETS: a number of ``longnet.geometry.HEAD_OFFSETS``.
+        GROUP: neighbouring heads that have the same offsets, where these are grouped; of the pattern, not of the call.
         BY_ROW: an offset of the grid for each row of the batch.
         MERGE: earlier launches have written these rows already, so results are mixed in.
     """
@@ -61,6 +62,7 @@ class BandSettings:
     WINDOWS: tuple[int, ...]
     ROWS_OF: int
     HEAD_OFFSETS: int
+    GROUP: int
     BY_ROW: bool
     CAUSAL: bool
     PADDED: bool
@@ -90,6 +92,7 @@ class BandLaunch:
             "WINDOWS": tuple(min(band, LARGEST_POSITION) if isinstance(band, int) else 0 for band in self.bands),
             "ROWS_OF": -1 if self.branch is None else 0,
             "HEAD_OFFSETS": HEAD_OFFSETS.index(pattern.head_offsets),
+            "GROUP": pattern.group,
         }
 
     @property

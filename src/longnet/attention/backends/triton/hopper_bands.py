@@ -58,6 +58,7 @@ class BandConstants:
     BLOCKS: tuple[int, ...]
     WINDOWS: tuple[int, ...]
     HEAD_OFFSETS: int
+    GROUP: int
     CAUSAL: bool
     MERGE: bool
     LONGEST_FIRST: bool

@@ -42,7 +42,7 @@ def offset_in(head, i: tl.constexpr, sizes, C: tl.constexpr):
     if C.HEAD_OFFSETS == 1:
         return head // tl.cdiv(sizes.heads, C.RATES[i])
     elif C.HEAD_OFFSETS == 2:
-        return head // sizes.group % C.RATES[i]
+        return head // C.GROUP % C.RATES[i]
     else:
         return head % C.RATES[i]
 
