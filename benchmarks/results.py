@@ -69,11 +69,10 @@ def continued(path: Path, started: Record) -> Record:
         NoResult: it is of another kind, or of other sources, versions or another device than ``started``.
     """
     result = load(path)
-    facts = [(one.get("kind"), one.get("versions"), one["device"]["model"]) for one in (result, started)]
-    if facts[0] != facts[1]:
-        raise NoResult(f"{path} is of {facts[0]}, this run of {facts[1]}: expected another --out")
-    if result["commit"]["sources"] != started["commit"]["sources"]:
-        raise NoResult(f"{path} was measured with other sources of longnet: expected another --out")
+    for name, field in (("kind", None), ("versions", None), ("device", "model"), ("commit", "sources")):
+        found, now = (one.get(name) if field is None else one.get(name, {}).get(field) for one in (result, started))
+        if found != now:
+            raise NoResult(f"{path} has the {field or name} {found}, this run {now}: expected another --out")
     return result
 
 

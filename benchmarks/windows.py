@@ -63,8 +63,7 @@ class Row:
     @property
     def shown(self) -> Kind:
         """The kind as a result holds it."""
-        kind = {name: x.tolist() if isinstance(x, Tensor) else x for name, x in self.kind.items()}
-        return {name: list(x) if isinstance(x, tuple) else x for name, x in kind.items()}
+        return {name: x.tolist() if isinstance(x, Tensor) else x for name, x in self.kind.items()}
 
     @property
     def tile_share(self) -> float | None:
@@ -165,8 +164,13 @@ def measure(row: Row, device: Device, rounds: int = ROUNDS) -> Record:
         other = bare_dense(device, tensors, row.case.is_causal, "other")
     else:
         other = ours(row.case, tensors, "other")
-    shown = row.shown
-    record: Record = {"case": row.case.to_dict(), "kind": shown, "beside": row.beside, "pairs": row.share, "passes": {}}
+    record: Record = {
+        "case": row.case.to_dict(),
+        "kind": row.shown,
+        "beside": row.beside,
+        "pairs": row.share,
+        "passes": {},
+    }
     record["error"] = check(row, device)
     # FlexAttention has no backward pass on a CPU.
     for number, which in enumerate(PASSES if device.kind == "cuda" or row.beside != "flex" else PASSES[:1]):
@@ -177,7 +181,7 @@ def measure(row: Row, device: Device, rounds: int = ROUNDS) -> Record:
         by_tiles = "" if row.tile_share is None else f", over tiles {ratio * row.share / row.tile_share:.3f}"
         ms = {name: 1e3 * median(values) for name, values in seconds.items()}
         print(
-            f"N={row.case.length:,} D={row.case.head_dim} {shown} {which}: {ms['ours']:.3f} ms, {row.beside} "
+            f"N={row.case.length:,} D={row.case.head_dim} {row.shown} {which}: {ms['ours']:.3f} ms, {row.beside} "
             f"{ms['other']:.3f} ms, ratio over pairs {ratio:.3f} (limit {limit}){by_tiles}",
             flush=True,
         )
@@ -233,12 +237,10 @@ def run(out: Path | None, dims: tuple[int, ...] = (), rounds: int = ROUNDS) -> R
     result = results.started(kind="windows", device=device.describe(), rows=[])
     if out is not None and out.exists():
         result = results.continued(out, result)
-    measured = [(record["case"], record["kind"]) for record in result["rows"]]
+    measured = {json.dumps([record["case"], record["kind"]]) for record in result["rows"]}
     for row in rows(device.kind == "cuda"):
-        if (not dims or row.case.head_dim in dims) and (
-            json.loads(json.dumps(row.case.to_dict())),
-            row.shown,
-        ) not in measured:
+        is_asked = not dims or row.case.head_dim in dims
+        if is_asked and json.dumps([row.case.to_dict(), row.shown]) not in measured:
             result["rows"].append(measure(row, device, rounds))
             # After every row: a run that is cut short keeps what it has.
             results.save(result, out)
@@ -255,7 +257,10 @@ def main() -> None:
         "--rounds", type=int, default=ROUNDS, help="calls of each that are timed; %(default)s by default"
     )
     given = options.parse_args()
-    run(given.out, tuple(given.dims), given.rounds)
+    try:
+        run(given.out, tuple(given.dims), given.rounds)
+    except results.NoResult as error:
+        options.error(str(error))
 
 
 if __name__ == "__main__":
