@@ -1,16 +1,14 @@
-"""The band kernels in Triton's interpreter, against the definition; and compiled for GPUs that are not here."""
+"""The band kernels in Triton's interpreter, against the definition."""
 
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 from typing import Any
 
 import interpreted
 import pytest
 import torch
 from beyond import calls, compare, draw_tensors
-from compiled import words_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import dense_attention
@@ -169,13 +167,3 @@ def test_no_grid_is_too_small(length: int, width: int | None, rate: int, block: 
     for head in range(branch.dilation_rate):
         rows = sum(branch.selects(position + origin, head) for position in range(length))
         assert rows <= branch.most_rows(length)
-
-
-def test_the_kernels_compile() -> None:
-    rows = words_of(Path(__file__).parent / "band_compile.py")
-    assert [row[:3] for row in rows] == [
-        [kernel, case, target]
-        for case, target in (("stride", "90"), ("rows", "80"))
-        for kernel in ("forward", "query", "key_value")
-    ]
-    assert all(int(products) > 0 for *_, products in rows)

@@ -60,8 +60,8 @@ def unsupported_reason(inputs: AttentionInputs) -> str | None:
     return None
 
 
-# Measured on one H200: by kernel and padded head dimension, for rows of level 1 and for the others. ``test_cards`` says what
-# shared memory they take on each architecture.
+# Measured on one H200: by kernel and padded head dimension, for rows of level 1 and for the others.
+# ``tests/backends/card_compile.py`` says what shared memory they take on other cards.
 _BLOCKS = {
     ("forward", 64): (Blocks(64, 64, 4, 3), Blocks(128, 64, 4, 3)),
     ("forward", 128): (Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
@@ -71,20 +71,23 @@ _BLOCKS = {
     ("key_value", 128): (Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2)),
 }
 
-# In place of these on cards whose programs have 99 KiB of shared memory (8.6, 8.9, 12.0), where they would not start.
+# In place of these where programs have 99 KiB of shared memory (compute capabilities 8.6, 8.9 and 12.0): they would not start.
 _SMALLER = {("query", 128): (Blocks(64, 64, 4, 2),) * 2, ("key_value", 128): (Blocks(64, 64, 4, 2),) * 2}
-_SMALL = 128 * 1024
+# What programs have on an A100, the least on which all of ``_BLOCKS`` fit.
+_ENOUGH = 163 * 1024
 
 
-def blocks_for(kernel: str, dim: int, dtype: torch.dtype, shared: int = _SMALL) -> tuple[Blocks, Blocks]:
+def blocks_for(kernel: str, dim: int, dtype: torch.dtype, shared: int = _ENOUGH) -> tuple[Blocks, Blocks]:
     """Blocks for rows of level 1, and for the others, where a program may have ``shared`` bytes of shared memory."""
-    if dtype == torch.float32:
-        blocks = Blocks(64, 32, 4, 1) if dim <= 64 else Blocks(32, 32 if dim <= 128 or shared >= _SMALL else 16, 4, 1)
+    is_small = shared < _ENOUGH
+    if dtype == torch.float32 and dim <= 64:
+        blocks = Blocks(64, 32, 4, 1)
+    elif dtype == torch.float32:
+        blocks = Blocks(32, 16 if is_small and dim > 128 else 32, 4, 1)
     elif dim > 128:
-        blocks = Blocks(64, 32, 8, 2) if shared >= _SMALL else Blocks(32, 32, 4, 2)
+        blocks = Blocks(32, 32, 4, 2) if is_small else Blocks(64, 32, 8, 2)
     else:
-        table = _BLOCKS if shared >= _SMALL else {**_BLOCKS, **_SMALLER}
-        return table[kernel, 64 if dim <= 64 else 128]
+        return ({**_BLOCKS, **_SMALLER} if is_small else _BLOCKS)[kernel, 64 if dim <= 64 else 128]
     return blocks, blocks
 
 
@@ -113,8 +116,8 @@ def _launched(inputs: AttentionInputs) -> tuple[Pattern, bool]:
     return pattern, bool(pattern.branches) and pattern.branches_beyond_paper is None
 
 
-def _nests(pattern: Pattern, heads: int, query: Tensor) -> tuple[Nest, ...]:
-    about = query.shape[-1], query.dtype, shared_memory(query.device)
+def _nests(pattern: Pattern, heads: int, query: Tensor, shared: int = _ENOUGH) -> tuple[Nest, ...]:
+    about = query.shape[-1], query.dtype, shared
     cuts = [blocks_for(name, *about) for name in ("forward", "query", "key_value")]
     unit = min(hopper.UNIT, *(cut.swept for both in cuts for cut in both))
     return make_nests(pattern, heads, unit, LEAST_ROWS)
@@ -137,25 +140,26 @@ class _Call:
         self.mask = self.q if padding is None else padding.view(torch.int8)
         # Statistics are float32, and a bias is part of the scores.
         self.table = self.q if bias is None else bias.to(torch.float32).contiguous()
-        self.by_row = inputs.offsets is not None
-        self.segment_offset = None if self.by_row else spec.segment_offset
-        self.offsets = inputs.offsets.contiguous() if inputs.offsets is not None else None
+        self.offsets = None if inputs.offsets is None else inputs.offsets.contiguous()
         self.row_offsets = self.q if self.offsets is None else self.offsets
+        # None where each row of the batch has its own.
+        self.segment_offset = spec.segment_offset if self.offsets is None else None
+        self.shared = shared_memory(query.device)
         self.not_hopper: str | None = "the general ones were asked for"
         if use_hopper:
             self.not_hopper = hopper.unsupported_reason(self.q, padding, bias)
         self.for_hopper, self.left = self._split() if nested else ((), ())
         self.bands = () if inputs.beyond_paper is None else bands.band_launches(pattern, not nested)
-        # See :meth:`for_bands`; by the id of a tensor that lives as long as the call.
-        self._copies: dict[int, Tensor] = {}
-        self._keys: tuple[Tensor, ...] | None = None
+        # What :meth:`for_bands` gave: tensors of queries by the id of the original, which lives as long; and keys and values.
+        self._readable: dict[int, Tensor] = {}
+        self._readable_keys: tuple[Tensor, ...] | None = None
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.q, self.k, self.v
 
     def launches(self, kernel: str) -> Iterator[tuple[tuple[int], tuple[Any, ...], int]]:
         """(grid, last arguments, warps) of every launch of the general kernels."""
-        both = blocks_for(kernel, self.dim, self.q.dtype, shared_memory(self.q.device))
+        both = blocks_for(kernel, self.dim, self.q.dtype, self.shared)
         for launch in plan_launches(self.left, bool(self.for_hopper), self.length, self.segment_offset, both):
             cut = launch.blocks
             rows = (cut.swept, cut.owned) if kernel == "key_value" else (cut.owned, cut.swept)
@@ -178,13 +182,13 @@ class _Call:
         self, kernel: str, launch: bands.BandLaunch, merge: bool
     ) -> tuple[tuple[int], tuple[Any, ...], int]:
         """(grid, last arguments, warps) of a launch of a general band kernel."""
-        cut, _ = blocks_for(kernel, self.dim, self.q.dtype, shared_memory(self.q.device))
+        cut, _ = blocks_for(kernel, self.dim, self.q.dtype, self.shared)
         of_keys = kernel == "key_value"
         tiles = -(-(launch.keys(self.length) if of_keys else launch.rows(self.length)) // cut.owned)
         rows = (cut.swept, cut.owned) if of_keys else (cut.owned, cut.swept)
         settings = bands.BandSettings(
             self.dim, power_of_two(self.dim), *rows, cut.stages, **launch.constants(self.spec.pattern),
-            BY_ROW=self.by_row, CAUSAL=self.spec.is_causal, PADDED=self.padding is not None,
+            BY_ROW=self.segment_offset is None, CAUSAL=self.spec.is_causal, PADDED=self.padding is not None,
             MERGE=merge, PRECISION="ieee" if self.q.dtype == torch.float32 else "tf32",
         )  # fmt: skip
         sizes = bands.BandSizes(self.length, self.heads, self.group, self.scale, tiles, self.spec.segment_offset)
@@ -201,20 +205,20 @@ class _Call:
 
     def for_bands(self, *of_queries: Tensor) -> tuple[Tensor, ...]:
         """These, keys and values as Hopper band kernels read them; what has to be copied is copied once a call."""
-        queries = [x for x in of_queries if id(x) not in self._copies]
+        queries = [x for x in of_queries if id(x) not in self._readable]
         if queries:
-            self._copies |= zip(map(id, queries), hopper.readable(queries, 1), strict=True)
-        if self._keys is None:
-            self._keys = hopper.readable((self.k, self.v), hopper_bands.unit_of(self.bands))
-        return *(self._copies[id(x)] for x in of_queries), *self._keys
+            self._readable |= zip(map(id, queries), hopper.readable(queries, 1), strict=True)
+        if self._readable_keys is None:
+            self._readable_keys = hopper.readable((self.k, self.v), hopper_bands.unit_of(self.bands))
+        return *(self._readable[id(x)] for x in of_queries), *self._readable_keys
 
     def settings(
         self, m: int, n: int, stages: int = 1, period: int = 1, weighted: bool = False, merge: bool = False
     ) -> Settings:
         return Settings(
             self.dim, power_of_two(self.dim), m, n, stages, period, weighted,
-            BLOCKED=self.spec.pattern.head_offsets == "blocked", OFFSET=self.segment_offset != 0, BY_ROW=self.by_row,
-            CAUSAL=self.spec.is_causal,
+            BLOCKED=self.spec.pattern.head_offsets == "blocked",
+            OFFSET=self.segment_offset != 0, BY_ROW=self.segment_offset is None, CAUSAL=self.spec.is_causal,
             PADDED=self.padding is not None, BIASED=self.bias is not None, MERGE=merge,
             PRECISION="ieee" if self.q.dtype == torch.float32 else "tf32",
         )  # fmt: skip
@@ -228,7 +232,7 @@ class _Call:
 
     def _split(self) -> tuple[tuple[Nest, ...], tuple[Nest, ...]]:
         """The nests for the Hopper kernels, and those left to the portable ones; the log says why."""
-        nests = _nests(self.spec.pattern, self.heads, self.q)
+        nests = _nests(self.spec.pattern, self.heads, self.q, self.shared)
         if self.not_hopper is not None:
             _log.debug("triton: Hopper kernels passed over: %s", self.not_hopper)
             return (), nests
@@ -249,19 +253,15 @@ class _Call:
         if not self.for_hopper:
             return None
         pattern, is_causal = self.spec.pattern, self.spec.is_causal
-        some = self.spec.needed_by_first and not is_causal and self.segment_offset == 0
+        some = self.spec.needed_by_first and not is_causal
         needed = needed_by_first(pattern, self.heads, self.length) if some else None
         return hopper.Work(self.for_hopper, self.scale, is_causal, pattern.head_offsets, needed, self.segment_offset)
 
 
-def bias_rows(dim: int, dtype: torch.dtype) -> int:
-    """Distances of a program of the bias gradient, at most: registers hold a block by two blocks of sums."""
-    return 16 if dtype == torch.float32 else 64 if dim <= 128 else 32
-
-
-def bias_warps(rows: int) -> int:
-    """Its warps."""
-    return 8 if rows == 64 else 4
+def bias_block(rows: int, dim: int, dtype: torch.dtype) -> tuple[int, int]:
+    """(distances, warps) of a program of the bias gradient for a branch of ``rows``: registers hold a block by two blocks."""
+    size = min(power_of_two(rows), 16 if dtype == torch.float32 else 64 if dim <= 128 else 32)
+    return size, 8 if size == 64 else 4
 
 
 def _bias_gradient(call: _Call, tensors: tuple[Tensor, ...], strides: tuple[Any, ...]) -> Tensor:
@@ -269,13 +269,12 @@ def _bias_gradient(call: _Call, tensors: tuple[Tensor, ...], strides: tuple[Any,
     from longnet.attention.backends.triton.kernels.bias import bias_kernel
 
     grad = torch.zeros_like(call.table)
-    most = bias_rows(call.dim, call.q.dtype)
     for branch in call.spec.pattern.branches:
         rows = branch.rows(branch.longest(call.length), 0)
         # A causal query meets no key after itself.
         keys = 1 if call.spec.is_causal else rows
         distances = rows + keys - 1
-        size = min(power_of_two(rows), most)
+        size, warps = bias_block(rows, call.dim, call.q.dtype)
         blocks, segments = -(-distances // size), len(branch.starts(call.length))
         units = segments * call.batch
         # Long sequences of short segments have few distances: their segments are shared out among programs.
@@ -285,7 +284,7 @@ def _bias_gradient(call: _Call, tensors: tuple[Tensor, ...], strides: tuple[Any,
         bias_kernel[(blocks * call.heads * shares,)](
             *tensors, parts, *strides, call.length, call.heads, call.group, call.scale,
             branch.segment_length, branch.dilation_rate, segments, units, share, blocks, rows, distances,
-            call.settings(size, size), num_warps=bias_warps(size),
+            call.settings(size, size), num_warps=warps,
         )  # fmt: skip
         grad[:, bias_columns(grad, rows, keys, branch.dilation_rate)] += parts.sum(0)
     return grad

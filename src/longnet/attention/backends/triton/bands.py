@@ -1,7 +1,7 @@
 """What is beyond the paper as launches of the band kernels: integers only, cached.
 
 A branch whose queries are all positions is a band of one launch, together with the window: one softmax runs through them. A
-branch whose queries are its own rows, in blocks or on an offset grid, is a launch of its own.
+branch whose queries are its own rows is a launch of its own, where it is not the paper's: those are nests.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class BandSettings:
         BANDS: how many; the next four say what each is, see ``kernels.bands``.
         ROWS_OF: the band whose rows are the queries; -1 for all positions.
         HEAD_OFFSETS: a number of ``longnet.geometry.HEAD_OFFSETS``.
-        GROUP: neighbouring heads that have the same offsets, where these are grouped; of the pattern, not of the call.
+        GROUP: neighbouring heads that have the same offset, where offsets are grouped. It is the pattern's: in a call where heads
+            were dropped, fewer query heads may read one key head.
         BY_ROW: an offset of the grid for each row of the batch.
         MERGE: earlier launches have written these rows already, so results are mixed in.
     """

@@ -146,8 +146,8 @@ class Constants:
     CAUSAL: bool
     MERGE: bool
     LIMITED: bool
-    OFFSET: bool = False
-    BY_ROW: bool = False
+    OFFSET: bool
+    BY_ROW: bool
 
     @property
     def weighted(self) -> bool:

@@ -112,7 +112,7 @@ def constants_of(
     *,
     is_causal: bool,
     merge: bool,
-    by_row: bool = False,
+    by_row: bool,
 ) -> BandConstants:
     """What a kernel of a launch is compiled for."""
     swept, stages, owned, together = _CUTS[kernel, dim]
@@ -152,8 +152,8 @@ class BandWork:
         Args:
             kernel: ``"forward"``, ``"key_value"`` or ``"query"``.
             shape: of the query, (B, H, N, D).
-            inputs: the query, in the backward pass the gradient of out, key (B, Hk, N, D) and value, ``hopper.readable`` each,
-                keys and values for :func:`unit_of`. ``"key_value"`` needs dead rows of the query to be 0.
+            inputs: the query, in the backward pass the gradient of out, key (B, Hk, N, D) and value, as ``hopper.readable`` gives
+                them, with :func:`unit_of` for keys and values. ``"key_value"`` needs dead rows of the query to be 0.
             written: out and lse (B, H, N); the gradients of keys and values by query head; the gradient of the query.
             statistics: lse and delta of ``prepare_kernel``, in the backward pass.
             offsets: of the grid, (B,) int64, where each row of the batch has its own.

@@ -247,25 +247,25 @@ def _advance(
 
 @gluon.constexpr_function
 def memory_layout(D):
-    """Rows of a warpgroup (64, D) as memory likes them: a thread has 16 bytes, and its neighbours the next."""
+    """For loads and stores of a warpgroup's rows (64, D): a thread has 16 bytes of a row, its neighbours those beside them."""
     return gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
 
 
 @gluon.jit
-def _store(rows, result, ok, previous, C: gl.constexpr):
-    """Write results (64, D) of a product, added to what ``previous`` launches left if ``MERGE``."""
-    if C.MERGE:
-        result += gl.convert_layout(previous, result.type.layout).to(gl.float32)
-    gl.store(rows, gl.convert_layout(result.to(rows.dtype.element_ty), memory_layout(C.D)), mask=ok)
-
-
-@gluon.jit
-def _stored(rows, ok, C: gl.constexpr):
-    """What earlier launches left, if ``MERGE``."""
+def _earlier_gradient(rows, ok, C: gl.constexpr):
+    """What earlier launches wrote, if ``MERGE``; else nothing that is read."""
     if C.MERGE:
         return gl.load(rows, mask=ok, other=0.0)
     else:
         return rows
+
+
+@gluon.jit
+def _write_gradient(rows, gradient, ok, earlier, C: gl.constexpr):
+    """Write a gradient (64, D), added to the ``earlier`` one if ``MERGE``."""
+    if C.MERGE:
+        gradient += gl.convert_layout(earlier, gradient.type.layout).to(gl.float32)
+    gl.store(rows, gl.convert_layout(gradient.to(rows.dtype.element_ty), memory_layout(C.D)), mask=ok)
 
 
 # Of the parts of a band: whether some row may not see all of its tiles.
@@ -273,8 +273,8 @@ CUT_OF_PART = gl.constexpr((True, False, True))
 
 
 @gluon.jit
-def _earlier(lse_rows, row_ok, out_rows, ok):
-    """(lse, out) of earlier launches."""
+def _earlier_result(lse_rows, row_ok, out_rows, ok):
+    """(lse, out) that earlier launches wrote."""
     return gl.load(lse_rows, mask=row_ok, other=float("-inf")), gl.load(out_rows, mask=ok, other=0.0)
 
 
@@ -303,7 +303,7 @@ def _forward(bands, queries, keys, values, OUT, LSE, out_at, lse_at, scale, WHIC
         row_ok = m < bands.length
         if EARLY:
             where, ok = written_rows(out_at, block, own_first, C, memory_layout(C.D))
-            earlier, previous = _earlier(lse_rows, row_ok, OUT + where, ok)
+            earlier, earlier_out = _earlier_result(lse_rows, row_ok, OUT + where, ok)
         p = gl.zeros(zero.shape, keys.tiles.dtype, layout=operand)
         q = _own(queries, turn, WHICH, C)
         if C.D == 64 and len(C.RATES) == 1:
@@ -352,7 +352,7 @@ def _forward(bands, queries, keys, values, OUT, LSE, out_at, lse_at, scale, WHIC
         if not EARLY:
             where, ok = written_rows(out_at, block, own_first, C, memory_layout(C.D))
             if C.MERGE:
-                earlier, previous = _earlier(lse_rows, row_ok, OUT + where, ok)
+                earlier, earlier_out = _earlier_result(lse_rows, row_ok, OUT + where, ok)
         values.wait(done - 1)
         last_acc = warpgroup_mma(p, values.tile(done - 1), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(last_acc,))
@@ -372,7 +372,7 @@ def _forward(bands, queries, keys, values, OUT, LSE, out_at, lse_at, scale, WHIC
             lse = gl.where(both == 0.0, float("-inf"), top + gl.log(total))
         out = acc * gl.convert_layout(weight, out_rows)[:, None]
         if C.MERGE:
-            out += earlier_weight[:, None] * gl.convert_layout(previous, outs).to(gl.float32)
+            out += earlier_weight[:, None] * gl.convert_layout(earlier_out, outs).to(gl.float32)
         gl.store(OUT + where, gl.convert_layout(out.to(OUT.dtype.element_ty), memory_layout(C.D)), mask=ok)
         gl.store(lse_rows, lse, mask=row_ok)
 
@@ -491,7 +491,7 @@ def _query_gradients(
         where, ok = written_rows(grad_q_at, block, own_first, C, memory_layout(C.D))
         nothing = gl.convert_layout(lse, gl.SliceLayout(1, outs)) == float("-inf")
         result = gl.where(nothing[:, None], 0.0, acc * scale)
-        _store(GRAD_Q + where, result, ok, _stored(GRAD_Q + where, ok, C), C)
+        _write_gradient(GRAD_Q + where, result, ok, _earlier_gradient(GRAD_Q + where, ok, C), C)
 
 
 @gluon.jit
@@ -666,9 +666,9 @@ def _key_gradients(
             ok = gl.convert_layout(there, gl.SliceLayout(1, memory))[:, None] & (d < C.CHANNELS)
             k_at = head_start(grad_k_at, block) + position * grad_k_at[2] + d
             v_at = head_start(grad_v_at, block) + position * grad_v_at[2] + d
-            earlier_k, earlier_v = _stored(GRAD_K + k_at, ok, C), _stored(GRAD_V + v_at, ok, C)
-            _store(GRAD_K + k_at, acc_k * scale, ok, earlier_k, C)
-            _store(GRAD_V + v_at, acc_v, ok, earlier_v, C)
+            earlier_k, earlier_v = _earlier_gradient(GRAD_K + k_at, ok, C), _earlier_gradient(GRAD_V + v_at, ok, C)
+            _write_gradient(GRAD_K + k_at, acc_k * scale, ok, earlier_k, C)
+            _write_gradient(GRAD_V + v_at, acc_v, ok, earlier_v, C)
 
 
 @gluon.jit

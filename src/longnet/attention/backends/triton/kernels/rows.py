@@ -35,7 +35,7 @@ class OwnedRows(NamedTuple):
 class SweptRows(NamedTuple):
     """One range of the other side that owned rows meet: ``count`` rows of a branch, at ``first + i * step``.
 
-    ``number`` rows of the range come before them, and before token 0.
+    ``number`` rows of the range come before them: those that stand before token 0.
     """
 
     branch: Any
