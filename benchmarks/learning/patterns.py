@@ -165,6 +165,7 @@ ARMS: Mapping[str, Callable[[int], tuple[Layer, ...]]] = {
     **{f"window+stride {r}": every(2, strided(r)) for r in (2, 4, 8)},
     **{f"window+stride {r} middle": middle(strided(r)) for r in (2, 4, 8)},
     **{f"window+stride {r} 1/4": every(4, strided(r)) for r in (2, 4, 8)},
+    **{f"window+stride {r} blocks of 32 1/4": every(4, strided(r, 32)) for r in (2, 4)},
     **{f"window+stride {r} blocks of {b}": every(2, strided(r, b)) for r in (4, 8) for b in (16, 32, 64)},
     "window+stride 4 once": every(2, strided(4, near=WINDOW)),
     "half the heads dense": middle(half_dense(4, 8)),
