@@ -118,3 +118,22 @@ def test_a_wrong_input_to_the_module_teaches():
         module(torch.randn(8, 16))
     with pytest.raises(ValueError, match="key_padding_mask has shape"):
         module(torch.randn(2, 8, 32), torch.zeros(2, 9, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(segment_lengths=(4.0, 8)),
+        dict(segment_lengths=[4, 8.0]),
+        dict(dilation_rates=(True, 2)),
+        dict(window=True),
+        dict(window=[1]),
+        dict(dilated_queries=1),
+        dict(dilation_block=1.0),
+    ],
+)
+def test_what_only_equals_an_earlier_argument_is_refused(bad):
+    good = dict(segment_lengths=(4, 8), dilation_rates=(1, 2), window=1, dilated_queries=True, dilation_block=1)
+    call(**good)
+    with pytest.raises(TypeError, match=next(iter(bad))):
+        call(**good | bad)

@@ -14,9 +14,11 @@ from torch import Tensor
 from longnet.checks import check_flags, check_number
 from longnet.geometry import HEAD_OFFSETS, Branch, Pattern
 from longnet.geometry.pattern import LONGEST_SEGMENT, Beyond, HeadNumbers
+from longnet.hashed import hash_once
 from longnet.runtime.autocast import autocast_dtype
 
 
+@hash_once
 @dataclass(frozen=True)
 class AttentionSpec:
     """What is computed, apart from the tensors. Hashable. Source: arXiv 2307.02486, sections 2.2 to 2.4.

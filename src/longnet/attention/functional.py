@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Literal, overload
 
 import torch
@@ -136,14 +137,7 @@ def dilated_attention(
             rank raises when one does, or when ranks differ in anything but the length of their shards.
     """
     try:
-        pattern = Pattern.compose(
-            segment_lengths,
-            dilation_rates,
-            window=window,
-            dilated_queries=dilated_queries,
-            dilation_block=dilation_block,
-            head_offsets=head_offsets,
-        )
+        pattern = _pattern(segment_lengths, dilation_rates, window, dilated_queries, dilation_block, head_offsets)
     except (TypeError, ValueError) as error:
         _broadcast_error(group, error)
         raise
@@ -221,6 +215,38 @@ def pattern_attention(
         raise
     out, lse = definition.run(inputs, chosen, peers)
     return (out, lse) if return_lse else out
+
+
+# What the cache of patterns can look up, by type: it tells an int from a bool, but not inside of a tuple.
+_PLAIN = frozenset((int, bool, str, type(None)))
+_INTS = frozenset((int, type(None)))
+
+
+def _pattern(lengths: Any, rates: Any, *options: Any) -> Pattern:
+    """:meth:`Pattern.compose`, cached for plain values; anything else it takes or refuses every time."""
+    if torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, options)):
+        return _compose(lengths, rates, *options)
+    lengths, rates = (tuple(values) if isinstance(values, list) else values for values in (lengths, rates))
+    for values in (lengths, rates):
+        if not _INTS.issuperset(map(type, values if type(values) is tuple else (values,))):
+            return _compose(lengths, rates, *options)
+    return _composed(lengths, rates, *options)
+
+
+def _compose(
+    lengths: Any, rates: Any, window: Any, dilated_queries: Any, dilation_block: Any, head_offsets: Any
+) -> Pattern:
+    return Pattern.compose(
+        lengths,
+        rates,
+        window=window,
+        dilated_queries=dilated_queries,
+        dilation_block=dilation_block,
+        head_offsets=head_offsets,
+    )
+
+
+_composed = lru_cache(maxsize=256, typed=True)(_compose)
 
 
 def _check_beyond_paper(beyond: Beyond, needed_by_first: bool, definition: AttentionDefinition) -> None:

@@ -20,6 +20,7 @@ from functools import lru_cache
 
 from longnet.geometry.pattern import Pattern
 from longnet.geometry.rows import Branch, Branches
+from longnet.hashed import hash_once
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class RowClass:
         return [(offset + c * self.inner) % self.step for c in range(1, self.residues + 1)]
 
 
+@hash_once
 @dataclass(frozen=True)
 class Nest(Branches):
     """Nested branches, finest first."""

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args, overload
 
 from longnet.checks import check_flags, check_int, is_int
 from longnet.geometry.rows import UNBOUNDED, Branch, Branches, T
+from longnet.hashed import hash_once
 
 HeadOffsets = Literal["interleaved", "blocked", "grouped"]
 # Tokens, 2**40. Times the stride of a token (up to 2**22 elements) it fits into the 64 bits of torch's own strides.
@@ -75,6 +76,7 @@ class Beyond(NamedTuple):
         return self.name if self.value is None else f"{self.name}={self.value}"
 
 
+@hash_once
 @dataclass(frozen=True)
 class Pattern(Branches):
     """An ordered mixture of branches and the convention that gives every head its offset. Hashable.

@@ -20,6 +20,8 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """An operator's inputs have been cast already; inside, float32 means float32."""
     kind = x.device.type
-    # torch 2.11 cannot trace the question, and compiles for no device without autocast.
-    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
-    return torch.autocast(kind, enabled=False) if available else nullcontext()
+    # torch 2.11 cannot trace the questions, and compiles for no device without autocast.
+    if torch.compiler.is_compiling():
+        return torch.autocast(kind, enabled=False)
+    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if is_on else nullcontext()

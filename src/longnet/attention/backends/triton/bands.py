@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from longnet.geometry import HEAD_OFFSETS, Branch, Pattern
 from longnet.geometry.rows import UNBOUNDED
+from longnet.hashed import hash_once
 
 # Positions on a grid are 32 bits wide in kernels.
 LARGEST_POSITION = 1 << 30
@@ -71,6 +72,7 @@ class BandSettings:
     PRECISION: str
 
 
+@hash_once
 @dataclass(frozen=True)
 class BandLaunch:
     """The bands of one softmax. ``branch`` is the one whose rows are the queries, None for all positions."""

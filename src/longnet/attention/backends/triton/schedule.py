@@ -9,8 +9,7 @@ do not depend on it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from functools import cached_property
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,9 +18,11 @@ from longnet.attention.backends.triton.launches import NestShape
 from longnet.geometry.needed_rows import NeededRows, swept_limits
 from longnet.geometry.nests import Nest
 from longnet.geometry.pattern import HeadOffsets, head_offset
+from longnet.hashed import hash_once
 from longnet.runtime.cache import GraphSafeCache
 
 
+@hash_once
 @dataclass(frozen=True)
 class Schedule:
     """The items of one kernel over one nest.
@@ -52,14 +53,6 @@ class Schedule:
     heads: int = 1
     head_offsets: HeadOffsets = "interleaved"
     segment_offset: int | None = 0
-
-    @cached_property
-    def _hash(self) -> int:
-        return hash(tuple(getattr(self, one.name) for one in fields(self)))
-
-    def __hash__(self) -> int:
-        # Looked up at every launch.
-        return self._hash
 
     @property
     def items(self) -> int:
