@@ -6,10 +6,10 @@ import argparse
 import json
 import os
 import re
-import sys
+import shlex
 import sysconfig
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from benchmarks.environment import commit, gpu_versions, versions
 from benchmarks.learning.data import read_text
 from benchmarks.learning.model import Shape
 from benchmarks.learning.patterns import ARMS
-from benchmarks.learning.train import Settings, run
+from benchmarks.learning.train import Settings, run, warm_up
 
 SMALL = Settings(
     Shape(layers=2, dim=32, heads=8, context=512),
@@ -31,7 +31,61 @@ SMALL = Settings(
 )
 
 
+@dataclass(frozen=True)
+class Run:
+    """One result file: what is trained, and the file's name."""
+
+    arm: str
+    seed: int
+    settings: Settings
+    name: str
+
+
 def main() -> None:
+    parser = _parser()
+    options = parser.parse_args()
+    runs = _runs(options, parser) if options.list is None else _listed(options, parser)
+    by_name = {one.name: one for one in runs}
+    if unequal := [one.name for one in runs if one != by_name[one.name]]:
+        parser.error(f"--list has several runs of the names {unequal}: expected another --label for other options")
+    missing = [one for one in by_name.values() if not (options.out / f"{one.name}.json").exists()]
+    missing = missing[options.part[0] :: options.part[1]]
+    device = torch.device("cuda" if torch.cuda.is_available() and not options.small else "cpu")
+    if options.compile_only:
+        for one in missing:
+            torch.compiler.reset()
+            warm_up(one.arm, one.settings, device)
+            print(f"{one.name}: compiled", flush=True)
+        return
+    text = read_text(options.data or [Path(sysconfig.get_paths()["purelib"])])
+    print(", ".join(f"{name} {value:,}" for name, value in text.facts.items()), flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    begun, longest = time.monotonic(), 0.0
+    for one in missing:
+        used = (time.monotonic() - begun) / 60
+        if options.minutes is not None and used + longest > options.minutes:
+            print(f"{one.name}: not begun, {options.minutes - used:.1f} minutes are left", flush=True)
+            return
+        start = time.monotonic()
+        torch.compiler.reset()
+        record = run(one.arm, one.seed, one.settings, text, device, lambda line: print(line, flush=True))
+        record |= {
+            "data": text.facts,
+            "environment": _environment(device),
+            "minutes": (time.monotonic() - start) / 60,
+        }
+        path = options.out / f"{one.name}.json"
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(record, indent=1) + "\n")
+        os.replace(part, path)
+        longest = max(longest, (time.monotonic() - start) / 60)
+        print(
+            f"{one.arm}, seed {one.seed}: {record['bits']:.4f} bits, cost {record['cost']:.3f}, written to {path}",
+            flush=True,
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.learning", description=__doc__.partition(": ")[2])
     parser.add_argument("--arms", default=",".join(ARMS), help="names of patterns, by commas; all by default")
     parser.add_argument("--seeds", default="0", help="by commas")
@@ -40,6 +94,19 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of results: what it holds is not run again")
     parser.add_argument("--minutes", type=float, help="start no run that would end later; by default there is no limit")
+    parser.add_argument("--list", type=Path, help="a file of runs, --arms and what follows them on each line")
+    parser.add_argument(
+        "--part",
+        type=_part,
+        default=(0, 1),
+        metavar="I/M",
+        help="of the missing runs every M-th, from number I on: for several GPUs",
+    )
+    parser.add_argument(
+        "--compile-only",
+        action="store_true",
+        help="train nothing: fill the compiler's cache, side by side by --part",
+    )
     parser.add_argument("--label", default="", help="added to the results' names: another comparison")
     parser.add_argument("--small", action="store_true", help="toy sizes, for a CPU")
     parser.add_argument("--steps", type=int)
@@ -49,7 +116,27 @@ def main() -> None:
     parser.add_argument("--no-far-positions", action="store_true")
     parser.add_argument("--sinks", type=int, default=0)
     parser.add_argument("--adamw", action="store_true", help="AdamW for matrices too, in place of Muon")
-    options = parser.parse_args()
+    return parser
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text}: expected I/M, two numbers of which the first is less")
+    return int(number), int(count)
+
+
+def _listed(options: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Run]:
+    """The runs of a list: each line's options over those of the command."""
+    found = []
+    for line in options.list.read_text().splitlines():
+        if given := shlex.split(line, comments=True):
+            given += ["--out", str(options.out)]
+            found += _runs(parser.parse_args(given, argparse.Namespace(**vars(options))), parser)
+    return found
+
+
+def _runs(options: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Run]:
     arms, seeds = options.arms.split(","), [int(seed) for seed in options.seeds.split(",")]
     if unknown := [arm for arm in arms if arm not in ARMS]:
         parser.error(f"--arms names {unknown}: expected some of {list(ARMS)}")
@@ -65,37 +152,15 @@ def main() -> None:
     settings = replace(settings, shape=shape, **changes)
     if options.adamw:
         settings = replace(settings, matrix_lr=None)
-    device = torch.device("cuda" if torch.cuda.is_available() and not options.small else "cpu")
-    text = read_text(options.data or [Path(sysconfig.get_paths()["purelib"])])
-    print(", ".join(f"{name} {value:,}" for name, value in text.facts.items()), flush=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    begun, longest = time.monotonic(), 0.0
-    for seed in seeds:
-        for arm in arms:
-            name = "-".join(part for part in (re.sub(r"[^A-Za-z0-9.]+", "_", arm), options.label, str(seed)) if part)
-            path = options.out / f"{name}.json"
-            if path.exists():
-                continue
-            used = (time.monotonic() - begun) / 60
-            if options.minutes is not None and used + longest > options.minutes:
-                print(f"{arm}, seed {seed}: not begun, {options.minutes - used:.1f} minutes are left", flush=True)
-                sys.exit(0)
-            start = time.monotonic()
-            torch.compiler.reset()
-            record = run(arm, seed, settings, text, device, lambda line: print(line, flush=True))
-            record |= {
-                "data": text.facts,
-                "environment": _environment(device),
-                "minutes": (time.monotonic() - start) / 60,
-            }
-            part = path.with_suffix(".part")
-            part.write_text(json.dumps(record, indent=1) + "\n")
-            os.replace(part, path)
-            longest = max(longest, (time.monotonic() - start) / 60)
-            print(
-                f"{arm}, seed {seed}: {record['bits']:.4f} bits, cost {record['cost']:.3f}, written to {path}",
-                flush=True,
-            )
+    return [
+        Run(arm, seed, settings, "-".join(part for part in (_file_name(arm), options.label, str(seed)) if part))
+        for seed in seeds
+        for arm in arms
+    ]
+
+
+def _file_name(arm: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "_", arm)
 
 
 def _environment(device: torch.device) -> dict[str, object]:

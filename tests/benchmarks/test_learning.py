@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.learning import __main__ as program
 from benchmarks.learning import data, probes, report
 from benchmarks.learning.__main__ import main
 from benchmarks.learning.attention import Sinks, attend
@@ -163,14 +165,21 @@ def test_the_step_at_which_far_text_is_found():
     assert formation_step(checks) == 3 and formation_step(checks[:2]) is None
 
 
-def test_a_run_goes_on_with_what_is_missing(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def source(tmp_path):
+    """A folder of text."""
     generator = np.random.Generator(np.random.Philox(key=2))
-    source, out = tmp_path / "text", tmp_path / "out"
-    source.mkdir()
+    folder = tmp_path / "text"
+    folder.mkdir()
     for number in range(80):
-        (source / f"{number}.py").write_text(
+        (folder / f"{number}.py").write_text(
             "\n".join(f"value_{generator.integers(999)} = {number}" for _ in range(60))
         )
+    return folder
+
+
+def test_a_run_goes_on_with_what_is_missing(source, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
     arguments = [
         "--small",
         "--data",
@@ -200,3 +209,46 @@ def test_a_run_goes_on_with_what_is_missing(tmp_path, monkeypatch, capsys):
     assert {row[0] for row in table.rows} == {"window", "dense then window+stride 4", "longnet"}
     assert all("+-" in row[3] for row in table.rows if row[0] != "window")
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in report.pictures(groups, tmp_path / "pictures"))
+
+
+def test_a_list_is_shared_out_and_compiled_before_it_is_run(source, tmp_path, monkeypatch, capsys):
+    runs, out = tmp_path / "runs.txt", tmp_path / "out"
+    runs.write_text(
+        '# two seeds\n--arms "window" --seeds 0,1\n\n--arms window --sinks 2 --label sinks\n--arms window\n'
+        '--arms "dense then window+stride 4"\n'
+    )
+    whole = ["benchmarks.learning", "--small", "--data", str(source), "--out", str(out), "--list", str(runs)]
+    names = ["window-0", "window-1", "window-sinks-0", "dense_then_window_stride_4-0"]
+
+    monkeypatch.setattr(sys, "argv", [*whole, "--compile-only"])
+    main()
+    assert capsys.readouterr().out.splitlines() == [f"{name}: compiled" for name in names]
+    assert not out.exists()
+
+    monkeypatch.setattr(sys, "argv", [*whole, "--part", "1/3"])
+    main()
+    assert [path.stem for path in out.iterdir()] == ["window-1"]
+    record = json.loads((out / "window-1.json").read_text())
+    assert record["settings"]["shape"]["sinks"] == 0 and record["seed"] == 1
+
+    runs.write_text("--arms window\n--arms window --sinks 2\n")
+    with pytest.raises(SystemExit):
+        main()
+    assert "several runs of the names ['window-0']" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*whole, "--part", "3/3"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "expected I/M" in capsys.readouterr().err
+
+
+def test_every_result_of_the_evidence_is_in_the_list():
+    root = Path(__file__).parents[2] / "benchmarks"
+    folder = root / "results" / "learning" / "context-8192"
+    parser = program._parser()
+    options = parser.parse_args(["--out", str(folder), "--list", str(root / "learning" / "runs.txt")])
+    listed = {one.name: one for one in program._listed(options, parser)}
+    for path in folder.glob("*.json"):
+        record = json.loads(path.read_text())
+        one = listed[path.stem]
+        assert (record["arm"], record["seed"]) == (one.arm, one.seed)
+        assert record["settings"]["shape"]["shift_keys"] == one.settings.shape.shift_keys
