@@ -16,7 +16,7 @@ PACKAGE = SOURCE / "longnet"
 
 # A unit (a module or folder of longnet) may import units of lower rungs and itself, never its neighbours on the rung.
 LADDER: tuple[tuple[str, ...], ...] = (
-    ("checks", "compat.spellings"),
+    ("checks", "hashed", "compat.spellings"),
     ("geometry",),
     ("runtime",),
     ("nn",),
@@ -44,6 +44,7 @@ RUNG = {tuple(unit.split(".")): rung for rung, units in enumerate(LADDER) for un
 # What a unit may import besides the standard library; torch alone where nothing is said.
 THIRD_PARTY = {
     "checks": set(),
+    "hashed": set(),
     "geometry": set(),
     "compress": {"torch", "torchao"},
     "gigapath": {"torch", "safetensors"},

@@ -137,7 +137,14 @@ def dilated_attention(
             rank raises when one does, or when ranks differ in anything but the length of their shards.
     """
     try:
-        pattern = _pattern(segment_lengths, dilation_rates, window, dilated_queries, dilation_block, head_offsets)
+        pattern = _pattern(
+            segment_lengths,
+            dilation_rates,
+            window=window,
+            dilated_queries=dilated_queries,
+            dilation_block=dilation_block,
+            head_offsets=head_offsets,
+        )
     except (TypeError, ValueError) as error:
         _broadcast_error(group, error)
         raise
@@ -222,31 +229,18 @@ _PLAIN = frozenset((int, bool, str, type(None)))
 _INTS = frozenset((int, type(None)))
 
 
-def _pattern(lengths: Any, rates: Any, *options: Any) -> Pattern:
+_composed = lru_cache(maxsize=256, typed=True)(Pattern.compose)
+
+
+def _pattern(lengths: Any, rates: Any, **options: Any) -> Pattern:
     """:meth:`Pattern.compose`, cached for plain values; anything else it takes or refuses every time."""
-    if torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, options)):
-        return _compose(lengths, rates, *options)
+    if torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, options.values())):
+        return Pattern.compose(lengths, rates, **options)
     lengths, rates = (tuple(values) if isinstance(values, list) else values for values in (lengths, rates))
     for values in (lengths, rates):
         if not _INTS.issuperset(map(type, values if type(values) is tuple else (values,))):
-            return _compose(lengths, rates, *options)
-    return _composed(lengths, rates, *options)
-
-
-def _compose(
-    lengths: Any, rates: Any, window: Any, dilated_queries: Any, dilation_block: Any, head_offsets: Any
-) -> Pattern:
-    return Pattern.compose(
-        lengths,
-        rates,
-        window=window,
-        dilated_queries=dilated_queries,
-        dilation_block=dilation_block,
-        head_offsets=head_offsets,
-    )
-
-
-_composed = lru_cache(maxsize=256, typed=True)(_compose)
+            return Pattern.compose(lengths, rates, **options)
+    return _composed(lengths, rates, **options)
 
 
 def _check_beyond_paper(beyond: Beyond, needed_by_first: bool, definition: AttentionDefinition) -> None:
