@@ -42,13 +42,9 @@ class Run:
 
 
 def main() -> None:
-    parser = _parser()
-    options = parser.parse_args()
-    runs = _runs(options, parser) if options.list is None else _listed(options, parser)
-    by_name = {one.name: one for one in runs}
-    if unequal := [one.name for one in runs if one != by_name[one.name]]:
-        parser.error(f"--list has several runs of the names {unequal}: expected another --label for other options")
-    missing = [one for one in by_name.values() if not (options.out / f"{one.name}.json").exists()]
+    command, lines = _parsers()
+    options = command.parse_args()
+    missing = [one for one in _planned(options, lines) if not (options.out / f"{one.name}.json").exists()]
     missing = missing[options.part[0] :: options.part[1]]
     device = torch.device("cuda" if torch.cuda.is_available() and not options.small else "cpu")
     if options.compile_only:
@@ -85,38 +81,48 @@ def main() -> None:
         )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.learning", description=__doc__.partition(": ")[2])
-    parser.add_argument("--arms", default=",".join(ARMS), help="names of patterns, by commas; all by default")
-    parser.add_argument("--seeds", default="0", help="by commas")
-    parser.add_argument(
+def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """(of the command, of a line of a list: what says which runs there are)."""
+    lines = argparse.ArgumentParser(prog="a line of --list", add_help=False)
+    lines.add_argument("--arms", default=",".join(ARMS), help="names of patterns, by commas; all by default")
+    lines.add_argument("--seeds", default="0", help="by commas")
+    lines.add_argument("--label", default="", help="added to the results' names: another comparison")
+    lines.add_argument("--steps", type=int)
+    lines.add_argument("--batch", type=int)
+    lines.add_argument("--context", type=int)
+    lines.add_argument("--shift-keys", action="store_true")
+    lines.add_argument("--no-far-positions", action="store_true")
+    lines.add_argument("--sinks", type=int, default=0)
+    lines.add_argument("--adamw", action="store_true", help="AdamW for matrices too, in place of Muon")
+    command = argparse.ArgumentParser(
+        prog="python -m benchmarks.learning", description=__doc__.partition(": ")[2], parents=[lines]
+    )
+    command.add_argument(
         "--data", type=Path, action="append", help="a folder of text; by default Python's installed packages"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of results: what it holds is not run again")
-    parser.add_argument("--minutes", type=float, help="start no run that would end later; by default there is no limit")
-    parser.add_argument("--list", type=Path, help="a file of runs, --arms and what follows them on each line")
-    parser.add_argument(
+    command.add_argument("--out", type=Path, required=True, help="folder of results: what it holds is not run again")
+    command.add_argument(
+        "--minutes", type=float, help="start no run that would end later; by default there is no limit"
+    )
+    command.add_argument("--small", action="store_true", help="toy sizes, for a CPU")
+    command.add_argument(
+        "--list",
+        type=Path,
+        help="a file of runs; a line holds options from --arms to --adamw, the command's are its defaults",
+    )
+    command.add_argument(
         "--part",
         type=_part,
         default=(0, 1),
         metavar="I/M",
         help="of the missing runs every M-th, from number I on: for several GPUs",
     )
-    parser.add_argument(
+    command.add_argument(
         "--compile-only",
         action="store_true",
         help="train nothing: fill the compiler's cache, side by side by --part",
     )
-    parser.add_argument("--label", default="", help="added to the results' names: another comparison")
-    parser.add_argument("--small", action="store_true", help="toy sizes, for a CPU")
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--batch", type=int)
-    parser.add_argument("--context", type=int)
-    parser.add_argument("--shift-keys", action="store_true")
-    parser.add_argument("--no-far-positions", action="store_true")
-    parser.add_argument("--sinks", type=int, default=0)
-    parser.add_argument("--adamw", action="store_true", help="AdamW for matrices too, in place of Muon")
-    return parser
+    return command, lines
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -126,20 +132,23 @@ def _part(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
-def _listed(options: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Run]:
-    """The runs of a list: each line's options over those of the command."""
-    found = []
-    for line in options.list.read_text().splitlines():
-        if given := shlex.split(line, comments=True):
-            given += ["--out", str(options.out)]
-            found += _runs(parser.parse_args(given, argparse.Namespace(**vars(options))), parser)
-    return found
+def _planned(options: argparse.Namespace, lines: argparse.ArgumentParser) -> list[Run]:
+    """The runs that were asked for, each once."""
+    each = [options]
+    if options.list is not None:
+        given = (shlex.split(line, comments=True) for line in options.list.read_text().splitlines())
+        each = [lines.parse_args(line, argparse.Namespace(**vars(options))) for line in given if line]
+    runs = [one for some in each for one in _runs(some, lines)]
+    by_name = {one.name: one for one in runs}
+    if unequal := [one.name for one in runs if one != by_name[one.name]]:
+        lines.error(f"several runs have the names {unequal}: expected another --label for other options")
+    return list(by_name.values())
 
 
-def _runs(options: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Run]:
+def _runs(options: argparse.Namespace, lines: argparse.ArgumentParser) -> list[Run]:
     arms, seeds = options.arms.split(","), [int(seed) for seed in options.seeds.split(",")]
     if unknown := [arm for arm in arms if arm not in ARMS]:
-        parser.error(f"--arms names {unknown}: expected some of {list(ARMS)}")
+        lines.error(f"--arms names {unknown}: expected some of {list(ARMS)}")
     settings = SMALL if options.small else Settings()
     changes = {name: value for name in ("steps", "batch") if (value := getattr(options, name)) is not None}
     shape = replace(

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.learning import probes
 from benchmarks.learning.data import Text, windows
 from benchmarks.learning.model import Model, Shape
-from benchmarks.learning.patterns import ARMS, FIRST, WINDOW, Layer, cost
+from benchmarks.learning.patterns import ARMS, FIRST, WINDOW, cost
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ def run(
     layers = ARMS[arm](shape.layers)
     torch.manual_seed(seed)
     share, first = FIRST.get(arm, (0.0, ARMS[arm]))
-    model = _model(first(shape.layers), shape, device)
+    model = _model(shape, device)
+    model.read_as(first(shape.layers), device)
     train = _Steps(model, settings, device)
     fixed = windows(text.held_out, settings.held_out, shape.context + 1, 1)
     repeats = np.stack([probes.repeat_distance(window) for window in fixed[: settings.checked]])
@@ -105,22 +106,19 @@ def run(
 def warm_up(arm: str, settings: Settings, device: torch.device) -> None:
     """Compile what :func:`run` needs, on random bytes: another process then finds it in the compiler's cache."""
     shape = settings.shape
-    stacks = [ARMS[arm](shape.layers)]
-    if arm in FIRST:
-        stacks.insert(0, FIRST[arm][1](shape.layers))
-    model = _model(stacks[0], shape, device)
-    for layers in stacks:
-        model.read_as(layers, device)
+    model = _model(shape, device)
+    rows = np.random.default_rng(0).integers(0, 256, (settings.checked, shape.context + 1), dtype=np.uint8)
+    _, first = FIRST.get(arm, (0.0, ARMS[arm]))
+    for stack in dict.fromkeys((first, ARMS[arm])):
+        model.read_as(stack(shape.layers), device)
         train = _Steps(model, settings, device)
-        rows = np.random.default_rng(0).integers(0, 256, (settings.checked, shape.context + 1), dtype=np.uint8)
         for _ in range(_Steps.EAGER + 1):
             train.step(rows[: settings.batch], 0.0)
         probes.bits_of(model, rows, device, settings.checked)
 
 
-def _model(layers: tuple[Layer, ...], shape: Shape, device: torch.device) -> Model:
+def _model(shape: Shape, device: torch.device) -> Model:
     model = Model(shape).to(device)
-    model.read_as(layers, device)
     if device.type == "cuda":
         for block in model.blocks:
             block.compile(dynamic=False)  # equal layers are compiled once

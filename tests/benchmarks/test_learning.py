@@ -234,7 +234,11 @@ def test_a_list_is_shared_out_and_compiled_before_it_is_run(source, tmp_path, mo
     runs.write_text("--arms window\n--arms window --sinks 2\n")
     with pytest.raises(SystemExit):
         main()
-    assert "several runs of the names ['window-0']" in capsys.readouterr().err
+    assert "several runs have the names ['window-0']" in capsys.readouterr().err
+    runs.write_text("--arms window --minutes 3\n")
+    with pytest.raises(SystemExit):
+        main()
+    assert "a line of --list: error: unrecognized arguments: --minutes 3" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", [*whole, "--part", "3/3"])
     with pytest.raises(SystemExit):
         main()
@@ -244,9 +248,9 @@ def test_a_list_is_shared_out_and_compiled_before_it_is_run(source, tmp_path, mo
 def test_every_result_of_the_evidence_is_in_the_list():
     root = Path(__file__).parents[2] / "benchmarks"
     folder = root / "results" / "learning" / "context-8192"
-    parser = program._parser()
-    options = parser.parse_args(["--out", str(folder), "--list", str(root / "learning" / "runs.txt")])
-    listed = {one.name: one for one in program._listed(options, parser)}
+    command, lines = program._parsers()
+    options = command.parse_args(["--out", str(folder), "--list", str(root / "learning" / "runs.txt")])
+    listed = {one.name: one for one in program._planned(options, lines)}
     for path in folder.glob("*.json"):
         record = json.loads(path.read_text())
         one = listed[path.stem]

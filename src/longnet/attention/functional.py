@@ -224,11 +224,9 @@ def pattern_attention(
     return (out, lse) if return_lse else out
 
 
-# What the cache of patterns can look up, by type: it tells an int from a bool, but not inside of a tuple.
+# Types of what the cache below is asked for. It tells the argument True from 1, but not (True, 2) from (1, 2).
 _PLAIN = frozenset((int, bool, str, type(None)))
 _INTS = frozenset((int, type(None)))
-
-
 _composed = lru_cache(maxsize=256, typed=True)(Pattern.compose)
 
 
