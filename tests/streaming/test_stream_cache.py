@@ -165,3 +165,20 @@ def test_every_head_finds_its_rows_and_no_rows_are_anothers(pattern, heads, kind
                 mine = (number, head * kv_heads // heads, position)
                 assert owner.setdefault(firsts[number][head] + row, mine) == mine
     assert sorted(owner) == list(range(cache.layout.rows))
+
+
+@pytest.mark.parametrize("kind", [{"window": 32}, {"window": 32, "dilated_queries": False}])
+def test_padding_that_is_taken_back_is_forgotten(kind):
+    make = lambda: DilatedCache((64,), (2,), **kind, batch_size=2, heads=2, head_dim=8)  # noqa: E731
+    x, padding = torch.randn(2, 2, 20, 8), torch.arange(8) < torch.tensor([[8], [3]])
+    cache, expected = make(), make()
+    stream_attention(*[x[:, :, :8]] * 3, cache, key_padding_mask=padding)
+    assert cache.holds(6)
+    cache.moved(-2)
+    assert cache.padding.tolist() == [6, 3]
+    saved = make()
+    saved.load_state_dict(cache.state_dict())
+    stream_attention(*[x[:, :, :6]] * 3, expected, key_padding_mask=padding[:, :6])
+    wanted = stream_attention(*[x[:, :, 8:]] * 3, expected)
+    for again in (cache, saved):
+        assert torch.equal(stream_attention(*[x[:, :, 8:]] * 3, again), wanted)

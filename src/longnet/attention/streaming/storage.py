@@ -140,6 +140,9 @@ class RowStorage:
         with self._writing():
             self._position += tokens
             self._furthest = max(self._furthest, self._position)
+            if self._most_padding > self._position:
+                # Padding was taken back: what is read next is none unless a mask says so.
+                self._set_padding(self.padding.clamp(max=self._position), self._position)
             if on_device:
                 self.position_tensor.fill_(self._position)
             room = self.capacity or self._room
