@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ TRIED = Tried("triton", "3.6", "3.9")
 
 # The views of a tensor that a kernel takes, one per branch of a nest; unused ones are None.
 VIEWS = 5
+
+# How many descriptors of inputs a launch keeps.
+_MOST_ADDRESSES = 64
 
 # What a kernel is given of tensors: one, several as one argument, or none.
 Pointer = Tensor | tuple[Tensor, ...] | None
@@ -57,6 +61,16 @@ def descriptors(view: View, dtype: torch.dtype, dim: int, rates: tuple[int, ...]
     return (*used, *[None] * (VIEWS - len(used)))
 
 
+@dataclass(frozen=True, slots=True)
+class _Address:
+    """In a tensor's place: all that a launch of a compiled kernel asks of the tensor of a descriptor. It keeps nothing alive."""
+
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
 @dataclass(frozen=True, eq=False)
 class Launch:
     """A launch of a kernel for tensors of known shapes, strides and types: all but the tensors themselves.
@@ -74,6 +88,8 @@ class Launch:
     options: dict[str, Any]
     # By the alignment of the pointers, which Triton specialises on.
     _compiled: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    # Descriptors by the number of the input and its address.
+    _kept: dict[tuple[int, int], tuple[Any, ...]] = field(default_factory=dict)
 
     @cached_property
     def _constants(self) -> tuple[Any, ...]:
@@ -83,37 +99,49 @@ class Launch:
             raise TRIED.gone(error) from None
         return tuple(self.options[name] for name in names if name in self.options)
 
-    @cached_property
-    def _slots(self) -> tuple[tuple[int, int, Any], ...]:
-        """(place among the descriptors, input, template) of those that there are."""
-        places = enumerate((number, one) for number, of_input in enumerate(self.templates) for one in of_input)
-        return tuple((place, number, one) for place, (number, one) in places if one is not None)
+    def _descriptors(self, number: int, base: Any) -> tuple[Any, ...]:
+        """Of an input with another tensor in the templates' place."""
+        made: list[Any] = []
+        for template in self.templates[number]:
+            if template is not None:
+                # Made by hand: the constructor checks all of it again, which takes longer than a short sequence's attention.
+                made.append(object.__new__(type(template)))
+                made[-1].__dict__.update(template.__dict__, base=base)
+        return (*made, *[None] * (VIEWS - len(made)))
 
-    def run(self, pointers: tuple[Pointer, ...], inputs: tuple[Tensor, ...]) -> None:
+    def _kept_descriptors(self, number: int, address: int) -> tuple[Any, ...]:
+        """Of an input that lies at an address; torch gives a loop the same few addresses again and again."""
+        found = self._kept.get((number, address))
+        if found is None:
+            if len(self._kept) >= _MOST_ADDRESSES:
+                self._kept.clear()
+            found = self._kept[number, address] = self._descriptors(number, _Address(address))
+        return found
+
+    def run(self, pointers: tuple[Pointer, ...], inputs: tuple[Tensor, ...] = ()) -> None:
         """Run it on the current device; from the second time on without Triton's dispatch, which would look at every argument.
 
         Args:
             pointers: the kernel's first arguments.
             inputs: the tensors of the descriptors, which come next.
         """
-        views = [None] * (VIEWS * len(inputs))
-        for place, number, template in self._slots:
-            # Made by hand: the constructor checks all of it again, which takes longer than a short sequence's attention.
-            views[place] = descriptor = object.__new__(type(template))
-            descriptor.__dict__.update(template.__dict__, base=inputs[number])
-        aligned = tuple(_alignment(x) for x in pointers)
+        aligned = tuple([_alignment(x) for x in pointers])
         compiled = self._compiled.get(aligned)
         if compiled is None:
+            views = chain.from_iterable(self._descriptors(number, x) for number, x in enumerate(inputs))
             compiled = self.kernel[self.programs, 1, 1](*pointers, *views, *self.rest, **self.options)
             # The interpreter compiles nothing.
             if compiled is not None and not hasattr(compiled, "__getitem__"):
                 raise TRIED.gone("the compiled kernel as the result of a launch, to be launched by [grid](*arguments)")
             self._compiled[aligned] = compiled
         else:
+            views = chain.from_iterable(
+                [self._kept_descriptors(number, x.data_ptr()) for number, x in enumerate(inputs)]
+            )
             compiled[self.programs, 1, 1](*pointers, *views, *self.rest, *self._constants)
 
 
 def _alignment(pointer: Pointer) -> Any:
-    if pointer is None or isinstance(pointer, Tensor):
-        return pointer if pointer is None else pointer.data_ptr() % 16
-    return tuple(x.data_ptr() % 16 for x in pointer)
+    if isinstance(pointer, tuple):
+        return tuple(x.data_ptr() % 16 for x in pointer)
+    return None if pointer is None else pointer.data_ptr() % 16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
@@ -13,6 +14,8 @@ from longnet.attention.backends.triton.backend import LARGEST_HEAD_DIM
 from longnet.attention.call import lse_dtype
 from longnet.attention.streaming.cache import DilatedCache
 from longnet.attention.streaming.tables import StepTables
+from longnet.geometry import Pattern
+from longnet.runtime.triton_internals import Launch
 from longnet.runtime.triton_support import HAS_TRITON, power_of_two
 
 _log = logging.getLogger("longnet")
@@ -54,35 +57,60 @@ def fits(cache: DilatedCache) -> bool:
 
 def fused_step(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, scale: float) -> Tensor:
     """What :func:`longnet.attention.streaming.step.step` computes."""
+    query, key, value = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (query, key, value))
+    (_, heads, _, dim), tables, kind = query.shape, cache.tables, lse_dtype(query.dtype)
+    assert isinstance(tables, StepTables)
+    out = torch.empty_like(query)
+    parts_of, (of_lanes, mix) = _launches(
+        cache.pattern, heads, cache.kv_heads, tables.lane_counts, tables.most_rows, tuple(query.shape), cache.keys.stride(0),
+        tuple(x.stride()[:2] for x in (query, key, value, out)), scale, query.dtype, query.device,
+    )  # fmt: skip
+    parts, lse = query.new_empty(parts_of, dim, dtype=kind), query.new_empty(parts_of, dtype=kind)
+    position, seen = cache.position_tensor, torch.empty_like(cache.position_tensor)
+    rows = cache.keys, cache.values
+    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
+        of_lanes.run((query, key, value, *rows, parts, lse, position, seen, cache.padding, tables.first_rows))
+        mix.run((parts, lse, out, position, seen))
+    return out
+
+
+@lru_cache(maxsize=256)
+def _launches(
+    pattern: Pattern,
+    heads: int,
+    kv_heads: int,
+    counts: tuple[int, ...],
+    most: int,
+    shape: tuple[int, ...],
+    cache_at: int,
+    strides: tuple[tuple[int, ...], ...],
+    scale: float,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[int, tuple[Launch, Launch]]:
+    """(parts of all lanes, the two launches) for tensors of known shapes and strides.
+
+    Args:
+        counts, most: lanes of each branch, and the most rows that one has.
+        cache_at, strides: of a batch row of the cache; of query, key, value and out.
+    """
     import triton.language as tl  # the kernels' types; triton is there, or this is not called
 
     from longnet.attention.streaming.kernels import lanes_kernel, mix_kernel
 
-    query, key, value = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (query, key, value))
-    batch, heads, _, dim = query.shape
-    assert isinstance(cache.tables, StepTables)
-    counts, most = cache.tables.lane_counts, cache.tables.most_rows
+    (batch, *_, dim), (*read, out_at) = shape, strides
     *first_lanes, lanes = accumulate(counts, initial=0)
     splits = min(_MOST_SPLITS, -(-most // _ROWS))
-    pattern = (cache.pattern.segment_lengths, cache.pattern.dilation_rates, counts, tuple(first_lanes))
-    kind = lse_dtype(query.dtype)
+    branches = (pattern.segment_lengths, pattern.dilation_rates, counts, tuple(first_lanes))
     options = {
-        "BRANCHES": len(counts), "BLOCKED": cache.pattern.head_offsets == "blocked", "D": dim,
-        "D_BLOCK": power_of_two(dim, 1), "KIND": tl.float64 if kind == torch.float64 else tl.float32,
+        "BRANCHES": len(counts), "BLOCKED": pattern.head_offsets == "blocked", "D": dim, "D_BLOCK": power_of_two(dim, 1),
+        "KIND": tl.float64 if lse_dtype(dtype) == torch.float64 else tl.float32,
     }  # fmt: skip
-    parts = query.new_empty(batch * lanes * splits, dim, dtype=kind)
-    lse = query.new_empty(batch * lanes * splits, dtype=kind)
-    seen = torch.empty_like(cache.position_tensor)
-    out = torch.empty_like(query)
-    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
-        lanes_kernel[(batch * lanes * splits,)](
-            query, key, value, cache.keys, cache.values, parts, lse, cache.position_tensor, seen, cache.padding,
-            cache.tables.first_rows, query.stride()[:2], key.stride()[:2], value.stride()[:2], cache.keys.stride(0),
-            heads, heads // cache.kv_heads, lanes, splits, -(-most // (splits * _ROWS)), *pattern,
-            ROWS=_ROWS, SCALE=scale, num_warps=_WARPS, **options,
-        )  # fmt: skip
-        mix_kernel[(batch * heads,)](
-            parts, lse, out, cache.position_tensor, seen, out.stride()[:2], heads, lanes, splits, *pattern,
-            SPLITS=power_of_two(splits, 1), num_warps=4, **options,
-        )  # fmt: skip
-    return out
+    parts = batch * lanes * splits
+    sizes = (heads, heads // kv_heads, lanes, splits, -(-most // (splits * _ROWS)), *branches)
+    lanes_options = {**options, "ROWS": _ROWS, "SCALE": scale, "num_warps": _WARPS}
+    mix_options = {**options, "SPLITS": power_of_two(splits, 1), "num_warps": 4}
+    return parts, (
+        Launch(lanes_kernel, parts, (), (*read, cache_at, *sizes), lanes_options),
+        Launch(mix_kernel, batch * heads, (), (out_at, heads, lanes, splits, *branches), mix_options),
+    )
