@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import pad
 
 from longnet.attention.backends.triton import hopper
+from longnet.attention.backends.triton.steps import RepeatedSteps
 from longnet.geometry import Pattern
 from longnet.geometry.nests import make_nests
 from longnet.runtime.tma import is_matrix, view_of
@@ -136,6 +137,7 @@ class Kernels(dict):
 def kernels(monkeypatch):
     """The three kernels as recorders, on a device of four multiprocessors whose items come in their own order."""
     pytest.importorskip("triton.experimental.gluon")
+    STEPS.clear()
     recorders = {}
     for name in ("forward", "key_value", "query"):
         kernel, owned = hopper._kernel(name)
@@ -147,9 +149,11 @@ def kernels(monkeypatch):
     monkeypatch.setattr(hopper, "pad_for_tma", lambda tensors, dim, unit: [
         pad(x, (0, dim - x.shape[-1], 0, -x.shape[2] % unit)) for x in tensors
     ])  # fmt: skip
-    hopper._launches.cache_clear()
-    yield found
-    hopper._launches.cache_clear()
+    return found
+
+
+# What the calls below have written down, by their arguments.
+STEPS = RepeatedSteps(16)
 
 
 def call_both(length, dim, kv_heads=4, pattern=((256, 1024), (1, 2)), is_causal=True):
@@ -161,10 +165,16 @@ def call_both(length, dim, kv_heads=4, pattern=((256, 1024), (1, 2)), is_causal=
     lse, delta = (torch.empty(batch, heads, length) for _ in range(2))
     tensors = {"OUT": out, "LSE": lse, "DELTA": delta, "GRAD_Q": grad_q, "GRAD_K": grad_k, "GRAD_V": grad_v}
     inputs = {"q": query, "k": key, "v": value, "g": grad}
-    work.forward(query, key, value, out, lse)
+    named = {"q": query, "k": key, "v": value, "grad_out": grad, "out": out, "lse": lse, "row_lse": lse, "delta": delta}
     # The first kernel reads queries from the room that the second writes to.
-    read = work.key_value(grad_q.copy_(query), key, value, grad, (lse, delta), (grad_k, grad_v))
-    work.query(query, read, (lse, delta), grad_q)
+    named |= {"queries": grad_q.copy_(query), "grad_k": grad_k, "grad_v": grad_v, "offsets": None}
+
+    def steps():
+        yield from work.forward(named)
+        read = yield from work.key_value(named)
+        yield from work.query(named, read)
+
+    STEPS.run((length, dim, kv_heads, pattern, is_causal), named, steps)
     return work, tensors, inputs
 
 

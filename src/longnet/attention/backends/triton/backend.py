@@ -21,12 +21,13 @@ from torch import Tensor
 from longnet.attention.backends.triton import bands, hopper, hopper_bands
 from longnet.attention.backends.triton.all_heads import backward_among_all_heads, forward_among_all_heads
 from longnet.attention.backends.triton.launches import Blocks, Settings, Sizes, plan_launches
+from longnet.attention.backends.triton.steps import Fill, RepeatedSteps, Run, Step, Tensors
 from longnet.attention.backends.views import bias_columns, signed, sum_heads
 from longnet.attention.call import AttentionInputs, Gradients, SavedForward
 from longnet.geometry import Pattern
 from longnet.geometry.needed_rows import needed_by_first
 from longnet.geometry.nests import Nest, make_nests
-from longnet.runtime.triton_internals import shared_memory
+from longnet.runtime.triton_internals import Launch, shared_memory
 from longnet.runtime.triton_support import HAS_TRITON, interpreting, power_of_two
 
 _log = logging.getLogger("longnet")
@@ -106,7 +107,8 @@ def _output_buffer(x: Tensor) -> Tensor:
 
 
 def _device(x: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    is_current = not x.is_cuda or torch.cuda.current_device() == x.device.index
+    return nullcontext() if is_current else torch.cuda.device(x.device)
 
 
 def _launched(inputs: AttentionInputs) -> tuple[Pattern, bool]:
@@ -124,50 +126,42 @@ def _nests(pattern: Pattern, heads: int, query: Tensor, shared: int = _ENOUGH) -
 
 
 class _Call:
-    """What all launches of one call share."""
+    """What all launches of one call share, worked out when it is first made."""
 
-    def __init__(self, inputs: AttentionInputs, use_hopper: bool) -> None:
-        query, key, value, padding, _, bias = inputs.tensors
+    def __init__(self, inputs: AttentionInputs, tensors: Tensors, use_hopper: bool) -> None:
         spec = inputs.spec
-        # Kernels take the largest scaled score from the largest score, so a scale's sign goes into the query.
-        self.q, self.scale = _unit_stride(signed(query, spec.scale)), abs(spec.scale) or 1.0
-        self.k, self.v = _unit_stride(key), _unit_stride(value)
+        self.tensors, self.scale = tensors, abs(spec.scale) or 1.0
         pattern, nested = _launched(inputs)
-        self.padding, self.bias = padding, bias
+        self.padding, self.bias = inputs.mask, inputs.bias
         self.spec = spec if pattern is spec.pattern else replace(spec, pattern=pattern)
-        self.batch, self.heads, self.length, self.dim = query.shape
-        self.group = inputs.group
-        self.mask = self.q if padding is None else padding.view(torch.int8)
-        # Statistics are float32, and a bias is part of the scores.
-        self.table = self.q if bias is None else bias.to(torch.float32).contiguous()
-        self.offsets = None if inputs.offsets is None else inputs.offsets.contiguous()
-        self.row_offsets = self.q if self.offsets is None else self.offsets
+        self.batch, self.heads, self.length, self.dim = inputs.query.shape
+        self.dtype, self.group = inputs.query.dtype, inputs.group
         # None where each row of the batch has its own.
-        self.segment_offset = spec.segment_offset if self.offsets is None else None
-        self.shared = shared_memory(query.device)
+        self.segment_offset = spec.segment_offset if inputs.offsets is None else None
+        self.shared = shared_memory(inputs.query.device)
         self.not_hopper: str | None = "the general ones were asked for"
         if use_hopper:
-            self.not_hopper = hopper.unsupported_reason(self.q, padding, bias)
+            self.not_hopper = hopper.unsupported_reason(tensors["q"], self.padding, self.bias)
         self.for_hopper, self.left = self._split() if nested else ((), ())
         self.bands = () if inputs.beyond_paper is None else bands.band_launches(pattern, not nested)
-        # What :meth:`for_bands` gave: tensors of queries by the id of the original, which lives as long; and keys and values.
-        self._readable: dict[int, Tensor] = {}
-        self._readable_keys: tuple[Tensor, ...] | None = None
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.q, self.k, self.v
+    def general(self, kernel: Any, name: str, pointers: str, strided: str) -> Iterator[Step]:
+        """The launches of a general kernel.
 
-    def launches(self, kernel: str) -> Iterator[tuple[tuple[int], tuple[Any, ...], int]]:
-        """(grid, last arguments, warps) of every launch of the general kernels."""
-        both = blocks_for(kernel, self.dim, self.q.dtype, self.shared)
+        Args:
+            name: that of its blocks.
+            pointers, strided: names of tensors: the kernel's first arguments, and those of which strides come next.
+        """
+        both = blocks_for(name, self.dim, self.dtype, self.shared)
         for launch in plan_launches(self.left, bool(self.for_hopper), self.length, self.segment_offset, both):
             cut = launch.blocks
-            rows = (cut.swept, cut.owned) if kernel == "key_value" else (cut.owned, cut.swept)
+            rows = (cut.swept, cut.owned) if name == "key_value" else (cut.owned, cut.swept)
             counts = launch.segments, launch.tiles, self.spec.segment_offset
             sizes = Sizes(self.length, self.heads, self.group, self.scale, *counts)
             settings = self.settings(*rows, cut.stages, launch.period, launch.weighted, launch.merge)
-            grid = (launch.tiles * launch.segments * self.heads * self.batch,)
-            yield grid, (sizes, launch.shape, settings), cut.warps
+            programs = launch.tiles * launch.segments * self.heads * self.batch
+            rest = (*self.strides(strided), sizes, launch.shape)
+            yield self._run(kernel, programs, pointers, rest, {"C": settings, "num_warps": cut.warps})
 
     def band_order(self, of_keys: bool) -> Iterator[tuple[bands.BandLaunch, bool]]:
         """(a launch of a band kernel, whether it is mixed into what there is) one after the other."""
@@ -178,23 +172,44 @@ class _Call:
                 yield one, merge
                 merge = True
 
-    def band_arguments(
-        self, kernel: str, launch: bands.BandLaunch, merge: bool
-    ) -> tuple[tuple[int], tuple[Any, ...], int]:
-        """(grid, last arguments, warps) of a launch of a general band kernel."""
-        cut, _ = blocks_for(kernel, self.dim, self.q.dtype, self.shared)
-        of_keys = kernel == "key_value"
+    def band_steps(
+        self, kernel: Any, name: str, pointers: str, strided: str, by_tma: tuple[str, str, str]
+    ) -> Iterator[Step]:
+        """The launches of a band kernel, general or Hopper. Arguments as of :meth:`general`.
+
+        Args:
+            by_tma: names for a Hopper kernel: its inputs but for keys and values, what it writes, the statistics that it reads.
+        """
+        of_keys = name == "key_value"
+        for launch, merge in self.band_order(of_keys):
+            work = self._band_work(launch, merge)
+            if work is None:
+                yield self._general_band(kernel, name, pointers, strided, launch, merge)
+                continue
+            queries, written, statistics = (names.split() for names in by_tma)
+            read = yield from hopper.readable(self.tensors, queries, 1)
+            keys = yield from hopper.readable(self.tensors, ("k", "v"), hopper_bands.unit_of(self.bands))
+            yield from work.steps(name, self.tensors, (*read, *keys), tuple(written), tuple(statistics))
+
+    def _general_band(
+        self, kernel: Any, name: str, pointers: str, strided: str, launch: bands.BandLaunch, merge: bool
+    ) -> Run:
+        cut, _ = blocks_for(name, self.dim, self.dtype, self.shared)
+        of_keys = name == "key_value"
         tiles = -(-(launch.keys(self.length) if of_keys else launch.rows(self.length)) // cut.owned)
         rows = (cut.swept, cut.owned) if of_keys else (cut.owned, cut.swept)
         settings = bands.BandSettings(
             self.dim, power_of_two(self.dim), *rows, cut.stages, **launch.constants(self.spec.pattern),
             BY_ROW=self.segment_offset is None, CAUSAL=self.spec.is_causal, PADDED=self.padding is not None,
-            MERGE=merge, PRECISION="ieee" if self.q.dtype == torch.float32 else "tf32",
+            MERGE=merge, PRECISION="ieee" if self.dtype == torch.float32 else "tf32",
         )  # fmt: skip
         sizes = bands.BandSizes(self.length, self.heads, self.group, self.scale, tiles, self.spec.segment_offset)
-        return (tiles * self.heads * self.batch,), (sizes, settings), cut.warps
+        rest = (*self.strides(strided), sizes)
+        return self._run(
+            kernel, tiles * self.heads * self.batch, pointers, rest, {"C": settings, "num_warps": cut.warps}
+        )
 
-    def band_work(self, launch: bands.BandLaunch, merge: bool) -> hopper_bands.BandWork | None:
+    def _band_work(self, launch: bands.BandLaunch, merge: bool) -> hopper_bands.BandWork | None:
         """A launch of a Hopper band kernel, None where a general one is needed; the log says why."""
         reason = self.not_hopper or hopper_bands.unsupported_reason(launch)
         if reason is not None:
@@ -203,14 +218,16 @@ class _Call:
         spec = self.spec
         return hopper_bands.BandWork(launch, spec.pattern, self.scale, spec.is_causal, self.segment_offset, merge)
 
-    def for_bands(self, *of_queries: Tensor) -> tuple[Tensor, ...]:
-        """These, keys and values as Hopper band kernels read them; what has to be copied is copied once a call."""
-        queries = [x for x in of_queries if id(x) not in self._readable]
-        if queries:
-            self._readable |= zip(map(id, queries), hopper.readable(queries, 1), strict=True)
-        if self._readable_keys is None:
-            self._readable_keys = hopper.readable((self.k, self.v), hopper_bands.unit_of(self.bands))
-        return *(self._readable[id(x)] for x in of_queries), *self._readable_keys
+    def prepare(self, kernel: Any, has_lse: bool) -> Run:
+        """What the kernels of the backward pass read besides the call's own tensors."""
+        rows = min(64, 4096 // power_of_two(self.dim))
+        programs = -(-self.length // rows) * self.batch * self.heads
+        constants = {"D": self.dim, "D_BLOCK": power_of_two(self.dim), "M": rows, "HAS_LSE": has_lse}
+        rest = (*self.strides("q grad_out out grad_lse queries"), self.length, self.heads)
+        return self._run(kernel, programs, "q grad_out out lse grad_lse queries row_lse delta", rest, constants)
+
+    def _run(self, kernel: Any, programs: int, pointers: str, rest: tuple[Any, ...], options: dict[str, Any]) -> Run:
+        return Run(Launch(kernel, programs, (), rest, options), tuple(pointers.split()))
 
     def settings(
         self, m: int, n: int, stages: int = 1, period: int = 1, weighted: bool = False, merge: bool = False
@@ -220,19 +237,18 @@ class _Call:
             BLOCKED=self.spec.pattern.head_offsets == "blocked",
             OFFSET=self.segment_offset != 0, BY_ROW=self.segment_offset is None, CAUSAL=self.spec.is_causal,
             PADDED=self.padding is not None, BIASED=self.bias is not None, MERGE=merge,
-            PRECISION="ieee" if self.q.dtype == torch.float32 else "tf32",
+            PRECISION="ieee" if self.dtype == torch.float32 else "tf32",
         )  # fmt: skip
 
-    def strides(self, *tensors: Tensor) -> tuple[tuple[int, ...], ...]:
-        return tuple(x.stride()[:3] for x in tensors)
-
-    def extra_strides(self) -> tuple[tuple[int, ...], ...]:
-        """Of the padding mask (B, N), and of the bias (H, 2L - 1) with its centre, the place of distance 0."""
-        return self.mask.stride()[:2], (self.table.stride(0), self.table.shape[-1] // 2)
+    def strides(self, names: str) -> Iterator[tuple[int, ...]]:
+        """Of tensors by name: three of each, two of the mask (B, N); of the bias (H, 2L - 1) one, and the place of distance 0."""
+        for name in names.split():
+            x = self.tensors[name]
+            yield (x.stride(0), x.shape[-1] // 2) if name == "bias" else x.stride()[: 2 if name == "mask" else 3]
 
     def _split(self) -> tuple[tuple[Nest, ...], tuple[Nest, ...]]:
         """The nests for the Hopper kernels, and those left to the portable ones; the log says why."""
-        nests = _nests(self.spec.pattern, self.heads, self.q, self.shared)
+        nests = _nests(self.spec.pattern, self.heads, self.tensors["q"], self.shared)
         if self.not_hopper is not None:
             _log.debug("triton: Hopper kernels passed over: %s", self.not_hopper)
             return (), nests
@@ -258,23 +274,79 @@ class _Call:
         return hopper.Work(self.for_hopper, self.scale, is_causal, pattern.head_offsets, needed, self.segment_offset)
 
 
+def _forward_steps(call: _Call) -> Iterator[Step]:
+    """From q, k and v write out and lse."""
+    from longnet.attention.backends.triton.kernels.bands import band_forward_kernel
+    from longnet.attention.backends.triton.kernels.forward import forward_kernel
+
+    if not call.covers():
+        yield Fill("out")
+        yield Fill("lse", -torch.inf)
+    if work := call.work:
+        yield from work.forward(call.tensors)
+    pointers, strided = "q k v out lse mask {} row_offsets", "q k v out lse mask"
+    yield from call.general(forward_kernel, "forward", pointers.format("bias"), f"{strided} bias")
+    by_tma = "q", "out lse", ""
+    yield from call.band_steps(band_forward_kernel, "forward", pointers.format(""), strided, by_tma)
+
+
+def _backward_steps(call: _Call, has_lse: bool) -> Iterator[Step]:
+    """From q, k, v, out, lse, grad_out and grad_lse write row_lse, delta, queries (the query's gradient), grad_k and grad_v."""
+    from longnet.attention.backends.triton.kernels.backward import key_value_kernel, prepare_kernel, query_kernel
+    from longnet.attention.backends.triton.kernels.bands import band_key_value_kernel, band_query_kernel
+
+    if not call.covers(of_keys=True):
+        yield Fill("grad_k")
+        yield Fill("grad_v")
+    yield call.prepare(prepare_kernel, has_lse)
+    # ``queries`` are those whose dead rows are 0: kernels that own keys multiply with whole blocks of them.
+    if work := call.work:
+        read = yield from work.key_value(call.tensors)
+    pointers = "{} k v grad_out row_lse delta mask {} row_offsets {}"
+    strided = "{} k v grad_out row_lse mask {} {}"
+    of_keys = "grad_k grad_v"
+    yield from call.general(
+        key_value_kernel,
+        "key_value",
+        pointers.format("queries", "bias", of_keys),
+        strided.format("queries", "bias", of_keys),
+    )
+    yield from call.band_steps(
+        band_key_value_kernel, "key_value", pointers.format("queries", "", of_keys), strided.format("queries", "", of_keys),
+        ("queries grad_out", of_keys, "row_lse delta"),
+    )  # fmt: skip
+    if not call.covers():
+        yield Fill("queries")
+    if work:
+        yield from work.query(call.tensors, read)
+    yield from call.general(
+        query_kernel, "query", pointers.format("q", "bias", "queries"), strided.format("q", "bias", "queries")
+    )
+    yield from call.band_steps(
+        band_query_kernel, "query", pointers.format("q", "", "queries"), strided.format("q", "", "queries"),
+        ("q grad_out", "queries", "row_lse delta"),
+    )  # fmt: skip
+
+
 def bias_block(rows: int, dim: int, dtype: torch.dtype) -> tuple[int, int]:
     """(distances, warps) of a program of the bias gradient for a branch of ``rows``: registers hold a block by two blocks."""
     size = min(power_of_two(rows), 16 if dtype == torch.float32 else 64 if dim <= 128 else 32)
     return size, 8 if size == 64 else 4
 
 
-def _bias_gradient(call: _Call, tensors: tuple[Tensor, ...], strides: tuple[Any, ...]) -> Tensor:
+def _bias_gradient(call: _Call) -> Tensor:
     """The gradient of the relative bias (H, 2L - 1), branch by branch, in float32."""
     from longnet.attention.backends.triton.kernels.bias import bias_kernel
 
-    grad = torch.zeros_like(call.table)
+    read = "q k v grad_out row_lse"
+    tensors = [call.tensors[name] for name in f"{read} delta mask bias".split()]
+    grad = torch.zeros_like(call.tensors["bias"])
     for branch in call.spec.pattern.branches:
         rows = branch.rows(branch.longest(call.length), 0)
         # A causal query meets no key after itself.
         keys = 1 if call.spec.is_causal else rows
         distances = rows + keys - 1
-        size, warps = bias_block(rows, call.dim, call.q.dtype)
+        size, warps = bias_block(rows, call.dim, call.dtype)
         blocks, segments = -(-distances // size), len(branch.starts(call.length))
         units = segments * call.batch
         # Long sequences of short segments have few distances: their segments are shared out among programs.
@@ -282,7 +354,7 @@ def _bias_gradient(call: _Call, tensors: tuple[Tensor, ...], strides: tuple[Any,
         shares = -(-units // share)
         parts = grad.new_empty(shares, call.heads, distances)
         bias_kernel[(blocks * call.heads * shares,)](
-            *tensors, parts, *strides, call.length, call.heads, call.group, call.scale,
+            *tensors, parts, *call.strides(f"{read} mask bias"), call.length, call.heads, call.group, call.scale,
             branch.segment_length, branch.dilation_rate, segments, units, share, blocks, rows, distances,
             call.settings(size, size), num_warps=warps,
         )  # fmt: skip
@@ -290,37 +362,51 @@ def _bias_gradient(call: _Call, tensors: tuple[Tensor, ...], strides: tuple[Any,
     return grad
 
 
+# Of calls that were made. Who changes how calls are cut clears it.
+STEPS = RepeatedSteps(1024)
+
+
+def _tensors(inputs: AttentionInputs) -> Tensors:
+    """The call's tensors as kernels take them. Those that there are not are the query, which is then not read in their place."""
+    query, key, value, padding, offsets, bias = inputs.tensors
+    # Kernels take the largest scaled score from the largest score, so a scale's sign goes into the query.
+    q = _unit_stride(signed(query, inputs.spec.scale))
+    found = {"q": q, "k": _unit_stride(key), "v": _unit_stride(value), "offsets": None}
+    found["mask"] = q if padding is None else padding.view(torch.int8)
+    # Statistics are float32, and a bias is part of the scores.
+    found["bias"] = q if bias is None else bias.to(torch.float32).contiguous()
+    found["row_offsets"] = q
+    if offsets is not None:
+        found["offsets"] = found["row_offsets"] = offsets.contiguous()
+    return found
+
+
+def _form(x: Tensor) -> tuple[Any, ...]:
+    """What steps depend on, of a tensor on a known device."""
+    return x.shape, x.stride(), x.dtype, x.data_ptr() % 16
+
+
+def _key(inputs: AttentionInputs, use_hopper: bool, tensors: Tensors, others: tuple[str, ...]) -> tuple[Any, ...]:
+    """What the steps of a call depend on."""
+    q = tensors["q"]
+    given = [name for name in ("mask", "bias") if tensors[name] is not q]
+    forms = [_form(tensors[name]) for name in ("q", "k", "v", *given, *others)]
+    has_offsets = inputs.offsets is not None
+    return inputs.spec, use_hopper, q.device, has_offsets, *given, *forms
+
+
 def forward(inputs: AttentionInputs, use_hopper: bool = True) -> tuple[Tensor, Tensor]:
     """out like the query, and lse (B, H, N)."""
-    from longnet.attention.backends.triton.kernels.bands import band_forward_kernel
-    from longnet.attention.backends.triton.kernels.forward import forward_kernel
-
     if inputs.spec.pattern.head_numbers is not None:
         return forward_among_all_heads(partial(forward, use_hopper=use_hopper), inputs)
     out, lse = inputs.empty_outputs()
     if out.numel() == 0:
         return out, lse.fill_(-torch.inf)
-    call, buffer = _Call(inputs, use_hopper), _output_buffer(out)
-    if not call.covers():
-        buffer.zero_()
-        lse.fill_(-torch.inf)
+    buffer = _output_buffer(out)
+    tensors = _tensors(inputs) | {"out": buffer, "lse": lse}
     with _device(out):
-        if work := call.work:
-            work.forward(*call.tensors(), buffer, lse, call.offsets)
-        for grid, arguments, warps in call.launches("forward"):
-            forward_kernel[grid](
-                *call.tensors(), buffer, lse, call.mask, call.table, call.row_offsets,
-                *call.strides(*call.tensors(), buffer, lse), *call.extra_strides(), *arguments, num_warps=warps,
-            )  # fmt: skip
-        for band, merge in call.band_order(of_keys=False):
-            if by_tma := call.band_work(band, merge):
-                by_tma.run("forward", call.q.shape, call.for_bands(call.q), (buffer, lse), offsets=call.offsets)
-                continue
-            grid, arguments, warps = call.band_arguments("forward", band, merge)
-            band_forward_kernel[grid](
-                *call.tensors(), buffer, lse, call.mask, call.row_offsets,
-                *call.strides(*call.tensors(), buffer, lse), call.mask.stride()[:2], *arguments, num_warps=warps,
-            )  # fmt: skip
+        key = _key(inputs, use_hopper, tensors, ("out",))
+        STEPS.run(key, tensors, lambda: _forward_steps(_Call(inputs, tensors, use_hopper)))
     if buffer is not out:
         out.copy_(buffer)
     return out, lse
@@ -328,79 +414,31 @@ def forward(inputs: AttentionInputs, use_hopper: bool = True) -> tuple[Tensor, T
 
 def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None, use_hopper: bool = True) -> Gradients:
     """Exact gradients of the joint softmax, by the rule of :mod:`longnet.attention.merge`."""
-    from longnet.attention.backends.triton.kernels.backward import key_value_kernel, prepare_kernel, query_kernel
-    from longnet.attention.backends.triton.kernels.bands import band_key_value_kernel, band_query_kernel
-
     inputs = saved.inputs
     if inputs.spec.pattern.head_numbers is not None:
         return backward_among_all_heads(partial(backward, use_hopper=use_hopper), saved, grad_out, grad_lse)
     grads = inputs.empty_gradients()
     if inputs.query.numel() == 0:
         return grads.zeroed()
-    grad_out, out, lse = _unit_stride(grad_out), _unit_stride(saved.out), saved.lse.contiguous()
-    call = _Call(inputs, use_hopper)
+    group, lse = inputs.group, saved.lse.contiguous()
     # Query heads that share a key head write apart and are added up afterwards.
-    by_head = grads[1:3] if call.group == 1 else (torch.empty_like(inputs.query), torch.empty_like(inputs.query))
-    # Kernels that own keys multiply with whole blocks of queries, where a dead row has to be 0. Their queries lie in the buffer
-    # of the query's gradient, which is written last.
+    by_head = grads[1:3] if group == 1 else (torch.empty_like(inputs.query), torch.empty_like(inputs.query))
+    # Kernels read queries from the buffer of the query's gradient, which is written last.
     buffers = [_output_buffer(grad) for grad in (grads.query, *by_head)]
-    queries, of_keys = buffers[0], buffers[1:]
-    statistics = row_lse, delta = torch.empty_like(lse), torch.empty_like(lse)
-    extra = lse if grad_lse is None else grad_lse
-    rows = min(64, 4096 // power_of_two(call.dim))
-    if not call.covers(of_keys=True):
-        for buffer in of_keys:
-            buffer.zero_()
-    with _device(out):
-        prepare_kernel[(-(-call.length // rows) * call.batch * call.heads,)](
-            call.q, grad_out, out, lse, extra, queries, row_lse, delta,
-            *call.strides(call.q, grad_out, out, extra, queries), call.length, call.heads,
-            D=call.dim, D_BLOCK=power_of_two(call.dim), M=rows, HAS_LSE=grad_lse is not None,
-        )  # fmt: skip
-        others = (call.k, call.v, grad_out, row_lse)
-        more = (delta, call.mask, call.table)
-        if work := call.work:
-            readable = work.key_value(queries, call.k, call.v, grad_out, statistics, of_keys, call.offsets)
-        for grid, arguments, warps in call.launches("key_value"):
-            key_value_kernel[grid](
-                queries, *others, *more, call.row_offsets, *of_keys,
-                *call.strides(queries, *others), *call.extra_strides(), *call.strides(*of_keys), *arguments, num_warps=warps,
-            )  # fmt: skip
-        for band, merge in call.band_order(of_keys=True):
-            if by_tma := call.band_work(band, merge):
-                read = call.for_bands(queries, grad_out)
-                by_tma.run("key_value", call.q.shape, read, of_keys, statistics, call.offsets)
-                continue
-            grid, arguments, warps = call.band_arguments("key_value", band, merge)
-            band_key_value_kernel[grid](
-                queries, *others, delta, call.mask, call.row_offsets, *of_keys,
-                *call.strides(queries, *others), call.mask.stride()[:2], *call.strides(*of_keys), *arguments, num_warps=warps,
-            )  # fmt: skip
-        if not call.covers():
-            queries.zero_()
-        shared = (call.q, *others, *more)
-        strides = (*call.strides(call.q, *others), *call.extra_strides())
-        if work:
-            work.query(call.q, readable, statistics, queries, call.offsets)
-        for grid, arguments, warps in call.launches("query"):
-            query_kernel[grid](
-                *shared, call.row_offsets, queries, *strides, *call.strides(queries), *arguments, num_warps=warps
-            )
-        for band, merge in call.band_order(of_keys=False):
-            if by_tma := call.band_work(band, merge):
-                read = call.for_bands(call.q, grad_out)
-                by_tma.run("query", call.q.shape, read, (queries,), statistics, call.offsets)
-                continue
-            grid, arguments, warps = call.band_arguments("query", band, merge)
-            band_query_kernel[grid](
-                call.q, *others, delta, call.mask, call.row_offsets, queries,
-                *call.strides(call.q, *others), call.mask.stride()[:2], *call.strides(queries), *arguments, num_warps=warps,
-            )  # fmt: skip
+    tensors = _tensors(inputs) | dict(zip(("queries", "grad_k", "grad_v"), buffers, strict=True))
+    tensors |= {"grad_out": _unit_stride(grad_out), "out": _unit_stride(saved.out), "lse": lse}
+    tensors |= {"grad_lse": lse if grad_lse is None else grad_lse, "row_lse": torch.empty_like(lse)}
+    tensors["delta"] = torch.empty_like(lse)
+    with _device(lse):
+        others = ("grad_out", "out", "grad_lse", "queries", "grad_k", "grad_v")
+        has_lse = grad_lse is not None
+        key = (has_lse, *_key(inputs, use_hopper, tensors, others))
+        STEPS.run(key, tensors, lambda: _backward_steps(_Call(inputs, tensors, use_hopper), has_lse))
         if inputs.bias is not None:
-            grads.bias.copy_(_bias_gradient(call, shared, strides))
-    for grad, buffer, group in zip(grads, buffers, (1, call.group, call.group), strict=False):
+            grads.bias.copy_(_bias_gradient(_Call(inputs, tensors, use_hopper)))
+    for grad, buffer, heads in zip(grads, buffers, (1, group, group), strict=False):
         if buffer is not grad:
-            grad.copy_(sum_heads(buffer, group))
+            grad.copy_(sum_heads(buffer, heads))
     return grads._replace(query=signed(grads.query, inputs.spec.scale))
 
 

@@ -136,6 +136,7 @@ def band_launches(pattern: Pattern, with_branches: bool) -> tuple[BandLaunch, ..
     return tuple(launches)
 
 
+@lru_cache(maxsize=1024)
 def unsupported_reason(pattern: Pattern, length: int) -> str | None:
     """Why the band kernels cannot run, or None when they can."""
     finite = [one for one in pattern.segment_lengths if one != UNBOUNDED]

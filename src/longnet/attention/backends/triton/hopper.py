@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from longnet.attention.backends.triton.launches import NestShape, kernel_arguments
 from longnet.attention.backends.triton.schedule import Schedule, cached_limits, cached_order
+from longnet.attention.backends.triton.steps import Run, Step, Tensors
 from longnet.geometry.needed_rows import NeededRows
 from longnet.geometry.nests import Nest
 from longnet.geometry.pattern import HeadOffsets
@@ -42,6 +43,9 @@ _CUTS = {
 }
 # The registers of a thread at launch, of which the copying warp gives most to those that compute.
 _REGISTERS = 168
+
+# What ``prepare_kernel`` writes, by name.
+STATISTICS = ("row_lse", "delta")
 
 # Rows of a copy that a program writes.
 _FILLED_ROWS = 64
@@ -169,10 +173,11 @@ class Constants:
 class Work:
     """What a call computes, apart from its tensors. ``scale`` is positive.
 
-    Queries and gradients of out are (B, H, N, D), keys and values (B, Hk, N, D). They are read through copies with zeros at the
-    end of their channels and tokens where the kernels cannot read them as they are. What is written has its own shape.
-    Of the query's rows only those that are ``needed`` need be right, None for all; others may not be written at all. Where each
-    row of the batch has an offset of the grid, ``segment_offset`` is None and launches are given ``offsets`` (B,) int64.
+    Its methods give the steps of a kernel, on tensors by name. Queries and gradients of out are (B, H, N, D), keys and values
+    (B, Hk, N, D). They are read through copies with zeros at the end of their channels and tokens where the kernels cannot
+    read them as they are. What is written has its own shape. Of the query's rows only those that are ``needed`` need be
+    right, None for all; others may not be written at all. Where each row of the batch has an offset of the grid,
+    ``segment_offset`` is None and launches are given ``offsets`` (B,) int64.
     """
 
     nests: tuple[Nest, ...]
@@ -182,125 +187,94 @@ class Work:
     needed: NeededRows | None = None
     segment_offset: int | None = 0
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, offsets: Tensor | None = None
-    ) -> None:
-        """Write out like the query and lse (B, H, N) float32."""
-        self._launch("forward", query.shape, self._readable(query, key, value), (out, lse), (), offsets)
+    def forward(self, tensors: Tensors) -> Iterator[Step]:
+        """From q, k and v write out like the query and lse (B, H, N) float32."""
+        read = yield from self._readable(tensors, "q", "k", "v")
+        yield from self._launches("forward", tensors, read, ("out", "lse"))
 
-    def key_value(
-        self,
-        room: Tensor,
-        key: Tensor,
-        value: Tensor,
-        grad_out: Tensor,
-        statistics: tuple[Tensor, Tensor],
-        grads: Sequence[Tensor],
-        offsets: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        """Write the gradients of keys and values by query head, two (B, H, N, D).
+    def key_value(self, tensors: Tensors) -> Generator[Step, None, tuple[str, ...]]:
+        """Write grad_k and grad_v, the gradients of keys and values by query head, (B, H, N, D).
 
-        Args:
-            room: the queries, dead rows 0.
-            statistics: lse and delta, of ``prepare_kernel``.
+        From queries (dead rows 0), k, v, grad_out, and row_lse and delta of ``prepare_kernel``.
 
         Returns:
             what :meth:`query` takes.
         """
-        inputs = self._readable(room, grad_out, key, value)
-        self._launch("key_value", room.shape, inputs, tuple(grads), statistics, offsets)
-        return inputs
+        read = yield from self._readable(tensors, "queries", "grad_out", "k", "v")
+        yield from self._launches("key_value", tensors, read, ("grad_k", "grad_v"), STATISTICS)
+        return read
 
-    def query(
-        self,
-        query: Tensor,
-        inputs: tuple[Tensor, ...],
-        statistics: tuple[Tensor, Tensor],
-        grad_q: Tensor,
-        offsets: Tensor | None = None,
-    ) -> None:
-        """Write the gradient of the query, over the room of :meth:`key_value`, where ``inputs`` come from."""
-        if inputs[0] is grad_q:
-            inputs = (*self._readable(query), *inputs[1:])
-        self._launch("query", query.shape, inputs, (grad_q,), statistics, offsets)
+    def query(self, tensors: Tensors, read: tuple[str, ...]) -> Iterator[Step]:
+        """Write the gradient of the query over the queries of :meth:`key_value`, where ``read`` comes from."""
+        if read[0] == "queries":
+            read = (*(yield from self._readable(tensors, "q")), *read[1:])
+        yield from self._launches("query", tensors, read, ("queries",), STATISTICS)
 
-    def _readable(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return readable(tensors, _unit(self.nests))
+    def _readable(self, tensors: Tensors, *names: str) -> Generator[Step, None, tuple[str, ...]]:
+        return readable(tensors, names, _unit(self.nests))
 
-    def _launch(
+    def _launches(
         self,
         kernel: str,
-        shape: torch.Size,
-        inputs: tuple[Tensor, ...],
-        written: tuple[Tensor, ...],
-        statistics: tuple[Tensor, ...],
-        offsets: Tensor | None,
-    ) -> None:
-        key_heads, dim = inputs[-1].shape[1], inputs[0].shape[-1]
+        tensors: Tensors,
+        inputs: tuple[str, ...],
+        written: tuple[str, ...],
+        statistics: tuple[str, ...] = (),
+    ) -> Iterator[Step]:
+        """A launch or several for each nest, one after the other."""
+        batch, heads, length, channels = tensors["q"].shape
+        first, last = tensors[inputs[0]], tensors[inputs[-1]]
+        key_heads, dim, dtype, device = last.shape[1], first.shape[-1], first.dtype, first.device
         # Of the statistics one stride is enough, they are alike.
-        strides = tuple(x.stride()[:3] for x in (*statistics[:1], *written))
-        views = tuple(view_of(x) for x in inputs)
-        query = inputs[0]
-        for one, schedule, part in _launches(
-            self, kernel, tuple(shape), key_heads, dim, views, strides, query.dtype, query.device
-        ):
-            order = cached_order(schedule)
-            limits = (cached_limits(schedule),) if kernel == "key_value" else ()
-            one.run((*statistics, *written, order if part is None else order[part], *limits, offsets), inputs)
-
-
-# One entry per shape of tensors, kernel and pattern.
-@lru_cache(maxsize=512)
-def _launches(
-    work: Work,
-    kernel: str,
-    shape: tuple[int, int, int, int],
-    key_heads: int,
-    dim: int,
-    views: tuple[View, ...],
-    strides: tuple[tuple[int, ...], ...],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> tuple[tuple[Launch, Schedule, slice | None], ...]:
-    """(a launch, the order of all items, the launch's part of it) one after the other.
-
-    Args:
-        shape: of the query, as it was given.
-        key_heads: of keys and values.
-        dim: channels of the inputs.
-        views: of the inputs.
-        strides: of lse if it is read, and of what is written.
-    """
-    batch, heads, length, channels = shape
-    swept, stages, rounds = _CUTS[kernel, dim]
-    function, owned = _kernel(kernel)
-    rows = [_OWNED if number in owned else swept for number in range(len(views))]
-    found: list[tuple[Launch, Schedule, slice | None]] = []
-    for number, nest in enumerate(work.nests):
-        tiles, nest_shape = _shape(nest, length)
-        rates = nest.dilation_rates
-        schedule = Schedule(
-            nest, nest_shape, length, heads * batch, _multiprocessors(device), rounds, _OWNED, swept,
-            work.is_causal, kernel == "key_value", device, work.needed, heads, work.head_offsets, work.segment_offset,
-        )  # fmt: skip
-        templates = tuple(descriptors(view, dtype, dim, rates, count) for view, count in zip(views, rows, strict=True))
-        constants = Constants(
-            nest_shape, tiles, dim, channels, _OWNED, swept, stages, work.head_offsets == "blocked", work.is_causal,
-            MERGE=number > 0, LIMITED=kernel == "key_value" and work.needed is not None,
-            OFFSET=work.segment_offset != 0, BY_ROW=work.segment_offset is None,
-        )  # fmt: skip
-        options = {"C": constants, "num_warps": 4, "maxnreg": _REGISTERS}
-        segments = nest.segments(length, work.segment_offset)
-        each = schedule.per_launch
-        for first in range(0, schedule.items, each):
-            items = min(each, schedule.items - first)
-            rest = (
-                *(view.arguments for view in views), *strides,
-                items, length, heads, heads // key_heads, work.scale, segments, work.segment_offset or None,
+        strides = tuple(tensors[name].stride()[:3] for name in (*statistics[:1], *written))
+        views = [matrix_of(tensors[name]) for name in inputs]
+        swept, stages, rounds = _CUTS[kernel, dim]
+        function, owned = _kernel(kernel)
+        rows = [_OWNED if number in owned else swept for number in range(len(views))]
+        for number, nest in enumerate(self.nests):
+            tiles, nest_shape = _shape(nest, length)
+            rates = nest.dilation_rates
+            schedule = Schedule(
+                nest, nest_shape, length, heads * batch, _multiprocessors(device), rounds, _OWNED, swept,
+                self.is_causal, kernel == "key_value", device, self.needed, heads, self.head_offsets, self.segment_offset,
             )  # fmt: skip
-            one = Launch(function, min(items, schedule.programs), templates, rest, options)
-            found.append((one, schedule, None if items == schedule.items else slice(first, first + items)))
-    return tuple(found)
+            templates = tuple(
+                descriptors(view, dtype, dim, rates, count) for view, count in zip(views, rows, strict=True)
+            )
+            constants = Constants(
+                nest_shape, tiles, dim, channels, _OWNED, swept, stages, self.head_offsets == "blocked", self.is_causal,
+                MERGE=number > 0, LIMITED=kernel == "key_value" and self.needed is not None,
+                OFFSET=self.segment_offset != 0, BY_ROW=self.segment_offset is None,
+            )  # fmt: skip
+            options = {"C": constants, "num_warps": 4, "maxnreg": _REGISTERS}
+            segments = nest.segments(length, self.segment_offset)
+            each = schedule.per_launch
+            limits = (partial(_limits_of, schedule),) if kernel == "key_value" else ()
+            for start in range(0, schedule.items, each):
+                items = min(each, schedule.items - start)
+                rest = (
+                    *(view.arguments for view in views), *strides,
+                    items, length, heads, heads // key_heads, self.scale, segments, self.segment_offset or None,
+                )  # fmt: skip
+                launch = Launch(function, min(items, schedule.programs), templates, rest, options)
+                order = partial(_order_of, schedule, None if items == schedule.items else slice(start, start + items))
+                yield Run(launch, (*statistics, *written, order, *limits, "offsets"), inputs)
+
+
+def _order_of(schedule: Schedule, part: slice | None) -> Tensor:
+    order = cached_order(schedule)
+    return order if part is None else order[part]
+
+
+def _limits_of(schedule: Schedule) -> Tensor:
+    return cached_limits(schedule)
+
+
+def matrix_of(x: Tensor) -> View:
+    """The view of a tensor that is readable."""
+    view = view_of(x)
+    assert view is not None
+    return view
 
 
 def _kernel(name: str) -> tuple[Any, tuple[int, ...]]:
@@ -314,21 +288,36 @@ def _kernel(name: str) -> tuple[Any, tuple[int, ...]]:
     }[name]
 
 
-def readable(tensors: Sequence[Tensor], unit: int) -> tuple[Tensor, ...]:
-    """Tensors (B, H, N, D) as these kernels can read them; those that they cannot as they are, copied: see :func:`pad_for_tma`.
+@dataclass(frozen=True)
+class Copies:
+    """Copies of tensors, see :func:`pad_for_tma`, under other names."""
+
+    names: tuple[str, ...]
+    copies: tuple[str, ...]
+    dim: int
+    unit: int
+
+    def run(self, tensors: Tensors) -> None:
+        filled = pad_for_tma([tensors[name] for name in self.names], self.dim, self.unit)
+        tensors.update(zip(self.copies, filled, strict=True))
+
+
+def readable(tensors: Tensors, names: Sequence[str], unit: int) -> Generator[Step, None, tuple[str, ...]]:
+    """The names under which these kernels can read tensors (B, H, N, D), after the steps: some have to be copied.
 
     Args:
         unit: what the tokens have to be a multiple of.
     """
-    dim = next(dim for dim in HEAD_DIMS if dim >= tensors[0].shape[-1])
-    found = list(tensors)
-    by_shape: dict[torch.Size, list[int]] = {}
-    for number, x in enumerate(tensors):
-        if not is_matrix(x, dim, unit):
-            by_shape.setdefault(x.shape, []).append(number)
-    for numbers in by_shape.values():
-        for number, x in zip(numbers, pad_for_tma([tensors[number] for number in numbers], dim, unit), strict=True):
-            found[number] = x
+    dim = next(dim for dim in HEAD_DIMS if dim >= tensors[names[0]].shape[-1])
+    found = list(names)
+    by_shape: dict[torch.Size, list[str]] = {}
+    for number, name in enumerate(names):
+        if not is_matrix(tensors[name], dim, unit):
+            found[number] = f"{name}, in units of {unit}"
+            if found[number] not in tensors:
+                by_shape.setdefault(tensors[name].shape, []).append(name)
+    for alike in by_shape.values():
+        yield Copies(tuple(alike), tuple(f"{name}, in units of {unit}" for name in alike), dim, unit)
     return tuple(found)
 
 

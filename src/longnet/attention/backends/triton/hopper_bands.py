@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-
-import torch
-from torch import Tensor
 
 from longnet.attention.backends.triton import hopper
 from longnet.attention.backends.triton.bands import BandLaunch
+from longnet.attention.backends.triton.steps import Run, Step, Tensors
 from longnet.geometry import Branch, Pattern
 from longnet.geometry.rows import UNBOUNDED
-from longnet.runtime.tma import View, view_of
 from longnet.runtime.triton_internals import VIEWS, Launch, descriptors
 
 # Rows that a program owns: two warpgroups of 64.
@@ -138,72 +134,57 @@ class BandWork:
     segment_offset: int | None
     merge: bool
 
-    def run(
+    def steps(
         self,
         kernel: str,
-        shape: torch.Size,
-        inputs: tuple[Tensor, ...],
-        written: Sequence[Tensor],
-        statistics: tuple[Tensor, ...] = (),
-        offsets: Tensor | None = None,
-    ) -> None:
-        """Run one of its kernels.
+        tensors: Tensors,
+        inputs: tuple[str, ...],
+        written: tuple[str, ...],
+        statistics: tuple[str, ...] = (),
+    ) -> Iterator[Step]:
+        """One of its kernels.
 
         Args:
             kernel: ``"forward"``, ``"key_value"`` or ``"query"``.
-            shape: of the query, (B, H, N, D).
-            inputs: the query, in the backward pass the gradient of out, key (B, Hk, N, D) and value, as ``hopper.readable`` gives
+            tensors: by name; q is the query, (B, H, N, D), and offsets are those of the grid, (B,) int64, where each row of the
+                batch has its own.
+            inputs: the query, in the backward pass the gradient of out, key (B, Hk, N, D) and value, as ``hopper.readable`` names
                 them, with :func:`unit_of` for keys and values. ``"key_value"`` needs dead rows of the query to be 0.
             written: out and lse (B, H, N); the gradients of keys and values by query head; the gradient of the query.
             statistics: lse and delta of ``prepare_kernel``, in the backward pass.
-            offsets: of the grid, (B,) int64, where each row of the batch has its own.
         """
+        from longnet.attention.backends.triton.kernels import hopper_bands as kernels
+
+        batch, heads, length, channels = tensors["q"].shape
+        first, last = tensors[inputs[0]], tensors[inputs[-1]]
+        key_heads, dim, dtype, device = last.shape[1], first.shape[-1], first.dtype, first.device
         # Of the statistics one stride is enough, they are alike.
-        strides = tuple(x.stride()[:3] for x in (*statistics[:1], *written))
-        views = tuple(view_of(x) for x in inputs)
-        dim, dtype, device = inputs[0].shape[-1], inputs[0].dtype, inputs[0].device
-        one = _launch(self, kernel, tuple(shape), inputs[-1].shape[1], dim, views, strides, dtype, device)
-        one.run((*statistics, *written, offsets), inputs)
-
-
-@lru_cache(maxsize=512)
-def _launch(
-    work: BandWork,
-    kernel: str,
-    shape: tuple[int, int, int, int],
-    key_heads: int,
-    dim: int,
-    views: tuple[View, ...],
-    strides: tuple[tuple[int, ...], ...],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Launch:
-    from longnet.attention.backends.triton.kernels import hopper_bands as kernels
-
-    batch, heads, length, channels = shape
-    of_keys, launch, swept = kernel == "key_value", work.launch, _CUTS[kernel, dim][0]
-    count = launch.keys(length) if of_keys else length
-    # A block that begins before the first token moves all numbers by less than a block.
-    tiles = -(-(count + (launch.block if of_keys else 0)) // _OWNED)
-    items = tiles * heads * batch
-    constants = constants_of(
-        launch, work.pattern, kernel, dim, channels,
-        is_causal=work.is_causal, merge=work.merge, by_row=work.segment_offset is None,
-    )  # fmt: skip
-    key_rows = _OWNED if of_keys else swept
-    templates = []
-    for number, view in enumerate(views):
-        if number < len(views) - 2:
-            templates.append(descriptors(view, dtype, dim, (1,), swept if of_keys else _OWNED))
-            continue
-        of_bands = [
-            descriptors(view, dtype, dim, (_rate(band),), rows_of_copy(band, key_rows))[0] for band in launch.bands
-        ]
-        templates.append((*of_bands, *[None] * (VIEWS - len(of_bands))))
-    rest = (
-        *(view.arguments for view in views), *strides,
-        items, length, heads, heads // key_heads, tiles, work.segment_offset or 0, work.scale,
-    )  # fmt: skip
-    function = getattr(kernels, f"hopper_band_{kernel}_kernel")
-    options = {"C": constants, "num_warps": 4, "maxnreg": hopper._REGISTERS}
-    return Launch(function, min(items, hopper._multiprocessors(device)), tuple(templates), rest, options)
+        strides = tuple(tensors[name].stride()[:3] for name in (*statistics[:1], *written))
+        views = [hopper.matrix_of(tensors[name]) for name in inputs]
+        of_keys, launch, swept = kernel == "key_value", self.launch, _CUTS[kernel, dim][0]
+        count = launch.keys(length) if of_keys else length
+        # A block that begins before the first token moves all numbers by less than a block.
+        tiles = -(-(count + (launch.block if of_keys else 0)) // _OWNED)
+        items = tiles * heads * batch
+        constants = constants_of(
+            launch, self.pattern, kernel, dim, channels,
+            is_causal=self.is_causal, merge=self.merge, by_row=self.segment_offset is None,
+        )  # fmt: skip
+        key_rows = _OWNED if of_keys else swept
+        templates = []
+        for number, view in enumerate(views):
+            if number < len(views) - 2:
+                templates.append(descriptors(view, dtype, dim, (1,), swept if of_keys else _OWNED))
+                continue
+            of_bands = [
+                descriptors(view, dtype, dim, (_rate(band),), rows_of_copy(band, key_rows))[0] for band in launch.bands
+            ]
+            templates.append((*of_bands, *[None] * (VIEWS - len(of_bands))))
+        rest = (
+            *(view.arguments for view in views), *strides,
+            items, length, heads, heads // key_heads, tiles, self.segment_offset or 0, self.scale,
+        )  # fmt: skip
+        function = getattr(kernels, f"hopper_band_{kernel}_kernel")
+        options = {"C": constants, "num_warps": 4, "maxnreg": hopper._REGISTERS}
+        one = Launch(function, min(items, hopper._multiprocessors(device)), tuple(templates), rest, options)
+        yield Run(one, (*statistics, *written, "offsets"), inputs)

@@ -1,0 +1,86 @@
+"""A call as steps on tensors that have names: its first run writes them down, later runs of such tensors repeat them.
+
+What a call has to look up and work out (nests, launches, their numbers) takes longer than attention over a short sequence.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from longnet.runtime.triton_internals import Launch
+
+# By name; None where a kernel is given no tensor.
+Tensors = dict[str, Any]
+
+
+class Step(Protocol):
+    """One of the steps of a call: all it needs but the tensors."""
+
+    def run(self, tensors: Tensors, /) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """The launch of a kernel.
+
+    Args:
+        pointers: the kernel's first arguments, by name; or functions that give tensors of shapes alone.
+        inputs: the tensors of the descriptors, by name.
+    """
+
+    launch: Launch
+    pointers: tuple[str | Callable[[], Tensor], ...]
+    inputs: tuple[str, ...] = ()
+
+    def run(self, tensors: Tensors) -> None:
+        pointers = tuple([tensors[one] if isinstance(one, str) else one() for one in self.pointers])
+        self.launch.run(pointers, tuple([tensors[name] for name in self.inputs]))
+
+
+@dataclass(frozen=True)
+class Fill:
+    """A tensor filled with one value."""
+
+    name: str
+    value: float = 0.0
+
+    def run(self, tensors: Tensors) -> None:
+        tensors[self.name].fill_(self.value)
+
+
+class RepeatedSteps:
+    """The steps of the ``most`` calls that were run last."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._steps: OrderedDict[Hashable, tuple[Step, ...]] = OrderedDict()
+
+    def run(self, key: Hashable, tensors: Tensors, make: Callable[[], Iterator[Step]]) -> None:
+        """Run the steps of a call.
+
+        Args:
+            key: all that the steps depend on.
+            tensors: of the call; steps may add some.
+            make: gives the steps one by one. Each is run before it is asked for the next, so it finds what steps have added.
+        """
+        steps = self._steps.get(key)
+        if steps is not None:
+            for step in steps:
+                step.run(tensors)
+            return
+        made: list[Step] = []
+        for step in make():
+            step.run(tensors)
+            made.append(step)
+        self._steps[key] = tuple(made)
+        if len(self._steps) > self._most:
+            self._steps.popitem(last=False)
+
+    def clear(self) -> None:
+        """Forget all of them, where something has changed that keys do not hold."""
+        self._steps.clear()

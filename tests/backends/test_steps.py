@@ -1,0 +1,94 @@
+"""Steps are made once for a key, and repeated on the tensors of each call."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from longnet import dilated_attention
+from longnet.attention.backends.triton.backend import STEPS
+from longnet.attention.backends.triton.steps import Fill, RepeatedSteps
+
+
+class Double:
+    """Adds a tensor to the others."""
+
+    def run(self, tensors) -> None:
+        tensors["twice"] = 2 * tensors["x"]
+
+
+class Copy:
+    def run(self, tensors) -> None:
+        tensors["y"].copy_(tensors["twice"])
+
+
+def test_steps_are_made_once_and_repeated_on_other_tensors() -> None:
+    repeated, made = RepeatedSteps(2), []
+
+    def make(tensors):
+        def steps():
+            yield Double()
+            # What the step before has added is there.
+            made.append(tensors["twice"])
+            yield Copy()
+
+        return steps
+
+    for number in (3.0, 4.0):
+        tensors = {"x": torch.full((2,), number), "y": torch.full((2,), torch.nan)}
+        repeated.run("a", tensors, make(tensors))
+        assert tensors["y"].tolist() == [2 * number] * 2
+    assert len(made) == 1
+
+
+def test_steps_that_failed_are_made_again() -> None:
+    repeated, tensors = RepeatedSteps(2), {"x": torch.empty(2)}
+
+    def failing():
+        yield Fill("x", 1.0)
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        repeated.run("a", tensors, failing)
+    repeated.run("a", tensors, lambda: iter([Fill("x", 2.0)]))
+    assert tensors["x"].tolist() == [2.0, 2.0]
+
+
+def test_the_oldest_are_forgotten() -> None:
+    repeated, made = RepeatedSteps(2), []
+    for key in "abcab":
+        repeated.run(key, {}, lambda key=key: iter(made.append(key) or ()))
+    assert "".join(made) == "abcab"
+    repeated.run("b", {}, lambda: pytest.fail("made again"))
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() or importlib.util.find_spec("triton") is None,
+    reason="needs triton, and no GPU: with one, kernels are compiled",
+)
+def test_calls_that_differ_in_anything_have_steps_of_their_own() -> None:
+    def call(query, key, value, **options):
+        dilated_attention(query, key, value, (8, 16), (1, 2), backend="triton", **options)
+        return len(STEPS._steps)
+
+    query, key, value = (torch.randn(1, 2, 16, 16) for _ in range(3))
+    assert [call(query, key, value), call(value, key, query)] == [1, 1]
+    transposed = torch.randn(1, 16, 2, 16).transpose(1, 2)
+    room = torch.randn(1, 2, 16, 20)
+    counts = [
+        call(query, key, value, is_causal=True),
+        call(query, key, value, scale=0.3),
+        call(query, key, value, key_padding_mask=torch.zeros(1, 16, dtype=torch.bool)),
+        call(transposed, key, value),
+        call(query, transposed, value),
+        # Other strides, then another alignment.
+        call(query, key, room[..., :16]),
+        call(query, key, room[..., 1:17]),
+        call(query.bfloat16(), key.bfloat16(), value.bfloat16()),
+        call(query[..., :8, :], key[..., :8, :], value[..., :8, :]),
+        call(query, key, value, segment_offset=3),
+        call(query, key, value, segment_offset=torch.tensor([3])),
+    ]
+    assert counts == list(range(2, 2 + len(counts)))
