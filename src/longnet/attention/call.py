@@ -123,7 +123,11 @@ class AttentionInputs:
 
     def with_spec(self, **changes: Any) -> AttentionInputs:
         """The same tensors, and a spec with these changes."""
-        return replace(self, spec=replace(self.spec, **changes))
+        return self.of_spec(replace(self.spec, **changes))
+
+    def of_spec(self, spec: AttentionSpec) -> AttentionInputs:
+        """The same tensors, and another spec."""
+        return AttentionInputs(self.query, self.key, self.value, self.mask, self.bias, spec, self.offsets)
 
     def rows(self, part: Tensor, segment_offset: int) -> AttentionInputs:
         """Some rows of the batch, copied, all with one offset of the grid."""
@@ -223,8 +227,16 @@ def checked_inputs(
     scale = check_scale(scale, query.shape[-1], query.dtype)
     if bias is not None:
         _check_bias(bias, query, pattern)
-    pattern = pattern.grouped(query.shape[1], key.shape[1])
-    return AttentionInputs(query, key, value, mask, bias, AttentionSpec(pattern, is_causal, scale))
+    make = _make_spec if torch.compiler.is_compiling() else _spec
+    return AttentionInputs(query, key, value, mask, bias, make(pattern, query.shape[1], key.shape[1], is_causal, scale))
+
+
+def _make_spec(pattern: Pattern, heads: int, key_heads: int, is_causal: bool, scale: float) -> AttentionSpec:
+    return AttentionSpec(pattern.grouped(heads, key_heads), is_causal, scale)
+
+
+# The same object for the same call: it has its hash and its encoding.
+_spec = lru_cache(maxsize=256)(_make_spec)
 
 
 def with_segment_offset(
@@ -241,19 +253,25 @@ def with_segment_offset(
     documents, query = inputs.spec.documents, inputs.query
     rows, axis = (query.shape[0], "B") if documents is None else (len(documents) - 1, "documents")
     device = torch.device("cpu") if on_host else query.device
-    expected = "a CPU tensor with a group, or an int" if on_host else f"the query's device {device}"
-    check_segment_offset(segment_offset, rows, device, expected, axis)
+    check_segment_offset(
+        segment_offset, rows, device, "a CPU tensor with a group, or an int" if on_host else None, axis
+    )
     if isinstance(segment_offset, Tensor):
-        return replace(inputs, offsets=segment_offset)
+        return AttentionInputs(query, inputs.key, inputs.value, inputs.mask, inputs.bias, inputs.spec, segment_offset)
     if torch.compiler.is_compiling() and segment_offset != 0:
         # As a tensor, so that another number is no other graph.
         offsets = torch.full((rows,), segment_offset, dtype=torch.int64, device=device)
         return replace(inputs, offsets=offsets)
-    return inputs.with_spec(segment_offset=segment_offset)
+    return inputs.of_spec(_on_grid(inputs.spec, segment_offset))
+
+
+@lru_cache(maxsize=256)
+def _on_grid(spec: AttentionSpec, segment_offset: int) -> AttentionSpec:
+    return replace(spec, segment_offset=segment_offset)
 
 
 def check_segment_offset(
-    segment_offset: object, rows: int, device: torch.device, expected: str, axis: str = "B"
+    segment_offset: object, rows: int, device: torch.device, expected: str | None = None, axis: str = "B"
 ) -> None:
     """Raises TypeError, ValueError: neither an int of at most 2**40 nor an int64 tensor (rows,) on the device."""
     if isinstance(segment_offset, Tensor):
@@ -264,6 +282,7 @@ def check_segment_offset(
                 f"segment_offset has shape {tuple(segment_offset.shape)}: expected ({axis},) = ({rows},), or an int"
             )
         if segment_offset.device != device:
+            expected = expected or f"the query's device {device}"
             raise ValueError(f"segment_offset is on {segment_offset.device}: expected {expected}")
         return
     if not isinstance(segment_offset, int) or isinstance(segment_offset, bool):

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from longnet.runtime.torch_internals import is_differentiated_or_batched
+from longnet.runtime.torch_internals import is_differentiated_or_batched, is_observed
 
 _library = torch.library.Library("longnet", "FRAGMENT")
 
@@ -42,12 +43,19 @@ def no_second_derivative(name: str) -> Callable[..., None]:
     return refuse
 
 
-def transformable(
-    name: str, call: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
+def callable_anywhere(
+    name: str,
+    call: Callable[..., Any],
+    function: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
 ) -> Callable[..., Any]:
     """The operator ``call`` in a form that ``torch.func`` transforms as well: what torch.library differentiates, it cannot.
 
+    On plain tensors that nothing looks on at it calls ``function`` itself: torch takes longer to find it than short attention.
+
     Args:
+        function: what the operator runs.
         setup_context, backward: as ``torch.library.register_autograd`` takes them.
 
     Raises (when called):
@@ -71,16 +79,37 @@ def transformable(
             "torch.autograd.forward_ad): expected reverse mode, torch.func.vjp or jacrev"
         )
 
-    functions = {"forward": forward, "setup_context": setup_context, "backward": backward, "vmap": vmap, "jvp": jvp}
-    members = {key: staticmethod(function) for key, function in functions.items()}
-    differentiable = type(name, (torch.autograd.Function,), members)
+    def direct_forward(ctx: Any, *inputs: Any) -> Any:
+        # With a setup_context of its own torch would look at the signature in every call.
+        output = function(*inputs)
+        setup_context(ctx, inputs, output)
+        return output
+
+    def differentiable(**functions: Callable[..., Any]) -> Any:
+        members = {key: staticmethod(one) for key, one in functions.items()}
+        return type(name, (torch.autograd.Function,), members)
+
+    transformed = differentiable(forward=forward, setup_context=setup_context, backward=backward, vmap=vmap, jvp=jvp)
+    direct = differentiable(forward=direct_forward, backward=backward)
 
     def run(*inputs: Any) -> Any:
         if torch.compiler.is_compiling():
             return call(*inputs)
         # The operator is faster, and the same, where nothing is differentiated or batched.
         if is_differentiated_or_batched():
-            return differentiable.apply(*inputs)  # type: ignore[attr-defined]
-        return call(*inputs)
+            return transformed.apply(*inputs)
+        if is_observed() or not all(map(_is_plain, inputs)):
+            return call(*inputs)
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            return direct.apply(*inputs)
+        return function(*inputs)
 
     return run
+
+
+# Not subclasses, which see every operator.
+_PLAIN = (Tensor, Parameter)
+
+
+def _is_plain(x: object) -> bool:
+    return type(x) in _PLAIN and not x.is_meta if isinstance(x, Tensor) else True

@@ -16,6 +16,7 @@ TRIED = Tried("torch", "2.11", "2.14")
 # Looked up once: most are asked in every call.
 _functorch_level = TRIED.function("torch._C._functorch.peek_interpreter_stack")
 _dispatch_modes = TRIED.function("torch.utils._python_dispatch._get_current_dispatch_mode_stack")
+_is_profiled = TRIED.function("torch.autograd._profiler_enabled")
 # Whether hooks are registered that every module runs.
 has_global_hooks = TRIED.function("torch.nn.modules.module._has_any_global_hook")
 # The process group of a name, and the store that the default group met in.
@@ -48,6 +49,11 @@ def is_differentiated_or_batched() -> bool:
     """Whether forward-mode AD is on, or a transform of ``torch.func`` that changes more than how tensors are written to."""
     level = _functorch_level()
     return (level is not None and level.key().name != "Functionalize") or has_tangents()
+
+
+def is_observed() -> bool:
+    """Whether something looks on at every operator: a transform of ``torch.func``, a dispatch mode or torch's profiler."""
+    return _functorch_level() is not None or bool(_dispatch_modes()) or _is_profiled()
 
 
 def has_tracing_mode() -> bool:
