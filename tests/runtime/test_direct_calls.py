@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,7 +31,7 @@ class Seen(TorchDispatchMode):
 class Recorded(torch.Tensor):
     """A subclass that notes the operators it meets."""
 
-    names: list[str] = []
+    names: ClassVar[list[str]] = []
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
