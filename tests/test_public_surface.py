@@ -89,7 +89,7 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
         "causal=True, norm='layer', qk_norm=False, bias=True, dropout=0.0, use_xpos=True, use_rel_pos_bias=False, "
         "head_offsets='interleaved', head_numbers=None, xpos_scale_base=None, tie_embeddings=True, "
         "gradient_checkpointing=False, loss_chunk=4096, feed_forward_chunk=None, backend='auto', layer_types=None, "
-        "sliding_window=512, stride=4, stride_block=1, shift_keys=False)",
+        "sliding_window=512, stride=4, stride_block=1, shift_keys=False, far_positions=True)",
     ),
     (LongNetConfig.preset, "(name, **changes)"),
     (LongNetConfig.presets, "()"),

@@ -18,7 +18,7 @@ Longnet = Callable[..., "subprocess.CompletedProcess[str]"]
 OPTIONS = {
     "train": [
         *("--out", "--data", "--preset", "--config", "--layer-types", "--window", "--stride", "--stride-block"),
-        *("--shift-keys", "--context", "--steps", "--minutes", "--batch", "--accumulate"),
+        *("--shift-keys", "--far-positions", "--context", "--steps", "--minutes", "--batch", "--accumulate"),
         *("--lr", "--warmup", "--schedule", "--weight-decay", "--clip", "--dtype", "--device", "--seed"),
         *("--eval-every", "--save-every", "--threads", "--cp", "--resume"),
     ],

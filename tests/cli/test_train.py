@@ -98,6 +98,7 @@ def test_layers_of_several_types_are_trained_and_resumed(
 ) -> None:
     out = tmp_path / "run"
     layers = ("--layer-types", "strided_attention", "--window", 9, "--stride", 2, "--stride-block", 3, "--shift-keys")
+    layers = (*layers, "--no-far-positions")
     result = longnet("train", *train_arguments, *layers, "--out", out, "--steps", 2)
     assert result.returncode == 0, result.stderr
     assert (
@@ -110,6 +111,7 @@ def test_layers_of_several_types_are_trained_and_resumed(
         "stride": 2,
         "stride_block": 3,
         "shift_keys": True,
+        "far_positions": False,
     }
     assert config.items() >= written.items()
     # The same settings or none continue it, others are refused by name.

@@ -21,6 +21,7 @@ TYPES: dict[str, Any] = {
     "stride": 2,
     "stride_block": 2,
     "shift_keys": True,
+    "far_positions": False,
 }
 WITHOUT_DILATION: dict[str, Any] = {
     **TYPES,
@@ -83,7 +84,9 @@ def test_chunks_read_into_a_cache_give_what_one_forward_gives(changes: dict[str,
         assert (torch.cat(parts, 1) - model(ids).logits).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("changes", [{}, WITHOUT_DILATION, {"layer_types": None, "shift_keys": False}])
+@pytest.mark.parametrize(
+    "changes", [{}, WITHOUT_DILATION, {"layer_types": None, "shift_keys": False, "far_positions": True}]
+)
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}])
 def test_rows_padded_on_the_left_continue_as_they_do_alone(changes: dict[str, Any], options: dict[str, Any]) -> None:
     model, ids = model_of(**changes), tokens(batch=1 if "prompt_lookup_num_tokens" in options else 2, length=30)
@@ -95,7 +98,9 @@ def test_rows_padded_on_the_left_continue_as_they_do_alone(changes: dict[str, An
     assert torch.equal(together[-1, 11:], alone[0])
 
 
-@pytest.mark.parametrize("changes", [{}, WITHOUT_DILATION, {"layer_types": None, "shift_keys": False}])
+@pytest.mark.parametrize(
+    "changes", [{}, WITHOUT_DILATION, {"layer_types": None, "shift_keys": False, "far_positions": True}]
+)
 def test_a_row_padded_on_the_left_gives_what_it_gives_alone(changes: dict[str, Any]) -> None:
     model, ids = model_of(**changes), tokens(batch=2, length=40)
     mask = torch.ones_like(ids)

@@ -59,6 +59,7 @@ FIELDS = {
     "stride": 4,
     "stride_block": 1,
     "shift_keys": False,
+    "far_positions": True,
     "use_cache": True,
     "pad_token_id": 256,
     "bos_token_id": 257,

@@ -102,7 +102,7 @@ def test_a_config_repeats_stores_and_survives_json() -> None:
 
 def test_a_config_without_layer_types_is_written_as_before() -> None:
     plain = LongNetConfig.preset("nano")
-    names = {"layer_types", "sliding_window", "stride", "stride_block", "shift_keys"}
+    names = {"layer_types", "sliding_window", "stride", "stride_block", "shift_keys", "far_positions"}
     assert not names & set(plain.to_dict())
     # Nothing that was set is lost.
     other = plain.replace(sliding_window=7)
@@ -125,6 +125,17 @@ def test_a_config_without_layer_types_is_written_as_before() -> None:
         ({"stride_block": 0}, ValueError, "stride_block=0"),
         ({"shift_keys": 1}, TypeError, "shift_keys=1"),
         ({"shift_keys": True}, ValueError, "shift_keys=True"),
+        ({"far_positions": 0}, TypeError, "far_positions=0"),
+        (
+            {"far_positions": False},
+            ValueError,
+            "far_positions=False with layers of .*: expected one of .*'full_attention'",
+        ),
+        (
+            {"layer_types": ("full_attention",), "far_positions": False, "use_rel_pos_bias": True},
+            ValueError,
+            "far_positions=False with use_rel_pos_bias=True",
+        ),
         ({"segment_lengths": (), "dilation_rates": ()}, ValueError, r"segment_lengths=\(\)"),
         (
             {"segment_lengths": (), "dilation_rates": (), "layer_types": ("shifted_dilated_attention",)},
@@ -237,6 +248,24 @@ def test_another_stack_with_the_same_weights(before: tuple[str, ...], after: tup
     assert torch.equal(model(tokens()), want)
 
 
+def test_far_layers_without_positions() -> None:
+    model = make(ALL, far_positions=False)
+    for name, block, layer in zip(ALL, model.blocks, model.config.layer_attentions(), strict=True):
+        far = name in ("strided_attention", "full_attention")
+        assert layer.positions is (block.attention.xpos is not None) is not far
+    # What such a layer alone finds does not depend on where it stands, but for the order that causality gives.
+    lone = make(("full_attention",), layers=1, shift_keys=False, far_positions=False)
+    ids = tokens(30)
+    shuffled = torch.cat((ids[:, :29].flip(1), ids[:, 29:]), 1)
+    torch.testing.assert_close(lone(ids)[:, -1], lone(shuffled)[:, -1], rtol=1e-10, atol=1e-10)
+    known = lone.with_layer_types(("full_attention",), far_positions=True)
+    assert (known(ids)[:, -1] - known(shuffled)[:, -1]).abs().max() > 1e-3
+    # A stream and left padding are what they are with positions.
+    result = model.generate(ids, 8, temperature=0)
+    for end in range(30, 38):
+        assert torch.equal(model(result[:, :end])[:, -1].argmax(-1), result[:, end])
+
+
 def test_another_stack_of_a_pruned_encoder() -> None:
     model = make(("dilated_attention",), LongNetEncoder)
     pruned = prune_heads(model, {0: [0, 1]})
@@ -315,12 +344,14 @@ def configs(draw: st.DrawFn) -> LongNetConfig:
     branches = draw(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 6)), min_size=1, max_size=3))
     shifts = any(one in ("strided_attention", "full_attention") for one in types)
     use_xpos = draw(st.booleans())
+    bias = not use_xpos and draw(st.booleans())
     return LongNetConfig(
         vocab_size=20, dim=heads * 4, heads=heads, kv_heads=kv_heads, ffn_dim=8, layers=2 * len(types),
         segment_lengths=tuple(w for w, _ in branches), dilation_rates=tuple(min(w, r) for w, r in branches),
         layer_types=types, sliding_window=draw(st.sampled_from([1, 2, 17, 100])), stride=draw(st.integers(1, 6)),
         stride_block=draw(st.sampled_from([1, 2, 7])), shift_keys=shifts and draw(st.booleans()),
-        use_xpos=use_xpos, use_rel_pos_bias=not use_xpos and draw(st.booleans()), causal=draw(st.booleans()),
+        use_xpos=use_xpos, use_rel_pos_bias=bias, causal=draw(st.booleans()),
+        far_positions=not shifts or bias or draw(st.booleans()),
         norm=draw(st.sampled_from(["layer", "rms"])), head_offsets=draw(st.sampled_from(["interleaved", "blocked"])),
     )  # fmt: skip
 

@@ -43,7 +43,14 @@ def full(x):
 
 
 LAYERED = CONFIG.replace(
-    layers=5, layer_types=LAYER_TYPES, sliding_window=11, stride=2, stride_block=3, kv_heads=2, shift_keys=True
+    layers=5,
+    layer_types=LAYER_TYPES,
+    sliding_window=11,
+    stride=2,
+    stride_block=3,
+    kv_heads=2,
+    shift_keys=True,
+    far_positions=False,
 )
 
 

@@ -92,6 +92,7 @@ def _describe_layer(stack: Layers, number: int) -> dict[str, Any]:
         "dilation_block": pattern.block,
         "segment_offset": layer.segment_offset,
         "shift_keys": layer.shift_keys,
+        "positions": layer.positions,
         "heads": heads,
         "kv_heads": kv_heads,
         "pairs": pairs,
@@ -181,7 +182,8 @@ def _words(layer: dict[str, Any]) -> str:
             parts.append(f"{length:,}/{rate:,}")
     if layer["segment_offset"]:
         parts.append(f"offset {layer['segment_offset']:,}")
-    return ", ".join(parts) + ("; shifted keys" if layer["shift_keys"] else "")
+    notes = ["shifted keys"] * layer["shift_keys"] + ["no positions"] * (not layer["positions"])
+    return "; ".join((", ".join(parts), *notes))
 
 
 def _warn(console: Console, text: str) -> None:

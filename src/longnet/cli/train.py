@@ -41,6 +41,10 @@ def train(
     shift_keys: Annotated[
         bool | None, typer.Option("--shift-keys", help="Keys of strided and full layers hold the token before too.")
     ] = None,
+    far_positions: Annotated[
+        bool | None,
+        typer.Option("--far-positions/--no-far-positions", help="Do strided and full layers know positions."),
+    ] = None,
     *,
     options: Options,
     resume: Annotated[
@@ -61,6 +65,7 @@ def train(
         "stride": stride,
         "stride_block": stride_block,
         "shift_keys": shift_keys,
+        "far_positions": far_positions,
     }
     changes = {name: value for name, value in of_layers.items() if value is not None}
     options["out"] = str(out)

@@ -31,12 +31,14 @@ class LayerAttention:
         heads: how many they are.
         segment_offset: on the grid position ``p`` counts as ``p + segment_offset``.
         shift_keys: a key also holds channels of the token before, see :func:`longnet.nn.shift_keys.shift_keys`.
+        positions: queries and keys hold where they stand, if those of any layer do.
     """
 
     pattern: Pattern
     heads: int
     segment_offset: int = 0
     shift_keys: bool = False
+    positions: bool = True
 
 
 @dataclass(frozen=True)

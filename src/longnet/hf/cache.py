@@ -21,6 +21,7 @@ _STRIDE = 512
 _SHARED = (
     *("dim", "layers", "heads", "kv_heads", "head_numbers", "segment_lengths", "dilation_rates", "head_offsets"),
     *("use_xpos", "xpos_scale_base", "layer_types", "sliding_window", "stride", "stride_block", "shift_keys"),
+    "far_positions",
 )
 
 

@@ -24,7 +24,7 @@ _NAMES = {
 _ALIKE = (
     *("vocab_size", "segment_lengths", "dilation_rates", "norm", "qk_norm", "bias", "dropout", "use_xpos"),
     *("use_rel_pos_bias", "head_offsets", "xpos_scale_base", "head_numbers", "feed_forward_chunk", "backend"),
-    *("layer_types", "stride", "stride_block", "shift_keys"),
+    *("layer_types", "stride", "stride_block", "shift_keys", "far_positions"),
 )
 
 
@@ -88,6 +88,7 @@ class LongNetConfig(PreTrainedConfig):
     stride: int = PlainConfig.stride
     stride_block: int = PlainConfig.stride_block
     shift_keys: bool = PlainConfig.shift_keys
+    far_positions: bool = PlainConfig.far_positions
     use_cache: bool = True
     pad_token_id: int | None = 256
     bos_token_id: int | None = 257

@@ -19,7 +19,9 @@ from longnet.models.placement import device_of, is_dispatched
 from longnet.nn.norm import BatchNorm, make_norm
 
 # Fields that may change with the layer types, and what of a layer's attention follows from its type: no parameters.
-_WITH_LAYER_TYPES = ("sliding_window", "stride", "stride_block", "shift_keys", "segment_lengths", "dilation_rates")
+_WITH_LAYER_TYPES = (
+    *("sliding_window", "stride", "stride_block", "shift_keys", "far_positions", "segment_lengths", "dilation_rates"),
+)
 _OF_LAYER_TYPE = ("pattern", "xpos", "segment_offset", "shift_keys")
 
 
@@ -66,8 +68,8 @@ class LongNetBase(nn.Module):
 
         Args:
             layer_types: of :class:`LongNetConfig`, for every layer or repeated.
-            changes: ``sliding_window``, ``stride``, ``stride_block``, ``shift_keys``, ``segment_lengths`` and
-                ``dilation_rates`` in place of the config's.
+            changes: ``sliding_window``, ``stride``, ``stride_block``, ``shift_keys``, ``far_positions``, ``segment_lengths``
+                and ``dilation_rates`` in place of the config's.
 
         Raises:
             TypeError, ValueError: as the config, for a change of another field too. ValueError: a model that is parallelized or

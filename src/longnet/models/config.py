@@ -11,7 +11,7 @@ from typing import Any
 from longnet.checks import check_settings
 from longnet.geometry import HeadNumbers, HeadOffsets, Pattern
 from longnet.geometry.reach import LayerAttention
-from longnet.models.layer_types import DILATED_TYPES, SHIFTED_KEYS_TYPES, expand_layer_types, pattern_of
+from longnet.models.layer_types import DILATED_TYPES, FAR_TYPES, expand_layer_types, pattern_of
 from longnet.nn.norm import NORM_KINDS
 
 
@@ -53,6 +53,8 @@ class LongNetConfig:
         stride_block: tokens of such a block.
         shift_keys: in strided and full layers each key also holds what the token before was, see
             :func:`longnet.nn.shift_keys.shift_keys`.
+        far_positions: False leaves out xPos in strided and full layers: what these find does not depend on how far away it is.
+            The other layers still know positions. Not with ``use_rel_pos_bias``. The page on evidence says what it does.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -87,6 +89,7 @@ class LongNetConfig:
     stride: int = 4
     stride_block: int = 1
     shift_keys: bool = False
+    far_positions: bool = True
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -129,9 +132,14 @@ class LongNetConfig:
         if not self.backend:
             raise ValueError("backend='' names nothing: expected 'auto' or the name of a backend")
         kinds = self._kinds()
-        if self.shift_keys and not any(kind in SHIFTED_KEYS_TYPES for kind in kinds):
+        for name, default in (("shift_keys", False), ("far_positions", True)):
+            if getattr(self, name) != default and not any(kind in FAR_TYPES for kind in kinds):
+                raise ValueError(
+                    f"{name}={not default} with layers of {kinds}: expected one of {FAR_TYPES} among them, or {name}={default}"
+                )
+        if not self.far_positions and self.use_rel_pos_bias:
             raise ValueError(
-                f"shift_keys=True with layers of {kinds}: expected one of {SHIFTED_KEYS_TYPES} among them, or shift_keys=False"
+                "far_positions=False with use_rel_pos_bias=True: every layer has a bias of its own; expected one of the two"
             )
         for kind in kinds:
             self._pattern(kind)
@@ -164,7 +172,8 @@ class LongNetConfig:
             pattern,
             self.heads if numbers is None else len(numbers),
             pattern.shifted_offset if kind == "shifted_dilated_attention" else 0,
-            self.shift_keys and kind in SHIFTED_KEYS_TYPES,
+            self.shift_keys and kind in FAR_TYPES,
+            self.far_positions or kind not in FAR_TYPES,
         )
 
     def layer_attentions(self) -> tuple[LayerAttention, ...]:
@@ -260,7 +269,7 @@ _FIELDS: tuple[str, ...] = tuple(field.name for field in fields(LongNetConfig))
 _OF_LAYER_TYPES: Mapping[str, Any] = {
     field.name: field.default
     for field in fields(LongNetConfig)
-    if field.name in ("layer_types", "sliding_window", "stride", "stride_block", "shift_keys")
+    if field.name in ("layer_types", "sliding_window", "stride", "stride_block", "shift_keys", "far_positions")
 }
 
 

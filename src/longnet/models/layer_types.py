@@ -10,9 +10,9 @@ from longnet.geometry import Pattern
 LAYER_TYPES = (
     *("dilated_attention", "shifted_dilated_attention", "sliding_attention", "strided_attention", "full_attention"),
 )
-# Those that read ``segment_lengths``, and those whose keys ``shift_keys`` shifts.
+# Those that read ``segment_lengths``, and those that read far: ``shift_keys`` and ``far_positions`` are about these.
 DILATED_TYPES = LAYER_TYPES[:2]
-SHIFTED_KEYS_TYPES = LAYER_TYPES[3:]
+FAR_TYPES = LAYER_TYPES[3:]
 
 
 def expand_layer_types(layer_types: Sequence[str], layers: int) -> tuple[str, ...]:

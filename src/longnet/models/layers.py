@@ -89,7 +89,7 @@ class Block(nn.Module):
             pattern.dilation_rates,
             pattern.given_lengths,
             causal=config.causal,
-            use_xpos=config.use_xpos,
+            use_xpos=config.use_xpos and layered.positions,
             use_rel_pos_bias=config.use_rel_pos_bias,
             qk_norm=config.qk_norm,
             kv_heads=config.kv_heads,
