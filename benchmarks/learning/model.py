@@ -60,7 +60,7 @@ class Model(nn.Module):
                 made[layer] = make_mask(layer, shape.heads, shape.context, device, shape.sinks)
             block.layer, block.mask = layer, made[layer]
             block.shift_keys = shape.shift_keys and layer.reaches_far and not layer.keeps_keys
-            block.rotates = shape.far_positions or not layer.reaches_far
+            block.rotates = shape.far_positions or not layer.reaches_far or layer.keeps_keys
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)

@@ -57,7 +57,7 @@ class Layer:
     Args:
         branches: (segment length, dilation rate) of dilated attention as published; a length of None is the whole sequence.
         shift: tokens by which the branches' segments begin earlier.
-        keeps_keys: not to take part where the keys of layers that reach far are shifted (see ``Shape.shift_keys``).
+        keeps_keys: not to take part in what is done to layers that reach far (``Shape.shift_keys`` and ``far_positions``).
     """
 
     bands: tuple[Band, ...] = ()

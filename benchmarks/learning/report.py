@@ -120,10 +120,12 @@ def pictures(groups: Groups, folder: Path, drawn: list[str] | None = None) -> li
     }
     made = []
     for name, panel in draw.items():
-        figure = new_figure(9, 5, titles[name])
+        shown = groups if name == "pairs" else lines
+        # As high as its list.
+        figure = new_figure(9, max(5.0, 1.0 + 0.18 * len(shown)), titles[name])
         axes = figure.add_subplot()
         quiet(axes)
-        panel(axes, groups if name == "pairs" else lines)
+        panel(axes, shown)
         axes.grid(alpha=0.2)
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         made.append(save(figure, folder / f"learning-{name}.png"))
