@@ -9,9 +9,12 @@ import torch
 from torch.nn.functional import pad
 
 from longnet.attention.backends.triton import hopper
-from longnet.attention.backends.triton.steps import RepeatedSteps
+from longnet.attention.backends.triton.bands import band_launches
+from longnet.attention.backends.triton.hopper_bands import BandWork
+from longnet.attention.backends.triton.steps import RepeatedSteps, Run
 from longnet.geometry import Pattern
 from longnet.geometry.nests import make_nests
+from longnet.runtime import triton_internals
 from longnet.runtime.tma import is_matrix, view_of
 
 interpreted = pytest.mark.skipif(
@@ -101,12 +104,9 @@ class Recorder:
     def __init__(self, kernel) -> None:
         self.arg_names, self.calls, self.quick = kernel.arg_names, [], []
 
-    def __getitem__(self, grid):
-        def first(*arguments, **options):
-            self.calls.append((grid, by_name(self, arguments, options)))
-            return Compiled(self)
-
-        return first
+    def warmup(self, *arguments, grid, **options):
+        self.calls.append((grid, by_name(self, arguments, options)))
+        return Compiled(self)
 
 
 class Compiled:
@@ -144,6 +144,8 @@ def kernels(monkeypatch):
         recorders[name] = Recorder(kernel), owned
     found = Kernels((name, recorder) for name, (recorder, _) in recorders.items())
     monkeypatch.setattr(hopper, "_kernel", recorders.__getitem__)
+    # Compiled for the call's own numbers, so that one record holds tensors and numbers.
+    monkeypatch.setattr(triton_internals, "_typical", triton_internals._plain)
     monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 4)
     monkeypatch.setattr(hopper, "cached_order", found.order)
     monkeypatch.setattr(hopper, "pad_for_tma", lambda tensors, dim, unit: [
@@ -152,6 +154,8 @@ def kernels(monkeypatch):
     return found
 
 
+# As it is where the fixture below has not replaced it.
+TYPICAL = triton_internals._typical
 # What the calls below have written down, by their arguments.
 STEPS = RepeatedSteps(16)
 
@@ -184,7 +188,7 @@ def test_kernels_get_the_tensors_and_numbers_of_the_call(kernels, length, dim, k
     work, tensors, inputs = call_both(length, dim, kv_heads, pattern)
     for name, recorder in kernels.items():
         _, owned = hopper._kernel(name)
-        assert not recorder.quick
+        assert len(recorder.quick) == len(recorder.calls)
         assert {call["MERGE"] for _, call in recorder.calls} == set(range(len(work.nests)))
         done = 0
         for (programs, *_), call in recorder.calls:
@@ -226,7 +230,8 @@ def test_later_calls_get_the_same_without_tritons_dispatch(kernels) -> None:
     _, tensors, _ = call_both(2047, 48)
     for name, recorder in kernels.items():
         assert recorder.calls == first[name]
-        for (grid, call), (earlier_grid, earlier) in zip(recorder.quick, first[name], strict=True):
+        again = recorder.quick[len(first[name]) :]
+        for (grid, call), (earlier_grid, earlier) in zip(again, first[name], strict=True):
             assert grid == earlier_grid and call.keys() == earlier.keys() - {"num_warps", "maxnreg"}
             for one, value in call.items():
                 if one in tensors:
@@ -238,3 +243,54 @@ def test_later_calls_get_the_same_without_tritons_dispatch(kernels) -> None:
     # Other settings are another kernel.
     call_both(2047, 48, is_causal=False)
     assert all(len(recorder.calls) > len(first[name]) for name, recorder in kernels.items())
+
+
+def compiled_for(argument):
+    """What Triton compiles a kernel for in an argument's place: ones, and which numbers are multiples of 16."""
+    if isinstance(argument, tuple):
+        return tuple(map(compiled_for, argument))
+    if type(argument) is int:
+        return 1 if argument == 1 else argument % 16 == 0
+    return argument if isinstance(argument, (float, str, type(None))) else type(argument)
+
+
+def launches_at(length, pattern=((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12)), heads=12, window=None):
+    """What the launches of a call are compiled for, by kernel."""
+    made = {name: torch.empty(1, heads, length, 64, dtype=torch.float16) for name in ("q", "k", "v", "grad_out", "out")}
+    made |= {name: torch.empty_like(made["q"]) for name in ("queries", "grad_k", "grad_v")}
+    made |= {name: torch.empty(1, heads, length) for name in ("lse", *hopper.STATISTICS)} | {"offsets": None}
+
+    def steps():
+        if window is not None:
+            (launch,) = band_launches(Pattern.compose(window=window), True)
+            work = BandWork(launch, Pattern.compose(window=window), 0.5, True, 0, merge=False)
+            yield from work.steps("forward", made, ("q", "k", "v"), ("out", "lse"))
+            return
+        work = hopper.Work(make_nests(Pattern.parse(*pattern), heads, hopper.UNIT, 64), 0.5, True, "interleaved")
+        yield from work.forward(made)
+        read = yield from work.key_value(made)
+        yield from work.query(made, read)
+
+    found = {}
+    for step in steps():
+        if isinstance(step, Run):
+            launch = step.launch
+            shapes = tuple(
+                tuple(one.block_shape) for of_input in launch.templates for one in of_input if one is not None
+            )
+            rest = compiled_for(TYPICAL(launch.rest))
+            found.setdefault(id(launch.kernel), set()).add((shapes, rest, launch.options["C"]))
+        else:
+            step.run(made)
+    return found
+
+
+def test_other_lengths_are_the_same_kernels(kernels) -> None:
+    long = launches_at(16384)
+    for length in (16383, 9000, 8192, 5003, 4099):
+        assert launches_at(length) == long
+    # Below a segment there are a few more, for powers of four.
+    assert launches_at(4096) == launches_at(3000) == launches_at(2000) != long
+    windows = launches_at(8192, window=512)
+    for length in (8191, 5003, 4096, 129):
+        assert launches_at(length, window=512) == windows

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import runpy
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from threading import Barrier
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -158,12 +160,73 @@ def test_descriptors_and_launches_of_another_form_are_told(monkeypatch: pytest.M
     with pytest.raises(RuntimeError, match="an internal of triton .* cannot import name 'TensorDescriptor'"):
         triton_internals.descriptors(view, torch.bfloat16, 64, (1,), 64)
 
-    class Kernel:
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-            return lambda *_, **__: SimpleNamespace()
+    kernel = SimpleNamespace(warmup=lambda *_, **__: SimpleNamespace())
+    with pytest.raises(RuntimeError, match=r"the compiled kernel as the result of warmup, .* Expected triton 3\.\d+"):
+        triton_internals.Launch(kernel, 1, (), (), {}).run((), ())
+    with pytest.raises(RuntimeError, match="does not have: .*warmup"):
+        triton_internals.Launch(object(), 1, (), (), {}).run((), ())
 
-    with pytest.raises(RuntimeError, match=r"the compiled kernel as the result of a launch, .* Expected triton 3\.\d+"):
-        triton_internals.Launch(Kernel(), 1, (), (), {}).run((), ())
+
+@needs_triton
+def test_kernels_are_compiled_for_no_value_and_run_with_all() -> None:
+    class Sizes(NamedTuple):
+        length: int
+        heads: int
+
+    seen: list[Any] = []
+
+    class Compiled:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *arguments: seen.append(("run", grid, arguments))
+
+    def warmup(*arguments: Any, grid: tuple[int, ...], **options: Any) -> Compiled:
+        seen.append(("compile", grid, arguments, options))
+        return Compiled()
+
+    kernel = SimpleNamespace(warmup=warmup, arg_names=["X", "length", "step", "sizes", "far", "C"])
+    value = triton_internals.Value
+    rest = (value(48), 16, Sizes(value(1), 4), value(1 << 40))
+    launch = triton_internals.Launch(kernel, 7, (), rest, {"C": "c", "num_warps": 4})
+    x = torch.zeros(1)
+    launch.run((x,))
+    launch.run((x,))
+    (_, grid, compiled_for, options), *runs = seen
+    assert grid == (7, 1, 1) and options == {"C": "c", "num_warps": 4}
+    # Neither 1 nor a multiple of 16, and as wide as the number.
+    assert compiled_for == (x, 3, 16, Sizes(3, 4), (1 << 33) + 1)
+    assert runs == [("run", (7, 1, 1), (x, 48, 16, Sizes(1, 4), 1 << 40, "c"))] * 2
+    assert {type(one) for one in runs[0][2][1:]} == {int, Sizes, str} and type(runs[0][2][3].length) is int
+
+
+@needs_triton
+def test_kernels_are_compiled_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's own mode, with a compiler that waits until all of them are at it."""
+    from triton.runtime import _async_compile
+
+    monkeypatch.setattr(triton_internals, "interpreting", lambda: False)
+    together, found = Barrier(3, timeout=30), []
+
+    class Kernel:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def warmup(self, *_: Any, **__: Any) -> None:
+            mode = _async_compile.active_mode.get()
+            assert mode is not None
+            cleanup = lambda *_: None  # noqa: E731
+            arguments = (self.name, together.wait, lambda _: found.append(self.name), cleanup)
+            mode.submit(*arguments[: len(inspect.signature(mode.submit).parameters)])
+
+    monkeypatch.setattr(triton_internals.os, "cpu_count", lambda: 3)
+    launches = [(triton_internals.Launch(Kernel(name), 1, (), (), {}), (), ()) for name in "abc"]
+    triton_internals.compile_together(launches)
+    assert sorted(found) == ["a", "b", "c"]
+    assert _async_compile.active_mode.get() is None
+    # One kernel, or the interpreter, has nothing to wait for.
+    triton_internals.compile_together(launches[:1])
+    monkeypatch.setattr(triton_internals, "interpreting", lambda: True)
+    triton_internals.compile_together(launches)
+    assert len(found) == 3
 
 
 def _private(name: str) -> bool:

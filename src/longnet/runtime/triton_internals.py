@@ -5,6 +5,10 @@ The first two save host time: a kernel that takes many tensors is otherwise done
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import Context
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import chain
@@ -14,6 +18,7 @@ import torch
 from torch import Tensor
 
 from longnet.runtime.tma import View
+from longnet.runtime.triton_support import interpreting
 from longnet.runtime.versions import Tried
 
 TRIED = Tried("triton", "3.6", "3.9")
@@ -71,13 +76,40 @@ class _Address:
         return self.address
 
 
+class Value(int):
+    """A number of a launch for which its kernel is not compiled: any other number gives the same kernel.
+
+    Triton compiles anew where a number is 1, becomes or ceases to be a multiple of 16, or needs 64 bits.
+    """
+
+
+def _plain(argument: Any) -> Any:
+    """A launch's argument with ints in place of values."""
+    return _with_values(argument, int)
+
+
+def _typical(argument: Any) -> Any:
+    """What a kernel is compiled for in an argument's place."""
+    return _with_values(argument, lambda value: 3 if -(1 << 31) <= value < 1 << 31 else (1 << 33) + 1)
+
+
+def _with_values(argument: Any, convert: Callable[[Value], int]) -> Any:
+    if isinstance(argument, Value):
+        return convert(argument)
+    if isinstance(argument, tuple):
+        converted = [_with_values(one, convert) for one in argument]
+        # A named tuple takes its fields one by one.
+        return type(argument)(*converted) if hasattr(argument, "_fields") else tuple(converted)
+    return argument
+
+
 @dataclass(frozen=True, eq=False)
 class Launch:
     """A launch of a kernel for tensors of known shapes, strides and types: all but the tensors themselves.
 
     Args:
         templates: of the inputs' descriptors, input after input.
-        rest: the kernel's arguments after the descriptors, up to its constants.
+        rest: the kernel's arguments after the descriptors, up to its constants; what is a :class:`Value` it is not compiled for.
         options: its constants, and how it is compiled.
     """
 
@@ -90,6 +122,11 @@ class Launch:
     _compiled: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     # Descriptors by the number of the input and its address.
     _kept: dict[tuple[int, int], tuple[Any, ...]] = field(default_factory=dict)
+
+    @cached_property
+    def _rest(self) -> tuple[Any, ...]:
+        plain: tuple[Any, ...] = _plain(self.rest)
+        return plain
 
     @cached_property
     def _constants(self) -> tuple[Any, ...]:
@@ -119,7 +156,7 @@ class Launch:
         return found
 
     def run(self, pointers: tuple[Pointer, ...], inputs: tuple[Tensor, ...] = ()) -> None:
-        """Run it on the current device; from the second time on without Triton's dispatch, which would look at every argument.
+        """Run it on the current device, without Triton's dispatch, which would look at every argument each time.
 
         Args:
             pointers: the kernel's first arguments.
@@ -128,17 +165,50 @@ class Launch:
         aligned = tuple([_alignment(x) for x in pointers])
         compiled = self._compiled.get(aligned)
         if compiled is None:
-            views = chain.from_iterable(self._descriptors(number, x) for number, x in enumerate(inputs))
-            compiled = self.kernel[self.programs, 1, 1](*pointers, *views, *self.rest, **self.options)
-            # The interpreter compiles nothing.
-            if compiled is not None and not hasattr(compiled, "__getitem__"):
-                raise TRIED.gone("the compiled kernel as the result of a launch, to be launched by [grid](*arguments)")
+            compiled = self.compile(pointers, inputs)
+            if compiled is None:
+                # The interpreter compiles nothing.
+                views = chain.from_iterable(self._descriptors(number, x) for number, x in enumerate(inputs))
+                self.kernel[self.programs, 1, 1](*pointers, *views, *self._rest, **self.options)
+                return
+            if hasattr(compiled, "result"):
+                # Someone's mode of asynchronous compilation is on.
+                compiled = compiled.result()
+            if not hasattr(compiled, "__getitem__"):
+                raise TRIED.gone("the compiled kernel as the result of warmup, to be launched by [grid](*arguments)")
             self._compiled[aligned] = compiled
-        else:
-            views = chain.from_iterable(
-                [self._kept_descriptors(number, x.data_ptr()) for number, x in enumerate(inputs)]
-            )
-            compiled[self.programs, 1, 1](*pointers, *views, *self.rest, *self._constants)
+        views = chain.from_iterable([self._kept_descriptors(number, x.data_ptr()) for number, x in enumerate(inputs)])
+        compiled[self.programs, 1, 1](*pointers, *views, *self._rest, *self._constants)
+
+    def compile(self, pointers: tuple[Pointer, ...], inputs: tuple[Tensor, ...]) -> Any:
+        """The kernel for such tensors, which Triton keeps; None in its interpreter. Inputs may be on the device meta."""
+        views = chain.from_iterable(self._descriptors(number, x) for number, x in enumerate(inputs))
+        try:
+            warmup = self.kernel.warmup
+        except AttributeError as error:
+            raise TRIED.gone(error) from None
+        return warmup(*pointers, *views, *_typical(self.rest), grid=(self.programs, 1, 1), **self.options)
+
+
+def compile_together(launches: Sequence[tuple[Launch, tuple[Pointer, ...], tuple[Tensor, ...]]]) -> None:
+    """Compile the kernels of launches side by side, each given its pointers and inputs; those that there are are found.
+
+    A kernel takes seconds, and Triton would compile the next one when the one before has been launched.
+    """
+    try:
+        from triton import AsyncCompileMode
+    except ImportError as error:
+        raise TRIED.gone(error) from None
+    if len(launches) < 2 or interpreting():
+        return
+
+    def compile_all() -> None:
+        with ThreadPoolExecutor(min(len(launches), os.cpu_count() or 1)) as pool, AsyncCompileMode(pool):
+            for launch, pointers, inputs in launches:
+                launch.compile(pointers, inputs)
+
+    # Triton has one such mode at a time in a context, and a caller may have one.
+    Context().run(compile_all)
 
 
 def _alignment(pointer: Pointer) -> Any:

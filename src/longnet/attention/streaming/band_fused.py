@@ -12,7 +12,7 @@ from longnet.attention.call import lse_dtype
 from longnet.attention.streaming import band_tables
 from longnet.attention.streaming.band_tables import BandTables
 from longnet.attention.streaming.cache import DilatedCache
-from longnet.runtime.triton_internals import Launch
+from longnet.runtime.triton_internals import Launch, Value
 from longnet.runtime.triton_support import power_of_two
 
 # What registers and shared memory hold of several programs of an H200's multiprocessor at a time, so that memory never waits.
@@ -85,6 +85,8 @@ def _launches(
     }  # fmt: skip
     mix_options = {**options, "BANDS": bands, "PARTS": power_of_two(most_parts, 1), "num_warps": 4}
     return batch * parts * share, (
-        Launch(parts_kernel, batch * parts, (), (*read, cache_at, parts, part_rows // rows), parts_options),
-        Launch(mix_bands_kernel, batch * heads, (), (out_at, heads, parts), mix_options),
+        Launch(
+            parts_kernel, batch * parts, (), (*read, cache_at, Value(parts), Value(part_rows // rows)), parts_options
+        ),
+        Launch(mix_bands_kernel, batch * heads, (), (out_at, heads, Value(parts)), mix_options),
     )

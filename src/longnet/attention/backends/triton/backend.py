@@ -27,7 +27,7 @@ from longnet.attention.call import AttentionInputs, Gradients, SavedForward
 from longnet.geometry import Pattern
 from longnet.geometry.needed_rows import needed_by_first
 from longnet.geometry.nests import Nest, make_nests
-from longnet.runtime.triton_internals import Launch, shared_memory
+from longnet.runtime.triton_internals import Launch, Value, shared_memory
 from longnet.runtime.triton_support import HAS_TRITON, interpreting, power_of_two
 
 _log = logging.getLogger("longnet")
@@ -156,11 +156,15 @@ class _Call:
         for launch in plan_launches(self.left, bool(self.for_hopper), self.length, self.segment_offset, both):
             cut = launch.blocks
             rows = (cut.swept, cut.owned) if name == "key_value" else (cut.owned, cut.swept)
-            counts = launch.segments, launch.tiles, self.spec.segment_offset
-            sizes = Sizes(self.length, self.heads, self.group, self.scale, *counts)
+            counts = map(Value, (launch.segments, launch.tiles, self.spec.segment_offset))
+            sizes = Sizes(Value(self.length), self.heads, self.group, self.scale, *counts)
+            shape = launch.shape
+            shape = shape._replace(
+                first_tiles=tuple(map(Value, shape.first_tiles)), tiles=tuple(map(Value, shape.tiles))
+            )
             settings = self.settings(*rows, cut.stages, launch.period, launch.weighted, launch.merge)
             programs = launch.tiles * launch.segments * self.heads * self.batch
-            rest = (*self.strides(strided), sizes, launch.shape)
+            rest = (*self.strides(strided), sizes, shape)
             yield self._run(kernel, programs, pointers, rest, {"C": settings, "num_warps": cut.warps})
 
     def band_order(self, of_keys: bool) -> Iterator[tuple[bands.BandLaunch, bool]]:
@@ -203,7 +207,8 @@ class _Call:
             BY_ROW=self.segment_offset is None, CAUSAL=self.spec.is_causal, PADDED=self.padding is not None,
             MERGE=merge, PRECISION="ieee" if self.dtype == torch.float32 else "tf32",
         )  # fmt: skip
-        sizes = bands.BandSizes(self.length, self.heads, self.group, self.scale, tiles, self.spec.segment_offset)
+        counts = map(Value, (tiles, self.spec.segment_offset))
+        sizes = bands.BandSizes(Value(self.length), self.heads, self.group, self.scale, *counts)
         rest = (*self.strides(strided), sizes)
         return self._run(
             kernel, tiles * self.heads * self.batch, pointers, rest, {"C": settings, "num_warps": cut.warps}
@@ -223,7 +228,7 @@ class _Call:
         rows = min(64, 4096 // power_of_two(self.dim))
         programs = -(-self.length // rows) * self.batch * self.heads
         constants = {"D": self.dim, "D_BLOCK": power_of_two(self.dim), "M": rows, "HAS_LSE": has_lse}
-        rest = (*self.strides("q grad_out out grad_lse queries"), self.length, self.heads)
+        rest = (*self.strides("q grad_out out grad_lse queries"), Value(self.length), self.heads)
         return self._run(kernel, programs, "q grad_out out lse grad_lse queries row_lse delta", rest, constants)
 
     def _run(self, kernel: Any, programs: int, pointers: str, rest: tuple[Any, ...], options: dict[str, Any]) -> Run:
@@ -241,10 +246,20 @@ class _Call:
         )  # fmt: skip
 
     def strides(self, names: str) -> Iterator[tuple[int, ...]]:
-        """Of tensors by name: three of each, two of the mask (B, N); of the bias (H, 2L - 1) one, and the place of distance 0."""
+        """Of tensors by name: three of each, two of the mask (B, N); of the bias (H, 2L - 1) one, and the place of distance 0.
+
+        Those that follow from the length are values. Tensors that there are not have strides that no kernel reads.
+        """
         for name in names.split():
             x = self.tensors[name]
-            yield (x.stride(0), x.shape[-1] // 2) if name == "bias" else x.stride()[: 2 if name == "mask" else 3]
+            if name == "bias":
+                yield Value(x.stride(0)), Value(x.shape[-1] // 2)
+            elif name == "mask":
+                yield Value(x.stride(0)), x.stride(1) if self.padding is not None else 1
+            elif x.dim() == 3:
+                yield Value(x.stride(0)), Value(x.stride(1)), x.stride(2)
+            else:
+                yield x.stride()[:3]
 
     def _split(self) -> tuple[tuple[Nest, ...], tuple[Nest, ...]]:
         """The nests for the Hopper kernels, and those left to the portable ones; the log says why."""

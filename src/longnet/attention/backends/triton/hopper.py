@@ -22,7 +22,7 @@ from longnet.geometry.needed_rows import NeededRows
 from longnet.geometry.nests import Nest
 from longnet.geometry.pattern import HeadOffsets
 from longnet.runtime.tma import View, is_matrix, view_of
-from longnet.runtime.triton_internals import VIEWS, Launch, descriptors
+from longnet.runtime.triton_internals import VIEWS, Launch, Value, descriptors
 
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 128)
@@ -119,9 +119,15 @@ def _unit(nests: Sequence[Nest]) -> int:
 
 @lru_cache(maxsize=1024)
 def _shape(nest: Nest, length: int) -> tuple[int, NestShape]:
-    """(tiles of a segment, what kernels are told of the nest)."""
-    width = min(nest.segment_lengths[0], length)
-    return kernel_arguments(nest, nest.classes, width, _OWNED)
+    """(tiles of a segment, what kernels are told of the nest).
+
+    Kernels are compiled for both. Sequences that are shorter than a segment share them up to the next power of four: what is
+    past their end are tiles without rows.
+    """
+    room = 1
+    while room < length:
+        room *= 4
+    return kernel_arguments(nest, nest.classes, min(nest.segment_lengths[0], room), _OWNED)
 
 
 @dataclass(frozen=True)
@@ -226,7 +232,7 @@ class Work:
         first, last = tensors[inputs[0]], tensors[inputs[-1]]
         key_heads, dim, dtype, device = last.shape[1], first.shape[-1], first.dtype, first.device
         # Of the statistics one stride is enough, they are alike.
-        strides = tuple(tensors[name].stride()[:3] for name in (*statistics[:1], *written))
+        strides = strides_of(tensors, (*statistics[:1], *written))
         views = [matrix_of(tensors[name]) for name in inputs]
         swept, stages, rounds = _CUTS[kernel, dim]
         function, owned = _kernel(kernel)
@@ -253,8 +259,8 @@ class Work:
             for start in range(0, schedule.items, each):
                 items = min(each, schedule.items - start)
                 rest = (
-                    *(view.arguments for view in views), *strides,
-                    items, length, heads, heads // key_heads, self.scale, segments, self.segment_offset or None,
+                    *map(fold_of, views), *strides, Value(items), Value(length), heads, heads // key_heads, self.scale,
+                    Value(segments), Value(self.segment_offset) if self.segment_offset else None,
                 )  # fmt: skip
                 launch = Launch(function, min(items, schedule.programs), templates, rest, options)
                 order = partial(_order_of, schedule, None if items == schedule.items else slice(start, start + items))
@@ -268,6 +274,22 @@ def _order_of(schedule: Schedule, part: slice | None) -> Tensor:
 
 def _limits_of(schedule: Schedule) -> Tensor:
     return cached_limits(schedule)
+
+
+def fold_of(view: View) -> tuple[int, ...]:
+    """Its arguments, for another length the same kernel."""
+    batch, head, *others = view.arguments
+    return Value(batch), Value(head), *others
+
+
+def strides_of(tensors: Tensors, names: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Three of each; those of statistics (B, H, N) follow from the length."""
+    strides = (tensors[name].stride()[:3] for name in names)
+    of_length = (name in (*STATISTICS, "lse") for name in names)
+    return tuple(
+        (*map(Value, each[:2]), each[2]) if is_statistic else each
+        for each, is_statistic in zip(strides, of_length, strict=True)
+    )
 
 
 def matrix_of(x: Tensor) -> View:
@@ -296,6 +318,12 @@ class Copies:
     copies: tuple[str, ...]
     dim: int
     unit: int
+
+    def announce(self, tensors: Tensors) -> None:
+        for name, copy in zip(self.names, self.copies, strict=True):
+            batch, heads, length, _ = tensors[name].shape
+            shape = batch, heads, -(-length // self.unit) * self.unit, self.dim
+            tensors[copy] = tensors[name].new_empty(shape, device="meta")
 
     def run(self, tensors: Tensors) -> None:
         filled = pad_for_tma([tensors[name] for name in self.names], self.dim, self.unit)
@@ -353,6 +381,6 @@ def _filling(
     filled = -(-length // unit) * unit
     tiles = -(-filled // _FILLED_ROWS)
     programs = tiles * heads * batch
-    rest = (*strides, length, filled, heads, tiles, programs)
+    rest = (*strides, Value(length), Value(filled), heads, Value(tiles), Value(programs))
     options = {"CHANNELS": channels, "D": dim, "ROWS": _FILLED_ROWS}
     return Launch(pad_for_tma_kernel, programs * count, (), rest, options), (count, batch, heads, filled, dim)

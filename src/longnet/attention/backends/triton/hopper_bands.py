@@ -11,7 +11,7 @@ from longnet.attention.backends.triton.bands import BandLaunch
 from longnet.attention.backends.triton.steps import Run, Step, Tensors
 from longnet.geometry import Branch, Pattern
 from longnet.geometry.rows import UNBOUNDED
-from longnet.runtime.triton_internals import VIEWS, Launch, descriptors
+from longnet.runtime.triton_internals import VIEWS, Launch, Value, descriptors
 
 # Rows that a program owns: two warpgroups of 64.
 _OWNED = 128
@@ -159,7 +159,7 @@ class BandWork:
         first, last = tensors[inputs[0]], tensors[inputs[-1]]
         key_heads, dim, dtype, device = last.shape[1], first.shape[-1], first.dtype, first.device
         # Of the statistics one stride is enough, they are alike.
-        strides = tuple(tensors[name].stride()[:3] for name in (*statistics[:1], *written))
+        strides = hopper.strides_of(tensors, (*statistics[:1], *written))
         views = [hopper.matrix_of(tensors[name]) for name in inputs]
         of_keys, launch, swept = kernel == "key_value", self.launch, _CUTS[kernel, dim][0]
         count = launch.keys(length) if of_keys else length
@@ -181,8 +181,8 @@ class BandWork:
             ]
             templates.append((*of_bands, *[None] * (VIEWS - len(of_bands))))
         rest = (
-            *(view.arguments for view in views), *strides,
-            items, length, heads, heads // key_heads, tiles, self.segment_offset or 0, self.scale,
+            *map(hopper.fold_of, views), *strides, Value(items), Value(length), heads, heads // key_heads, Value(tiles),
+            Value(self.segment_offset or 0), self.scale,
         )  # fmt: skip
         function = getattr(kernels, f"hopper_band_{kernel}_kernel")
         options = {"C": constants, "num_warps": 4, "maxnreg": hopper._REGISTERS}

@@ -1,6 +1,7 @@
 """A call as steps on tensors that have names: its first run writes them down, later runs of such tensors repeat them.
 
-What a call has to look up and work out (nests, launches, their numbers) takes longer than attention over a short sequence.
+What a call has to look up and work out (nests, launches, their numbers) takes longer than attention over a short sequence. As
+all steps are known before the first is run, their kernels are compiled side by side.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from longnet.runtime.triton_internals import Launch
+from longnet.runtime.triton_internals import Launch, compile_together
 
 # By name; None where a kernel is given no tensor.
 Tensors = dict[str, Any]
@@ -20,6 +21,9 @@ Tensors = dict[str, Any]
 
 class Step(Protocol):
     """One of the steps of a call: all it needs but the tensors."""
+
+    def announce(self, tensors: Tensors, /) -> None:
+        """Add what :meth:`run` will add, on the device meta: shapes, strides and types of what later steps are given."""
 
     def run(self, tensors: Tensors, /) -> None: ...
 
@@ -37,9 +41,16 @@ class Run:
     pointers: tuple[str | Callable[[], Tensor], ...]
     inputs: tuple[str, ...] = ()
 
-    def run(self, tensors: Tensors) -> None:
+    def announce(self, tensors: Tensors) -> None:
+        pass
+
+    def given(self, tensors: Tensors) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
+        """(pointers, inputs) of the launch."""
         pointers = tuple([tensors[one] if isinstance(one, str) else one() for one in self.pointers])
-        self.launch.run(pointers, tuple([tensors[name] for name in self.inputs]))
+        return pointers, tuple([tensors[name] for name in self.inputs])
+
+    def run(self, tensors: Tensors) -> None:
+        self.launch.run(*self.given(tensors))
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,9 @@ class Fill:
 
     name: str
     value: float = 0.0
+
+    def announce(self, tensors: Tensors) -> None:
+        pass
 
     def run(self, tensors: Tensors) -> None:
         tensors[self.name].fill_(self.value)
@@ -66,20 +80,22 @@ class RepeatedSteps:
         Args:
             key: all that the steps depend on.
             tensors: of the call; steps may add some.
-            make: gives the steps one by one. Each is run before it is asked for the next, so it finds what steps have added.
+            make: gives the steps one by one. Each is announced before it is asked for the next, so it finds what steps will add.
         """
         steps = self._steps.get(key)
-        if steps is not None:
-            for step in steps:
-                step.run(tensors)
-            return
-        made: list[Step] = []
-        for step in make():
+        if steps is None:
+            made: list[Step] = []
+            for step in make():
+                step.announce(tensors)
+                made.append(step)
+            compile_together([(step.launch, *step.given(tensors)) for step in made if isinstance(step, Run)])
+            steps = tuple(made)
+        for step in steps:
             step.run(tensors)
-            made.append(step)
-        self._steps[key] = tuple(made)
-        if len(self._steps) > self._most:
-            self._steps.popitem(last=False)
+        if key not in self._steps:
+            self._steps[key] = steps
+            if len(self._steps) > self._most:
+                self._steps.popitem(last=False)
 
     def clear(self) -> None:
         """Forget all of them, where something has changed that keys do not hold."""
