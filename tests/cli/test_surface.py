@@ -20,7 +20,7 @@ OPTIONS = {
         *("--out", "--data", "--preset", "--config", "--layer-types", "--window", "--stride", "--stride-block"),
         *("--shift-keys", "--far-positions", "--context", "--steps", "--minutes", "--batch", "--accumulate"),
         *("--lr", "--warmup", "--schedule", "--weight-decay", "--clip", "--dtype", "--device", "--seed"),
-        *("--eval-every", "--save-every", "--threads", "--cp", "--resume"),
+        *("--eval-every", "--save-every", "--threads", "--cp", "--compile", "--resume"),
     ],
     "generate": ["--prompt", "--file", "--tokens", "--temperature", "--top-k", "--top-p", "--seed", "--device"],
     "stream": [

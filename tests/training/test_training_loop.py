@@ -27,6 +27,7 @@ from longnet.training import (
 from longnet.training.folder import RunFolder
 from longnet.training.metrics import RUN_LINES, read_metrics
 from longnet.training.progress import SilentReporter
+from longnet.training.ranks import Ranks
 from longnet.training.trainer import Trainer
 
 Make = Callable[..., TrainSettings]
@@ -475,3 +476,56 @@ def test_names_that_are_no_utf8(make_settings: Make, tmp_path: Path) -> None:
     assert r"caf\udce9" in Path(settings.out, "report.html").read_text(encoding="utf-8")
     assert train(settings, resume=True).step == 1
     assert load_model(settings.out).config == settings.model
+
+
+class _Saying(SilentReporter):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_compiled_blocks_learn_the_same(make_settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph for each type of layer, in training and in evaluation; the same losses, resumed or not."""
+    made: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        made.append(graph)
+        return graph.forward
+
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: real(self, backend=backend, **options))
+    types = ("sliding_attention", "strided_attention", "full_attention", "shifted_dilated_attention")
+    model = LongNetConfig.preset("nano", layers=8, layer_types=types, sliding_window=9)
+    options = {"model": model, "steps": 4, "eval_every": 2, "save_every": 1}
+    plain = make_settings(**options)
+    compiled = plain.replace(out=f"{plain.out} compiled", compile=True)
+    train(plain)
+    assert not made
+    torch._dynamo.reset()
+    reporter = _Saying()
+    assert not train(compiled, should_stop=_stop_after(2), reporter=reporter).finished
+    assert any(line.startswith("Compiling the blocks") for line in reporter.said)
+    assert train(compiled, resume=True).finished
+    # Not one for each of the eight blocks.
+    assert len(types) <= len(made) <= 4 * len(types)
+    for kind in ("train", "eval"):
+        for ours, theirs in zip(_metrics(compiled, kind), _metrics(plain, kind), strict=True):
+            for one, other in zip(ours, theirs, strict=True):
+                assert one == pytest.approx(other, rel=1e-4)
+    # Nothing of it is in what is saved.
+    assert load_file(_state(compiled)).keys() == load_file(_state(plain)).keys()
+
+
+def test_compiling_is_for_a_single_process(make_settings: Make) -> None:
+    settings = make_settings(compile=True)
+
+    class Two(Ranks):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dp = 2
+
+    with pytest.raises(ValueError, match="compile=True with 2 processes: expected one process, or compile=False"):
+        train(settings.replace(batch=2), ranks=Two())
+    assert not Path(settings.out).exists()

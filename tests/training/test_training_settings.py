@@ -70,7 +70,10 @@ def test_what_changes_the_losses_is_listed_and_what_does_not_is_free(make_settin
         "batch was 2, now 3",
         "seed was 0, now 1",
     ]
-    assert changed_settings(saved, saved.replace(threads=2, save_every=1, eval_every=1, out="elsewhere")) == []
+    assert (
+        changed_settings(saved, saved.replace(threads=2, compile=True, save_every=1, eval_every=1, out="elsewhere"))
+        == []
+    )
 
 
 def test_progress_is_of_steps_or_minutes_whichever_is_larger(make_settings: Make) -> None:

@@ -12,7 +12,7 @@ import typer
 Options: TypeAlias = dict[str, Any]
 """The settings that the user gave, by name."""
 
-_TYPES = {"int": int, "float": float, "str": str}
+_TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 
 
 def options_of(settings: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -121,6 +121,16 @@ def version_of(x: Tensor) -> int | None:
         raise TRIED.gone(error) from None
 
 
+def many_recompilations() -> AbstractContextManager[Any]:
+    """Inside, ``torch.compile`` makes as many graphs of one function as blocks of all types need, in training and evaluation.
+
+    By default it gives up after 8.
+    """
+    TRIED.get("torch._dynamo.config.recompile_limit")
+    settings: Any = TRIED.get("torch._dynamo.config")
+    return settings.patch(recompile_limit=64)
+
+
 def specialised_floats() -> AbstractContextManager[Any]:
     """Inside, ``torch.compile`` takes Python floats as constants."""
     TRIED.get("torch._dynamo.config.specialize_float")

@@ -9,6 +9,7 @@ import torch
 
 from longnet.models import LongNetLM
 from longnet.models.threads import torch_threads
+from longnet.runtime.torch_internals import many_recompilations
 from longnet.training.checkpoint import read_checkpoint
 from longnet.training.data import Corpus, check_lengths, check_outside, read_corpus
 from longnet.training.device import resolve_device
@@ -58,6 +59,7 @@ def train(
     ranks.check(settings.batch, settings.dtype)
     tell = reporter or SilentReporter()
     device = resolve_device(settings.device, settings.dtype)
+    compiled = _compiled(settings, device, ranks)
     if resume:
         RunFolder(settings.out).require_run()
     with _locked_by_first(settings.out, ranks):
@@ -89,7 +91,12 @@ def train(
             model = LongNetLM(settings.model).to(device)
             trainer = Trainer(settings, folder, data, model, device, tell, ranks)
             try:
-                with closing(trainer):
+                with closing(trainer), many_recompilations() if compiled else nullcontext():
+                    if compiled:
+                        # Of blocks that are alike one graph is made. Part of one would not be noticed to run uncompiled.
+                        for block in model.blocks:
+                            block.compile(fullgraph=True)
+                        tell.say("Compiling the blocks: the first step and the first evaluation take longer")
                     trainer.start(checkpoint)
                     ranks.vary_dropout(settings.seed + trainer.step)
                     return trainer.run(should_stop or (lambda: False))
@@ -98,6 +105,18 @@ def train(
                 if ranks.is_first and not resume and trainer.step == 0:
                     folder.remove()
                 raise
+
+
+def _compiled(settings: TrainSettings, device: torch.device, ranks: Ranks) -> bool:
+    """Whether blocks are compiled.
+
+    Raises:
+        ValueError: they should be, and several processes train.
+    """
+    alone = ranks.dp * ranks.cp == 1
+    if settings.compile and not alone:
+        raise ValueError(f"compile=True with {ranks.dp * ranks.cp} processes: expected one process, or compile=False")
+    return device.type == "cuda" and alone if settings.compile is None else settings.compile
 
 
 @contextmanager

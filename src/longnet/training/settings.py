@@ -18,7 +18,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_STEPS = 1000
 """Steps of ``longnet train`` when neither steps nor minutes are given."""
 
-_FREE_TO_CHANGE = frozenset({"out", "data", "device", "threads", "cp", "eval_every", "eval_windows", "save_every"})
+_FREE_TO_CHANGE = frozenset(
+    {"out", "data", "device", "threads", "cp", "compile", "eval_every", "eval_windows", "save_every"}
+)
 """Settings that a resumed run may change. ``data`` is compared by content (its fingerprint), not by path."""
 _LENGTH = frozenset({"steps", "minutes"})
 
@@ -42,6 +44,7 @@ class TrainSettings:
         dtype: of the forward pass (autocast); weights and optimizer stay float32.
         device: ``"auto"`` (CUDA, else MPS, else the CPU) or a torch device.
         eval_windows: held-out windows of an evaluation during training.
+        compile: whether ``torch.compile`` makes one graph of each block; ``None`` does on a GPU, in a single process.
         threads: CPU threads of torch; ``None`` takes one for a small model on the CPU, else torch's number.
     """
 
@@ -74,6 +77,9 @@ class TrainSettings:
     save_every: int = setting(100, "Steps between checkpoints, 0 for one at the end.", least=0)
     threads: int | None = setting(None, "CPU threads.", shown="torch's choice, 1 for a small model")
     cp: int = setting(1, "Processes that share each window, of those torchrun started.")
+    compile: bool | None = setting(
+        None, "Compile the blocks: the first steps take longer.", shown="on a GPU, with one process"
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)
