@@ -648,7 +648,26 @@ def _decoding(result: Record) -> list[Table]:
     return [table("Decoding", columns, rows)]
 
 
+def _waiting(result: Record) -> list[Table]:
+    rows = []
+    for record in result["rows"]:
+        others = {name: seconds for name, seconds in record["seconds"].items() if name != "ours"}
+        beside = ", ".join(f"{name} {1e3 * median(seconds):.3g} ms" for name, seconds in others.items()) or None
+        value = record["value"] if record["beside"] else 1e3 * record["value"]
+        limit = record["limit"] if record["beside"] or record["limit"] is None else 1e3 * record["limit"]
+        of = f" of {record['beside']}" if record["beside"] else " ms"
+        shown = None if limit is None else f"{limit:.4g}{of}"
+        verdict = Verdict("", value, limit, limit is not None)
+        rows.append(record | {"others": beside, "limit": shown, "verdict": str(verdict) if limit is not None else None})
+    columns = {
+        "what": "{name}", "longnet ms": "{seconds[ours]:ms}", "beside": "{others}", "tokens/s": "{tokens_per_second:,.0f}",
+        "first call s": "{first_seconds:.1f}", "limit": "{limit}", "verdict": "{verdict}",
+    }  # fmt: skip
+    return [table("Waiting", columns, rows)]
+
+
 _KINDS: dict[str, Callable[[Record], list[Table]]] = {
     "stream record": _long_stream, "gigapath": _slide_encoder, "compress": _compressed, "scaling": _scaling, "hf": _hf,
     "longest training": _longest_training, "windows": _windows, "decoding": _decoding,
+    "waiting": _waiting,
 }  # fmt: skip
