@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from longnet.attention.backends.triton import backend, bands, launches
+from longnet.attention.backends.triton import backend, bands, bias, launches
 from longnet.attention.backends.triton.kernels import backward, forward
 from longnet.attention.backends.triton.kernels import bands as band_kernels
 from longnet.attention.backends.triton.kernels.bias import bias_kernel
@@ -61,7 +61,7 @@ def launches_of(kind: str, kernel: str, dim: int, dtype: torch.dtype, capability
         **FLAGS,
     }
     if kind == "bias":
-        size, warps = backend.bias_block(64, dim, dtype)
+        size, warps = bias.bias_block(64, dim, dtype)
         whole = {name: "i32" for name in bias_kernel.arg_names if name.islower() and not name.endswith("_at")}
         settings = launches.Settings(*channels, size, size, 1, 1, WEIGHTED=False, **of_nest)
         yield bias_kernel, settings, whole | {"scale": "fp32"}, warps

@@ -16,6 +16,7 @@ import longnet
 from longnet import dilated_attention
 from longnet.attention.backends import select_backend
 from longnet.attention.backends.triton import backend as triton_flash
+from longnet.attention.backends.triton import bias as bias_launches
 from longnet.attention.call import AttentionSpec
 from longnet.attention.functional import pattern_attention
 from longnet.geometry import Pattern
@@ -184,7 +185,7 @@ BIASED = {
 @pytest.mark.parametrize("name", BIASED)
 def test_the_relative_bias_and_its_gradient(name, monkeypatch):
     # Segments shared out among many programs, or all done by one.
-    monkeypatch.setattr(triton_flash, "_BIAS_PROGRAMS", 1 if name == "a nest" else 2048)
+    monkeypatch.setattr(bias_launches, "PROGRAMS", 1 if name == "a nest" else 2048)
     problem = BIASED[name]
     reach = max(problem.segment_lengths)
     bias = draw(problem.heads, 2 * reach + 5, seed=9)

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from longnet.attention.backends.triton import bands, hopper, hopper_bands
 from longnet.attention.backends.triton.all_heads import backward_among_all_heads, forward_among_all_heads
+from longnet.attention.backends.triton.bias import bias_gradient
 from longnet.attention.backends.triton.launches import Blocks, Settings, Sizes, plan_launches
 from longnet.attention.backends.triton.steps import Fill, RepeatedSteps, Run, Step, Tensors
-from longnet.attention.backends.views import bias_columns, signed, sum_heads
+from longnet.attention.backends.views import signed, sum_heads
 from longnet.attention.call import AttentionInputs, Gradients, SavedForward
 from longnet.geometry import Pattern
 from longnet.geometry.needed_rows import needed_by_first
@@ -38,9 +39,6 @@ LARGEST_HEAD_DIM = 256
 # A branch joins a finer one when it keeps at least so many rows of the finer segment: fewer would leave blocks of rows
 # mostly empty. Tests lower it.
 LEAST_ROWS = 64
-
-# How many programs share the work of a branch's bias gradient, where there is work for so many.
-_BIAS_PROGRAMS = 2048
 
 
 def unsupported_reason(inputs: AttentionInputs) -> str | None:
@@ -343,40 +341,6 @@ def _backward_steps(call: _Call, has_lse: bool) -> Iterator[Step]:
     )  # fmt: skip
 
 
-def bias_block(rows: int, dim: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(distances, warps) of a program of the bias gradient for a branch of ``rows``: registers hold a block by two blocks."""
-    size = min(power_of_two(rows), 16 if dtype == torch.float32 else 64 if dim <= 128 else 32)
-    return size, 8 if size == 64 else 4
-
-
-def _bias_gradient(call: _Call) -> Tensor:
-    """The gradient of the relative bias (H, 2L - 1), branch by branch, in float32."""
-    from longnet.attention.backends.triton.kernels.bias import bias_kernel
-
-    read = "q k v grad_out row_lse"
-    tensors = [call.tensors[name] for name in f"{read} delta mask bias".split()]
-    grad = torch.zeros_like(call.tensors["bias"])
-    for branch in call.spec.pattern.branches:
-        rows = branch.rows(branch.longest(call.length), 0)
-        # A causal query meets no key after itself.
-        keys = 1 if call.spec.is_causal else rows
-        distances = rows + keys - 1
-        size, warps = bias_block(rows, call.dim, call.dtype)
-        blocks, segments = -(-distances // size), len(branch.starts(call.length))
-        units = segments * call.batch
-        # Long sequences of short segments have few distances: their segments are shared out among programs.
-        share = -(-units // max(1, _BIAS_PROGRAMS // (blocks * call.heads)))
-        shares = -(-units // share)
-        parts = grad.new_empty(shares, call.heads, distances)
-        bias_kernel[(blocks * call.heads * shares,)](
-            *tensors, parts, *call.strides(f"{read} mask bias"), call.length, call.heads, call.group, call.scale,
-            branch.segment_length, branch.dilation_rate, segments, units, share, blocks, rows, distances,
-            call.settings(size, size), num_warps=warps,
-        )  # fmt: skip
-        grad[:, bias_columns(grad, rows, keys, branch.dilation_rate)] += parts.sum(0)
-    return grad
-
-
 # Of calls that were made. Who changes how calls are cut clears it.
 STEPS = RepeatedSteps(1024)
 
@@ -450,7 +414,7 @@ def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None, use
         key = (has_lse, *_key(inputs, use_hopper, tensors, others))
         STEPS.run(key, tensors, lambda: _backward_steps(_Call(inputs, tensors, use_hopper), has_lse))
         if inputs.bias is not None:
-            grads.bias.copy_(_bias_gradient(_Call(inputs, tensors, use_hopper)))
+            grads.bias.copy_(bias_gradient(_Call(inputs, tensors, use_hopper)))
     for grad, buffer, heads in zip(grads, buffers, (1, group, group), strict=False):
         if buffer is not grad:
             grad.copy_(sum_heads(buffer, heads))
