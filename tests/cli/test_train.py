@@ -123,7 +123,8 @@ def test_layers_of_several_types_are_trained_and_resumed(
     result = longnet("generate", out, "--prompt", "abc", "--tokens", 3)
     assert result.returncode == 0, result.stderr
     result = longnet("train", *train_arguments, "--window", 9, "--out", tmp_path / "other", "--steps", 1)
-    assert result.returncode == 2 and "expected --layer-types as well" in result.stderr
+    assert result.returncode == 2 and "--window given for a model" in result.stderr
+    assert "expected --layer-types as well" in result.stderr
     assert not (tmp_path / "other").exists()
 
 

@@ -518,6 +518,18 @@ def test_compiled_blocks_learn_the_same(make_settings: Make, monkeypatch: pytest
     assert load_file(_state(compiled)).keys() == load_file(_state(plain)).keys()
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_compiled_dropout_draws_what_it_draws_uncompiled(
+    make_settings: Make, monkeypatch: pytest.MonkeyPatch, dropout: float
+) -> None:
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: given.append(options))
+    model = LongNetConfig.preset("nano", layers=1, dropout=dropout)
+    train(make_settings(model=model, compile=True, steps=1))
+    # torch's compiler draws numbers of its own otherwise.
+    assert given == [{"fullgraph": True} | ({"options": {"fallback_random": True}} if dropout else {})]
+
+
 def test_compiling_is_for_a_single_process(make_settings: Make) -> None:
     settings = make_settings(compile=True)
 

@@ -332,6 +332,12 @@ def check_tensor(name: str, x: object, axes: str, dtypes: str) -> None:
         raise ValueError(f"{name} has shape {tuple(x.shape)}: expected 4 dimensions {axes}")
     if not x.is_floating_point():
         raise TypeError(f"{name} has dtype {x.dtype}: expected {dtypes}")
+    _check_layout(name, x)
+
+
+def _check_layout(name: str, x: Tensor) -> None:
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} has the layout {x.layout}: expected torch.strided, to_dense() gives it")
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -363,6 +369,7 @@ def check_mask(mask: object, query: Tensor, axes: str = "(B, N)") -> None:
         raise TypeError(f"key_padding_mask has type {type(mask).__name__}: expected a bool torch.Tensor or None")
     if mask.dtype != torch.bool:
         raise TypeError(f"key_padding_mask has dtype {mask.dtype}: expected torch.bool, True where a key is ignored")
+    _check_layout("key_padding_mask", mask)
     expected = (query.shape[0], query.shape[2])
     if mask.dim() != 2 or mask.shape[0] != expected[0] or mask.shape[1] != expected[1]:
         raise ValueError(f"key_padding_mask has shape {tuple(mask.shape)}: expected {axes} = {expected}")

@@ -105,12 +105,12 @@ def _with_layers(model: LongNetConfig, changes: Options) -> LongNetConfig:
     Raises:
         ValueError: changes of layers that it does not have.
     """
-    model = model.replace(**changes)
-    if changes and model.layer_types is None:
+    if changes and changes.get("layer_types", model.layer_types) is None:
+        options = ", ".join("--" + name.replace("sliding_", "").replace("_", "-") for name in changes)
         raise ValueError(
-            f"{', '.join(changes)} given for a model whose layers are all 'dilated_attention': expected --layer-types as well"
+            f"{options} given for a model whose layers are all 'dilated_attention': expected --layer-types as well"
         )
-    return model
+    return model.replace(**changes)
 
 
 def _read_model(preset: str | None, config: Path | None) -> LongNetConfig | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from longnet.geometry import Pattern
@@ -58,4 +59,5 @@ def pattern_of(layer_type: str, sliding_window: int, stride: int, stride_block: 
     except (TypeError, ValueError) as error:
         # Name the fields as they are called here.
         said = str(error).replace("window=", "sliding_window=").replace("dilation_block=", "stride_block=")
-        raise type(error)(said.replace("dilation_rates=", "stride=")) from None
+        said = re.sub(r"stride=\((.*?),\)", r"stride=\1", said.replace("dilation_rates=", "stride="))
+        raise type(error)(said) from None

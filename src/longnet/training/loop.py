@@ -93,9 +93,11 @@ def train(
             try:
                 with closing(trainer), many_recompilations() if compiled else nullcontext():
                     if compiled:
-                        # Of blocks that are alike one graph is made. Part of one would not be noticed to run uncompiled.
+                        # Of blocks that are alike one graph is made. Part of one would not be noticed to run uncompiled. Without
+                        # the option dropout would draw other numbers than it does uncompiled.
+                        options = {"options": {"fallback_random": True}} if settings.model.dropout else {}
                         for block in model.blocks:
-                            block.compile(fullgraph=True)
+                            block.compile(fullgraph=True, **options)
                         tell.say("Compiling the blocks: the first step and the first evaluation take longer")
                     trainer.start(checkpoint)
                     ranks.vary_dropout(settings.seed + trainer.step)
