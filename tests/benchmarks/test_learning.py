@@ -256,3 +256,13 @@ def test_every_result_of_the_evidence_is_in_the_list():
         one = listed[path.stem]
         assert (record["arm"], record["seed"]) == (one.arm, one.seed)
         assert record["settings"]["shape"]["shift_keys"] == one.settings.shape.shift_keys
+
+
+def test_what_is_done_to_far_layers_is_done_to_those_in_the_middle_of_dense_ones():
+    shape = Shape(layers=8, dim=32, heads=2, context=32, shift_keys=True, far_positions=False)
+    model = Model(shape)
+    model.read_as(ARMS["dense with middle keys shifted"](8), torch.device("cpu"))
+    assert [block.shift_keys for block in model.blocks] == [False] * 3 + [True] * 2 + [False] * 3
+    assert [block.rotates for block in model.blocks] == [True] * 3 + [False] * 2 + [True] * 3
+    model.read_as(ARMS["window+dense 1/4"](8), torch.device("cpu"))
+    assert [block.rotates for block in model.blocks] == [True, True, True, False] * 2
