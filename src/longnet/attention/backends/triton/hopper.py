@@ -230,7 +230,8 @@ class Work:
         """A launch or several for each nest, one after the other."""
         batch, heads, length, channels = tensors["q"].shape
         first, last = tensors[inputs[0]], tensors[inputs[-1]]
-        key_heads, dim, dtype, device = last.shape[1], first.shape[-1], first.dtype, first.device
+        # Inputs that are copies are on the device meta by now.
+        key_heads, dim, dtype, device = last.shape[1], first.shape[-1], first.dtype, tensors["q"].device
         # Of the statistics one stride is enough, they are alike.
         strides = strides_of(tensors, (*statistics[:1], *written))
         views = [matrix_of(tensors[name]) for name in inputs]
