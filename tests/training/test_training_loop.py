@@ -20,6 +20,7 @@ from longnet.training import (
     TrainingDiverged,
     TrainSettings,
     load_model,
+    loop,
     read_corpus,
     train,
     write_report,
@@ -528,6 +529,22 @@ def test_compiled_dropout_draws_what_it_draws_uncompiled(
     train(make_settings(model=model, compile=True, steps=1))
     # torch's compiler draws numbers of its own otherwise.
     assert given == [{"fullgraph": True} | ({"options": {"fallback_random": True}} if dropout else {})]
+
+
+@pytest.mark.parametrize(
+    ("has_triton", "capability", "expected"), [(True, (8, 0), True), (False, (8, 0), False), (True, (6, 1), False)]
+)
+def test_a_gpu_compiles_by_default_where_it_can(
+    make_settings: Make, monkeypatch: pytest.MonkeyPatch, has_triton: bool, capability: tuple[int, int], expected: bool
+) -> None:
+    monkeypatch.setattr(loop, "HAS_TRITON", has_triton)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    reporter, gpu = _Saying(), torch.device("cuda")
+    assert loop._compiled(make_settings(), gpu, Ranks(), reporter) is expected
+    # What is not done is told.
+    assert [line.startswith("Not compiling the blocks") for line in reporter.said] == [True] * (not expected)
+    assert not loop._compiled(make_settings(compile=False), gpu, Ranks(), reporter)
+    assert not loop._compiled(make_settings(), torch.device("cpu"), Ranks(), reporter)
 
 
 def test_compiling_is_for_a_single_process(make_settings: Make) -> None:

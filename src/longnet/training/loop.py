@@ -10,6 +10,7 @@ import torch
 from longnet.models import LongNetLM
 from longnet.models.threads import torch_threads
 from longnet.runtime.torch_internals import many_recompilations
+from longnet.runtime.triton_support import HAS_TRITON
 from longnet.training.checkpoint import read_checkpoint
 from longnet.training.data import Corpus, check_lengths, check_outside, read_corpus
 from longnet.training.device import resolve_device
@@ -59,7 +60,7 @@ def train(
     ranks.check(settings.batch, settings.dtype)
     tell = reporter or SilentReporter()
     device = resolve_device(settings.device, settings.dtype)
-    compiled = _compiled(settings, device, ranks)
+    compiled = _compiled(settings, device, ranks, tell)
     if resume:
         RunFolder(settings.out).require_run()
     with _locked_by_first(settings.out, ranks):
@@ -109,7 +110,11 @@ def train(
                 raise
 
 
-def _compiled(settings: TrainSettings, device: torch.device, ranks: Ranks) -> bool:
+# The oldest GPUs that torch.compile's kernels run on.
+_LEAST_CAPABILITY = (7, 0)
+
+
+def _compiled(settings: TrainSettings, device: torch.device, ranks: Ranks, tell: Reporter) -> bool:
     """Whether blocks are compiled.
 
     Raises:
@@ -118,7 +123,14 @@ def _compiled(settings: TrainSettings, device: torch.device, ranks: Ranks) -> bo
     alone = ranks.dp * ranks.cp == 1
     if settings.compile and not alone:
         raise ValueError(f"compile=True with {ranks.dp * ranks.cp} processes: expected one process, or compile=False")
-    return device.type == "cuda" and alone if settings.compile is None else settings.compile
+    if settings.compile is not None or device.type != "cuda" or not alone:
+        return bool(settings.compile)
+    if not HAS_TRITON or torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
+        tell.say(
+            f"Not compiling the blocks: it needs triton, and a GPU of compute capability {_LEAST_CAPABILITY[0]} or more"
+        )
+        return False
+    return True
 
 
 @contextmanager

@@ -44,7 +44,7 @@ class TrainSettings:
         dtype: of the forward pass (autocast); weights and optimizer stay float32.
         device: ``"auto"`` (CUDA, else MPS, else the CPU) or a torch device.
         eval_windows: held-out windows of an evaluation during training.
-        compile: whether ``torch.compile`` makes one graph of each block; ``None`` does on a GPU, in a single process.
+        compile: whether ``torch.compile`` compiles the blocks; ``None`` does on a GPU that it supports, in a single process.
         threads: CPU threads of torch; ``None`` takes one for a small model on the CPU, else torch's number.
     """
 
