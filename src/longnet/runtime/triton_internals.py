@@ -191,16 +191,16 @@ class Launch:
 
 
 def compile_together(launches: Sequence[tuple[Launch, tuple[Pointer, ...], tuple[Tensor, ...]]]) -> None:
-    """Compile the kernels of launches side by side, each given its pointers and inputs; those that there are are found.
+    """Compile the kernels of several launches side by side, each given its pointers and inputs.
 
-    A kernel takes seconds, and Triton would compile the next one when the one before has been launched.
+    A kernel takes seconds, and Triton would compile one after the other. Kernels that it has are not compiled again.
     """
+    if len(launches) < 2 or interpreting():
+        return
     try:
         from triton import AsyncCompileMode
     except ImportError as error:
         raise TRIED.gone(error) from None
-    if len(launches) < 2 or interpreting():
-        return
 
     def compile_all() -> None:
         with ThreadPoolExecutor(min(len(launches), os.cpu_count() or 1)) as pool, AsyncCompileMode(pool):

@@ -256,7 +256,7 @@ class Work:
             options = {"C": constants, "num_warps": 4, "maxnreg": _REGISTERS}
             segments = nest.segments(length, self.segment_offset)
             each = schedule.per_launch
-            limits = (partial(_limits_of, schedule),) if kernel == "key_value" else ()
+            limits = (partial(cached_limits, schedule),) if kernel == "key_value" else ()
             for start in range(0, schedule.items, each):
                 items = min(each, schedule.items - start)
                 rest = (
@@ -273,18 +273,14 @@ def _order_of(schedule: Schedule, part: slice | None) -> Tensor:
     return order if part is None else order[part]
 
 
-def _limits_of(schedule: Schedule) -> Tensor:
-    return cached_limits(schedule)
-
-
 def fold_of(view: View) -> tuple[int, ...]:
-    """Its arguments, for another length the same kernel."""
+    """The view's numbers as a kernel takes them; those that follow from the length are values."""
     batch, head, *others = view.arguments
     return Value(batch), Value(head), *others
 
 
 def strides_of(tensors: Tensors, names: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """Three of each; those of statistics (B, H, N) follow from the length."""
+    """Three strides of each tensor. Those of statistics (B, H, N) follow from the length, and are values."""
     strides = (tensors[name].stride()[:3] for name in names)
     of_length = (name in (*STATISTICS, "lse") for name in names)
     return tuple(

@@ -92,10 +92,11 @@ class RepeatedSteps:
             steps = tuple(made)
         for step in steps:
             step.run(tensors)
-        if key not in self._steps:
-            self._steps[key] = steps
-            if len(self._steps) > self._most:
-                self._steps.popitem(last=False)
+        # Last again; another thread may have taken it out meanwhile.
+        self._steps.pop(key, None)
+        self._steps[key] = steps
+        if len(self._steps) > self._most:
+            self._steps.popitem(last=False)
 
     def clear(self) -> None:
         """Forget all of them, where something has changed that keys do not hold."""
