@@ -2,8 +2,8 @@
 
     python -m benchmarks.waiting --out waiting.json
 
-Seconds are the host's: one call, then the device has finished; calls back to back stand beside. Peers stand in the same run:
-dense attention, FlexAttention with a window of as many keys, the same model with full layers. ``--only`` names sections.
+Seconds are the host's, from a call until the device has finished; long calls are timed on the device. Dense attention, and in
+the compiled stack FlexAttention with a window of as many keys, are timed in the same run. ``--only`` names sections.
 """
 
 from __future__ import annotations

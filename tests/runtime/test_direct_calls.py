@@ -1,4 +1,4 @@
-"""Who looks on sees the operator; a call that nobody looks at runs the function itself. Both give the same."""
+"""Modes, profilers, subclasses and transforms see the operators; other calls skip torch's dispatcher. Both give the same."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def of_ours(names):
     return [name for name in names if name.startswith("longnet.")]
 
 
-def test_a_call_that_nobody_looks_at_runs_the_function(inputs, monkeypatch) -> None:
+def test_only_a_mode_makes_a_call_go_through_the_dispatcher(inputs, monkeypatch) -> None:
     ran = []
     real = torch.ops.longnet.portable.default
 
@@ -57,7 +57,7 @@ def test_a_call_that_nobody_looks_at_runs_the_function(inputs, monkeypatch) -> N
         return real(*arguments)
 
     # A pair of its own: those of the library were made before.
-    call = operators.callable_anywhere("portable", real, run, lambda ctx, inputs, output: None, lambda *_: None)
+    call = operators.caller_of("portable", real, run, lambda ctx, inputs, output: None, lambda *_: None)
     flat = (*(x.detach() for x in inputs), None, None, None)
     spec = AttentionSpec(Pattern.parse(*CALL), False, 0.3).encode()
     expected = real(*flat, *spec)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longnet.attention.call import SPEC, TENSORS, AttentionInputs, Gradients, SavedForward, from_flat
 from longnet.runtime.autocast import no_autocast
-from longnet.runtime.operators import callable_anywhere, define, no_second_derivative
+from longnet.runtime.operators import caller_of, define, no_second_derivative
 
 Forward = Callable[..., tuple[Tensor, ...]]
 Backward = Callable[..., Gradients]
@@ -100,10 +100,8 @@ def register_attention(
     torch.library.register_autograd(f"longnet::{name}", autograd_backward, setup_context=setup_context)
     refuse = no_second_derivative(f"{name}_backward")
     torch.library.register_autograd(f"longnet::{name}_backward", refuse)
-    forward_of = callable_anywhere(name, call, forward_op, setup_context, autograd_backward)
-    backward_of = callable_anywhere(
-        f"{name}_backward", call_backward, backward_op, lambda ctx, inputs, output: None, refuse
-    )
+    forward_of = caller_of(name, call, forward_op, setup_context, autograd_backward)
+    backward_of = caller_of(f"{name}_backward", call_backward, backward_op, lambda ctx, inputs, output: None, refuse)
 
     def run(inputs: AttentionInputs, *settings: Any) -> Any:
         return forward_of(*inputs.flat(), *settings)

@@ -43,7 +43,10 @@ def train(
     ] = None,
     far_positions: Annotated[
         bool | None,
-        typer.Option("--far-positions/--no-far-positions", help="Do strided and full layers know positions."),
+        typer.Option(
+            "--far-positions/--no-far-positions",
+            help="Rotate queries and keys of strided and full layers (xPos).",
+        ),
     ] = None,
     *,
     options: Options,

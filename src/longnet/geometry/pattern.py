@@ -460,6 +460,7 @@ def _integers(name: str, values: int | Sequence[int | None], *, or_none: Literal
 def _integers(name: str, values: int | Sequence[int | None], *, or_none: bool = False) -> tuple[int | None, ...]:
     items = (values,) if isinstance(values, int) else values
     try:
+        # A text is a sequence too, of texts.
         if isinstance(items, (str, bytes)):
             raise TypeError
         items = tuple(items)

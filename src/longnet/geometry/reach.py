@@ -31,7 +31,7 @@ class LayerAttention:
         heads: how many they are.
         segment_offset: on the grid position ``p`` counts as ``p + segment_offset``.
         shift_keys: a key also holds channels of the token before, see :func:`longnet.nn.shift_keys.shift_keys`.
-        positions: queries and keys hold where they stand, if those of any layer do.
+        positions: False in a layer that does not rotate queries and keys by position where other layers of the model do.
     """
 
     pattern: Pattern

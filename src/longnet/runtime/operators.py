@@ -43,16 +43,17 @@ def no_second_derivative(name: str) -> Callable[..., None]:
     return refuse
 
 
-def callable_anywhere(
+def caller_of(
     name: str,
     call: Callable[..., Any],
     function: Callable[..., Any],
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """The operator ``call`` in a form that ``torch.func`` transforms as well: what torch.library differentiates, it cannot.
+    """How Python calls the operator ``call``. ``torch.func`` transforms it too: what torch.library differentiates, it cannot.
 
-    On plain tensors that nothing looks on at it calls ``function`` itself: torch takes longer to find it than short attention.
+    Where no compiler, transform, dispatch mode, subclass or profiler would see the operator, ``function`` is called without
+    torch's dispatcher, which costs much of a short call's host time.
 
     Args:
         function: what the operator runs.

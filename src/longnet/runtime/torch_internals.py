@@ -52,7 +52,7 @@ def is_differentiated_or_batched() -> bool:
 
 
 def is_observed() -> bool:
-    """Whether something looks on at every operator: a transform of ``torch.func``, a dispatch mode or torch's profiler."""
+    """Whether a transform of ``torch.func``, a dispatch mode or torch's profiler sees every operator."""
     return _functorch_level() is not None or bool(_dispatch_modes()) or _is_profiled()
 
 

@@ -341,12 +341,12 @@ def _backward_steps(call: _Call, has_lse: bool) -> Iterator[Step]:
     )  # fmt: skip
 
 
-# Of calls that were made. Who changes how calls are cut clears it.
+# The steps of earlier calls. Tests that change how kernels are cut clear it.
 STEPS = RepeatedSteps(1024)
 
 
 def _tensors(inputs: AttentionInputs) -> Tensors:
-    """The call's tensors as kernels take them. Those that there are not are the query, which is then not read in their place."""
+    """The call's tensors by name, as kernels take them. For a mask, bias or offsets that are not given kernels get the query."""
     query, key, value, padding, offsets, bias = inputs.tensors
     # Kernels take the largest scaled score from the largest score, so a scale's sign goes into the query.
     q = _unit_stride(signed(query, inputs.spec.scale))

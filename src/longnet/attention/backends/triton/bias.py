@@ -10,7 +10,7 @@ from torch import Tensor
 from longnet.attention.backends.views import bias_columns
 from longnet.runtime.triton_support import power_of_two
 
-# How many programs share the work of a branch's bias gradient, where there is work for so many.
+# The most programs that compute the bias gradient of one branch.
 PROGRAMS = 2048
 
 
