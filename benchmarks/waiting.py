@@ -13,8 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,10 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from benchmarks import results
-from benchmarks.cases import Record
+from benchmarks import checks, results
+from benchmarks.cases import PASSES, Case, Record, Tensors, draw
 from benchmarks.device import Device, here
-from benchmarks.timing import host_seconds, interleave
+from benchmarks.timing import contender, host_seconds, interleave, ours
 from longnet import LongNetConfig, LongNetLM, dilated_attention
 
 PAPER = ((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12))
@@ -78,7 +79,7 @@ def row(
     return {"name": name, "seconds": seconds, "beside": beside, "value": value, "limit": limit, **more}
 
 
-def one_by_one(device: Device, calls: dict[str, Callable[[], object]], count: int) -> dict[str, list[float]]:
+def one_by_one(device: Device, calls: Mapping[str, Callable[[], object]], count: int) -> dict[str, list[float]]:
     """Seconds of each call, in turn: the device is idle before, and has finished after."""
     found: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(count + 3):
@@ -87,63 +88,48 @@ def one_by_one(device: Device, calls: dict[str, Callable[[], object]], count: in
     return found
 
 
-def attention(
-    sizes: Sizes, tokens: int, dim: int, device: Device, backward: bool, **options: Any
-) -> Callable[[], object]:
-    """A causal call of the paper's pattern; ``dense=True`` for torch's attention over all tokens."""
-    shape = (1, sizes.heads, tokens, dim)
-    q, k, v, grad = (torch.randn(shape, device=device.device, dtype=sizes.dtype) for _ in range(4))
-    inputs = [x.requires_grad_(backward) for x in (q, k, v)]
-    is_dense = options.pop("dense", False)
-
-    def call() -> object:
-        if is_dense:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            out = dilated_attention(q, k, v, *PAPER, is_causal=True, **options)
-        return torch.autograd.grad(out, inputs, grad) if backward else out
-
-    return call
+def case_of(sizes: Sizes, tokens: int, dim: int) -> Case:
+    return Case(tokens, str(sizes.dtype).removeprefix("torch."), sizes.heads, dim, *PAPER)
 
 
 def calls(sizes: Sizes, device: Device) -> Iterator[Record]:
-    """A call from Python."""
-    dim = sizes.dims[0]
-    for backward, limit in ((False, 0.30e-3), (True, 0.95e-3)):
-        both = {
-            "ours": attention(sizes, sizes.tokens, dim, device, backward),
-            "dense": attention(sizes, sizes.tokens, dim, device, backward, dense=True),
-        }
-        which = "forward and backward" if backward else "forward"
-        yield row(f"call, {which}", one_by_one(device, both, sizes.calls), limit)
+    """A call from Python, after a short one has been compared with the definition."""
+    case = case_of(sizes, sizes.tokens, sizes.dims[0])
+    checks.small_against_oracle(replace(case, length=min(700, case.length)), device.device, ("portable",))
+    tensors = draw(case, 0, device.device)
+    both = ours(case, tensors), contender("dense", checks.attend_dense(case.is_causal), tensors)
+    for which, limit in (("forward", 0.30e-3), ("forward_backward", 0.95e-3)):
+        passes = {one.name: one.passes[which] for one in both}
+        yield row(f"call, {which}", one_by_one(device, passes, sizes.calls), limit)
         many = {
-            name: [host_seconds(device, one, sizes.repeats) for _ in range(sizes.rounds)] for name, one in both.items()
+            name: [host_seconds(device, one, sizes.repeats) for _ in range(sizes.rounds)]
+            for name, one in passes.items()
         }
         yield row(f"calls back to back, {which}", many, None)
 
 
 def long_calls(sizes: Sizes, device: Device) -> Iterator[Record]:
     """A padding mask, and the general kernels beside those for Hopper GPUs."""
-    on_gpu = device.kind == "cuda"
     for dim in sizes.dims:
+        case = case_of(sizes, sizes.long, dim)
+        tensors = draw(case, 0, device.device)
         mask = torch.zeros(1, sizes.long, dtype=torch.bool, device=device.device)
         mask[:, -sizes.long // 16 :] = True
-        both = {
-            "ours": attention(sizes, sizes.long, dim, device, True, key_padding_mask=mask),
-            "without": attention(sizes, sizes.long, dim, device, True),
-        }
-        seconds = interleave(device, both, sizes.rounds, sizes.rounds)
-        yield row(f"a padding mask, D={dim}", seconds, 1.1, "without")
-        for backward in (False, True) if on_gpu else ():
-            kinds = {"ours": "triton:general", "Hopper": "triton:hopper"}
-            both = {
-                name: attention(sizes, sizes.long, dim, device, backward, backend=backend)
-                for name, backend in kinds.items()
-            }
-            seconds = interleave(device, both, sizes.rounds, sizes.rounds)
-            limit = 1.15 if dim == 64 else 1.25
-            which = "forward and backward" if backward else "forward"
-            yield row(f"general kernels, D={dim}, {which}", seconds, limit, "Hopper")
+
+        def compared(
+            tensors: Tensors = tensors, **attends: checks.Attend
+        ) -> Iterator[tuple[str, dict[str, list[float]]]]:
+            for which in PASSES:
+                timed = {name: contender(name, attend, tensors).passes[which] for name, attend in attends.items()}
+                yield which, interleave(device, timed, sizes.rounds, sizes.rounds)
+
+        attend = checks.attend_dilated(case)
+        for which, seconds in compared(ours=partial(attend, key_padding_mask=mask), without=attend):
+            yield row(f"a padding mask, D={dim}, {which}", seconds, 1.1, "without")
+        if device.kind == "cuda":
+            general, hopper = (checks.attend_dilated(case, f"triton:{kind}") for kind in ("general", "hopper"))
+            for which, seconds in compared(ours=general, Hopper=hopper):
+                yield row(f"general kernels, D={dim}, {which}", seconds, 1.15 if dim == 64 else 1.25, "Hopper")
 
 
 class Block(nn.Module):
@@ -187,13 +173,10 @@ def stack(sizes: Sizes, device: Device, attend: Callable[..., Tensor]) -> Callab
 def stacks(sizes: Sizes, device: Device) -> Iterator[Record]:
     """The operation inside of a compiled model, beside dense attention and a window of as many keys."""
 
-    def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def dilated(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return dilated_attention(query, key, value, *SHORT, is_causal=True)
 
-    def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
-
-    made = {"ours": stack(sizes, device, ours), "dense": stack(sizes, device, dense)}
+    made = {"ours": stack(sizes, device, dilated), "dense": stack(sizes, device, checks.attend_dense(True))}
     if device.kind == "cuda":
         window = lambda b, h, q, k: (q >= k) & (q - k < 496)  # noqa: E731
         mask = create_block_mask(window, None, None, sizes.tokens, sizes.tokens, device=str(device.device))

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import report, results, waiting
+from benchmarks.device import Cpu
 
 SIZES = replace(waiting.SMALL, steps=((2, 64),), calls=1, rounds=1, new_tokens=3, repeats=1, compiler=None)
 
@@ -20,13 +21,14 @@ def test_every_section_gives_rows_and_they_become_a_table(tmp_path) -> None:
     assert json.loads(out.read_text()) == json.loads(json.dumps(result))
     for record in result["rows"]:
         assert set(record["seconds"]) >= {"ours", *filter(None, [record["beside"]])}
-        # What is left of a call after its tokens' own time may be below 0.
-        assert all(second > 0 for each in record["seconds"].values() for second in each) or "beyond" in record["name"]
+        # Differences of two times may be below 0.
+        is_difference = "a token" in record["name"] or "beyond" in record["name"]
+        assert is_difference or all(second > 0 for each in record["seconds"].values() for second in each)
     (made,) = report.tables(result)
     assert len(made.rows) == len(result["rows"])
     by_name = {row[0]: row for row in made.rows}
     assert by_name["call, forward"][-2] == "0.3 ms" and by_name["call, forward"][-1] in ("reached", "missed")
-    assert by_name["a padding mask, D=16"][-2] == "1.1 of without"
+    assert by_name["a padding mask, D=16, forward_backward"][-2] == "1.1 of without"
     assert by_name["calls back to back, forward"][-1] == "-"
     # One section again: the others stay.
     again = waiting.run(out, ["calls"], SIZES)
@@ -40,3 +42,10 @@ def test_a_result_of_another_kind_is_not_written_over(tmp_path) -> None:
     results.save(results.started(kind="windows", device={"model": "another"}, rows=[]), out)
     with pytest.raises(results.NoResult, match="has the kind windows, this run waiting"):
         waiting.run(out, ["calls"], SIZES)
+
+
+def test_a_wrong_call_is_not_timed(monkeypatch) -> None:
+    right = waiting.checks.dilated_attention
+    monkeypatch.setattr(waiting.checks, "dilated_attention", lambda *args, **options: 1.01 * right(*args, **options))
+    with pytest.raises(waiting.checks.CheckFailed):
+        next(waiting.calls(SIZES, Cpu()))
