@@ -58,12 +58,22 @@ THIRD_PARTY = {
 # The only modules that import triton. Kernels run on its tensors, never on torch's.
 KERNELS = ("longnet", "attention", "backends", "triton", "kernels")
 STREAMING = ("longnet", "attention", "streaming")
-EVERY_KERNEL = (KERNELS, (*STREAMING, "kernels"), (*STREAMING, "band_kernels"), ("longnet", "nn", "kernels"))
+POSITION = ("longnet", "nn", "position")
+EVERY_KERNEL = (
+    *(
+        KERNELS,
+        (*STREAMING, "kernels"),
+        (*STREAMING, "band_kernels"),
+        ("longnet", "nn", "kernels"),
+        (*POSITION, "kernels"),
+    ),
+)
 MEETS_TRITON = {
     KERNELS: {"triton"},
     (*STREAMING, "kernels"): {"triton"},
     (*STREAMING, "band_kernels"): {"triton"},
     ("longnet", "nn", "kernels"): {"triton"},
+    (*POSITION, "kernels"): {"triton"},
     (*STREAMING, "fused"): {"torch", "triton"},
     (*STREAMING, "band_fused"): {"torch", "triton"},
     ("longnet", "runtime", "triton_internals"): {"torch", "triton"},

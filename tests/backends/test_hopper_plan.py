@@ -291,8 +291,12 @@ def test_other_lengths_are_the_same_kernels(kernels) -> None:
     long = launches_at(16384)
     for length in (16383, 9000, 8192, 5003, 4099):
         assert launches_at(length) == long
-    # Below a segment there are a few more, for powers of four.
-    assert launches_at(4096) == launches_at(3000) == launches_at(2000) != long
+    # Below a segment too, and of any short sequence.
+    for length in (4096, 3000, 2000, 801, 70, 5):
+        assert launches_at(length) == long
+    # Of segments with many rows those past the end of a short sequence would cost: it has other kernels, for powers of four.
+    long, *short = (launches_at(length, ((1 << 20,), (1,))) for length in (1 << 20, 16384, 9000, 5001))
+    assert long != short[0] == short[1] == short[2]
     windows = launches_at(8192, window=512)
     for length in (8191, 5003, 4096, 129):
         assert launches_at(length, window=512) == windows

@@ -64,7 +64,7 @@ def assembler(name: str, case: str, target: int) -> str:
     }  # fmt: skip
     integers = {"POSITION", "SEEN", "PADDING", "OFFSETS", "READERS"}
     types: dict[str, Any] = dict.fromkeys(integers, "*i64") | dict.fromkeys(("MEMBERS", "OF_HEADS"), "*i32")
-    types |= dict.fromkeys(("q_at", "k_at", "v_at", "out_at"), ("i64", "i64")) | {"cache_at": "i64"}
+    types |= dict.fromkeys(("q_at", "k_at", "v_at", "out_at"), ("i64", "i64")) | {"cache_rows": "i64"}
     types |= dict.fromkeys(("parts", "tiles", "heads"), "i32")
     if name == "parts":
         types |= {"OUT": "*fp32", "LSE": "*fp32", "PARTS": "*i32"}

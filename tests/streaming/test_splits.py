@@ -12,6 +12,7 @@ from oracle import dense_attention
 from patterns import Problem, problems, relative_error
 
 from longnet import DilatedCache, dilated_attention, stream_attention
+from longnet.attention.streaming import chunk
 from longnet.attention.streaming.step import step
 
 pytestmark = pytest.mark.filterwarnings("ignore:segment_lengths=.*to no head")
@@ -39,6 +40,18 @@ def streamed(problem: Problem, cuts, mask=None):
         start = stop
     assert cache.position == problem.length and cache.nbytes == size
     return torch.cat(outs, 2), cache
+
+
+@given(problem=problems(), cuts=st.lists(st.integers(1, 44), max_size=8))
+@settings(max_examples=60, deadline=None)
+def test_rows_stored_by_their_places_are_those_stored_by_blocks(problem, cuts):
+    """As on a GPU."""
+    problem = replace(problem, is_causal=True, padding=None)
+    _, by_blocks = streamed(problem, cuts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunk, "_store", chunk._store_by_places)
+        _, by_places = streamed(problem, cuts)
+    assert torch.equal(by_places.keys, by_blocks.keys) and torch.equal(by_places.values, by_blocks.values)
 
 
 @given(problem=problems(), cuts=st.lists(st.integers(1, 44), max_size=8), pad=st.booleans())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def uncached_reason(config: LongNetConfig) -> str | None:
 
 def _layer_cache(layer: LayerAttention, max_length: int | None, **options: Any) -> DilatedCache:
     pattern = layer.pattern if max_length is None else layer.pattern.shortened(max_length, layer.segment_offset)
-    return DilatedCache(
+    cache = DilatedCache(
         pattern.given_lengths,
         pattern.dilation_rates,
         **pattern.options,
@@ -52,6 +53,8 @@ def _layer_cache(layer: LayerAttention, max_length: int | None, **options: Any) 
         check_coverage=False,
         **options,
     )
+    cache._whole_pattern = replace(cache.pattern, branches=layer.pattern.branches, window=layer.pattern.window)
+    return cache
 
 
 class LongNetCache:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from longnet.checks import check_int, check_settings
 from longnet.models.base import LongNetBase
 from longnet.models.cache import LongNetCache, uncached_reason
+from longnet.models.captured import LEAST_TOKENS, CapturedStep, can_capture
 from longnet.models.threads import step_threads
 
 
@@ -103,7 +104,8 @@ class LanguageModel(LongNetBase):
         The prompt is read once, in chunks, into a :class:`longnet.models.cache.LongNetCache`; a new token then costs one step. A
         model that has no cached form yet (a relative position bias) passes over the whole prefix for every token.
         Only the last position goes through the output head. The model is in eval mode meanwhile, and back in its previous mode
-        afterwards. On the CPU a small model's steps run on one thread (``longnet.models.threads.step_threads``).
+        afterwards. On the CPU a small model's steps run on one thread (``longnet.models.threads.step_threads``). On a GPU steps
+        are replayed from a CUDA graph, unless something of the model runs Python that a graph would leave out, as hooks do.
 
         Prompts of unequal length are read without their padding, rows of one length together: each row gets the distribution
         that it gets alone.
@@ -166,32 +168,57 @@ class LanguageModel(LongNetBase):
         return result
 
 
-# Tokens of a prompt that are read at a time.
+# Tokens of a prompt that are read at a time, at least; on a GPU as many as keep the hidden layer of a feed-forward at so many
+# numbers, as each part waits for launches.
 _CHUNK = 8192
+_HIDDEN_NUMBERS = 1 << 27
+
+
+def _chunk_of(model: LanguageModel, rows: Tensor) -> int:
+    if rows.device.type != "cuda":
+        return _CHUNK
+    tokens = _HIDDEN_NUMBERS // (len(rows) * model.config.feed_forward_dim)
+    # Powers of two: parts then begin where segments do.
+    return max(_CHUNK, 1 << max(0, tokens.bit_length() - 1))
 
 
 @dataclass
 class _Rows:
     """Rows whose prompts are equally long: they are read and continued together.
 
-    ``batch_rows`` (b,) are their places in the batch, ``tokens`` (b, length + max_new_tokens) the prompts and the new tokens.
-    Without ``cache`` every token is a pass over the whole prefix.
+    ``batch_rows`` are their places in the batch, (b,) or a slice of all, ``tokens`` (b, length + max_new_tokens) the prompts and
+    the new tokens. Without ``cache`` every token is a pass over the whole prefix.
     """
 
-    batch_rows: Tensor
+    batch_rows: Tensor | slice
     tokens: Tensor
     length: int
     cache: LongNetCache | None
     generators: list[torch.Generator | None]
+    # Of a single token, where steps are captured.
+    step: CapturedStep | None = None
 
     def next(self, model: LanguageModel, step: int, sampling: Sampling) -> Tensor:
         """The token (b,) that follows ``step`` new ones."""
         end = self.length + step
         if self.cache is None:
-            hidden = model.hidden(self.tokens[:, :end])
-        else:
-            for start in range(self.cache.position, end, _CHUNK):
-                hidden = model.hidden(self.tokens[:, start : min(end, start + _CHUNK)], cache=self.cache)
+            return self._draw(model, model.hidden(self.tokens[:, :end]), sampling)
+        if step == 0:
+            chunk = _chunk_of(model, self.tokens)
+            for start in range(0, end, chunk):
+                hidden = model.hidden(self.tokens[:, start : min(end, start + chunk)], cache=self.cache)
+            return self._draw(model, hidden, sampling)
+        cache, tokens = self.cache, self.tokens[:, end - 1 : end]
+
+        def read(tokens: Tensor) -> Tensor:
+            return self._draw(model, model.hidden(tokens, cache=cache), sampling)
+
+        if step == 1 and self.tokens.shape[1] - end >= LEAST_TOKENS and can_capture(model, tokens.device):
+            self.step = CapturedStep(read, cache, tokens, self.generators)
+        return (self.step or read)(tokens)
+
+    def _draw(self, model: LanguageModel, hidden: Tensor, sampling: Sampling) -> Tensor:
+        """The token (b,) that follows what the hidden states (b, N, dim) are of."""
         # With a device_map the head may be elsewhere.
         logits = model.logits(hidden[:, -1]).to(self.tokens.device)  # (b, V)
         if len(self.generators) == 1:
@@ -223,7 +250,7 @@ def _grouped(
             None if seed is None else torch.Generator(device=tokens.device).manual_seed(seed) for seed in own_seeds
         ]
         output_buffer = torch.cat([prompts, prompts.new_zeros(len(rows), max_new_tokens)], 1)
-        batch_rows = torch.tensor(rows, device=tokens.device)
+        batch_rows = slice(None) if len(numbers) == 1 else torch.tensor(rows, device=tokens.device)
         groups.append(_Rows(batch_rows, output_buffer, length, cache, generators))
     return groups
 

@@ -56,6 +56,11 @@ def is_observed() -> bool:
     return _functorch_level() is not None or bool(_dispatch_modes()) or _is_profiled()
 
 
+def has_dispatch_modes() -> bool:
+    """Whether a dispatch mode sees every operator: torch's own, or one that counts or logs."""
+    return bool(_dispatch_modes())
+
+
 def has_tracing_mode() -> bool:
     """Whether a dispatch mode of torch's own makes tensors fake or records them; modes that count or log have no key."""
     return any(getattr(mode, "_mode_key", None) is not None for mode in _dispatch_modes())

@@ -43,8 +43,9 @@ def attend_band_chunk(
     padded = cache._padded(length)
     same = len(set(cache._row_offsets)) == 1
     # The least offset, so that chunks at one place of the grid have one plan.
-    place = cache.pattern.least_offset(cache._row_offsets[0] + start) if same else 0
-    spec = AttentionSpec(cache.pattern, True, scale, segment_offset=place)
+    pattern = cache._pattern_of_chunk()
+    place = pattern.least_offset(cache._row_offsets[0] + start) if same else 0
+    spec = AttentionSpec(pattern, True, scale, segment_offset=place)
     offsets = None if same or cache.offsets is None else cache.offsets + start
     chunk = AttentionInputs(query, key, value, padded, None, spec, offsets)
     out, lse = _own_part(chunk, cache)
@@ -72,7 +73,7 @@ def _own_part(chunk: AttentionInputs, cache: DilatedCache) -> tuple[Tensor, Tens
     out, lse = chunk.empty_outputs()
     for rows, offset in _grids(cache):
         assert isinstance(rows, Tensor)
-        same = chunk.rows(rows, cache.pattern.least_offset(offset + cache.position))
+        same = chunk.rows(rows, cache._pattern_of_chunk().least_offset(offset + cache.position))
         out[rows], lse[rows] = select_backend(cache.backend, same).run(same)
     return out, lse
 

@@ -32,7 +32,7 @@ def fused_band_step(
     assert isinstance(tables, BandTables)
     out, lse = torch.empty_like(query), query.new_empty(batch, heads, 1, dtype=kind)
     parts_of, (of_parts, mix) = _launches(
-        (tables.parts, tables.part_rows, band_tables.PART, tables.share, tables.bands, tables.most_parts),
+        (tables.parts, tables.part_rows, band_tables.PART, tables.share, tables.bands),
         tuple(query.shape), cache.pattern.dilated_queries, cache.offsets is not None, cache.keys.stride(0),
         tuple(x.stride()[:2] for x in (query, key, value, out)), scale, query.dtype, query.device,
     )  # fmt: skip
@@ -70,7 +70,7 @@ def _launches(
     from longnet.attention.streaming.band_kernels import mix_bands_kernel, parts_kernel
 
     (batch, heads, _, dim), (*read, out_at) = shape, strides
-    parts, part_rows, least, share, bands, most_parts = table_sizes
+    parts, part_rows, least, share, bands = table_sizes
     # The query heads of a reader are the rows of a product of matrices; wide numbers are multiplied and summed.
     products = dtype.itemsize == 2
     share_block, d_block = (power_of_two(x, _LEAST_ROWS if products else 1) for x in (share, dim))
@@ -83,10 +83,14 @@ def _launches(
         **options, "SHARE_BLOCK": share_block, "PRODUCTS": products, "BY_ROW": by_row, "DILATED": dilated_queries,
         "ROWS": rows, "SCALE": scale, "num_warps": _WARPS, "num_stages": _STAGES,
     }  # fmt: skip
-    mix_options = {**options, "BANDS": bands, "PARTS": power_of_two(most_parts, 1), "num_warps": 4}
+    mix_options = {**options, "BANDS": bands, "PARTS": power_of_two(band_tables.MOST_PARTS, 1), "num_warps": 4}
     return batch * parts * share, (
         Launch(
-            parts_kernel, batch * parts, (), (*read, cache_at, Value(parts), Value(part_rows // rows)), parts_options
+            parts_kernel,
+            batch * parts,
+            (),
+            (*read, Value(cache_at // dim), Value(parts), Value(part_rows // rows)),
+            parts_options,
         ),
         Launch(mix_bands_kernel, batch * heads, (), (out_at, heads, Value(parts)), mix_options),
     )

@@ -24,7 +24,7 @@ def _chosen_before(place, offset, rate, block):
 @triton.jit
 def parts_kernel(
     Q, K, V, KEYS, VALUES, OUT, LSE, POSITION, SEEN, PADDING, OFFSETS, READERS, MEMBERS, PARTS,
-    q_at, k_at, v_at, cache_at, parts, tiles,
+    q_at, k_at, v_at, cache_rows, parts, tiles,
     SHARE: tl.constexpr, SHARE_BLOCK: tl.constexpr, PRODUCTS: tl.constexpr, BY_ROW: tl.constexpr, DILATED: tl.constexpr,
     D: tl.constexpr, D_BLOCK: tl.constexpr, ROWS: tl.constexpr, SCALE: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
@@ -75,7 +75,7 @@ def parts_kernel(
     q_ok = (head >= 0)[:, None] & d_ok[None, :]
     q = tl.load(Q + batch * q_at[0] + head[:, None] * q_at[1] + d[None, :], mask=q_ok, other=0.0)
     wide = q.to(KIND)
-    stretch = batch * cache_at + first * D
+    stretch = (batch * cache_rows + first) * D
     # Rows are numbers of 32 bits from here on.
     new_row, hidden = tl.minimum(new_row, rows).to(tl.int32), tl.minimum(hidden, rows).to(tl.int32)
     last, reach = tl.minimum(last, rows).to(tl.int32), tl.minimum(position - padding, rows).to(tl.int32)

@@ -47,7 +47,6 @@ class BandTables:
                     members.append(own)
         self.share = max(map(len, members), default=1)
         self.parts = len(parts)
-        self.most_parts = max(entry[1] for own in of_heads for entry in own)
 
         def table(numbers: object, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.tensor(numbers, dtype=dtype, device=device)

@@ -20,7 +20,8 @@ from longnet.attention.streaming.cache import DilatedCache
 from longnet.attention.streaming.rectangle import rectangle_attention
 from longnet.geometry import Branch, Pattern, Tile, make_plan
 from longnet.geometry.chunks import own_parts
-from longnet.geometry.layout import Block, Heads
+from longnet.geometry.layout import Block, Heads, Layout, head_numbers
+from longnet.runtime.cache import GraphSafeCache
 
 
 class _Mixture:
@@ -68,7 +69,7 @@ def _run(inputs: AttentionInputs, pattern: Pattern, backend: str) -> tuple[Tenso
 def _attend(chunk: AttentionInputs, cache: DilatedCache) -> tuple[Tensor, Tensor]:
     pattern, start, scale = cache.pattern, cache.position, chunk.spec.scale
     if pattern.window_start(start) == start:
-        return _run(chunk, pattern, cache.backend)
+        return _run(chunk, cache._pattern_of_chunk(), cache.backend)
     parts, unaligned = own_parts(pattern, start, chunk.length)
     # Branches that can be computed in one go are: backends visit keys that nested branches share once.
     if parts and parts[0].tokens == slice(0, chunk.length):
@@ -149,6 +150,10 @@ def _padded_rows(cache: DilatedCache, branch: Branch, offset: int) -> Tensor | N
 def _store(chunk: AttentionInputs, cache: DilatedCache) -> None:
     """Write the chunk's rows of the segment that goes on after it."""
     start, end = cache.position, cache.position + chunk.length
+    if cache.device.type == "cuda":
+        # A GPU waits for launches: all blocks together need two copies.
+        _store_by_places(chunk, cache)
+        return
     for branch, blocks in cache.layout.branches:
         first = max(start, branch.segment_start(end))
         for block in blocks:
@@ -158,3 +163,32 @@ def _store(chunk: AttentionInputs, cache: DilatedCache) -> None:
                 stored = cache._rows_of(block, rows.number, rows.number + rows.size)
                 for target, new in zip(stored, (chunk.key, chunk.value), strict=True):
                     target.copy_(new[index])
+
+
+# Of chunks that were read last: the layers of a model have few layouts between them.
+_PLACES = GraphSafeCache(8)
+
+
+def _store_by_places(chunk: AttentionInputs, cache: DilatedCache) -> None:
+    """What :func:`_store` does, in as many launches whatever the number of blocks."""
+    layout, start, end, device = cache.layout, cache.position, cache.position + chunk.length, cache.device
+    make = lambda: _places(layout, start, end).to(device)  # noqa: E731
+    key = (layout.pattern, layout.heads, layout.kv_heads, layout.rows, start, end, device)
+    rows, heads, tokens = _PLACES.get(key, device, make).unbind()
+    for storage, new in ((cache.keys, chunk.key), (cache.values, chunk.value)):
+        storage.index_copy_(1, rows, new[:, heads, tokens])
+
+
+def _places(layout: Layout, start: int, end: int) -> Tensor:
+    """What :func:`_store` writes: (3, rows) int64, a row of the storage, its key/value head and its token of the chunk each."""
+    found = [torch.empty(3, 0, dtype=torch.int64)]
+    for branch, blocks in layout.branches:
+        first = max(start, branch.segment_start(end))
+        for block in blocks:
+            rows = branch.selected(first, end, block.offset)
+            number = torch.arange(block.kv_count)[:, None]
+            heads = torch.tensor(head_numbers(block.kv_heads))[:, None]
+            count = torch.arange(max(0, rows.size))
+            row, token = block.first + number * block.rows + rows.number + count, rows.first - start + count * rows.step
+            found.append(torch.stack(torch.broadcast_tensors(row, heads, token)).flatten(1))
+    return torch.cat(found, 1)

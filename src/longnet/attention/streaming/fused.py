@@ -15,7 +15,7 @@ from longnet.attention.call import lse_dtype
 from longnet.attention.streaming.cache import DilatedCache
 from longnet.attention.streaming.tables import StepTables
 from longnet.geometry import Pattern
-from longnet.runtime.triton_internals import Launch
+from longnet.runtime.triton_internals import Launch, Value
 from longnet.runtime.triton_support import HAS_TRITON, power_of_two
 
 _log = logging.getLogger("longnet")
@@ -92,7 +92,7 @@ def _launches(
 
     Args:
         counts, most: lanes of each branch, and the most rows that one has.
-        cache_at, strides: of a batch row of the cache; of query, key, value and out.
+        cache_at, strides: where a batch row of the cache begins, in elements; of query, key, value and out.
     """
     import triton.language as tl  # the kernels' types; triton is there, or this is not called
 
@@ -101,16 +101,19 @@ def _launches(
     (batch, *_, dim), (*read, out_at) = shape, strides
     *first_lanes, lanes = accumulate(counts, initial=0)
     splits = min(_MOST_SPLITS, -(-most // _ROWS))
-    branches = (pattern.segment_lengths, pattern.dilation_rates, counts, tuple(first_lanes))
+    lengths = tuple(map(Value, pattern.segment_lengths))
+    branches = (lengths, pattern.dilation_rates, counts, tuple(first_lanes))
     options = {
         "BRANCHES": len(counts), "BLOCKED": pattern.head_offsets == "blocked", "D": dim, "D_BLOCK": power_of_two(dim, 1),
         "KIND": tl.float64 if lse_dtype(dtype) == torch.float64 else tl.float32,
     }  # fmt: skip
     parts = batch * lanes * splits
-    sizes = (heads, heads // kv_heads, lanes, splits, -(-most // (splits * _ROWS)), *branches)
+    # What follows from a cache's capacity is a value: kernels are the same for all of them.
+    of_lanes = Value(lanes), Value(splits)
+    sizes = (heads, heads // kv_heads, *of_lanes, Value(-(-most // (splits * _ROWS))), *branches)
     lanes_options = {**options, "ROWS": _ROWS, "SCALE": scale, "num_warps": _WARPS}
-    mix_options = {**options, "SPLITS": power_of_two(splits, 1), "num_warps": 4}
+    mix_options = {**options, "SPLITS": power_of_two(_MOST_SPLITS, 1), "num_warps": 4}
     return parts, (
-        Launch(lanes_kernel, parts, (), (*read, cache_at, *sizes), lanes_options),
-        Launch(mix_kernel, batch * heads, (), (out_at, heads, lanes, splits, *branches), mix_options),
+        Launch(lanes_kernel, parts, (), (*read, Value(cache_at // dim), *sizes), lanes_options),
+        Launch(mix_kernel, batch * heads, (), (out_at, heads, *of_lanes, *branches), mix_options),
     )

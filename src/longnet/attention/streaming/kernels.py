@@ -26,7 +26,7 @@ def _absorb(scores, values, row_max, row_sum, acc):
 @triton.jit
 def lanes_kernel(
     Q, K, V, KEYS, VALUES, OUT, LSE, POSITION, SEEN, PADDING, FIRST_ROWS,
-    q_at, k_at, v_at, cache_at, heads, group, lanes, splits, tiles, lengths, rates, counts, first_lanes,
+    q_at, k_at, v_at, cache_rows, heads, group, lanes, splits, tiles, lengths, rates, counts, first_lanes,
     BRANCHES: tl.constexpr, BLOCKED: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr, ROWS: tl.constexpr,
     SCALE: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +63,8 @@ def lanes_kernel(
     d = tl.arange(0, D_BLOCK)
     d_ok = d < D
     q = tl.load(Q + batch * q_at[0] + tl.cast(head, tl.int64) * q_at[1] + d, mask=d_ok, other=0.0).to(KIND) * SCALE
-    rows = batch * cache_at + first * D
+    # Multiples of D, as copies of many bytes at once need to know.
+    rows = (batch * cache_rows + first) * D
     row_max = tl.full([1], float("-inf"), KIND)
     row_sum = tl.zeros([1], KIND)
     acc = tl.zeros([D_BLOCK], KIND)

@@ -51,6 +51,9 @@ class RowStorage:
         device: torch.device | str | None,
     ) -> None:
         self.pattern, self.capacity = pattern, capacity
+        # What a chunk that begins with the first token is computed as: who shortens a pattern to what will be read names the
+        # whole one here. They give the same, and kernels for the whole one are there whatever is read.
+        self._whole_pattern = pattern
         self.batch_size, self.heads, self.kv_heads, self.head_dim = batch_size, heads, kv_heads, head_dim
         # Tensors of inference mode could not be written to outside of it; a cache may outlive the mode it was made in.
         with torch.inference_mode(False):
@@ -112,6 +115,10 @@ class RowStorage:
         """For each block what :meth:`longnet.geometry.layout.Layout.kept_rows` says of each row of the batch."""
         by_offset = {offset: self.layout.kept_rows(position, offset) for offset in set(offsets)}
         return zip(*(by_offset[offset] for offset in offsets), strict=True)
+
+    def _pattern_of_chunk(self) -> Pattern:
+        """The pattern that the next tokens attend to one another by."""
+        return self.pattern if self._position else self._whole_pattern
 
     def _rows_of(self, block: Block, first: int, last: int, blocks: int = 1) -> tuple[Tensor, Tensor]:
         """Rows ``[first, last)`` of a block's keys and values, (B, Hk of the block, last - first, D) each, as views.

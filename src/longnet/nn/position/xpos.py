@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from longnet.geometry import Pattern
+from longnet.nn.position import one_token
 
 # (cos q, sin q, cos k, sin k)
 Tables: TypeAlias = tuple[Tensor, ...]
@@ -123,6 +124,8 @@ class XPos:
                     f"segment_lengths={self._lengths} have no near common boundary, so xPos must stop this stream "
                     "before its scales overflow, which a captured step cannot: expected lengths that divide each other"
                 )
+            if at.counter is not None and one_token.fits(query, key):
+                return self._of_one_token(query, key, at, at.counter)
             tables = self.tables(length, dtype, device, at.start, streaming=True, counter=at.counter, **grid)
         else:
             tables = self.tables(length, dtype, device, at.start, whole=at.whole, **grid)
@@ -130,6 +133,17 @@ class XPos:
             # (B, N, D / 2): alike for all heads.
             tables = tuple(table.unsqueeze(1) for table in tables)
         return rotate(query, *tables[:2]), rotate(key, *tables[2:])
+
+    def _of_one_token(self, query: Tensor, key: Tensor, at: Positions, counter: Tensor) -> tuple[Tensor, Tensor]:
+        window = self._stream_window(1, query.dtype, at.start)
+        grid = at.segment_offset
+        offsets = grid.view(-1) if isinstance(grid, Tensor) else counter.new_full((len(query),), grid) if grid else None
+        if not self.scaled:
+            window, offsets = _Window(False, 0.0), None
+        return one_token.rotate_token(
+            query, key, counter, base=_BASE, scale_base=self.scale_base if self.scaled else None, centre=window.centre,
+            period=self.window if window.repeats else None, offsets=offsets,
+        )  # fmt: skip
 
     def _of_documents(
         self, in_document: Tensor, longest: int, dtype: torch.dtype, device: torch.device, segment_offset: int | Tensor

@@ -53,6 +53,11 @@ _FILLED_ROWS = 64
 # Rates of a nest divide it: no kernel sweeps over fewer rows at a time.
 UNIT = 64
 
+# Tokens up to which it does not matter how much has to be filled up.
+_SHORT = 1024
+# Rows up to which sequences shorter than a segment have the kernels of a whole one: few tiles are then without rows.
+_SHARED_ROWS = 4096
+
 
 @lru_cache(maxsize=64)
 def _capability(device: torch.device) -> tuple[int, int]:
@@ -103,11 +108,11 @@ def split_nests(nests: tuple[Nest, ...], length: int) -> tuple[tuple[Nest, ...],
 def _unsupported_nest(nest: Nest, length: int, unit: int) -> str | None:
     if len(nest.branches) > VIEWS:
         return f"they take nests of up to {VIEWS} branches, not {len(nest.branches)}"
-    coarsest = nest.dilation_rates[-1]
-    width = min(nest.segment_lengths[0], length)
+    coarsest, width = nest.dilation_rates[-1], nest.segment_lengths[0]
     if width < _OWNED // 2 * coarsest:
         return f"segments of {width} tokens at rate {coarsest} are too short for blocks of {_OWNED} rows"
-    if length % coarsest and math.lcm(unit, coarsest) > length // 8:
+    # A short sequence is done at once with or without filling: it needs no other kernels.
+    if length % coarsest and math.lcm(unit, coarsest) > max(length, _SHORT) // 8:
         return f"the length {length} is no multiple of the rate {coarsest}, and filling it up would take too much"
     return None
 
@@ -121,10 +126,10 @@ def _unit(nests: Sequence[Nest]) -> int:
 def _shape(nest: Nest, length: int) -> tuple[int, NestShape]:
     """(tiles of a segment, what kernels are told of the nest).
 
-    Kernels are compiled for both. Sequences that are shorter than a segment share them up to the next power of four: what is
-    past their end are tiles without rows.
+    Kernels are compiled for both. Sequences that are shorter than a segment share them, those of many rows up to four times as
+    many: what is past their end are tiles without rows.
     """
-    room = 1
+    room = _SHARED_ROWS * nest.dilation_rates[0]
     while room < length:
         room *= 4
     return kernel_arguments(nest, nest.classes, min(nest.segment_lengths[0], room), _OWNED)
