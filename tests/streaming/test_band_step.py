@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from patterns import relative_error
 from streams import read
 
-from longnet.attention.streaming import band_tables, fused
+from longnet.attention.streaming import band_tables, fused, storage
 from longnet.attention.streaming.band_fused import fused_band_step
 
 pytestmark = [
@@ -34,6 +34,8 @@ def small_parts() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(band_tables, "PART", 4)
         patch.setattr(band_tables, "MOST_PARTS", 3)
+        # Not those that were made before, nor for who comes after.
+        patch.setattr(storage, "_band_tables", band_tables.BandTables)
         yield
 
 

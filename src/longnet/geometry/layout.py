@@ -42,9 +42,12 @@ class Block:
         return self.kv_count * self.rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
-    """All blocks, by branch in the pattern's order, the ring of the window, and the rows they fill together."""
+    """All blocks, by branch in the pattern's order, the ring of the window, and the rows they fill together.
+
+    It equals itself alone: :func:`make_layout` gives one layout for one pattern.
+    """
 
     pattern: Pattern
     heads: int

@@ -173,8 +173,7 @@ def _store_by_places(chunk: AttentionInputs, cache: DilatedCache) -> None:
     """What :func:`_store` does, in as many launches whatever the number of blocks."""
     layout, start, end, device = cache.layout, cache.position, cache.position + chunk.length, cache.device
     make = lambda: _places(layout, start, end).to(device)  # noqa: E731
-    key = (layout.pattern, layout.heads, layout.kv_heads, layout.rows, start, end, device)
-    rows, heads, tokens = _PLACES.get(key, device, make).unbind()
+    rows, heads, tokens = _PLACES.get((layout, start, end, device), device, make).unbind()
     for storage, new in ((cache.keys, chunk.key), (cache.values, chunk.value)):
         storage.index_copy_(1, rows, new[:, heads, tokens])
 

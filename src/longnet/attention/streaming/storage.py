@@ -17,9 +17,13 @@ from longnet.geometry import Pattern
 from longnet.geometry.layout import Block, Layout, make_layout
 from longnet.geometry.pattern import LONGEST_SEGMENT
 from longnet.geometry.rows import UNBOUNDED
+from longnet.runtime.cache import tensor_cache
 
 # Tokens that a segment without end has room for at first, where no capacity is given.
 _FIRST_ROOM = 1024
+
+# Layers of a model that are alike share them, and so do its later caches: nobody writes to them.
+_step_tables, _band_tables = tensor_cache(64)(StepTables), tensor_cache(64)(BandTables)
 
 
 class RowStorage:
@@ -263,8 +267,8 @@ class RowStorage:
 
     def _make_tables(self, layout: Layout, is_paper: bool) -> StepTables | BandTables:
         if is_paper:
-            return StepTables(layout, self.keys.device)
-        return BandTables(layout, self.batch_size, self.keys.device)
+            return _step_tables(layout, self.keys.device)
+        return _band_tables(layout, self.batch_size, self.keys.device)
 
     def _make_room(self, tokens: int) -> None:
         """See to it that the next tokens can be written.
