@@ -11,7 +11,7 @@ import torch
 from longnet import LongNetConfig, LongNetLM
 from longnet.geometry import Pattern
 from longnet.models import captured, generation
-from longnet.nn.position import Positions, XPos, one_token, rotate
+from longnet.nn.position import Positions, XPos, fused, rotate
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -155,16 +155,17 @@ def test_another_length_compiles_nothing(kind, tmp_path, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize("pattern", [Pattern.parse((8, 32), (1, 4)), Pattern.compose(window=16)])
-def test_a_rotated_token(pattern, by_row, dtype):
+@pytest.mark.parametrize("length", [1, 100])
+def test_rotated_tokens(pattern, by_row, dtype, length):
     xpos = XPos(48, pattern, True)
     torch.manual_seed(0)
-    query, key = (torch.randn(3, 1, heads, 48, device="cuda").to(dtype).transpose(1, 2) for heads in (4, 2))
+    query, key = (torch.randn(3, length, heads, 48, device="cuda").to(dtype).transpose(1, 2) for heads in (4, 2))
     offsets = torch.tensor([-5, 0, 77], device="cuda")[:, None] if by_row else 0
     for position in (0, 31, 100_003, 2**31 + 5):
-        at = Positions(position, 1, streaming=True, counter=torch.tensor(position).cuda(), segment_offset=offsets)
-        assert one_token.fits(query, key)
+        at = Positions(position, length, streaming=True, counter=torch.tensor(position).cuda(), segment_offset=offsets)
+        assert fused.fits(query, key)
         got = xpos(query, key, at)
-        tables = xpos.tables(1, torch.float64, "cuda", position, streaming=True, segment_offset=offsets)
+        tables = xpos.tables(length, torch.float64, "cuda", position, streaming=True, segment_offset=offsets)
         if tables[0].dim() == 3:
             tables = tuple(table.unsqueeze(1) for table in tables)
         for one, x, table in zip(got, (query, key), (tables[:2], tables[2:]), strict=True):

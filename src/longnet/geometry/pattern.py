@@ -285,7 +285,8 @@ class Pattern(Branches):
             return self
 
         def end(branch: Branch) -> Branch:
-            least = max(length, branch.dilation_rate, 1)
+            # 2**30 for all that positions of 32 bits reach.
+            least = max(length, branch.dilation_rate, 1 << 30)
             return replace(branch, segment_length=1 << (least - 1).bit_length())
 
         return replace(self, branches=tuple(end(b) if b.segment_length == UNBOUNDED else b for b in self.branches))

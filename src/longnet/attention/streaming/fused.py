@@ -15,6 +15,7 @@ from longnet.attention.call import lse_dtype
 from longnet.attention.streaming.cache import DilatedCache
 from longnet.attention.streaming.tables import StepTables
 from longnet.geometry import Pattern
+from longnet.geometry.pattern import LONGEST_SEGMENT
 from longnet.runtime.triton_internals import Launch, Value
 from longnet.runtime.triton_support import HAS_TRITON, power_of_two
 
@@ -62,8 +63,9 @@ def fused_step(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, s
     assert isinstance(tables, StepTables)
     out = torch.empty_like(query)
     parts_of, (of_lanes, mix) = _launches(
-        cache.pattern, heads, cache.kv_heads, tables.lane_counts, tables.most_rows, tuple(query.shape), cache.keys.stride(0),
-        tuple(x.stride()[:2] for x in (query, key, value, out)), scale, query.dtype, query.device,
+        cache.pattern, _most_splits(cache._whole_pattern), heads, cache.kv_heads, tables.lane_counts, tables.most_rows,
+        tuple(query.shape), cache.keys.stride(0), tuple(x.stride()[:2] for x in (query, key, value, out)), scale,
+        query.dtype, query.device,
     )  # fmt: skip
     parts, lse = query.new_empty(parts_of, dim, dtype=kind), query.new_empty(parts_of, dtype=kind)
     position, seen = cache.position_tensor, torch.empty_like(cache.position_tensor)
@@ -75,8 +77,16 @@ def fused_step(query: Tensor, key: Tensor, value: Tensor, cache: DilatedCache, s
 
 
 @lru_cache(maxsize=256)
+def _most_splits(pattern: Pattern) -> int:
+    """Programs that share a lane at most, with any capacity."""
+    most = max(branch.kept(0, LONGEST_SEGMENT) for branch in pattern.branches)
+    return min(_MOST_SPLITS, -(-most // _ROWS))
+
+
+@lru_cache(maxsize=256)
 def _launches(
     pattern: Pattern,
+    most_splits: int,
     heads: int,
     kv_heads: int,
     counts: tuple[int, ...],
@@ -91,6 +101,7 @@ def _launches(
     """(parts of all lanes, the two launches) for tensors of known shapes and strides.
 
     Args:
+        most_splits: programs that share a lane at most, whatever the cache's capacity.
         counts, most: lanes of each branch, and the most rows that one has.
         cache_at, strides: where a batch row of the cache begins, in elements; of query, key, value and out.
     """
@@ -100,7 +111,7 @@ def _launches(
 
     (batch, *_, dim), (*read, out_at) = shape, strides
     *first_lanes, lanes = accumulate(counts, initial=0)
-    splits = min(_MOST_SPLITS, -(-most // _ROWS))
+    splits = min(most_splits, -(-most // _ROWS))
     lengths = tuple(map(Value, pattern.segment_lengths))
     branches = (lengths, pattern.dilation_rates, counts, tuple(first_lanes))
     options = {
@@ -112,7 +123,7 @@ def _launches(
     of_lanes = Value(lanes), Value(splits)
     sizes = (heads, heads // kv_heads, *of_lanes, Value(-(-most // (splits * _ROWS))), *branches)
     lanes_options = {**options, "ROWS": _ROWS, "SCALE": scale, "num_warps": _WARPS}
-    mix_options = {**options, "SPLITS": power_of_two(_MOST_SPLITS, 1), "num_warps": 4}
+    mix_options = {**options, "SPLITS": power_of_two(most_splits, 1), "num_warps": 4}
     return parts, (
         Launch(lanes_kernel, parts, (), (*read, Value(cache_at // dim), *sizes), lanes_options),
         Launch(mix_kernel, batch * heads, (), (out_at, heads, *of_lanes, *branches), mix_options),

@@ -1,4 +1,4 @@
-"""Queries and keys of a single token, rotated and scaled in one launch: by tensor operations it takes fifty."""
+"""Queries and keys rotated and scaled in one launch: by tensor operations it takes fifty."""
 
 from __future__ import annotations
 
@@ -7,24 +7,28 @@ import triton.language as tl
 
 
 @triton.jit
-def rotate_token_kernel(
-    Q, K, Q_OUT, K_OUT, POSITION, OFFSETS, q_at, k_at, q_out_at, k_out_at, heads, kv_heads, base, scale_base, centre, period,
-    D: tl.constexpr, PAIRS: tl.constexpr, SCALED: tl.constexpr, REPEATS: tl.constexpr, BY_ROW: tl.constexpr,
+def rotate_kernel(
+    Q, K, Q_OUT, K_OUT, COUNTER, OFFSETS, q_at, k_at, q_out_at, k_out_at,
+    start, tokens, blocks, parts, heads, kv_heads, base, scale_base, centre, period,
+    D: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, COUNTED: tl.constexpr,
+    SCALED: tl.constexpr, REPEATS: tl.constexpr, BY_ROW: tl.constexpr,
 ):  # fmt: skip
-    """One head of the queries or keys of a batch row. What ``XPos.tables`` and ``rotate`` compute.
+    """``HEADS`` heads, the queries' and then the keys', of a block of tokens. What ``XPos.tables`` and ``rotate`` compute.
 
     ``base``, ``scale_base`` and ``centre`` are the bits of float64 numbers: Triton rounds the numbers of a launch to float32.
     """
     program = tl.program_id(0)
-    head = program % (heads + kv_heads)
-    batch = tl.cast(program // (heads + kv_heads), tl.int64)
-    number = tl.arange(0, PAIRS)
-    ok = number < D // 2
-    position = tl.load(POSITION)
-    pair = (2 * number).to(tl.float64) / D
-    angle = position.to(tl.float64) * tl.exp(-pair * tl.log(_float64(base)))
+    part = program % parts
+    block = program // parts % blocks
+    batch = tl.cast(program // (parts * blocks), tl.int64)
+    token = tl.cast(block, tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    position = token + start
+    if COUNTED:
+        position += tl.load(COUNTER)
+    pair = (2 * tl.arange(0, PAIRS)).to(tl.float64) / D
+    frequency = tl.exp(-pair * tl.log(_float64(base)))
+    angle = position.to(tl.float64)[:, None] * frequency[None, :]
     cos, sin = tl.cos(angle), tl.sin(angle)
-    of_keys = head >= heads
     if SCALED:
         local = position
         if REPEATS:
@@ -33,18 +37,32 @@ def rotate_token_kernel(
             # As in Python, below 0 too.
             local = (local % period + period) % period
         # log((pair + 0.4) / 1.4) in whole numbers, which float32 holds.
-        exponent = (local.to(tl.float64) - _float64(centre)) / _float64(scale_base) * tl.log((5 * pair + 2) / 7)
-        scale = tl.exp(tl.where(of_keys, -exponent, exponent))
-        cos, sin = cos * scale, sin * scale
-    cos, sin = cos.to(tl.float32), sin.to(tl.float32)
-    x, out, at, out_at = Q, Q_OUT, batch * q_at[0] + head * q_at[1], batch * q_out_at[0] + head * q_out_at[1]
-    if of_keys:
-        head -= heads
-        x, out, at, out_at = K, K_OUT, batch * k_at[0] + head * k_at[1], batch * k_out_at[0] + head * k_out_at[1]
-    even = tl.load(x + at + 2 * number, mask=ok, other=0.0).to(tl.float32)
-    odd = tl.load(x + at + 2 * number + 1, mask=ok, other=0.0).to(tl.float32)
-    tl.store(out + out_at + 2 * number, (even * cos - odd * sin).to(out.dtype.element_ty), mask=ok)
-    tl.store(out + out_at + 2 * number + 1, (odd * cos + even * sin).to(out.dtype.element_ty), mask=ok)
+        slope = tl.log((5 * pair + 2) / 7) / _float64(scale_base)
+        exponent = (local.to(tl.float64) - _float64(centre))[:, None] * slope[None, :]
+        q_scale, k_scale = tl.exp(exponent), tl.exp(-exponent)
+        q_cos, q_sin = (cos * q_scale).to(tl.float32), (sin * q_scale).to(tl.float32)
+        k_cos, k_sin = (cos * k_scale).to(tl.float32), (sin * k_scale).to(tl.float32)
+    else:
+        q_cos, q_sin = cos.to(tl.float32), sin.to(tl.float32)
+        k_cos, k_sin = q_cos, q_sin
+    channel = tl.arange(0, 2 * PAIRS)
+    ok = (token < tokens)[:, None] & (channel < D)[None, :]
+    for number in range(HEADS):
+        head = tl.cast(part * HEADS + number, tl.int64)
+        if head < heads:
+            _rotate(Q, Q_OUT, q_at, q_out_at, batch, head, token, channel, ok, q_cos, q_sin, TOKENS, PAIRS)
+        elif head < heads + kv_heads:
+            _rotate(K, K_OUT, k_at, k_out_at, batch, head - heads, token, channel, ok, k_cos, k_sin, TOKENS, PAIRS)
+
+
+@triton.jit
+def _rotate(X, OUT, at, out_at, batch, head, token, channel, ok, cos, sin, TOKENS: tl.constexpr, PAIRS: tl.constexpr):
+    places = batch * at[0] + head * at[1] + token * at[2]
+    x = tl.load(X + places[:, None] + channel[None, :], mask=ok, other=0.0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(x, (TOKENS, PAIRS, 2)))
+    rotated = tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), (TOKENS, 2 * PAIRS))
+    out_places = batch * out_at[0] + head * out_at[1] + token * out_at[2]
+    tl.store(OUT + out_places[:, None] + channel[None, :], rotated.to(OUT.dtype.element_ty), mask=ok)
 
 
 @triton.jit

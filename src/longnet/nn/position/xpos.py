@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from longnet.geometry import Pattern
-from longnet.nn.position import one_token
+from longnet.nn.position import fused
 
 # (cos q, sin q, cos k, sin k)
 Tables: TypeAlias = tuple[Tensor, ...]
@@ -124,26 +124,35 @@ class XPos:
                     f"segment_lengths={self._lengths} have no near common boundary, so xPos must stop this stream "
                     "before its scales overflow, which a captured step cannot: expected lengths that divide each other"
                 )
-            if at.counter is not None and one_token.fits(query, key):
-                return self._of_one_token(query, key, at, at.counter)
+            if fused.fits(query, key):
+                return self._by_kernel(query, key, at, self._stream_window(length, dtype, at.start))
             tables = self.tables(length, dtype, device, at.start, streaming=True, counter=at.counter, **grid)
         else:
+            if fused.fits(query, key):
+                return self._by_kernel(query, key, at, self._window(at.whole, dtype))
             tables = self.tables(length, dtype, device, at.start, whole=at.whole, **grid)
         if tables[0].dim() == 3:
             # (B, N, D / 2): alike for all heads.
             tables = tuple(table.unsqueeze(1) for table in tables)
         return rotate(query, *tables[:2]), rotate(key, *tables[2:])
 
-    def _of_one_token(self, query: Tensor, key: Tensor, at: Positions, counter: Tensor) -> tuple[Tensor, Tensor]:
-        window = self._stream_window(1, query.dtype, at.start)
-        grid = at.segment_offset
-        offsets = grid.view(-1) if isinstance(grid, Tensor) else counter.new_full((len(query),), grid) if grid else None
-        if not self.scaled:
-            window, offsets = _Window(False, 0.0), None
-        return one_token.rotate_token(
-            query, key, counter, base=_BASE, scale_base=self.scale_base if self.scaled else None, centre=window.centre,
-            period=self.window if window.repeats else None, offsets=offsets,
-        )  # fmt: skip
+    def _by_kernel(self, query: Tensor, key: Tensor, at: Positions, window: _Window) -> tuple[Tensor, Tensor]:
+        scales = fused.Scales(self.scale_base, window.centre, self.window if window.repeats else None)
+        grid = at.segment_offset if scales.period is not None and self.scaled else 0
+        offsets = None
+        if isinstance(grid, Tensor):
+            offsets = grid.flatten().contiguous()
+        elif grid:
+            offsets = query.new_full((len(query),), grid, dtype=torch.int64)
+        return fused.rotate_both(
+            query,
+            key,
+            at.start,
+            base=_BASE,
+            scales=scales if self.scaled else None,
+            counter=at.counter,
+            offsets=offsets,
+        )
 
     def _of_documents(
         self, in_document: Tensor, longest: int, dtype: torch.dtype, device: torch.device, segment_offset: int | Tensor

@@ -1,0 +1,119 @@
+"""Queries and keys rotated by a kernel, where one fits."""
+
+from __future__ import annotations
+
+import struct
+from contextlib import nullcontext
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longnet.runtime.torch_internals import has_tangents
+from longnet.runtime.tracing import is_traced
+from longnet.runtime.triton_internals import Launch, Value
+from longnet.runtime.triton_support import HAS_TRITON, interpreting, power_of_two
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Tokens of a program, where there are several; it rotates all their heads by the same angles.
+_TOKENS = 16
+
+
+class Scales(NamedTuple):
+    """What ``XPos`` scales by.
+
+    Args:
+        base: tokens over which the decay falls by ``zeta``.
+        centre, period: of the window that scales are relative to; a period of None has one window from position 0 on.
+    """
+
+    base: float
+    centre: float
+    period: int | None
+
+
+def fits(query: Tensor, key: Tensor) -> bool:
+    """Whether :func:`rotate_both` takes these: on a GPU, without gradients, in no graph of the compiler."""
+    return (
+        HAS_TRITON
+        and (query.is_cuda or (interpreting() and query.device.type == "cpu"))
+        and query.dtype in _DTYPES
+        and key.dtype == query.dtype
+        and type(query) is type(key) is Tensor
+        and query.numel() > 0
+        and not is_traced()
+        and not has_tangents()
+        and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad))
+    )
+
+
+def rotate_both(
+    query: Tensor,
+    key: Tensor,
+    start: int,
+    *,
+    base: float,
+    scales: Scales | None,
+    counter: Tensor | None = None,
+    offsets: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Query (B, H, N, D) and key (B, Hk, N, D) rotated and scaled as by the tables of ``XPos``.
+
+    Args:
+        start: position of the first token.
+        base: of the rotation's frequencies.
+        scales: None does not scale.
+        counter: () int64, in place of ``start``: it is read on the device.
+        offsets: (B,) int64 of the grid in each row, None where all are 0.
+    """
+    query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
+    outs = torch.empty_like(query), torch.empty_like(key)
+    strides = tuple(x.stride()[:3] for x in (query, key, *outs))
+    launch = _launch(
+        tuple(query.shape), key.shape[1], strides, 0 if counter is not None else start, base, scales, counter is not None,
+        offsets is not None, query.dtype, query.device,
+    )  # fmt: skip
+    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
+        launch.run((query, key, *outs, query if counter is None else counter, query if offsets is None else offsets))
+    return outs
+
+
+@lru_cache(maxsize=256)
+def _launch(
+    shape: tuple[int, ...],
+    kv_heads: int,
+    strides: tuple[tuple[int, ...], ...],
+    start: int,
+    base: float,
+    scales: Scales | None,
+    counted: bool,
+    by_row: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Launch:
+    """For tensors of known shapes and strides. Types and devices have launches of their own."""
+    from longnet.nn.position.kernels import rotate_kernel
+
+    batch, heads, tokens, dim = shape
+    period = None if scales is None else scales.period
+    single = tokens == 1
+    # The heads of one token are side by side, or it would wait for one after the other.
+    each, every = (1, 1) if single else (_TOKENS, heads + kv_heads)
+    blocks, parts = -(-tokens // each), -(-(heads + kv_heads) // every)
+    bits = (Value(_bits(number)) for number in (base, *((1.0, 0.0) if scales is None else scales[:2])))
+    options = {
+        "D": dim, "PAIRS": power_of_two(dim // 2, 1), "TOKENS": each, "HEADS": every, "COUNTED": counted,
+        "SCALED": scales is not None, "REPEATS": period is not None, "BY_ROW": by_row, "num_warps": 1 if single else 4,
+    }  # fmt: skip
+    counts = map(Value, (start, tokens, blocks, parts))
+    if dim % 16:
+        # Else all are multiples of 16 whatever the length, which copies of many bytes at once have to know.
+        strides = tuple((Value(b), Value(h), n) for b, h, n in strides)
+    rest = (*strides, *counts, heads, kv_heads, *bits, Value(period or 1))
+    return Launch(rotate_kernel, batch * blocks * parts, (), rest, options)
+
+
+def _bits(number: float) -> int:
+    """A float64 as the integer of the same bits, which is above 0 for numbers of at least 0."""
+    return int(struct.unpack("<q", struct.pack("<d", number))[0])
