@@ -12,7 +12,7 @@ def words_of(program: Path, *arguments: str) -> list[list[str]]:
     """The words of every line that the program prints."""
     done = subprocess.run(
         [sys.executable, str(program), *arguments],
-        env={**os.environ, "TRITON_INTERPRET": "0"},
+        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         capture_output=True,
         text=True,
         timeout=600,

@@ -76,6 +76,7 @@ MEETS_TRITON = {
     (*POSITION, "kernels"): {"triton"},
     (*STREAMING, "fused"): {"torch", "triton"},
     (*STREAMING, "band_fused"): {"torch", "triton"},
+    ("longnet", "runtime", "launcher_internals"): {"torch", "triton"},
     ("longnet", "runtime", "triton_internals"): {"torch", "triton"},
 }
 

@@ -110,6 +110,9 @@ class Recorder:
 
 
 class Compiled:
+    # Triton's launcher; none whose C function is called in its place.
+    run = None
+
     def __init__(self, recorder) -> None:
         self.recorder = recorder
 

@@ -176,6 +176,8 @@ def test_kernels_are_compiled_for_no_value_and_run_with_all() -> None:
     seen: list[Any] = []
 
     class Compiled:
+        run = None
+
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             return lambda *arguments: seen.append(("run", grid, arguments))
 

@@ -17,17 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longnet.runtime.launcher_internals import VIEWS, NativeLaunch, descriptors_at, has_launch_hooks, native_launch
 from longnet.runtime.tma import View
 from longnet.runtime.triton_support import interpreting
 from longnet.runtime.versions import Tried
 
 TRIED = Tried("triton", "3.6", "3.9")
-
-# The views of a tensor that a kernel takes, one per branch of a nest; unused ones are None.
-VIEWS = 5
-
-# How many descriptors of inputs a launch keeps.
-_MOST_ADDRESSES = 64
 
 # What a kernel is given of tensors: one, several as one argument, or none.
 Pointer = Tensor | tuple[Tensor, ...] | None
@@ -64,16 +59,6 @@ def descriptors(view: View, dtype: torch.dtype, dim: int, rates: tuple[int, ...]
         raise TRIED.gone("TensorDescriptor with its tensor as the attribute base, which launches replace")
     # Every descriptor of a launch is encoded anew, so there are no more than are needed.
     return (*used, *[None] * (VIEWS - len(used)))
-
-
-@dataclass(frozen=True, slots=True)
-class _Address:
-    """In a tensor's place: all that a launch of a compiled kernel asks of the tensor of a descriptor. It keeps nothing alive."""
-
-    address: int
-
-    def data_ptr(self) -> int:
-        return self.address
 
 
 class Value(int):
@@ -118,10 +103,8 @@ class Launch:
     templates: tuple[tuple[Any, ...], ...]
     rest: tuple[Any, ...]
     options: dict[str, Any]
-    # By the alignment of the pointers, which Triton specialises on.
-    _compiled: dict[tuple[Any, ...], Any] = field(default_factory=dict)
-    # Descriptors by the number of the input and its address.
-    _kept: dict[tuple[int, int], tuple[Any, ...]] = field(default_factory=dict)
+    # The kernel as compiled, by the alignment of the pointers, which Triton specialises on; and how it is launched again.
+    _compiled: dict[tuple[Any, ...], tuple[Any, NativeLaunch | None]] = field(default_factory=dict)
 
     @cached_property
     def _rest(self) -> tuple[Any, ...]:
@@ -136,24 +119,14 @@ class Launch:
             raise TRIED.gone(error) from None
         return tuple(self.options[name] for name in names if name in self.options)
 
-    def _descriptors(self, number: int, base: Any) -> tuple[Any, ...]:
-        """Of an input with another tensor in the templates' place."""
-        made: list[Any] = []
-        for template in self.templates[number]:
-            if template is not None:
-                # Made by hand: the constructor checks all of it again, which takes longer than a short sequence's attention.
-                made.append(object.__new__(type(template)))
-                made[-1].__dict__.update(template.__dict__, base=base)
-        return (*made, *[None] * (VIEWS - len(made)))
+    @cached_property
+    def _last(self) -> tuple[Any, ...]:
+        """What a compiled kernel is given after its descriptors."""
+        return *self._rest, *self._constants
 
-    def _kept_descriptors(self, number: int, address: int) -> tuple[Any, ...]:
-        """Of an input that lies at an address; torch gives a loop the same few addresses again and again."""
-        found = self._kept.get((number, address))
-        if found is None:
-            if len(self._kept) >= _MOST_ADDRESSES:
-                self._kept.clear()
-            found = self._kept[number, address] = self._descriptors(number, _Address(address))
-        return found
+    def _descriptors(self, inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        views = [descriptors_at(each, x) for each, x in zip(self.templates, inputs, strict=True)]
+        return tuple(chain.from_iterable(views))
 
     def run(self, pointers: tuple[Pointer, ...], inputs: tuple[Tensor, ...] = ()) -> None:
         """Run it on the current device, without Triton's dispatch, which would look at every argument each time.
@@ -162,32 +135,45 @@ class Launch:
             pointers: the kernel's first arguments.
             inputs: the tensors of the descriptors, which come next.
         """
-        aligned = tuple([_alignment(x) for x in pointers])
-        compiled = self._compiled.get(aligned)
+        addresses = [x.data_ptr() if isinstance(x, Tensor) else _addresses(x) for x in pointers]
+        aligned = tuple([x % 16 if isinstance(x, int) else _alignments(x) for x in addresses])
+        compiled, native = self._compiled.get(aligned, (None, None))
+        if native is not None and not has_launch_hooks():
+            native(addresses, inputs, self._last)
+        elif compiled is not None:
+            compiled[self.programs, 1, 1](*pointers, *self._descriptors(inputs), *self._last)
+        else:
+            self._run_first(aligned, pointers, inputs)
+
+    def _run_first(self, aligned: tuple[Any, ...], pointers: tuple[Pointer, ...], inputs: tuple[Tensor, ...]) -> None:
+        compiled = self.compile(pointers, inputs)
         if compiled is None:
-            compiled = self.compile(pointers, inputs)
-            if compiled is None:
-                # The interpreter compiles nothing.
-                views = chain.from_iterable(self._descriptors(number, x) for number, x in enumerate(inputs))
-                self.kernel[self.programs, 1, 1](*pointers, *views, *self._rest, **self.options)
-                return
-            if hasattr(compiled, "result"):
-                # Someone's mode of asynchronous compilation is on.
-                compiled = compiled.result()
-            if not hasattr(compiled, "__getitem__"):
-                raise TRIED.gone("the compiled kernel as the result of warmup, to be launched by [grid](*arguments)")
-            self._compiled[aligned] = compiled
-        views = chain.from_iterable([self._kept_descriptors(number, x.data_ptr()) for number, x in enumerate(inputs)])
-        compiled[self.programs, 1, 1](*pointers, *views, *self._rest, *self._constants)
+            # The interpreter compiles nothing.
+            options = self.options
+            self.kernel[self.programs, 1, 1](*pointers, *self._descriptors(inputs), *self._rest, **options)
+            return
+        if hasattr(compiled, "result"):
+            # Someone's mode of asynchronous compilation is on.
+            compiled = compiled.result()
+        if not hasattr(compiled, "__getitem__"):
+            raise TRIED.gone("the compiled kernel as the result of warmup, to be launched by [grid](*arguments)")
+        # Triton loads it, or says why it cannot.
+        compiled[self.programs, 1, 1](*pointers, *self._descriptors(inputs), *self._last)
+        try:
+            native = native_launch(compiled, self.programs, self.templates)
+        except (AttributeError, ImportError, LookupError) as error:
+            raise TRIED.gone(error) from None
+        self._compiled[aligned] = compiled, native
 
     def compile(self, pointers: tuple[Pointer, ...], inputs: tuple[Tensor, ...]) -> Any:
         """The kernel for such tensors, which Triton keeps; None in its interpreter. Inputs may be on the device meta."""
-        views = chain.from_iterable(self._descriptors(number, x) for number, x in enumerate(inputs))
         try:
             warmup = self.kernel.warmup
         except AttributeError as error:
             raise TRIED.gone(error) from None
-        return warmup(*pointers, *views, *_typical(self.rest), grid=(self.programs, 1, 1), **self.options)
+        return warmup(
+            *pointers, *self._descriptors(inputs), *_typical(self.rest), grid=(self.programs, 1, 1), **self.options
+        )
 
 
 def compile_together(launches: Sequence[tuple[Launch, tuple[Pointer, ...], tuple[Tensor, ...]]]) -> None:
@@ -211,7 +197,9 @@ def compile_together(launches: Sequence[tuple[Launch, tuple[Pointer, ...], tuple
     Context().run(compile_all)
 
 
-def _alignment(pointer: Pointer) -> Any:
-    if isinstance(pointer, tuple):
-        return tuple(x.data_ptr() % 16 for x in pointer)
-    return None if pointer is None else pointer.data_ptr() % 16
+def _addresses(pointer: tuple[Tensor, ...] | None) -> tuple[int, ...] | None:
+    return None if pointer is None else tuple([x.data_ptr() for x in pointer])
+
+
+def _alignments(addresses: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    return None if addresses is None else tuple([x % 16 for x in addresses])

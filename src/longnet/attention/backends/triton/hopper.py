@@ -21,8 +21,9 @@ from longnet.attention.backends.triton.steps import Run, Step, Tensors
 from longnet.geometry.needed_rows import NeededRows
 from longnet.geometry.nests import Nest
 from longnet.geometry.pattern import HeadOffsets
+from longnet.runtime.launcher_internals import VIEWS
 from longnet.runtime.tma import View, is_matrix, view_of
-from longnet.runtime.triton_internals import VIEWS, Launch, Value, descriptors
+from longnet.runtime.triton_internals import Launch, Value, descriptors
 
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 128)

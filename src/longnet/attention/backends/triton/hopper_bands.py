@@ -11,7 +11,8 @@ from longnet.attention.backends.triton.bands import BandLaunch
 from longnet.attention.backends.triton.steps import Run, Step, Tensors
 from longnet.geometry import Branch, Pattern
 from longnet.geometry.rows import UNBOUNDED
-from longnet.runtime.triton_internals import VIEWS, Launch, Value, descriptors
+from longnet.runtime.launcher_internals import VIEWS
+from longnet.runtime.triton_internals import Launch, Value, descriptors
 
 # Rows that a program owns: two warpgroups of 64.
 _OWNED = 128
