@@ -13,13 +13,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import lru_cache, wraps
 from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from longnet.runtime.torch_internals import current_stream_handle
 from longnet.runtime.tracing import is_traced
 
 P = ParamSpec("P")
@@ -43,10 +45,15 @@ def tensor_cache(most: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 @dataclass
 class _Made:
-    """A tensor, and when it will be there: None once that is known to be past."""
+    """A tensor, and when it will be there: None once that is known to be past.
+
+    Args:
+        streams: handles of those that read it before; given up, its memory waits for them.
+    """
 
     tensor: Tensor
     ready: torch.cuda.Event | None
+    streams: set[int] = field(default_factory=set)
 
 
 class GraphSafeCache:
@@ -67,6 +74,11 @@ class GraphSafeCache:
             return make()
         if device.type != "cuda":
             return self._find(key, lambda: _Made(make(), None)).tensor
+        if device.index == torch.cuda.current_device():
+            entry = self._made.get(key) or self._captured.get(key)
+            if entry is not None and _needs_nothing(entry, device.index):
+                self._asked_for(key)
+                return entry.tensor
         # Streams below are those of the tensor's device.
         with torch.cuda.device(device):
             return self._get_on_cuda(key, make)
@@ -77,9 +89,14 @@ class GraphSafeCache:
             entry = self._made[key] = make()
             if len(self._made) > self._most:
                 self._made.popitem(last=False)
-        elif key in self._made:
-            self._made.move_to_end(key)
+        else:
+            self._asked_for(key)
         return entry
+
+    def _asked_for(self, key: Hashable) -> None:
+        # Captured graphs alone may have it, or another thread may have given it up meanwhile.
+        with suppress(KeyError):
+            self._made.move_to_end(key)
 
     def _get_on_cuda(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
         capturing = torch.cuda.is_current_stream_capturing()
@@ -98,8 +115,19 @@ class GraphSafeCache:
             else:
                 torch.cuda.current_stream().wait_event(entry.ready)
         # Given up, its memory must not be used again before this stream has read it.
-        entry.tensor.record_stream(torch.cuda.current_stream())
+        stream = torch.cuda.current_stream()
+        entry.tensor.record_stream(stream)
+        entry.streams.add(stream.cuda_stream)
         return entry.tensor
+
+
+def _needs_nothing(entry: _Made, device: int) -> bool:
+    """Whether the current stream of the current device has read it before, and no graph is captured."""
+    return (
+        entry.ready is None
+        and current_stream_handle(device) in entry.streams
+        and not torch.cuda.is_current_stream_capturing()
+    )
 
 
 def _elsewhere(make: Callable[[], Tensor]) -> _Made:

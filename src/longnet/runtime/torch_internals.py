@@ -16,7 +16,10 @@ TRIED = Tried("torch", "2.11", "2.14")
 # Looked up once: most are asked in every call.
 _functorch_level = TRIED.function("torch._C._functorch.peek_interpreter_stack")
 _dispatch_modes = TRIED.function("torch.utils._python_dispatch._get_current_dispatch_mode_stack")
+_dispatch_mode_count = TRIED.function("torch._C._len_torch_dispatch_stack")
 _is_profiled = TRIED.function("torch.autograd._profiler_enabled")
+# Of the current stream of a GPU by its number; torch without CUDA has none.
+current_stream_handle = TRIED.function("torch._C._cuda_getCurrentRawStream")
 # Whether hooks are registered that every module runs.
 has_global_hooks = TRIED.function("torch.nn.modules.module._has_any_global_hook")
 # The process group of a name, and the store that the default group met in.
@@ -53,7 +56,7 @@ def is_differentiated_or_batched() -> bool:
 
 def is_observed() -> bool:
     """Whether a transform of ``torch.func``, a dispatch mode or torch's profiler sees every operator."""
-    return _functorch_level() is not None or bool(_dispatch_modes()) or _is_profiled()
+    return _functorch_level() is not None or _dispatch_mode_count() > 0 or _is_profiled()
 
 
 def has_dispatch_modes() -> bool:
@@ -63,7 +66,10 @@ def has_dispatch_modes() -> bool:
 
 def has_tracing_mode() -> bool:
     """Whether a dispatch mode of torch's own makes tensors fake or records them; modes that count or log have no key."""
-    return any(getattr(mode, "_mode_key", None) is not None for mode in _dispatch_modes())
+    # Asked often, and there is mostly none.
+    return _dispatch_mode_count() > 0 and any(
+        getattr(mode, "_mode_key", None) is not None for mode in _dispatch_modes()
+    )
 
 
 def hooks_of(module: nn.Module) -> list[int]:
