@@ -11,7 +11,7 @@ from compiled import words_of
 
 from longnet import dilated_attention
 from longnet.attention.backends.triton.backend import STEPS
-from longnet.attention.backends.triton.steps import Fill, RepeatedSteps
+from longnet.attention.backends.triton.steps import Fill, Lookup, RepeatedSteps
 
 
 class Double:
@@ -74,6 +74,40 @@ def test_the_oldest_are_forgotten() -> None:
         repeated.run(key, {}, lambda key=key: iter(made.append(key) or ()))
     assert "".join(made) == "abcab"
     repeated.run("b", {}, lambda: pytest.fail("made again"))
+
+
+def test_the_newest_is_the_last_to_be_forgotten() -> None:
+    repeated, made = RepeatedSteps(2), []
+
+    def make(key):
+        made.append(key)
+        yield Fill("x", float(ord(key)))
+
+    # Run again and again, then one that was not the newest.
+    for key in "aabbabbac":
+        tensors = {"x": torch.empty(1)}
+        repeated.run(key, tensors, lambda key=key: make(key))
+        assert tensors["x"].item() == ord(key)
+    assert "".join(made) == "abc"
+    repeated.run("a", {"x": torch.empty(1)}, lambda: pytest.fail("made again"))
+    repeated.clear()
+    repeated.run("a", {"x": torch.empty(1)}, lambda: make("a"))
+    assert "".join(made) == "abca"
+
+
+def test_tensors_of_shapes_alone_are_asked_for_in_every_call() -> None:
+    repeated, asked = RepeatedSteps(2), []
+
+    def look_up():
+        asked.append(len(asked))
+        return torch.tensor(asked[-1])
+
+    for _ in range(3):
+        tensors = {}
+        repeated.run("a", tensors, lambda: iter([Lookup("order", look_up)]))
+        assert tensors["order"] == asked[-1]
+    # The first is there for what is made after it.
+    assert asked == [0, 1, 2, 3]
 
 
 @pytest.mark.skipif(

@@ -60,6 +60,9 @@ class AttentionSpec:
         return (*flags, *beyond, *branches, *heads), self.scale
 
 
+_encoded = lru_cache(maxsize=256)(AttentionSpec.encode)
+
+
 def decode(integers: Sequence[int], scale: float) -> AttentionSpec:
     """The spec that :meth:`AttentionSpec.encode` gave as these. Cached."""
     return _decode(tuple(integers), scale)
@@ -119,7 +122,8 @@ class AttentionInputs:
 
     def flat(self) -> tuple[Any, ...]:
         """As torch's operators take it: tensors, integers and the scale. The inverse is :func:`from_flat`."""
-        return *self.tensors, *self.spec.encode()
+        encode = AttentionSpec.encode if torch.compiler.is_compiling() else _encoded
+        return *self.tensors, *encode(self.spec)
 
     def with_spec(self, **changes: Any) -> AttentionInputs:
         """The same tensors, and a spec with these changes."""
@@ -144,9 +148,9 @@ class AttentionInputs:
 
     def empty_outputs(self) -> tuple[Tensor, Tensor]:
         """Uninitialised out like the query, and lse (B, H, N)."""
-        return torch.empty_like(self.query), self.query.new_empty(
-            self.query.shape[:-1], dtype=lse_dtype(self.query.dtype)
-        )
+        query = self.query
+        batch, heads, length, _ = query.shape
+        return torch.empty_like(query), query.new_empty((batch, heads, length), dtype=lse_dtype(query.dtype))
 
     def mixture_of_nothing(self) -> tuple[Tensor, Tensor]:
         """out and lse of a softmax over no keys, 0 and -inf, both in the dtype of the statistics."""
@@ -345,21 +349,24 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, T
         check_tensor(name, x, "(B, H, N, D)", "float64, float32, bfloat16 or float16")
     query, key, value = _autocast(query, key, value)
     batch, heads, length, dim = query.shape
+    dtype, device = query.dtype, query.device
     for name, x in (("key", key), ("value", value)):
-        if x.dtype != query.dtype:
-            raise ValueError(f"{name} has dtype {x.dtype}: expected the query's {query.dtype}")
-        if x.device != query.device:
-            raise ValueError(f"{name} is on {x.device}: expected the query's device {query.device}")
-        if x.shape[0] != batch or x.shape[2] != length or x.shape[3] != dim:
+        if x.dtype != dtype:
+            raise ValueError(f"{name} has dtype {x.dtype}: expected the query's {dtype}")
+        if x.device != device:
+            raise ValueError(f"{name} is on {x.device}: expected the query's device {device}")
+        rows, _, tokens, channels = x.shape
+        if rows != batch or tokens != length or channels != dim:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}: expected (B, Hk, N, D) = ({batch}, Hk, {length}, {dim}) as the query's"
             )
-    if value.shape[1] != key.shape[1]:
-        raise ValueError(f"value has {value.shape[1]} heads: expected as many as key, {key.shape[1]}")
+    key_heads, value_heads = key.shape[1], value.shape[1]
+    if value_heads != key_heads:
+        raise ValueError(f"value has {value_heads} heads: expected as many as key, {key_heads}")
     if heads < 1 or dim < 1:
         raise ValueError(f"query has shape {tuple(query.shape)}: expected at least one head and one channel")
-    if key.shape[1] < 1 or heads % key.shape[1]:
-        raise ValueError(f"query has {heads} heads and key has {key.shape[1]}: expected a multiple")
+    if key_heads < 1 or heads % key_heads:
+        raise ValueError(f"query has {heads} heads and key has {key_heads}: expected a multiple")
     return query, key, value
 
 

@@ -99,9 +99,10 @@ def caller_of(
         # The operator is faster, and the same, where nothing is differentiated or batched.
         if is_differentiated_or_batched():
             return transformed.apply(*inputs)
-        if is_observed() or not all(map(_is_plain, inputs)):
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        if is_observed() or any(x.is_meta or type(x) not in _PLAIN for x in tensors):
             return call(*inputs)
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             return direct.apply(*inputs)
         return function(*inputs)
 
@@ -110,7 +111,3 @@ def caller_of(
 
 # Not subclasses, which see every operator.
 _PLAIN = (Tensor, Parameter)
-
-
-def _is_plain(x: object) -> bool:
-    return type(x) in _PLAIN and not x.is_meta if isinstance(x, Tensor) else True

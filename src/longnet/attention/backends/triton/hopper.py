@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longnet.attention.backends.triton.launches import NestShape, kernel_arguments
 from longnet.attention.backends.triton.schedule import Schedule, cached_limits, cached_order
-from longnet.attention.backends.triton.steps import Run, Step, Tensors
+from longnet.attention.backends.triton.steps import Lookup, Run, Step, Tensors
 from longnet.geometry.needed_rows import NeededRows
 from longnet.geometry.nests import Nest
 from longnet.geometry.pattern import HeadOffsets
@@ -262,7 +262,8 @@ class Work:
             options = {"C": constants, "num_warps": 4, "maxnreg": _REGISTERS}
             segments = nest.segments(length, self.segment_offset)
             each = schedule.per_launch
-            limits = (partial(cached_limits, schedule),) if kernel == "key_value" else ()
+            if constants.LIMITED:
+                yield Lookup("limits", partial(cached_limits, schedule))
             for start in range(0, schedule.items, each):
                 items = min(each, schedule.items - start)
                 rest = (
@@ -270,7 +271,10 @@ class Work:
                     Value(segments), Value(self.segment_offset) if self.segment_offset else None,
                 )  # fmt: skip
                 launch = Launch(function, min(items, schedule.programs), templates, rest, options)
-                order = partial(_order_of, schedule, None if items == schedule.items else slice(start, start + items))
+                order = f"{kernel}, order of {number} from {start}"
+                part = None if items == schedule.items else slice(start, start + items)
+                yield Lookup(order, partial(_order_of, schedule, part))
+                limits = (order if self.needed is None else "limits",) if kernel == "key_value" else ()
                 yield Run(launch, (*statistics, *written, order, *limits, "offsets"), inputs)
 
 

@@ -174,9 +174,8 @@ _LIMITS = GraphSafeCache(64)
 
 
 def cached_limits(schedule: Schedule) -> Tensor:
-    """:func:`swept_limits` as (heads, branches) int32. If all rows are needed, the order: kernels do not read it then."""
-    if schedule.needed is None:
-        return cached_order(schedule)
+    """:func:`swept_limits` of the needed rows as (heads, branches) int32."""
+    assert schedule.needed is not None
     limits = swept_limits(schedule.nest, schedule.needed, schedule.head_offsets, schedule.heads, schedule.length)
     make = lambda: torch.tensor(limits, dtype=torch.int32).to(schedule.device)  # noqa: E731
     return _LIMITS.get(schedule, schedule.device, make)

@@ -33,12 +33,12 @@ class Run:
     """The launch of a kernel.
 
     Args:
-        pointers: the kernel's first arguments, by name; or functions that give tensors of shapes alone.
+        pointers: the kernel's first arguments, by name.
         inputs: the tensors of the descriptors, by name.
     """
 
     launch: Launch
-    pointers: tuple[str | Callable[[], Tensor], ...]
+    pointers: tuple[str, ...]
     inputs: tuple[str, ...] = ()
 
     def announce(self, tensors: Tensors) -> None:
@@ -46,11 +46,24 @@ class Run:
 
     def given(self, tensors: Tensors) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
         """(pointers, inputs) of the launch."""
-        pointers = tuple([tensors[one] if isinstance(one, str) else one() for one in self.pointers])
-        return pointers, tuple([tensors[name] for name in self.inputs])
+        return tuple([tensors[name] for name in self.pointers]), tuple([tensors[name] for name in self.inputs])
 
     def run(self, tensors: Tensors) -> None:
         self.launch.run(*self.given(tensors))
+
+
+@dataclass(frozen=True, eq=False)
+class Lookup:
+    """A tensor that depends on shapes alone, asked for in every call: ``look_up`` knows which stream is to read it."""
+
+    name: str
+    look_up: Callable[[], Tensor]
+
+    def announce(self, tensors: Tensors) -> None:
+        self.run(tensors)
+
+    def run(self, tensors: Tensors) -> None:
+        tensors[self.name] = self.look_up()
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,7 @@ class RepeatedSteps:
     def __init__(self, most: int) -> None:
         self._most = most
         self._steps: OrderedDict[Hashable, tuple[Step, ...]] = OrderedDict()
+        self._newest: tuple[Step, ...] | None = None
 
     def run(self, key: Hashable, tensors: Tensors, make: Callable[[], Iterator[Step]]) -> None:
         """Run the steps of a call.
@@ -83,6 +97,7 @@ class RepeatedSteps:
             make: gives the steps one by one. Each is announced before it is asked for the next, so it finds what steps will add.
         """
         steps = self._steps.get(key)
+        is_newest = steps is not None and steps is self._newest
         if steps is None:
             made: list[Step] = []
             for step in make():
@@ -92,12 +107,15 @@ class RepeatedSteps:
             steps = tuple(made)
         for step in steps:
             step.run(tensors)
+        if is_newest:
+            return
         # Last again; another thread may have taken it out meanwhile.
         self._steps.pop(key, None)
-        self._steps[key] = steps
+        self._steps[key] = self._newest = steps
         if len(self._steps) > self._most:
             self._steps.popitem(last=False)
 
     def clear(self) -> None:
         """Forget all of them, where something has changed that keys do not hold."""
         self._steps.clear()
+        self._newest = None
