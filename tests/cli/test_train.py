@@ -79,7 +79,15 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(
 def test_it_says_what_it_is_doing_and_writes_the_run_folder(finished_run: Path) -> None:
     text = (finished_run.parent / "output.txt").read_text()
     for part in (
-        *("Reading the file", "training bytes", "parameters, 1 layers", "segments (16, 32, 64)", "Training 100%"),
+        *(
+            "Reading the file",
+            "training bytes",
+            "Memory of a step: about",
+            "Time of a step: about",
+            "parameters, 1 layers",
+            "segments (16, 32, 64)",
+            "Training 100%",
+        ),
         *("tokens/s", "bits/byte", "left", "Scoring", "lzma", "Generating a sample", "Report: ", "Held out: "),
     ):
         assert part in text, part

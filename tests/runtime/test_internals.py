@@ -76,6 +76,7 @@ TORCH: dict[str, Callable[[Any], Any]] = {
     "torch.distributed.distributed_c10d._get_default_store": lambda own: own.default_store(),
     "torch.nn.modules.batchnorm._BatchNorm": lambda own: own.any_batch_norm(),
     "torch.distributed.device_mesh.DeviceMesh._flatten": lambda own: own.flattened_mesh(SimpleNamespace(), "all"),
+    "torch._subclasses.fake_tensor.FakeTensorMode": lambda own: own.fake_tensors(),
     "torch._assert_async": lambda own: own.assert_async(torch.tensor(True)),
     "torch._foreach_copy_": lambda own: own.copy_many([], []),
     "torch._int_mm": lambda own: own.int8_matmul(torch.eye(2), torch.eye(2)),

@@ -147,3 +147,9 @@ def specialised_floats() -> AbstractContextManager[Any]:
     TRIED.get("torch._dynamo.config.specialize_float")
     settings: Any = TRIED.get("torch._dynamo.config")
     return settings.patch(specialize_float=True)
+
+
+def fake_tensors() -> AbstractContextManager[Any]:
+    """Inside, tensors that are made have shapes, dtypes and devices, and no memory."""
+    mode: AbstractContextManager[Any] = TRIED.get("torch._subclasses.fake_tensor.FakeTensorMode")()
+    return mode

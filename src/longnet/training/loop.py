@@ -14,6 +14,7 @@ from longnet.runtime.triton_support import HAS_TRITON
 from longnet.training.checkpoint import read_checkpoint
 from longnet.training.data import Corpus, check_lengths, check_outside, read_corpus
 from longnet.training.device import resolve_device
+from longnet.training.estimate import describe_step
 from longnet.training.folder import RunFolder
 from longnet.training.lock import locked
 from longnet.training.progress import Reporter, SilentReporter
@@ -88,6 +89,9 @@ def train(
         is_small = device.type == "cpu" and settings.batch * settings.context * settings.model.dim < _SMALL
         threads = 1 if settings.threads is None and is_small else settings.threads
         with torch_threads(threads), torch.random.fork_rng(devices=cuda):
+            # Before the model takes memory of the device, and before the seed: a product of random numbers is timed.
+            if ranks.is_first and not isinstance(tell, SilentReporter):
+                _say_estimate(settings, device, ranks, tell)
             torch.manual_seed(settings.seed)
             model = LongNetLM(settings.model).to(device)
             trainer = Trainer(settings, folder, data, model, device, tell, ranks)
@@ -108,6 +112,15 @@ def train(
                 if ranks.is_first and not resume and trainer.step == 0:
                     folder.remove()
                 raise
+
+
+def _say_estimate(settings: TrainSettings, device: torch.device, ranks: Ranks, tell: Reporter) -> None:
+    try:
+        for line in describe_step(settings, device, dp=ranks.dp, cp=ranks.cp):
+            tell.say(line)
+    except RuntimeError as error:
+        # Of torch, out of memory among them. A run needs no estimate.
+        tell.say(f"No estimate of a step's memory and time: {str(error).strip().splitlines()[0]}")
 
 
 # The oldest GPUs that torch.compile's kernels run on.
