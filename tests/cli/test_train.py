@@ -276,3 +276,21 @@ def test_a_diverged_run_is_one_line_and_exit_code_1(
     assert result.returncode == 1
     assert "still holds step" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_bfloat16_weights_choose_the_dtype_and_are_generated_from(
+    tmp_path: Path, longnet: Longnet, train_arguments: list[object]
+) -> None:
+    arguments = [one for one in train_arguments if one not in ("--dtype", "float32")]
+    out = tmp_path / "run"
+    result = longnet("train", *arguments, "--weights", "bfloat16", "--out", out, "--steps", 2)
+    assert result.returncode == 0, result.stderr
+    assert " in bfloat16 and bfloat16 weights with " in result.stdout
+    result = longnet("generate", out, "--prompt", "abc", "--tokens", 3)
+    assert result.returncode == 0, result.stderr
+    for dtype in ("float32", "bfloat16"):
+        result = longnet("stream", out, "--data", out / "run.json", "--dtype", dtype, "--out", tmp_path / dtype)
+        assert result.returncode == 0, result.stderr
+    result = longnet("train", *arguments, "--weights", "bfloat16", "--dtype", "float32", "--out", tmp_path / "other")
+    assert result.returncode == 2 and "weights='bfloat16' with dtype='float32'" in result.stderr
+    assert not (tmp_path / "other").exists()

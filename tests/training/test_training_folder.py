@@ -132,9 +132,20 @@ def test_a_model_is_saved_for_reading_back(tmp_path: Path) -> None:
         save_model(model, tmp_path / "a" / "model")
 
 
-def test_only_float32_is_saved(tmp_path: Path) -> None:
-    model = LongNetLM(LongNetConfig.preset("nano")).bfloat16()
-    with pytest.raises(ValueError, match="embedding.weight of the model is torch.bfloat16: expected torch.float32"):
+def test_a_model_in_bfloat16_is_saved_and_read_back(tmp_path: Path) -> None:
+    model = LongNetLM(LongNetConfig.preset("nano")).bfloat16().eval()
+    save_model(model, tmp_path / "model")
+    read, tokens = load_model(tmp_path / "model"), torch.randint(256, (1, 40))
+    assert {weight.dtype for weight in read.parameters()} == {torch.bfloat16}
+    assert torch.equal(read(tokens), model(tokens))
+
+
+def test_other_dtypes_and_several_are_not_saved(tmp_path: Path) -> None:
+    model = LongNetLM(LongNetConfig.preset("nano")).half()
+    with pytest.raises(ValueError, match="embedding.weight of the model is torch.float16: expected torch.float32"):
+        save_model(model, tmp_path / "model")
+    model.bfloat16().norm.float()
+    with pytest.raises(ValueError, match="norm.weight of the model is torch.float32: expected torch.bfloat16"):
         save_model(model, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 

@@ -254,6 +254,27 @@ def test_bfloat16_trains_on_float32_weights(make_settings: Make) -> None:
     assert {tensor.dtype for tensor in load_model(settings.out).state_dict().values()} == {torch.float32}
 
 
+def test_bfloat16_weights_are_trained_saved_and_resumed(make_settings: Make, tmp_path: Path) -> None:
+    low: dict[str, Any] = {"dtype": "bfloat16", "weights": "bfloat16"}
+    whole, parts = (make_settings(out=str(tmp_path / name), steps=40, lr=0.01, **low) for name in ("whole", "parts"))
+    train(whole)
+    train(parts, should_stop=_stop_after(15))
+    train(parts, resume=True)
+    assert _metrics(parts, "train") == _metrics(whole, "train")
+    state = load_file(_state(whole))
+    kinds = {tensor.dtype for name, tensor in state.items() if not name.endswith(".step") and name[:3] != "rng"}
+    assert kinds == {torch.bfloat16} == {tensor.dtype for tensor in load_model(whole.out).state_dict().values()}
+    with pytest.raises(ValueError, match="weights was 'bfloat16', now 'float32'"):
+        train(whole.replace(weights="float32"), resume=True)
+    # Near the losses of float32 weights, and not these.
+    exact = make_settings(out=str(tmp_path / "exact"), steps=40, lr=0.01, dtype="bfloat16")
+    train(exact)
+    rounded, unrounded = (
+        [line["loss"] for line in read_metrics(Path(one.out) / "metrics.jsonl")] for one in (whole, exact)
+    )
+    assert rounded == pytest.approx(unrounded, rel=0.05) and rounded != unrounded
+
+
 def test_accumulation_is_the_mean_of_its_parts(make_settings: Make, tmp_path: Path) -> None:
     model = make_settings().model.replace(dropout=0.0)
     one = make_settings(out=str(tmp_path / "one"), model=model, batch=4, accumulate=1)

@@ -36,6 +36,8 @@ Make = Callable[..., TrainSettings]
         ({"seed": 2**63}, "seed=9223372036854775808 is too large"),
         ({"threads": 0}, "threads=0"),
         ({"schedule": "step"}, "schedule='step' is unknown"),
+        ({"weights": "float16"}, "weights='float16' is unknown"),
+        ({"weights": "bfloat16"}, "weights='bfloat16' with dtype='float32': expected dtype='bfloat16' too"),
         ({"dtype": "int8"}, "dtype='int8' is unknown"),
         ({"model": LongNetConfig.preset("nano", vocab_size=300)}, "vocab_size=300"),
         ({"model": LongNetConfig.preset("nano", causal=False)}, "causal=False"),

@@ -91,7 +91,8 @@ def _make_settings(
 
     model = _read_model(preset, config)
     if options.get("dtype", None if resume else "auto") == "auto":
-        options["dtype"] = choose_dtype(options.get("device", "auto"))
+        in_bfloat16 = options.get("weights") == "bfloat16"
+        options["dtype"] = "bfloat16" if in_bfloat16 else choose_dtype(options.get("device", "auto"))
     if resume:
         saved = read_settings(RunFolder(options["out"]))
         if model is not None or changes:

@@ -63,6 +63,9 @@ def stream(
         source: ByteSource = PipedBytes(pipe or sys.stdin.buffer) if from_pipe else FileBytes(settings.data, tell.say)
         stack.callback(source.close)
         model = load_model(settings.run, device)
+        if settings.dtype == "float32" and model.embedding.weight.dtype == torch.bfloat16:
+            # Without autocast a model computes in the dtype of its weights.
+            model = model.float()
         digest = model_digest(model)
         if state is not None:
             for note in check_resume(state, settings, digest, str(device)):

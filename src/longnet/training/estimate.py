@@ -8,6 +8,7 @@ import statistics
 import time
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +24,11 @@ from longnet.training.device import autocast
 from longnet.training.progress import format_seconds
 from longnet.training.settings import TrainSettings
 
-SHARE = 0.4
+SHARE = 0.35
 """The share of a matrix product's speed that a whole step is assumed to reach: norms, GELU and the optimizer compute little and
-read much, and attention multiplies smaller matrices. The paper's model reached 0.37 on an H100 (steps in
-``benchmarks/results/longest-training-1-2026-11-25.json``), small presets 0.36 to 0.54 in float32 on an AMD EPYC."""
+read much, and attention multiplies smaller matrices. The paper's model did 220 TFLOP/s on an H100
+(``benchmarks/results/longest-training-1-2026-11-25.json``), where a product reaches 600 to 800; small presets in float32 reached
+0.36 to 0.54 of a product's speed on an AMD EPYC."""
 
 # A product is timed that takes this many seconds, or one with as many rows as a forward pass has tokens.
 _LEAST_SECONDS = 0.02
@@ -62,7 +64,7 @@ def step_memory(settings: TrainSettings, device: torch.device, *, dp: int = 1, c
         device: which kernels run, and so what is saved, depends on it.
         dp, cp: windows trained on side by side, and processes that share each.
     """
-    model = LongNetLM(settings.model, device="meta")
+    model = LongNetLM(settings.model, device="meta", dtype=getattr(torch, settings.weights))
     of_blocks = [_weight_bytes(block) for block in model.blocks]
     whole, ranks = _weight_bytes(model), dp * cp
     own = -(-whole // ranks)
@@ -166,16 +168,15 @@ def format_bytes(count: int) -> str:
 def _activations(settings: TrainSettings, device: torch.device, batch: int, length: int) -> int:
     """Bytes that a forward pass saves for ``batch`` windows of ``length`` tokens, and the most computed again at one time."""
     config, dtype = settings.model, getattr(torch, settings.dtype)
+    made: dict[str, Any] = {"device": device, "dtype": getattr(torch, settings.weights)}
     layers = config.layer_attentions()
     with fake_tensors(), autocast(device, dtype):
-        x = torch.empty(batch, length, config.dim, device=device, requires_grad=True)
-        of_kind = {
-            kind: _saved_bytes(Block(config, layers.index(kind), device=device), x) for kind in dict.fromkeys(layers)
-        }
-        of_norm = _saved_bytes(make_norm(config.norm, config.dim, device=device), x)
+        x = torch.empty(batch, length, config.dim, requires_grad=True, **made)
+        of_kind = {kind: _saved_bytes(Block(config, layers.index(kind), **made), x) for kind in dict.fromkeys(layers)}
+        of_norm = _saved_bytes(make_norm(config.norm, config.dim, **made), x)
         of_chunk = 0
         if config.feed_forward_chunk is not None:
-            whole = FeedForward(config.replace(feed_forward_chunk=None), device=device)
+            whole = FeedForward(config.replace(feed_forward_chunk=None), **made)
             of_chunk = _saved_bytes(whole, x[:, : config.feed_forward_chunk])
     # Logits of the dtype and of float32, what cross-entropy saves, and its gradient.
     logits = min(config.loss_chunk, batch * length) * config.vocab_size * (dtype.itemsize + 3 * 4)
@@ -214,6 +215,8 @@ def _remedies(settings: TrainSettings) -> str:
     smaller = ["a smaller --batch with a larger --accumulate"] if settings.batch > 1 else []
     if not settings.model.gradient_checkpointing:
         smaller.append("gradient_checkpointing = true in the file of --config")
+    if settings.weights == "float32":
+        smaller.append("--weights bfloat16")
     return ", ".join([*smaller, "a shorter --context"]) + ", or a smaller model"
 
 

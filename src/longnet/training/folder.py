@@ -127,15 +127,15 @@ def save_model(model: LongNetLM, path: str | Path) -> None:
         path: a folder for ``config.json`` and ``model.safetensors``, made if it is missing.
 
     Raises:
-        TypeError: a model of another kind. ValueError: a run or a model is there already, or weights that are not float32.
+        TypeError: a model of another kind. ValueError: a run or a model is there already, or weights that are
+            neither all float32 nor all bfloat16.
     """
     if not isinstance(model, LongNetLM):
         raise TypeError(f"model has type {type(model).__name__}: expected a LongNetLM")
+    dtype = _dtype_of({"embedding.weight": model.embedding.weight})
     for name, weight in model.named_parameters():
-        if weight.is_floating_point() and weight.dtype != torch.float32:
-            raise ValueError(
-                f"{name} of the model is {weight.dtype}: expected torch.float32, which load_model gives back"
-            )
+        if weight.is_floating_point() and weight.dtype != dtype:
+            raise ValueError(f"{name} of the model is {weight.dtype}: expected {dtype}, which load_model gives back")
     folder = RunFolder(path)
     with locked(path):
         folder.require_new()
@@ -144,7 +144,7 @@ def save_model(model: LongNetLM, path: str | Path) -> None:
 
 
 def load_model(run: str | Path, device: str | torch.device = "cpu") -> LongNetLM:
-    """The trained model of a run folder, or one that :func:`save_model` wrote, in evaluation mode.
+    """The trained model of a run folder, or one that :func:`save_model` wrote, in evaluation mode and its weights' dtype.
 
     Args:
         run: the ``--out`` folder of ``longnet train``; only ``config.json`` and ``model.safetensors`` are read.
@@ -167,12 +167,18 @@ def load_model(run: str | Path, device: str | torch.device = "cpu") -> LongNetLM
     weights, metadata = read_safetensors(folder.model_file, MODEL)
     _check_config(folder, config, weights, metadata)
     with torch.random.fork_rng(devices=[]):  # Its initial weights are overwritten: leave the caller's generator alone.
-        model = LongNetLM(config)
+        model = LongNetLM(config, dtype=_dtype_of(weights))
         if (scheme := metadata.get("quantization")) is not None:
             # Quantise the initial weights: the file's tensors then fit them.
             quantize(model, scheme, head=model.head is not None and "head.weight" not in weights)
     restore_weights(model, weights, folder.model_file)
     return model.to(device).eval()
+
+
+def _dtype_of(weights: Mapping[str, Tensor]) -> torch.dtype:
+    """Of the model of these weights: bfloat16 if its embedding is, else float32."""
+    embedding = weights.get("embedding.weight")
+    return torch.bfloat16 if embedding is not None and embedding.dtype == torch.bfloat16 else torch.float32
 
 
 def _check_config(

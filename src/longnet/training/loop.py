@@ -93,7 +93,7 @@ def train(
             if ranks.is_first and not isinstance(tell, SilentReporter):
                 _say_estimate(settings, device, ranks, tell)
             torch.manual_seed(settings.seed)
-            model = LongNetLM(settings.model).to(device)
+            model = LongNetLM(settings.model).to(device, getattr(torch, settings.weights))
             trainer = Trainer(settings, folder, data, model, device, tell, ranks)
             try:
                 with closing(trainer), many_recompilations() if compiled else nullcontext():

@@ -15,6 +15,7 @@ if TYPE_CHECKING or "torch" in sys.modules:
     from longnet.models import LongNetConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
+WEIGHTS = ("float32", "bfloat16")
 DEFAULT_STEPS = 1000
 """Steps of ``longnet train`` when neither steps nor minutes are given."""
 
@@ -41,7 +42,8 @@ class TrainSettings:
         schedule: what follows the warm-up: ``"cosine"``, ``"linear"``, ``"constant"`` or ``"wsd"``.
         lr_floor: the share of ``lr`` left at the end.
         beta1, beta2: of AdamW.
-        dtype: of the forward pass (autocast); weights and optimizer stay float32.
+        dtype: of the forward pass (autocast).
+        weights: dtype of weights, gradients and the optimizer's moments; ``"bfloat16"`` needs that ``dtype`` too.
         device: ``"auto"`` (CUDA, else MPS, else the CPU) or a torch device.
         eval_windows: held-out windows of an evaluation during training.
         compile: whether ``torch.compile`` compiles the blocks; ``None`` does on a GPU that it supports, in a single process.
@@ -70,6 +72,11 @@ class TrainSettings:
         choices=DTYPES,
         shown="auto",
     )
+    weights: str = setting(
+        "float32",
+        "Of weights, gradients and optimizer: float32, or bfloat16 with that --dtype (half the memory; small updates are lost).",
+        choices=WEIGHTS,
+    )
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps.")
     seed: int = setting(0, "Of weights, windows and dropout.", least=0)
     eval_every: int = setting(200, "Steps between evaluations, 0 for none.", least=0)
@@ -85,6 +92,8 @@ class TrainSettings:
         check_settings(self)
         if self.seed >= 2**63:
             raise ValueError(f"seed={self.seed} is too large: expected less than 2 ** 63")
+        if self.weights != "float32" and self.dtype != self.weights:
+            raise ValueError(f"weights={self.weights!r} with dtype={self.dtype!r}: expected dtype={self.weights!r} too")
         if self.steps is None and self.minutes is None:
             raise ValueError("steps=None and minutes=None: expected at least one of them, or the run would never end")
         if self.model.vocab_size != 256:

@@ -93,13 +93,14 @@ class Trainer:
     def start(self, checkpoint: Checkpoint | None) -> None:
         """Describe the run, then restore the checkpoint or save a first one."""
         settings, config = self.settings, self.settings.model
+        in_weights = "" if settings.weights == "float32" else f" and {settings.weights} weights"
         count = sum(weight.numel() for weight in self.model.parameters())
         self.reporter.say(
             f"Model: {count:,} parameters, {config.layers} layers, width {config.dim}, {config.heads} heads; "
             + _describe_layers(config)
         )
         self.reporter.say(
-            f"Training on {self.device} in {settings.dtype} with {torch.get_num_threads()} CPU threads: context "
+            f"Training on {self.device} in {settings.dtype}{in_weights} with {torch.get_num_threads()} CPU threads: context "
             f"{settings.context:,}, {settings.bytes_per_step:,} bytes a step, {_length(settings)}, into {self.folder.path}"
         )
         if several := self.ranks.describe():
