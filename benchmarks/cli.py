@@ -122,7 +122,15 @@ def _measure(device: Device, options: argparse.Namespace, others: tuple[str, ...
     path = options.out or ROOT / "benchmarks" / "results" / f"{name}-{run.result['date'][:10]}.json"
     save = partial(results.save, run.result, path)
     # Hours on a machine that may be taken away: a GPU's result is complete enough to be written after every step.
-    terminal.run(harness.steps(run, **{name: getattr(options, name) for name in others}), save if on_gpu else None)
+    try:
+        terminal.run(harness.steps(run, **{name: getattr(options, name) for name in others}), save if on_gpu else None)
+    except Exception as error:
+        # What fails on a card is what its owner has to send.
+        if on_gpu:
+            run.result["failed"] = f"{type(error).__name__}: {error}"
+            save()
+            print(f"\nWritten, with what failed: {path}", file=sys.stderr)
+        raise
     save()
     _finish(path, options.plot)
     return 0

@@ -189,8 +189,10 @@ def _checks(result: Record) -> Table:
         "error": "{error:.2g}",
         "allowed": "{allowed:.2g}",
     }
-    row = _worst(every) | {"count": len(every)}
-    return table("Checks against the float64 definition, all passed", columns, [row])
+    # A run may have failed in its first check.
+    rows = [_worst(every) | {"count": len(every)}] if every else []
+    passed = "that passed" if result.get("failed") is not None else "all passed"
+    return table(f"Checks against the float64 definition, {passed}", columns, rows)
 
 
 def _noise(result: Record) -> Table:

@@ -87,6 +87,8 @@ def merge(results: dict[str, Record]) -> Record:
     """
     (first_name, first), *others = results.items()
     for name, result in results.items():
+        if result.get("failed") is not None:
+            raise NoResult(f"{name} is of a run that failed: {result['failed']}")
         if result["device"]["kind"] != "cuda":
             raise NoResult(f"{name} is a result of kind {result['device']['kind']!r}: only GPU results can be merged")
     for name, result in others:

@@ -66,7 +66,11 @@ def summary(result: Record) -> Iterator[str]:
                 f"The machine was busy with something else (load average {before} before the run and {after} after it on "
                 f"{cores} cores): times are not to be relied on."
             )
+    if result.get("failed") is not None:
+        yield f"The run failed, and holds what was measured until then: {result['failed']}"
+        return
     if not result["judged"]:
+        yield f"{len(result['checks'])} results of small cases agreed with the definition."
         yield "Sizes too small to judge: nothing is reached or missed."
         return
     figures = verdicts(result)

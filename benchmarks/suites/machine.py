@@ -19,7 +19,10 @@ _HALVED = replace(GPU, length=2500, segment_lengths=tuple(w // 2 for w in GPU.se
 _ON_CPU = {"cpu": variants(CPU, dtype=DTYPES), "cpu-quick": variants(CPU_QUICK, dtype=DTYPES)}
 _ON_GPU = (*variants(_HALVED, head_dim=(64, 128), is_causal=(True, False)), replace(GIGAPATH, length=2500))
 _ORACLE = {name: tuple(case.small() for case in cases) for name, cases in _ON_CPU.items()}
-_ORACLE |= {"cuda": _ON_GPU, "cuda-quick": (GPU_QUICK,)}
+# For cards on which no kernel has run: several head dimensions and types, a length that no segment divides, little memory.
+_ODD = replace(GPU_QUICK, length=600)
+_QUICK = (*variants(_ODD, head_dim=(64, 128), is_causal=(True, False)), replace(_ODD, dtype="float32"))
+_ORACLE |= {"cuda": _ON_GPU, "cuda-quick": _QUICK}
 # Side of the matrices, bytes of the copy.
 _CEILINGS = {"cuda": ((8192, 4 * 2**30),), "cuda-quick": ((256, 2**20),)}
 _IMPORT = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -92,6 +93,43 @@ def test_the_command_writes_after_every_step_and_prints(monkeypatch, tmp_path):
     assert "GigaPath's shape" in done.stdout
     assert f"Written: {path}" in done.stdout
     assert run("show", path).stdout == done.stdout.split("Written")[0]
+
+
+def test_what_an_owner_of_another_card_sends(monkeypatch, tmp_path):
+    """The command of docs/backends.md: card, versions, commit, and whether results agreed with the definition."""
+    page = (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^python -m benchmarks (gpu .*) mine\.json$", page, re.MULTILINE)
+    monkeypatch.setattr(harness, "compile_all", lambda run: None)
+    monkeypatch.setattr(cli, "no_cuda_reason", lambda: None)
+    monkeypatch.setattr(cli, "Cuda", CpuMachine)
+    path = tmp_path / "mine.json"
+    done = run(*command.split(), path)
+    assert done.exit_code == 0, done.stderr
+    sent = json.loads(path.read_text())
+    assert sent["device"]["capability"] == "0.0" and sent["commit"]["sources"] and sent["versions"]["torch"]
+    whats = {check["what"].split(": ")[0] for check in sent["checks"]}
+    assert {"oracle, N=600 bfloat16", "oracle, N=600 float32"} <= whats
+    # Five cases, four results each, of the definition's backend and of the one that is chosen.
+    assert len(sent["checks"]) == 40 and all(check["error"] <= check["allowed"] for check in sent["checks"])
+    assert "40 results of small cases agreed with the definition." in done.stdout
+
+    right = checks.attend_dilated
+
+    def attend_dilated(case: Case, backend: str = "auto") -> checks.Attend:
+        attend = right(case, backend)
+        return lambda query, key, value: attend(query, key, value) * (1.0 if backend == "portable" else 1.05)
+
+    monkeypatch.setattr(checks, "attend_dilated", attend_dilated)
+    path = tmp_path / "wrong.json"
+    done = run(*command.split(), path)
+    assert done.exit_code == 1
+    assert "Written, with what failed: " in done.stderr and "no number is given" in done.stderr
+    sent = json.loads(path.read_text())
+    assert sent["failed"].startswith("CheckFailed: oracle, N=600 bfloat16: out: relative error")
+    assert sent["speed"] == [] and sent["device"]["model"] == "a CPU in its place"
+    assert "The run failed, and holds what was measured until then: CheckFailed" in run("show", path).stdout
+    refused = run("merge", path, path, "--out", tmp_path / "merged.json")
+    assert refused.exit_code == 2 and "is of a run that failed" in refused.stderr
 
 
 def test_without_rich_everything_is_printed_in_plain_lines(monkeypatch, capsys, result):
