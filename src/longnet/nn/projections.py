@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from longnet.nn import Norm, fits, normed_linear, residual_normed_linear
 from longnet.nn.norm import LayerNorm
 from longnet.runtime.autocast import autocast_dtype
-from longnet.runtime.torch_internals import is_call_changed, parameter_table
+from longnet.runtime.torch_internals import FakeTensor, is_call_changed, parameter_table
 
 
 def project_normed(
@@ -79,5 +79,10 @@ def is_as_its_class(module: nn.Module, kind: type[nn.Module]) -> bool:
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether it is as its class, with parameters that are nothing but tensors."""
     return is_as_its_class(module, kind) and all(
-        type(one) is nn.Parameter for one in parameter_table(module).values() if one is not None
+        type(one) is nn.Parameter or _is_fake(one) for one in parameter_table(module).values() if one is not None
     )
+
+
+def _is_fake(parameter: Any) -> bool:
+    """Whether it is fake in a call that no compiler or export records: the call then does what one on real tensors does."""
+    return type(parameter) is FakeTensor and not torch.compiler.is_compiling()

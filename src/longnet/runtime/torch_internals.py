@@ -29,6 +29,8 @@ default_store = TRIED.function("torch.distributed.distributed_c10d._get_default_
 cpu_flash = TRIED.function("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default")
 cpu_flash_backward = TRIED.function("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default")
 gpu_flash = TRIED.function("torch.ops.aten._scaled_dot_product_flash_attention.default")
+# The class of tensors with a shape and no memory.
+FakeTensor: Any = TRIED.function("torch._subclasses.fake_tensor.FakeTensor")
 # Operators without a public form: raise on the device, copy many tensors in one launch, multiply int8 matrices.
 assert_async = TRIED.function("torch._assert_async")
 copy_many = TRIED.function("torch._foreach_copy_")
