@@ -33,7 +33,7 @@ BANDS = {
 }
 
 
-def compiled(kernel: str, case: str) -> object:
+def compiled(kernel: str, case: str, *, padded: bool = False) -> Any:
     dim, channels, is_causal, branches, offset = CASES[case]
     function, owned = hopper._kernel(kernel)
     swept, stages, _ = hopper._CUTS[kernel, dim]
@@ -42,14 +42,15 @@ def compiled(kernel: str, case: str) -> object:
     limited = kernel == "key_value" and not is_causal
     settings = hopper.Constants(
         shape, tiles, dim, channels, hopper._OWNED, swept, stages, True, is_causal,
-        MERGE=True, LIMITED=limited, OFFSET=offset != 0, BY_ROW=offset is None,
+        MERGE=True, LIMITED=limited, OFFSET=offset != 0, BY_ROW=offset is None, PADDED=padded,
     )  # fmt: skip
     letters = [name[0] for name in function.arg_names if name.endswith("_fold")]
     rows = {letter: [hopper._OWNED if i in owned else swept] * len(branches) for i, letter in enumerate(letters)}
-    return _compiled(function, settings, rows, dim, {"segment_offset"} if not offset else set())
+    absent = set() if padded else {"PADDING", "COUNTS", "padding_at"} & set(function.arg_names)
+    return _compiled(function, settings, rows, dim, absent if offset else {"segment_offset", *absent})
 
 
-def compiled_band(kernel: str, case: str) -> object:
+def compiled_band(kernel: str, case: str) -> Any:
     dim, channels, pattern = BANDS[case]
     (launch,) = bands.band_launches(pattern, True)
     of_keys = kernel == "key_value"
@@ -87,9 +88,11 @@ def _compiled(
         elif name.endswith("_fold"):
             signature[name] = ("i32",) * 4
         elif name.endswith("_at"):
-            signature[name] = ("i32",) * 3
+            signature[name] = ("i32",) * (2 if name == "padding_at" else 3)
         else:
-            signature[name] = {"ORDER": "*i32", "LIMITS": "*i32", "OFFSETS": "*i64", "scale": "fp32"}.get(name, "i32")
+            signature[name] = {
+                "ORDER": "*i32", "LIMITS": "*i32", "OFFSETS": "*i64", "PADDING": "*i8", "COUNTS": "*i32", "scale": "fp32",
+            }.get(name, "i32")  # fmt: skip
     signature |= dict.fromkeys(constants, "constexpr")
     source = GluonASTSource(function, {name: signature[name] for name in function.arg_names}, constants, {})
     options = {"num_warps": 4, "maxnreg": hopper._REGISTERS}
@@ -99,5 +102,6 @@ def _compiled(
 if __name__ == "__main__":
     for kernel in ("forward", "key_value", "query"):
         for case in sys.argv[1:]:
-            asm = (compiled if case in CASES else compiled_band)(kernel, case).asm
+            name, padded = case.removeprefix("padded-"), case.startswith("padded-")
+            asm = (compiled(kernel, name, padded=padded) if name in CASES else compiled_band(kernel, name)).asm
             sys.stdout.write(f"{kernel} {case} {asm['ptx'].count('wgmma.mma_async')} {len(asm['cubin'])}\n")

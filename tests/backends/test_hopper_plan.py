@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from longnet.attention.backends.triton import hopper
 from longnet.attention.backends.triton.bands import band_launches
 from longnet.attention.backends.triton.hopper_bands import BandWork
+from longnet.attention.backends.triton.padding import CountPadding, count_padding
 from longnet.attention.backends.triton.steps import RepeatedSteps, Run
 from longnet.geometry import Pattern
 from longnet.geometry.nests import make_nests
@@ -92,6 +93,33 @@ def test_filling_up_is_padding_with_zeros(length, channels, unit, dtype, count) 
         assert view_of(filled).tokens % unit == 0
 
 
+@interpreted
+@pytest.mark.parametrize("count", [1, 2])
+def test_padded_tokens_are_filled_with_zeros(count) -> None:
+    tensors = [torch.randn(2, 3, 70, 48).half() for _ in range(count)]
+    padded = torch.rand(2, 140)[:, ::2] < 0.3
+    for x in tensors:
+        x.masked_fill_(padded[:, None, :, None], torch.nan)
+    for x, filled in zip(tensors, hopper.pad_for_tma(tensors, 64, 16, padded.view(torch.int8)), strict=True):
+        assert torch.equal(filled, pad(x.masked_fill(padded[:, None, :, None], 0.0), (0, 16, 0, 10)))
+
+
+@interpreted
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 640, 20_000])
+def test_padding_is_counted_by_groups(length) -> None:
+    masks = torch.rand(2, length) < 0.5, torch.zeros(2, length, dtype=torch.bool), torch.rand(length, 2).T < 0.1
+    for mask in masks:
+        tensors = {"padding": mask.view(torch.int8)}
+        (step,) = count_padding(tensors)
+        step.announce(tensors)
+        announced = tensors["padding_counts"].shape
+        step.run(tensors)
+        groups = pad(mask.int(), (0, -length % 64)).unflatten(1, (-1, 64)).sum(2)
+        assert torch.equal(tensors["padding_counts"], pad(groups.cumsum(1), (1, 0)).int())
+        assert tensors["padding_counts"].shape == announced
+    assert not list(count_padding({"padding": None}))
+
+
 def by_name(kernel, arguments, options):
     """Arguments of a call by the names of the kernel's parameters and of its constants."""
     call = dict(zip(kernel.arg_names, arguments, strict=False)) | options
@@ -153,8 +181,9 @@ def kernels(monkeypatch):
     monkeypatch.setattr(triton_internals, "_typical", triton_internals._plain)
     monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 4)
     monkeypatch.setattr(hopper, "cached_order", found.order)
-    monkeypatch.setattr(hopper, "pad_for_tma", lambda tensors, dim, unit: [
-        pad(x, (0, dim - x.shape[-1], 0, -x.shape[2] % unit)) for x in tensors
+    monkeypatch.setattr(hopper, "pad_for_tma", lambda tensors, dim, unit, padding=None: [
+        pad(x if padding is None else x * (padding == 0)[:, None, :, None], (0, dim - x.shape[-1], 0, -x.shape[2] % unit))
+        for x in tensors
     ])  # fmt: skip
     return found
 
@@ -165,7 +194,7 @@ TYPICAL = triton_internals._typical
 STEPS = RepeatedSteps(16)
 
 
-def call_both(length, dim, kv_heads=4, pattern=((256, 1024), (1, 2)), is_causal=True):
+def call_both(length, dim, kv_heads=4, pattern=((256, 1024), (1, 2)), is_causal=True, padding=None):
     heads, batch = 4, 2
     work = hopper.Work(make_nests(Pattern.parse(*pattern), heads, hopper.UNIT, 64), 0.5, is_causal, "interleaved")
     query, grad = (torch.randn(batch, length, heads, dim).half().transpose(1, 2) for _ in range(2))
@@ -177,13 +206,14 @@ def call_both(length, dim, kv_heads=4, pattern=((256, 1024), (1, 2)), is_causal=
     named = {"q": query, "k": key, "v": value, "grad_out": grad, "out": out, "lse": lse, "row_lse": lse, "delta": delta}
     # The first kernel reads queries from the room that the second writes to.
     named |= {"queries": grad_q.copy_(query), "grad_k": grad_k, "grad_v": grad_v, "offsets": None}
+    named |= {"padding": padding, "padding_counts": None}
 
     def steps():
         yield from work.forward(named)
         read = yield from work.key_value(named)
         yield from work.query(named, read)
 
-    STEPS.run((length, dim, kv_heads, pattern, is_causal), named, steps)
+    STEPS.run((length, dim, kv_heads, pattern, is_causal, padding is None), named, steps)
     return work, tensors, inputs
 
 
@@ -208,6 +238,8 @@ def test_kernels_get_the_tensors_and_numbers_of_the_call(kernels, length, dim, k
                 if one in call:
                     assert call[one] is tensors[one]
                     assert call.get(f"{one.lower()}_at", tensors[one].stride()[:3]) == tensors[one].stride()[:3]
+            absent = {"PADDING", "COUNTS", "padding_at"} & set(recorder.arg_names)
+            assert not call["PADDED"] and all(call[one] is None for one in absent)
             letters = [one[0] for one in recorder.arg_names if one.endswith("_fold")]
             for place, letter in enumerate(letters):
                 x = inputs[letter]
@@ -227,6 +259,28 @@ def test_kernels_get_the_tensors_and_numbers_of_the_call(kernels, length, dim, k
                         found = matrix[flat // rate, column : column + dim]
                         assert torch.equal(found, x[batch, head, token])
         assert done == sum({schedule.nest: schedule.items for schedule in kernels.schedules}.values())
+
+
+@pytest.mark.parametrize(("length", "dim", "kv_heads"), [(2048, 64, 4), (2047, 48, 2)])
+def test_kernels_get_the_mask_and_copies_without_padding(kernels, monkeypatch, length, dim, kv_heads) -> None:
+    counts = torch.empty(2, 33, dtype=torch.int32)
+    monkeypatch.setattr(CountPadding, "run", lambda self, tensors: tensors.update(padding_counts=counts))
+    padded = torch.rand(2, length) < 0.3
+    padding = padded.view(torch.int8)
+    _, _, inputs = call_both(length, dim, kv_heads, padding=padding)
+    zeroed = {"forward": "v", "key_value": "k", "query": "k"}
+    for name, recorder in kernels.items():
+        for _, call in recorder.calls:
+            assert call["PADDED"] and call["PADDING"] is padding and call["padding_at"] == padding.stride()
+            assert call.get("COUNTS", counts).shape == counts.shape
+            letter = zeroed[name]
+            # A copy whose padded rows alone are 0.
+            copy, x = call[f"{letter}0"].base, inputs[letter]
+            assert torch.equal(copy[:, :, :length, :dim], x * ~padded[:, None, :, None])
+            other = call["k0" if letter == "v" else "v0"].base
+            assert torch.equal(other[:, :, :length, :dim], inputs["k" if letter == "v" else "v"])
+        for _, call in recorder.quick:
+            assert call.get("COUNTS", counts) is counts
 
 
 def test_later_calls_get_the_same_without_tritons_dispatch(kernels) -> None:
@@ -263,7 +317,8 @@ def launches_at(length, pattern=((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 
     """What the launches of a call are compiled for, by kernel."""
     made = {name: torch.empty(1, heads, length, 64, dtype=torch.float16) for name in ("q", "k", "v", "grad_out", "out")}
     made |= {name: torch.empty_like(made["q"]) for name in ("queries", "grad_k", "grad_v")}
-    made |= {name: torch.empty(1, heads, length) for name in ("lse", *hopper.STATISTICS)} | {"offsets": None}
+    made |= {name: torch.empty(1, heads, length) for name in ("lse", *hopper.STATISTICS)}
+    made |= dict.fromkeys(("offsets", "padding", "padding_counts"))
 
     def steps():
         if window is not None:

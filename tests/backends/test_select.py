@@ -76,18 +76,21 @@ def test_kernels_for_hopper_alone_say_what_they_do_not_take(monkeypatch):
     with pytest.raises(ValueError, match="triton:hopper: (it runs on cuda|they need a GPU of compute capability 9)"):
         select_backend("triton:hopper", call_on("cpu", torch.bfloat16))
     # The reasons behind the GPU's: everything that a launch looks at.
-    monkeypatch.setattr(triton_flash.hopper, "unsupported_reason", lambda query, mask, bias: None)
+    monkeypatch.setattr(triton_flash.hopper, "unsupported_reason", lambda query, bias: None)
     monkeypatch.setattr(triton_flash, "unsupported_reason", lambda inputs: None)
 
-    def reason(length=4096, **kind):
+    def reason(length=4096, padded=False, **kind):
         query = torch.empty(1, 4, length, 64, device="meta", dtype=torch.bfloat16)
+        mask = torch.empty(1, length, device="meta", dtype=torch.bool) if padded else None
         pattern = Pattern.compose(**kind)
         return triton_flash.Hopper.unsupported_reason(
-            replace(on_gpu, query=query, key=query, value=query).with_spec(pattern=pattern)
+            replace(on_gpu, query=query, key=query, value=query, mask=mask).with_spec(pattern=pattern)
         )
 
     assert reason(segment_lengths=(1024, 4096), dilation_rates=(1, 4)) is None
     assert reason(window=512) is None
+    assert reason(segment_lengths=(1024, 4096), dilation_rates=(1, 4), padded=True) is None
+    assert "no padding mask" in reason(window=512, padded=True)
     assert reason(segment_lengths=None, dilation_rates=4, window=512, dilated_queries=False) is None
     assert "too short" in reason(segment_lengths=16, dilation_rates=4)
     assert "without end" in reason(segment_lengths=1024, dilation_rates=4, dilated_queries=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def allowed(query, key, value, grad, is_causal):
 def test_equals_the_definition(name, length, heads, kv_heads, dtype, tokens_first, dim, is_causal):
     pattern = PATTERNS[name]
     query, key, value, grad = draw(heads, kv_heads, length, dim, dtype, tokens_first)
-    assert hopper.unsupported_reason(query, None, None) is None
+    assert hopper.unsupported_reason(query, None) is None
     assert set(nests_that_fit(pattern, query)) == {True}
     check(pattern, is_causal, query, key, value, grad)
 
@@ -104,6 +105,65 @@ def test_nests_that_do_not_fit_are_left_to_the_portable_kernels(lengths, rates, 
     query, key, value, grad = draw(4, 2, 8192, 64, torch.bfloat16, True)
     assert nests_that_fit(pattern, query) == fit
     check(pattern, is_causal, query, key, value, grad)
+
+
+def padding_of(kind, length):
+    """(2, length), True where a token is padding."""
+    mask = torch.zeros(2, length, dtype=torch.bool, device="cuda")
+    if kind == "left":
+        mask[0, :300] = mask[1, : length // 2 + 1] = True
+    elif kind == "right":
+        mask[0, -700:] = mask[1, -length // 3 :] = True
+    elif kind == "scattered":
+        mask = torch.rand(mask.shape, generator=torch.Generator("cuda").manual_seed(2), device="cuda") < 0.3
+        # Whole tiles too, and the first rows of a causal sequence have no key at all.
+        mask[0, 1200:2100] = mask[1, :200] = True
+    elif kind == "a row":
+        mask[1] = True
+    else:
+        mask[0, 1000] = mask[1, -1] = True
+    return mask
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("dim", [48, 64, 128])
+@pytest.mark.parametrize("kind", ["left", "right", "scattered", "a row", "a token"])
+def test_padding_is_masked(kind, dim, is_causal):
+    tensors = draw(16, 4, 9001, dim, torch.bfloat16, True)
+    check(PAPER, is_causal, *tensors, mask=padding_of(kind, 9001))
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("kind", ["right", "scattered"])
+@pytest.mark.parametrize(
+    ("name", "length", "heads", "kv_heads", "dtype", "dim"),
+    [
+        ("mixed", 5003, 8, 8, torch.float16, 64),
+        ("uncovered", 6000, 8, 8, torch.bfloat16, 128),
+        ("blocked", 6002, 8, 2, torch.float16, 64),
+        ("one rate twice", 3002, 4, 4, torch.float16, 96),
+        ("one branch", 2000, 4, 4, torch.bfloat16, 64),
+    ],
+)
+def test_padding_is_masked_in_every_pattern(name, length, heads, kv_heads, dtype, dim, kind, is_causal):
+    tensors = draw(heads, kv_heads, length, dim, dtype, False)
+    check(PATTERNS[name], is_causal, *tensors, mask=padding_of(kind, length))
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("offsets", [None, (-37, 5000)])
+def test_padding_is_masked_on_grids_of_rows_and_strided_masks(offsets, is_causal):
+    tensors = draw(8, 2, 5000, 64, torch.bfloat16, True)
+    mask = padding_of("left", 5000).repeat_interleave(3, 1).T.contiguous().T[:, ::3]
+    offsets = None if offsets is None else torch.tensor(offsets, device="cuda")
+    check(Pattern.parse((1024, 4096), (1, 4)), is_causal, *tensors, mask=mask, offsets=offsets)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_padding_is_masked_by_kernels_of_both_kinds_in_one_call(is_causal):
+    pattern = Pattern.parse((1024, 8192, 16384), (1, 128, 256))
+    tensors = draw(4, 2, 8192, 64, torch.bfloat16, True)
+    check(pattern, is_causal, *tensors, mask=padding_of("scattered", 8192))
 
 
 def nests_that_fit(pattern, query):
@@ -184,14 +244,21 @@ def check_dead_rows(pattern, is_causal, query, key, value, grad):
             assert relative(got, expected) <= for_grads
 
 
-def check(pattern, is_causal, query, key, value, grad):
-    inputs = call(query, key, value, pattern, is_causal)
+def check(pattern, is_causal, query, key, value, grad, *, mask=None, offsets=None):
+    """Out, lse and gradients against the definition; keys and values that are padding hold NaN, as does memory given back."""
+    keys_values = [key, value]
+    if mask is not None:
+        keys_values = [x.masked_fill(mask[:, None, :, None], torch.nan) for x in keys_values]
+        poison = [torch.full_like(query, torch.nan) for _ in range(8)]
+        del poison
+    inputs = replace(call(query, *keys_values, pattern, is_causal, mask=mask), offsets=offsets)
     out, lse = triton_flash.forward(inputs)
     grad_lse = torch.randn_like(lse).masked_fill(lse.isinf(), 0.0)
     saved = SavedForward(inputs, out, lse)
     grads = triton_flash.backward(saved, grad, grad_lse)[:3]
 
-    exact = call(query.double(), key.double(), value.double(), pattern, is_causal)
+    exact = call(query.double(), key.double(), value.double(), pattern, is_causal, mask=mask)
+    exact = replace(exact, offsets=offsets)
     want, want_lse = portable.forward(exact)
     want_grads = portable.backward(SavedForward(exact, want, want_lse), grad.double(), grad_lse.double())[:3]
     for_out, for_grads = allowed(query, key, value, grad, is_causal)
@@ -200,6 +267,8 @@ def check(pattern, is_causal, query, key, value, grad):
     assert relative(out, want) <= for_out
     for got, expected in zip(grads, want_grads, strict=True):
         assert relative(got, expected) <= for_grads
+    if mask is not None:
+        assert not any(x.transpose(1, 2)[mask].any() for x in grads[1:])
     again, lse_again = triton_flash.forward(inputs)
     assert torch.equal(again, out) and torch.equal(lse_again, lse)
     for first, second in zip(grads, triton_flash.backward(saved, grad, grad_lse), strict=False):
@@ -223,18 +292,14 @@ def test_both_kinds_of_kernels_agree():
         ({"length": 4099, "pattern": ((4000, 4001), (25, 27))}, "no multiple of the rate"),
         ({"dim": 32}, "head dimensions"),
         ({"dtype": torch.float32}, "not torch.float32"),
-        ({"padding": True}, "no padding mask"),
     ],
 )
 def test_what_does_not_fit_is_logged_and_computed_all_the_same(change, reason, caplog):
-    change = {
-        "length": 4096, "dim": 64, "dtype": torch.bfloat16, "padding": False, "pattern": ((1024, 2048), (1, 2)), **change
-    }  # fmt: skip
+    change = {"length": 4096, "dim": 64, "dtype": torch.bfloat16, "pattern": ((1024, 2048), (1, 2)), **change}
     query, key, value, _ = draw(4, 4, change["length"], change["dim"], change["dtype"], False)
-    padding = torch.zeros(2, change["length"], dtype=torch.bool, device="cuda") if change["padding"] else None
     pattern = Pattern.parse(*change["pattern"])
     with caplog.at_level(logging.DEBUG, logger="longnet"):
-        out, _ = triton_flash.forward(call(query, key, value, pattern, True, 0.125, mask=padding))
+        out, _ = triton_flash.forward(call(query, key, value, pattern, True, 0.125))
     assert reason in caplog.text
     want, _ = portable.forward(call(query.double(), key.double(), value.double(), pattern, True, 0.125))
     assert relative(out, want) < 4e-3

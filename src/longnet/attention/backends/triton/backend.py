@@ -139,7 +139,7 @@ class _Call:
         self.shared = shared_memory(inputs.query.device)
         self.not_hopper: str | None = "the general ones were asked for"
         if use_hopper:
-            self.not_hopper = hopper.unsupported_reason(tensors["q"], self.padding, self.bias)
+            self.not_hopper = hopper.unsupported_reason(tensors["q"], self.bias)
         self.for_hopper, self.left = self._split() if nested else ((), ())
         self.bands = () if inputs.beyond_paper is None else bands.band_launches(pattern, not nested)
 
@@ -214,7 +214,7 @@ class _Call:
 
     def _band_work(self, launch: bands.BandLaunch, merge: bool) -> hopper_bands.BandWork | None:
         """A launch of a Hopper band kernel, None where a general one is needed; the log says why."""
-        reason = self.not_hopper or hopper_bands.unsupported_reason(launch)
+        reason = self.not_hopper or hopper_bands.unsupported_reason(launch, self.padding is not None)
         if reason is not None:
             _log.debug("triton: Hopper band kernels passed over: %s", reason)
             return None
@@ -346,12 +346,15 @@ STEPS = RepeatedSteps(1024)
 
 
 def _tensors(inputs: AttentionInputs) -> Tensors:
-    """The call's tensors by name, as kernels take them. For a mask, bias or offsets that are not given kernels get the query."""
+    """The call's tensors by name, as kernels take them. For a mask, bias or offsets that are not given general
+    kernels get the query, and Hopper kernels None."""
     query, key, value, padding, offsets, bias = inputs.tensors
     # Kernels take the largest scaled score from the largest score, so a scale's sign goes into the query.
     q = _unit_stride(signed(query, inputs.spec.scale))
-    found = {"q": q, "k": _unit_stride(key), "v": _unit_stride(value), "offsets": None}
-    found["mask"] = q if padding is None else padding.view(torch.int8)
+    found = {"q": q, "k": _unit_stride(key), "v": _unit_stride(value), "offsets": None, "padding": None}
+    found["mask"], found["padding_counts"] = q, None
+    if padding is not None:
+        found["mask"] = found["padding"] = padding.view(torch.int8)
     # Statistics are float32, and a bias is part of the scores.
     found["bias"] = q if bias is None else bias.to(torch.float32).contiguous()
     found["row_offsets"] = q
@@ -444,7 +447,7 @@ class Hopper:
 
     @staticmethod
     def unsupported_reason(inputs: AttentionInputs, /) -> str | None:
-        reason = unsupported_reason(inputs) or hopper.unsupported_reason(inputs.query, inputs.mask, inputs.bias)
+        reason = unsupported_reason(inputs) or hopper.unsupported_reason(inputs.query, inputs.bias)
         if reason is not None or inputs.query.numel() == 0:
             return reason
         pattern, nested = _launched(inputs)
@@ -456,5 +459,5 @@ class Hopper:
             for nest, reason in others:
                 return f"{reason} (branches {nest.segment_lengths} at rates {nest.dilation_rates})"
         launches = () if inputs.beyond_paper is None else bands.band_launches(pattern, not nested)
-        reasons = (hopper_bands.unsupported_reason(launch) for launch in launches)
+        reasons = (hopper_bands.unsupported_reason(launch, inputs.mask is not None) for launch in launches)
         return next((reason for reason in reasons if reason is not None), None)

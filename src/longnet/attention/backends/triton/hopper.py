@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from longnet.attention.backends.triton.launches import NestShape, kernel_arguments
+from longnet.attention.backends.triton.padding import count_padding
 from longnet.attention.backends.triton.schedule import Schedule, cached_limits, cached_order
 from longnet.attention.backends.triton.steps import Lookup, Run, Step, Tensors
 from longnet.geometry.needed_rows import NeededRows
@@ -75,7 +76,7 @@ def _has_gluon() -> bool:
     return importlib.util.find_spec("triton.experimental.gluon") is not None
 
 
-def unsupported_reason(query: Tensor, padding: Tensor | None, bias: Tensor | None) -> str | None:
+def unsupported_reason(query: Tensor, bias: Tensor | None) -> str | None:
     """Why these kernels cannot run on such tensors, or None when they can."""
     if not query.is_cuda or _capability(query.device)[0] != 9:
         return "they need a GPU of compute capability 9 (Hopper)"
@@ -85,8 +86,6 @@ def unsupported_reason(query: Tensor, padding: Tensor | None, bias: Tensor | Non
         return f"they take {' and '.join(map(str, DTYPES))}, not {query.dtype}"
     if not _LEAST_HEAD_DIM <= query.shape[-1] <= HEAD_DIMS[-1]:
         return f"they take head dimensions {_LEAST_HEAD_DIM} to {HEAD_DIMS[-1]}, not {query.shape[-1]}"
-    if padding is not None:
-        return "they take no padding mask"
     if bias is not None:
         return "they take no relative bias"
     return None
@@ -149,6 +148,7 @@ class Constants:
         LIMITED: not all rows are swept, see :func:`longnet.geometry.needed_rows.swept_limits`.
         OFFSET: the grid does not begin at token 0.
         BY_ROW: each row of the batch has an offset of the grid.
+        PADDED: there is a padding mask.
     """
 
     NEST: NestShape
@@ -164,6 +164,7 @@ class Constants:
     LIMITED: bool
     OFFSET: bool
     BY_ROW: bool
+    PADDED: bool
 
     @property
     def weighted(self) -> bool:
@@ -189,7 +190,7 @@ class Work:
     (B, Hk, N, D). They are read through copies with zeros at the end of their channels and tokens where the kernels cannot
     read them as they are. What is written has its own shape. Of the query's rows only those that are ``needed`` need be
     right, None for all; others may not be written at all. Where each row of the batch has an offset of the grid,
-    ``segment_offset`` is None and launches are given ``offsets`` (B,) int64.
+    ``segment_offset`` is None and launches are given ``offsets`` (B,) int64. ``padding`` is the mask (B, N) int8, or None.
     """
 
     nests: tuple[Nest, ...]
@@ -201,7 +202,8 @@ class Work:
 
     def forward(self, tensors: Tensors) -> Iterator[Step]:
         """From q, k and v write out like the query and lse (B, H, N) float32."""
-        read = yield from self._readable(tensors, "q", "k", "v")
+        read = yield from self._readable(tensors, "q", "k", "v", without_padding="v")
+        yield from count_padding(tensors)
         yield from self._launches("forward", tensors, read, ("out", "lse"))
 
     def key_value(self, tensors: Tensors) -> Generator[Step, None, tuple[str, ...]]:
@@ -212,7 +214,7 @@ class Work:
         Returns:
             what :meth:`query` takes.
         """
-        read = yield from self._readable(tensors, "queries", "grad_out", "k", "v")
+        read = yield from self._readable(tensors, "queries", "grad_out", "k", "v", without_padding="k")
         yield from self._launches("key_value", tensors, read, ("grad_k", "grad_v"), STATISTICS)
         return read
 
@@ -220,10 +222,13 @@ class Work:
         """Write the gradient of the query over the queries of :meth:`key_value`, where ``read`` comes from."""
         if read[0] == "queries":
             read = (*(yield from self._readable(tensors, "q")), *read[1:])
+        yield from count_padding(tensors)
         yield from self._launches("query", tensors, read, ("queries",), STATISTICS)
 
-    def _readable(self, tensors: Tensors, *names: str) -> Generator[Step, None, tuple[str, ...]]:
-        return readable(tensors, names, _unit(self.nests))
+    def _readable(
+        self, tensors: Tensors, *names: str, without_padding: str = ""
+    ) -> Generator[Step, None, tuple[str, ...]]:
+        return readable(tensors, names, _unit(self.nests), without_padding)
 
     def _launches(
         self,
@@ -241,6 +246,9 @@ class Work:
         # Of the statistics one stride is enough, they are alike.
         strides = strides_of(tensors, (*statistics[:1], *written))
         views = [matrix_of(tensors[name]) for name in inputs]
+        padding = tensors["padding"]
+        padding_at = None if padding is None else (Value(padding.stride(0)), padding.stride(1))
+        of_padding = ("padding",) if kernel == "key_value" else ("padding", "padding_counts")
         swept, stages, rounds = _CUTS[kernel, dim]
         function, owned = _kernel(kernel)
         rows = [_OWNED if number in owned else swept for number in range(len(views))]
@@ -257,7 +265,7 @@ class Work:
             constants = Constants(
                 nest_shape, tiles, dim, channels, _OWNED, swept, stages, self.head_offsets == "blocked", self.is_causal,
                 MERGE=number > 0, LIMITED=kernel == "key_value" and self.needed is not None,
-                OFFSET=self.segment_offset != 0, BY_ROW=self.segment_offset is None,
+                OFFSET=self.segment_offset != 0, BY_ROW=self.segment_offset is None, PADDED=padding is not None,
             )  # fmt: skip
             options = {"C": constants, "num_warps": 4, "maxnreg": _REGISTERS}
             segments = nest.segments(length, self.segment_offset)
@@ -267,15 +275,15 @@ class Work:
             for start in range(0, schedule.items, each):
                 items = min(each, schedule.items - start)
                 rest = (
-                    *map(fold_of, views), *strides, Value(items), Value(length), heads, heads // key_heads, self.scale,
-                    Value(segments), Value(self.segment_offset) if self.segment_offset else None,
+                    *map(fold_of, views), *strides, padding_at, Value(items), Value(length), heads, heads // key_heads,
+                    self.scale, Value(segments), Value(self.segment_offset) if self.segment_offset else None,
                 )  # fmt: skip
                 launch = Launch(function, min(items, schedule.programs), templates, rest, options)
                 order = f"{kernel}, order of {number} from {start}"
                 part = None if items == schedule.items else slice(start, start + items)
                 yield Lookup(order, partial(_order_of, schedule, part))
                 limits = (order if self.needed is None else "limits",) if kernel == "key_value" else ()
-                yield Run(launch, (*statistics, *written, order, *limits, "offsets"), inputs)
+                yield Run(launch, (*statistics, *written, order, *limits, "offsets", *of_padding), inputs)
 
 
 def _order_of(schedule: Schedule, part: slice | None) -> Tensor:
@@ -319,12 +327,13 @@ def _kernel(name: str) -> tuple[Any, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class Copies:
-    """Copies of tensors, see :func:`pad_for_tma`, under other names."""
+    """Copies of tensors, see :func:`pad_for_tma`, under other names; ``padding`` is the name of a mask, or None."""
 
     names: tuple[str, ...]
     copies: tuple[str, ...]
     dim: int
     unit: int
+    padding: str | None = None
 
     def announce(self, tensors: Tensors) -> None:
         for name, copy in zip(self.names, self.copies, strict=True):
@@ -333,31 +342,40 @@ class Copies:
             tensors[copy] = tensors[name].new_empty(shape, device="meta")
 
     def run(self, tensors: Tensors) -> None:
-        filled = pad_for_tma([tensors[name] for name in self.names], self.dim, self.unit)
+        padding = None if self.padding is None else tensors[self.padding]
+        filled = pad_for_tma([tensors[name] for name in self.names], self.dim, self.unit, padding)
         tensors.update(zip(self.copies, filled, strict=True))
 
 
-def readable(tensors: Tensors, names: Sequence[str], unit: int) -> Generator[Step, None, tuple[str, ...]]:
+def readable(
+    tensors: Tensors, names: Sequence[str], unit: int, without_padding: str = ""
+) -> Generator[Step, None, tuple[str, ...]]:
     """The names under which these kernels can read tensors (B, H, N, D), after the steps: some have to be copied.
 
     Args:
         unit: what the tokens have to be a multiple of.
+        without_padding: the name of keys or values whose padded rows have to be 0. A product with a probability of 0 would
+            keep what they hold, if that is not finite.
     """
     dim = next(dim for dim in HEAD_DIMS if dim >= tensors[names[0]].shape[-1])
     found = list(names)
-    by_shape: dict[torch.Size, list[str]] = {}
+    groups: dict[tuple[torch.Size, str | None], list[int]] = {}
     for number, name in enumerate(names):
-        if not is_matrix(tensors[name], dim, unit):
-            found[number] = f"{name}, in units of {unit}"
+        padding = "padding" if name == without_padding and tensors["padding"] is not None else None
+        if padding is not None or not is_matrix(tensors[name], dim, unit):
+            found[number] = f"{name}, in units of {unit}" + ("" if padding is None else ", without padding")
             if found[number] not in tensors:
-                by_shape.setdefault(tensors[name].shape, []).append(name)
-    for alike in by_shape.values():
-        yield Copies(tuple(alike), tuple(f"{name}, in units of {unit}" for name in alike), dim, unit)
+                groups.setdefault((tensors[name].shape, padding), []).append(number)
+    for (_, padding), numbers in groups.items():
+        yield Copies(tuple(names[i] for i in numbers), tuple(found[i] for i in numbers), dim, unit, padding)
     return tuple(found)
 
 
-def pad_for_tma(tensors: Sequence[Tensor], dim: int, unit: int) -> tuple[Tensor, ...]:
+def pad_for_tma(tensors: Sequence[Tensor], dim: int, unit: int, padding: Tensor | None = None) -> tuple[Tensor, ...]:
     """Up to four tensors (B, H, N, D) of one shape, channels side by side, with zeros after N and D.
+
+    Args:
+        padding: (B, N) int8; rows of tokens where it is not 0 are zeros too.
 
     Returns:
         (B, H, N up to a multiple of ``unit``, dim), contiguous.
@@ -365,9 +383,10 @@ def pad_for_tma(tensors: Sequence[Tensor], dim: int, unit: int) -> tuple[Tensor,
     four = (*tensors, *[tensors[-1]] * (4 - len(tensors)))
     first = tensors[0]
     strides = tuple(x.stride()[:3] for x in four)
-    one, shape = _filling(tuple(first.shape), len(tensors), strides, dim, unit, first.dtype, first.device)
+    padding_at = None if padding is None else padding.stride()
+    one, shape = _filling(tuple(first.shape), len(tensors), strides, padding_at, dim, unit, first.dtype, first.device)
     room = first.new_empty(shape)
-    one.run((*four, room), ())
+    one.run((*four, room, padding), ())
     return room.unbind()
 
 
@@ -376,6 +395,7 @@ def _filling(
     shape: tuple[int, int, int, int],
     count: int,
     strides: tuple[tuple[int, ...], ...],
+    padding_at: tuple[int, ...] | None,
     dim: int,
     unit: int,
     dtype: torch.dtype,
@@ -388,6 +408,8 @@ def _filling(
     filled = -(-length // unit) * unit
     tiles = -(-filled // _FILLED_ROWS)
     programs = tiles * heads * batch
-    rest = (*strides, Value(length), Value(filled), heads, Value(tiles), Value(programs))
+    if padding_at is not None:
+        padding_at = Value(padding_at[0]), padding_at[1]
+    rest = (*strides, padding_at, Value(length), Value(filled), heads, Value(tiles), Value(programs))
     options = {"CHANNELS": channels, "D": dim, "ROWS": _FILLED_ROWS}
     return Launch(pad_for_tma_kernel, programs * count, (), rest, options), (count, batch, heads, filled, dim)

@@ -68,8 +68,14 @@ class BandConstants:
         return self.D // 2 < self.CHANNELS <= self.D // 4 * 3
 
 
-def unsupported_reason(launch: BandLaunch) -> str | None:
-    """Why these kernels cannot run a launch, or None when they can. Of tensors ``hopper.unsupported_reason`` says it."""
+def unsupported_reason(launch: BandLaunch, padded: bool = False) -> str | None:
+    """Why these kernels cannot run a launch, or None when they can. Of other tensors ``hopper.unsupported_reason`` says it.
+
+    Args:
+        padded: there is a padding mask.
+    """
+    if padded:
+        return "they take no padding mask with windows or strided keys"
     if launch.branch is not None:
         return "they take bands of all queries"
     if len(launch.bands) > VIEWS:

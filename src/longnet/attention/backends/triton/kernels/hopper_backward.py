@@ -30,12 +30,19 @@ from longnet.attention.backends.triton.kernels.hopper import (
     weighted_exponentials,
     written_rows,
 )
+from longnet.attention.backends.triton.kernels.hopper_padding import (
+    clear_of_padding,
+    key_numbers,
+    make_padding,
+    padding_of_tile,
+    without_padded_rows,
+)
 from longnet.attention.backends.triton.kernels.triton_internals import aggregate
 
 
 @gluon.jit
 def _query_block(
-    q, grad, zero, keys, values, acc, lse2, delta, weights, last, scale2, done,
+    q, grad, zero, keys, values, acc, lse2, delta, weights, last, padding, padded, scale2, done,
     CUT: gl.constexpr, OPERAND: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
     """One block of keys, added to ``acc``."""
@@ -48,11 +55,16 @@ def _query_block(
     s = warpgroup_mma_wait(PRODUCTS, deps=(next_s,))
     p = weighted_exponentials(s, scale2, lse2, weights, C)
     if CUT:
-        n = gl.arange(0, C.N, layout=gl.SliceLayout(0, s.type.layout))
-        p = gl.where(n[None, :] <= last[:, None], p, 0.0)
+        n = key_numbers(padding, padded, gl.SliceLayout(0, s.type.layout), C)
+        if not C.PADDED:
+            p = gl.where(n[None, :] <= last[:, None], p, 0.0)
     grad_p = warpgroup_mma_wait(0, deps=(next_p,))
     values.release(done)
     grad_s = p * (grad_p - delta[:, None])
+    if CUT:
+        if C.PADDED:
+            # Not the probability: 0 times the NaN that a padded value may give is NaN.
+            grad_s = gl.where(n[None, :] <= last[:, None], grad_s, 0.0)
     grad_s = gl.convert_layout(grad_s.to(keys.tiles.dtype), OPERAND)
     next_acc = warpgroup_mma(grad_s, keys.tile(done), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(next_acc,))
@@ -61,7 +73,9 @@ def _query_block(
 
 
 @gluon.jit
-def _consume_keys(program, own, keys, values, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, scale, WHICH: gl.constexpr):
+def _consume_keys(
+    program, own, keys, values, padding, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, scale, WHICH: gl.constexpr
+):  # fmt: skip
     C: gl.constexpr = program.C
     scores: gl.constexpr = mma_layout(C.N)
     outs: gl.constexpr = mma_layout(C.D)
@@ -94,16 +108,19 @@ def _consume_keys(program, own, keys, values, LSE, DELTA, GRAD_Q, lse_at, grad_q
                             skip(keys, values, done)
                             done += 1
                 clear = gl.minimum(whole // C.N, top + 1)
+                clear = clear_of_padding(padding, block, swept, clear, program.length, C)
                 for i in range(0, top + 1 - clear):
+                    padded = padding_of_tile(padding, block, swept, (top - i) * C.N, C)
                     acc = _query_block(
-                        q, grad, zero, keys, values, acc, lse2, delta, weights, last - (top - i) * C.N, scale2, done,
-                        True, operand, C,
+                        q, grad, zero, keys, values, acc, lse2, delta, weights, last - (top - i) * C.N, padding, padded,
+                        scale2, done, True, operand, C,
                     )  # fmt: skip
                     done += 1
                 for _ in range(0, clear):
                     acc = _query_block(
-                        q, grad, zero, keys, values, acc, lse2, delta, weights, last, scale2, done, False, operand, C
-                    )
+                        q, grad, zero, keys, values, acc, lse2, delta, weights, last, padding, 0, scale2, done,
+                        False, operand, C,
+                    )  # fmt: skip
                     done += 1
             own.release()
 
@@ -230,7 +247,8 @@ CUT_OF_PART = gl.constexpr((True, False, False, True))
 
 @gluon.jit
 def _consume_queries(
-    program, own, queries, grads, statistics, LSE, DELTA, GRAD_K, GRAD_V, lse_at, grad_k_at, grad_v_at, scale,
+    program, own, queries, grads, statistics, LSE, DELTA, GRAD_K, GRAD_V, PADDING,
+    lse_at, grad_k_at, grad_v_at, padding_at, scale,
     WHICH: gl.constexpr,
 ):  # fmt: skip
     C: gl.constexpr = program.C
@@ -305,7 +323,11 @@ def _consume_queries(
 
             k_at, ok = written_rows(grad_k_at, block, own_first, C, outs)
             v_at, ok = written_rows(grad_v_at, block, own_first, C, outs)
-            result_k = _merged(GRAD_K + k_at, acc_k * scale, ok, C)
+            acc_k *= scale
+            if C.PADDED:
+                acc_k = without_padded_rows(acc_k, PADDING, padding_at, block, own_first, outs)
+                acc_v = without_padded_rows(acc_v, PADDING, padding_at, block, own_first, outs)
+            result_k = _merged(GRAD_K + k_at, acc_k, ok, C)
             result_v = _merged(GRAD_V + v_at, acc_v, ok, C)
             gl.store(GRAD_K + k_at, result_k.to(GRAD_K.dtype.element_ty), mask=ok)
             gl.store(GRAD_V + v_at, result_v.to(GRAD_V.dtype.element_ty), mask=ok)
@@ -313,21 +335,28 @@ def _consume_queries(
 
 @gluon.jit
 def hopper_query_kernel(
-    LSE, DELTA, GRAD_Q, ORDER, OFFSETS,
+    LSE, DELTA, GRAD_Q, ORDER, OFFSETS, PADDING, COUNTS,
     q0, q1, q2, q3, q4, g0, g1, g2, g3, g4, k0, k1, k2, k3, k4, v0, v1, v2, v3, v4,
-    q_fold, g_fold, k_fold, v_fold, lse_at, grad_q_at,
+    q_fold, g_fold, k_fold, v_fold, lse_at, grad_q_at, padding_at,
     items, length, heads, group, scale, segments, segment_offset, C: gl.constexpr,
 ):  # fmt: skip
     """Gradients of the query rows of one nest, added to what earlier nests left if ``MERGE``."""
     q, g = Source((q0, q1, q2, q3, q4), q_fold), Source((g0, g1, g2, g3, g4), g_fold)
     k, v = Source((k0, k1, k2, k3, k4), k_fold), Source((v0, v1, v2, v3, v4), v_fold)
     own, keys, values = _shared_memory(q, g, k, v, C)
+    first, second = make_padding(PADDING, COUNTS, padding_at, C), make_padding(PADDING, COUNTS, padding_at, C)
     fence_async_shared()
     program = make_program(ORDER, ORDER, OFFSETS, segment_offset, items, length, heads, group, segments, C)
     gl.warp_specialize(
         [
-            (_consume_keys, (program, own, keys, values, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, scale, 0)),
-            (_consume_keys, (program, own, keys, values, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, scale, 1)),
+            (
+                _consume_keys,
+                (program, own, keys, values, first, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, scale, 0),
+            ),
+            (
+                _consume_keys,
+                (program, own, keys, values, second, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, scale, 1),
+            ),
             (produce, (program, own, (q, g), keys, values, (k, v), False)),
         ],
         [4, 1],
@@ -350,9 +379,9 @@ def _shared_memory(own_a, own_b, swept_a, swept_b, C: gl.constexpr):
 
 @gluon.jit
 def hopper_key_value_kernel(
-    LSE, DELTA, GRAD_K, GRAD_V, ORDER, LIMITS, OFFSETS,
+    LSE, DELTA, GRAD_K, GRAD_V, ORDER, LIMITS, OFFSETS, PADDING,
     q0, q1, q2, q3, q4, g0, g1, g2, g3, g4, k0, k1, k2, k3, k4, v0, v1, v2, v3, v4,
-    q_fold, g_fold, k_fold, v_fold, lse_at, grad_k_at, grad_v_at,
+    q_fold, g_fold, k_fold, v_fold, lse_at, grad_k_at, grad_v_at, padding_at,
     items, length, heads, group, scale, segments, segment_offset, C: gl.constexpr,
 ):  # fmt: skip
     """Gradients of the keys and values of one nest by query head, added to what earlier nests left if ``MERGE``.
@@ -372,13 +401,15 @@ def hopper_key_value_kernel(
             (
                 _consume_queries,
                 (
-                    program, own, queries, grads, first, LSE, DELTA, GRAD_K, GRAD_V, lse_at, grad_k_at, grad_v_at, scale, 0,
+                    program, own, queries, grads, first, LSE, DELTA, GRAD_K, GRAD_V, PADDING,
+                    lse_at, grad_k_at, grad_v_at, padding_at, scale, 0,
                 ),
             ),
             (
                 _consume_queries,
                 (
-                    program, own, queries, grads, second, LSE, DELTA, GRAD_K, GRAD_V, lse_at, grad_k_at, grad_v_at, scale, 1,
+                    program, own, queries, grads, second, LSE, DELTA, GRAD_K, GRAD_V, PADDING,
+                    lse_at, grad_k_at, grad_v_at, padding_at, scale, 1,
                 ),
             ),
             (produce, (program, own, (k, v), queries, grads, (q, g), True)),

@@ -8,12 +8,13 @@ import triton.language as tl
 
 @triton.jit
 def pad_for_tma_kernel(
-    A, B, C, E, ROOM, a_at, b_at, c_at, e_at, length, filled, heads, tiles, programs,
+    A, B, C, E, ROOM, PADDING, a_at, b_at, c_at, e_at, padding_at, length, filled, heads, tiles, programs,
     CHANNELS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """``ROWS`` tokens of a head of one of four tensors (B, H, length, CHANNELS), into ROOM (4, B, H, filled, D), contiguous.
 
-    Every tensor has so many ``programs``, those of the first come first.
+    Tokens whose PADDING (B, length) int8, unless it is None, is not 0 are zeros too. Every tensor has so many ``programs``,
+    those of the first come first.
     """
     number = tl.program_id(0) // programs
     program = tl.program_id(0) % programs
@@ -30,6 +31,9 @@ def pad_for_tma_kernel(
     if number == 3:
         source, by_batch, by_head, by_token = E, none + e_at[0], none + e_at[1], none + e_at[2]
     source += place // heads * by_batch + place % heads * by_head + rows * by_token + channels
-    x = tl.load(source, mask=(rows < length) & (channels < CHANNELS), other=0.0)
+    there = rows < length
+    if PADDING is not None:
+        there &= tl.load(PADDING + place // heads * padding_at[0] + rows * padding_at[1], mask=there, other=1) == 0
+    x = tl.load(source, mask=there & (channels < CHANNELS), other=0.0)
     at = (number * (programs // tiles) + place) * filled + rows
     tl.store(ROOM + at * D + channels, x, mask=rows < filled)
