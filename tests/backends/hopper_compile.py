@@ -46,17 +46,16 @@ def compiled(kernel: str, case: str, *, padded: bool = False) -> Any:
     )  # fmt: skip
     letters = [name[0] for name in function.arg_names if name.endswith("_fold")]
     rows = {letter: [hopper._OWNED if i in owned else swept] * len(branches) for i, letter in enumerate(letters)}
-    absent = set() if padded else {"PADDING", "COUNTS", "padding_at"} & set(function.arg_names)
-    return _compiled(function, settings, rows, dim, absent if offset else {"segment_offset", *absent})
+    return _compiled(function, settings, rows, dim, set() if offset else {"segment_offset"})
 
 
-def compiled_band(kernel: str, case: str) -> Any:
+def compiled_band(kernel: str, case: str, *, padded: bool = False) -> Any:
     dim, channels, pattern = BANDS[case]
     (launch,) = bands.band_launches(pattern, True)
     of_keys = kernel == "key_value"
     launch = launch.by_band[-1] if of_keys else launch
     settings = hopper_bands.constants_of(
-        launch, pattern, kernel, dim, channels, is_causal=True, merge=True, by_row=case == "blocks"
+        launch, pattern, kernel, dim, channels, is_causal=True, merge=True, by_row=case == "blocks", padded=padded
     )
     own, swept = hopper._OWNED, settings.N
     of_queries = [swept if of_keys else own]
@@ -72,6 +71,8 @@ def _compiled(
     constants: dict[str, object] = {"C": settings} | dict.fromkeys(absent)
     if not settings.BY_ROW:
         constants["OFFSETS"] = None
+    if not settings.PADDED:
+        constants |= dict.fromkeys({"PADDING", "COUNTS", "padding_at"} & set(function.arg_names))
     signature: dict[str, object] = {}
     for name in function.arg_names:
         if re.fullmatch("[qkvg][0-4]", name):
@@ -103,5 +104,5 @@ if __name__ == "__main__":
     for kernel in ("forward", "key_value", "query"):
         for case in sys.argv[1:]:
             name, padded = case.removeprefix("padded-"), case.startswith("padded-")
-            asm = (compiled(kernel, name, padded=padded) if name in CASES else compiled_band(kernel, name)).asm
+            asm = (compiled if name in CASES else compiled_band)(kernel, name, padded=padded).asm
             sys.stdout.write(f"{kernel} {case} {asm['ptx'].count('wgmma.mma_async')} {len(asm['cubin'])}\n")

@@ -19,7 +19,7 @@ def has_gluon() -> bool:
 
 @pytest.mark.skipif(not has_gluon(), reason="needs a triton with Gluon")
 def test_the_kernels_compile() -> None:
-    cases = ["nest", "branch", "wide", "padded-nest", "padded-wide", "window", "stride", "blocks"]
+    cases = ["nest", "branch", "wide", "window", "stride", "blocks", "padded-nest", "padded-wide", "padded-stride"]
     rows = words_of(HERE / "hopper_compile.py", *cases)
     assert [row[:2] for row in rows] == [
         [kernel, case] for kernel in ("forward", "key_value", "query") for case in cases

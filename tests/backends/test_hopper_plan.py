@@ -109,7 +109,7 @@ def test_padded_tokens_are_filled_with_zeros(count) -> None:
 def test_padding_is_counted_by_groups(length) -> None:
     masks = torch.rand(2, length) < 0.5, torch.zeros(2, length, dtype=torch.bool), torch.rand(length, 2).T < 0.1
     for mask in masks:
-        tensors = {"padding": mask.view(torch.int8)}
+        tensors = {"padding": mask.view(torch.int8), "padding_counts": None}
         (step,) = count_padding(tensors)
         step.announce(tensors)
         announced = tensors["padding_counts"].shape
@@ -117,6 +117,8 @@ def test_padding_is_counted_by_groups(length) -> None:
         groups = pad(mask.int(), (0, -length % 64)).unflatten(1, (-1, 64)).sum(2)
         assert torch.equal(tensors["padding_counts"], pad(groups.cumsum(1), (1, 0)).int())
         assert tensors["padding_counts"].shape == announced
+        # Once for a call.
+        assert not list(count_padding(tensors))
     assert not list(count_padding({"padding": None}))
 
 

@@ -61,8 +61,10 @@ def on_device(kind: dict[str, Any]) -> dict[str, Any]:
         (torch.bfloat16, 64, False),
         (torch.bfloat16, 128, False),
         (torch.float16, 48, False),
-        # The general kernels.
         (torch.bfloat16, 64, True),
+        (torch.bfloat16, 128, True),
+        (torch.float16, 48, True),
+        # The general kernels.
         (torch.float32, 64, True),
     ],
 )
@@ -185,6 +187,27 @@ def test_hopper_kernels_alone() -> None:
     if not is_hopper():
         pytest.skip("needs a Hopper GPU")
     check(KINDS["window and stride"], True, *draw(64, torch.bfloat16), None, "triton:hopper")
-    mask = torch.zeros(2, 777, dtype=torch.bool)
-    with pytest.raises(ValueError, match="triton:hopper: they take no padding mask"):
-        check(KINDS["window"], True, *draw(64, torch.bfloat16), mask, "triton:hopper")
+
+
+@pytest.mark.parametrize("name", ["window", "window and stride", "blocks", "nest and window"])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("side", ["left", "right", "a row"])
+def test_padding_in_hopper_kernels_alone(name: str, is_causal: bool, head_dim: int, side: str) -> None:
+    """Whole tiles of padding, and tiles without; what padded keys and values hold never matters."""
+    if not is_hopper():
+        pytest.skip("needs a Hopper GPU")
+    kind = KINDS[name] | ({"segment_lengths": (1024, 2048)} if name == "nest and window" else {})
+    inputs, grad = draw(head_dim, torch.bfloat16, 2050)
+    mask = torch.zeros(2, 2050, dtype=torch.bool)
+    mask[1, {"left": slice(600), "right": slice(1500, None), "a row": slice(None)}[side]] = True
+    check(kind, is_causal, inputs, grad, mask, "triton:hopper")
+    options = {"is_causal": is_causal, **kind, "key_padding_mask": mask.cuda(), "backend": "triton:hopper"}
+    runs = []
+    for value in (1.0, torch.nan):
+        query, *keys_values = (x.detach() for x in inputs)
+        given = [query, *(x.masked_fill(mask.cuda()[:, None, :, None], value) for x in keys_values)]
+        given = [x.requires_grad_() for x in given]
+        out = dilated_attention(*given, **options)
+        runs.append((out, *torch.autograd.grad(out, given, grad)))
+    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))

@@ -190,7 +190,8 @@ class _Call:
                 continue
             queries, written, statistics = (names.split() for names in by_tma)
             read = yield from hopper.readable(self.tensors, queries, 1)
-            keys = yield from hopper.readable(self.tensors, ("k", "v"), hopper_bands.unit_of(self.bands))
+            unit, zeroed = hopper_bands.unit_of(self.bands), "v" if name == "forward" else "k"
+            keys = yield from hopper.readable(self.tensors, ("k", "v"), unit, zeroed)
             yield from work.steps(name, self.tensors, (*read, *keys), tuple(written), tuple(statistics))
 
     def _general_band(
@@ -214,7 +215,7 @@ class _Call:
 
     def _band_work(self, launch: bands.BandLaunch, merge: bool) -> hopper_bands.BandWork | None:
         """A launch of a Hopper band kernel, None where a general one is needed; the log says why."""
-        reason = self.not_hopper or hopper_bands.unsupported_reason(launch, self.padding is not None)
+        reason = self.not_hopper or hopper_bands.unsupported_reason(launch)
         if reason is not None:
             _log.debug("triton: Hopper band kernels passed over: %s", reason)
             return None
@@ -459,5 +460,5 @@ class Hopper:
             for nest, reason in others:
                 return f"{reason} (branches {nest.segment_lengths} at rates {nest.dilation_rates})"
         launches = () if inputs.beyond_paper is None else bands.band_launches(pattern, not nested)
-        reasons = (hopper_bands.unsupported_reason(launch, inputs.mask is not None) for launch in launches)
+        reasons = (hopper_bands.unsupported_reason(launch) for launch in launches)
         return next((reason for reason in reasons if reason is not None), None)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from longnet.attention.backends.triton.launches import NestShape, kernel_arguments
-from longnet.attention.backends.triton.padding import count_padding
+from longnet.attention.backends.triton.padding import count_padding, padding_pointers, strides_of_padding
 from longnet.attention.backends.triton.schedule import Schedule, cached_limits, cached_order
 from longnet.attention.backends.triton.steps import Lookup, Run, Step, Tensors
 from longnet.geometry.needed_rows import NeededRows
@@ -246,9 +246,7 @@ class Work:
         # Of the statistics one stride is enough, they are alike.
         strides = strides_of(tensors, (*statistics[:1], *written))
         views = [matrix_of(tensors[name]) for name in inputs]
-        padding = tensors["padding"]
-        padding_at = None if padding is None else (Value(padding.stride(0)), padding.stride(1))
-        of_padding = ("padding",) if kernel == "key_value" else ("padding", "padding_counts")
+        padding_at, of_padding = strides_of_padding(tensors), padding_pointers(kernel == "key_value")
         swept, stages, rounds = _CUTS[kernel, dim]
         function, owned = _kernel(kernel)
         rows = [_OWNED if number in owned else swept for number in range(len(views))]
@@ -265,7 +263,7 @@ class Work:
             constants = Constants(
                 nest_shape, tiles, dim, channels, _OWNED, swept, stages, self.head_offsets == "blocked", self.is_causal,
                 MERGE=number > 0, LIMITED=kernel == "key_value" and self.needed is not None,
-                OFFSET=self.segment_offset != 0, BY_ROW=self.segment_offset is None, PADDED=padding is not None,
+                OFFSET=self.segment_offset != 0, BY_ROW=self.segment_offset is None, PADDED=padding_at is not None,
             )  # fmt: skip
             options = {"C": constants, "num_warps": 4, "maxnreg": _REGISTERS}
             segments = nest.segments(length, self.segment_offset)

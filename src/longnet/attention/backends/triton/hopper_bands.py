@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from longnet.attention.backends.triton import hopper
 from longnet.attention.backends.triton.bands import BandLaunch
+from longnet.attention.backends.triton.padding import count_padding, padding_pointers, strides_of_padding
 from longnet.attention.backends.triton.steps import Run, Step, Tensors
 from longnet.geometry import Branch, Pattern
 from longnet.geometry.rows import UNBOUNDED
@@ -41,6 +42,7 @@ class BandConstants:
         LONGEST_FIRST: items of all heads in turn, as some take longer than others; else those of one head are neighbours.
         LAST_FIRST: the last rows of a head come first.
         BY_ROW: each row of the batch has an offset of the grid.
+        PADDED: there is a padding mask.
     """
 
     D: int
@@ -61,6 +63,7 @@ class BandConstants:
     LONGEST_FIRST: bool
     LAST_FIRST: bool
     BY_ROW: bool
+    PADDED: bool
 
     @property
     def split_channels(self) -> bool:
@@ -68,14 +71,8 @@ class BandConstants:
         return self.D // 2 < self.CHANNELS <= self.D // 4 * 3
 
 
-def unsupported_reason(launch: BandLaunch, padded: bool = False) -> str | None:
-    """Why these kernels cannot run a launch, or None when they can. Of other tensors ``hopper.unsupported_reason`` says it.
-
-    Args:
-        padded: there is a padding mask.
-    """
-    if padded:
-        return "they take no padding mask with windows or strided keys"
+def unsupported_reason(launch: BandLaunch) -> str | None:
+    """Why these kernels cannot run a launch, or None when they can. Of tensors ``hopper.unsupported_reason`` says it."""
     if launch.branch is not None:
         return "they take bands of all queries"
     if len(launch.bands) > VIEWS:
@@ -116,6 +113,7 @@ def constants_of(
     is_causal: bool,
     merge: bool,
     by_row: bool,
+    padded: bool,
 ) -> BandConstants:
     """What a kernel of a launch is compiled for."""
     swept, stages, owned, together = _CUTS[kernel, dim]
@@ -123,7 +121,7 @@ def constants_of(
     of_bands = {name: value for name, value in launch.constants(pattern).items() if name not in ("BANDS", "ROWS_OF")}
     return BandConstants(
         dim, channels, _OWNED, swept, stages, owned, together, **of_bands, CAUSAL=is_causal, MERGE=merge,
-        LONGEST_FIRST=unequal, LAST_FIRST=unequal and kernel != "key_value", BY_ROW=by_row,
+        LONGEST_FIRST=unequal, LAST_FIRST=unequal and kernel != "key_value", BY_ROW=by_row, PADDED=padded,
     )  # fmt: skip
 
 
@@ -154,7 +152,7 @@ class BandWork:
         Args:
             kernel: ``"forward"``, ``"key_value"`` or ``"query"``.
             tensors: by name; q is the query, (B, H, N, D), and offsets are those of the grid, (B,) int64, where each row of the
-                batch has its own.
+                batch has its own; padding is the mask (B, N) int8, or None.
             inputs: the query, in the backward pass the gradient of out, key (B, Hk, N, D) and value, as ``hopper.readable`` names
                 them, with :func:`unit_of` for keys and values. ``"key_value"`` needs dead rows of the query to be 0.
             written: out and lse (B, H, N); the gradients of keys and values by query head; the gradient of the query.
@@ -177,6 +175,7 @@ class BandWork:
         constants = constants_of(
             launch, self.pattern, kernel, dim, channels,
             is_causal=self.is_causal, merge=self.merge, by_row=self.segment_offset is None,
+            padded=tensors["padding"] is not None,
         )  # fmt: skip
         key_rows = _OWNED if of_keys else swept
         templates = []
@@ -189,10 +188,11 @@ class BandWork:
             ]
             templates.append((*of_bands, *[None] * (VIEWS - len(of_bands))))
         rest = (
-            *map(hopper.fold_of, views), *strides, Value(items), Value(length), heads, heads // key_heads, Value(tiles),
-            Value(self.segment_offset or 0), self.scale,
+            *map(hopper.fold_of, views), *strides, strides_of_padding(tensors), Value(items), Value(length), heads,
+            heads // key_heads, Value(tiles), Value(self.segment_offset or 0), self.scale,
         )  # fmt: skip
         function = getattr(kernels, f"hopper_band_{kernel}_kernel")
         options = {"C": constants, "num_warps": 4, "maxnreg": hopper._REGISTERS}
         one = Launch(function, min(items, hopper._multiprocessors(device)), tuple(templates), rest, options)
-        yield Run(one, (*statistics, *written, "offsets"), inputs)
+        yield from count_padding(tensors)
+        yield Run(one, (*statistics, *written, "offsets", *padding_pointers(of_keys)), inputs)

@@ -36,9 +36,20 @@ class CountPadding:
 
 
 def count_padding(tensors: Tensors) -> Iterator[Step]:
-    """The step that counts padded tokens, where there is a mask."""
-    if tensors["padding"] is not None:
+    """The step that counts padded tokens, where there is a mask and they are not counted yet."""
+    if tensors["padding"] is not None and tensors["padding_counts"] is None:
         yield CountPadding()
+
+
+def strides_of_padding(tensors: Tensors) -> tuple[int, int] | None:
+    """Of the mask, as kernels take them; None where there is none."""
+    padding = tensors["padding"]
+    return None if padding is None else (Value(padding.stride(0)), padding.stride(1))
+
+
+def padding_pointers(of_keys: bool) -> tuple[str, ...]:
+    """The names that a kernel is given. One that owns keys reads the mask at the end alone, whatever it holds."""
+    return ("padding",) if of_keys else ("padding", "padding_counts")
 
 
 @lru_cache(maxsize=512)

@@ -35,7 +35,7 @@ from longnet.attention.backends.triton.kernels.hopper_padding import (
     key_numbers,
     make_padding,
     padding_of_tile,
-    without_padded_rows,
+    without_padding,
 )
 from longnet.attention.backends.triton.kernels.triton_internals import aggregate
 
@@ -325,8 +325,9 @@ def _consume_queries(
             v_at, ok = written_rows(grad_v_at, block, own_first, C, outs)
             acc_k *= scale
             if C.PADDED:
-                acc_k = without_padded_rows(acc_k, PADDING, padding_at, block, own_first, outs)
-                acc_v = without_padded_rows(acc_v, PADDING, padding_at, block, own_first, outs)
+                token, there = block.origin + m * block.step, m < block.count
+                acc_k = without_padding(acc_k, PADDING, padding_at, block.batch, token, there)
+                acc_v = without_padding(acc_v, PADDING, padding_at, block.batch, token, there)
             result_k = _merged(GRAD_K + k_at, acc_k, ok, C)
             result_v = _merged(GRAD_V + v_at, acc_v, ok, C)
             gl.store(GRAD_K + k_at, result_k.to(GRAD_K.dtype.element_ty), mask=ok)

@@ -43,6 +43,13 @@ from longnet.attention.backends.triton.kernels.hopper import (
     written_rows,
 )
 from longnet.attention.backends.triton.kernels.hopper_backward import Statistics, key_block, loaded
+from longnet.attention.backends.triton.kernels.hopper_padding import (
+    LINEAR,
+    key_numbers,
+    make_padding,
+    padding_at_tokens,
+    without_padding,
+)
 from longnet.attention.backends.triton.kernels.rows import OwnedRows
 from longnet.attention.backends.triton.kernels.triton_internals import aggregate
 
@@ -205,17 +212,44 @@ def _read_by(bands, block, at, first, last, i: gl.constexpr):
 
 
 @gluon.jit
-def _seen(s, j, low, high, C: gl.constexpr):
+def _apart_from_padding(padding, bands, block, j, before, whole, i: gl.constexpr):
+    """(tiles that some query sees in part, that all see whole) from number ``j`` on; near padding all of them are the former."""
+    C: gl.constexpr = bands.C
+    if C.PADDED:
+        origin, offset = bands.grid(block, i)
+        first = position_of(j + before * C.N, origin, offset, i, C)
+        last = position_of(j + (before + whole) * C.N - 1, origin, offset, i, C)
+        moved = gl.where(padding.is_near(block.batch, first, last, bands.length), whole, 0)
+        return before + moved, whole - moved
+    else:
+        return before, whole
+
+
+@gluon.jit
+def _padding_of_tile(padding, bands, block, j, i: gl.constexpr, CUT: gl.constexpr):
+    """Of a tile's keys from number ``j`` on, where they are compared. To be read before the tile is waited for."""
+    C: gl.constexpr = bands.C
+    if C.PADDED and CUT:
+        origin, offset = bands.grid(block, i)
+        token = position_of(j + gl.arange(0, C.N, layout=LINEAR), origin, offset, i, C)
+        there = (token >= 0) & (token < bands.length)
+        return padding_at_tokens(padding.mask, padding.at, block.batch, token, there)
+    else:
+        return 0
+
+
+@gluon.jit
+def _seen(s, j, low, high, padding, padded, C: gl.constexpr):
     """Which of a tile's keys, from number ``j`` on, each row reads: shaped like the scores ``s`` (64, N)."""
-    number = j + gl.arange(0, C.N, layout=gl.SliceLayout(0, s.type.layout))
+    number = j + key_numbers(padding, padded, gl.SliceLayout(0, s.type.layout), C)
     return (number[None, :] >= low[:, None]) & (number[None, :] < high[:, None])
 
 
 @gluon.jit
-def _softmax(s, row_max, row_sum, j, low, high, scale2, CUT: gl.constexpr, C: gl.constexpr):
+def _softmax(s, row_max, row_sum, j, low, high, padding, padded, scale2, CUT: gl.constexpr, C: gl.constexpr):
     """(p, rescale, row max, row sum) of one tile of scores."""
     if CUT:
-        s = gl.where(_seen(s, j, low, high, C), s, float("-inf"))
+        s = gl.where(_seen(s, j, low, high, padding, padded, C), s, float("-inf"))
     new = gl.maximum(row_max, gl.max(s, 1) * scale2)
     base = new
     if CUT:
@@ -228,7 +262,7 @@ def _softmax(s, row_max, row_sum, j, low, high, scale2, CUT: gl.constexpr, C: gl
 
 @gluon.jit
 def _advance(
-    q, zero, keys, values, acc, p, row_max, row_sum, j, low, high, scale2, done,
+    q, zero, keys, values, acc, p, row_max, row_sum, j, low, high, padding, padded, scale2, done,
     CUT: gl.constexpr, OPERAND: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
     """One tile of keys; the product of the tile before with its values runs under this one's exponentials."""
@@ -238,7 +272,7 @@ def _advance(
     next_acc = warpgroup_mma(p, values.tile(done - 1), acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=(next_s,))
     keys.release(done)
-    p_new, rescale, row_max, row_sum = _softmax(s, row_max, row_sum, j, low, high, scale2, CUT, C)
+    p_new, rescale, row_max, row_sum = _softmax(s, row_max, row_sum, j, low, high, padding, padded, scale2, CUT, C)
     acc = warpgroup_mma_wait(0, deps=(next_acc,))
     values.release(done - 1)
     acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, acc.type.layout))[:, None]
@@ -279,7 +313,7 @@ def _earlier_result(lse_rows, row_ok, out_rows, ok):
 
 
 @gluon.jit
-def _forward(bands, queries, keys, values, OUT, LSE, out_at, lse_at, scale, WHICH: gl.constexpr):
+def _forward(bands, queries, keys, values, padding, OUT, LSE, out_at, lse_at, scale, WHICH: gl.constexpr):
     C: gl.constexpr = bands.C
     scores: gl.constexpr = mma_layout(C.N)
     outs: gl.constexpr = mma_layout(C.D)
@@ -313,17 +347,21 @@ def _forward(bands, queries, keys, values, OUT, LSE, out_at, lse_at, scale, WHIC
             j, tiles, low, high, before, whole, after = _read_by(bands, block, at, first, last, i)
             if i == 0:
                 # The first tile by itself: nothing runs under its exponentials yet.
+                begun_padding = _padding_of_tile(padding, bands, block, j, i, True)
                 keys.wait(done)
                 begun = scores_of(q, keys.tile(done), zero, C)
                 scored = warpgroup_mma_wait(0, deps=(begun,))
                 keys.release(done)
                 done += 1
-                first_p, rescale, row_max, row_sum = _softmax(scored, row_max, row_sum, j, low, high, scale2, True, C)
+                first_p, rescale, row_max, row_sum = _softmax(
+                    scored, row_max, row_sum, j, low, high, padding, begun_padding, scale2, True, C
+                )
                 p = gl.convert_layout(first_p.to(p.dtype), operand)
                 j += C.N
                 whole -= (before == 0).to(gl.int32) * (whole > 0).to(gl.int32)
                 after = tiles - gl.maximum(before, 1) - whole
                 before = gl.maximum(before, 1) - 1
+            before, whole = _apart_from_padding(padding, bands, block, j, before, whole, i)
             counts = (before, whole, after)
             for part in gl.static_range(3):
                 for _ in range(0, counts[part]):
@@ -339,6 +377,8 @@ def _forward(bands, queries, keys, values, OUT, LSE, out_at, lse_at, scale, WHIC
                         j,
                         low,
                         high,
+                        padding,
+                        _padding_of_tile(padding, bands, block, j, i, CUT_OF_PART[part]),
                         scale2,
                         done,
                         CUT_OF_PART[part],
@@ -386,22 +426,23 @@ def _channel(descriptor, COUNT: gl.constexpr, ROWS: gl.constexpr, C: gl.constexp
 
 @gluon.jit
 def hopper_band_forward_kernel(
-    OUT, LSE, OFFSETS,
+    OUT, LSE, OFFSETS, PADDING, COUNTS,
     q0, q1, q2, q3, q4, k0, k1, k2, k3, k4, v0, v1, v2, v3, v4,
-    q_fold, k_fold, v_fold, out_at, lse_at,
+    q_fold, k_fold, v_fold, out_at, lse_at, padding_at,
     items, length, heads, group, tiles, segment_offset, scale, C: gl.constexpr,
 ):  # fmt: skip
     """``M`` queries over all bands: out and lse, mixed into what earlier launches left if ``MERGE``."""
     queries = _channel(q0, C.OWNED, C.M, C)
     keys, values = _channel(k0, C.STAGES, C.N, C), _channel(v0, C.STAGES, C.N, C)
+    first, second = make_padding(PADDING, COUNTS, padding_at, C), make_padding(PADDING, COUNTS, padding_at, C)
     fence_async_shared()
     bands = Bands(items, length, heads, group, tiles, segment_offset, OFFSETS if C.BY_ROW else items, C)
     q = Source((q0, q1, q2, q3, q4), q_fold)
     k, v = Source((k0, k1, k2, k3, k4), k_fold), Source((v0, v1, v2, v3, v4), v_fold)
     gl.warp_specialize(
         [
-            (_forward, (bands, queries, keys, values, OUT, LSE, out_at, lse_at, scale, 0)),
-            (_forward, (bands, queries, keys, values, OUT, LSE, out_at, lse_at, scale, 1)),
+            (_forward, (bands, queries, keys, values, first, OUT, LSE, out_at, lse_at, scale, 0)),
+            (_forward, (bands, queries, keys, values, second, OUT, LSE, out_at, lse_at, scale, 1)),
             (_produce_keys, (bands, (queries,), (q,), keys, values, k, v)),
         ],
         [4, 1],
@@ -411,7 +452,7 @@ def hopper_band_forward_kernel(
 
 @gluon.jit
 def _query_tile(
-    q, grad, zero, keys, values, acc, lse2, delta, j, low, high, scale2, done,
+    q, grad, zero, keys, values, acc, lse2, delta, j, low, high, padding, padded, scale2, done,
     CUT: gl.constexpr, OPERAND: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
     """One tile of keys, added to the gradient of the queries."""
@@ -424,10 +465,16 @@ def _query_tile(
     s = warpgroup_mma_wait(PRODUCTS, deps=(next_s,))
     p = gl.exp2(s * scale2 - lse2[:, None])
     if CUT:
-        p = gl.where(_seen(s, j, low, high, C), p, 0.0)
+        seen = _seen(s, j, low, high, padding, padded, C)
+        if not C.PADDED:
+            p = gl.where(seen, p, 0.0)
     grad_p = warpgroup_mma_wait(0, deps=(next_p,))
     values.release(done)
     grad_s = p * (grad_p - delta[:, None])
+    if CUT:
+        if C.PADDED:
+            # Not the probability: 0 times the NaN that a padded value may give is NaN.
+            grad_s = gl.where(seen, grad_s, 0.0)
     grad_s = gl.convert_layout(grad_s.to(keys.tiles.dtype), OPERAND)
     next_acc = warpgroup_mma(grad_s, keys.tile(done), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(next_acc,))
@@ -437,7 +484,7 @@ def _query_tile(
 
 @gluon.jit
 def _query_gradients(
-    bands, queries, grads, keys, values, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, scale, WHICH: gl.constexpr
+    bands, queries, grads, keys, values, padding, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, scale, WHICH: gl.constexpr
 ):
     C: gl.constexpr = bands.C
     scores: gl.constexpr = mma_layout(C.N)
@@ -461,6 +508,7 @@ def _query_gradients(
         q, grad = _own(queries, turn, WHICH, C), _own(grads, turn, WHICH, C)
         for i in gl.static_range(len(C.RATES)):
             j, _, low, high, before, whole, after = _read_by(bands, block, at, first, last, i)
+            before, whole = _apart_from_padding(padding, bands, block, j, before, whole, i)
             counts = (before, whole, after)
             for part in gl.static_range(3):
                 for _ in range(0, counts[part]):
@@ -476,6 +524,8 @@ def _query_gradients(
                         j,
                         low,
                         high,
+                        padding,
+                        _padding_of_tile(padding, bands, block, j, i, CUT_OF_PART[part]),
                         scale2,
                         done,
                         CUT_OF_PART[part],
@@ -496,22 +546,29 @@ def _query_gradients(
 
 @gluon.jit
 def hopper_band_query_kernel(
-    LSE, DELTA, GRAD_Q, OFFSETS,
+    LSE, DELTA, GRAD_Q, OFFSETS, PADDING, COUNTS,
     q0, q1, q2, q3, q4, g0, g1, g2, g3, g4, k0, k1, k2, k3, k4, v0, v1, v2, v3, v4,
-    q_fold, g_fold, k_fold, v_fold, lse_at, grad_q_at,
+    q_fold, g_fold, k_fold, v_fold, lse_at, grad_q_at, padding_at,
     items, length, heads, group, tiles, segment_offset, scale, C: gl.constexpr,
 ):  # fmt: skip
     """Gradients of ``M`` queries over all bands, added to what earlier launches left if ``MERGE``."""
     queries, grads = _channel(q0, C.OWNED, C.M, C), _channel(g0, C.OWNED, C.M, C)
     keys, values = _channel(k0, C.STAGES, C.N, C), _channel(v0, C.STAGES, C.N, C)
+    first, second = make_padding(PADDING, COUNTS, padding_at, C), make_padding(PADDING, COUNTS, padding_at, C)
     fence_async_shared()
     bands = Bands(items, length, heads, group, tiles, segment_offset, OFFSETS if C.BY_ROW else items, C)
     q, g = Source((q0, q1, q2, q3, q4), q_fold), Source((g0, g1, g2, g3, g4), g_fold)
     k, v = Source((k0, k1, k2, k3, k4), k_fold), Source((v0, v1, v2, v3, v4), v_fold)
     gl.warp_specialize(
         [
-            (_query_gradients, (bands, queries, grads, keys, values, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, scale, 0)),
-            (_query_gradients, (bands, queries, grads, keys, values, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, scale, 1)),
+            (
+                _query_gradients,
+                (bands, queries, grads, keys, values, first, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, scale, 0),
+            ),
+            (
+                _query_gradients,
+                (bands, queries, grads, keys, values, second, LSE, DELTA, GRAD_Q, lse_at, grad_q_at, scale, 1),
+            ),
             (_produce_keys, (bands, (queries, grads), (q, g), keys, values, k, v)),
         ],
         [4, 1],
@@ -600,7 +657,8 @@ CUT_OF_KEYS = gl.constexpr((True, False, False, True))
 
 @gluon.jit
 def _key_gradients(
-    bands, keys, values, queries, grads, statistics, LSE, DELTA, GRAD_K, GRAD_V, lse_at, grad_k_at, grad_v_at, scale,
+    bands, keys, values, queries, grads, statistics, LSE, DELTA, GRAD_K, GRAD_V, PADDING,
+    lse_at, grad_k_at, grad_v_at, padding_at, scale,
     WHICH: gl.constexpr,
 ):  # fmt: skip
     C: gl.constexpr = bands.C
@@ -667,15 +725,19 @@ def _key_gradients(
             k_at = head_start(grad_k_at, block) + position * grad_k_at[2] + d
             v_at = head_start(grad_v_at, block) + position * grad_v_at[2] + d
             earlier_k, earlier_v = _earlier_gradient(GRAD_K + k_at, ok, C), _earlier_gradient(GRAD_V + v_at, ok, C)
-            _write_gradient(GRAD_K + k_at, acc_k * scale, ok, earlier_k, C)
+            acc_k *= scale
+            if C.PADDED:
+                acc_k = without_padding(acc_k, PADDING, padding_at, block.batch, key, there)
+                acc_v = without_padding(acc_v, PADDING, padding_at, block.batch, key, there)
+            _write_gradient(GRAD_K + k_at, acc_k, ok, earlier_k, C)
             _write_gradient(GRAD_V + v_at, acc_v, ok, earlier_v, C)
 
 
 @gluon.jit
 def hopper_band_key_value_kernel(
-    LSE, DELTA, GRAD_K, GRAD_V, OFFSETS,
+    LSE, DELTA, GRAD_K, GRAD_V, OFFSETS, PADDING,
     q0, q1, q2, q3, q4, g0, g1, g2, g3, g4, k0, k1, k2, k3, k4, v0, v1, v2, v3, v4,
-    q_fold, g_fold, k_fold, v_fold, lse_at, grad_k_at, grad_v_at,
+    q_fold, g_fold, k_fold, v_fold, lse_at, grad_k_at, grad_v_at, padding_at,
     items, length, heads, group, tiles, segment_offset, scale, C: gl.constexpr,
 ):  # fmt: skip
     """Gradients of ``M`` keys and values of band 0 by query head, added to what earlier launches left if ``MERGE``."""
@@ -692,11 +754,17 @@ def hopper_band_key_value_kernel(
         [
             (
                 _key_gradients,
-                (bands, keys, values, queries, grads, first, LSE, DELTA, GRAD_K, GRAD_V, lse_at, grad_k_at, grad_v_at, scale, 0),
+                (
+                    bands, keys, values, queries, grads, first, LSE, DELTA, GRAD_K, GRAD_V, PADDING,
+                    lse_at, grad_k_at, grad_v_at, padding_at, scale, 0,
+                ),
             ),
             (
                 _key_gradients,
-                (bands, keys, values, queries, grads, second, LSE, DELTA, GRAD_K, GRAD_V, lse_at, grad_k_at, grad_v_at, scale, 1),
+                (
+                    bands, keys, values, queries, grads, second, LSE, DELTA, GRAD_K, GRAD_V, PADDING,
+                    lse_at, grad_k_at, grad_v_at, padding_at, scale, 1,
+                ),
             ),
             (_produce_queries, (bands, (keys, values), (k, v), queries, grads, q, g)),
         ],

@@ -25,7 +25,7 @@ COUNTED = gl.constexpr(TOKENS.value)
 
 @aggregate
 class Padding:
-    """The mask (B, N) int8, padded tokens counted, and where a warpgroup's threads leave the keys' numbers for one another."""
+    """The mask (B, N) int8, its counted tokens, and where a warpgroup's threads leave keys' numbers for one another."""
 
     mask: gl.tensor
     counts: gl.tensor
@@ -33,11 +33,11 @@ class Padding:
     numbers: gl.shared_memory_descriptor
 
     @gluon.jit
-    def is_near(self, block, keys, count, length):
-        """Whether a token is padding near the first ``count`` keys of a range; it may be one that they step over."""
-        last = gl.minimum(gl.maximum(keys.first + (count - 1) * keys.step, 0), length - 1)
-        first = gl.minimum(keys.first, last)
-        counts = self.counts + gl.cast(block.batch, gl.int64) * (gl.cdiv(length, COUNTED) + 1)
+    def is_near(self, batch, first, last, length):
+        """Whether a token from ``first`` to ``last`` may be padding, of those that there are."""
+        last = gl.minimum(gl.maximum(last, 0), length - 1)
+        first = gl.minimum(gl.maximum(first, 0), last)
+        counts = self.counts + gl.cast(batch, gl.int64) * (gl.cdiv(length, COUNTED) + 1)
         return gl.load(counts + (last // COUNTED + 1)) != gl.load(counts + first // COUNTED)
 
 
@@ -55,19 +55,25 @@ def make_padding(PADDING, COUNTS, padding_at, C: gl.constexpr):
 def clear_of_padding(padding, block, keys, clear, length, C: gl.constexpr):
     """How many of the first ``clear`` tiles of a range run without the mask: all or none."""
     if C.PADDED:
-        return gl.where(padding.is_near(block, keys, clear * C.N, length), 0, clear)
+        last = keys.first + (clear * C.N - 1) * keys.step
+        return gl.where(padding.is_near(block.batch, keys.first, last, length), 0, clear)
     else:
         return clear
 
 
 @gluon.jit
+def padding_at_tokens(MASK, at, batch, token, there):
+    """Not 0 where tokens of a mask (B, N) with the strides ``at`` are padding; 0 where they are not ``there``."""
+    rows = MASK + (gl.cast(batch, gl.int64) * at[0] + gl.cast(token, gl.int64) * at[1])
+    return gl.load(rows, mask=there, other=0)
+
+
+@gluon.jit
 def padding_of_tile(padding, block, keys, row, C: gl.constexpr):
-    """Not 0 where keys of a tile, which begins at row ``row`` of a range, are padding. Read before it is waited for."""
+    """Of a tile's keys, which begins at row ``row`` of a range. To be read before the tile is waited for."""
     if C.PADDED:
         n = row + gl.arange(0, C.N, layout=LINEAR)
-        token = gl.cast(keys.first + n * keys.step, gl.int64)
-        rows = padding.mask + (gl.cast(block.batch, gl.int64) * padding.at[0] + token * padding.at[1])
-        return gl.load(rows, mask=n < keys.count, other=0)
+        return padding_at_tokens(padding.mask, padding.at, block.batch, keys.first + n * keys.step, n < keys.count)
     else:
         return 0
 
@@ -83,10 +89,7 @@ def key_numbers(padding, padded, LAYOUT: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def without_padded_rows(x, PADDING, padding_at, block, first, LAYOUT: gl.constexpr):
-    """Rows (M, D) of a block, from number ``first`` on, with 0 where their token is padding."""
-    m = first + gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, LAYOUT))
-    token = gl.cast(block.origin + m * block.step, gl.int64)
-    rows = PADDING + (gl.cast(block.batch, gl.int64) * padding_at[0] + token * padding_at[1])
-    padded = gl.load(rows, mask=m < block.count, other=0) != 0
-    return gl.where(padded[:, None], 0.0, x)
+def without_padding(x, MASK, at, batch, token, there):
+    """Rows (M, D) of tokens, with 0 where these are padding."""
+    padded = gl.convert_layout(padding_at_tokens(MASK, at, batch, token, there), gl.SliceLayout(1, x.type.layout))
+    return gl.where((padded != 0)[:, None], 0.0, x)
