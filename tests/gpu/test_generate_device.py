@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from functools import partial
 from pathlib import Path
 
@@ -79,6 +80,25 @@ def test_replayed_steps_give_the_same_tokens(kind, options, counted, monkeypatch
             want = call()
         assert not counted
         assert torch.equal(got, want)
+
+
+def test_many_calls_in_turn_and_memory_that_is_given_back(counted):
+    """Graphs of earlier calls end while others are captured."""
+    model = model_of("published")
+    expected = [model.generate(prompts(1, length), 30, temperature=0) for length in (20, 31)]
+    torch.cuda.synchronize()
+    used = torch.cuda.memory_allocated()
+    gc.collect()
+    for turn in range(20):
+        gc.set_threshold(1 + turn % 5)
+        try:
+            got = [model.generate(prompts(1, length), 30, temperature=0) for length in (20, 31)]
+        finally:
+            gc.set_threshold(700, 10, 10)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert len(counted) == 42
+    del got
+    assert torch.cuda.memory_allocated() <= used + (1 << 20)
 
 
 def test_torchs_own_generator_goes_on_as_without_a_graph(monkeypatch):

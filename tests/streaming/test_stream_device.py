@@ -135,6 +135,7 @@ def test_a_captured_step_is_repeated_over_the_ring_and_segments(group, branches,
         torch.testing.assert_close(got.cpu().double(), expected[:, :, 37:], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
 def test_a_cache_without_capacity_does_not_grow_while_a_graph_is_captured():
     stream = replace(STRIDED, length=1024, capacity=None, lead=None, segment_offset=0, dtype=torch.bfloat16)
     tensors, cache = [x.cuda() for x in stream.tensors()], stream.cache("cuda")

@@ -5,8 +5,10 @@ By launches a step of a small model takes ten times as long as its kernels.
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +52,18 @@ def _reason_against(model: nn.Module, device: torch.device) -> str | None:
     if is_transformed() or has_dispatch_modes():
         return "a transform or a mode looks at its operators"
     return None
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Nothing is collected inside: the end of another graph, which frees memory, would break a capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class CapturedStep:
@@ -102,14 +116,21 @@ class CapturedStep:
         graph = torch.cuda.CUDAGraph()
         for generator in self._generators:
             graph.register_generator_state(generator)
-        self._stream.wait_stream(torch.cuda.current_stream(self._tokens.device))
+        current = torch.cuda.current_stream(self._tokens.device)
+        self._stream.wait_stream(current)
         # Not torch.cuda.graph, which waits for the device and collects garbage: that takes longer than the capture.
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), _no_collection():
             graph.capture_begin(capture_error_mode="thread_local")
             try:
                 self._result = self._read(self._tokens)
-            finally:
-                graph.capture_end()
+            except BaseException:
+                # It can only say that the capture is broken.
+                with suppress(RuntimeError):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        # The states of the generators have been set on the other stream: replays set them too.
+        current.wait_stream(self._stream)
         # The capture has counted tokens and read none.
         self._cache.moved(-1, on_device=False)
         self._graph = graph

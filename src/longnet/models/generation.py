@@ -143,13 +143,15 @@ class LanguageModel(LongNetBase):
         self.check_mask(key_padding_mask, batch, width)
         spans = [(0, width)] * batch if key_padding_mask is None else _spans(key_padding_mask)
         result = torch.cat([tokens, tokens.new_zeros(batch, max_new_tokens)], dim=1)
-        with evaluating(self), ExitStack() as threads:
+        with evaluating(self), ExitStack() as stack:
             groups = _grouped(self, tokens, spans, seed, max_new_tokens)
+            for rows in groups:
+                stack.callback(rows.forget_step)
             ended = tokens.new_zeros(batch, dtype=torch.bool)
             for step in range(max_new_tokens):
                 if step == 1 and uncached_reason(self.config) is None:
                     # The prompts have been read; from here on each step is one token.
-                    threads.enter_context(step_threads(self, batch))
+                    stack.enter_context(step_threads(self, batch))
                 new = tokens.new_empty(batch)
                 for rows in groups:
                     new[rows.batch_rows] = rows.next(self, step, sampling)
@@ -216,6 +218,10 @@ class _Rows:
         if step == 1 and self.tokens.shape[1] - end >= LEAST_TOKENS and can_capture(model, tokens.device):
             self.step = CapturedStep(read, cache, tokens, self.generators)
         return (self.step or read)(tokens)
+
+    def forget_step(self) -> None:
+        """Give back the memory of the captured step at once: it refers to these rows as they refer to it."""
+        self.step = None
 
     def _draw(self, model: LanguageModel, hidden: Tensor, sampling: Sampling) -> Tensor:
         """The token (b,) that follows what the hidden states (b, N, dim) are of."""
