@@ -53,7 +53,7 @@ class Sizes:
     steps: tuple[tuple[int, int], ...] = ((16, 2048), (4, 8192), (1, 32_768))
     prompt: int = 512
     long_prompt: int = 32_768
-    new_tokens: int = 64
+    new_tokens: int = 512
     calls: int = 200
     rounds: int = 11
     repeats: int = 20
