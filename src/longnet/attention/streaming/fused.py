@@ -24,6 +24,8 @@ _log = logging.getLogger("longnet")
 _ROWS = 256
 _WARPS = 8
 _MOST_SPLITS = 64
+# Numbers of parts that a program mixes at a time.
+_PARTS = 1 << 13
 # The backends that these kernels belong to. Hopper GPUs have no others for a single token.
 _OWN = ("triton", "triton:general", "triton:hopper")
 
@@ -123,7 +125,9 @@ def _launches(
     of_lanes = Value(lanes), Value(splits)
     sizes = (heads, heads // kv_heads, *of_lanes, Value(-(-most // (splits * _ROWS))), *branches)
     lanes_options = {**options, "ROWS": _ROWS, "SCALE": scale, "num_warps": _WARPS}
-    mix_options = {**options, "SPLITS": power_of_two(most_splits, 1), "num_warps": 4}
+    split_block = power_of_two(most_splits, 1)
+    parts_block = min(power_of_two(len(counts) * split_block, 1), max(1, _PARTS // power_of_two(dim, 1)))
+    mix_options = {**options, "SPLITS": split_block, "PARTS_BLOCK": parts_block, "num_warps": 4}
     return parts, (
         Launch(lanes_kernel, parts, (), (*read, Value(cache_at // dim), *sizes), lanes_options),
         Launch(mix_kernel, batch * heads, (), (out_at, heads, *of_lanes, *branches), mix_options),

@@ -105,27 +105,34 @@ def lanes_kernel(
 def mix_kernel(
     PARTS, LSE, OUT, POSITION, SEEN, out_at, heads, lanes, splits, lengths, rates, counts, first_lanes,
     BRANCHES: tl.constexpr, BLOCKED: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr, SPLITS: tl.constexpr,
-    KIND: tl.constexpr,
+    PARTS_BLOCK: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """One head's output: its parts of every branch in which it selects the position, by their softmax denominators."""
     program = tl.program_id(0)
     head = program % heads
     batch = program // heads
     position = tl.load(SEEN)
-    d, split = tl.arange(0, D_BLOCK), tl.arange(0, SPLITS)
+    d = tl.arange(0, D_BLOCK)
     d_ok = d < D
     row_max = tl.full([1], float("-inf"), KIND)
     row_sum = tl.zeros([1], KIND)
     acc = tl.zeros([D_BLOCK], KIND)
-    for i in tl.static_range(BRANCHES):
-        offset = position % lengths[i] % rates[i]
-        if BLOCKED:
-            spread = head % counts[i]
-        else:
-            spread = head // rates[i]
-        ok = split < tl.where(offset == head_offset(head, rates[i], heads, BLOCKED), splits, 0)
-        part = (batch * lanes + first_lanes[i] + spread) * splits + split
-        lse = tl.load(LSE + part, mask=ok, other=float("-inf"))
+    # Parts of all branches side by side, so that reads do not wait for one another.
+    for start in tl.static_range(0, BRANCHES * SPLITS, PARTS_BLOCK):
+        number = start + tl.arange(0, PARTS_BLOCK)
+        branch, split = number // SPLITS, number % SPLITS
+        lane, some_splits = branch * 0, branch * 0
+        for i in tl.static_range(BRANCHES):
+            offset = position % lengths[i] % rates[i]
+            if BLOCKED:
+                spread = head % counts[i]
+            else:
+                spread = head // rates[i]
+            is_selected = offset == head_offset(head, rates[i], heads, BLOCKED)
+            lane = tl.where(branch == i, first_lanes[i] + spread, lane)
+            some_splits = tl.where((branch == i) & is_selected, splits, some_splits)
+        part = (batch * lanes + lane) * splits + split
+        lse = tl.load(LSE + part, mask=split < some_splits, other=float("-inf"))
         # Parts without keys have no output.
         some = lse > float("-inf")
         at = part[:, None].to(tl.int64) * D + d[None, :]
