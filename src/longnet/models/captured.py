@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
@@ -54,6 +55,20 @@ def _reason_against(model: nn.Module, device: torch.device) -> str | None:
     return None
 
 
+# The streams on which each thread captures, by device.
+_STREAMS = threading.local()
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """This thread's, always the same: torch keeps memory for cuBLAS for every stream that has been used."""
+    streams = _STREAMS.__dict__
+    key = str(device)
+    if key not in streams:
+        streams[key] = torch.cuda.Stream(device)
+    stream: torch.cuda.Stream = streams[key]
+    return stream
+
+
 @contextmanager
 def _no_collection() -> Iterator[None]:
     """Nothing is collected inside: the end of another graph, which frees memory, would break a capture."""
@@ -84,7 +99,7 @@ class CapturedStep:
         self._read, self._cache = read, cache
         self._generators = [one for one in generators if one is not None]
         self._tokens = torch.empty_like(tokens)
-        self._stream = torch.cuda.Stream(tokens.device)
+        self._stream = _side_stream(tokens.device)
         self._has_run = False
         self._graph: torch.cuda.CUDAGraph | None = None
         self._result = tokens
