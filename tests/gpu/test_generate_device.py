@@ -136,6 +136,11 @@ def test_what_python_does_is_done(counted):
     model.generate(prompts(1, 20), 40, temperature=0)
     assert not counted
     model.blocks[0].dropout = torch.nn.Dropout(0.0)
+    drawn = []
+    logits, model.logits = model.logits, lambda hidden: drawn.append(0) or logits(hidden)
+    assert torch.equal(model.generate(prompts(1, 20), 40, temperature=0), expected)
+    assert len(drawn) == 40 and not counted
+    del model.logits
     # Few tokens are not worth a capture.
     model.generate(prompts(1, 20), 4, temperature=0)
     assert not counted

@@ -48,6 +48,8 @@ def _reason_against(model: nn.Module, device: torch.device) -> str | None:
     for name, module in model.named_modules():
         if is_call_changed(module):
             return f"the module {name!r} is hooked, compiled or replaced"
+        if replaced := [one for one in vars(module) if callable(getattr(type(module), one, None))]:
+            return f"the module {name!r} has methods of its own: {replaced}"
         if not any(f"{type(module).__module__}.".startswith(f"{known}.") for known in _KNOWN):
             return f"the module {name!r} is of the unknown type {type(module).__qualname__}"
     if is_transformed() or has_dispatch_modes():
