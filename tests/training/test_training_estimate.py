@@ -193,7 +193,12 @@ def test_lines_for_a_user(make_settings: Make, monkeypatch: pytest.MonkeyPatch) 
         "Time of a step: about 2.3 s, 90 steps about 3:26. A matrix product reaches 50 GFLOP/s here, and a step is assumed to "
         "reach 35% of that"
     )
-    assert "about 27 steps in 1 minutes" in describe_step(settings.replace(minutes=1.0), CPU)[-1]
+    assert "about 27 steps in 1 minute. A" in describe_step(settings.replace(minutes=1.0), CPU)[-1]
+    # A run that is resumed.
+    assert ", 30 more steps about 1:09. A" in describe_step(settings, CPU, steps_done=60, seconds_done=99.0)[-1]
+    assert ", 1 more step about 0:02. A" in describe_step(settings, CPU, steps_done=89)[-1]
+    resumed = describe_step(settings.replace(minutes=1.5), CPU, steps_done=20, seconds_done=60.0)[-1]
+    assert ", about 14 more steps in 0.5 minutes. A" in resumed
     assert "Memory of a step in each process: " in describe_step(settings, CPU, dp=2)[0]
 
 

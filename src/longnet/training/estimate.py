@@ -118,11 +118,20 @@ def product_speed(settings: TrainSettings, device: torch.device) -> float:
     return 2 * rows * weight.numel() / seconds
 
 
-def describe_step(settings: TrainSettings, device: torch.device, *, dp: int = 1, cp: int = 1) -> list[str]:
+def describe_step(
+    settings: TrainSettings,
+    device: torch.device,
+    *,
+    dp: int = 1,
+    cp: int = 1,
+    steps_done: int = 0,
+    seconds_done: float = 0.0,
+) -> list[str]:
     """Lines for the user: the memory of a step, whether the device has less, and the time of a step.
 
     Args:
         settings, device, dp, cp: as in :func:`step_memory`.
+        steps_done, seconds_done: of a run that is resumed.
     """
     memory, free = step_memory(settings, device, dp=dp, cp=cp), free_memory(device)
     each = "" if dp * cp == 1 else " in each process"
@@ -137,9 +146,10 @@ def describe_step(settings: TrainSettings, device: torch.device, *, dp: int = 1,
         )
     speed = product_speed(settings, device)
     seconds = step_flops(settings, dp=dp, cp=cp) / (SHARE * speed)
+    length = _length(settings, seconds, steps_done, seconds_done)
     lines.append(
-        f"Time of a step: about {_in_words(seconds)}, {_length(settings, seconds)}. A matrix product reaches "
-        f"{_in_flops(speed)} here, and a step is assumed to reach {SHARE:.0%} of that"
+        f"Time of a step: about {_in_words(seconds)}, {length}. A matrix product reaches {_in_flops(speed)} here, "
+        f"and a step is assumed to reach {SHARE:.0%} of that"
     )
     return lines
 
@@ -220,12 +230,18 @@ def _remedies(settings: TrainSettings) -> str:
     return ", ".join([*smaller, "a shorter --context"]) + ", or a smaller model"
 
 
-def _length(settings: TrainSettings, seconds: float) -> str:
-    """How long the steps of the run take, or how many fit into its minutes."""
-    if settings.steps is not None and (settings.minutes is None or settings.steps * seconds <= 60 * settings.minutes):
-        return f"{settings.steps:,} steps about {format_seconds(settings.steps * seconds)}"
-    assert settings.minutes is not None
-    return f"about {math.ceil(60 * settings.minutes / seconds):,} steps in {settings.minutes:g} minutes"
+def _length(settings: TrainSettings, seconds: float, steps_done: int, seconds_done: float) -> str:
+    """How long the steps that are left take, or how many fit into the minutes that are left."""
+    more = " more" if steps_done else ""
+    left = math.inf if settings.minutes is None else max(0.0, 60 * settings.minutes - seconds_done)
+    if settings.steps is not None and (steps := max(0, settings.steps - steps_done)) * seconds <= left:
+        return f"{_counted(steps, f'{more} step')} about {format_seconds(steps * seconds)}"
+    return f"about {_counted(math.ceil(left / seconds), f'{more} step')} in {_counted(left / 60, ' minute')}"
+
+
+def _counted(number: float, what: str) -> str:
+    """``1 step``, ``2 steps``."""
+    return (f"{number:,}" if isinstance(number, int) else f"{number:,.3g}") + what + ("" if number == 1 else "s")
 
 
 def _in_words(seconds: float) -> str:

@@ -135,7 +135,10 @@ def save_model(model: LongNetLM, path: str | Path) -> None:
     dtype = _dtype_of({"embedding.weight": model.embedding.weight})
     for name, weight in model.named_parameters():
         if weight.is_floating_point() and weight.dtype != dtype:
-            raise ValueError(f"{name} of the model is {weight.dtype}: expected {dtype}, which load_model gives back")
+            raise ValueError(
+                f"{name} of the model is {weight.dtype}: expected all weights in torch.float32, or all in torch.bfloat16, which "
+                "load_model gives back"
+            )
     folder = RunFolder(path)
     with locked(path):
         folder.require_new()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -91,7 +92,7 @@ def train(
         with torch_threads(threads), torch.random.fork_rng(devices=cuda):
             # Before the model takes memory of the device, and before the seed: a product of random numbers is timed.
             if ranks.is_first and not isinstance(tell, SilentReporter):
-                _say_estimate(settings, device, ranks, tell)
+                _say_estimate(settings, device, ranks, tell, {} if checkpoint is None else checkpoint.progress)
             torch.manual_seed(settings.seed)
             model = LongNetLM(settings.model).to(device, getattr(torch, settings.weights))
             trainer = Trainer(settings, folder, data, model, device, tell, ranks)
@@ -107,16 +108,19 @@ def train(
                     trainer.start(checkpoint)
                     ranks.vary_dropout(settings.seed + trainer.step)
                     return trainer.run(should_stop or (lambda: False))
-            except (ValueError, TypeError, torch.OutOfMemoryError):
+            except (ValueError, TypeError, MemoryError, torch.OutOfMemoryError):
                 # Some errors appear only in the first step, such as a backend that does not take the device.
                 if ranks.is_first and not resume and trainer.step == 0:
                     folder.remove()
                 raise
 
 
-def _say_estimate(settings: TrainSettings, device: torch.device, ranks: Ranks, tell: Reporter) -> None:
+def _say_estimate(
+    settings: TrainSettings, device: torch.device, ranks: Ranks, tell: Reporter, progress: dict[str, Any]
+) -> None:
+    done = {"steps_done": progress.get("step", 0), "seconds_done": progress.get("seconds", 0.0)}
     try:
-        for line in describe_step(settings, device, dp=ranks.dp, cp=ranks.cp):
+        for line in describe_step(settings, device, dp=ranks.dp, cp=ranks.cp, **done):
             tell.say(line)
     except RuntimeError as error:
         # Of torch, out of memory among them. A run needs no estimate.
