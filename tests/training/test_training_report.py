@@ -168,6 +168,7 @@ def _evaluation(*lows: float | None) -> Evaluation:
         ((0.2, 0.1, 0.01), "Yes, the model uses its long context: the same bytes cost 2.520 bits each with 33 to 64 bytes"),
         ((0.2, 0.1, -0.01), "In part, the model uses up to about 64 bytes of its context: the same bytes cost 2.610"),
         ((-0.1, -0.1), "No, nothing is gained from more than 16 bytes of context"),
+        ((0.0004, 0.0004), "No, nothing is gained from more than 16 bytes of context"),
     ],
 )  # fmt: skip
 def test_the_verdict_follows_the_intervals(lows: tuple[float | None, ...], expected: str) -> None:

@@ -161,7 +161,8 @@ def long_context_verdict(evaluation: Evaluation) -> str:
     longest = cuts[-1]
     if longest.gain.low is None:
         return f"Undecided, with one held-out window alone: {_compared(longest)}."
-    helped = [number for number, cut in enumerate(cuts) if cut.gain.low is not None and cut.gain.low > 0]
+    # A gain that is shown as +0.000 is none.
+    helped = [number for number, cut in enumerate(cuts) if cut.gain.low is not None and round(cut.gain.low, 3) > 0]
     if not helped:
         return f"No, nothing is gained from more than {cuts[0].last:,} bytes of context: {_compared(cuts[0])}."
     last = helped[-1]
