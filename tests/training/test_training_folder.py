@@ -142,10 +142,14 @@ def test_a_model_in_bfloat16_is_saved_and_read_back(tmp_path: Path) -> None:
 
 def test_other_dtypes_and_several_are_not_saved(tmp_path: Path) -> None:
     model = LongNetLM(LongNetConfig.preset("nano")).half()
-    with pytest.raises(ValueError, match="embedding.weight of the model is torch.float16: expected all weights in torch.float32"):
+    with pytest.raises(
+        ValueError, match="embedding.weight of the model is torch.float16: expected all weights in torch.float32"
+    ):
         save_model(model, tmp_path / "model")
     model.bfloat16().norm.float()
-    with pytest.raises(ValueError, match="norm.weight of the model is torch.float32: expected all weights in torch.float32, or all"):
+    with pytest.raises(
+        ValueError, match="norm.weight of the model is torch.float32: expected all weights in torch.float32, or all"
+    ):
         save_model(model, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from longnet.runtime.torch_internals import has_tangents
 from longnet.runtime.tracing import is_traced
 from longnet.runtime.triton_internals import Launch, Value
-from longnet.runtime.triton_support import HAS_TRITON, interpreting, power_of_two
+from longnet.runtime.triton_support import HAS_TRITON, power_of_two
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Tokens of a program, where there are several; it rotates all their heads by the same angles.
@@ -33,11 +33,16 @@ class Scales(NamedTuple):
     period: int | None
 
 
+def _is_on_gpu(x: Tensor) -> bool:
+    """Tests in Triton's interpreter answer for the CPU: there the kernel is slow, and nobody asked for it."""
+    return x.is_cuda
+
+
 def fits(query: Tensor, key: Tensor) -> bool:
     """Whether :func:`rotate_both` takes these: on a GPU, without gradients, in no graph of the compiler."""
     return (
         HAS_TRITON
-        and (query.is_cuda or (interpreting() and query.device.type == "cpu"))
+        and _is_on_gpu(query)
         and query.dtype in _DTYPES
         and key.dtype == query.dtype
         and type(query) is type(key) is Tensor
