@@ -285,7 +285,7 @@ class Pattern(Branches):
             return self
 
         def end(branch: Branch) -> Branch:
-            # 2**30 for all that positions of 32 bits reach.
+            # One length for all sequences whose positions fit into 32 bits: kernels are compiled for it.
             least = max(length, branch.dilation_rate, 1 << 30)
             return replace(branch, segment_length=1 << (least - 1).bit_length())
 

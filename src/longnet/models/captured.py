@@ -1,7 +1,4 @@
-"""A token of rows that are read together, replayed from a CUDA graph: hundreds of launches become one.
-
-By launches a step of a small model takes ten times as long as its kernels.
-"""
+"""Steps of one token, replayed from a CUDA graph: hundreds of launches become one."""
 
 from __future__ import annotations
 
@@ -21,12 +18,12 @@ _log = logging.getLogger("longnet")
 
 # A capture takes as long as a few steps: it is not worth it for fewer tokens.
 LEAST_TOKENS = 8
-# The modules that may be captured, with what follows in their names: their calls do nothing but launch kernels.
+# Packages whose modules may be captured: their calls do nothing but launch kernels.
 _KNOWN = ("torch.nn", "longnet.attention", "longnet.models", "longnet.nn")
 
 
 def can_capture(model: nn.Module, device: torch.device) -> bool:
-    """Whether a step of this model does nothing that a graph would leave out; the log says what it does.
+    """Whether a graph can stand for a step of this model; the log says why not.
 
     A graph repeats kernels and runs no Python: hooks, compiled or replaced modules and modes that look at operators are called,
     never passed over.

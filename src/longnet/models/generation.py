@@ -170,17 +170,18 @@ class LanguageModel(LongNetBase):
         return result
 
 
-# Tokens of a prompt that are read at a time, at least; on a GPU as many as keep the hidden layer of a feed-forward at so many
-# numbers, as each part waits for launches.
+# A prompt is read in chunks of so many tokens. On a GPU, where each chunk costs launches, chunks are longer: a feed-forward's
+# hidden layer then holds up to so many numbers.
 _CHUNK = 8192
 _HIDDEN_NUMBERS = 1 << 27
 
 
 def _chunk_of(model: LanguageModel, rows: Tensor) -> int:
+    """Tokens of a chunk, for ``rows`` (b, N) that are read together."""
     if rows.device.type != "cuda":
         return _CHUNK
     tokens = _HIDDEN_NUMBERS // (len(rows) * model.config.feed_forward_dim)
-    # Powers of two: parts then begin where segments do.
+    # A power of two: chunks then begin where segments do.
     return max(_CHUNK, 1 << max(0, tokens.bit_length() - 1))
 
 

@@ -1,7 +1,7 @@
-"""Triton's launcher of compiled kernels, without what it does again in every call: internals of its driver for NVIDIA GPUs.
+"""Repeated launches of a compiled kernel: internals of Triton's driver for NVIDIA GPUs.
 
-Triton encodes each tensor descriptor in each launch, asks the driver about each pointer and prepares hooks that nobody has
-set. That takes longer than a short kernel runs. What is called here in the end is the same C function with the same arguments.
+In each launch Triton encodes every tensor descriptor, asks the driver about every pointer and prepares its launch hooks. That
+takes longer than a short kernel runs. Here the same C function is called with the same arguments, and descriptors are kept.
 """
 
 from __future__ import annotations

@@ -58,20 +58,18 @@ def is_differentiated_or_batched() -> bool:
 
 def is_observed() -> bool:
     """Whether a transform of ``torch.func``, a dispatch mode or torch's profiler sees every operator."""
-    return _functorch_level() is not None or _dispatch_mode_count() > 0 or _is_profiled()
+    return is_transformed() or has_dispatch_modes() or _is_profiled()
 
 
 def has_dispatch_modes() -> bool:
     """Whether a dispatch mode sees every operator: torch's own, or one that counts or logs."""
-    return bool(_dispatch_modes())
+    return _dispatch_mode_count() > 0
 
 
 def has_tracing_mode() -> bool:
     """Whether a dispatch mode of torch's own makes tensors fake or records them; modes that count or log have no key."""
     # Asked often, and there is mostly none.
-    return _dispatch_mode_count() > 0 and any(
-        getattr(mode, "_mode_key", None) is not None for mode in _dispatch_modes()
-    )
+    return has_dispatch_modes() and any(getattr(mode, "_mode_key", None) is not None for mode in _dispatch_modes())
 
 
 def hooks_of(module: nn.Module) -> list[int]:

@@ -25,10 +25,8 @@ from longnet.training.progress import format_seconds
 from longnet.training.settings import TrainSettings
 
 SHARE = 0.35
-"""The share of a matrix product's speed that a whole step is assumed to reach: norms, GELU and the optimizer compute little and
-read much, and attention multiplies smaller matrices. The paper's model did 220 TFLOP/s on an H100
-(``benchmarks/results/longest-training-1-2026-11-25.json``), where a product reaches 600 to 800; small presets in float32 reached
-0.36 to 0.54 of a product's speed on an AMD EPYC."""
+"""The share of a matrix product's speed that a whole step is assumed to reach, a guess: norms, GELU and the optimizer compute
+little and read much, and attention multiplies smaller matrices."""
 
 # A product is timed that takes this many seconds, or one with as many rows as a forward pass has tokens.
 _LEAST_SECONDS = 0.02

@@ -22,7 +22,7 @@ from longnet.runtime.cache import tensor_cache
 # Tokens that a segment without end has room for at first, where no capacity is given.
 _FIRST_ROOM = 1024
 
-# Layers of a model that are alike share them, and so do its later caches: nobody writes to them.
+# The tables are constants, so caches of one layout share them: those of equal layers, and those of later calls.
 _step_tables, _band_tables = tensor_cache(64)(StepTables), tensor_cache(64)(BandTables)
 
 
@@ -55,8 +55,8 @@ class RowStorage:
         device: torch.device | str | None,
     ) -> None:
         self.pattern, self.capacity = pattern, capacity
-        # What a chunk that begins with the first token is computed as: who shortens a pattern to what will be read names the
-        # whole one here. They give the same, and kernels for the whole one are there whatever is read.
+        # Chunks that begin with the first token are computed with this pattern. A model's cache has the model's own pattern here
+        # and a pattern of shorter segments above, which give the same rows: its kernels then do not depend on the capacity.
         self._whole_pattern = pattern
         self.batch_size, self.heads, self.kv_heads, self.head_dim = batch_size, heads, kv_heads, head_dim
         # Tensors of inference mode could not be written to outside of it; a cache may outlive the mode it was made in.

@@ -34,7 +34,7 @@ class Scales(NamedTuple):
 
 
 def _is_on_gpu(x: Tensor) -> bool:
-    """Tests in Triton's interpreter answer for the CPU: there the kernel is slow, and nobody asked for it."""
+    """Tests replace it, to run the kernel in Triton's interpreter. Elsewhere the interpreter would slow every model down."""
     return x.is_cuda
 
 

@@ -13,8 +13,8 @@ def pad_for_tma_kernel(
 ):  # fmt: skip
     """``ROWS`` tokens of a head of one of four tensors (B, H, length, CHANNELS), into ROOM (4, B, H, filled, D), contiguous.
 
-    Tokens whose PADDING (B, length) int8, unless it is None, is not 0 are zeros too. Every tensor has so many ``programs``,
-    those of the first come first.
+    PADDING is the mask (B, length) int8, or None: padded tokens become zeros. Each tensor has ``programs`` programs, and those
+    of the first tensor come first.
     """
     number = tl.program_id(0) // programs
     program = tl.program_id(0) % programs
