@@ -165,9 +165,9 @@ ARMS: Mapping[str, Callable[[int], tuple[Layer, ...]]] = {
     **{f"window+stride {r}": every(2, strided(r)) for r in (2, 4, 8)},
     **{f"window+stride {r} middle": middle(strided(r)) for r in (2, 4, 8)},
     **{f"window+stride {r} 1/4": every(4, strided(r)) for r in (2, 4, 8)},
-    **{f"window+stride {r} blocks of 32 1/4": every(4, strided(r, 32)) for r in (2, 4)},
+    **{f"window+stride {r} blocks of {b} 1/4": every(4, strided(r, b)) for r in (2, 4) for b in (16, 32, 64)},
     **{f"window+stride {r} blocks of {b}": every(2, strided(r, b)) for r in (4, 8) for b in (16, 32, 64)},
-    "window+stride 4 once": every(2, strided(4, near=WINDOW)),
+    "window+stride 4 once 1/4": every(4, strided(4, near=WINDOW)),
     "half the heads dense": middle(half_dense(4, 8)),
     "a quarter of the heads dense": middle(half_dense(2, 8)),
     **{f"window+stride {r} middle quarter": middle_quarter(strided(r)) for r in (2, 4)},
@@ -176,11 +176,11 @@ ARMS: Mapping[str, Callable[[int], tuple[Layer, ...]]] = {
     "growing strides": every(2, growing()),
     "growing strides middle": middle(growing()),
     "growing strides blocks of 32": every(2, growing(block=32)),
-    "dense then window+stride 4": every(2, strided(4)),
+    "dense then window+stride 4 middle quarter": middle_quarter(strided(4)),
     "window+dilated 2": every(2, Layer(branches=((None, 2),))),
 }
 
 # Arms that are trained as another stack first, and for which share of the steps.
 FIRST: Mapping[str, tuple[float, Callable[[int], tuple[Layer, ...]]]] = {
-    "dense then window+stride 4": (0.9, every(1, DENSE)),
+    "dense then window+stride 4 middle quarter": (0.9, ARMS["dense with middle keys shifted"]),
 }

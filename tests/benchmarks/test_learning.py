@@ -187,16 +187,16 @@ def test_a_run_goes_on_with_what_is_missing(source, tmp_path, monkeypatch, capsy
         "--out",
         str(out),
         "--arms",
-        "window,dense then window+stride 4,longnet",
+        "window,dense then window+stride 4 middle quarter,longnet",
     ]
     monkeypatch.setattr(sys, "argv", ["benchmarks.learning", *arguments])
 
     main()
     said = capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == [
-        *("dense_then_window_stride_4-0.json", "longnet-0.json", "window-0.json"),
+        *("dense_then_window_stride_4_middle_quarter-0.json", "longnet-0.json", "window-0.json"),
     ]
-    record = json.loads((out / "dense_then_window_stride_4-0.json").read_text())
+    record = json.loads((out / "dense_then_window_stride_4_middle_quarter-0.json").read_text())
     assert 0 < record["bits"] < 9 and record["cost"] < 1.5 and len(record["by_window"]) == 4
     assert "step 6 of 6" in said
     (out / "window-0.json").unlink()
@@ -206,7 +206,7 @@ def test_a_run_goes_on_with_what_is_missing(source, tmp_path, monkeypatch, capsy
 
     groups = report.load(out)
     table = report.comparison(groups, "window")
-    assert {row[0] for row in table.rows} == {"window", "dense then window+stride 4", "longnet"}
+    assert {row[0] for row in table.rows} == {"window", "dense then window+stride 4 middle quarter", "longnet"}
     assert all("+-" in row[3] for row in table.rows if row[0] != "window")
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in report.pictures(groups, tmp_path / "pictures"))
 
@@ -215,10 +215,10 @@ def test_a_list_is_shared_out_and_compiled_before_it_is_run(source, tmp_path, mo
     runs, out = tmp_path / "runs.txt", tmp_path / "out"
     runs.write_text(
         '# two seeds\n--arms "window" --seeds 0,1\n\n--arms window --sinks 2 --label sinks\n--arms window\n'
-        '--arms "dense then window+stride 4"\n'
+        '--arms "dense then window+stride 4 middle quarter"\n'
     )
     whole = ["benchmarks.learning", "--small", "--data", str(source), "--out", str(out), "--list", str(runs)]
-    names = ["window-0", "window-1", "window-sinks-0", "dense_then_window_stride_4-0"]
+    names = ["window-0", "window-1", "window-sinks-0", "dense_then_window_stride_4_middle_quarter-0"]
 
     monkeypatch.setattr(sys, "argv", [*whole, "--compile-only"])
     main()
