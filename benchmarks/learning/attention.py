@@ -44,10 +44,13 @@ def attend(
     if (layer.bands, layer.branches) == _DENSE and sinks is None:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
     parts = []
-    if layer.bands or sinks is not None:
-        parts.append(_banded(layer.bands, query, key, value, mask, sinks, with_lse=bool(layer.branches)))
+    if layer.bands:
+        with_lse = bool(layer.branches) or sinks is not None
+        parts.append(_banded(layer.bands, query, key, value, mask, with_lse))
     if layer.branches:
-        parts.append(_dilated(layer, query, key, value, with_lse=bool(parts)))
+        parts.append(_dilated(layer, query, key, value, with_lse=bool(parts) or sinks is not None))
+    if sinks is not None:
+        parts.append(_table(query, sinks.key.to(key.dtype), sinks.value.to(value.dtype)))
     if len(parts) == 1:
         return parts[0][0]
     # The merge of two softmaxes by their denominators; autograd goes through both.
@@ -73,37 +76,26 @@ def _dilated(layer: Layer, query: Tensor, key: Tensor, value: Tensor, with_lse: 
 
 
 def _banded(
-    bands: tuple[Band, ...],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: BlockMask | None,
-    sinks: Sinks | None,
-    with_lse: bool,
+    bands: tuple[Band, ...], query: Tensor, key: Tensor, value: Tensor, mask: BlockMask | None, with_lse: bool
 ) -> tuple[Tensor, Any]:
-    batch, _, length, _ = query.shape
-    keys, values = [_rows(key, band) for band in bands], [_rows(value, band) for band in bands]
-    count = 0 if sinks is None else sinks.key.shape[1]
-    if sinks is not None:
-        # FlexAttention's mask has blocks of 128 keys.
-        to_whole_block = (0, 0, 0, -count % 128)
-        keys.append(F.pad(sinks.key, to_whole_block).expand(batch, -1, -1, -1).to(key.dtype))
-        values.append(F.pad(sinks.value, to_whole_block).expand(batch, -1, -1, -1).to(value.dtype))
-    key, value = torch.cat(keys, 2), torch.cat(values, 2)
-    if query.device.type == "cpu":
-        return _on_cpu(query, key, value, mask_of(bands, length, count, query.device)[0])
+    length = query.shape[2]
+    key, value = (torch.cat([_rows(x, band) for band in bands], 2) for x in (key, value))
+    if query.device.type == "cpu":  # FlexAttention has no backward pass there
+        heads, queries, keys = (torch.arange(count) for count in (*query.shape[1:3], key.shape[2]))
+        mask_function, _ = mask_of(bands, length, query.device)
+        return _table(query, key, value, mask_function(torch.tensor(0), heads[:, None, None], queries[:, None], keys))
     if not with_lse:
         return flex_attention(query, key, value, block_mask=mask), None
     out, more = flex_attention(query, key, value, block_mask=mask, return_aux=AuxRequest(lse=True))
     return out, more.lse
 
 
-def _on_cpu(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> tuple[Tensor, Tensor]:
-    """The same from the whole table of scores: FlexAttention has no backward pass on a CPU."""
-    heads, queries, keys = (torch.arange(count) for count in (*query.shape[1:3], key.shape[2]))
-    read = mask(torch.tensor(0), heads[:, None, None], queries[:, None], keys)
-    scores = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).masked_fill(~read, -torch.inf)
-    return scores.softmax(-1).nan_to_num() @ value, scores.logsumexp(-1)
+def _table(query: Tensor, key: Tensor, value: Tensor, read: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Attention from the whole table of scores, in the dtype that autocast says; (out, log of the softmax denominators)."""
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    if read is not None:
+        scores = scores.masked_fill(~read, -torch.inf)
+    return scores.softmax(-1).nan_to_num().to(value.dtype) @ value, scores.logsumexp(-1)
 
 
 def _rows(x: Tensor, band: Band) -> Tensor:
@@ -114,17 +106,21 @@ def _rows(x: Tensor, band: Band) -> Tensor:
     return torch.stack([blocks[:, head, :, head % band.stride] for head in range(x.shape[1])], 1).flatten(2, 3)
 
 
-def make_mask(layer: Layer, heads: int, length: int, device: torch.device, sinks: int = 0) -> BlockMask | None:
-    """What :func:`attend` needs besides tensors; None where it needs none."""
-    if device.type == "cpu" or ((layer.bands, layer.branches) == _DENSE and not sinks) or not (layer.bands or sinks):
+def make_mask(layer: Layer, heads: int, length: int, device: torch.device, with_lse: bool = False) -> BlockMask | None:
+    """What :func:`attend` needs besides tensors; None where it needs none.
+
+    Args:
+        with_lse: whether there are sinks, with which the softmax is merged.
+    """
+    if device.type == "cpu" or ((layer.bands, layer.branches) == _DENSE and not with_lse) or not layer.bands:
         return None
-    function, keys = mask_of(layer.bands, length, sinks, device)
+    function, keys = mask_of(layer.bands, length, device)
     # Compiled, or the whole table of pairs would lie in memory.
     return torch.compile(create_block_mask)(function, None, heads, length, keys, device=device)
 
 
-def mask_of(bands: tuple[Band, ...], length: int, sinks: int, device: torch.device) -> tuple[Any, int]:
-    """(FlexAttention's mask over the keys of all bands and the sinks, how many keys there are)."""
+def mask_of(bands: tuple[Band, ...], length: int, device: torch.device) -> tuple[Any, int]:
+    """(FlexAttention's mask over the keys of all bands, how many keys there are)."""
     starts = [0]
     for band in bands:
         starts.append(starts[-1] + length // band.stride)
@@ -140,6 +136,6 @@ def mask_of(bands: tuple[Band, ...], length: int, sinks: int, device: torch.devi
             if band.heads is not None:
                 inside = inside & (head >= band.heads[0]) & (head < band.heads[1])
             is_read = is_read | inside
-        return is_read | ((place >= starts[-1]) & (place < starts[-1] + sinks))
+        return is_read
 
-    return mask, starts[-1] + (sinks + -sinks % 128 if sinks else 0)
+    return mask, starts[-1]

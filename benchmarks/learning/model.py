@@ -57,7 +57,7 @@ class Model(nn.Module):
         for block, layer in zip(self.blocks, layers, strict=True):
             assert isinstance(block, Block)
             if layer not in made:
-                made[layer] = make_mask(layer, shape.heads, shape.context, device, shape.sinks)
+                made[layer] = make_mask(layer, shape.heads, shape.context, device, shape.sinks > 0)
             block.layer, block.mask = layer, made[layer]
             block.shift_keys = shape.shift_keys and layer.reaches_far and not layer.keeps_keys
             block.rotates = shape.far_positions or not layer.reaches_far or layer.keeps_keys
