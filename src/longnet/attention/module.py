@@ -22,6 +22,7 @@ from longnet.compat.spellings import accept_spellings
 from longnet.geometry import HeadOffsets
 from longnet.nn.norm import PartialNorm, make_norm, make_sub_norm
 from longnet.nn.position import Positions, RelativeBias, XPos
+from longnet.nn.projections import is_as_its_class, project_normed, project_residual
 from longnet.nn.shift_keys import second_half, shift_keys
 
 
@@ -187,10 +188,29 @@ class DilatedAttention(nn.Module):
         """
         if x.dim() != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"x has shape {tuple(x.shape)}: expected (B, N, dim) with dim={self.dim}")
+        return self._attend_projected(
+            [projection(x) for projection in self._projections], key_padding_mask,
+            cu_seqlens=cu_seqlens, cache=cache, segment_offset=segment_offset,
+        )  # fmt: skip
+
+    @property
+    def _projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        """Of queries, keys and values."""
+        return self.q_proj, self.k_proj, self.v_proj
+
+    def _attend_projected(
+        self,
+        projected: Sequence[Tensor],
+        key_padding_mask: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
+        cache: DilatedCache | None = None,
+        segment_offset: int | Tensor | None = None,
+    ) -> Tensor:
+        """:meth:`forward` of what queries, keys and values are projected to: (B, N, heads * D), twice (B, N, kv_heads * D)."""
+        x = projected[0]
         # (B, N, heads * D) -> (B, heads, N, D), a view: kernels read any strides.
-        q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
-        k = self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
-        v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
+        q, k, v = (one.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for one in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         _check_cache(self, cache, cu_seqlens)
@@ -246,6 +266,8 @@ class DilatedAttention(nn.Module):
         if isinstance(self.sub_norm, PartialNorm):
             out, absent = self.sub_norm(out)
         elif self.sub_norm is not None:
+            if is_as_its_class(self.dropout, nn.Dropout) and (self.dropout.p == 0.0 or not self.dropout.training):
+                return project_normed(self.sub_norm, [self.out_proj], out, key_padding_mask)[0]
             out = self.sub_norm(out, key_padding_mask)
         out = self.out_proj(self.dropout(out))
         if absent is None or self.absent is None:
@@ -275,6 +297,17 @@ class DilatedAttention(nn.Module):
         }
         said |= {name: value for name, value in optional.items() if value is not None}
         return ", ".join(f"{name}={value!r}" for name, value in said.items())
+
+
+def attend_residual(
+    attention: Any, norm: nn.Module, x: Tensor, key_padding_mask: Tensor | None, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """(x, ``attention(norm(x), **options)``), where x is read again, as in a residual sum."""
+    if not is_as_its_class(attention, DilatedAttention):
+        masks = () if key_padding_mask is None else (key_padding_mask,)
+        return x, attention(norm(x, *masks), *masks, **options)
+    x, projected = project_residual(norm, attention._projections, x, key_padding_mask)
+    return x, attention._attend_projected(projected, key_padding_mask, **options)
 
 
 def _check_cache(module: DilatedAttention, cache: DilatedCache | None, cu_seqlens: Any) -> None:

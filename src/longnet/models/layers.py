@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longnet.attention import DilatedAttention
+from longnet.attention.module import attend_residual
 from longnet.attention.streaming import DilatedCache
 from longnet.models.config import LongNetConfig
 from longnet.nn.norm import make_norm
@@ -55,12 +56,15 @@ class FeedForward(nn.Module):
         return project_normed(self.sub_norm, [self.fc2], hidden, key_padding_mask, gelu=True)[0]
 
 
-def feed_residual(feed_forward: Any, norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def feed_residual(
+    feed_forward: Any, norm: nn.Module, x: Tensor, key_padding_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(x, ``feed_forward(norm(x))``), where x is read again, as in a residual sum."""
     if not is_as_its_class(feed_forward, FeedForward) or feed_forward.chunk is not None:
-        return x, feed_forward(norm(x))
-    x, (hidden,) = project_residual(norm, [feed_forward.fc1], x)
-    return x, feed_forward.finish(hidden)
+        masks = () if key_padding_mask is None else (key_padding_mask,)
+        return x, feed_forward(norm(x, *masks), *masks)
+    x, (hidden,) = project_residual(norm, [feed_forward.fc1], x, key_padding_mask)
+    return x, feed_forward.finish(hidden, key_padding_mask)
 
 
 class Block(nn.Module):
@@ -117,10 +121,10 @@ class Block(nn.Module):
         cache: DilatedCache | None = None,
         cu_seqlens: Sequence[int] | None = None,
     ) -> Tensor:
-        normed = self.attention_norm(x, key_padding_mask)
-        attended = self.attention(normed, key_padding_mask, cu_seqlens=cu_seqlens, cache=cache)
+        options = {"cu_seqlens": cu_seqlens, "cache": cache}
+        x, attended = attend_residual(self.attention, self.attention_norm, x, key_padding_mask, options)
         x = x + self.dropout(attended)
-        fed = self.feed_forward(self.feed_forward_norm(x, key_padding_mask), key_padding_mask)
+        x, fed = feed_residual(self.feed_forward, self.feed_forward_norm, x, key_padding_mask)
         return x + self.dropout(fed)
 
     @torch.no_grad()

@@ -80,6 +80,56 @@ def gelu_norm_kernel(X, WEIGHT, BIAS, OUT, rows, eps, PARTS: tl.constexpr, WIDTH
 
 
 @triton.jit
+def few_rows_kernel(
+    X, WEIGHT, BIAS, MATRICES, BIASES, OUTS, rows, eps, columns,
+    GELU: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """OUTS = layer norm of X (or of its GELU) times each of MATRICES, transposed, plus BIASES: for a few rows.
+
+    A program has ``COLUMNS`` rows of one matrix, ``columns[which]`` in all, in registers, and takes the norm again.
+    """
+    program = tl.program_id(0)
+    for which in tl.static_range(len(MATRICES)):
+        blocks = tl.cdiv(columns[which], COLUMNS)
+        if (program >= 0) & (program < blocks):
+            column = program * COLUMNS + tl.arange(0, COLUMNS)
+            there = column < columns[which]
+            at = MATRICES[which] + column.to(tl.int64)[:, None] * (PARTS * WIDTH) + tl.arange(0, WIDTH)[None, :]
+            matrix = ()
+            for part in tl.static_range(PARTS):
+                matrix = matrix + (tl.load(at + part * WIDTH, mask=there[:, None], other=0.0),)
+            weight, bias = _row(WEIGHT, 0, PARTS, WIDTH), _row(BIAS, 0, PARTS, WIDTH)
+            for row in range(rows):
+                here = _row(X, row, PARTS, WIDTH)
+                hidden = ()
+                total = tl.zeros([WIDTH], tl.float32)
+                for part in tl.static_range(PARTS):
+                    x = here[part].to(tl.float32)
+                    if GELU:
+                        share, _ = _normal(x)
+                        x = x * share
+                    hidden = hidden + (x,)
+                    total += x
+                mean = tl.sum(total, 0) / (PARTS * WIDTH)
+                total = tl.zeros([WIDTH], tl.float32)
+                for part in tl.static_range(PARTS):
+                    total += (hidden[part] - mean) * (hidden[part] - mean)
+                scale = tl.rsqrt(tl.sum(total, 0) / (PARTS * WIDTH) + eps)
+                products = tl.zeros([COLUMNS, WIDTH], tl.float32)
+                for part in tl.static_range(PARTS):
+                    y = (hidden[part] - mean) * scale * weight[part].to(tl.float32) + bias[part].to(tl.float32)
+                    # Rounded as what a product of many rows reads.
+                    y = y.to(OUTS[which].dtype.element_ty).to(tl.float32)
+                    products += matrix[part].to(tl.float32) * y[None, :]
+                out = tl.sum(products, 1)
+                if len(BIASES) > 0:
+                    out += tl.load(BIASES[which] + column, mask=there, other=0.0).to(tl.float32)
+                to = OUTS[which] + tl.cast(row, tl.int64) * columns[which] + column
+                tl.store(to, out.to(OUTS[which].dtype.element_ty), mask=there)
+        program -= blocks
+
+
+@triton.jit
 def norm_backward_kernel(
     GRADS, X, WEIGHT, BIAS, BESIDE, GRAD_X, NORMED, SUMS, rows, eps,
     GELU: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr,

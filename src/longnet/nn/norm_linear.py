@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longnet.nn.norm_operators import column_sums, gelu_norm, norm_backward
+from longnet.nn.norm_operators import column_sums, few_rows, gelu_norm, is_few, norm_backward
 from longnet.runtime.autocast import no_autocast
 
 
@@ -61,7 +61,12 @@ def _apply(
     with no_autocast(x):
         if torch.is_grad_enabled():
             return list(_NormedLinear.apply(x, *norm, dtype, residual, *weights, *biases))
-        outs = _project(x, norm, _rounded(weights, dtype), _rounded(biases, dtype), dtype)
+        weights, biases = _rounded(weights, dtype), _rounded(biases, dtype)
+        present = [bias for bias in biases if bias is not None]
+        if is_few(x) and len(present) in (0, len(weights)):
+            outs = few_rows(x, norm.weight, norm.bias, norm.eps, norm.gelu, weights, present)
+        else:
+            outs = _project(x, norm, weights, biases, dtype)
         return [x, *outs] if residual else outs
 
 

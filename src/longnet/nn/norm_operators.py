@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from longnet.runtime.operators import define
-from longnet.runtime.triton_internals import Launch
+from longnet.runtime.triton_internals import Launch, Value
 from longnet.runtime.triton_support import HAS_TRITON, power_of_two
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -26,6 +26,8 @@ DTYPES = (torch.bfloat16, torch.float16)
 _MOST_PARTS = 4
 _WIDTHS = (256, 512, 1024, 2048, 4096)
 _LARGEST_ROW = 8192
+# From how many rows on the library's matrix product is as fast as :func:`few_rows`, which computes the norm anew for each.
+_FEW = 4
 
 
 def fits(device: torch.device, dtype: torch.dtype, channels: int) -> bool:
@@ -51,6 +53,30 @@ def gelu_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """
     normed: Tensor = _forward(x, weight, bias, eps)
     return normed
+
+
+def is_few(x: Tensor) -> bool:
+    """Whether :func:`few_rows` takes as many rows as x (..., C) has."""
+    return 0 < x.numel() <= _FEW * x.shape[-1]
+
+
+def few_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    gelu: bool,
+    matrices: Sequence[Tensor],
+    biases: Sequence[Tensor],
+) -> list[Tensor]:
+    """``norm(x) @ matrix.T + bias`` for each of the matrices (D, C), of their dtype: one launch for a few rows; no gradient.
+
+    Args:
+        x, weight, bias, eps: as of :func:`gelu_norm`, x of any dtype; with ``gelu`` it is the norm of x's GELU.
+        biases: (D,), as many as matrices, or none.
+    """
+    outs: list[Tensor] = _few_rows(x, weight, bias, eps, gelu, matrices, biases)
+    return outs
 
 
 def norm_backward(
@@ -82,6 +108,57 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         with torch.cuda.device_of(x):
             launch.run((x, weight.contiguous(), bias.contiguous(), out), ())
     return out
+
+
+def _run_few(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    gelu: bool,
+    matrices: Sequence[Tensor],
+    biases: Sequence[Tensor],
+) -> list[Tensor]:
+    x, matrices = x.contiguous(), tuple(matrix.contiguous() for matrix in matrices)
+    outs = _fake_few(x, weight, bias, eps, gelu, matrices, biases)
+    tensors = (
+        x,
+        weight.contiguous(),
+        bias.contiguous(),
+        matrices,
+        tuple(one.contiguous() for one in biases),
+        tuple(outs),
+    )
+    types = (x.dtype, weight.dtype, bias.dtype, *[one.dtype for one in (*matrices, *biases)])
+    columns = tuple(len(matrix) for matrix in matrices)
+    launch = _few_launch(x.numel() // x.shape[-1], x.shape[-1], columns, eps, gelu, types, x.device)
+    with torch.cuda.device_of(x):
+        launch.run(tensors, ())
+    return outs
+
+
+@lru_cache(maxsize=512)
+def _few_launch(
+    rows: int,
+    channels: int,
+    columns: tuple[int, ...],
+    eps: float,
+    gelu: bool,
+    types: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> Launch:
+    """For x (rows, channels). Types and devices have launches of their own."""
+    from longnet.nn import kernels
+
+    width = _width(channels)
+    assert width is not None
+    # Few columns, so that there are programs for all multiprocessors, each with all that it reads in flight.
+    each = 4 if sum(columns) <= 1024 else 8
+    options = {
+        "GELU": gelu, "PARTS": channels // width, "WIDTH": width, "COLUMNS": each, "num_warps": 4 if channels < 2048 else 8,
+    }  # fmt: skip
+    programs = sum(-(-one // each) for one in columns)
+    return Launch(kernels.few_rows_kernel, programs, (), (Value(rows), eps, tuple(map(Value, columns))), options)
 
 
 def _run_backward(
@@ -153,6 +230,18 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _fake_few(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    gelu: bool,
+    matrices: Sequence[Tensor],
+    biases: Sequence[Tensor],
+) -> list[Tensor]:
+    return [matrix.new_empty((*x.shape[:-1], len(matrix))) for matrix in matrices]
+
+
 def _fake_backward(
     grads: Sequence[Tensor], x: Tensor, weight: Tensor, bias: Tensor, beside: Tensor | None, eps: float, gelu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,5 +254,6 @@ def _fake_sums(tensors: Sequence[Tensor]) -> Tensor:
 
 
 _forward = define("gelu_norm", _run, _fake)
+_few_rows = define("few_rows", _run_few, _fake_few)
 _backward = define("norm_backward", _run_backward, _fake_backward)
 _sums = define("column_sums", _run_sums, _fake_sums)
