@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any
+import pickle
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -232,6 +233,40 @@ def test_a_static_cache_is_a_bounded_one(model: Any) -> None:
     given = generate(model, ids, cache_implementation="static", return_dict_in_generate=True)
     assert torch.equal(given.sequences, generate(model, ids))
     assert type(given.past_key_values).__name__ == "LongNetCache"
+
+
+class Step:
+    """A captured step without a GPU: every call writes its result over the one before."""
+
+    made: ClassVar[list[Step]] = []
+
+    def __init__(self, read: Any, cache: Any, x: torch.Tensor, generators: Any) -> None:
+        self.read, self.calls, self.result = read, 0, torch.full_like(x, torch.nan)
+        self.made.append(self)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.result.copy_(self.read(x))
+
+
+def test_steps_with_a_static_cache_are_captured(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longnet.hf.cache.can_capture", lambda stack, device: True)
+    monkeypatch.setattr("longnet.hf.cache.CapturedStep", Step)
+    Step.made.clear()
+    ids, static = tokens(2, LENGTH), {"cache_implementation": "static", "return_dict_in_generate": True}
+    wanted = generate(model, ids)
+    assert not Step.made
+    given = generate(model, ids, **static)
+    assert torch.equal(given.sequences, wanted)
+    assert [step.calls for step in Step.made] == [NEW - 1]
+    # Hidden states are asked for step by step, and beams change places: both are called.
+    generate(model, ids, output_hidden_states=True, **static)
+    assert len(Step.made) == 1
+    beams = generate(model, ids, num_beams=2, **static)
+    assert torch.equal(beams.sequences, generate(model, ids, num_beams=2))
+    # After the call the model may change, and a cache may be kept.
+    for cache in (given.past_key_values, pickle.loads(pickle.dumps(given.past_key_values))):
+        assert cache._step is None and not cache._captures
 
 
 @pytest.mark.parametrize("implementation", ["quantized", "offloaded"])

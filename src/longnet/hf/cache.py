@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +17,7 @@ from transformers.cache_utils import Cache
 from longnet.models.base import LongNetBase
 from longnet.models.cache import LongNetCache as PlainCache
 from longnet.models.cache import make_cache
+from longnet.models.captured import CapturedStep, can_capture
 
 # Tokens between two states that are kept to go back to: what can be taken back at least.
 _STRIDE = 512
@@ -37,6 +41,34 @@ class _Read:
         length = end - self.position
         padding = None if self.padding is None else self.padding[:, :length]
         return _Read(self.position, self.x[:, :length], padding)
+
+
+# Caches of the running call of ``generate`` whose steps may be captured; None outside.
+_generating: ContextVar[list[LongNetCache] | None] = ContextVar("_generating", default=None)
+
+
+@contextmanager
+def generating() -> Iterator[None]:
+    """A call of ``generate``: caches that :func:`capture_in_generate` was given capture steps inside, and forget them after."""
+    caches: list[LongNetCache] = []
+    token = _generating.set(caches)
+    try:
+        yield
+    finally:
+        _generating.reset(token)
+        for cache in caches:
+            cache._forget_step(captures=False)
+
+
+def capture_in_generate(cache: LongNetCache) -> None:
+    """Let steps of one token be replayed from a CUDA graph, on a GPU, until the running call of ``generate`` ends.
+
+    A graph repeats what was captured: only inside that call can the model be taken not to change.
+    """
+    caches = _generating.get()
+    if caches is not None:
+        caches.append(cache)
+        cache._captures = True
 
 
 class LongNetCache(Cache):
@@ -65,6 +97,8 @@ class LongNetCache(Cache):
         self._shared: dict[str, Any] = {}
         self._states: list[PlainCache] = []
         self._since: list[_Read] = []
+        self._step: CapturedStep | None = None
+        self._captures = False
 
     @property
     def is_linear(self) -> list[bool]:
@@ -100,6 +134,9 @@ class LongNetCache(Cache):
         if self._is_behind():
             self._read_again(stack)
         position = self._plain.position
+        single = position > 0 and x.shape[1] == 1 and padding is None
+        if self._captures and single and states is None and not self.rewindable:
+            return self._step_of(stack, x)(x)
         if self.rewindable and (not self._states or position - self._states[-1].position >= _STRIDE):
             self._states = [*self._states[-1:], self._plain.clone()]
             self._since = [read for read in self._since if read.position >= self._states[0].position]
@@ -111,6 +148,29 @@ class LongNetCache(Cache):
                 self._since.append(_Read(position, x.detach(), padding))
         return hidden
 
+    def _step_of(self, stack: LongNetBase, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """What reads a token: captured in a graph, if its steps can be."""
+        plain = self._plain
+        assert plain is not None
+
+        def read(x: Tensor) -> Tensor:
+            with torch.no_grad(), plain.reading():
+                return stack.run_blocks(x, None, plain)
+
+        if self._step is None:
+            if not can_capture(stack, x.device):
+                self._captures = False
+                return read
+            self._step = CapturedStep(read, plain, x, [])
+        step = self._step
+        # The next step writes over what a graph gave.
+        return lambda x: step(x).clone()
+
+    def _forget_step(self, *, captures: bool | None = None) -> None:
+        """After a change that a graph would not see; with ``captures`` also whether steps may be captured from here on."""
+        self._step = None
+        self._captures = self._captures if captures is None else captures
+
     def _bind(self, stack: LongNetBase, before: dict[str, Any]) -> None:
         shared = {name: getattr(stack.config, name) for name in _SHARED}
         differ = [name for name in before if shared[name] != before[name]]
@@ -120,11 +180,11 @@ class LongNetCache(Cache):
         self._stack, self._shared = weakref.ref(stack), shared
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_stack": None}
+        return {**self.__dict__, "_stack": None, "_step": None, "_captures": False}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LongNetCache:
         copied = type(self).__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        copied.__dict__.update(copy.deepcopy({**self.__getstate__(), "_stack": self._stack}, memo))
         return copied
 
     def activate_past_recording(self) -> None:
@@ -140,6 +200,7 @@ class LongNetCache(Cache):
             ValueError: a number above 0, more tokens than there are, over the end of a segment without ``rewindable``, or
                 further back than is remembered.
         """
+        self._forget_step()
         position = self.get_seq_length()
         # transformers 5.17 counts on the device.
         keep = position + int(tokens_to_remove)
@@ -200,6 +261,7 @@ class LongNetCache(Cache):
         """Row b goes on from what row ``beam_idx[b]`` has read."""
         if self._plain is None:
             return
+        self._forget_step()
         with self._plain.writing():
             for plain in {id(plain): plain for plain in (self._plain, *self._states)}.values():
                 plain.reorder(beam_idx)
@@ -211,6 +273,7 @@ class LongNetCache(Cache):
     def reset(self) -> None:
         """Forget everything: the next token is the first, of any batch."""
         self._plain, self._stack, self._states, self._since = None, None, [], []
+        self._forget_step()
 
     def update(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         raise ValueError("a LongNetCache was given to another model: expected a LongNet of longnet.hf")

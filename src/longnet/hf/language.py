@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
 
 from longnet.compress import quantization
-from longnet.hf.cache import LongNetCache
+from longnet.hf.cache import LongNetCache, capture_in_generate, generating
 from longnet.hf.configuration import LongNetConfig
 from longnet.hf.inputs import as_int64
 from longnet.hf.modeling import LongNetModel, LongNetPreTrainedModel, LongNetWithHead
@@ -91,6 +92,11 @@ class LongNetForCausalLM(_WithVocabulary, GenerationMixin):
             loss=loss, logits=logits, hidden_states=out.hidden_states, **{CACHE: out.get(CACHE)}
         )
 
+    @wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        with generating():
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+
     @overrides(GenerationMixin)
     def _prepare_cache_for_generation(  # type: ignore[override]
         self,
@@ -119,6 +125,8 @@ class LongNetForCausalLM(_WithVocabulary, GenerationMixin):
             generation_config.use_cache = False
             return
         cache = LongNetCache(max_cache_length if kind == "static" else None)
+        if kind == "static":
+            capture_in_generate(cache)
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs[CACHE] = cache

@@ -84,8 +84,9 @@ class CapturedStep:
     """``read`` of one token after the other. The first call runs it, the second captures it, and from then on it is replayed.
 
     Args:
-        read: from tokens (B, 1) to a tensor; it reads them into the cache, and draws from the ``generators``.
-        tokens: (B, 1) int64, of the first call.
+        read: from tokens (B, 1), or what they are embedded as, to a tensor; it reads them into the cache, and draws from the
+            ``generators``.
+        tokens: of the first call.
     """
 
     def __init__(
