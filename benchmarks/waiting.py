@@ -30,6 +30,7 @@ from benchmarks.cases import PASSES, Case, Record, Tensors, draw
 from benchmarks.device import Device, here
 from benchmarks.timing import contender, host_seconds, interleave, ours
 from longnet import LongNetConfig, LongNetLM, dilated_attention
+from longnet.hf import LongNetForCausalLM
 
 PAPER = ((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12))
 SHORT = ((512, 1024, 2048, 4096, 8192), (1, 2, 4, 8, 16))
@@ -263,7 +264,19 @@ def generation(sizes: Sizes, device: Device) -> Iterator[Record]:
         for length in (sizes.prompt + 265, sizes.prompt // 3):
             unseen = host_seconds(device, generate(length, count + 5)) - expected
             yield row(f"generate, beyond its tokens, a new length of {length}, {kind}", {"ours": [unseen]}, 0.1)
-        del model
+        adapted = LongNetForCausalLM.from_longnet(model)
+
+        def by_transformers(count: int, adapted: LongNetForCausalLM = adapted) -> Callable[[], object]:
+            prompt = torch.randint(256, (1, sizes.prompt), device=device.device)
+            options = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False}
+            return lambda: adapted.generate(prompt, cache_implementation="static", **options)
+
+        # The first call compiles for the cache's length.
+        by_transformers(count)()
+        seconds = one_by_one(device, {"one": by_transformers(1), "ours": by_transformers(count)}, sizes.rounds)
+        each = [(a - b) / (count - 1) for a, b in zip(seconds["ours"], seconds["one"], strict=True)]
+        yield row(f"generate of transformers, a token, {kind}", {"ours": each}, None)
+        del model, adapted
         device.release()
 
 

@@ -146,6 +146,31 @@ def test_what_python_does_is_done(counted):
     assert not counted
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_of_transformers_are_replayed(dtype, counted):
+    hf = pytest.importorskip("longnet.hf")
+    model = model_of("published", dtype)
+    adapted, options = hf.LongNetForCausalLM.from_longnet(model), {"min_new_tokens": 40, "do_sample": False}
+    prompt = prompts(2, 20)
+    given = [
+        adapted.generate(
+            prompt,
+            max_new_tokens=40,
+            cache_implementation=kind,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **options,
+        )
+        for kind in ("dynamic", "static", "static")
+    ]
+    assert len(counted) == 2
+    for one in given[1:]:
+        assert torch.equal(one.sequences, given[0].sequences)
+        # What was handed out is not written over.
+        for got, want in zip(one.logits, given[0].logits, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("mode", ["autocast", "inference", "bfloat16"])
 def test_modes(mode, counted, monkeypatch):
     model = model_of("published", torch.bfloat16 if mode == "bfloat16" else torch.float32)
