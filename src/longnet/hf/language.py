@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import wraps
+from functools import update_wrapper
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +92,7 @@ class LongNetForCausalLM(_WithVocabulary, GenerationMixin):
             loss=loss, logits=logits, hidden_states=out.hidden_states, **{CACHE: out.get(CACHE)}
         )
 
-    @wraps(GenerationMixin.generate)
-    def generate(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
         with generating():
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
@@ -183,6 +182,10 @@ class LongNetForCausalLM(_WithVocabulary, GenerationMixin):
         from longnet.training.folder import save_model
 
         save_model(self.to_longnet(), folder)
+
+
+# Its arguments and documentation.
+update_wrapper(LongNetForCausalLM.generate, GenerationMixin.generate)
 
 
 class LongNetForMaskedLM(_WithVocabulary, LongNetWithHead):
