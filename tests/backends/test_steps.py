@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from compiled import words_of
 
 from longnet import dilated_attention
+from longnet.attention.backends.triton import backend, steps
 from longnet.attention.backends.triton.backend import STEPS
 from longnet.attention.backends.triton.steps import Fill, Lookup, RepeatedSteps
 
@@ -138,6 +140,33 @@ def test_calls_that_differ_in_anything_have_steps_of_their_own() -> None:
         call(query, key, value, segment_offset=torch.tensor([3])),
     ]
     assert counts == list(range(2, 2 + len(counts)))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "beyond"), [(4, 4, {}), (4, 2, {"window": 16}), (3, 3, {"segment_offset": 5})]
+)
+def test_kernels_of_the_backward_pass_are_compiled_with_those_of_the_forward(
+    heads, kv_heads, beyond, monkeypatch
+) -> None:
+    compiled = []
+
+    def record(launches):
+        forms = lambda pointers: [(x.shape, x.stride(), x.dtype) for x in pointers]  # noqa: E731
+        compiled.append([(one.kernel, one.rest, one.options, forms(pointers)) for one, pointers, _ in launches])
+
+    monkeypatch.setattr(steps, "compile_together", record)
+    monkeypatch.setattr(backend, "STEPS", RepeatedSteps(8))
+    # Odd lengths, so that none of these kernels is another test's.
+    drawn = [torch.randn(1, count, 61, 16, requires_grad=True) for count in (heads, kv_heads, kv_heads)]
+    call = partial(dilated_attention, segment_lengths=(16, 64), dilation_rates=(1, 2), is_causal=True, **beyond)
+    out = call(*drawn, backend="triton")
+    out.backward(torch.randn_like(out))
+    both, after = compiled
+    assert after and all(one in both for one in after)
+    # Where nothing is trained, nothing of it is compiled.
+    call(*(x.detach()[:, :, :60] for x in drawn), backend="triton")
+    assert len(compiled) == 3 and len(compiled[2]) == len(both) - len(after)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")

@@ -389,10 +389,24 @@ def forward(inputs: AttentionInputs, use_hopper: bool = True) -> tuple[Tensor, T
     tensors = _tensors(inputs) | {"out": buffer, "lse": lse}
     with _device(out):
         key = _key(inputs, use_hopper, tensors, ("out",))
-        STEPS.run(key, tensors, lambda: _forward_steps(_Call(inputs, tensors, use_hopper)))
+        is_trained = any(x.requires_grad for x in (inputs.query, inputs.key, inputs.value))
+        STEPS.run(
+            key, tensors, lambda: _forward_steps(_Call(inputs, tensors, use_hopper)),
+            partial(_likely_backward, inputs, tensors, use_hopper) if is_trained else None,
+        )  # fmt: skip
     if buffer is not out:
         out.copy_(buffer)
     return out, lse
+
+
+def _likely_backward(inputs: AttentionInputs, tensors: Tensors, use_hopper: bool) -> tuple[Iterator[Step], Tensors]:
+    """The steps of the backward pass of a loss that does not read lse, and tensors of which some have no memory."""
+    on_meta = partial(torch.empty_like, device="meta")
+    query, lse = tensors["q"], tensors["lse"]
+    likely = tensors | {"grad_lse": lse}
+    likely |= {name: on_meta(query) for name in ("queries", "grad_k", "grad_v", "grad_out")}
+    likely |= {name: on_meta(lse) for name in ("row_lse", "delta")}
+    return _backward_steps(_Call(inputs, likely, use_hopper), False), likely
 
 
 def backward(saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None, use_hopper: bool = True) -> Gradients:

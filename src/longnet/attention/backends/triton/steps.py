@@ -7,7 +7,7 @@ all steps are known before the first is run, their kernels are compiled side by 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -80,6 +80,18 @@ class Fill:
         tensors[self.name].fill_(self.value)
 
 
+def _announced(steps: Iterator[Step], tensors: Tensors) -> tuple[Step, ...]:
+    made: list[Step] = []
+    for step in steps:
+        step.announce(tensors)
+        made.append(step)
+    return tuple(made)
+
+
+def _launches(steps: Iterable[Step], tensors: Tensors) -> list[tuple[Launch, tuple[Any, ...], tuple[Tensor, ...]]]:
+    return [(step.launch, *step.given(tensors)) for step in steps if isinstance(step, Run)]
+
+
 class RepeatedSteps:
     """The steps of the ``most`` calls that were run last."""
 
@@ -88,23 +100,31 @@ class RepeatedSteps:
         self._steps: OrderedDict[Hashable, tuple[Step, ...]] = OrderedDict()
         self._newest: tuple[Step, ...] | None = None
 
-    def run(self, key: Hashable, tensors: Tensors, make: Callable[[], Iterator[Step]]) -> None:
+    def run(
+        self,
+        key: Hashable,
+        tensors: Tensors,
+        make: Callable[[], Iterator[Step]],
+        following: Callable[[], tuple[Iterator[Step], Tensors]] | None = None,
+    ) -> None:
         """Run the steps of a call.
 
         Args:
             key: all that the steps depend on.
             tensors: of the call; steps may add some.
             make: gives the steps one by one. Each is announced before it is asked for the next, so it finds what steps will add.
+            following: the steps of a call that will come next, and tensors like those that it will be given. Its kernels are
+                compiled along with this call's.
         """
         steps = self._steps.get(key)
         is_newest = steps is not None and steps is self._newest
         if steps is None:
-            made: list[Step] = []
-            for step in make():
-                step.announce(tensors)
-                made.append(step)
-            compile_together([(step.launch, *step.given(tensors)) for step in made if isinstance(step, Run)])
-            steps = tuple(made)
+            steps = _announced(make(), tensors)
+            launches = _launches(steps, tensors)
+            if following is not None:
+                upcoming, likely = following()
+                launches += _launches(_announced(upcoming, likely), likely)
+            compile_together(launches)
         for step in steps:
             step.run(tensors)
         if is_newest:
