@@ -114,8 +114,9 @@ def long_calls(sizes: Sizes, device: Device) -> Iterator[Record]:
     for dim in sizes.dims:
         case = case_of(sizes, sizes.long, dim)
         tensors = draw(case, 0, device.device)
-        mask = torch.zeros(1, sizes.long, dtype=torch.bool, device=device.device)
-        mask[:, -sizes.long // 16 :] = True
+        after = torch.zeros(1, sizes.long, dtype=torch.bool, device=device.device)
+        after[:, -sizes.long // 16 :] = True
+        masks = {"a padding mask": after, "scattered padding": torch.rand_like(after, dtype=torch.float32) < 1 / 16}
 
         def compared(
             tensors: Tensors = tensors, **attends: checks.Attend
@@ -125,8 +126,9 @@ def long_calls(sizes: Sizes, device: Device) -> Iterator[Record]:
                 yield which, interleave(device, timed, sizes.rounds, sizes.rounds)
 
         attend = checks.attend_dilated(case)
-        for which, seconds in compared(ours=partial(attend, key_padding_mask=mask), without=attend):
-            yield row(f"a padding mask, D={dim}, {which}", seconds, 1.1, "without")
+        for name, mask in masks.items():
+            for which, seconds in compared(ours=partial(attend, key_padding_mask=mask), without=attend):
+                yield row(f"{name}, D={dim}, {which}", seconds, 1.1, "without")
         if device.kind == "cuda":
             general, hopper = (checks.attend_dilated(case, f"triton:{kind}") for kind in ("general", "hopper"))
             for which, seconds in compared(ours=general, Hopper=hopper):
