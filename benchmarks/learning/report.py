@@ -145,13 +145,17 @@ def _colours(groups: Groups) -> dict[str, str]:
 
 
 def _pairs(axes: Axes, groups: Groups) -> None:
-    """Numbered by cost, with the list beside: names would lie on each other."""
+    """Numbered by cost, with the list beside: names would lie on each other. What hardly learnt stands at the upper edge."""
+    bits_of = {name: fmean(record["bits"] for record in records) for name, records in groups.items()}
+    edge = 1.5 * min(bits_of.values())
     ordered = sorted(groups.items(), key=lambda item: item[1][0]["cost"])
     for number, (name, records) in enumerate(ordered, 1):
-        bits = fmean(record["bits"] for record in records)
+        bits = bits_of[name]
+        if bits > edge:
+            bits, name = edge, f"{name}: {bits:.2f} bits, off the scale"
         marker: dict[str, Any] = {
             "marker": f"${number}$",
-            "color": _colours(groups)[name],
+            "color": COLORS[number % len(COLORS)],
             "s": 70 if number < 10 else 130,
         }
         axes.scatter(records[0]["cost"], bits, label=name, linewidths=0.2, **marker)
