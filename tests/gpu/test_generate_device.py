@@ -214,10 +214,15 @@ def test_rotated_tokens(pattern, by_row, dtype, length):
     for position in (0, 31, 100_003, 2**31 + 5):
         at = Positions(position, length, streaming=True, counter=torch.tensor(position).cuda(), segment_offset=offsets)
         assert fused.fits(query, key)
-        got = xpos(query, key, at)
+        leaves = [x.detach().requires_grad_() for x in (query, key)]
+        got = xpos(*leaves, at)
+        upstream = [torch.randn_like(x) for x in got]
+        grads = torch.autograd.grad(got, leaves, upstream)
         tables = xpos.tables(length, torch.float64, "cuda", position, streaming=True, segment_offset=offsets)
         if tables[0].dim() == 3:
             tables = tuple(table.unsqueeze(1) for table in tables)
-        for one, x, table in zip(got, (query, key), (tables[:2], tables[2:]), strict=True):
-            want = rotate(x.double(), *table)
-            assert (one - want).norm() <= (1e-6 if dtype == torch.float32 else 4e-3) * want.norm()
+        for one, x, grad, given, (cos, sin) in zip(
+            got, (query, key), grads, upstream, (tables[:2], tables[2:]), strict=True
+        ):
+            for result, want in ((one, rotate(x.double(), cos, sin)), (grad, rotate(given.double(), cos, -sin))):
+                assert (result - want).norm() <= (1e-6 if dtype == torch.float32 else 4e-3) * want.norm()

@@ -69,9 +69,56 @@ def test_tokens_are_rotated_as_by_tables(kind, dim, heads, batch, length, start,
     else:
         at = Positions(start, start + length + 50, segment_offset=offset)
     assert fused.fits(query, key)
-    for one, other in zip(xpos(query, key, at), by_tables(xpos, query, key, at), strict=True):
+    leaves = [x.detach().requires_grad_() for x in (query, key)]
+    exact = [x.detach().double().requires_grad_() for x in (query, key)]
+    rotated, wanted = xpos(*leaves, at), by_tables(xpos, *exact, at)
+    for one, other in zip(rotated, wanted, strict=True):
         assert one.dtype == torch.float32
         assert (one - other).norm() <= 1e-6 * other.norm()
+    upstream = [torch.randn_like(x) for x in rotated]
+    grads = torch.autograd.grad(rotated, leaves, upstream)
+    for one, other in zip(grads, torch.autograd.grad(wanted, exact, [x.double() for x in upstream]), strict=True):
+        assert (one - other).norm() <= 1e-6 * other.norm()
+
+
+@pytest.mark.parametrize("kind", list(PATTERNS))
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_rotation_is_one_operator(kind, backend):
+    """It gives what it gives uncompiled, and the gradient of its gradient too."""
+    xpos, graphs = XPos(16, PATTERNS[kind], True, 5000.0), []
+    given = torch.randn(2, 35, 6, 16, requires_grad=True)
+
+    def rotated(x):
+        query, key = x[:, :, :4].transpose(1, 2), x[:, :, 4:].transpose(1, 2)
+        return torch.cat(xpos(2.0 * query, 2.0 * key, Positions(0, 35)), 1)
+
+    def compiler(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    torch.compiler.reset()
+    outs = [call(given) for call in (rotated, torch.compile(rotated, fullgraph=True, backend=compiler))]
+    assert [node.target for node in graphs[0].graph.nodes if "rotate" in str(node.target)] == [
+        torch.ops.longnet.rotate.default
+    ]
+    assert "cos" not in graphs[0].code
+    torch.testing.assert_close(outs[1], outs[0])
+    grads = [torch.autograd.grad(out.square().sum(), given)[0] for out in outs]
+    torch.testing.assert_close(grads[1], grads[0])
+    # Rotated there and back, what is scaled is scaled twice.
+    (first,) = torch.autograd.grad(rotated(given).pow(3).sum(), given, create_graph=True)
+    exact = given.detach().double().requires_grad_()
+    tables = xpos.tables(35, torch.float64)
+    turned = torch.cat(
+        [
+            rotate(2.0 * x.transpose(1, 2), *which)
+            for x, which in ((exact[:, :, :4], tables[:2]), (exact[:, :, 4:], tables[2:]))
+        ],
+        1,
+    )
+    (first_exact,) = torch.autograd.grad(turned.pow(3).sum(), exact, create_graph=True)
+    seconds = [torch.autograd.grad(one.square().sum(), x)[0] for one, x in ((first, given), (first_exact, exact))]
+    torch.testing.assert_close(seconds[0], seconds[1].float(), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("position", [2**31 + 7, 10**9, 3 * 2**40])
@@ -86,13 +133,9 @@ def test_far_positions_are_exact(position, length):
 
 
 def test_what_it_does_not_take():
-    xpos = XPos(8, PATTERNS["nested"], True)
     query, key = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 1, 8)
     assert not fused.fits(query.double(), key.double())
-    assert not fused.fits(query.requires_grad_(), key)
-    with torch.no_grad():
-        assert fused.fits(query, key)
-    # With gradients tables are used, and they flow.
-    rotated, _ = xpos(query, key, Positions(5, 1, streaming=True, counter=torch.tensor(5)))
-    rotated.sum().backward()
-    assert query.grad is not None
+    assert not fused.fits(query.bfloat16(), key) and not fused.fits(query[:, :0], key[:, :0])
+    seen = []
+    torch.func.vmap(lambda x: seen.append(fused.fits(x, x)) or x)(query)
+    assert seen == [False]

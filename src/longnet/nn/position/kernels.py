@@ -11,9 +11,11 @@ def rotate_kernel(
     Q, K, Q_OUT, K_OUT, COUNTER, OFFSETS, q_at, k_at, q_out_at, k_out_at,
     start, tokens, blocks, parts, heads, kv_heads, base, scale_base, centre, period,
     D: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, COUNTED: tl.constexpr,
-    SCALED: tl.constexpr, REPEATS: tl.constexpr, BY_ROW: tl.constexpr,
+    SCALED: tl.constexpr, REPEATS: tl.constexpr, BY_ROW: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
     """``HEADS`` heads, the queries' and then the keys', of a block of tokens. What ``XPos.tables`` and ``rotate`` compute.
+
+    ``BACK`` rotates the other way and scales alike: the gradients of what was rotated.
 
     ``base``, ``scale_base`` and ``centre`` are the bits of float64 numbers: Triton rounds the numbers of a launch to float32.
     """
@@ -29,6 +31,8 @@ def rotate_kernel(
     frequency = tl.exp(-pair * tl.log(_float64(base)))
     angle = position.to(tl.float64)[:, None] * frequency[None, :]
     cos, sin = tl.cos(angle), tl.sin(angle)
+    if BACK:
+        sin = -sin
     if SCALED:
         local = position
         if REPEATS:
