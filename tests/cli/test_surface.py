@@ -19,7 +19,8 @@ OPTIONS = {
     "train": [
         *("--out", "--data", "--preset", "--config", "--layer-types", "--window", "--stride", "--stride-block"),
         *("--shift-keys", "--far-positions", "--context", "--steps", "--minutes", "--batch", "--accumulate"),
-        *("--lr", "--warmup", "--schedule", "--weight-decay", "--clip", "--dtype", "--weights", "--device", "--seed"),
+        *("--optimizer", "--lr", "--matrix-lr", "--warmup", "--schedule", "--weight-decay", "--clip", "--dtype"),
+        *("--weights", "--device", "--seed"),
         *("--eval-every", "--save-every", "--threads", "--cp", "--compile", "--resume"),
     ],
     "generate": ["--prompt", "--file", "--tokens", "--temperature", "--top-k", "--top-p", "--seed", "--device"],

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from longnet.training.metrics import read_metrics
+from longnet.training.settings import OPTIMIZERS
 from longnet.training.trainer import Trainer
 
 Longnet = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -47,12 +48,15 @@ def stop_run(start_longnet: Callable[..., subprocess.Popen[str]]) -> StopRun:
     return stop
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_killed_twice_and_resumed_it_has_the_losses_of_a_run_that_was_not(
-    tmp_path: Path, longnet: Longnet, stop_run: StopRun, train_arguments: list[object]
+    tmp_path: Path, longnet: Longnet, stop_run: StopRun, train_arguments: list[object], optimizer: str
 ) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    arguments = [*train_arguments, "--steps", STEPS]
-    assert longnet("train", *arguments, "--out", whole).returncode == 0
+    arguments = [*train_arguments, "--optimizer", optimizer, "--steps", STEPS]
+    result = longnet("train", *arguments, "--out", whole)
+    assert result.returncode == 0, result.stderr
+    assert ("Muon trains the blocks' matrices, peak learning rate 0.003" in result.stdout) == (optimizer == "muon")
     code, _ = stop_run(arguments, parts, 30, signal.SIGKILL)
     assert code == -signal.SIGKILL
     code, _ = stop_run([*arguments, "--resume"], parts, 80, signal.SIGKILL)
@@ -220,6 +224,8 @@ def test_a_toml_config(tmp_path: Path, longnet: Longnet, train_arguments: list[o
         (["--config", "gone.json"], "No such file or directory: 'gone.json'"),
         (["--data", "gone.txt"], "gone.txt' is not there: expected a file or a folder of text"),
         (["--lr", "0"], "lr=0.0: expected above 0"),
+        (["--optimizer", "sgd"], "optimizer='sgd' is unknown: expected one of"),
+        (["--matrix-lr", "0.01"], "matrix_lr=0.01 with optimizer='adamw': expected optimizer='muon'"),
         (["--schedule", "step"], "schedule='step' is unknown: expected one of"),
         (["--dtype", "float16", "--device", "cpu"], "dtype='float16' on device='cpu'"),
         (["--resume"], "is not a folder: expected the --out folder of longnet train"),
@@ -240,9 +246,9 @@ def test_a_run_is_never_overwritten_nor_resumed_as_another(finished_run: Path, c
     result = call("train", "--out", finished_run, "--steps", 5)
     assert result.returncode == 2
     assert "already holds a run: expected another folder, or --resume" in result.stderr
-    result = call("train", "--out", finished_run, "--resume", "--seed", 5, "--batch", 1)
+    result = call("train", "--out", finished_run, "--resume", "--seed", 5, "--batch", 1, "--optimizer", "muon")
     assert result.returncode == 2
-    assert "batch was 2, now 1; seed was 0, now 5" in result.stderr
+    assert "batch was 2, now 1; optimizer was 'adamw', now 'muon'; seed was 0, now 5" in result.stderr
 
 
 def test_a_truncated_checkpoint_is_one_line_too(

@@ -18,8 +18,9 @@ from longnet.models import LongNetConfig, LongNetLM
 from longnet.training import TrainSettings, estimate, train
 from longnet.training.device import autocast
 from longnet.training.estimate import describe_step, product_speed, step_flops, step_memory
+from longnet.training.optimizer import make_optimizer
 from longnet.training.progress import Reporter
-from longnet.training.state import make_optimizer
+from longnet.training.settings import OPTIMIZERS
 
 CPU = torch.device("cpu")
 Make = Callable[..., TrainSettings]
@@ -32,6 +33,7 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "nano, longer": ("nano", {}, {"context": 2048, "batch": 1}),
     "nano, bfloat16": ("nano", {"norm": "rms"}, {"context": 512, "dtype": "bfloat16"}),
     "nano, bfloat16 weights": ("nano", {}, {"context": 512, "dtype": "bfloat16", "weights": "bfloat16"}),
+    "nano, muon": ("nano", {"tie_embeddings": False}, {"context": 256, "batch": 3, "optimizer": "muon"}),
     "nano, layer types": (
         "nano",
         {"layer_types": TYPES, "layers": 4, "sliding_window": 16, "shift_keys": True, "dropout": 0.1, "kv_heads": 2},
@@ -134,8 +136,9 @@ def test_checkpointing_saves_less(make_settings: Make) -> None:
     assert recomputed.weights == plain.weights
 
 
-def test_memory_is_shared_among_processes(make_settings: Make) -> None:
-    settings = make_settings(model=LongNetConfig.preset("tiny", layers=8), context=512, batch=4)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_memory_is_shared_among_processes(make_settings: Make, optimizer: str) -> None:
+    settings = make_settings(model=LongNetConfig.preset("tiny", layers=8), context=512, batch=4, optimizer=optimizer)
     alone, shared = step_memory(settings, CPU), step_memory(settings, CPU, dp=2, cp=2)
     assert shared.optimizer == alone.optimizer // 4 and shared.gradients == alone.gradients // 4
     assert alone.weights / 4 < shared.weights < alone.weights

@@ -29,6 +29,7 @@ from longnet.training.folder import RunFolder
 from longnet.training.metrics import RUN_LINES, read_metrics
 from longnet.training.progress import SilentReporter
 from longnet.training.ranks import Ranks
+from longnet.training.settings import OPTIMIZERS
 from longnet.training.trainer import Trainer
 
 Make = Callable[..., TrainSettings]
@@ -80,8 +81,9 @@ def test_a_small_model_trains_on_one_thread(
         torch.set_num_threads(before)
 
 
-def test_a_run_learns_and_writes_what_it_promises(make_settings: Make) -> None:
-    settings = make_settings(steps=60, lr=0.02, eval_every=20)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_run_learns_and_writes_what_it_promises(make_settings: Make, optimizer: str) -> None:
+    settings = make_settings(steps=60, lr=0.02, eval_every=20, optimizer=optimizer)
     summary = train(settings)
     assert (summary.step, summary.tokens, summary.finished) == (60, 60 * 64, True)
     folder = Path(settings.out)
@@ -110,13 +112,15 @@ def test_the_trained_model_is_what_load_model_gives(make_settings: Make) -> None
         assert torch.equal(tensor, state[f"model.{name}"])
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("stops", [(1,), (5,), (3, 4), (12,)])
 def test_a_stopped_and_resumed_run_has_the_losses_of_one_that_was_not(
-    make_settings: Make, tmp_path: Path, stops: tuple[int, ...]
+    make_settings: Make, tmp_path: Path, stops: tuple[int, ...], optimizer: str
 ) -> None:
-    whole = make_settings(out=str(tmp_path / "whole"), accumulate=2)
+    whole, parts = (
+        make_settings(out=str(tmp_path / name), accumulate=2, optimizer=optimizer) for name in ("whole", "parts")
+    )
     train(whole)
-    parts = make_settings(out=str(tmp_path / "parts"), accumulate=2)
     for number, stop in enumerate(stops):
         summary = train(parts, resume=number > 0, should_stop=_stop_after(stop))
         assert summary.finished == (sum(stops[: number + 1]) >= 12)
@@ -254,9 +258,12 @@ def test_bfloat16_trains_on_float32_weights(make_settings: Make) -> None:
     assert {tensor.dtype for tensor in load_model(settings.out).state_dict().values()} == {torch.float32}
 
 
-def test_bfloat16_weights_are_trained_saved_and_resumed(make_settings: Make, tmp_path: Path) -> None:
-    low: dict[str, Any] = {"dtype": "bfloat16", "weights": "bfloat16"}
-    whole, parts = (make_settings(out=str(tmp_path / name), steps=40, lr=0.01, **low) for name in ("whole", "parts"))
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_bfloat16_weights_are_trained_saved_and_resumed(make_settings: Make, tmp_path: Path, optimizer: str) -> None:
+    options: dict[str, Any] = {"dtype": "bfloat16", "steps": 40, "lr": 0.01, "optimizer": optimizer}
+    whole, parts = (
+        make_settings(out=str(tmp_path / name), weights="bfloat16", **options) for name in ("whole", "parts")
+    )
     train(whole)
     train(parts, should_stop=_stop_after(15))
     train(parts, resume=True)
@@ -267,7 +274,7 @@ def test_bfloat16_weights_are_trained_saved_and_resumed(make_settings: Make, tmp
     with pytest.raises(ValueError, match="weights was 'bfloat16', now 'float32'"):
         train(whole.replace(weights="float32"), resume=True)
     # Near the losses of float32 weights, and not these.
-    exact = make_settings(out=str(tmp_path / "exact"), steps=40, lr=0.01, dtype="bfloat16")
+    exact = make_settings(out=str(tmp_path / "exact"), **options)
     train(exact)
     rounded, unrounded = (
         [line["loss"] for line in read_metrics(Path(one.out) / "metrics.jsonl")] for one in (whole, exact)
@@ -275,27 +282,15 @@ def test_bfloat16_weights_are_trained_saved_and_resumed(make_settings: Make, tmp
     assert rounded == pytest.approx(unrounded, rel=0.05) and rounded != unrounded
 
 
-def test_accumulation_is_the_mean_of_its_parts(make_settings: Make, tmp_path: Path) -> None:
-    model = make_settings().model.replace(dropout=0.0)
-    one = make_settings(out=str(tmp_path / "one"), model=model, batch=4, accumulate=1)
-    two = make_settings(out=str(tmp_path / "two"), model=model, batch=1, accumulate=4)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_accumulation_is_the_mean_of_its_parts(make_settings: Make, tmp_path: Path, optimizer: str) -> None:
+    options = {"model": make_settings().model.replace(dropout=0.0), "optimizer": optimizer}
+    one = make_settings(out=str(tmp_path / "one"), batch=4, accumulate=1, **options)
+    two = make_settings(out=str(tmp_path / "two"), batch=1, accumulate=4, **options)
     for settings in (one, two):
         train(settings)
     losses = [[line["loss"] for line in read_metrics(Path(s.out) / "metrics.jsonl")] for s in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
-def test_only_matrices_decay(make_settings: Make) -> None:
-    from longnet.models import LongNetLM
-    from longnet.training.state import make_optimizer
-
-    settings = make_settings(weight_decay=0.3)
-    model = LongNetLM(settings.model)
-    groups = make_optimizer(model, settings).param_groups
-    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
-    assert all(weight.ndim >= 2 for weight in groups[0]["params"])
-    assert all(weight.ndim < 2 for weight in groups[1]["params"])
-    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
 def test_a_held_out_part_shorter_than_the_context_is_said(make_settings: Make, tmp_path: Path) -> None:

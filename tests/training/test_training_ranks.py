@@ -135,23 +135,30 @@ def test_windows_side_by_side(data, tmp_path, alone, forked):
     assert (tmp_path / "run" / "report.html").exists()
 
 
-def test_bfloat16_weights_over_processes(data, tmp_path, forked):
+BFLOAT16 = ("--dtype", "bfloat16", "--weights", "bfloat16")
+MUON = ("--optimizer", "muon", "--lr", "0.003")
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "apart"),
+    [(BFLOAT16, "in bfloat16 and bfloat16 weights", 0.02), (MUON, "Muon trains the blocks' matrices", 2e-4)],
+)
+def test_what_rounds_to_bfloat16_over_processes(data, tmp_path, forked, options, words, apart):
     """Two processes share each window, and one goes on with what they saved."""
     out = tmp_path / "run"
-    bfloat16 = ("--dtype", "bfloat16", "--weights", "bfloat16")
-    process = start("--nproc-per-node", "2", *command(data, out, *bfloat16, "--cp", "2", "--steps", "7"), python=forked)
+    process = start("--nproc-per-node", "2", *command(data, out, *options, "--cp", "2", "--steps", "7"), python=forked)
     said = finish(process)
-    assert process.returncode == 0 and "in bfloat16 and bfloat16 weights" in said, said
+    assert process.returncode == 0 and words in said, said
     more = ("--resume", "--cp", "1", "--steps", "9")
     subprocess.run(
         [*forked, "-m", "longnet", "train", "--out", str(out), *more], env=ENVIRONMENT, check=True, capture_output=True
     )
     run = tmp_path / "alone"
     subprocess.run(
-        [*forked, *command(data, run, *bfloat16, "--steps", "9")], env=ENVIRONMENT, check=True, capture_output=True
+        [*forked, *command(data, run, *options, "--steps", "9")], env=ENVIRONMENT, check=True, capture_output=True
     )
     shared, one = ([line["loss"] for line in metrics(folder)] for folder in (out, run))
-    assert shared == pytest.approx(one, rel=0.02)
+    assert shared == pytest.approx(one, rel=apart)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,9 @@ Make = Callable[..., TrainSettings]
         ({"seed": 2**63}, "seed=9223372036854775808 is too large"),
         ({"threads": 0}, "threads=0"),
         ({"schedule": "step"}, "schedule='step' is unknown"),
+        ({"optimizer": "sgd"}, r"optimizer='sgd' is unknown: expected one of \('adamw', 'muon'\)"),
+        ({"optimizer": "muon", "matrix_lr": 0.0}, "matrix_lr=0.0: expected above 0"),
+        ({"matrix_lr": 0.01}, "matrix_lr=0.01 with optimizer='adamw': expected optimizer='muon'"),
         ({"weights": "float16"}, "weights='float16' is unknown"),
         ({"weights": "bfloat16"}, "weights='bfloat16' with dtype='float32': expected dtype='bfloat16' too"),
         ({"dtype": "int8"}, "dtype='int8' is unknown"),
@@ -76,6 +79,23 @@ def test_what_changes_the_losses_is_listed_and_what_does_not_is_free(make_settin
         changed_settings(saved, saved.replace(threads=2, compile=True, save_every=1, eval_every=1, out="elsewhere"))
         == []
     )
+
+
+def test_the_optimizer_and_its_rate_change_the_losses(make_settings: Make) -> None:
+    saved = make_settings(optimizer="muon")
+    assert changed_settings(saved, saved.replace(matrix_lr=0.01)) == ["matrix_lr was None, now 0.01"]
+    assert changed_settings(saved, saved.replace(optimizer="adamw")) == ["optimizer was 'muon', now 'adamw'"]
+
+
+def test_matrices_learn_three_times_as_fast_unless_told(make_settings: Make) -> None:
+    assert make_settings(optimizer="muon", lr=0.25).peak_matrix_lr == 0.75
+    assert make_settings(optimizer="muon", lr=0.25, matrix_lr=0.5).peak_matrix_lr == 0.5
+
+
+def test_a_run_from_before_the_choice_of_optimizers_goes_on_with_adamw(make_settings: Make) -> None:
+    values = make_settings().to_dict()
+    del values["optimizer"], values["matrix_lr"]
+    assert TrainSettings.from_dict(values).optimizer == "adamw"
 
 
 def test_progress_is_of_steps_or_minutes_whichever_is_larger(make_settings: Make) -> None:

@@ -21,6 +21,7 @@ from longnet.models.layers import Block, FeedForward
 from longnet.nn.norm import make_norm
 from longnet.runtime.torch_internals import fake_tensors
 from longnet.training.device import autocast
+from longnet.training.optimizer import make_optimizer, state_shapes
 from longnet.training.progress import format_seconds
 from longnet.training.settings import TrainSettings
 
@@ -40,7 +41,7 @@ class StepMemory:
         weights: of the model. Of several processes each holds a share, and the weights of two blocks and of what is in no
             block as a whole.
         gradients: as many as a process's share of the weights.
-        optimizer: AdamW's two moments of every weight.
+        optimizer: AdamW's two moments of a weight, Muon's one of a matrix.
         activations: what the forward pass saves for the backward pass, and the most that is computed again at one time.
     """
 
@@ -68,7 +69,8 @@ def step_memory(settings: TrainSettings, device: torch.device, *, dp: int = 1, c
     own = -(-whole // ranks)
     gathered = 0 if ranks == 1 else 2 * max(of_blocks) + whole - sum(of_blocks)
     shape = (settings.batch // dp, -(-settings.context // cp))
-    return StepMemory(own + gathered, own, 2 * own, _activations(settings, device, *shape))
+    moments = -(-_moment_bytes(model, settings) // ranks)
+    return StepMemory(own + gathered, own, moments, _activations(settings, device, *shape))
 
 
 def step_flops(settings: TrainSettings, *, dp: int = 1, cp: int = 1) -> int:
@@ -208,6 +210,13 @@ def _saved_bytes(module: nn.Module, x: Tensor) -> int:
 
 def _weight_bytes(module: nn.Module) -> int:
     return sum(weight.nbytes for weight in module.parameters())
+
+
+def _moment_bytes(model: LongNetLM, settings: TrainSettings) -> int:
+    kept = state_shapes(make_optimizer(model, settings))
+    return sum(
+        weight.element_size() * shape.numel() for weight, shapes in kept.items() for shape in shapes.values() if shape
+    )
 
 
 def _seconds_of_product(x: Tensor, weight: Tensor) -> float:

@@ -16,6 +16,10 @@ if TYPE_CHECKING or "torch" in sys.modules:
 
 DTYPES = ("float32", "bfloat16", "float16")
 WEIGHTS = ("float32", "bfloat16")
+OPTIMIZERS = ("adamw", "muon")
+MATRIX_LR = 3.0
+"""``matrix_lr`` where it is not given, in units of ``lr``: as in a trial, 0.01 beside AdamW's 0.003. Updates of both optimizers
+are of about one size at one rate."""
 DEFAULT_STEPS = 1000
 """Steps of ``longnet train`` when neither steps nor minutes are given."""
 
@@ -39,6 +43,8 @@ class TrainSettings:
         steps: optimizer steps; ``None`` for no limit but the minutes.
         minutes: wall-clock limit of the training loop (evaluations and saves count, the report does not).
         batch: windows per forward pass, B.
+        lr: of AdamW.
+        matrix_lr: of Muon, for the matrices of the blocks; ``None`` for three times ``lr``. It has the same schedule.
         schedule: what follows the warm-up: ``"cosine"``, ``"linear"``, ``"constant"`` or ``"wsd"``.
         lr_floor: the share of ``lr`` left at the end.
         beta1, beta2: of AdamW.
@@ -58,7 +64,13 @@ class TrainSettings:
     minutes: float | None = setting(None, "Stop training after this long (the report comes after).", above=0.0)
     batch: int = setting(1, "Windows per forward pass.")
     accumulate: int = setting(1, "Forward passes per step.")
+    optimizer: str = setting(
+        "adamw", "adamw, or muon: Muon for the blocks' matrices, AdamW for the rest.", choices=OPTIMIZERS
+    )
     lr: float = setting(1e-3, "Peak learning rate.", above=0.0)
+    matrix_lr: float | None = setting(
+        None, "Peak learning rate of matrices under Muon.", above=0.0, shown=f"{MATRIX_LR:g} times --lr"
+    )
     warmup: int = setting(50, "Steps of linear warm-up.", least=0)
     schedule: str = setting("cosine", "cosine, linear, constant or wsd.", choices=SCHEDULES)
     lr_floor: float = setting(0.05, least=0.0, most=1.0)
@@ -94,6 +106,8 @@ class TrainSettings:
             raise ValueError(f"seed={self.seed} is too large: expected less than 2 ** 63")
         if self.weights != "float32" and self.dtype != self.weights:
             raise ValueError(f"weights={self.weights!r} with dtype={self.dtype!r}: expected dtype={self.weights!r} too")
+        if self.matrix_lr is not None and self.optimizer != "muon":
+            raise ValueError(f"matrix_lr={self.matrix_lr} with optimizer={self.optimizer!r}: expected optimizer='muon'")
         if self.steps is None and self.minutes is None:
             raise ValueError("steps=None and minutes=None: expected at least one of them, or the run would never end")
         if self.model.vocab_size != 256:
@@ -108,7 +122,7 @@ class TrainSettings:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainSettings:
-        """The inverse of ``to_dict``.
+        """The inverse of ``to_dict``; values from before there was a choice of optimizers are of AdamW.
 
         Raises:
             ValueError: an unknown key.
@@ -119,7 +133,7 @@ class TrainSettings:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"settings hold {unknown}: expected only {sorted(known)}")
-        return cls(**{**values, "model": LongNetConfig.from_dict(values["model"])})
+        return cls(**{"optimizer": "adamw", **values, "model": LongNetConfig.from_dict(values["model"])})
 
     def replace(self, **changes: Any) -> TrainSettings:
         """A copy with some settings changed."""
@@ -129,6 +143,11 @@ class TrainSettings:
     def bytes_per_step(self) -> int:
         """Bytes that one step trains on."""
         return self.batch * self.accumulate * self.context
+
+    @property
+    def peak_matrix_lr(self) -> float:
+        """Muon's peak learning rate."""
+        return MATRIX_LR * self.lr if self.matrix_lr is None else self.matrix_lr
 
     def progress(self, step: int, seconds: float) -> float:
         """Share of the run done after ``step`` steps and ``seconds``: of its steps or its minutes, whichever is larger."""

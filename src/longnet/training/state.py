@@ -9,20 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from longnet.training.checkpoint import Checkpoint, CheckpointError, check_tensors, collect_weights, restore_weights
+from longnet.training.optimizer import state_shapes
 from longnet.training.ranks import spread_like, whole
-from longnet.training.settings import TrainSettings
-
-
-def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW that decays matrices only, not norms and biases."""
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    groups = [
-        {"params": [weight for weight in weights if weight.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0},
-    ]
-    fused = weights[0].device.type in ("cpu", "cuda")
-    betas = (settings.beta1, settings.beta2)
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, fused=fused)
 
 
 def collect_state(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> dict[str, Tensor]:
@@ -54,10 +42,11 @@ def restore_state(
     moments = _with_prefix(checkpoint.tensors, "optimizer.")
     check_tensors(collect_weights(model), weights, checkpoint.path)
     states: dict[Tensor, dict[str, Any]] = {}
+    shapes = state_shapes(optimizer)
     # The optimizer has no state before its first step.
     for name, weight in model.named_parameters() if moments else ():
         states[weight] = {}
-        for key, shape in (("step", torch.Size()), ("exp_avg", weight.shape), ("exp_avg_sq", weight.shape)):
+        for key, shape in shapes[weight].items():
             value = moments.get(f"{name}.{key}")
             if value is None or value.shape != shape:
                 raise CheckpointError(

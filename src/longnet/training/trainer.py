@@ -19,11 +19,12 @@ from longnet.training.device import autocast
 from longnet.training.evaluate import score_windows, window_starts
 from longnet.training.folder import RunFolder
 from longnet.training.metrics import RUN_LINES, MetricsLog
+from longnet.training.optimizer import make_optimizer
 from longnet.training.progress import Reporter, format_seconds, task
 from longnet.training.ranks import Ranks, whole
 from longnet.training.schedule import decay, warm_up
 from longnet.training.settings import TrainSettings
-from longnet.training.state import collect_state, make_optimizer, model_weights, restore_state
+from longnet.training.state import collect_state, model_weights, restore_state
 
 
 class TrainingDiverged(RuntimeError):
@@ -69,6 +70,7 @@ class Trainer:
         ranks.prepare(model)
         self.dtype = getattr(torch, settings.dtype)
         self.optimizer = make_optimizer(model, settings)
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.step, self.saved_step, self.evaluated_step = 0, -1, -1
         self.metrics: MetricsLog | None = None
@@ -103,6 +105,8 @@ class Trainer:
             f"Training on {self.device} in {settings.dtype}{in_weights} with {torch.get_num_threads()} CPU threads: context "
             f"{settings.context:,}, {settings.bytes_per_step:,} bytes a step, {_length(settings)}, into {self.folder.path}"
         )
+        if settings.optimizer == "muon":
+            self.reporter.say(f"Muon trains the blocks' matrices, peak learning rate {settings.peak_matrix_lr:g}")
         if several := self.ranks.describe():
             self.reporter.say(several)
         if self.eval_context < settings.context:
@@ -163,10 +167,9 @@ class Trainer:
 
     def train_step(self) -> None:
         settings, begun = self.settings, time.monotonic()
-        rate = settings.lr * warm_up(self.step + 1, settings.warmup)
-        rate *= decay(settings.schedule, self.share, settings.lr_floor)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        warmed, left = warm_up(self.step + 1, settings.warmup), decay(settings.schedule, self.share, settings.lr_floor)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * warmed * left
         count = settings.batch * settings.accumulate
         tokens, targets = draw_windows(self.data.train, settings.context, count, settings.seed, self.step + 1)
         self.model.train()
@@ -187,7 +190,7 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self._record(loss, rate, norm, time.monotonic() - begun)
+        self._record(loss, settings.lr * warmed * left, norm, time.monotonic() - begun)
 
     def _require_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):

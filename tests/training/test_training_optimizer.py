@@ -1,0 +1,200 @@
+"""AdamW, or Muon beside it: which weight is trained by which, as torch does by hand, at which rate, and never by half."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from longnet.models import LongNetConfig, LongNetLM
+from longnet.training import CheckpointError, TrainSettings, train
+from longnet.training.checkpoint import Checkpoint
+from longnet.training.metrics import read_metrics
+from longnet.training.optimizer import make_optimizer, state_shapes
+from longnet.training.settings import OPTIMIZERS
+from longnet.training.state import collect_state, restore_state
+
+CPU = torch.device("cpu")
+Make = Callable[..., TrainSettings]
+
+MODELS: dict[str, dict[str, Any]] = {
+    "tied": {},
+    "untied": {"tie_embeddings": False},
+    "relative bias": {"use_rel_pos_bias": True},
+    "norms of queries and keys": {"qk_norm": True, "norm": "rms", "bias": False},
+    "grouped": {"kv_heads": 1, "layer_types": ["sliding_attention", "strided_attention"], "sliding_window": 5},
+    "pruned": {"head_numbers": [[0, 1], [1]]},
+}
+PROJECTIONS = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.out_proj")
+MATRICES = [
+    f"blocks.{layer}.{name}.weight"
+    for layer in range(2)
+    for name in (*PROJECTIONS, "feed_forward.fc1", "feed_forward.fc2")
+]
+
+
+def _model(settings: TrainSettings, **options: Any) -> LongNetLM:
+    torch.manual_seed(0)
+    return LongNetLM(settings.model, **options)
+
+
+def _settings(make: Make, model: str = "tied", **changes: Any) -> TrainSettings:
+    config = LongNetConfig.from_dict({**make().model.to_dict(), "layers": 2, **MODELS[model]})
+    return make(**{"model": config, "optimizer": "muon", **changes})
+
+
+def _give_gradients(model: LongNetLM, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for weight in model.parameters():
+        weight.grad = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight.dtype)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_muon_trains_the_blocks_matrices_and_adamw_the_rest(make_settings: Make, model: str) -> None:
+    settings = _settings(make_settings, model, weight_decay=0.3, lr=0.01, matrix_lr=0.02)
+    made = _model(settings)
+    name_of = {weight: name for name, weight in made.named_parameters()}
+    muon: list[str] = []
+    adamw: list[str] = []
+    for group in make_optimizer(made, settings).param_groups:
+        names = [name_of[weight] for weight in group["params"]]
+        muon += names if "momentum" in group else []
+        adamw += names if "betas" in group else []
+        assert group["lr"] == (0.02 if "momentum" in group else 0.01)
+        for weight in group["params"]:
+            assert group["weight_decay"] == (0.3 if weight.ndim >= 2 else 0.0)
+    assert sorted(muon) == sorted(MATRICES)
+    assert sorted(muon + adamw) == sorted(name_of.values())
+
+
+def test_adamw_alone_decays_matrices_only(make_settings: Make) -> None:
+    settings = make_settings(weight_decay=0.3)
+    model = LongNetLM(settings.model)
+    groups = make_optimizer(model, settings).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+    assert all(weight.ndim >= 2 for weight in groups[0]["params"])
+    assert all(weight.ndim < 2 for weight in groups[1]["params"])
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_steps_are_those_of_torchs_muon_and_adamw(make_settings: Make, model: str) -> None:
+    settings = _settings(make_settings, model, weight_decay=0.3, lr=0.01, beta1=0.8, beta2=0.9)
+    ours, theirs = (_model(settings, dtype=torch.float64) for _ in range(2))
+    optimizer = make_optimizer(ours, settings)
+    weights = dict(theirs.named_parameters())
+    rest = {name: weight for name, weight in weights.items() if name not in MATRICES}
+    by_hand: list[torch.optim.Optimizer] = [
+        torch.optim.Muon([weights[name] for name in MATRICES], 0.03, 0.3, adjust_lr_fn="match_rms_adamw"),
+        *(
+            torch.optim.AdamW(
+                [one for one in rest.values() if wanted(one)], 0.01, (0.8, 0.9), weight_decay=decay, fused=True
+            )
+            for wanted, decay in ((lambda one: one.ndim >= 2, 0.3), (lambda one: one.ndim < 2, 0.0))
+        ),
+    ]
+    for seed in range(3):
+        for one in (ours, theirs):
+            _give_gradients(one, seed)
+        optimizer.step()
+        for part in by_hand:
+            part.step()
+    for name, weight in ours.named_parameters():
+        assert torch.equal(weight, weights[name]), name
+
+
+def test_both_rates_follow_the_schedule(make_settings: Make) -> None:
+    settings = make_settings(optimizer="muon", lr=0.01, matrix_lr=0.05, schedule="linear", warmup=4)
+    rates: list[float] = []
+
+    def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if isinstance(optimizer, torch.optim.Muon):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    handle = register_optimizer_step_pre_hook(note)
+    try:
+        train(settings)
+    finally:
+        handle.remove()
+    lines = [line for line in read_metrics(Path(settings.out) / "metrics.jsonl") if line["kind"] == "train"]
+    # The six matrices of one block at every step.
+    assert rates[::6] == rates[5::6] == pytest.approx([5 * line["lr"] for line in lines])
+    assert max(rates) < 0.05 and rates[0] == pytest.approx(0.0125) and rates[-1] < 0.2 * max(rates)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("place", [MATRICES[0], "embedding.weight", "norm.weight"])
+def test_a_scaler_skips_the_step_of_all_weights(make_settings: Make, optimizer: str, place: str) -> None:
+    settings = _settings(make_settings, optimizer=optimizer)
+    model = _model(settings)
+    made = make_optimizer(model, settings)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for is_finite in (False, True):
+        before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        scaler.scale(torch.zeros(()))
+        _give_gradients(model, 0)
+        if not is_finite:
+            model.get_parameter(place).grad[0] = torch.inf  # type: ignore[index]
+        scaler.unscale_(made)
+        scaler.step(made)
+        scaler.update()
+        for name, weight in model.named_parameters():
+            assert torch.equal(weight, before[name]) != is_finite, name
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_float16_skips_steps_and_is_resumed(
+    make_settings: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, optimizer: str
+) -> None:
+    """On a CPU that is taken for a device with loss scaling."""
+    monkeypatch.setattr("longnet.training.loop.resolve_device", lambda *_: CPU)
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**26))
+    options: dict[str, Any] = {"optimizer": optimizer, "dtype": "float16", "eval_every": 0, "lr": 0.01}
+    whole, parts = (make_settings(out=str(tmp_path / name), **options) for name in ("whole", "parts"))
+    train(whole)
+    asked = iter(range(8))
+    train(parts, should_stop=lambda: next(asked) == 7)
+    train(parts, resume=True)
+    found = [
+        [(line["loss"], line["grad_norm"]) for line in read_metrics(Path(one.out) / "metrics.jsonl")]
+        for one in (whole, parts)
+    ]
+    assert found[0] == found[1]
+    # The first scale is too large; what follows learns.
+    assert found[0][0][1] is None and found[0][-1][0] < found[0][0][0]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("model", ["untied", "pruned"])
+def test_a_state_comes_back_and_a_moment_that_lacks_is_named(make_settings: Make, optimizer: str, model: str) -> None:
+    settings = _settings(make_settings, model, optimizer=optimizer)
+    ours, theirs = (_model(settings) for _ in range(2))
+    first, second = make_optimizer(ours, settings), make_optimizer(theirs, settings)
+    _give_gradients(ours, 0)
+    first.step()
+    tensors = {name: tensor.clone() for name, tensor in collect_state(ours, first, CPU).items()}
+    found = Checkpoint(Path("state"), tensors, {})
+    moment = "momentum_buffer" if optimizer == "muon" else "exp_avg_sq"
+    name = f"optimizer.{MATRICES[0]}.{moment}"
+    for message, damaged in (
+        ("missing", {one: tensor for one, tensor in tensors.items() if one != name}),
+        (r"\(3,\)", {**tensors, name: torch.zeros(3)}),
+    ):
+        with pytest.raises(CheckpointError, match=rf"{MATRICES[0]}\.{moment} is {message}, expected \("):
+            restore_state(replace(found, tensors=damaged), theirs, second, CPU)
+    restore_state(found, theirs, second, CPU)
+    for one, made in ((ours, first), (theirs, second)):
+        _give_gradients(one, 1)
+        made.step()
+    for key, tensor in collect_state(theirs, second, CPU).items():
+        assert torch.equal(tensor, collect_state(ours, first, CPU)[key]), key
+    # What is said to be kept is what torch keeps.
+    assert {
+        weight: {key: value.shape for key, value in kept.items()} for weight, kept in first.state.items()
+    } == state_shapes(first)
