@@ -171,6 +171,21 @@ def test_flops_are_those_that_torch_counts_and_those_of_the_pairs(make_settings:
     assert step_flops(more, dp=2, cp=3) == step_flops(settings)
 
 
+@pytest.mark.parametrize("model", ["nano", "tiny"])
+def test_flops_of_muon_are_those_that_torch_counts(make_settings: Make, model: str) -> None:
+    settings = make_settings(model=LongNetConfig.preset(model), batch=4)
+    muon = settings.replace(optimizer="muon")
+    made = LongNetLM(settings.model)
+    optimizer = make_optimizer(made, muon)
+    for weight in made.parameters():
+        weight.grad = torch.zeros_like(weight)
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    # Processes share all but Muon's steps.
+    for ranks in ({}, {"dp": 2, "cp": 2}):
+        assert step_flops(muon, **ranks) - step_flops(settings, **ranks) == counter.get_total_flops() > 0
+
+
 def test_the_speed_of_a_product_is_measured_within_a_second(
     make_settings: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,10 +74,10 @@ def step_memory(settings: TrainSettings, device: torch.device, *, dp: int = 1, c
 
 
 def step_flops(settings: TrainSettings, *, dp: int = 1, cp: int = 1) -> int:
-    """FLOPs (multiplications plus additions) of a process in a step: matrix products of weights, and of attention's pairs.
+    """FLOPs (multiplications plus additions) of a process in a step: matrix products of weights, of attention's pairs, of Muon.
 
     A weight takes 2 FLOPs a token forward and 4 backward, a pair ``4 * D`` forward and ``10 * D`` backward. What is computed
-    again in the backward pass counts again.
+    again in the backward pass counts again. Muon's step of a matrix is computed by every process.
 
     Args:
         settings, dp, cp: as in :func:`step_memory`.
@@ -98,7 +98,17 @@ def step_flops(settings: TrainSettings, *, dp: int = 1, cp: int = 1) -> int:
     )
     of_pairs = (18 if is_recomputed else 14) * config.head_dim * pairs
     a_window = settings.context * (6 * forward + 2 * again) + of_pairs
-    return windows * a_window // (dp * cp)
+    return windows * a_window // (dp * cp) + _muon_flops(settings)
+
+
+def _muon_flops(settings: TrainSettings) -> int:
+    """Of its iterations: products of a matrix (long, short) with itself, of the result with itself, and of both."""
+    groups = make_optimizer(LongNetLM(settings.model, device="meta"), settings).param_groups
+    flops = 0
+    for group in groups:
+        for short, long in (sorted(matrix.shape) for matrix in group["params"] if "ns_steps" in group):
+            flops += group["ns_steps"] * (4 * short**2 * long + 2 * short**3)
+    return flops
 
 
 def product_speed(settings: TrainSettings, device: torch.device) -> float:
