@@ -227,11 +227,15 @@ def test_a_folder_in_use_and_a_missing_run_are_refused(make_settings: Make, tmp_
 
 
 @pytest.mark.parametrize("clip", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("optimizer", "rates"),
+    [("adamw", r"lr \(now 1e\+30\)"), ("muon", r"lr \(now 1e\+30\) and matrix_lr \(now 3e\+30\)")],
+)
 def test_a_loss_that_is_not_finite_stops_before_the_last_good_checkpoint_is_lost(
-    make_settings: Make, clip: float
+    make_settings: Make, clip: float, optimizer: str, rates: str
 ) -> None:
-    settings = make_settings(lr=1e30, save_every=1, warmup=0, clip=clip)
-    with pytest.raises(TrainingDiverged, match="still holds step"):
+    settings = make_settings(lr=1e30, save_every=1, warmup=0, clip=clip, optimizer=optimizer)
+    with pytest.raises(TrainingDiverged, match=f"still holds step .* A lower {rates}, a longer"):
         train(settings)
     assert all(tensor.isfinite().all() for tensor in load_model(settings.out).state_dict().values())
 

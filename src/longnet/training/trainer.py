@@ -194,9 +194,13 @@ class Trainer:
 
     def _require_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
+            of_muon = (
+                f" and matrix_lr (now {self.settings.peak_matrix_lr:g})" if self.settings.optimizer == "muon" else ""
+            )
             raise TrainingDiverged(
                 f"the {what} of step {self.step + 1} is {value}: training stopped, and {self.folder.checkpoint_file} still "
-                f"holds step {self.saved_step}. A lower lr (now {self.settings.lr}), a longer warmup or clipping may help"
+                f"holds step {self.saved_step}. A lower lr (now {self.settings.lr}){of_muon}, a longer warmup or clipping may "
+                "help"
             )
 
     def _record(self, loss: float, rate: float, norm: float, took: float) -> None:
