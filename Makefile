@@ -29,7 +29,7 @@ help:
 	@echo "make lint     ruff: rules and formatting          make format   let ruff mend what it can"
 	@echo "make type     mypy                                make pytest   the tests alone, the import ladder among them"
 	@echo "make bench    measure speed and memory            make figures  draw the pictures of the README"
-	@echo "make learning-small   train every pattern of the comparison at toy size, and draw its pictures"
+	@echo "make learning-small   train patterns of the comparison at toy size, and draw its pictures"
 	@echo "make transformers   tests of longnet.hf with the oldest transformers that is supported; part of make test"
 	@echo "make portable the tests as on other processors: without AVX, with AVX2, with AVX-512, oneDNN limited, one thread"
 	@echo "make older    the tests with the oldest torch and transformers; makes .venv-older (several GB)"
@@ -114,8 +114,12 @@ newest:
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
 
+# One pattern of each kind: a run takes half a minute.
+LEARNING_SMALL := "dense,dense with middle keys shifted,window,window+dense 1/2,longnet,window+longnet shifted,window+stride 4,$\
+	window+stride 4 blocks of 32,half the heads dense,growing strides,window+dilated 2,dense then window+stride 4 middle quarter"
+
 learning-small: $(INSTALLED)
-	$(BIN)/python -m benchmarks.learning --small --data src --out build/learning
+	$(BIN)/python -m benchmarks.learning --small --data src --out build/learning --arms $(LEARNING_SMALL)
 	$(BIN)/python -m benchmarks.learning.report build/learning --to build/learning
 
 figures: $(INSTALLED)

@@ -9,6 +9,7 @@ import re
 import shlex
 import sysconfig
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,15 +21,8 @@ from benchmarks.learning.model import Shape
 from benchmarks.learning.patterns import ARMS
 from benchmarks.learning.train import Settings, run, warm_up
 
-SMALL = Settings(
-    Shape(layers=2, dim=32, heads=8, context=512),
-    steps=6,
-    held_out=4,
-    check_every=3,
-    checked=2,
-    warmup=2,
-    matrix_lr=0.02,
-)
+# Longer than the window, and with a layer in the middle quarter: patterns differ.
+SMALL = Settings(Shape(layers=4, dim=32, context=1024), steps=2, held_out=2, check_every=1, checked=1, warmup=1)
 
 
 @dataclass(frozen=True)
@@ -44,7 +38,10 @@ class Run:
 def main() -> None:
     command, lines = _parsers()
     options = command.parse_args()
-    missing = [one for one in _planned(options, lines) if not (options.out / f"{one.name}.json").exists()]
+    planned = _planned(options, lines)
+    missing = [one for one in planned if not _is_made(one, options.out / f"{one.name}.json", command)]
+    if not missing:
+        print(f"{options.out} holds all {len(planned)} results")
     missing = missing[options.part[0] :: options.part[1]]
     device = torch.device("cuda" if torch.cuda.is_available() and not options.small else "cpu")
     if options.compile_only:
@@ -84,12 +81,11 @@ def main() -> None:
 def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     """(of the command, of a line of a list: what says which runs there are)."""
     lines = argparse.ArgumentParser(prog="a line of --list", add_help=False)
-    lines.add_argument("--arms", default=",".join(ARMS), help="names of patterns, by commas; all by default")
-    lines.add_argument("--seeds", default="0", help="by commas")
+    lines.add_argument("--arms", type=_arms, default=list(ARMS), help="names of patterns, by commas; all by default")
+    lines.add_argument("--seeds", type=_seeds, default=[0], help="by commas")
     lines.add_argument("--label", default="", help="added to the results' names: another comparison")
-    lines.add_argument("--steps", type=int)
-    lines.add_argument("--batch", type=int)
-    lines.add_argument("--context", type=int)
+    for name in ("--steps", "--batch", "--context"):
+        lines.add_argument(name, type=_count)
     lines.add_argument("--shift-keys", action="store_true")
     lines.add_argument("--no-far-positions", action="store_true")
     lines.add_argument("--sinks", type=int, default=0)
@@ -98,16 +94,16 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         prog="python -m benchmarks.learning", description=__doc__.partition(": ")[2], parents=[lines]
     )
     command.add_argument(
-        "--data", type=Path, action="append", help="a folder of text; by default Python's installed packages"
+        "--data", type=_existing, action="append", help="a folder of text; by default Python's installed packages"
     )
     command.add_argument("--out", type=Path, required=True, help="folder of results: what it holds is not run again")
     command.add_argument(
-        "--minutes", type=float, help="start no run that would end later; by default there is no limit"
+        "--minutes", type=_minutes, help="start no run that would end later; by default there is no limit"
     )
     command.add_argument("--small", action="store_true", help="toy sizes, for a CPU")
     command.add_argument(
         "--list",
-        type=Path,
+        type=_existing,
         help="a file of runs; a line holds options from --arms to --adamw, the command's are its defaults",
     )
     command.add_argument(
@@ -123,6 +119,53 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         help="train nothing: fill the compiler's cache, side by side by --part",
     )
     return command, lines
+
+
+def _arms(text: str) -> list[str]:
+    arms = [arm.strip() for arm in text.split(",")]
+    if unknown := [arm for arm in arms if arm not in ARMS]:
+        raise argparse.ArgumentTypeError(f"{unknown} are no patterns: expected some of {list(ARMS)}")
+    return arms
+
+
+def _seeds(text: str) -> list[int]:
+    seeds = [seed.strip() for seed in text.split(",")]
+    if not all(map(str.isdecimal, seeds)):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers by commas, as in 0,1,2")
+    return list(map(int, seeds))
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number, at least 1")
+    return int(text)
+
+
+def _minutes(text: str) -> float:
+    with suppress(ValueError):
+        if float(text) > 0:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text}: expected a number of minutes above 0")
+
+
+def _existing(text: str) -> Path:
+    if not Path(text).exists():
+        raise argparse.ArgumentTypeError(f"{text} does not exist")
+    return Path(text)
+
+
+def _is_made(one: Run, path: Path, command: argparse.ArgumentParser) -> bool:
+    """Whether the run's result is there; an error where the file holds something else."""
+    if not path.exists():
+        return False
+    try:
+        record = json.loads(path.read_text())
+        made = Settings.from_dict(record["settings"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        command.error(f"{path} is damaged: expected a result of this program; without the file the run is made again")
+    if (record["arm"], record["seed"], made) != (one.arm, one.seed, one.settings):
+        command.error(f"{path} is of other settings ({made}): expected {one.settings}, or another --label or --out")
+    return True
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -146,9 +189,6 @@ def _planned(options: argparse.Namespace, lines: argparse.ArgumentParser) -> lis
 
 
 def _runs(options: argparse.Namespace, lines: argparse.ArgumentParser) -> list[Run]:
-    arms, seeds = options.arms.split(","), [int(seed) for seed in options.seeds.split(",")]
-    if unknown := [arm for arm in arms if arm not in ARMS]:
-        lines.error(f"--arms names {unknown}: expected some of {list(ARMS)}")
     settings = SMALL if options.small else Settings()
     changes = {name: value for name in ("steps", "batch") if (value := getattr(options, name)) is not None}
     shape = replace(
@@ -161,10 +201,15 @@ def _runs(options: argparse.Namespace, lines: argparse.ArgumentParser) -> list[R
     settings = replace(settings, shape=shape, **changes)
     if options.adamw:
         settings = replace(settings, matrix_lr=None)
+    for arm in options.arms:
+        bands = [band for layer in ARMS[arm](shape.layers) for band in layer.bands]
+        if over := [band for band in bands if shape.context % (band.stride * band.block)]:
+            every = over[0].stride * over[0].block
+            lines.error(f"--context {shape.context} with {arm!r}: expected a multiple of {every}")
     return [
         Run(arm, seed, settings, "-".join(part for part in (_file_name(arm), options.label, str(seed)) if part))
-        for seed in seeds
-        for arm in arms
+        for seed in options.seeds
+        for arm in options.arms
     ]
 
 

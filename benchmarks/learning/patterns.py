@@ -107,11 +107,11 @@ def strided(stride: int, block: int = 1, near: int = 0) -> Layer:
     return Layer((Band(WINDOW), Band(None, near, stride, block)))
 
 
-def growing(length: int = 32_768, block: int = 1) -> Layer:
+def growing(length: int = 32_768) -> Layer:
     """A window, then strides that double whenever the distance does: as many keys in every band."""
     bands, near, stride = [Band(WINDOW)], WINDOW, 2
     while near < length:
-        bands.append(Band(2 * near, near, stride, block))
+        bands.append(Band(2 * near, near, stride))
         near, stride = 2 * near, 2 * stride
     return Layer(tuple(bands))
 
@@ -175,7 +175,6 @@ ARMS: Mapping[str, Callable[[int], tuple[Layer, ...]]] = {
     "growing strides middle quarter": middle_quarter(growing()),
     "growing strides": every(2, growing()),
     "growing strides middle": middle(growing()),
-    "growing strides blocks of 32": every(2, growing(block=32)),
     "dense then window+stride 4 middle quarter": middle_quarter(strided(4)),
     "window+dilated 2": every(2, Layer(branches=((None, 2),))),
 }

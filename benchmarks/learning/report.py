@@ -26,12 +26,15 @@ def load(folder: Path) -> Groups:
     """The results by name (pattern, and what was added to it), the seeds of each in order.
 
     Raises:
-        ValueError: a folder without results.
+        ValueError: a folder without results, or with a damaged one.
     """
     found: Groups = defaultdict(list)
     for path in sorted(folder.glob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        found[name_of(record)].append(record)
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            found[name_of(record)].append(record)
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path} is damaged: expected a result of python -m benchmarks.learning") from None
     if not found:
         raise ValueError(f"{folder} holds no *.json: expected results of python -m benchmarks.learning")
     return dict(found)
@@ -101,7 +104,7 @@ def comparison(groups: Groups, baseline: str | None = None) -> Table:
         "pattern",
         "cost",
         "bits a byte",
-        "difference to dense",
+        f"behind {baseline}",
         "in the second half of the context",
         "bits of bytes that repeat those 2,048 to 4,096 before",
         "formed at step",
@@ -207,8 +210,8 @@ def main() -> None:
     parser.add_argument("--baseline", help=f"what the others are compared with; by default the first of {BASELINES}")
     parser.add_argument("--lines", help="patterns that are drawn as lines, by semicolons; all by default")
     options = parser.parse_args()
-    groups = load(options.results)
     try:
+        groups = load(options.results)
         print(comparison(groups, options.baseline).markdown())
     except ValueError as error:
         parser.error(str(error))

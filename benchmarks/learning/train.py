@@ -40,6 +40,11 @@ class Settings:
     check_every: int = 250
     checked: int = 16
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Settings:
+        """The inverse of ``asdict``; what it does not hold is as by default."""
+        return cls(**{**values, "shape": Shape(**values["shape"])})
+
 
 def run(
     arm: str, seed: int, settings: Settings, text: Text, device: torch.device, say: Callable[[str], None]
