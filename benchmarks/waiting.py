@@ -63,7 +63,7 @@ class Sizes:
 
 SMALL = Sizes(
     tokens=64, long=256, heads=4, dims=(16,), dtype=torch.float32, layers=2, width=32, batch=2, preset="nano",
-    steps=((2, 64), (1, 128)), prompt=20, long_prompt=70, new_tokens=8, calls=3, rounds=2, repeats=3, compiler="eager",
+    steps=((2, 64), (1, 128), (1, 256)), prompt=20, long_prompt=70, new_tokens=8, calls=3, rounds=2, repeats=3, compiler="eager",
 )  # fmt: skip
 
 
@@ -218,26 +218,30 @@ def model_step(
     return step
 
 
-def model_steps(sizes: Sizes, device: Device) -> Iterator[Record]:
-    """Training steps of the base model, compiled as ``longnet train`` does it, as a whole and not at all."""
+def model_steps(place: int, sizes: Sizes, device: Device) -> Iterator[Record]:
+    """Training steps of the base model, compiled as ``longnet train`` does it, as a whole and not at all.
+
+    Args:
+        place: of the step in ``sizes.steps``: to compile takes minutes, so each is a section of its own.
+    """
+    batch, length = sizes.steps[place]
     # Tokens a second, published and with windows and strides in turn.
     wanted = {2048: (620e3, None), 8192: (600e3, 620e3), 32_768: (520e3, 440e3)}
-    for batch, length in sizes.steps:
-        kinds: list[tuple[str, dict[str, Any]]] = [("published", {}), ("types in turn", TYPES)]
-        for (kind, changes), speed in zip(kinds, wanted.get(length, (None, None)), strict=True):
-            for compiled in ("blocks", "whole", "not"):
-                step = model_step(sizes, device, batch, length, compiled, **changes)
-                began = time.perf_counter()
-                step()
-                device.finish()
-                first = time.perf_counter() - began
-                seconds = one_by_one(device, {"ours": step}, sizes.rounds)
-                limit = batch * length / speed if speed and compiled != "not" else None
-                tokens = batch * length / median(seconds["ours"])
-                name = f"training step, {batch} x {length:,}, {kind}, compiled: {compiled}"
-                yield row(name, seconds, limit, first_seconds=first, tokens_per_second=tokens)
-                del step
-                device.release()
+    kinds: list[tuple[str, dict[str, Any]]] = [("published", {}), ("types in turn", TYPES)]
+    for (kind, changes), speed in zip(kinds, wanted.get(length, (None, None)), strict=True):
+        for compiled in ("blocks", "whole", "not"):
+            step = model_step(sizes, device, batch, length, compiled, **changes)
+            began = time.perf_counter()
+            step()
+            device.finish()
+            first = time.perf_counter() - began
+            seconds = one_by_one(device, {"ours": step}, sizes.rounds)
+            limit = batch * length / speed if speed and compiled != "not" else None
+            tokens = batch * length / median(seconds["ours"])
+            name = f"training step, {batch} x {length:,}, {kind}, compiled: {compiled}"
+            yield row(name, seconds, limit, first_seconds=first, tokens_per_second=tokens)
+            del step
+            device.release()
 
 
 def generation(sizes: Sizes, device: Device) -> Iterator[Record]:
@@ -324,7 +328,10 @@ def first_use(sizes: Sizes, device: Device) -> Iterator[Record]:
                 yield row(f"first call of {int(length):,} tokens in a process, {where}", both, limit)
 
 
-SECTIONS = {one.__name__: one for one in (calls, long_calls, stacks, model_steps, generation, first_use)}
+SECTIONS: dict[str, Callable[[Sizes, Device], Iterator[Record]]] = {
+    **{one.__name__: one for one in (calls, long_calls, stacks, generation, first_use)},
+    **{f"model_steps_{number + 1}": partial(model_steps, number) for number in range(len(Sizes.steps))},
+}
 
 
 def run(out: Path | None, only: list[str], sizes: Sizes | None = None) -> Record:

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import report, results, waiting
 from benchmarks.device import Cpu
 
-SIZES = replace(waiting.SMALL, steps=((2, 64),), calls=1, rounds=1, new_tokens=3, repeats=1, compiler=None)
+SIZES = replace(waiting.SMALL, steps=((2, 64),) * 3, calls=1, rounds=1, new_tokens=3, repeats=1, compiler=None)
 
 
 @pytest.mark.slow
