@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,19 @@ def test_the_text_is_on_stdout_alone_and_a_seed_repeats_it(finished_run: Path, l
     assert first.stdout.startswith("line 7: ")
     assert "Generating 30 bytes after 8" in first.stderr
     assert longnet(*arguments, "--seed", 1).stdout != first.stdout
+
+
+def test_it_ends_after_a_text(finished_run: Path, longnet: Longnet) -> None:
+    arguments = ("generate", finished_run, "--prompt", "line 7: ", "--tokens", 60, "--device", "cpu")
+    text = longnet(*arguments).stdout.removesuffix("\n")
+    drawn = text.removeprefix("line 7: ")
+    # Of a byte that is no character the text shows something else.
+    found = re.search(r"[!-~]{2}", drawn[2:])
+    assert found is not None
+    end = found.group()
+    stopped = longnet(*arguments, "--stop", "never drawn", "--stop", end)
+    assert stopped.returncode == 0, stopped.stderr
+    assert stopped.stdout == "line 7: " + drawn[: drawn.index(end) + 2] + "\n"
 
 
 def test_bytes_are_shown_as_they_are_drawn(finished_run: Path, start_longnet: StartLongnet) -> None:
@@ -51,6 +65,7 @@ def test_a_prompt_from_a_file_or_standard_input(finished_run: Path, longnet: Lon
         (["--prompt", "a", "--temperature", "-1"], "temperature=-1.0"),
         (["--prompt", "a", "--top-p", "2"], "top_p=2.0"),
         (["--prompt", "a", "--top-k", "0"], "top_k=0"),
+        (["--prompt", "a", "--stop", ""], "stop is empty: expected at least one character"),
         (["--prompt", "a", "--device", "abacus"], "device='abacus' cannot be used"),
     ],
 )

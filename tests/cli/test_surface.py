@@ -23,7 +23,17 @@ OPTIONS = {
         *("--weights", "--device", "--seed"),
         *("--eval-every", "--save-every", "--threads", "--cp", "--compile", "--resume"),
     ],
-    "generate": ["--prompt", "--file", "--tokens", "--temperature", "--top-k", "--top-p", "--seed", "--device"],
+    "generate": [
+        "--prompt",
+        "--file",
+        "--tokens",
+        "--temperature",
+        "--top-k",
+        "--top-p",
+        "--stop",
+        "--seed",
+        "--device",
+    ],
     "stream": [
         *("--data", "--out", "--tokens", "--chunk", "--dtype", "--device", "--save-every", "--resume"),
     ],

@@ -213,6 +213,34 @@ def test_padding_may_hold_anything() -> None:
     )
 
 
+def _first_end(row: list[int], ends: list[list[int]]) -> int:
+    """How many tokens there are up to the first end of a row, all if it has none."""
+    return next((n for n in range(1, len(row) + 1) if any(row[:n][-len(end) :] == end for end in ends)), len(row))
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("with_eos", [False, True])
+def test_rows_end_with_a_sequence(ragged: bool, with_eos: bool) -> None:
+    """Against what the same call gives without, as with eos. A sequence that the prompt begins and a new token ends is none."""
+    model, rows, mask = _double(), *(_ragged()[:2])
+    options: dict[str, Any] = {"key_padding_mask": mask if ragged else None, "temperature": 1.5, "seed": [1, 2, 3, 4]}
+    free = model.generate(rows, 15, **options)[:, 23:]
+    texts = free.tolist()
+    # Of two and three tokens, longer than all that is drawn, and one that goes over the end of a prompt.
+    stop = [texts[0][2:4], texts[1][7:10], texts[2][5:7], [3] * 16, [int(rows[3, -1]), texts[3][0]]]
+    eos = texts[3][11] if with_eos else None
+    ends = [*stop, *([[eos]] if with_eos else [])]
+    counts = [_first_end(row, ends) for row in texts]
+    assert counts[:3] <= [4, 10, 7] and len(set(counts)) > 1
+    out = model.generate(rows, 15, **options, stop=stop, eos=eos, pad=7)[:, 23:]
+    assert out.shape == (4, max(counts))
+    for row, count, expected in zip(out, counts, free, strict=True):
+        assert torch.equal(row[:count], expected[:count]) and (row[count:] == 7).all()
+    # Bytes are tokens; ended rows are filled with eos, with 0 where there is none.
+    both = model.generate(rows, 15, **options, stop=[bytes(one) for one in stop], eos=eos)[:, 23:]
+    assert torch.equal(both, torch.where(out == 7, eos or 0, out))
+
+
 @pytest.mark.parametrize("ragged", [False, True])
 def test_rows_end_with_eos(ragged: bool) -> None:
     """Against what the same call gives without: cut after the first end of each row, padded, and no longer than needed."""
@@ -272,7 +300,14 @@ HOLE = torch.tensor([[False, True, False, False, False], [False] * 5])
         ({"eos": [1, 2.0]}, TypeError, "eos=2.0 has type float"),
         ({"eos": True}, TypeError, "eos=True has type bool"),
         ({"eos": []}, ValueError, r"eos=\[\]: expected at least one token"),
-        ({"pad": 3}, ValueError, "pad=3 given without eos"),
+        ({"pad": 3}, ValueError, "pad=3 given without eos or stop"),
+        ({"stop": "ab"}, TypeError, "stop='ab' has type str: expected a sequence of sequences of tokens"),
+        ({"stop": b"ab"}, TypeError, "stop=b'ab' has type bytes: expected a sequence of sequences"),
+        ({"stop": [1, 2]}, TypeError, "stop holds 1 of type int: expected a sequence of tokens"),
+        ({"stop": ["ab"]}, TypeError, "stop holds 'ab' of type str"),
+        ({"stop": [[1], []]}, ValueError, "expected at least one token in each sequence"),
+        ({"stop": []}, ValueError, r"stop=\[\]: expected at least one sequence, or None"),
+        ({"stop": [[256]]}, ValueError, "stop=256: expected a token below vocab_size=256"),
         ({"eos": 1, "pad": 256}, ValueError, "pad=256: expected a token below"),
         ({"eos": 1.5}, TypeError, "eos=1.5 has type float: expected an int or a sequence of ints"),
         ({"seed": [1]}, ValueError, r"seed=\[1\] has 1 entries: expected one int, or one for each of 2 rows"),

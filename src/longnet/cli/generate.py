@@ -18,6 +18,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest byte.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Sample among this many likeliest bytes.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest bytes of this probability.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End after this text; may be given several times.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
 ) -> None:
@@ -38,6 +39,9 @@ def generate(
     if tokens < 1:
         raise ValueError(f"tokens={tokens}: expected at least 1")
     Sampling(temperature, top_k, top_p)
+    endings = [text.encode("utf-8", "surrogateescape") for text in stop or []]
+    if not all(endings):
+        raise ValueError("stop is empty: expected at least one character")
     model = load_model(run, resolve_device(device, "float32"))
     start = torch.tensor([list(content)], dtype=torch.int64, device=device_of(model.embedding))
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -58,6 +62,7 @@ def generate(
             top_k=top_k,
             top_p=top_p,
             seed=seed,
+            stop=endings or None,
             on_token=lambda step: reporter.advance(step / tokens),
             streamer=lambda new: show(bytes(new.tolist())),
         )

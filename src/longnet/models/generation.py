@@ -95,6 +95,7 @@ class LanguageModel(LongNetBase):
         top_p: float | None = None,
         seed: int | Sequence[int] | None = None,
         eos: int | Sequence[int] | None = None,
+        stop: Sequence[Sequence[int]] | None = None,
         pad: int | None = None,
         on_token: Callable[[int], None] | None = None,
         streamer: Callable[[Tensor], None] | None = None,
@@ -121,13 +122,14 @@ class LanguageModel(LongNetBase):
                 prompts are equally long draw from one generator, one after the other, as if they were the whole batch. With B
                 ints every row has its own: it draws what it draws alone with that seed. None draws from torch's global generator.
             eos: the token or tokens that end a row. Generation stops when all rows have ended.
-            pad: what follows in a row that has ended; default the first of ``eos``.
+            stop: sequences of tokens that end a row too, once its new tokens end with one: those of a stop string, say.
+            pad: what follows in a row that has ended; default the first of ``eos``, 0 without.
             on_token: called after each step with the number of tokens added so far: 1, 2, ..., n.
             streamer: called after each step, before ``on_token``, with its new tokens (B,) int64.
 
         Returns:
             (B, T + n) int64: the prompts unchanged, and from column T on each row's n new tokens. n is ``max_new_tokens``, or
-            less if all rows have ended: then the last column ends the longest. An ended row holds its ``eos``, then ``pad``.
+            less if all rows have ended: then the last column ends the longest. An ended row holds what ended it, then ``pad``.
 
         Raises:
             TypeError, ValueError: a value of the wrong type or range; a row that is all padding, or padding inside a prompt.
@@ -138,7 +140,8 @@ class LanguageModel(LongNetBase):
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}: expected at least one token to continue from")
         check_int("max_new_tokens", max_new_tokens, 0)
         sampling = Sampling(temperature, top_k, top_p)
-        ends, pad = _check_ends(eos, pad, self.config.vocab_size)
+        ends, pad = _check_ends(eos, stop, pad, self.config.vocab_size)
+        endings = [torch.tensor(end, device=tokens.device) for end in ends]
         _check_seeds(seed, batch)
         self.check_mask(key_padding_mask, batch, width)
         spans = [(0, width)] * batch if key_padding_mask is None else _spans(key_padding_mask)
@@ -155,9 +158,8 @@ class LanguageModel(LongNetBase):
                 new = tokens.new_empty(batch)
                 for rows in groups:
                     new[rows.batch_rows] = rows.next(self, step, sampling)
-                if ends is not None:
+                if ends:
                     new = new.masked_fill(ended, pad)
-                    ended |= (new[:, None] == torch.tensor(ends, device=new.device)).any(1)
                 for rows in groups:
                     rows.tokens[:, rows.length + step] = new[rows.batch_rows]
                 result[:, width + step] = new
@@ -165,7 +167,10 @@ class LanguageModel(LongNetBase):
                     streamer(new)
                 if on_token is not None:
                     on_token(step + 1)
-                if ends is not None and bool(ended.all()):
+                for ending in endings:
+                    if len(ending) <= step + 1:
+                        ended |= (result[:, width + step + 1 - len(ending) : width + step + 1] == ending).all(1)
+                if ends and bool(ended.all()):
                     return result[:, : width + step + 1]
         return result
 
@@ -280,23 +285,43 @@ def _spans(key_padding_mask: Tensor) -> list[tuple[int, int]]:
     return spans
 
 
-def _check_ends(eos: int | Sequence[int] | None, pad: int | None, vocab_size: int) -> tuple[list[int] | None, int]:
-    """``eos`` as a list, and what fills ended rows."""
-    if eos is None:
+def _check_ends(
+    eos: int | Sequence[int] | None, stop: Sequence[Sequence[int]] | None, pad: int | None, vocab_size: int
+) -> tuple[list[list[int]], int]:
+    """The sequences of tokens that end a row, and what fills ended rows."""
+    if eos is None and stop is None:
         if pad is not None:
-            raise ValueError(f"pad={pad} given without eos: expected the tokens that end a row as well")
-        return None, 0
-    if not isinstance(eos, (int, Sequence)) or isinstance(eos, str):
+            raise ValueError(f"pad={pad} given without eos or stop: expected what ends a row as well")
+        return [], 0
+    if eos is not None and (not isinstance(eos, (int, Sequence)) or isinstance(eos, str)):
         raise TypeError(f"eos={eos!r} has type {type(eos).__name__}: expected an int or a sequence of ints")
-    ends = [eos] if isinstance(eos, int) else list(eos)
-    if not ends:
+    single = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    if eos is not None and not single:
         raise ValueError(f"eos={eos}: expected at least one token, or None")
-    pad = ends[0] if pad is None else pad
-    for name, token in [*(("eos", end) for end in ends), ("pad", pad)]:
+    several = _check_stop(stop)
+    pad = (single or [0])[0] if pad is None else pad
+    of_stop = [("stop", token) for sequence in several for token in sequence]
+    for name, token in [*(("eos", end) for end in single), *of_stop, ("pad", pad)]:
         check_int(name, token, 0)
         if token >= vocab_size:
             raise ValueError(f"{name}={token}: expected a token below vocab_size={vocab_size}")
-    return ends, pad
+    return [*([end] for end in single), *several], pad
+
+
+def _check_stop(stop: object) -> list[list[int]]:
+    if stop is None:
+        return []
+    # Bytes are a sequence of ints; a text is none, and neither is one sequence of tokens a sequence of such.
+    if not isinstance(stop, Sequence) or isinstance(stop, (str, bytes)):
+        raise TypeError(f"stop={stop!r} has type {type(stop).__name__}: expected a sequence of sequences of tokens")
+    for sequence in stop:
+        if not isinstance(sequence, Sequence) or isinstance(sequence, str):
+            raise TypeError(f"stop holds {sequence!r} of type {type(sequence).__name__}: expected a sequence of tokens")
+        if not sequence:
+            raise ValueError(f"stop={stop}: expected at least one token in each sequence")
+    if not stop:
+        raise ValueError(f"stop={stop}: expected at least one sequence, or None")
+    return [list(sequence) for sequence in stop]
 
 
 def _check_seeds(seed: int | Sequence[int] | None, batch: int) -> None:
