@@ -57,7 +57,7 @@ def generating() -> Iterator[None]:
     finally:
         _generating.reset(token)
         for cache in caches:
-            cache._forget_step(captures=False)
+            cache._stop_capturing()
 
 
 def capture_in_generate(cache: LongNetCache) -> None:
@@ -159,17 +159,16 @@ class LongNetCache(Cache):
 
         if self._step is None:
             if not can_capture(stack, x.device):
-                self._captures = False
+                self._stop_capturing()
                 return read
             self._step = CapturedStep(read, plain, x, [])
         step = self._step
         # The next step writes over what a graph gave.
         return lambda x: step(x).clone()
 
-    def _forget_step(self, *, captures: bool | None = None) -> None:
-        """After a change that a graph would not see; with ``captures`` also whether steps may be captured from here on."""
-        self._step = None
-        self._captures = self._captures if captures is None else captures
+    def _stop_capturing(self) -> None:
+        """From here on steps are read as they are: something changes that a graph would not see."""
+        self._step, self._captures = None, False
 
     def _bind(self, stack: LongNetBase, before: dict[str, Any]) -> None:
         shared = {name: getattr(stack.config, name) for name in _SHARED}
@@ -200,7 +199,7 @@ class LongNetCache(Cache):
             ValueError: a number above 0, more tokens than there are, over the end of a segment without ``rewindable``, or
                 further back than is remembered.
         """
-        self._forget_step()
+        self._stop_capturing()
         position = self.get_seq_length()
         # transformers 5.17 counts on the device.
         keep = position + int(tokens_to_remove)
@@ -261,7 +260,7 @@ class LongNetCache(Cache):
         """Row b goes on from what row ``beam_idx[b]`` has read."""
         if self._plain is None:
             return
-        self._forget_step()
+        self._stop_capturing()
         with self._plain.writing():
             for plain in {id(plain): plain for plain in (self._plain, *self._states)}.values():
                 plain.reorder(beam_idx)
@@ -273,7 +272,7 @@ class LongNetCache(Cache):
     def reset(self) -> None:
         """Forget everything: the next token is the first, of any batch."""
         self._plain, self._stack, self._states, self._since = None, None, [], []
-        self._forget_step()
+        self._stop_capturing()
 
     def update(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         raise ValueError("a LongNetCache was given to another model: expected a LongNet of longnet.hf")
