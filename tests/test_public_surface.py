@@ -109,7 +109,7 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     (
         LongNetLM.generate,
         "(self, tokens, max_new_tokens, *, key_padding_mask=None, temperature=1.0, top_k=None, top_p=None, seed=None, "
-        "eos=None, pad=None, on_token=None, streamer=None)",
+        "eos=None, stop=None, pad=None, on_token=None, streamer=None)",
     ),
     (LongNetEncoder, "(config, *, device=None, dtype=None)"),
     (LongNetEncoder.forward, "(self, tokens=None, key_padding_mask=None, *, embeddings=None)"),
