@@ -230,8 +230,15 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _fake_few(x: Tensor, *rest: Any) -> list[Tensor]:
-    matrices = rest[4]
+def _fake_few(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    gelu: bool,
+    matrices: Sequence[Tensor],
+    biases: Sequence[Tensor],
+) -> list[Tensor]:
     return [matrix.new_empty((*x.shape[:-1], len(matrix))) for matrix in matrices]
 
 
