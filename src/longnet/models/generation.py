@@ -175,8 +175,8 @@ class LanguageModel(LongNetBase):
         return result
 
 
-# A prompt is read in chunks of so many tokens. On a GPU, where each chunk costs launches, chunks are longer: a feed-forward's
-# hidden layer then holds up to so many numbers.
+# A prompt is read in chunks of ``_CHUNK`` tokens. Chunks on a GPU are longer, since each chunk costs launches: there the hidden
+# layer of a feed-forward has up to ``_HIDDEN_NUMBERS`` numbers.
 _CHUNK = 8192
 _HIDDEN_NUMBERS = 1 << 27
 

@@ -9,7 +9,7 @@ need not keep (:mod:`longnet.nn.norm_linear`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -26,7 +26,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 _MOST_PARTS = 4
 _WIDTHS = (256, 512, 1024, 2048, 4096)
 _LARGEST_ROW = 8192
-# From how many rows on the library's matrix product is as fast as :func:`few_rows`, which computes the norm anew for each.
+# The most rows of :func:`few_rows`, which takes one after the other; more are left to the library's matrix product.
 _FEW = 4
 
 
@@ -58,25 +58,6 @@ def gelu_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 def is_few(x: Tensor) -> bool:
     """Whether :func:`few_rows` takes as many rows as x (..., C) has."""
     return 0 < x.numel() <= _FEW * x.shape[-1]
-
-
-def few_rows(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    gelu: bool,
-    matrices: Sequence[Tensor],
-    biases: Sequence[Tensor],
-) -> list[Tensor]:
-    """``norm(x) @ matrix.T + bias`` for each of the matrices (D, C), of their dtype: one launch for a few rows; no gradient.
-
-    Args:
-        x, weight, bias, eps: as of :func:`gelu_norm`, x of any dtype; with ``gelu`` it is the norm of x's GELU.
-        biases: (D,), as many as matrices, or none.
-    """
-    outs: list[Tensor] = _few_rows(x, weight, bias, eps, gelu, matrices, biases)
-    return outs
 
 
 def norm_backward(
@@ -119,6 +100,12 @@ def _run_few(
     matrices: Sequence[Tensor],
     biases: Sequence[Tensor],
 ) -> list[Tensor]:
+    """``norm(x) @ matrix.T + bias`` for each of the matrices (D, C), of their dtype: one launch for a few rows; no gradient.
+
+    Args:
+        x, weight, bias, eps: as of :func:`gelu_norm`, x of any dtype; with ``gelu`` it is the norm of x's GELU.
+        biases: (D,), as many as matrices, or none.
+    """
     x, matrices = x.contiguous(), tuple(matrix.contiguous() for matrix in matrices)
     outs = _fake_few(x, weight, bias, eps, gelu, matrices, biases)
     tensors = (
@@ -254,6 +241,6 @@ def _fake_sums(tensors: Sequence[Tensor]) -> Tensor:
 
 
 _forward = define("gelu_norm", _run, _fake)
-_few_rows = define("few_rows", _run_few, _fake_few)
+few_rows: Callable[..., list[Tensor]] = define("few_rows", _run_few, _fake_few)
 _backward = define("norm_backward", _run_backward, _fake_backward)
 _sums = define("column_sums", _run_sums, _fake_sums)
