@@ -256,7 +256,7 @@ def test_a_list_is_shared_out_and_compiled_before_it_is_run(source, tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    ("folder", "runs", "missing"), [("context-8192", "runs", 2), ("context-32768", "runs-32768", 0)]
+    ("folder", "runs", "missing"), [("context-8192", "runs", 7), ("context-32768", "runs-32768", 0)]
 )
 def test_every_result_of_the_evidence_is_in_the_list(folder, runs, missing):
     """Those of the list that are there are taken for what they are, and there are no others."""
