@@ -70,7 +70,8 @@ def launches_of(kind: str, kernel: str, dim: int, dtype: torch.dtype, capability
     if kind == "nest":
         function = getattr(forward if kernel == "forward" else backward, f"{kernel}_kernel")
         for one in launches.plan_launches(make_nests(NEST, 16, 64, 64), False, 131072, 0, both):
-            settings = launches.Settings(*channels, *cut_of(one.blocks, kernel), one.period, one.weighted, **of_nest)
+            cut = cut_of(one.blocks, kernel)
+            settings = launches.Settings(*channels, *cut, one.period, one.weighted, **of_nest, COPIES=one.blocks.copies)
             shape = launches.NestShape(*(tuple("i32" for _ in numbers) for numbers in one.shape))
             yield function, settings, {"nest": shape, "sizes": SIZES}, one.blocks.warps
         return

@@ -160,7 +160,7 @@ class _Call:
             shape = shape._replace(
                 first_tiles=tuple(map(Value, shape.first_tiles)), tiles=tuple(map(Value, shape.tiles))
             )
-            settings = self.settings(*rows, cut.stages, launch.period, launch.weighted, launch.merge)
+            settings = self.settings(*rows, cut.stages, launch.period, launch.weighted, launch.merge, cut.copies)
             programs = launch.tiles * launch.segments * self.heads * self.batch
             rest = (*self.strides(strided), sizes, shape)
             yield self._run(kernel, programs, pointers, rest, {"C": settings, "num_warps": cut.warps})
@@ -234,14 +234,21 @@ class _Call:
         return Run(Launch(kernel, programs, (), rest, options), tuple(pointers.split()))
 
     def settings(
-        self, m: int, n: int, stages: int = 1, period: int = 1, weighted: bool = False, merge: bool = False
+        self,
+        m: int,
+        n: int,
+        stages: int = 1,
+        period: int = 1,
+        weighted: bool = False,
+        merge: bool = False,
+        copies: int = 1,
     ) -> Settings:
         return Settings(
             self.dim, power_of_two(self.dim), m, n, stages, period, weighted,
             BLOCKED=self.spec.pattern.head_offsets == "blocked",
             OFFSET=self.segment_offset != 0, BY_ROW=self.segment_offset is None, CAUSAL=self.spec.is_causal,
             PADDED=self.padding is not None, BIASED=self.bias is not None, MERGE=merge,
-            PRECISION="ieee" if self.dtype == torch.float32 else "tf32",
+            PRECISION="ieee" if self.dtype == torch.float32 else "tf32", COPIES=copies,
         )  # fmt: skip
 
     def strides(self, names: str) -> Iterator[tuple[int, ...]]:

@@ -24,6 +24,11 @@ class Blocks:
     warps: int
     stages: int
 
+    @property
+    def copies(self) -> int:
+        """How often the two statistics of swept rows are loaded, see ``key_value_kernel``: once or twice."""
+        return 1 if 2 * self.swept >= 32 * self.warps else 2
+
 
 class NestShape(NamedTuple):
     """What kernels are told of a nest: two numbers of each branch, and five of each class of rows. A tile is a program's rows.
@@ -74,6 +79,7 @@ class Settings:
         OFFSET: the grid does not begin at token 0.
         BY_ROW: each row of the batch has an offset of the grid.
         MERGE: earlier launches have written these rows already, so results are mixed in.
+        COPIES: of the statistics of rows, see :attr:`Blocks.copies`.
     """
 
     D: int
@@ -91,6 +97,7 @@ class Settings:
     BIASED: bool
     MERGE: bool
     PRECISION: str
+    COPIES: int = 1
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ from longnet.attention.backends.triton.kernels.rows import (
     padding_of,
     range_weights,
     ranges_of,
-    swept_tile,
 )
 
 
@@ -147,6 +146,54 @@ def query_kernel(
 
 
 @triton.jit
+def _statistics(both, COPIES: tl.constexpr):
+    """(lse, delta) of rows, given both in turn, ``COPIES`` times (M, 2 * COPIES)."""
+    if COPIES == 1:
+        return tl.split(both)
+    else:
+        M: tl.constexpr = both.shape[0]
+        lses, deltas = tl.split(tl.reshape(both, [M, 2, 2]))
+        lse, _ = tl.split(lses)
+        delta, _ = tl.split(deltas)
+        return lse, delta
+
+
+@triton.jit
+def _key_value_step(
+    k, v, q_row, grad_row, both_row, steps, queries, i, grad_k, grad_v, weights, scale2, key, key_ok, held, d, d_ok, extras,
+    CUT: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """(grad_k, grad_v) after one more block of queries, from ``i`` on, whose first row the pointers are of.
+
+    ``CUT`` where a key may not be seen by all of it.
+    """
+    m = tl.arange(0, C.M)
+    inside = (i + m) < queries.count
+    row = queries.first + (i + m) * queries.step
+    q = load_tile(q_row + (m[:, None] * steps[0] + d[None, :]), inside, d_ok, CUT, C)
+    # Rows past the end have query and gradient 0: they add 0 whatever their probabilities are.
+    both_rows = both_row + m[:, None] * steps[2]
+    both = tl.load(both_rows, mask=inside[:, None], other=0.0) if CUT else tl.load(both_rows)
+    lse, delta = _statistics(both, C.COPIES)
+    shift = tl.where(lse == float("-inf"), float("-inf"), lse * -LOG2E)
+    if C.WEIGHTED:
+        shift += weights
+    s = tl.dot(k, tl.trans(q), input_precision=C.PRECISION) * scale2
+    if C.BIASED:
+        s += bias_of(extras, key[:, None] - row[None, :], key_ok[:, None] & inside[None, :])
+    p = tl.exp2(s + shift[None, :])
+    if C.CAUSAL and CUT:
+        p = tl.where(key[:, None] <= row[None, :], p, 0.0)
+    if C.PADDED:
+        p = tl.where(held[:, None], p, 0.0)
+    grad = load_tile(grad_row + (m[:, None] * steps[1] + d[None, :]), inside, d_ok, CUT, C)
+    grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision=C.PRECISION)
+    grad_p = tl.dot(v, tl.trans(grad), input_precision=C.PRECISION)
+    grad_s = p * (grad_p - delta[None, :])
+    return tl.dot(grad_s.to(q.dtype), q, grad_k, input_precision=C.PRECISION), grad_v
+
+
+@triton.jit
 def key_value_kernel(
     Q, K, V, GRAD_OUT, LSE, DELTA, PADDING, BIAS, OFFSETS, GRAD_K, GRAD_V,
     q_at, k_at, v_at, grad_at, lse_at, padding_at, bias_at, grad_k_at, grad_v_at, sizes, nest, C: tl.constexpr,
@@ -159,7 +206,7 @@ def key_value_kernel(
         return
     batch, q_head, kv_head = heads_of(block, sizes)
     d, key, d_ok, key_ok, stored = own_rows(block, N, C)
-    key_wide, m = key.to(tl.int64), tl.arange(0, M)
+    key_wide = key.to(tl.int64)
     extras = extras_of(PADDING, BIAS, padding_at, bias_at, batch, q_head)
     held = key_ok
     if C.PADDED:
@@ -167,9 +214,11 @@ def key_value_kernel(
     loaded = held[:, None] & d_ok[None, :]
     k = tl.load(head_rows(K, k_at, batch, kv_head) + key_wide[:, None] * k_at[2] + d[None, :], mask=loaded, other=0.0)
     v = tl.load(head_rows(V, v_at, batch, kv_head) + key_wide[:, None] * v_at[2] + d[None, :], mask=loaded, other=0.0)
-    q_rows = head_rows(Q, q_at, batch, q_head) + d[None, :]
-    grad_rows = head_rows(GRAD_OUT, grad_at, batch, q_head) + d[None, :]
+    q_rows, grad_rows = head_rows(Q, q_at, batch, q_head), head_rows(GRAD_OUT, grad_at, batch, q_head)
     lse_rows, delta_rows = head_rows(LSE, lse_at, batch, q_head), head_rows(DELTA, lse_at, batch, q_head)
+    # One load for both, of at least an element per thread. Of fewer Triton has each thread copy all that it needs one by
+    # one, sixteen of each, and their pointers take the registers of the products.
+    both_rows = tl.where(tl.arange(0, 2 * C.COPIES)[None, :] % 2 == 0, lse_rows, delta_rows)
     scale2 = sizes.scale * LOG2E
     grad_k = accumulator(N, C.D_BLOCK)
     grad_v = accumulator(N, C.D_BLOCK)
@@ -187,40 +236,37 @@ def key_value_kernel(
         else:
             queries = outer_range(index, block, sizes, nest, True, C)
         clear = tl.minimum(clear, tl.cdiv(queries.count, M) * M)
-        q_tile, q_step = swept_tile(q_rows, q_at, queries, m[:, None])
-        grad_tile, grad_step = swept_tile(grad_rows, grad_at, queries, m[:, None])
-        lse_tile, lse_step = swept_tile(lse_rows, lse_at, queries, m)
-        delta_tile, _ = swept_tile(delta_rows, lse_at, queries, m)
+        whole = queries.count // M * M
+        first, step = tl.cast(queries.first, tl.int64), tl.cast(queries.step, tl.int64)
+        steps = step * q_at[2], step * grad_at[2], step * lse_at[2]
+        q_row, grad_row, both_row = (
+            q_rows + first * q_at[2],
+            grad_rows + first * grad_at[2],
+            both_rows + first * lse_at[2],
+        )
+        weights = 0.0
         if C.WEIGHTED:
             weights = range_weights(queries, block, sizes, nest, C)
             weights = tl.reshape(tl.broadcast_to(weights[None, :], [M // C.PERIOD, C.PERIOD]), [M])
-        for phase in tl.static_range(2):
-            # Phase 0: query blocks that the diagonal crosses. Phase 1: the later ones, which see every key.
-            low = begin if phase == 0 else clear
-            high = clear if phase == 0 else queries.count
-            for i in tl.range(low, high, M, num_stages=C.STAGES):
-                at = tl.cast(i, tl.int64)
-                inside = (i + m) < queries.count
-                row = queries.first + (i + m) * queries.step
-                q = load_tile(q_tile + at * q_step, inside, d_ok, True, C)
-                lse = tl.load(lse_tile + at * lse_step, mask=inside, other=float("-inf"))
-                shift = tl.where(lse == float("-inf"), float("-inf"), lse * -LOG2E)
-                if C.WEIGHTED:
-                    shift += weights
-                s = tl.dot(k, tl.trans(q), input_precision=C.PRECISION) * scale2
-                if C.BIASED:
-                    s += bias_of(extras, key[:, None] - row[None, :], key_ok[:, None] & inside[None, :])
-                p = tl.exp2(s + shift[None, :])
-                if C.CAUSAL and phase == 0:
-                    p = tl.where(key[:, None] <= row[None, :], p, 0.0)
-                if C.PADDED:
-                    p = tl.where(held[:, None], p, 0.0)
-                grad = load_tile(grad_tile + at * grad_step, inside, d_ok, True, C)
-                grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision=C.PRECISION)
-                delta = tl.load(delta_tile + at * lse_step, mask=inside, other=0.0)
-                grad_p = tl.dot(v, tl.trans(grad), input_precision=C.PRECISION)
-                grad_s = p * (grad_p - delta[None, :])
-                grad_k = tl.dot(grad_s.to(q.dtype), q, grad_k, input_precision=C.PRECISION)
+        # Query blocks that the diagonal crosses and one that the end cuts, then those between, which see every key.
+        crossed = (clear - begin) // M
+        ragged = ((whole < queries.count) & (clear <= whole)).to(tl.int32)
+        for number in tl.range(0, crossed + ragged, num_stages=C.STAGES):
+            i = tl.where(number < crossed, begin + number * M, whole)
+            at = tl.cast(i, tl.int64)
+            grad_k, grad_v = _key_value_step(
+                k, v, q_row + at * steps[0], grad_row + at * steps[1], both_row + at * steps[2], steps, queries, i,
+                grad_k, grad_v, weights, scale2, key, key_ok, held, d, d_ok, extras, True, C,
+            )  # fmt: skip
+        # The loop carries its pointers: sums of what it does not change would be kept for each of a tile's rows.
+        at = tl.cast(clear, tl.int64)
+        q_row, grad_row, both_row = q_row + at * steps[0], grad_row + at * steps[1], both_row + at * steps[2]
+        for i in tl.range(clear, whole, M, num_stages=C.STAGES):
+            grad_k, grad_v = _key_value_step(
+                k, v, q_row, grad_row, both_row, steps, queries, i,
+                grad_k, grad_v, weights, scale2, key, key_ok, held, d, d_ok, extras, False, C,
+            )  # fmt: skip
+            q_row, grad_row, both_row = q_row + M * steps[0], grad_row + M * steps[1], both_row + M * steps[2]
 
     grad_k *= sizes.scale
     k_out = head_rows(GRAD_K, grad_k_at, batch, q_head) + key_wide[:, None] * grad_k_at[2] + d[None, :]
