@@ -66,7 +66,7 @@ _BLOCKS = {
     ("forward", 128): (Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
     ("query", 64): (Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
     ("query", 128): (Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2)),
-    ("key_value", 64): (Blocks(64, 128, 4, 2), Blocks(64, 128, 4, 3)),
+    ("key_value", 64): (Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
     ("key_value", 128): (Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2)),
 }
 
