@@ -158,7 +158,11 @@ class _Call:
             sizes = Sizes(Value(self.length), self.heads, self.group, self.scale, *counts)
             shape = launch.shape
             shape = shape._replace(
-                first_tiles=tuple(map(Value, shape.first_tiles)), tiles=tuple(map(Value, shape.tiles))
+                # Of a single range, as of level 1, the compiler would know that there is no loop, and ptxas then waits for
+                # each product of matrices before the next (C7510).
+                levels=tuple(map(Value, shape.levels)),
+                first_tiles=tuple(map(Value, shape.first_tiles)),
+                tiles=tuple(map(Value, shape.tiles)),
             )
             settings = self.settings(*rows, cut.stages, launch.period, launch.weighted, launch.merge, cut.copies)
             programs = launch.tiles * launch.segments * self.heads * self.batch
