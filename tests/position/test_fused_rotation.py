@@ -53,15 +53,18 @@ def by_tables(xpos: XPos, query, key, at: Positions):
     st.sampled_from((None, 777.7, 5000.0)),
     st.booleans(),
     st.booleans(),
+    st.sampled_from((torch.float32, torch.bfloat16)),
     st.randoms(use_true_random=False),
 )
-@settings(max_examples=60, deadline=None)
-def test_tokens_are_rotated_as_by_tables(kind, dim, heads, batch, length, start, scale_base, streaming, by_row, random):
+@settings(max_examples=100, deadline=None)
+def test_tokens_are_rotated_as_by_tables(
+    kind, dim, heads, batch, length, start, scale_base, streaming, by_row, dtype, random
+):
     torch.manual_seed(random.randrange(1 << 30))
     xpos = XPos(dim, PATTERNS[kind], True, scale_base)
     # As a projection gives them, not contiguous; and a key whose channels are no neighbours.
-    query = torch.randn(batch, length, heads[0], dim).transpose(1, 2)
-    key = torch.randn(batch, heads[1], length, 2 * dim)[..., ::2]
+    query = torch.randn(batch, length, heads[0], dim, dtype=dtype).transpose(1, 2)
+    key = torch.randn(batch, heads[1], length, 2 * dim, dtype=dtype)[..., ::2]
     offset = torch.tensor([[random.randrange(-100, 100)] for _ in range(batch)]) if by_row else random.choice((0, 13))
     if streaming:
         counter = torch.tensor(start)
@@ -72,13 +75,26 @@ def test_tokens_are_rotated_as_by_tables(kind, dim, heads, batch, length, start,
     leaves = [x.detach().requires_grad_() for x in (query, key)]
     exact = [x.detach().double().requires_grad_() for x in (query, key)]
     rotated, wanted = xpos(*leaves, at), by_tables(xpos, *exact, at)
+    # Results of bfloat16 are rounded by 2**-8 at most.
+    error = 1e-6 if dtype == torch.float32 else 1.01 * 2**-8
     for one, other in zip(rotated, wanted, strict=True):
-        assert one.dtype == torch.float32
-        assert (one - other).norm() <= 1e-6 * other.norm()
+        assert one.dtype == dtype
+        assert (one - other).norm() <= error * other.norm()
     upstream = [torch.randn_like(x) for x in rotated]
     grads = torch.autograd.grad(rotated, leaves, upstream)
     for one, other in zip(grads, torch.autograd.grad(wanted, exact, [x.double() for x in upstream]), strict=True):
-        assert (one - other).norm() <= 1e-6 * other.norm()
+        assert (one - other).norm() <= error * other.norm()
+
+
+@pytest.mark.parametrize("kind", list(PATTERNS))
+@pytest.mark.parametrize("start", [0, 6000])
+def test_half_precision_loses_nothing_but_the_rounding_of_results(kind, start):
+    xpos = XPos(64, PATTERNS[kind], True)
+    query, key = (torch.randn(1, 2, 300, 64, dtype=torch.float16) for _ in range(2))
+    at = Positions(start, start + 300)
+    for one, other in zip(xpos(query, key, at), by_tables(xpos, query, key, at), strict=True):
+        assert one.dtype == torch.float16
+        assert (one - other).norm() <= 1.01 * (other.half() - other).norm()
 
 
 @pytest.mark.parametrize("kind", list(PATTERNS))

@@ -160,7 +160,7 @@ def _launch(
     options = {
         "D": dim, "PAIRS": power_of_two(dim // 2, 1), "TOKENS": each, "HEADS": every, "COUNTED": counted,
         "SCALED": scales is not None, "REPEATS": period is not None, "BY_ROW": by_row, "BACK": back,
-        "num_warps": 1 if single else 4,
+        "EXACT": dtype == torch.float32, "num_warps": 1 if single else 4,
     }  # fmt: skip
     counts = map(Value, (start, tokens, blocks, parts))
     if dim % 16:

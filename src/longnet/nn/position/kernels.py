@@ -11,11 +11,13 @@ def rotate_kernel(
     Q, K, Q_OUT, K_OUT, COUNTER, OFFSETS, q_at, k_at, q_out_at, k_out_at,
     start, tokens, blocks, parts, heads, kv_heads, base, scale_base, centre, period,
     D: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, COUNTED: tl.constexpr,
-    SCALED: tl.constexpr, REPEATS: tl.constexpr, BY_ROW: tl.constexpr, BACK: tl.constexpr,
+    SCALED: tl.constexpr, REPEATS: tl.constexpr, BY_ROW: tl.constexpr, BACK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """``HEADS`` heads, the queries' and then the keys', of a block of tokens. What ``XPos.tables`` and ``rotate`` compute.
 
-    ``BACK`` rotates the other way and scales alike: the gradients of what was rotated.
+    ``BACK`` rotates the other way and scales alike: the gradients of what was rotated. Without ``EXACT``, for tensors of half
+    precision, only angles and exponents are float64, and functions of them are right to 1e-5: those of float64 take longer than
+    memory does.
 
     ``base``, ``scale_base`` and ``centre`` are the bits of float64 numbers: Triton rounds the numbers of a launch to float32.
     """
@@ -30,6 +32,9 @@ def rotate_kernel(
     pair = (2 * tl.arange(0, PAIRS)).to(tl.float64) / D
     frequency = tl.exp(-pair * tl.log(_float64(base)))
     angle = position.to(tl.float64)[:, None] * frequency[None, :]
+    if not EXACT:
+        turns = angle * 0.15915494309189535
+        angle = ((turns - tl.floor(turns + 0.5)) * 6.283185307179586).to(tl.float32)
     cos, sin = tl.cos(angle), tl.sin(angle)
     if BACK:
         sin = -sin
@@ -43,6 +48,8 @@ def rotate_kernel(
         # log((pair + 0.4) / 1.4) in whole numbers, which float32 holds.
         slope = tl.log((5 * pair + 2) / 7) / _float64(scale_base)
         exponent = (local.to(tl.float64) - _float64(centre))[:, None] * slope[None, :]
+        if not EXACT:
+            exponent = exponent.to(tl.float32)
         q_scale, k_scale = tl.exp(exponent), tl.exp(-exponent)
         q_cos, q_sin = (cos * q_scale).to(tl.float32), (sin * q_scale).to(tl.float32)
         k_cos, k_sin = (cos * k_scale).to(tl.float32), (sin * k_scale).to(tl.float32)
