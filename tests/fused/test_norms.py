@@ -19,7 +19,7 @@ from longnet.models.layers import Block, FeedForward
 from longnet.nn import Norm, fits, normed_linear, residual_normed_linear
 from longnet.nn import norm_linear as joined
 from longnet.nn import projections as normed
-from longnet.nn.norm_operators import column_sums, few_rows, gelu_norm, is_few, norm_backward
+from longnet.nn.norm_operators import column_sums, few_rows, is_few, norm_backward, norm_forward
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -147,7 +147,7 @@ def test_one_backward_pass_by_itself(gelu: bool, count: int, wide: bool, channel
         beside = draw(2, 5, channels, seed=3).float() if wide else None
         there = [None if one is None else one.to(DEVICE) for one in (x, weight, bias, beside)]
         grad_x, again, sums = norm_backward([one.to(DEVICE) for one in grads], *there, 1e-5, gelu)
-        forward = gelu_norm(*there[:3], 1e-5) if gelu else None
+        forwards = [norm_forward(*there[:3], 1e-5, gelu, dtype) for dtype in (torch.float16, torch.float32)]
     finally:
         torch.use_deterministic_algorithms(False)
     exact = [one.double().requires_grad_() for one in (x, weight, bias)]
@@ -155,9 +155,8 @@ def test_one_backward_pass_by_itself(gelu: bool, count: int, wide: bool, channel
     wanted = list(torch.autograd.grad(normed_x, exact, sum(one.double() for one in grads)))
     if beside is not None:
         wanted[0] = wanted[0] + beside.double()
-    pairs = [(grad_x, wanted[0]), (again, normed_x), (sums[0], wanted[1]), (sums[1], wanted[2])]
-    if forward is not None:
-        pairs.append((forward, normed_x))
+    pairs = [(grad_x, wanted[0]), (sums[0], wanted[1]), (sums[1], wanted[2])]
+    pairs += [(one, normed_x) for one in (again, *forwards)]
     for got, want in pairs:
         allowed = 1e-6 if got.dtype == torch.float32 else 5e-4
         assert (got.double().cpu() - want).norm() <= allowed * want.norm()
@@ -207,7 +206,8 @@ def test_sums_of_columns():
 def test_strides_no_rows_and_frozen_weights():
     x, weight, bias = draw(4, 256, 3).half().to(DEVICE), draw(256).float().to(DEVICE), draw(256).float().to(DEVICE)
     across = x.transpose(1, 2)
-    assert torch.equal(gelu_norm(across, weight, bias, 1e-5), gelu_norm(across.contiguous(), weight, bias, 1e-5))
+    rest = weight, bias, 1e-5, True, torch.half
+    assert torch.equal(norm_forward(across, *rest), norm_forward(across.contiguous(), *rest))
     norm, linears = Norm(weight, bias, 1e-5, gelu=True), [(draw(256, 256).float().to(DEVICE), bias)]
     one, other = across.detach().requires_grad_(), across.detach().contiguous().requires_grad_()
     for leaf in (one, other):

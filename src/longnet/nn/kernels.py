@@ -53,8 +53,10 @@ def _add(a, b, c, d):
 
 
 @triton.jit
-def gelu_norm_kernel(X, WEIGHT, BIAS, OUT, rows, eps, PARTS: tl.constexpr, WIDTH: tl.constexpr):
-    """OUT = layer norm of GELU of X, (rows, PARTS * WIDTH) each."""
+def norm_forward_kernel(
+    X, WEIGHT, BIAS, OUT, rows, eps, GELU: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """OUT = layer norm of X, or of its GELU, (rows, PARTS * WIDTH) each."""
     weight, bias = _row(WEIGHT, 0, PARTS, WIDTH), _row(BIAS, 0, PARTS, WIDTH)
     upcoming = _row(X, tl.program_id(0), PARTS, WIDTH)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
@@ -65,9 +67,11 @@ def gelu_norm_kernel(X, WEIGHT, BIAS, OUT, rows, eps, PARTS: tl.constexpr, WIDTH
         total = tl.zeros([WIDTH], tl.float32)
         for part in tl.static_range(PARTS):
             x = here[part].to(tl.float32)
-            share, _ = _normal(x)
-            hidden = hidden + (x * share,)
-            total += x * share
+            if GELU:
+                share, _ = _normal(x)
+                x = x * share
+            hidden = hidden + (x,)
+            total += x
         mean = tl.sum(total, 0) / (PARTS * WIDTH)
         total = tl.zeros([WIDTH], tl.float32)
         for part in tl.static_range(PARTS):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longnet.nn.norm_operators import column_sums, few_rows, gelu_norm, is_few, norm_backward
+from longnet.nn.norm_operators import column_sums, few_rows, is_few, norm_backward, norm_forward
 from longnet.runtime.autocast import no_autocast
 
 
@@ -76,9 +76,10 @@ def _rounded(parameters: Sequence[Tensor | None], dtype: torch.dtype) -> list[An
 
 def _project(x: Tensor, norm: Norm, weights: list[Tensor], biases: list[Any], dtype: torch.dtype) -> list[Tensor]:
     """:func:`normed_linear` of weights and biases that are rounded already."""
-    if norm.gelu:
-        y = gelu_norm(x, norm.weight, norm.bias, norm.eps)
+    if norm.gelu or not torch.compiler.is_compiling():
+        y = norm_forward(x, *norm, dtype)
     else:
+        # The compiler joins it to the sum before it.
         y = F.layer_norm(x.float(), norm.weight.shape, norm.weight.float(), norm.bias.float(), norm.eps).to(dtype)
     return [F.linear(y, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 

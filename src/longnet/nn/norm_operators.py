@@ -42,16 +42,18 @@ def _width(channels: int) -> int | None:
     return next((width for width in _WIDTHS if channels % width == 0 and channels // width <= _MOST_PARTS), None)
 
 
-def gelu_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Layer norm over the last axis of the exact GELU (arXiv 1606.08415) of x (..., C), where :func:`fits`; no gradient.
+def norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool, dtype: torch.dtype) -> Tensor:
+    """Layer norm over the last axis of x (..., C), or of its exact GELU (arXiv 1606.08415), where :func:`fits`; no gradient.
 
-    Arithmetic is float32, the result has x's dtype. The normal distribution's function is right to 7.5e-8.
+    Arithmetic is float32. The normal distribution's function is right to 7.5e-8.
 
     Args:
+        x: float32 or of half precision.
         weight, bias: (C,), float32 or of half precision.
         eps: added to the variance.
+        dtype: of the result.
     """
-    normed: Tensor = _forward(x, weight, bias, eps)
+    normed: Tensor = _forward(x, weight, bias, eps, gelu, dtype)
     return normed
 
 
@@ -81,11 +83,11 @@ def column_sums(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [_sums([one])[0] for one in tensors]
 
 
-def _run(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def _run(x: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool, dtype: torch.dtype) -> Tensor:
     x = x.contiguous()
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, dtype=dtype)
     if x.numel():
-        launch = _launch("gelu_norm", x.shape, (eps,), (x.dtype, weight.dtype, bias.dtype), x.device)
+        launch = _launch("norm_forward", x.shape, (eps, gelu), (x.dtype, weight.dtype, bias.dtype, dtype), x.device)
         with torch.cuda.device_of(x):
             launch.run((x, weight.contiguous(), bias.contiguous(), out), ())
     return out
@@ -103,7 +105,7 @@ def _run_few(
     """``norm(x) @ matrix.T + bias`` for each of the matrices (D, C), of their dtype: one launch for a few rows; no gradient.
 
     Args:
-        x, weight, bias, eps: as of :func:`gelu_norm`, x of any dtype; with ``gelu`` it is the norm of x's GELU.
+        x, weight, bias, eps, gelu: as of :func:`norm_forward`.
         biases: (D,), as many as matrices, or none.
     """
     x, matrices = x.contiguous(), tuple(matrix.contiguous() for matrix in matrices)
@@ -196,15 +198,16 @@ def _launch(
     programs = min(-(-rows // tall), each * processors)
     options = {"PARTS": shape[-1] // width, "WIDTH": width, "num_warps": warps}
     if kind == "column_sums":
-        return Launch(kernels.column_sums_kernel, programs * len(types), (), (rows,), options | {"ROWS": tall})
-    kernel = kernels.gelu_norm_kernel if kind == "gelu_norm" else kernels.norm_backward_kernel
-    return Launch(kernel, programs, (), (rows, *rest), options)
+        return Launch(kernels.column_sums_kernel, programs * len(types), (), (Value(rows),), options | {"ROWS": tall})
+    kernel = kernels.norm_forward_kernel if kind == "norm_forward" else kernels.norm_backward_kernel
+    return Launch(kernel, programs, (), (Value(rows), *rest), options)
 
 
 def _plan(kind: str, channels: int, width: int, gelu: bool = False) -> tuple[int, int, int]:
     """(programs of a multiprocessor, warps of each, rows that it takes at once): the fastest of a few on one H200."""
-    if kind == "gelu_norm":
-        return 8, 4, 1
+    if kind == "norm_forward":
+        warps = min(4, power_of_two(-(-channels // 768), least=1))
+        return 32 // warps, warps, 1
     if kind == "column_sums":
         return 2 if width < 1024 else 4, 4, max(1, 4096 // width)
     # GELU has more to hold of each channel.
@@ -213,8 +216,8 @@ def _plan(kind: str, channels: int, width: int, gelu: bool = False) -> tuple[int
     return busy // warps, warps, 1
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _fake(x: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _fake_few(
@@ -240,7 +243,7 @@ def _fake_sums(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0].new_empty(len(tensors), tensors[0].shape[-1], dtype=torch.float32)
 
 
-_forward = define("gelu_norm", _run, _fake)
+_forward = define("norm_forward", _run, _fake)
 few_rows: Callable[..., list[Tensor]] = define("few_rows", _run_few, _fake_few)
 _backward = define("norm_backward", _run_backward, _fake_backward)
 _sums = define("column_sums", _run_sums, _fake_sums)
