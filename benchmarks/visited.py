@@ -42,5 +42,5 @@ def kernel_nests(case: Case) -> tuple[Nest, ...]:
     """The nests that the Triton backend makes of the case's pattern."""
     kernels = ("forward", "query", "key_value")
     blocks = [triton_flash.blocks_for(kernel, case.head_dim, case.torch_dtype) for kernel in kernels]
-    unit = min(one.swept for both in blocks for one in both)
+    unit = min(one.swept for one in blocks)
     return make_nests(case.pattern, case.heads, unit, triton_flash.LEAST_ROWS)

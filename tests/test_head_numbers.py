@@ -60,7 +60,7 @@ SOME = [
 def test_kernels_of_triton_compute_them_among_all_heads(
     kept: KeptHeads, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(triton_flash, "blocks_for", lambda *_: (triton_flash.Blocks(16, 16, 4, 1),) * 2)
+    monkeypatch.setattr(triton_flash, "blocks_for", lambda *_: triton_flash.Blocks(16, 16, 4, 1))
     monkeypatch.setattr(triton_flash, "LEAST_ROWS", 1)
     interpreted.hasten()
     kept = KeptHeads(Problem(**{**vars(kept.problem), "dtype": torch.float32}), kept.kv_heads)
@@ -73,7 +73,7 @@ def test_kernels_of_triton_compute_them_among_all_heads(
 def test_a_bias_belongs_to_the_heads_that_are_kept(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "triton" and (torch.cuda.is_available() or importlib.util.find_spec("triton") is None):
         pytest.skip("needs triton, and no GPU: with one, kernels are compiled")
-    monkeypatch.setattr(triton_flash, "blocks_for", lambda *_: (triton_flash.Blocks(16, 16, 4, 1),) * 2)
+    monkeypatch.setattr(triton_flash, "blocks_for", lambda *_: triton_flash.Blocks(16, 16, 4, 1))
     interpreted.hasten()
     torch.manual_seed(0)
     numbers, pattern = (0, 2, 3, 5), ((8, 16), (2, 3))

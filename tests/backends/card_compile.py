@@ -45,8 +45,8 @@ TYPES: dict[str, Any] = {
 # Everything that costs shared memory or registers is there.
 FLAGS = {"BY_ROW": True, "PADDED": True, "MERGE": True}
 
-# (function, constants, types of its own arguments, warps) of a launch.
-Launch = tuple[Any, Any, dict[str, Any], int]
+# (function, constants, types of its own arguments, options) of a launch.
+Launch = tuple[Any, Any, dict[str, Any], dict[str, int]]
 
 
 def launches_of(kind: str, kernel: str, dim: int, dtype: torch.dtype, capability: int) -> Iterator[Launch]:
@@ -64,24 +64,24 @@ def launches_of(kind: str, kernel: str, dim: int, dtype: torch.dtype, capability
         size, warps = bias.bias_block(64, dim, dtype)
         whole = {name: "i32" for name in bias_kernel.arg_names if name.islower() and not name.endswith("_at")}
         settings = launches.Settings(*channels, size, size, 1, 1, WEIGHTED=False, **of_nest)
-        yield bias_kernel, settings, whole | {"scale": "fp32"}, warps
+        yield bias_kernel, settings, whole | {"scale": "fp32"}, {"num_warps": warps}
         return
-    both = backend.blocks_for(kernel, dim, dtype, SHARED[capability] * 1024)
+    blocks = backend.blocks_for(kernel, dim, dtype, SHARED[capability] * 1024)
     if kind == "nest":
         function = getattr(forward if kernel == "forward" else backward, f"{kernel}_kernel")
-        for one in launches.plan_launches(make_nests(NEST, 16, 64, 64), False, 131072, 0, both):
+        for one in launches.plan_launches(make_nests(NEST, 16, 64, 64), False, 131072, 0, blocks):
             cut = cut_of(one.blocks, kernel)
             settings = launches.Settings(*channels, *cut, one.period, one.weighted, **of_nest, COPIES=one.blocks.copies)
             shape = launches.NestShape(*(tuple("i32" for _ in numbers) for numbers in one.shape))
-            yield function, settings, {"nest": shape, "sizes": SIZES}, one.blocks.warps
+            yield function, settings, {"nest": shape, "sizes": SIZES}, one.blocks.options
         return
     pattern, is_causal = BANDS[kind]
     (band,) = bands.band_launches(pattern, True)
     band = band.by_band[-1] if kernel == "key_value" else band
     of_band = bands.BandSettings(
-        *channels, *cut_of(both[0], kernel), **band.constants(pattern), CAUSAL=is_causal, PRECISION=precision, **FLAGS
+        *channels, *cut_of(blocks, kernel), **band.constants(pattern), CAUSAL=is_causal, PRECISION=precision, **FLAGS
     )
-    yield getattr(band_kernels, f"band_{kernel}_kernel"), of_band, {"sizes": BAND_SIZES}, both[0].warps
+    yield getattr(band_kernels, f"band_{kernel}_kernel"), of_band, {"sizes": BAND_SIZES}, blocks.options
 
 
 def cut_of(blocks: launches.Blocks, kernel: str) -> tuple[int, int, int]:
@@ -93,7 +93,7 @@ def cut_of(blocks: launches.Blocks, kernel: str) -> tuple[int, int, int]:
 def compiled(kind: str, kernel: str, dim: int, dtype: str, capability: int) -> tuple[int, int]:
     """(bytes of shared memory of a program, matrix products), the most and the fewest of its launches."""
     found = []
-    for function, settings, types, warps in launches_of(kind, kernel, dim, DTYPES[dtype], capability):
+    for function, settings, types, options in launches_of(kind, kernel, dim, DTYPES[dtype], capability):
         tensor = "*bf16" if dtype == "bfloat16" else "*fp32"
         known = TYPES | types
         signature = {n: known.get(n, ("i32",) * 3 if n.endswith("_at") else tensor) for n in function.arg_names}
@@ -105,7 +105,7 @@ def compiled(kind: str, kernel: str, dim: int, dtype: str, capability: int) -> t
             elif name.endswith("_at"):
                 aligned |= {(place, i): [["tt.divisibility", 16]] for i in range(len(kind_of))}
         source = ASTSource(function, signature, {"C": settings}, aligned)
-        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         products = sum(made.asm["ptx"].count(name) for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma"))
         found.append((int(made.metadata.shared), products))
     return max(shared for shared, _ in found), min(products for _, products in found)

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings(
 def small_blocks(monkeypatch):
     """Several blocks and nests of a few tokens, in Triton's interpreter."""
     interpreted.hasten()
-    monkeypatch.setattr(triton_flash, "blocks_for", lambda *_: (triton_flash.Blocks(16, 16, 4, 1),) * 2)
+    monkeypatch.setattr(triton_flash, "blocks_for", lambda *_: triton_flash.Blocks(16, 16, 4, 1))
     monkeypatch.setattr(triton_flash, "LEAST_ROWS", 1)
 
 

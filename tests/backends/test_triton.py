@@ -37,7 +37,7 @@ SMALL = ((4, 8), (1, 2))
 def small_blocks(monkeypatch):
     """What long sequences do with large blocks, short ones do with small blocks."""
     interpreted.hasten()
-    monkeypatch.setattr(triton_flash, "blocks_for", lambda *_: (triton_flash.Blocks(16, 16, 4, 1),) * 2)
+    monkeypatch.setattr(triton_flash, "blocks_for", lambda *_: triton_flash.Blocks(16, 16, 4, 1))
     monkeypatch.setattr(triton_flash, "LEAST_ROWS", 1)
 
 

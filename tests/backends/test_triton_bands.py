@@ -30,7 +30,7 @@ interpreted_only = pytest.mark.skipif(torch.cuda.is_available(), reason="with a 
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """What long sequences do with large blocks, short ones do with small blocks."""
     interpreted.hasten()
-    monkeypatch.setattr(triton_flash, "blocks_for", lambda *_: (triton_flash.Blocks(16, 16, 4, 1),) * 2)
+    monkeypatch.setattr(triton_flash, "blocks_for", lambda *_: triton_flash.Blocks(16, 16, 4, 1))
     monkeypatch.setattr(triton_flash, "LEAST_ROWS", 1)
 
 

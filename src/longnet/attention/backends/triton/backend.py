@@ -59,35 +59,31 @@ def unsupported_reason(inputs: AttentionInputs) -> str | None:
     return None
 
 
-# Measured on one H200: by kernel and padded head dimension, for rows of level 1 and for the others.
-# ``tests/backends/card_compile.py`` says what shared memory they take on other cards.
+# Measured on one H200, by kernel and padded head dimension. Threads of 168 registers let three programs run where there would be
+# two. ``tests/backends/card_compile.py`` says what shared memory they take on other cards.
 _BLOCKS = {
-    ("forward", 64): (Blocks(64, 64, 4, 3), Blocks(128, 64, 4, 3)),
-    ("forward", 128): (Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
-    ("query", 64): (Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
-    ("query", 128): (Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2)),
-    ("key_value", 64): (Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
-    ("key_value", 128): (Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2)),
+    ("forward", 64): Blocks(64, 64, 4, 3, registers=168),
+    ("forward", 128): Blocks(64, 64, 4, 3),
+    ("query", 64): Blocks(64, 64, 4, 3, registers=168),
+    ("query", 128): Blocks(128, 64, 8, 3),
+    ("key_value", 64): Blocks(64, 64, 4, 3),
+    ("key_value", 128): Blocks(128, 64, 8, 3),
 }
 
 # In place of these where programs have 99 KiB of shared memory (compute capabilities 8.6, 8.9 and 12.0): they would not start.
-_SMALLER = {("query", 128): (Blocks(64, 64, 4, 2),) * 2, ("key_value", 128): (Blocks(64, 64, 4, 2),) * 2}
+_SMALLER = {("query", 128): Blocks(64, 32, 4, 3), ("key_value", 128): Blocks(64, 32, 4, 3)}
 # What programs have on an A100, the least on which all of ``_BLOCKS`` fit.
 _ENOUGH = 163 * 1024
 
 
-def blocks_for(kernel: str, dim: int, dtype: torch.dtype, shared: int = _ENOUGH) -> tuple[Blocks, Blocks]:
-    """Blocks for rows of level 1, and for the others, where a program may have ``shared`` bytes of shared memory."""
+def blocks_for(kernel: str, dim: int, dtype: torch.dtype, shared: int = _ENOUGH) -> Blocks:
+    """How the kernel is cut where a program may have ``shared`` bytes of shared memory."""
     is_small = shared < _ENOUGH
-    if dtype == torch.float32 and dim <= 64:
-        blocks = Blocks(64, 32, 4, 1)
-    elif dtype == torch.float32:
-        blocks = Blocks(32, 16 if is_small and dim > 128 else 32, 4, 1)
-    elif dim > 128:
-        blocks = Blocks(32, 32, 4, 2) if is_small else Blocks(64, 32, 8, 2)
-    else:
-        return ({**_BLOCKS, **_SMALLER} if is_small else _BLOCKS)[kernel, 64 if dim <= 64 else 128]
-    return blocks, blocks
+    if dtype == torch.float32:
+        return Blocks(64, 32, 4, 1) if dim <= 64 else Blocks(32, 16 if is_small and dim > 128 else 32, 4, 1)
+    if dim > 128:
+        return Blocks(32, 32, 4, 2) if is_small else Blocks(64, 32, 8, 2)
+    return ({**_BLOCKS, **_SMALLER} if is_small else _BLOCKS)[kernel, 64 if dim <= 64 else 128]
 
 
 def _side_by_side(x: Tensor) -> bool:
@@ -119,7 +115,7 @@ def _launched(inputs: AttentionInputs) -> tuple[Pattern, bool]:
 def _nests(pattern: Pattern, heads: int, query: Tensor, shared: int = _ENOUGH) -> tuple[Nest, ...]:
     about = query.shape[-1], query.dtype, shared
     cuts = [blocks_for(name, *about) for name in ("forward", "query", "key_value")]
-    unit = min(hopper.UNIT, *(cut.swept for both in cuts for cut in both))
+    unit = min(hopper.UNIT, *(cut.swept for cut in cuts))
     return make_nests(pattern, heads, unit, LEAST_ROWS)
 
 
@@ -150,8 +146,8 @@ class _Call:
             name: that of its blocks.
             pointers, strided: names of tensors: the kernel's first arguments, and those of which strides come next.
         """
-        both = blocks_for(name, self.dim, self.dtype, self.shared)
-        for launch in plan_launches(self.left, bool(self.for_hopper), self.length, self.segment_offset, both):
+        blocks = blocks_for(name, self.dim, self.dtype, self.shared)
+        for launch in plan_launches(self.left, bool(self.for_hopper), self.length, self.segment_offset, blocks):
             cut = launch.blocks
             rows = (cut.swept, cut.owned) if name == "key_value" else (cut.owned, cut.swept)
             counts = map(Value, (launch.segments, launch.tiles, self.spec.segment_offset))
@@ -167,7 +163,7 @@ class _Call:
             settings = self.settings(*rows, cut.stages, launch.period, launch.weighted, launch.merge, cut.copies)
             programs = launch.tiles * launch.segments * self.heads * self.batch
             rest = (*self.strides(strided), sizes, shape)
-            yield self._run(kernel, programs, pointers, rest, {"C": settings, "num_warps": cut.warps})
+            yield self._run(kernel, programs, pointers, rest, {"C": settings, **cut.options})
 
     def band_order(self, of_keys: bool) -> Iterator[tuple[bands.BandLaunch, bool]]:
         """(a launch of a band kernel, whether it is mixed into what there is) one after the other."""
@@ -201,7 +197,7 @@ class _Call:
     def _general_band(
         self, kernel: Any, name: str, pointers: str, strided: str, launch: bands.BandLaunch, merge: bool
     ) -> Run:
-        cut, _ = blocks_for(name, self.dim, self.dtype, self.shared)
+        cut = blocks_for(name, self.dim, self.dtype, self.shared)
         of_keys = name == "key_value"
         tiles = -(-(launch.keys(self.length) if of_keys else launch.rows(self.length)) // cut.owned)
         rows = (cut.swept, cut.owned) if of_keys else (cut.owned, cut.swept)
@@ -213,9 +209,7 @@ class _Call:
         counts = map(Value, (tiles, self.spec.segment_offset))
         sizes = bands.BandSizes(Value(self.length), self.heads, self.group, self.scale, *counts)
         rest = (*self.strides(strided), sizes)
-        return self._run(
-            kernel, tiles * self.heads * self.batch, pointers, rest, {"C": settings, "num_warps": cut.warps}
-        )
+        return self._run(kernel, tiles * self.heads * self.batch, pointers, rest, {"C": settings, **cut.options})
 
     def _band_work(self, launch: bands.BandLaunch, merge: bool) -> hopper_bands.BandWork | None:
         """A launch of a Hopper band kernel, None where a general one is needed; the log says why."""

@@ -7,7 +7,7 @@ keys by their multiplicity), so every nest has at most two launches.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -17,17 +17,27 @@ from longnet.runtime.triton_support import power_of_two
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a kernel is cut: rows a program owns, rows it sweeps over at a time, warps, pipeline stages."""
+    """How a kernel is cut: rows a program owns, rows it sweeps over at a time, warps, pipeline stages.
+
+    Args:
+        registers: the most of a thread, None for the compiler's choice.
+    """
 
     owned: int
     swept: int
     warps: int
     stages: int
+    registers: int | None = None
 
     @property
     def copies(self) -> int:
         """How often the two statistics of swept rows are loaded, see ``key_value_kernel``: once or twice."""
         return 1 if 2 * self.swept >= 32 * self.warps else 2
+
+    @property
+    def options(self) -> dict[str, int]:
+        """How a kernel is compiled."""
+        return {"num_warps": self.warps} | ({} if self.registers is None else {"maxnreg": self.registers})
 
 
 class NestShape(NamedTuple):
@@ -145,14 +155,13 @@ def kernel_arguments(nest: Nest, classes: Sequence[RowClass], width: int, owned:
 
 @lru_cache(maxsize=4096)
 def plan_launches(
-    nests: tuple[Nest, ...], merge: bool, length: int, segment_offset: int | None, both_blocks: tuple[Blocks, Blocks]
+    nests: tuple[Nest, ...], merge: bool, length: int, segment_offset: int | None, blocks: Blocks
 ) -> tuple[Launch, ...]:
     """Launches in the order in which they are to run.
 
     Args:
         merge: rows have been written already, so the first nest too is mixed in.
         segment_offset: of the grid, None where each row of the batch has its own.
-        both_blocks: for rows of level 1, and for the others.
     """
     found = []
     for number, nest in enumerate(nests):
@@ -161,7 +170,6 @@ def plan_launches(
             classes = [c for c in nest.classes if (c.level > 1) == weighted]
             if not classes:
                 continue
-            blocks = both_blocks[weighted]
             most = max(-(-width // c.step) for c in classes)
             owned = min(blocks.owned, power_of_two(most))
             swept = blocks.swept
@@ -175,7 +183,7 @@ def plan_launches(
                     weighted,
                     nest.segments(length, segment_offset),
                     tiles,
-                    Blocks(owned, swept, blocks.warps, blocks.stages),
+                    replace(blocks, owned=owned, swept=swept),
                     shape,
                 )
             )
