@@ -52,6 +52,7 @@ class Sizes:
     batch: int = 4
     preset: str = "base"
     steps: tuple[tuple[int, int], ...] = ((16, 2048), (4, 8192), (1, 32_768))
+    longest: int = 1_048_576
     prompt: int = 512
     long_prompt: int = 32_768
     new_tokens: int = 512
@@ -63,7 +64,8 @@ class Sizes:
 
 SMALL = Sizes(
     tokens=64, long=256, heads=4, dims=(16,), dtype=torch.float32, layers=2, width=32, batch=2, preset="nano",
-    steps=((2, 64), (1, 128), (1, 256)), prompt=20, long_prompt=70, new_tokens=8, calls=3, rounds=2, repeats=3, compiler="eager",
+    steps=((2, 64), (1, 128), (1, 256)), longest=512, prompt=20, long_prompt=70, new_tokens=8, calls=3, rounds=2, repeats=3,
+    compiler="eager",
 )  # fmt: skip
 
 
@@ -244,6 +246,16 @@ def model_steps(place: int, sizes: Sizes, device: Device) -> Iterator[Record]:
             device.release()
 
 
+def longest_step(sizes: Sizes, device: Device) -> Iterator[Record]:
+    """A training step over one long sequence, blocks recomputed in the backward pass."""
+    step = model_step(sizes, device, 1, sizes.longest, "blocks", gradient_checkpointing=True)
+    # Seconds each: few are enough.
+    seconds = one_by_one(device, {"ours": step}, 3)
+    tokens = sizes.longest / median(seconds["ours"])
+    name = f"training step, 1 x {sizes.longest:,}, published, recomputed, compiled: blocks"
+    yield row(name, seconds, sizes.longest / 350e3, tokens_per_second=tokens)
+
+
 def generation(sizes: Sizes, device: Device) -> Iterator[Record]:
     """A token, the first one after a long prompt, and calls of lengths that were not seen before."""
     for kind, changes in (("published", {}), ("types in turn", TYPES)):
@@ -331,6 +343,7 @@ def first_use(sizes: Sizes, device: Device) -> Iterator[Record]:
 SECTIONS: dict[str, Callable[[Sizes, Device], Iterator[Record]]] = {
     **{one.__name__: one for one in (calls, long_calls, stacks, generation, first_use)},
     **{f"model_steps_{number + 1}": partial(model_steps, number) for number in range(len(Sizes.steps))},
+    "longest_step": longest_step,
 }
 
 

@@ -49,7 +49,8 @@ def attend_band_chunk(
     offsets = None if same or cache.offsets is None else cache.offsets + start
     chunk = AttentionInputs(query, key, value, padded, None, spec, offsets)
     out, lse = _own_part(chunk, cache)
-    mixture = out.to(lse.dtype), lse
+    # Before the first tokens nothing is kept that would be mixed in.
+    mixture = out.to(lse.dtype) if start else out, lse
     _add_ring(mixture, chunk, cache)
     for rows, offset in _grids(cache):
         for branch, blocks in cache.layout.branches:
