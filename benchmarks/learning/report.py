@@ -86,6 +86,7 @@ def comparison(groups: Groups, baseline: str | None = None) -> Table:
         off, width = difference(records, groups[baseline], "by_window")
         late, late_width = difference(records, groups[baseline], "late_by_window")
         far = [record["repeated"].get("up to 4096") for record in records]
+        speeds = [record["tokens_a_second"] for record in records]
         formed = [f"{record['formed']:,}" if record["formed"] else "-" for record in records]
         rows.append(
             (
@@ -96,7 +97,7 @@ def comparison(groups: Groups, baseline: str | None = None) -> Table:
                 "0" if name == baseline else f"{late:+.4f} +- {late_width:.4f}",
                 "-" if None in far else f"{fmean(far):.3f}",
                 " ".join(formed),
-                f"{mean('tokens_a_second') / 1e3:,.0f}k",
+                "-" if None in speeds else f"{fmean(speeds) / 1e3:,.0f}k",
                 str(len(records)),
             )
         )

@@ -75,7 +75,7 @@ def run(
         losses.append(train.step(rows, _rate(step, settings)))
         if step == _Steps.EAGER:
             _wait(device)
-            begun = time.perf_counter()  # compilation and capture apart
+            begun, excluded = time.perf_counter(), 0.0  # compilation and capture apart
         if (step + 1) % settings.check_every == 0 or step + 1 == settings.steps:
             _wait(device)
             paused = time.perf_counter()
@@ -90,6 +90,7 @@ def run(
                 raise ValueError(f"{arm}: the loss is {curve[-1][1]} at step {step + 1}")
             excluded += time.perf_counter() - paused
     seconds = time.perf_counter() - begun - excluded
+    timed = settings.steps - 1 - _Steps.EAGER
     score = lambda rows: probes.bits_of(model, rows, device, settings.checked)  # noqa: E731
     return {
         "arm": arm,
@@ -100,7 +101,7 @@ def run(
         "pairs_a_token": sum(layer.pairs(shape.heads, shape.context) for layer in layers) / shape.context,
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "tokens": settings.steps * settings.batch * shape.context,
-        "tokens_a_second": (settings.steps - 1 - _Steps.EAGER) * settings.batch * shape.context / seconds,
+        "tokens_a_second": timed * settings.batch * shape.context / seconds if timed > 0 else None,
         "curve": curve,
         "checks": checks,
         "formed": formation_step(checks),
