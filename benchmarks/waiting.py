@@ -220,6 +220,12 @@ def model_step(
     return step
 
 
+def steps_of(device: Device, step: Callable[[], object], count: int) -> dict[str, list[float]]:
+    """Seconds of a step of several one after the other, as training runs them; and of one that is waited for."""
+    alone = one_by_one(device, {"one alone": step}, count)
+    return {"ours": [host_seconds(device, step, 5) for _ in range(-(-count // 3))], **alone}
+
+
 def model_steps(place: int, sizes: Sizes, device: Device) -> Iterator[Record]:
     """Training steps of the base model, compiled as ``longnet train`` does it, as a whole and not at all.
 
@@ -237,7 +243,7 @@ def model_steps(place: int, sizes: Sizes, device: Device) -> Iterator[Record]:
             step()
             device.finish()
             first = time.perf_counter() - began
-            seconds = one_by_one(device, {"ours": step}, sizes.rounds)
+            seconds = steps_of(device, step, sizes.rounds)
             limit = batch * length / speed if speed and compiled != "not" else None
             tokens = batch * length / median(seconds["ours"])
             name = f"training step, {batch} x {length:,}, {kind}, compiled: {compiled}"
@@ -250,7 +256,7 @@ def longest_step(sizes: Sizes, device: Device) -> Iterator[Record]:
     """A training step over one long sequence, blocks recomputed in the backward pass."""
     step = model_step(sizes, device, 1, sizes.longest, "blocks", gradient_checkpointing=True)
     # Seconds each: few are enough.
-    seconds = one_by_one(device, {"ours": step}, 3)
+    seconds = steps_of(device, step, 3)
     tokens = sizes.longest / median(seconds["ours"])
     name = f"training step, 1 x {sizes.longest:,}, published, recomputed, compiled: blocks"
     yield row(name, seconds, sizes.longest / 350e3, tokens_per_second=tokens)

@@ -95,7 +95,7 @@ def test_equals_the_definition(name, length, heads, kv_heads, dtype, tokens_firs
 @pytest.mark.parametrize(
     ("lengths", "rates", "fit"),
     [
-        ((1024, 8192, 16384), (1, 128, 256), [True, True, False]),
+        ((1024, 8192, 8192), (1, 128, 256), [True, True, False]),
         # What is launched first leaves rows to the rest.
         ((32, 2048), (1, 2), [False, True]),
     ],
@@ -161,7 +161,7 @@ def test_padding_is_masked_on_grids_of_rows_and_strided_masks(offsets, is_causal
 
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_padding_is_masked_by_kernels_of_both_kinds_in_one_call(is_causal):
-    pattern = Pattern.parse((1024, 8192, 16384), (1, 128, 256))
+    pattern = Pattern.parse((1024, 8192, 8192), (1, 128, 256))
     tensors = draw(4, 2, 8192, 64, torch.bfloat16, True)
     check(pattern, is_causal, *tensors, mask=padding_of("scattered", 8192))
 
@@ -206,7 +206,7 @@ def test_queries_of_dead_rows_never_matter(name, length, heads, kv_heads, dtype,
 
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_queries_of_dead_rows_never_matter_to_kernels_of_both_kinds_in_one_call(is_causal):
-    pattern = Pattern.parse((1024, 8192, 16384), (1, 128, 256))
+    pattern = Pattern.parse((1024, 8192, 8192), (1, 128, 256))
     check_dead_rows(pattern, is_causal, *draw(4, 2, 8192, 64, torch.bfloat16, True))
 
 
