@@ -42,6 +42,7 @@ def main() -> None:
     missing = [one for one in planned if not _is_made(one, options.out / f"{one.name}.json", command)]
     if not missing:
         print(f"{options.out} holds all {len(planned)} results")
+        return
     missing = missing[options.part[0] :: options.part[1]]
     device = torch.device("cuda" if torch.cuda.is_available() and not options.small else "cpu")
     if options.compile_only:

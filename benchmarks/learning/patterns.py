@@ -68,7 +68,7 @@ class Layer:
     @property
     def reaches_far(self) -> bool:
         """Whether it reads beyond a window."""
-        return bool(self.branches) or any(band.far is None for band in self.bands)
+        return bool(self.branches) or any(band.far is None or band.near > 0 for band in self.bands)
 
     def pattern(self, length: int) -> Pattern | None:
         """The branches as the library takes them, for ``length`` tokens after the shift."""
@@ -152,6 +152,7 @@ def alternating(layers: int) -> tuple[Layer, ...]:
 ARMS: Mapping[str, Callable[[int], tuple[Layer, ...]]] = {
     "dense": every(1, DENSE),
     "dense with middle keys shifted": middle_quarter(DENSE, others=replace(DENSE, keeps_keys=True)),
+    "dense with 1/4 keys shifted": every(4, DENSE, others=replace(DENSE, keeps_keys=True)),
     "window": every(1, LOCAL),
     "window+dense 1/2": every(2, DENSE),
     "window+dense 1/4": every(4, DENSE),

@@ -257,6 +257,12 @@ def test_a_list_is_shared_out_and_compiled_before_it_is_run(source, tmp_path, mo
     assert "expected I/M" in capsys.readouterr().err
 
 
+def test_layers_that_read_beyond_a_window_reach_far() -> None:
+    for name, arm in ARMS.items():
+        for layer in arm(8):
+            assert layer.reaches_far == (layer != LOCAL), name
+
+
 @pytest.mark.parametrize(("folder", "runs"), [("context-8192", "runs"), ("context-32768", "runs-32768")])
 def test_the_list_of_the_evidence_is_that_of_its_results(folder, runs):
     root = Path(__file__).parents[2] / "benchmarks"
