@@ -17,7 +17,8 @@ Longnet = Callable[..., "subprocess.CompletedProcess[str]"]
 
 OPTIONS = {
     "train": [
-        *("--out", "--data", "--preset", "--config", "--layer-types", "--window", "--stride", "--stride-block"),
+        *("--out", "--data", "--init-from", "--preset", "--config", "--layer-types", "--window", "--stride"),
+        *("--stride-block",),
         *("--shift-keys", "--far-positions", "--context", "--steps", "--minutes", "--batch", "--accumulate"),
         *("--optimizer", "--lr", "--matrix-lr", "--warmup", "--schedule", "--weight-decay", "--clip", "--dtype"),
         *("--weights", "--device", "--seed"),

@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from longnet.models import LongNetConfig
 
 
-def read_config(option: str, path: Path) -> LongNetConfig:
+def read_config(option: str, path: Path, start: LongNetConfig | None = None) -> LongNetConfig:
     """The config in a JSON or TOML file of LongNetConfig's fields, with ``preset`` to start from one, or in a run folder.
+
+    Fields that the file leaves out are those of ``start``, where that is given and the file names no preset.
 
     Raises:
         ValueError: neither JSON nor TOML, no table of fields, or an unknown field or preset; ``option`` is for the message.
@@ -29,4 +31,6 @@ def read_config(option: str, path: Path) -> LongNetConfig:
     if not isinstance(values, dict):
         raise ValueError(f"{option} {file} holds a {type(values).__name__}: expected fields of LongNetConfig")
     base = values.pop("preset", None)
-    return LongNetConfig.from_dict(values) if base is None else LongNetConfig.preset(base, **values)
+    if base is not None:
+        return LongNetConfig.preset(base, **values)
+    return LongNetConfig.from_dict(values) if start is None else start.replace(**values)

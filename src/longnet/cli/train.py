@@ -25,8 +25,19 @@ def train(
         Path | None,
         typer.Option(help="File or folder of text or any bytes.", show_default="Python's standard library source"),
     ] = None,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(
+            help="Begin with the weights and the model of a run, a saved model, a checkpoint file or a LongNet of Hugging Face.",
+            show_default="random weights",
+        ),
+    ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="Model preset: base, small, tiny or nano.", show_default=DEFAULT_PRESET)
+        str | None,
+        typer.Option(
+            help="Model preset: base, small, tiny or nano.",
+            show_default=f"{DEFAULT_PRESET}, or the model of --init-from",
+        ),
     ] = None,
     config: Annotated[
         Path | None,
@@ -74,6 +85,8 @@ def train(
     options["out"] = str(out)
     if data is not None:
         options["data"] = str(data.absolute())
+    if init_from is not None:
+        options["init_from"] = str(init_from.absolute())
     _run(_make_settings(options, preset, config, changes, resume), resume)
 
 
@@ -82,25 +95,31 @@ def _make_settings(
 ) -> TrainSettings:
     """Settings from the options; the rest comes from the run that is resumed, or from the defaults of a new one.
 
-    ``changes`` are to the model.
+    ``changes`` are to the model. They and ``config`` change the model of ``init_from``, of a resumed run the run's own.
     """
     from longnet.models import LongNetConfig
     from longnet.training.device import choose_dtype
     from longnet.training.folder import RunFolder
+    from longnet.training.initial import open_initial
     from longnet.training.resume import read_settings
 
-    model = _read_model(preset, config)
+    saved = read_settings(RunFolder(options["out"])) if resume else None
+    start = None
+    if saved is not None:
+        start = saved.model if saved.init_from is not None else None
+    elif "init_from" in options:
+        start, _ = open_initial(options["init_from"])
+    model = _read_model(preset, config, start)
     if options.get("dtype", None if resume else "auto") == "auto":
         in_bfloat16 = options.get("weights") == "bfloat16"
         options["dtype"] = "bfloat16" if in_bfloat16 else choose_dtype(options.get("device", "auto"))
-    if resume:
-        saved = read_settings(RunFolder(options["out"]))
+    if saved is not None:
         if model is not None or changes:
             options["model"] = _with_layers(model or saved.model, changes)
         return saved.replace(**options)
     if "steps" not in options and "minutes" not in options:
         options["steps"] = DEFAULT_STEPS
-    return TrainSettings(model=_with_layers(model or LongNetConfig.preset(DEFAULT_PRESET), changes), **options)
+    return TrainSettings(model=_with_layers(model or start or LongNetConfig.preset(DEFAULT_PRESET), changes), **options)
 
 
 def _with_layers(model: LongNetConfig, changes: Options) -> LongNetConfig:
@@ -117,8 +136,8 @@ def _with_layers(model: LongNetConfig, changes: Options) -> LongNetConfig:
     return model.replace(**changes)
 
 
-def _read_model(preset: str | None, config: Path | None) -> LongNetConfig | None:
-    """The model config that --preset or --config name; ``None`` for neither.
+def _read_model(preset: str | None, config: Path | None, start: LongNetConfig | None) -> LongNetConfig | None:
+    """The model config that --preset names, or ``start`` as --config changes it; ``None`` for neither option.
 
     Raises:
         ValueError: both, an unknown preset or field, a file that is neither JSON nor TOML.
@@ -131,7 +150,7 @@ def _read_model(preset: str | None, config: Path | None) -> LongNetConfig | None
         return LongNetConfig.preset(preset)
     if config is None:
         return None
-    return read_config("--config", config)
+    return read_config("--config", config, start)
 
 
 def _run(settings: TrainSettings, resume: bool) -> None:

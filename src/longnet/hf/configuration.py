@@ -7,26 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from longnet.checks import check_int
 from longnet.hf.transformers_internals import allows_own_layer_types
 from longnet.models import LongNetConfig as PlainConfig
-
-# Ours and theirs; what is called alike in both stands in _ALIKE.
-_NAMES = {
-    "dim": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "ffn_dim": "intermediate_size",
-    "causal": "is_causal",
-    "tie_embeddings": "tie_word_embeddings",
-}
-_ALIKE = (
-    *("vocab_size", "segment_lengths", "dilation_rates", "norm", "qk_norm", "bias", "dropout", "use_xpos"),
-    *("use_rel_pos_bias", "head_offsets", "xpos_scale_base", "head_numbers", "feed_forward_chunk", "backend"),
-    *("layer_types", "stride", "stride_block", "shift_keys", "far_positions"),
-)
-
+from longnet.models.hf_names import ALIKE, HF_NAMES, config_of
 
 # Far above any model, and made within minutes.
 _MOST_LAYERS = 2**16
@@ -125,22 +108,20 @@ class LongNetConfig(PreTrainedConfig):
 
     def to_longnet(self) -> PlainConfig:
         """The plain library's config; raises for values that do not fit together."""
-        renamed = {name: getattr(self, theirs) for name, theirs in _NAMES.items()}
-        if self.sliding_window is not None:
-            renamed["sliding_window"] = check_int("sliding_window", self.sliding_window) + (not self.is_causal)
+        values = {name: getattr(self, name) for name in (*HF_NAMES.values(), *ALIKE, "sliding_window")}
         try:
-            return PlainConfig(**renamed, **{name: getattr(self, name) for name in _ALIKE})
+            return config_of(values)
         except (TypeError, ValueError) as error:
             # Name fields as they are called here.
-            said = re.sub(r"\b(\w+)(?==)", lambda match: _NAMES.get(match[1], match[1]), str(error))
+            said = re.sub(r"\b(\w+)(?==)", lambda match: HF_NAMES.get(match[1], match[1]), str(error))
             raise type(error)(said) from None
 
     @classmethod
     def from_longnet(cls, config: PlainConfig, **more: Any) -> LongNetConfig:
         """The config of a plain model. ``more`` are fields that the plain library has not: token ids, labels."""
         plain = config.to_dict()
-        fields = {theirs: plain[name] for name, theirs in _NAMES.items()}
-        fields |= {name: plain[name] for name in _ALIKE if name in plain}
+        fields = {theirs: plain[name] for name, theirs in HF_NAMES.items()}
+        fields |= {name: plain[name] for name in ALIKE if name in plain}
         if config.layer_types is not None:
             fields["sliding_window"] = config.sliding_window - (not config.causal)
         if config.vocab_size <= 256:

@@ -158,6 +158,18 @@ def load_model(run: str | Path, device: str | torch.device = "cpu") -> LongNetLM
         CheckpointError: weights that are truncated, damaged, foreign or of another config (a ValueError too).
         ModuleNotFoundError: quantised weights, and torchao is missing.
     """
+    config, weights, metadata = read_model(run)
+    with torch.random.fork_rng(devices=[]):  # Its initial weights are overwritten: leave the caller's generator alone.
+        model = LongNetLM(config, dtype=_dtype_of(weights))
+        if (scheme := metadata.get("quantization")) is not None:
+            # Quantise the initial weights: the file's tensors then fit them.
+            quantize(model, scheme, head=model.head is not None and "head.weight" not in weights)
+    restore_weights(model, weights, RunFolder(run).model_file)
+    return model.to(device).eval()
+
+
+def read_model(run: str | Path) -> tuple[LongNetConfig, dict[str, Tensor], dict[str, str]]:
+    """The config, the weights and the metadata that :func:`load_model` makes a model of; errors as there."""
     folder = RunFolder(run)
     if not folder.config_file.is_file():
         folder.require_run()
@@ -169,13 +181,7 @@ def load_model(run: str | Path, device: str | torch.device = "cpu") -> LongNetLM
         )
     weights, metadata = read_safetensors(folder.model_file, MODEL)
     _check_config(folder, config, weights, metadata)
-    with torch.random.fork_rng(devices=[]):  # Its initial weights are overwritten: leave the caller's generator alone.
-        model = LongNetLM(config, dtype=_dtype_of(weights))
-        if (scheme := metadata.get("quantization")) is not None:
-            # Quantise the initial weights: the file's tensors then fit them.
-            quantize(model, scheme, head=model.head is not None and "head.weight" not in weights)
-    restore_weights(model, weights, folder.model_file)
-    return model.to(device).eval()
+    return config, weights, metadata
 
 
 def _dtype_of(weights: Mapping[str, Tensor]) -> torch.dtype:

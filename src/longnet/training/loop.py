@@ -17,10 +17,11 @@ from longnet.training.data import Corpus, check_lengths, check_outside, read_cor
 from longnet.training.device import resolve_device
 from longnet.training.estimate import describe_step
 from longnet.training.folder import RunFolder
+from longnet.training.initial import copy_weights, read_initial
 from longnet.training.lock import locked
 from longnet.training.progress import Reporter, SilentReporter
 from longnet.training.ranks import Ranks
-from longnet.training.resume import check_resume
+from longnet.training.resume import check_resume, read_settings
 from longnet.training.settings import TrainSettings
 from longnet.training.trainer import Trainer, TrainSummary
 
@@ -84,6 +85,8 @@ def train(
             checkpoint = read_checkpoint(folder.checkpoint_file) if folder.checkpoint_file.exists() else None
             for note in check_resume(folder, settings, data, checkpoint):
                 tell.say(note)
+        saved = read_settings(folder) if resume else None
+        settings, initial = read_initial(settings, saved, checkpoint is not None, tell.say)
         # No process writes before all have checked the folder.
         ranks.wait()
         cuda = [device] if device.type == "cuda" else []
@@ -95,6 +98,8 @@ def train(
                 _say_estimate(settings, device, ranks, tell, {} if checkpoint is None else checkpoint.progress)
             torch.manual_seed(settings.seed)
             model = LongNetLM(settings.model).to(device, getattr(torch, settings.weights))
+            copy_weights(initial, model)
+            del initial
             trainer = Trainer(settings, folder, data, model, device, tell, ranks)
             try:
                 with closing(trainer), many_recompilations() if compiled else nullcontext():

@@ -39,6 +39,9 @@ class TrainSettings:
         out: the run folder.
         model: the model to train; byte-level, so ``vocab_size`` is 256, and causal.
         data: a file or folder; ``None`` for the standard library's source.
+        init_from: where the first weights come from: a run, a saved model, a checkpoint file or a Hugging Face folder of a
+            LongNet; ``None`` for random ones.
+        init_digest: of these weights. Others are refused; ``None`` takes any, and the run records what it found.
         context: bytes per window, N.
         steps: optimizer steps; ``None`` for no limit but the minutes.
         minutes: wall-clock limit of the training loop (evaluations and saves count, the report does not).
@@ -59,6 +62,8 @@ class TrainSettings:
     out: str
     model: LongNetConfig
     data: str | None = None
+    init_from: str | None = None
+    init_digest: str | None = None
     context: int = setting(8192, "Bytes per window.")
     steps: int | None = setting(None, "Optimizer steps.", shown=f"{DEFAULT_STEPS}, no limit with --minutes")
     minutes: float | None = setting(None, "Stop training after this long (the report comes after).", above=0.0)
@@ -110,6 +115,11 @@ class TrainSettings:
             raise ValueError(f"matrix_lr={self.matrix_lr} with optimizer={self.optimizer!r}: expected optimizer='muon'")
         if self.steps is None and self.minutes is None:
             raise ValueError("steps=None and minutes=None: expected at least one of them, or the run would never end")
+        for name in ("init_from", "init_digest"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise TypeError(f"{name}={value!r} has type {type(value).__name__}: expected a string, or None")
+        if self.init_digest is not None and self.init_from is None:
+            raise ValueError(f"init_digest={self.init_digest!r} with init_from=None: expected both, or init_from alone")
         if self.model.vocab_size != 256:
             raise ValueError(f"vocab_size={self.model.vocab_size} in the model: expected 256, as training is on bytes")
         if not self.model.causal:
@@ -156,6 +166,12 @@ class TrainSettings:
         return max(by_step, by_clock)
 
 
+def changed_fields(old: LongNetConfig, new: LongNetConfig) -> list[str]:
+    """The fields in which two configs differ, each in words."""
+    values = ((field.name, getattr(old, field.name), getattr(new, field.name)) for field in fields(old))
+    return [f"{name} was {before!r}, now {after!r}" for name, before, after in values if before != after]
+
+
 def changed_settings(saved: TrainSettings, asked: TrainSettings) -> list[str]:
     """The differences between a run's settings and those it is resumed with that would change its losses, in words.
 
@@ -166,11 +182,11 @@ def changed_settings(saved: TrainSettings, asked: TrainSettings) -> list[str]:
         old, new = getattr(saved, field.name), getattr(asked, field.name)
         if field.name in _FREE_TO_CHANGE or field.name in _LENGTH or old == new:
             continue
-        if field.name != "model":
-            changes.append(f"{field.name} was {old!r}, now {new!r}")
+        # The weights of another path are compared by their digest; one that is not given is the run's.
+        if (field.name == "init_from" and None not in (old, new)) or (field.name == "init_digest" and new is None):
             continue
-        for one in fields(saved.model):
-            before, after = (getattr(model, one.name) for model in (saved.model, asked.model))
-            if before != after:
-                changes.append(f"model {one.name} was {before!r}, now {after!r}")
+        if field.name == "model":
+            changes += [f"model {change}" for change in changed_fields(old, new)]
+        else:
+            changes.append(f"{field.name} was {old!r}, now {new!r}")
     return changes

@@ -1,0 +1,160 @@
+"""The weights that a run begins with: of another run, a saved model, a checkpoint file or a Hugging Face folder of a LongNet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from longnet.models import LongNetConfig, LongNetLM
+from longnet.models.hf_names import config_of
+from longnet.training.checkpoint import CheckpointError, collect_weights, digest_tensors, read_checkpoint
+from longnet.training.files import read_json
+from longnet.training.folder import read_model
+from longnet.training.settings import TrainSettings, changed_fields
+from longnet.training.state import model_weights
+
+# These decide which parameters there are, or which of a parameter's rows belong together. All other fields may change.
+_FIXED = (
+    *("vocab_size", "dim", "heads", "layers", "ffn_dim", "kv_heads", "causal", "norm", "qk_norm", "bias"),
+    *("use_rel_pos_bias", "head_numbers", "tie_embeddings"),
+)
+_SHOWN = 3
+
+
+def open_initial(path: str) -> tuple[LongNetConfig, Callable[[], dict[str, Tensor]]]:
+    """The config of the model at ``path``, and a function that reads its weights, by the names of ``collect_weights``.
+
+    Raises (the function too):
+        ValueError: nothing there, a model of another kind, quantised weights.
+        CheckpointError: a file that is missing, truncated, damaged or of a future format (a ValueError too).
+    """
+    place = Path(path)
+    if place.is_file():
+        try:
+            checkpoint = read_checkpoint(place)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error} (init_from takes a run's checkpoint/state.safetensors, or a folder)"
+            ) from None
+        config = LongNetConfig.from_dict(checkpoint.progress["settings"]["model"])
+        return config, lambda: model_weights(checkpoint.tensors)
+    if not (place / "config.json").is_file():
+        found = "holds no config.json" if place.is_dir() else "is not there"
+        raise ValueError(
+            f"init_from={path!r} {found}: expected a run folder of longnet train, a folder of save_model, a run's "
+            "checkpoint/state.safetensors, or a Hugging Face folder of a LongNet"
+        )
+    values = read_json(place / "config.json")
+    kind = values.get("model_type")
+    if kind == "longnet":
+        return config_of(values), lambda: _hugging_face_weights(place)
+    if kind is not None:
+        raise ValueError(
+            f"init_from={path!r} is of Hugging Face's model_type={kind!r}: expected 'longnet', as this trains LongNets alone. "
+            "Give the other model dilated attention with longnet.hf.apply, and train it with transformers' Trainer: "
+            "docs/any-transformer.md shows how"
+        )
+
+    def read() -> dict[str, Tensor]:
+        _, weights, metadata = read_model(path)
+        if scheme := metadata.get("quantization"):
+            raise ValueError(f"init_from={path!r} holds quantised weights ({scheme}): expected float32 or bfloat16")
+        return weights
+
+    return LongNetConfig.from_dict(values), read
+
+
+def read_initial(
+    settings: TrainSettings, saved: TrainSettings | None, restored: bool, say: Callable[[str], None]
+) -> tuple[TrainSettings, dict[str, Tensor]]:
+    """The settings with the digest of the first weights, and these weights; none if they are random or not needed any more.
+
+    Args:
+        settings: of the run; nothing is read where ``init_from`` is None.
+        saved: those of the run that is resumed. Another path than its own must hold the same weights.
+        restored: whether a checkpoint holds later weights. Its run's own path is then not read again.
+        say: is told what changes: a line for every field of the config.
+
+    Raises:
+        ValueError: as :func:`open_initial`, weights with another digest, a path inside ``out``, weights that do not fit.
+    """
+    path, digest = settings.init_from, settings.init_digest
+    if saved is not None:
+        digest = digest or saved.init_digest
+    if path is None or (restored and saved is not None and path == saved.init_from):
+        return settings.replace(init_digest=digest), {}
+    if saved is None and Path(path).resolve().is_relative_to(Path(settings.out).resolve()):
+        raise ValueError(f"init_from={path!r} lies in out={settings.out!r}: expected another run folder")
+    config, read = open_initial(path)
+    weights = read()
+    found = digest_tensors(weights)
+    if digest not in (None, found):
+        raise ValueError(f"init_from={path!r} holds weights of digest {found}: expected {digest}, those of the start")
+    changes = _check_fit(path, config, settings.model, weights)
+    if not restored:
+        say(f"Starting from the weights of {path}")
+        for change in changes:
+            say(change)
+    return settings.replace(init_digest=found), {} if restored else weights
+
+
+def copy_weights(weights: Mapping[str, Tensor], model: LongNetLM) -> None:
+    """Copy the weights that :func:`read_initial` gave into the model, each in the model's dtype; no weights change nothing."""
+    own = collect_weights(model)
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            own[name].copy_(tensor)
+
+
+def _check_fit(path: str, old: LongNetConfig, new: LongNetConfig, weights: Mapping[str, Tensor]) -> list[str]:
+    """The fields that change, in words.
+
+    Raises:
+        ValueError: a change after which the weights do not fit, with the parameters that differ.
+    """
+    changes = changed_fields(_resolved(old), _resolved(new))
+    expected = {name: tuple(x.shape) for name, x in collect_weights(LongNetLM(new, device="meta")).items()}
+    found = {name: tuple(x.shape) for name, x in weights.items()}
+    differ = [
+        f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'none')}"
+        for name in {**expected, **found}
+        if found.get(name) != expected.get(name)
+    ]
+    wrong = [change for change in changes if change.split()[0] in _FIXED]
+    if differ:
+        more = f"; and {len(differ) - _SHOWN} more" if len(differ) > _SHOWN else ""
+        wrong.append(f"of its parameters {len(differ)} differ: {'; '.join(differ[:_SHOWN])}{more}")
+    if wrong:
+        raise ValueError(
+            f"init_from={path!r} does not fit the model: {'; '.join(wrong)}. Expected the same parameters: the pattern, the "
+            "types of layers, positions and dropout may change"
+        )
+    return changes
+
+
+def _resolved(config: LongNetConfig) -> LongNetConfig:
+    """With the numbers that a None stands for, as Hugging Face's configs have them."""
+    return config.replace(ffn_dim=config.feed_forward_dim, kv_heads=config.kv_heads or config.heads)
+
+
+def _hugging_face_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights that ``save_pretrained`` wrote, in one file or in several."""
+    index = folder / "model.safetensors.index.json"
+    weights: dict[str, Tensor] = {}
+    file = index
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+        for name in names:
+            file = folder / name
+            weights |= load(file.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is not there: expected the safetensors that save_pretrained writes") from None
+    except (SafetensorError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} is truncated or damaged: {error}") from None
+    plain = {name.removeprefix("model.").removeprefix("stack."): tensor for name, tensor in weights.items()}
+    return {name.replace("lm_head.", "head."): tensor for name, tensor in plain.items()}
