@@ -300,3 +300,55 @@ def test_bfloat16_weights_choose_the_dtype_and_are_generated_from(
     result = longnet("train", *arguments, "--weights", "bfloat16", "--dtype", "float32", "--out", tmp_path / "other")
     assert result.returncode == 2 and "weights='bfloat16' with dtype='float32'" in result.stderr
     assert not (tmp_path / "other").exists()
+
+
+def test_a_run_begins_with_the_weights_of_another(
+    tmp_path: Path, longnet: Longnet, finished_run: Path, train_arguments: list[object]
+) -> None:
+    data = train_arguments[: train_arguments.index("--config")]
+    arguments = [*data, "--init-from", finished_run, "--device", "cpu", "--context", 128, "--steps", 3]
+    first = json.loads((finished_run / "config.json").read_text())
+    result = longnet("train", *arguments, "--out", tmp_path / "same")
+    assert result.returncode == 0, result.stderr
+    assert f"Starting from the weights of {finished_run}" in result.stdout and " was " not in result.stdout
+    assert json.loads((tmp_path / "same" / "config.json").read_text()) == first
+    assert _losses(tmp_path / "same")[0][2] < 0.9 * _losses(finished_run)[0][2]
+    # Options change the model that is there; one config file gives two of its fields.
+    (tmp_path / "changes.json").write_text(json.dumps({"dropout": 0.0, "segment_lengths": [16, 32, 128]}))
+    out = tmp_path / "other"
+    changes = ("--config", tmp_path / "changes.json", "--layer-types", "sliding_attention", "--window", 9)
+    result = longnet("train", *arguments, *changes, "--out", out)
+    assert result.returncode == 0, result.stderr
+    for line in ("segment_lengths was (16, 32, 64), now (16, 32, 128)", "dropout was 0.1, now 0.0"):
+        assert line in result.stdout.splitlines()
+    assert "sliding_window was 512, now 9" in result.stdout
+    config = json.loads((out / "config.json").read_text())
+    assert config.items() >= {**first, "dropout": 0.0, "segment_lengths": [16, 32, 128], "sliding_window": 9}.items()
+    # The command with --resume added is that of the run; with another config or other weights it is not.
+    result = longnet("train", *arguments, *changes, "--out", out, "--resume")
+    assert result.returncode == 0, result.stderr
+    (tmp_path / "changes.json").write_text('{"dropout": 0.2}')
+    result = longnet("train", *arguments, *changes, "--out", out, "--resume")
+    assert result.returncode == 2 and "model dropout was 0.0, now 0.2" in result.stderr
+    result = longnet("train", "--out", out, "--resume", "--init-from", tmp_path / "same")
+    assert result.returncode == 2 and "those of the start" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("place", "more", "message"),
+    [
+        ("gone", (), "gone' is not there: expected a run folder of longnet train, a folder of save_model"),
+        ("run", ("--preset", "nano"), "does not fit the model: layers was 1, now 2; of its parameters 20 differ: "),
+        ("run", ("--window", 9), "--window given for a model whose layers are all 'dilated_attention'"),
+    ],
+)
+def test_weights_that_a_run_cannot_begin_with(
+    tmp_path: Path, call: Longnet, finished_run: Path, place: str, more: tuple[object, ...], message: str
+) -> None:
+    init_from, out = finished_run.parent / place, tmp_path / "out"
+    result = call(
+        "train", "--data", finished_run / "run.json", "--context", 64, "--init-from", init_from, "--out", out, *more
+    )
+    assert result.returncode == 2
+    assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert not out.exists()

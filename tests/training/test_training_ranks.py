@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from longnet.models import LongNetConfig, LongNetLM
+from longnet.training import save_model
 from longnet.training.lock import locked
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -133,6 +135,17 @@ def test_windows_side_by_side(data, tmp_path, alone, forked):
     assert "2 x 1, windows side by side x shards of each" in said
     same_losses(metrics(tmp_path / "run"), alone)
     assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_every_process_begins_with_the_weights_that_are_given(data, tmp_path, forked):
+    save_model(LongNetLM(LongNetConfig.preset("nano")), tmp_path / "first")
+    options = ("--init-from", str(tmp_path / "first"), "--steps", "3")
+    process = start("--nproc-per-node", "2", *command(data, tmp_path / "run", *options, "--cp", "2"), python=forked)
+    said = finish(process)
+    assert process.returncode == 0 and said.count("Starting from the weights of ") == 1, said
+    one = [*forked, *command(data, tmp_path / "one", *options)]
+    subprocess.run(one, env=ENVIRONMENT, check=True, capture_output=True)
+    same_losses(metrics(tmp_path / "run"), metrics(tmp_path / "one"))
 
 
 BFLOAT16 = ("--dtype", "bfloat16", "--weights", "bfloat16")

@@ -72,7 +72,7 @@ def open_initial(path: str) -> tuple[LongNetConfig, Callable[[], dict[str, Tenso
 def read_initial(
     settings: TrainSettings, saved: TrainSettings | None, restored: bool, say: Callable[[str], None]
 ) -> tuple[TrainSettings, dict[str, Tensor]]:
-    """The settings with the digest of the first weights, and these weights; none if they are random or not needed any more.
+    """The settings with the digest of the first weights, and these weights; none if they are random or not read.
 
     Args:
         settings: of the run; nothing is read where ``init_from`` is None.
@@ -100,7 +100,7 @@ def read_initial(
         say(f"Starting from the weights of {path}")
         for change in changes:
             say(change)
-    return settings.replace(init_digest=found), {} if restored else weights
+    return settings.replace(init_digest=found), weights
 
 
 def copy_weights(weights: Mapping[str, Tensor], model: LongNetLM) -> None:

@@ -62,8 +62,6 @@ class TrainSettings:
     out: str
     model: LongNetConfig
     data: str | None = None
-    init_from: str | None = None
-    init_digest: str | None = None
     context: int = setting(8192, "Bytes per window.")
     steps: int | None = setting(None, "Optimizer steps.", shown=f"{DEFAULT_STEPS}, no limit with --minutes")
     minutes: float | None = setting(None, "Stop training after this long (the report comes after).", above=0.0)
@@ -104,6 +102,8 @@ class TrainSettings:
     compile: bool | None = setting(
         None, "Compile the blocks: the first steps take longer.", shown="on a GPU, with one process"
     )
+    init_from: str | None = None
+    init_digest: str | None = None
 
     def __post_init__(self) -> None:
         check_settings(self)
