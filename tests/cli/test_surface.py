@@ -22,7 +22,7 @@ OPTIONS = {
         *("--shift-keys", "--far-positions", "--context", "--steps", "--minutes", "--batch", "--accumulate"),
         *("--optimizer", "--lr", "--matrix-lr", "--warmup", "--schedule", "--weight-decay", "--clip", "--dtype"),
         *("--weights", "--device", "--seed"),
-        *("--eval-every", "--save-every", "--threads", "--cp", "--compile", "--resume"),
+        *("--eval-every", "--save-every", "--threads", "--cp", "--compile", "--track", "--resume"),
     ],
     "generate": [
         "--prompt",

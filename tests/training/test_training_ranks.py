@@ -129,9 +129,12 @@ def test_a_process_is_killed_and_fewer_go_on_as_two_hosts(data, tmp_path, alone,
 
 def test_windows_side_by_side(data, tmp_path, alone, forked):
     """Without --cp every process takes windows of its own from the batch."""
-    process = start("--nproc-per-node", "2", *command(data, tmp_path / "run"), python=forked)
+    tracked = command(data, tmp_path / "run", "--track", "tensorboard")
+    process = start("--nproc-per-node", "2", *tracked, python=forked)
     said = finish(process)
     assert process.returncode == 0, said
+    # The first process alone tracks.
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
     assert "2 x 1, windows side by side x shards of each" in said
     same_losses(metrics(tmp_path / "run"), alone)
     assert (tmp_path / "run" / "report.html").exists()

@@ -42,6 +42,10 @@ Make = Callable[..., TrainSettings]
         ({"weights": "float16"}, "weights='float16' is unknown"),
         ({"weights": "bfloat16"}, "weights='bfloat16' with dtype='float32': expected dtype='bfloat16' too"),
         ({"dtype": "int8"}, "dtype='int8' is unknown"),
+        (
+            {"track": "paper"},
+            r"track='paper' is unknown: expected one of \('none', 'tensorboard', 'wandb', 'trackio'\)",
+        ),
         ({"model": LongNetConfig.preset("nano", vocab_size=300)}, "vocab_size=300"),
         ({"model": LongNetConfig.preset("nano", causal=False)}, "causal=False"),
     ],
@@ -75,10 +79,8 @@ def test_what_changes_the_losses_is_listed_and_what_does_not_is_free(make_settin
         "batch was 2, now 3",
         "seed was 0, now 1",
     ]
-    assert (
-        changed_settings(saved, saved.replace(threads=2, compile=True, save_every=1, eval_every=1, out="elsewhere"))
-        == []
-    )
+    free = {"threads": 2, "compile": True, "save_every": 1, "eval_every": 1, "out": "elsewhere", "track": "wandb"}
+    assert changed_settings(saved, saved.replace(**free)) == []
 
 
 def test_the_optimizer_and_its_rate_change_the_losses(make_settings: Make) -> None:

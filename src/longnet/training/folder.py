@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields
@@ -27,6 +28,7 @@ from longnet.training.checkpoint import (
 )
 from longnet.training.files import read_json, write_json
 from longnet.training.lock import locked
+from longnet.training.settings import TRACKERS
 
 MODEL = StateKind("model", "longnet-model", {}, digest_since=2)
 
@@ -36,7 +38,7 @@ class RunFolder:
 
     ``run.json`` (settings, versions, data) makes a folder a run. ``config.json`` and ``model.safetensors`` are the model,
     ``metrics.jsonl`` the curve, ``checkpoint/state.safetensors`` the state that ``--resume`` reads, and ``evaluation.json``,
-    ``report.html`` and the PNGs the result.
+    ``report.html`` and the PNGs the result. A tracker has a folder of its name.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -48,6 +50,7 @@ class RunFolder:
         self.checkpoint_file = self.path / "checkpoint" / "state.safetensors"
         self.evaluation_file = self.path / "evaluation.json"
         self.report_file = self.path / "report.html"
+        self.tracker_folders = [self.path / name for name in TRACKERS if name != "none"]
 
     def require_new(self) -> None:
         """Raise ValueError if a run, or a file that a run would overwrite, is there already."""
@@ -55,8 +58,8 @@ class RunFolder:
             raise ValueError(
                 f"out={str(self.path)!r} already holds a run: expected another folder, or --resume to continue this one"
             )
-        own = (self.config_file, self.model_file, self.metrics_file, self.evaluation_file, self.report_file)
-        existing = [file.name for file in own if file.exists()]
+        own = [self.config_file, self.model_file, self.metrics_file, self.evaluation_file, self.report_file]
+        existing = [file.name for file in own + self.tracker_folders if file.exists()]
         if existing:
             raise ValueError(
                 f"out={str(self.path)!r} holds {existing}, which a run would overwrite: expected another folder"
@@ -92,6 +95,8 @@ class RunFolder:
         own = (self.settings_file, self.config_file, self.model_file, self.metrics_file, self.checkpoint_file)
         for file in own:
             file.unlink(missing_ok=True)
+        for tracker in self.tracker_folders:
+            shutil.rmtree(tracker, ignore_errors=True)
         with suppress(OSError):
             self.checkpoint_file.parent.rmdir()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from typing import Any
 
@@ -23,6 +23,7 @@ from longnet.training.progress import Reporter, SilentReporter
 from longnet.training.ranks import Ranks
 from longnet.training.resume import check_resume, read_settings
 from longnet.training.settings import TrainSettings
+from longnet.training.track import Callback, check_tracker, tracked
 from longnet.training.trainer import Trainer, TrainSummary
 
 # With fewer numbers in the residual of a pass, a second thread gains a tenth at most on two idle cores. Threads wait for each
@@ -39,6 +40,7 @@ def train(
     should_stop: Callable[[], bool] | None = None,
     ranks: Ranks | None = None,
     waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    callbacks: Sequence[Callback] = (),
 ) -> TrainSummary:
     """Train a byte-level LongNet into a run folder.
 
@@ -53,9 +55,12 @@ def train(
         should_stop: asked between steps; once true, the state is saved and the call returns.
         ranks: the processes that train together, see ``longnet.training.ranks.join_ranks``; all call, the first writes.
         waiting: entered while the data are read. A KeyboardInterrupt inside ends the call; no file has changed yet.
+        callbacks: called in the first process with each line of ``metrics.jsonl``, after it is written: a step
+            (``line["kind"] == "train"``) or an evaluation (``"eval"``). An error of a callback ends the run, which can be
+            resumed from its last checkpoint.
 
     Raises:
-        ValueError: settings, data or a run folder that cannot be used, a checkpoint that is damaged.
+        ValueError: settings, data, a tracker or a run folder that cannot be used, a checkpoint that is damaged.
         TrainingDiverged: a loss or gradient that is not finite.
         OSError: a file that could not be written.
     """
@@ -64,6 +69,7 @@ def train(
     tell = reporter or SilentReporter()
     device = resolve_device(settings.device, settings.dtype)
     compiled = _compiled(settings, device, ranks, tell)
+    check_tracker(settings.track)
     if resume:
         RunFolder(settings.out).require_run()
     with _locked_by_first(settings.out, ranks):
@@ -102,7 +108,14 @@ def train(
             del initial
             trainer = Trainer(settings, folder, data, model, device, tell, ranks)
             try:
-                with closing(trainer), many_recompilations() if compiled else nullcontext():
+                done = 0 if checkpoint is None else checkpoint.progress["step"]
+                with (
+                    closing(trainer),
+                    tracked(settings, folder, done, ranks) as trackers,
+                    many_recompilations() if compiled else nullcontext(),
+                ):
+                    # Trackers come first: they get the line that a callback raises an error for.
+                    trainer.callbacks = [*trackers, *callbacks]
                     if compiled:
                         # Of blocks that are alike one graph is made. Part of one would not be noticed to run uncompiled. Without
                         # the option dropout would draw other numbers than it does uncompiled.

@@ -17,6 +17,7 @@ if TYPE_CHECKING or "torch" in sys.modules:
 DTYPES = ("float32", "bfloat16", "float16")
 WEIGHTS = ("float32", "bfloat16")
 OPTIMIZERS = ("adamw", "muon")
+TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 MATRIX_LR = 3.0
 """``matrix_lr`` where it is not given, in units of ``lr``: as in a trial, 0.01 beside AdamW's 0.003. Updates of both optimizers
 are of about one size at one rate."""
@@ -24,7 +25,7 @@ DEFAULT_STEPS = 1000
 """Steps of ``longnet train`` when neither steps nor minutes are given."""
 
 _FREE_TO_CHANGE = frozenset(
-    {"out", "data", "device", "threads", "cp", "compile", "eval_every", "eval_windows", "save_every"}
+    {"out", "data", "device", "threads", "cp", "compile", "eval_every", "eval_windows", "save_every", "track"}
 )
 """Settings that a resumed run may change. ``data`` is compared by content (its fingerprint), not by path."""
 _LENGTH = frozenset({"steps", "minutes"})
@@ -102,6 +103,7 @@ class TrainSettings:
     compile: bool | None = setting(
         None, "Compile the blocks: the first steps take longer.", shown="on a GPU, with one process"
     )
+    track: str = setting("none", "Show the metrics in tensorboard, wandb or trackio, or none.", choices=TRACKERS)
     init_from: str | None = None
     init_digest: str | None = None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from longnet.training.ranks import Ranks, whole
 from longnet.training.schedule import decay, warm_up
 from longnet.training.settings import TrainSettings
 from longnet.training.state import collect_state, model_weights, restore_state
+from longnet.training.track import Callback
 
 
 class TrainingDiverged(RuntimeError):
@@ -74,6 +75,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.step, self.saved_step, self.evaluated_step = 0, -1, -1
         self.metrics: MetricsLog | None = None
+        self.callbacks: Sequence[Callback] = ()
         self.share = 0.0
         self.earlier_seconds, self.started = 0.0, time.monotonic()
         self.smooth_bits, self.smooth_seconds = math.nan, math.nan
@@ -227,6 +229,8 @@ class Trainer:
     def _write(self, **values: Any) -> None:
         if self.metrics is not None:
             self.metrics.write(**values)
+            for callback in self.callbacks:
+                callback(values)
 
     def evaluate(self) -> None:
         """Held-out bits per byte on a fixed, evenly spaced set of windows."""
