@@ -29,7 +29,7 @@ from longnet import LongNetLM
 from longnet.compress import SCHEMES, head_importance, least_important, prune_heads, quantize
 from longnet.training import Corpus, load_model, read_corpus, save_model
 from longnet.training.checkpoint import collect_weights
-from longnet.training.data import draw_windows
+from longnet.training.data import draw_windows, is_prepared
 from longnet.training.evaluate import score_windows, window_starts
 from longnet.training.files import read_json
 from longnet.training.folder import RunFolder
@@ -171,7 +171,8 @@ def run(folder: Path, out: Path | None, *, data: str | None, steps: int, held_ou
         ValueError: no run, or text that is not what it was trained on (where ``data`` does not name another).
     """
     settings = read_settings(RunFolder(folder))
-    corpus = read_corpus(data or settings.data, print)
+    own = Path(folder) / "data"
+    corpus = read_corpus(data or (own if is_prepared(own) else settings.data), print)
     trained_on = read_json(RunFolder(folder).settings_file)["data"]["fingerprint"]
     if data is None and corpus.fingerprint != trained_on:
         raise ValueError(f"data {corpus.source!r} is not what the run was trained on: expected --data")

@@ -9,7 +9,6 @@ attention in windows of 1,024 bytes, then under ``longnet.hf.apply`` in windows 
 """
 
 # A command prints.
-# ruff: noqa: T201
 from __future__ import annotations
 
 import argparse

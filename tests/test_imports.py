@@ -51,7 +51,7 @@ THIRD_PARTY = {
     "figures": {"matplotlib", "numpy"},
     "hf": {"torch", "transformers", "safetensors"},
     "slides": {"torch", "h5py", "matplotlib", "numpy", "safetensors"},
-    "training": {"torch", "matplotlib", "numpy", "rich", "safetensors"},
+    "training": {"torch", "datasets", "matplotlib", "numpy", "rich", "safetensors", "tokenizers"},
     "cli": {"torch", "rich", "typer"},
 }
 

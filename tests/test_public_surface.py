@@ -104,7 +104,7 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     (LongNetLM.with_layer_types, "(self, layer_types, **changes)"),
     (
         LongNetLM.loss,
-        "(self, tokens, targets, *, key_padding_mask=None, reduction='mean', ignore_index=-100)",
+        "(self, tokens, targets, *, key_padding_mask=None, reduction='mean', ignore_index=-100, cu_seqlens=None)",
     ),
     (
         LongNetLM.generate,

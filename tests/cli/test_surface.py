@@ -19,11 +19,13 @@ OPTIONS = {
     "train": [
         *("--out", "--data", "--init-from", "--preset", "--config", "--layer-types", "--window", "--stride"),
         *("--stride-block",),
-        *("--shift-keys", "--far-positions", "--context", "--steps", "--minutes", "--batch", "--accumulate"),
+        *("--shift-keys", "--far-positions", "--tokenizer", "--field", "--pack", "--context", "--steps", "--minutes"),
+        *("--batch", "--accumulate"),
         *("--optimizer", "--lr", "--matrix-lr", "--warmup", "--schedule", "--weight-decay", "--clip", "--dtype"),
         *("--weights", "--device", "--seed"),
         *("--eval-every", "--save-every", "--threads", "--cp", "--compile", "--track", "--resume"),
     ],
+    "prepare": ["--data", "--out", "--tokenizer", "--field"],
     "generate": [
         "--prompt",
         "--file",
@@ -71,6 +73,11 @@ def test_the_options_of(name: str, call: Longnet) -> None:
     assert found == [*OPTIONS[name], "--help"]
 
 
+def test_the_options_of_tokenizer_train(call: Longnet) -> None:
+    found = re.findall(r"^  (--[a-z-]+)", call("tokenizer", "train", "--help").stdout, flags=re.MULTILINE)
+    assert found == ["--data", "--vocab", "--out", "--field", "--megabytes", "--help"]
+
+
 def test_help_without_a_command_names_them(call: Longnet) -> None:
     result = call()
     for name in OPTIONS:
@@ -80,7 +87,8 @@ def test_help_without_a_command_names_them(call: Longnet) -> None:
 def test_help_fits_a_terminal_of_80_columns(call: Longnet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.get_terminal_size", lambda *_: os.terminal_size((80, 24)))
     commands = call("--help").stdout.partition("Commands:\n")[2].splitlines()
-    assert len(commands) == len(OPTIONS)
+    # One of them is a group.
+    assert len(commands) == len(OPTIONS) + 1
     assert all(len(line) <= 80 and line.endswith(".") and not line.endswith("..") for line in commands)
 
 

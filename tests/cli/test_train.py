@@ -98,6 +98,10 @@ def test_it_says_what_it_is_doing_and_writes_the_run_folder(finished_run: Path) 
     names = {path.relative_to(finished_run).as_posix() for path in finished_run.rglob("*") if path.is_file()}
     assert names == {
         *("run.json", "config.json", "model.safetensors", "metrics.jsonl", "checkpoint/state.safetensors"),
+        *(
+            "data/prepared.json",
+            *(f"data/{part}.{what}" for part in ("train", "held_out") for what in ("tokens", "documents")),
+        ),
         *("evaluation.json", "report.html", "loss.png", "positions.png", "pattern.png"),
     }
     assert json.loads((finished_run / "config.json").read_text())["layers"] == 1
@@ -172,16 +176,18 @@ def test_reading_data_says_how_far_it_is_and_stops_at_once(
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == f"Reading the file {tmp_path / 'sparse'}\n"
-        assert re.fullmatch(r"Read [\d,]+ of 1,099,511,627,776 bytes\n", process.stdout.readline())
+        assert re.fullmatch(r"Prepared [\d,]+ of 1,099,511,627,776 bytes\n", process.stdout.readline())
         process.send_signal(number)
         assert process.wait(timeout=10) == 130
     finally:
         process.kill()
         process.communicate()
-    assert not out.exists()
+    # The same command goes on with it.
+    assert [path.name for path in out.iterdir()] == ["data"] and (out / "data" / "unfinished.json").exists()
+    shutil.rmtree(out)
 
 
-def test_a_folder_that_changes_while_training_loses_no_report(
+def test_a_folder_that_changes_while_training_changes_nothing(
     tmp_path: Path, call: Longnet, train_arguments: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "text").mkdir()
@@ -198,9 +204,9 @@ def test_a_folder_that_changes_while_training_loses_no_report(
     result = call("train", *arguments)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "run" / "report.html").exists()
-    result = call("train", "--out", tmp_path / "run", "--resume")
-    assert result.returncode == 2
-    assert "its fingerprint differs: " in result.stderr and "): restore it. Expected the same" in result.stderr
+    assert call("train", "--out", tmp_path / "run", "--resume").returncode == 0
+    result = call("train", "--out", tmp_path / "run", "--resume", "--data", tmp_path)
+    assert result.returncode == 2 and "data was " in result.stderr
 
 
 def _toml(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Reading, splitting and drawing bytes."""
+"""Reading, splitting and drawing bytes; test_training_tokens.py has the rest."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ import pytest
 import torch
 
 from longnet.reading.source import FileBytes
-from longnet.training import data
 from longnet.training.data import (
-    BytesOnDisk,
+    TokensOnDisk,
     check_lengths,
     cut_windows,
     draw_windows,
-    is_held_out,
     list_files,
     read_corpus,
-    standard_library,
+    sources,
 )
+from longnet.training.data import (
+    corpus as prepared,
+)
+from longnet.training.data.listing import is_held_out, standard_library
 
 
 def test_a_folder_is_its_files_in_sorted_order_split_by_file(text_folder: Path) -> None:
@@ -33,20 +35,20 @@ def test_a_folder_is_its_files_in_sorted_order_split_by_file(text_folder: Path) 
     held = [name for name in names if is_held_out(name)]
     kept = [name for name in names if not is_held_out(name)]
     assert 0 < len(held) < 12
-    assert corpus.train.tobytes() == b"".join((text_folder / name).read_bytes() for name in kept)
-    assert corpus.held_out.tobytes() == b"".join((text_folder / name).read_bytes() for name in held)
-    assert (corpus.train_files, corpus.held_out_files) == (len(kept), len(held))
+    assert corpus.train[:].tobytes() == b"".join((text_folder / name).read_bytes() for name in kept)
+    assert corpus.held_out[:].tobytes() == b"".join((text_folder / name).read_bytes() for name in held)
+    assert (corpus.train_documents, corpus.held_out_documents) == (len(kept), len(held))
 
 
 def test_the_side_of_a_file_does_not_depend_on_the_others(text_folder: Path) -> None:
     before = read_corpus(text_folder)
     (text_folder / "zz.txt").write_text("one more")
     after = read_corpus(text_folder)
-    assert before.held_out.tobytes() in after.held_out.tobytes()
+    assert before.held_out[:].tobytes() in after.held_out[:].tobytes()
     assert before.fingerprint != after.fingerprint
 
 
-def test_the_fingerprint_sees_one_changed_byte_and_a_rename_but_not_the_place(
+def test_the_fingerprint_sees_one_changed_byte_and_where_documents_begin_but_no_names(
     text_folder: Path, tmp_path: Path
 ) -> None:
     before = read_corpus(text_folder).fingerprint
@@ -56,16 +58,19 @@ def test_the_fingerprint_sees_one_changed_byte_and_a_rename_but_not_the_place(
     content = file.read_bytes()
     file.write_bytes(b"L" + content[1:])
     changed = read_corpus(moved).fingerprint
-    file.write_bytes(content)
-    file.rename(moved / "a" / "01x.txt")
-    assert len({before, changed, read_corpus(moved).fingerprint}) == 3
+    file.write_bytes(content[:-9])
+    following = moved / "a" / "03.txt"
+    assert not is_held_out("a/01.txt") and not is_held_out("a/03.txt")
+    following.write_bytes(content[-9:] + following.read_bytes())
+    joined = read_corpus(moved)
+    assert joined.train[:].tobytes().count(content) == 1 and len({before, changed, joined.fingerprint}) == 3
 
 
 def test_one_file_is_split_at_its_last_tenth(tmp_path: Path) -> None:
     file = tmp_path / "one.bin"
     file.write_bytes(bytes(range(250)) * 4)
     corpus = read_corpus(file)
-    assert corpus.train.tobytes() + corpus.held_out.tobytes() == file.read_bytes()
+    assert corpus.train[:].tobytes() + corpus.held_out[:].tobytes() == file.read_bytes()
     assert corpus.held_out.size == 100
 
 
@@ -73,7 +78,7 @@ def test_two_files_are_always_split(tmp_path: Path) -> None:
     for name in ("x", "y"):
         (tmp_path / name).write_text(f"text of {name}")
     corpus = read_corpus(tmp_path)
-    assert (corpus.train_files, corpus.held_out_files) == (1, 1)
+    assert (corpus.train_documents, corpus.held_out_documents) == (1, 1)
 
 
 @pytest.mark.parametrize("files", [0, 1])
@@ -99,7 +104,7 @@ def test_the_default_is_the_standard_library_without_tests() -> None:
     assert corpus.source == str(standard_library())
     assert 4_000_000 < corpus.train.size < 40_000_000
     assert 0.03 < corpus.held_out.size / corpus.train.size < 0.15
-    whole = corpus.train.tobytes() + corpus.held_out.tobytes()
+    whole = corpus.train[:].tobytes() + corpus.held_out[:].tobytes()
     assert (standard_library() / "json" / "decoder.py").read_bytes() in whole
     assert b"class BaseTaskTests" not in whole  # test/test_asyncio/test_tasks.py
     assert str(standard_library()) in lines[0]
@@ -141,7 +146,7 @@ def test_links_are_followed_and_what_is_not_read_is_named(tmp_path: Path) -> Non
     assert said == expected
     said.clear()
     corpus = read_corpus(tmp_path / "data", said.append)
-    assert corpus.train_files + corpus.held_out_files == 3
+    assert corpus.train_documents + corpus.held_out_documents == 3
     assert said == [f"Reading the folder {tmp_path / 'data'}", *expected]
 
 
@@ -190,76 +195,66 @@ def test_a_pipe_is_no_data(tmp_path: Path) -> None:
         read_corpus(tmp_path / "pipe")
 
 
-def test_a_file_that_becomes_shorter_is_an_error_and_no_signal(tmp_path: Path) -> None:
+def test_prepared_tokens_that_become_fewer_are_an_error_and_no_signal(tmp_path: Path) -> None:
     file = tmp_path / "one.bin"
     file.write_bytes(bytes(range(256)) * 80)
-    corpus = read_corpus(file)
+    corpus = read_corpus(file, folder=tmp_path / "data")
     before = draw_windows(corpus.train, 100, 8, seed=0, step=1)
-    os.truncate(file, 30)
-    with pytest.raises(
-        ValueError, match=r"one\.bin has become shorter while it was read: .* continues .* with --resume"
-    ):
-        draw_windows(corpus.train, 100, 8, seed=0, step=1)
-    file.write_bytes(bytes(range(256)) * 80)
+    file.unlink()
     assert torch.equal(draw_windows(corpus.train, 100, 8, seed=0, step=1)[0], before[0])
+    os.truncate(tmp_path / "data" / "train.tokens", 30)
+    with pytest.raises(ValueError, match=r"train\.tokens has become shorter while it was read: .* with --resume"):
+        draw_windows(corpus.train, 100, 8, seed=0, step=1)
 
 
-def test_a_part_of_a_file_is_sliced_as_an_array(tmp_path: Path) -> None:
-    file = tmp_path / "one.bin"
-    file.write_bytes(bytes(range(200)))
-    part, array = BytesOnDisk(file, 20, 150), np.arange(20, 150, dtype=np.uint8)
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32"])
+def test_a_file_is_sliced_as_an_array(tmp_path: Path, dtype: str) -> None:
+    array = np.arange(200, dtype=dtype) * (1 if dtype == "uint8" else 300)
+    array.tofile(tmp_path / "one")
+    part = TokensOnDisk(tmp_path / "one", dtype)
     for place in (slice(3, 9), slice(None), slice(-5, None), slice(100, 999), slice(9, 3)):
         assert np.array_equal(part[place], array[place])
-    assert part.size == 130 and part.tobytes() == array.tobytes()
-    assert np.array_equal(np.asarray(part), array) and np.asarray(part).dtype == np.uint8
+    assert part.size == 200 and np.array_equal(np.asarray(part), array) and np.asarray(part).dtype == dtype
     with pytest.raises(ValueError, match="step=2"):
         part[::2]
 
 
-@pytest.mark.parametrize("memory", [1000, None])
-def test_a_folder_larger_than_the_memory_is_refused(
-    text_folder: Path, monkeypatch: pytest.MonkeyPatch, memory: int | None
-) -> None:
-    def read(file: object, buffer: memoryview) -> int:
-        assert memory is None, "read although its size says enough"
-        raise MemoryError
-
-    monkeypatch.setattr(data, "_memory", lambda: memory)
-    monkeypatch.setattr(data, "read_into", read)
-    with pytest.raises(ValueError, match=r"holds [\d,]+ bytes, more than fits into memory: expected less, or one file"):
-        read_corpus(text_folder)
-
-
 @pytest.mark.parametrize("single", [True, False])
 def test_reading_for_long_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, single: bool) -> None:
-    """With a clock by which a chunk takes one second."""
+    """With a clock by which a batch takes a second."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.txt").write_bytes(bytes(1500))
     if not single:
         (tmp_path / "data" / "b.txt").write_bytes(bytes(100))
     clock = itertools.count()
-    monkeypatch.setattr(data, "_CHUNK", 100)
-    monkeypatch.setattr(data.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(prepared, "_CHUNK", 100)
+    monkeypatch.setattr(sources, "_PIECE", 100)
+    monkeypatch.setattr(prepared.time, "monotonic", lambda: float(next(clock)))
     said: list[str] = []
-    read_corpus(tmp_path / "data" / "a.txt" if single else tmp_path / "data", said.append)
-    total, last = ("1,500", "1,350") if single else ("1,600", "1,400")
-    # The clock is also read when a line is due.
-    assert said[1:] == [f"Read {count} of {total} bytes" for count in ("200", "600", last)]
+    corpus = read_corpus(tmp_path / "data" / "a.txt" if single else tmp_path / "data", said.append)
+    assert corpus.train.size + corpus.held_out.size == (1500 if single else 1600)
+    total = "1,500" if single else "1,600"
+    lines = [line for line in said if line.startswith("Prepared")]
+    assert lines[:2] == [f"Prepared {count} of {total} bytes" for count in ("200", "600")] and len(lines) < 6
 
 
-def test_a_file_of_a_folder_that_becomes_shorter_is_an_error(
+def test_a_file_that_becomes_shorter_while_it_is_read_is_an_error(
     text_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "read_into", lambda file, buffer: len(buffer) - 1)
-    with pytest.raises(ValueError, match=r"\.txt has become shorter while it was read"):
-        read_corpus(text_folder)
+    source = sources.find_source(text_folder, "text", lambda line: None)
+    monkeypatch.setattr(sources, "_PIECE", 50)
+    pieces = source.pieces()
+    next(pieces)
+    os.truncate(text_folder / "b" / "38.txt", 0)
+    with pytest.raises(ValueError, match=r"38\.txt has become shorter while it was read"):
+        list(pieces)
 
 
 def test_a_held_out_part_of_one_byte_predicts_nothing(text_folder: Path) -> None:
     corpus = read_corpus(text_folder)
     check_lengths(corpus, 64)
-    with pytest.raises(ValueError, match=r"has 1 held-out byte\(s\) in 3 file\(s\): expected at least 2"):
-        check_lengths(dataclasses.replace(corpus, held_out=corpus.held_out[:1], held_out_files=3), 64)
+    with pytest.raises(ValueError, match=r"has 1 held-out token\(s\) in 3 document\(s\): expected at least 2"):
+        check_lengths(dataclasses.replace(corpus, held_out=corpus.held_out[:1], held_out_documents=3), 64)
 
 
 def test_windows_depend_on_seed_and_step_alone_and_targets_follow_tokens() -> None:
@@ -286,7 +281,7 @@ def test_windows_reach_both_ends_of_the_stream() -> None:
 
 
 def test_a_stream_shorter_than_a_window_is_refused() -> None:
-    with pytest.raises(ValueError, match="context=8 needs 9 bytes in a row: the training data holds 8"):
+    with pytest.raises(ValueError, match="context=8 needs 9 tokens in a row: the training data holds 8"):
         draw_windows(np.zeros(8, dtype=np.uint8), 8, 1, seed=0, step=1)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import lzma
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,43 +103,17 @@ def test_the_evaluation_is_there_for_programs_too(run: tuple[Path, Evaluation]) 
 
 
 def test_other_data_than_the_runs_are_refused(run: tuple[Path, Evaluation], tmp_path: Path) -> None:
-    (tmp_path / "other.txt").write_text("other bytes " * 100)
-    with pytest.raises(ValueError, match="is not what the run in .* was trained on"):
-        write_report(run[0] / "run", corpus=read_corpus(tmp_path / "other.txt"))
-
-
-def test_a_folder_that_changes_while_training_is_reported_from_memory(make_settings: Make, text_folder: Path) -> None:
-    settings = make_settings(steps=1, eval_every=0)
-    summary = train(settings)
-    sizes = f"{summary.data.train.size:,} training and {summary.data.held_out.size:,} held-out bytes"
-    expected = write_report(settings.out)
-    file = text_folder / "a" / "01.txt"
-    content = file.read_text()
-    file.write_text(content.upper())
-    assert write_report(settings.out, corpus=summary.data) == expected
-    with pytest.raises(
-        ValueError, match=f"was trained on: {sizes}, as then, but other names or contents. The model stays "
+    grown, out = tmp_path / "text.txt", run[0] / "run"
+    content = (run[0] / "text.txt").read_bytes()
+    for text, message in (
+        (content + bytes(100), r"then, [\d,]+ training and .* now"),
+        (content[::-1], "but other contents"),
     ):
-        write_report(settings.out)
-    file.write_text(content + "more")
-    with pytest.raises(
-        ValueError, match=rf"was trained on: {sizes} then, [\d,]+ training and [\d,]+ held-out bytes now"
-    ):
-        write_report(settings.out)
-    file.write_text(content)
-    assert write_report(settings.out) == expected
-
-
-def test_changed_data_name_the_way_out(run: tuple[Path, Evaluation], tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    shutil.copytree(run[0] / "run", out)
-    grown = tmp_path / "text.txt"
-    grown.write_bytes((run[0] / "text.txt").read_bytes() + bytes(100))
-    with pytest.raises(ValueError, match="is not what the run in") as raised:
-        write_report(out, corpus=read_corpus(grown))
-    message = str(raised.value)
-    assert f"The model stays in {out / 'model.safetensors'}. For its report restore the data and repeat: " in message
-    assert f"longnet train --out {out} --resume. If it changed while the model trained" in message
+        grown.write_bytes(text)
+        with pytest.raises(
+            ValueError, match=f"is not what the run in .* was trained on: .*{message}. The model stays in"
+        ):
+            write_report(out, corpus=read_corpus(grown))
 
 
 def test_a_run_without_a_step_has_no_report(make_settings: Make) -> None:
@@ -165,7 +138,7 @@ def _evaluation(*lows: float | None) -> Evaluation:
     [
         ((), "A context of 256 bytes is too short to tell"),
         ((None,), "Undecided, with one held-out window alone"),
-        ((0.2, 0.1, 0.01), "Yes, the model uses its long context: the same bytes cost 2.520 bits each with 33 to 64 bytes"),
+        ((0.2, 0.1, 0.01), "Yes, the model uses its long context: the same bytes cost 2.520 bits a byte with 33 to 64 bytes"),
         ((0.2, 0.1, -0.01), "In part, the model uses up to about 64 bytes of its context: the same bytes cost 2.610"),
         ((-0.1, -0.1), "No, nothing is gained from more than 16 bytes of context"),
         ((0.0004, 0.0004), "No, nothing is gained from more than 16 bytes of context"),

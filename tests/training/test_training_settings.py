@@ -46,7 +46,6 @@ Make = Callable[..., TrainSettings]
             {"track": "paper"},
             r"track='paper' is unknown: expected one of \('none', 'tensorboard', 'wandb', 'trackio'\)",
         ),
-        ({"model": LongNetConfig.preset("nano", vocab_size=300)}, "vocab_size=300"),
         ({"model": LongNetConfig.preset("nano", causal=False)}, "causal=False"),
     ],
 )

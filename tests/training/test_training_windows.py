@@ -17,8 +17,7 @@ import pytest
 from runs import make_run
 
 from longnet.reading import StreamSettings, stream
-from longnet.training import TrainSettings, files, load_model, lock, read_corpus, train, write_report
-from longnet.training.data import _memory
+from longnet.training import TrainSettings, files, load_model, lock, train, write_report
 from longnet.training.files import write_bytes
 
 # What its os and signal lack.
@@ -97,12 +96,6 @@ def test_a_finished_model_is_read_without_staying_open(tmp_path: Path) -> None:
     model = load_model(run)
     assert not _is_open(run / "model.safetensors")
     assert model.config.layers == 2
-
-
-def test_a_memory_of_unknown_size_refuses_no_data(text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(os, "sysconf")
-    assert _memory() is None
-    assert read_corpus(text_folder).train_files > 0
 
 
 def _refuse(times: int, monkeypatch: pytest.MonkeyPatch) -> list[float]:

@@ -6,7 +6,11 @@ import os
 import sys
 
 # The extra that installs each package. Any other missing module is a defect and keeps its traceback.
-_EXTRAS = dict.fromkeys(("matplotlib", "numpy", "rich", "safetensors", "typer"), "train") | {"h5py": "slides"}
+_EXTRAS = dict.fromkeys(("matplotlib", "numpy", "rich", "safetensors", "typer"), "train") | {
+    "h5py": "slides",
+    "datasets": "data",
+    "tokenizers": "data",
+}
 
 # OpenMP reads these when torch is imported. Threads that wait for the next operation then sleep instead of spinning: beside
 # another load, spinning threads take the processor from threads that compute.

@@ -14,15 +14,15 @@ def generate(
     run: Annotated[Path, typer.Argument(help="Run folder of longnet train.", metavar="RUN")],
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
     file: Annotated[Path | None, typer.Option(help="File whose bytes to continue, - for standard input.")] = None,
-    tokens: Annotated[int, typer.Option(help="Bytes to generate.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest byte.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Sample among this many likeliest bytes.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest bytes of this probability.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens (bytes, for a model of bytes) to generate.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Sample among this many likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest tokens of this probability.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End after this text; may be given several times.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
 ) -> None:
-    """Continue a prompt with a trained model; each byte goes to standard output as it is drawn.
+    """Continue a prompt with a trained model; its text goes to standard output as it is drawn.
     Progress goes to standard error, unless standard output is a terminal.
 
     Bytes that are not valid UTF-8 are shown as the replacement character.
@@ -32,7 +32,7 @@ def generate(
     from longnet.models.generation import Sampling
     from longnet.models.placement import device_of
     from longnet.training.device import resolve_device
-    from longnet.training.folder import load_model
+    from longnet.training.folder import RunFolder, load_model
     from longnet.training.progress import SilentReporter, make_reporter
 
     content = _read_prompt(prompt, file)
@@ -42,17 +42,28 @@ def generate(
     endings = [text.encode("utf-8", "surrogateescape") for text in stop or []]
     if not all(endings):
         raise ValueError("stop is empty: expected at least one character")
-    model = load_model(run, resolve_device(device, "float32"))
-    start = torch.tensor([list(content)], dtype=torch.int64, device=device_of(model.embedding))
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    model, tokenizer = load_model(run, resolve_device(device, "float32")), RunFolder(run).tokenizer
+    (ids,) = tokenizer.encode([content])
+    start = torch.from_numpy(ids.astype("int64"))[None].to(device_of(model.embedding))
+    decoder, read, text = codecs.getincrementaldecoder("utf-8")("replace"), tokenizer.reader(), b""
 
     def show(new: bytes, final: bool = False) -> None:
         sys.stdout.write(decoder.decode(new, final))
         sys.stdout.flush()
 
+    def extend(new: torch.Tensor) -> None:
+        nonlocal text
+        seen = len(text)
+        text += b"".join(read(token) for token in new.tolist())
+        # An ending may begin in what was shown before.
+        ends = [at + len(one) for one in endings if (at := text.find(one, max(0, seen - len(one) + 1))) >= 0]
+        show(text[seen : min(ends, default=None)])
+        if ends:
+            raise _Ended
+
     # On a terminal the text itself shows how far it is.
     reporter = SilentReporter() if sys.stdout.isatty() else make_reporter(sys.stderr)
-    reporter.begin(f"Generating {tokens:,} bytes after {len(content):,}")
+    reporter.begin(f"Generating {tokens:,} {'bytes' if tokenizer.is_bytes else 'tokens'} after {len(ids):,}")
     show(content)
     try:
         model.generate(
@@ -62,14 +73,19 @@ def generate(
             top_k=top_k,
             top_p=top_p,
             seed=seed,
-            stop=endings or None,
             on_token=lambda step: reporter.advance(step / tokens),
-            streamer=lambda new: show(bytes(new.tolist())),
+            streamer=extend,
         )
+    except _Ended:
+        pass
     finally:
         reporter.end()
         show(b"", final=True)
         print()
+
+
+class _Ended(Exception):
+    """The text has come to one of its endings."""
 
 
 def _read_prompt(prompt: str | None, file: Path | None) -> bytes:

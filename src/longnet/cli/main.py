@@ -10,6 +10,7 @@ import typer
 from longnet import __version__
 from longnet.cli.generate import generate
 from longnet.cli.inspect import inspect
+from longnet.cli.prepare import prepare, tokenizers
 from longnet.cli.slide_encode import slide_encode
 from longnet.cli.stream import stream
 from longnet.cli.train import train
@@ -23,6 +24,8 @@ app = typer.Typer(
 )
 # Short enough for one line of a terminal of 80 columns.
 app.command(short_help="Train a model on any files; write a run folder with a report.")(train)
+app.command(short_help="Turn text into tokens, once for many runs.")(prepare)
+app.add_typer(tokenizers, name="tokenizer", short_help="Train a tokenizer.")
 app.command(short_help="Continue a prompt with a trained model.")(generate)
 app.command(short_help="Read any amount of bytes; report bits per byte.")(stream)
 app.command(short_help="Show what a pattern costs, covers and sees; draw it.")(inspect)

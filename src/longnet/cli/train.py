@@ -23,7 +23,10 @@ def train(
     out: Annotated[Path, typer.Option(help="Run folder to make (or, with --resume, to continue).")],
     data: Annotated[
         Path | None,
-        typer.Option(help="File or folder of text or any bytes.", show_default="Python's standard library source"),
+        typer.Option(
+            help="File or folder of text or any bytes, or a folder of longnet prepare.",
+            show_default="Python's standard library source",
+        ),
     ] = None,
     init_from: Annotated[
         Path | None,
@@ -65,7 +68,7 @@ def train(
         bool, typer.Option("--resume", help="Continue the run in --out; settings that you leave out stay the same.")
     ] = False,
 ) -> None:
-    """Train a byte-level LongNet and write a run folder: model, metrics, checkpoint, report.html.
+    """Train a LongNet on bytes, or tokens, and write a run folder: model, metrics, checkpoint, report.html.
 
     Needs no download: without --data it learns the source code of Python's standard library. After a kill at any
     moment, the same command with --resume continues from the last checkpoint, with the losses of a run that never stopped.
@@ -98,6 +101,7 @@ def _make_settings(
     ``changes`` are to the model. They and ``config`` change the model of ``init_from``, of a resumed run the run's own.
     """
     from longnet.models import LongNetConfig
+    from longnet.training.data import is_prepared
     from longnet.training.device import choose_dtype
     from longnet.training.folder import RunFolder
     from longnet.training.initial import open_initial
@@ -109,6 +113,8 @@ def _make_settings(
         start = saved.model if saved.init_from is not None else None
     elif "init_from" in options:
         start, _ = open_initial(options["init_from"])
+        if (Path(options["init_from"]) / "tokenizer.json").is_file() and not is_prepared(options.get("data", "")):
+            options.setdefault("tokenizer", options["init_from"])
     model = _read_model(preset, config, start)
     if options.get("dtype", None if resume else "auto") == "auto":
         in_bfloat16 = options.get("weights") == "bfloat16"
@@ -119,7 +125,22 @@ def _make_settings(
         return saved.replace(**options)
     if "steps" not in options and "minutes" not in options:
         options["steps"] = DEFAULT_STEPS
-    return TrainSettings(model=_with_layers(model or start or LongNetConfig.preset(DEFAULT_PRESET), changes), **options)
+    made = _with_layers(model or start or LongNetConfig.preset(DEFAULT_PRESET), changes)
+    return TrainSettings(model=made.replace(vocab_size=_vocab_size(options, made)), **options)
+
+
+def _vocab_size(options: Options, model: LongNetConfig) -> int:
+    """Of the tokenizer, where one is named or the data are prepared; else the model's."""
+    from longnet.training.data import is_prepared, open_corpus, read_tokenizer
+
+    data = options.get("data")
+    if data is not None and is_prepared(data):
+        if "tokenizer" in options:
+            raise ValueError(
+                f"--tokenizer with --data {data}, which is prepared: expected one of them, the data have theirs"
+            )
+        return open_corpus(data).tokenizer.vocab_size
+    return read_tokenizer(options["tokenizer"]).vocab_size if "tokenizer" in options else model.vocab_size
 
 
 def _with_layers(model: LongNetConfig, changes: Options) -> LongNetConfig:
@@ -178,10 +199,11 @@ def _run(settings: TrainSettings, resume: bool) -> None:
     if not summary.finished:
         reporter.say(f"Stopped and saved after step {summary.step:,}. To continue: {where}")
         raise typer.Exit(INTERRUPTED)
-    reporter.say(f"Trained {summary.step:,} steps on {summary.tokens:,} bytes in {format_seconds(summary.seconds)}")
-    # A file on disk may have changed while the model trained: the report reads and checks it again.
-    corpus = summary.data if summary.data.in_memory else None
-    evaluation = write_report(settings.out, corpus=corpus, reporter=reporter)
+    data = summary.data
+    reporter.say(
+        f"Trained {summary.step:,} steps on {summary.tokens:,} {data.unit} in {format_seconds(summary.seconds)}"
+    )
+    evaluation = write_report(settings.out, corpus=data, reporter=reporter)
     base = evaluation.baselines
     reporter.say(
         f"Held out: {evaluation.bits_per_byte.mean:.4f} bits per byte; "

@@ -172,14 +172,16 @@ class LongNetForCausalLM(_WithVocabulary, GenerationMixin):
     def from_run(cls, folder: str | Path, **more: Any) -> LongNetForCausalLM:
         """The trained model of a ``longnet train`` folder, in evaluation mode; ``more`` and errors as in :meth:`from_longnet`.
 
-        Needs what training needs, the extra ``train``.
+        Needs what training needs, the extra ``train``. ``AutoTokenizer.from_pretrained(folder)`` reads the run's tokenizer, if
+        it has one; ``eos_token_id`` is the token that ends a document, unless ``more`` says otherwise.
 
         Raises:
             ValueError: no run there, no model in it yet, or a damaged one.
         """
-        from longnet.training.folder import load_model
+        from longnet.training.folder import RunFolder, load_model
 
-        return cls.from_longnet(load_model(folder), **more)
+        end = RunFolder(folder).tokenizer.end
+        return cls.from_longnet(load_model(folder), **({} if end is None else {"eos_token_id": end}) | more)
 
     def to_run(self, folder: str | Path) -> None:
         """Write a folder that ``longnet generate``, ``longnet stream`` and :meth:`from_run` read; errors if one is there."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +85,7 @@ class LongNetLM(LanguageModel):
         key_padding_mask: Tensor | None,
         cache: LongNetCache | None = None,
         finish: Callable[[Tensor], Tensor] = lambda hidden: hidden,
+        cu_seqlens: Sequence[int] | None = None,
     ) -> Tensor:
         """``finish`` of the hidden states; what it raises counts as a failed read of the cache."""
         self.check_tokens(tokens)
@@ -92,7 +93,7 @@ class LongNetLM(LanguageModel):
         if cache is None:
             rows = rows_from_start(self, self.config.causal, key_padding_mask)
             if rows is None:
-                return finish(self.run_blocks(self.embed(tokens), key_padding_mask))
+                return finish(self.run_blocks(self.embed(tokens), key_padding_mask, cu_seqlens=cu_seqlens))
             assert key_padding_mask is not None
             hidden = self.run_blocks(self.embed(rows.moved(tokens)), rows.moved(key_padding_mask))
             return finish(rows.moved_back(hidden))
@@ -149,6 +150,7 @@ class LongNetLM(LanguageModel):
         key_padding_mask: Tensor | None = None,
         reduction: str = "mean",
         ignore_index: int = -100,
+        cu_seqlens: Sequence[int] | None = None,
     ) -> Tensor:
         """Cross-entropy in nats (natural log), never holding the logits of more than ``config.loss_chunk`` positions.
 
@@ -161,6 +163,8 @@ class LongNetLM(LanguageModel):
             reduction: ``"mean"`` over the counted positions (of all ranks of ``loss_group``), ``"sum"`` of them, or ``"none"``
                 for (B, N) with 0 where not counted.
             ignore_index: the target of positions that do not count.
+            cu_seqlens: where documents packed into one row, B = 1, begin, and where the last ends; see
+                :func:`longnet.dilated_attention`. No token sees another document.
 
         Returns:
             float32 scalar or (B, N). The mean over no counted position at all is 0 with zero gradients, not NaN.
@@ -171,7 +175,7 @@ class LongNetLM(LanguageModel):
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction={reduction!r} is unknown: expected 'mean', 'sum' or 'none'")
         self._check_targets(targets, tokens, ignore_index)
-        hidden = self._hidden(tokens, key_padding_mask)
+        hidden = self._hidden(tokens, key_padding_mask, cu_seqlens=cu_seqlens)
         if key_padding_mask is not None:
             targets = targets.masked_fill(key_padding_mask, ignore_index)
         losses = chunked_cross_entropy(

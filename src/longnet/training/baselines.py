@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from longnet.training.data import BytesOnDisk
+from longnet.training.data import Stream, Tokenizer
 
 _CHUNK = 1 << 24
 
@@ -18,7 +18,7 @@ class Baselines:
     """Bits per byte of the same bytes.
 
     Attributes:
-        unigram: cross-entropy under the byte frequencies of the training data (every count plus one, so that none is 0).
+        unigram: cross-entropy under the frequencies of the training data's tokens (every count plus one, so that none is 0).
         unigram_own: entropy of the held-out bytes' own frequencies, the lower bound of any order-0 code.
         lzma: ``lzma`` preset 9 | EXTREME, container included. It reads all bytes as one stream, not in windows.
     """
@@ -29,33 +29,34 @@ class Baselines:
 
 
 def measure_baselines(
-    train: np.ndarray | BytesOnDisk, held_out: np.ndarray, say: Callable[[str], None] | None = None
+    train: Stream, held_out: np.ndarray, tokenizer: Tokenizer, say: Callable[[str], None] | None = None
 ) -> Baselines:
-    """Measure all three on ``held_out`` (bytes,) uint8; ``train`` (bytes,) uint8 gives the frequencies.
+    """Measure all three on the text of ``held_out`` (tokens,); ``train`` (tokens,) gives the frequencies.
 
     Raises:
-        ValueError: no held-out bytes.
+        ValueError: no held-out tokens.
     """
     if held_out.size == 0:
-        raise ValueError("held_out is empty: expected at least one byte")
-    tell = say or (lambda text: None)
-    tell(f"Counting bytes for the unigram baseline ({train.size:,} training bytes)")
-    counts, own = count_bytes(train) + 1, count_bytes(held_out)
-    tell(f"Compressing {held_out.size:,} held-out bytes with lzma, preset 9 | EXTREME")
-    packed = len(lzma.compress(held_out.tobytes(), preset=9 | lzma.PRESET_EXTREME))
-    return Baselines(cross_entropy(own, counts), cross_entropy(own, own), 8.0 * packed / held_out.size)
+        raise ValueError("held_out is empty: expected at least one token")
+    tell, text = say or (lambda line: None), tokenizer.decode(held_out)
+    tell(f"Counting tokens for the unigram baseline ({train.size:,} training tokens)")
+    counts, own = (count_tokens(one, tokenizer.vocab_size) for one in (train, held_out))
+    tell(f"Compressing {len(text):,} held-out bytes with lzma, preset 9 | EXTREME")
+    packed = len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
+    share = held_out.size / len(text)
+    return Baselines(share * cross_entropy(own, counts + 1), share * cross_entropy(own, own), 8.0 * packed / len(text))
 
 
-def count_bytes(stream: np.ndarray | BytesOnDisk) -> np.ndarray:
-    """How often each byte value occurs in ``stream``: (256,) int64. Reads in chunks, so a large file stays on disk."""
-    counts = np.zeros(256, dtype=np.int64)
+def count_tokens(stream: Stream, vocab_size: int) -> np.ndarray:
+    """How often each token occurs in ``stream``: (vocab_size,) int64. Reads in chunks, so a large file stays on disk."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
     for start in range(0, stream.size, _CHUNK):
-        counts += np.bincount(stream[start : start + _CHUNK], minlength=256)
+        counts += np.bincount(stream[start : start + _CHUNK], minlength=vocab_size)
     return counts
 
 
 def cross_entropy(counts: np.ndarray, code: np.ndarray) -> float:
-    """Bits per symbol of ``counts`` (256,) coded with the frequencies ``code`` (256,): inf if the code lacks one."""
+    """Bits per symbol of ``counts`` (tokens,) coded with the frequencies ``code`` (tokens,): inf if the code lacks one."""
     seen = counts > 0
     with np.errstate(divide="ignore"):
         bits = -np.log2(code[seen] / code.sum())

@@ -18,13 +18,14 @@ INK, SOFT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 BLUE, ORANGE = "#2563eb", "#d97706"
 
 
-def plot_loss(metrics: Sequence[dict[str, Any]], baselines: Baselines, path: Path) -> None:
-    """Bits per byte against bytes trained on: every step, their running mean, the held-out evaluations, the baselines.
+def plot_loss(metrics: Sequence[dict[str, Any]], baselines: Baselines, path: Path, unit: str = "bytes") -> None:
+    """Bits per byte against tokens trained on: every step, their running mean, the held-out evaluations, the baselines.
 
     Args:
         metrics: the lines of ``metrics.jsonl``.
         baselines: drawn as level lines.
         path: the PNG to write.
+        unit: what a token is called.
     """
     steps = [line for line in metrics if line["kind"] == "train"]
     checks = [line for line in metrics if line["kind"] == "eval"]
@@ -46,14 +47,16 @@ def plot_loss(metrics: Sequence[dict[str, Any]], baselines: Baselines, path: Pat
     axes.set_ylim(max(0.0, lowest - 0.4), max(baselines.unigram, float(np.median(bits))) + 0.6)
     axes.set_xlim(0, seen[-1] * 1.005)
     _draw_baselines(axes, baselines)
-    axes.set_xlabel("bytes trained on")
+    axes.set_xlabel(f"{unit} trained on")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     _draw_legend(axes)
     figure.savefig(path)
 
 
-def plot_positions(bins: Sequence[PositionBin], cuts: Sequence[CutContext], baselines: Baselines, path: Path) -> None:
-    """Left, held-out bits per byte by bytes of context; right, the bits that context beyond a cut saves.
+def plot_positions(
+    bins: Sequence[PositionBin], cuts: Sequence[CutContext], baselines: Baselines, path: Path, unit: str = "bytes"
+) -> None:
+    """Left, held-out bits per byte by tokens of context; right, the bits that context beyond a cut saves.
 
     Args:
         bins: by position, drawn with their 95 % intervals over windows.
@@ -65,7 +68,7 @@ def plot_positions(bins: Sequence[PositionBin], cuts: Sequence[CutContext], base
     if cuts:
         left, right = figure.subplots(1, 2, width_ratios=[2.4, 1])
         _style(right, "Worth of more context", "bits per byte saved")
-        _draw_gains(right, cuts)
+        _draw_gains(right, cuts, unit)
     else:
         left = figure.add_subplot()
     _style(left, "Held-out bits per byte by context", "bits per byte")
@@ -84,12 +87,12 @@ def plot_positions(bins: Sequence[PositionBin], cuts: Sequence[CutContext], base
     left.xaxis.set_major_locator(FixedLocator(centers.tolist()))
     left.xaxis.set_minor_locator(NullLocator())
     left.set_xticklabels([_range(one) for one in bins], rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
-    left.set_xlabel("bytes of context before the predicted one")
+    left.set_xlabel(f"{unit} of context before the predicted one")
     _draw_legend(left)
     figure.savefig(path)
 
 
-def _draw_gains(axes: Axes, cuts: Sequence[CutContext]) -> None:
+def _draw_gains(axes: Axes, cuts: Sequence[CutContext], unit: str) -> None:
     """Bits per byte that the whole context saves against each cut, the shortest cut first."""
     axes.axhline(0, color=SOFT, linewidth=1.1)
     for number, cut in enumerate(cuts):
@@ -104,7 +107,7 @@ def _draw_gains(axes: Axes, cuts: Sequence[CutContext]) -> None:
     axes.set_xticks(range(len(cuts)), [f"{cut.last:,}" for cut in cuts])
     axes.set_xlim(-0.6, len(cuts) - 0.4)
     axes.margins(y=0.2)
-    axes.set_xlabel("bytes that the context is cut to")
+    axes.set_xlabel(f"{unit} that the context is cut to")
 
 
 def _new_figure() -> Figure:

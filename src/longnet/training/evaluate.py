@@ -11,7 +11,7 @@ import torch
 
 from longnet.models import LongNetLM
 from longnet.models.generation import evaluating
-from longnet.training.data import BytesOnDisk, cut_windows
+from longnet.training.data import Stream, cut_windows
 from longnet.training.device import autocast
 from longnet.training.ranks import Ranks
 
@@ -87,7 +87,7 @@ def window_starts(size: int, context: int, limit: int | None = None) -> np.ndarr
 
 def score_windows(
     model: LongNetLM,
-    stream: np.ndarray | BytesOnDisk,
+    stream: Stream,
     context: int,
     starts: np.ndarray,
     *,

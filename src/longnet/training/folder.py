@@ -26,6 +26,7 @@ from longnet.training.checkpoint import (
     restore_weights,
     write_safetensors,
 )
+from longnet.training.data import TOKENIZER_FILES, Tokenizer, read_tokenizer, remove_prepared
 from longnet.training.files import read_json, write_json
 from longnet.training.lock import locked
 from longnet.training.settings import TRACKERS
@@ -36,7 +37,8 @@ MODEL = StateKind("model", "longnet-model", {}, digest_since=2)
 class RunFolder:
     """Paths and files of one run. The constructor touches no file.
 
-    ``run.json`` (settings, versions, data) makes a folder a run. ``config.json`` and ``model.safetensors`` are the model,
+    ``run.json`` (settings, versions, facts about the data) makes a folder a run. ``data`` holds the tokens that it learns.
+    ``config.json`` and ``model.safetensors`` are the model,
     ``metrics.jsonl`` the curve, ``checkpoint/state.safetensors`` the state that ``--resume`` reads, and ``evaluation.json``,
     ``report.html`` and the PNGs the result. A tracker has a folder of its name.
     """
@@ -46,6 +48,7 @@ class RunFolder:
         self.settings_file = self.path / "run.json"
         self.config_file = self.path / "config.json"
         self.model_file = self.path / "model.safetensors"
+        self.data_folder = self.path / "data"
         self.metrics_file = self.path / "metrics.jsonl"
         self.checkpoint_file = self.path / "checkpoint" / "state.safetensors"
         self.evaluation_file = self.path / "evaluation.json"
@@ -93,12 +96,18 @@ class RunFolder:
     def remove(self) -> None:
         """Remove the files that a run has written before its first step."""
         own = (self.settings_file, self.config_file, self.model_file, self.metrics_file, self.checkpoint_file)
-        for file in own:
+        for file in (*own, *(self.path / name for name in TOKENIZER_FILES)):
             file.unlink(missing_ok=True)
         for tracker in self.tracker_folders:
             shutil.rmtree(tracker, ignore_errors=True)
+        remove_prepared(self.data_folder)
         with suppress(OSError):
             self.checkpoint_file.parent.rmdir()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """That of the run: bytes if it has saved none."""
+        return read_tokenizer(self.path if (self.path / TOKENIZER_FILES[0]).is_file() else "bytes")
 
     def write_model(self, model: LongNetLM) -> None:
         """Write ``model.safetensors``, atomically."""

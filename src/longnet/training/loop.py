@@ -13,7 +13,7 @@ from longnet.models.threads import torch_threads
 from longnet.runtime.torch_internals import many_recompilations
 from longnet.runtime.triton_support import HAS_TRITON
 from longnet.training.checkpoint import read_checkpoint
-from longnet.training.data import Corpus, check_lengths, check_outside, read_corpus
+from longnet.training.data import Corpus, check_lengths, check_outside, is_prepared, read_corpus
 from longnet.training.device import resolve_device
 from longnet.training.estimate import describe_step
 from longnet.training.folder import RunFolder
@@ -21,7 +21,7 @@ from longnet.training.initial import copy_weights, read_initial
 from longnet.training.lock import locked
 from longnet.training.progress import Reporter, SilentReporter
 from longnet.training.ranks import Ranks
-from longnet.training.resume import check_resume, read_settings
+from longnet.training.resume import check_resume, open_data, read_settings
 from longnet.training.settings import TrainSettings
 from longnet.training.track import Callback, check_tracker, tracked
 from longnet.training.trainer import Trainer, TrainSummary
@@ -42,7 +42,7 @@ def train(
     waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     callbacks: Sequence[Callback] = (),
 ) -> TrainSummary:
-    """Train a byte-level LongNet into a run folder.
+    """Train a LongNet into a run folder.
 
     The caller's random generators and thread count are restored at the end.
 
@@ -50,7 +50,8 @@ def train(
         settings: what to do; ``settings.out`` is the run folder.
         resume: continue the run in the folder. Given the same settings, its losses are those of a run that was never
             stopped (a schedule driven by ``minutes`` depends on the clock and cannot promise that).
-        corpus: the data of ``settings.data``, if the caller has already read it.
+        corpus: the data, if the caller has already read them; else those of ``settings.data`` are prepared in the folder ``data``
+            of the run, and read from there alone afterwards.
         reporter: receives progress messages; silent by default.
         should_stop: asked between steps; once true, the state is saved and the call returns.
         ranks: the processes that train together, see ``longnet.training.ranks.join_ranks``; all call, the first writes.
@@ -78,36 +79,39 @@ def train(
             folder.require_run()
         else:
             folder.require_new()
-        with waiting():
-            check_outside(settings.data, settings.out)
-            data = corpus or read_corpus(settings.data, tell.say)
-        check_lengths(data, settings.context)
-        tell.say(
-            f"Data: {data.train.size:,} training bytes in {data.train_files:,} files, "
-            f"{data.held_out.size:,} held out in {data.held_out_files:,} ({data.split})"
-        )
-        checkpoint = None
-        if resume:
-            checkpoint = read_checkpoint(folder.checkpoint_file) if folder.checkpoint_file.exists() else None
-            for note in check_resume(folder, settings, data, checkpoint):
-                tell.say(note)
-        saved = read_settings(folder) if resume else None
-        settings, initial = read_initial(settings, saved, checkpoint is not None, tell.say)
-        # No process writes before all have checked the folder.
-        ranks.wait()
-        cuda = [device] if device.type == "cuda" else []
-        is_small = device.type == "cpu" and settings.batch * settings.context * settings.model.dim < _SMALL
-        threads = 1 if settings.threads is None and is_small else settings.threads
-        with torch_threads(threads), torch.random.fork_rng(devices=cuda):
-            # Before the model takes memory of the device, and before the seed: a product of random numbers is timed.
-            if ranks.is_first and not isinstance(tell, SilentReporter):
-                _say_estimate(settings, device, ranks, tell, {} if checkpoint is None else checkpoint.progress)
-            torch.manual_seed(settings.seed)
-            model = LongNetLM(settings.model).to(device, getattr(torch, settings.weights))
-            copy_weights(initial, model)
-            del initial
-            trainer = Trainer(settings, folder, data, model, device, tell, ranks)
-            try:
+        with _removed_if_refused(folder, ranks, resume):
+            with waiting():
+                data = corpus or _read_data(settings, folder, ranks, tell)
+            check_lengths(data, settings.context)
+            if (tokens := data.tokenizer.vocab_size) != settings.model.vocab_size:
+                raise ValueError(
+                    f"vocab_size={settings.model.vocab_size} in the model: expected {tokens}, as many as the tokenizer has tokens"
+                )
+            tell.say(
+                f"Data: {data.train.size:,} training {data.unit} in {data.train_documents:,} documents, "
+                f"{data.held_out.size:,} held out in {data.held_out_documents:,} ({data.split})"
+            )
+            checkpoint = None
+            if resume:
+                checkpoint = read_checkpoint(folder.checkpoint_file) if folder.checkpoint_file.exists() else None
+                for note in check_resume(folder, settings, data, checkpoint):
+                    tell.say(note)
+            saved = read_settings(folder) if resume else None
+            settings, initial = read_initial(settings, saved, checkpoint is not None, tell.say)
+            # No process writes before all have checked the folder.
+            ranks.wait()
+            cuda = [device] if device.type == "cuda" else []
+            is_small = device.type == "cpu" and settings.batch * settings.context * settings.model.dim < _SMALL
+            threads = 1 if settings.threads is None and is_small else settings.threads
+            with torch_threads(threads), torch.random.fork_rng(devices=cuda):
+                # Before the model takes memory of the device, and before the seed: a product of random numbers is timed.
+                if ranks.is_first and not isinstance(tell, SilentReporter):
+                    _say_estimate(settings, device, ranks, tell, {} if checkpoint is None else checkpoint.progress)
+                torch.manual_seed(settings.seed)
+                model = LongNetLM(settings.model).to(device, getattr(torch, settings.weights))
+                copy_weights(initial, model)
+                del initial
+                trainer = Trainer(settings, folder, data, model, device, tell, ranks)
                 done = 0 if checkpoint is None else checkpoint.progress["step"]
                 with (
                     closing(trainer),
@@ -126,11 +130,21 @@ def train(
                     trainer.start(checkpoint)
                     ranks.vary_dropout(settings.seed + trainer.step)
                     return trainer.run(should_stop or (lambda: False))
-            except (ValueError, TypeError, MemoryError, torch.OutOfMemoryError):
-                # Some errors appear only in the first step, such as a backend that does not take the device.
-                if ranks.is_first and not resume and trainer.step == 0:
-                    folder.remove()
-                raise
+
+
+def _read_data(settings: TrainSettings, folder: RunFolder, ranks: Ranks, tell: Reporter) -> Corpus:
+    """The data of a run: what it has prepared, or is to prepare now; the first process does it for all."""
+    error: Exception | None = None
+    is_there = folder.settings_file.exists() and is_prepared(folder.data_folder)
+    if ranks.is_first and not is_there and not (settings.data and is_prepared(settings.data)):
+        try:
+            check_outside(settings.data, settings.out)
+            asked = {"tokenizer": settings.tokenizer, "field": settings.field}
+            read_corpus(settings.data, tell.say, folder=folder.data_folder, **asked)
+        except (ValueError, OSError, ModuleNotFoundError) as refusal:
+            error = refusal
+    ranks.agree(error)
+    return open_data(folder, settings, tell.say)
 
 
 def _say_estimate(
@@ -166,6 +180,21 @@ def _compiled(settings: TrainSettings, device: torch.device, ranks: Ranks, tell:
         )
         return False
     return True
+
+
+@contextmanager
+def _removed_if_refused(folder: RunFolder, ranks: Ranks, resume: bool) -> Iterator[None]:
+    """A run that is refused before its first step, or in it, leaves nothing behind.
+
+    Some errors appear only in the first step, such as a backend that does not take the device.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, MemoryError, OSError, ModuleNotFoundError, torch.OutOfMemoryError):
+        has_stepped = folder.metrics_file.exists() and folder.metrics_file.stat().st_size > 0
+        if ranks.is_first and not resume and not has_stepped:
+            folder.remove()
+        raise
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from longnet.geometry.reach import LayerAttention
 from longnet.models import LongNetConfig, LongNetLM
 from longnet.training.baselines import Baselines, measure_baselines
 from longnet.training.charts import plot_loss, plot_positions
-from longnet.training.data import Corpus, read_corpus
+from longnet.training.data import Corpus
 from longnet.training.device import resolve_device
 from longnet.training.evaluate import (
     CutContext,
@@ -32,7 +32,7 @@ from longnet.training.lock import locked
 from longnet.training.metrics import RUN_LINES, read_metrics
 from longnet.training.page import Page
 from longnet.training.progress import Reporter, SilentReporter, format_seconds, task
-from longnet.training.resume import data_change, read_settings
+from longnet.training.resume import data_change, open_data, read_settings
 from longnet.training.settings import TrainSettings
 
 SCORED_BYTES = 1 << 20
@@ -48,12 +48,13 @@ class Evaluation:
 
     Attributes:
         bits_per_byte: over all scored bytes.
-        context: bytes per window.
+        context: tokens per window.
         windows: how many were scored.
-        scored_bytes: the number of bytes that ``bits_per_byte`` and the baselines cover, each scored once.
-        positions: by bytes of context.
+        scored_bytes: the bytes of text that ``bits_per_byte`` and the baselines cover, each scored once.
+        positions: by tokens of context.
         cuts: the gain of the whole context over shorter ones, the shortest first; empty for windows too short to cut.
         baselines: of the same bytes.
+        unit: what a token is called: "bytes", or "tokens".
     """
 
     bits_per_byte: Estimate
@@ -63,6 +64,7 @@ class Evaluation:
     positions: list[PositionBin]
     cuts: list[CutContext]
     baselines: Baselines
+    unit: str = "bytes"
 
 
 def write_report(run: str | Path, *, corpus: Corpus | None = None, reporter: Reporter | None = None) -> Evaluation:
@@ -83,19 +85,11 @@ def write_report(run: str | Path, *, corpus: Corpus | None = None, reporter: Rep
         settings = read_settings(folder)
         device = resolve_device(settings.device, settings.dtype)
         record = read_json(folder.settings_file)
-        data = corpus or read_corpus(settings.data, tell.say)
+        data = corpus or open_data(folder, settings, tell.say)
         if (change := data_change(folder, data)) is not None:
-            while_training = (
-                ""
-                if data.in_memory
-                else (
-                    ". If it changed while the model trained, the model has read the changed bytes: train into a new --out"
-                )
-            )
             raise ValueError(
                 f"data {data.source!r} is not what the run in {str(folder.path)!r} was trained on: {change}. The model stays "
-                f"in {folder.model_file}. For its report restore the data and repeat: "
-                f"longnet train --out {folder.path} --resume{while_training}"
+                f"in {folder.model_file}"
             )
         metrics = read_metrics(folder.metrics_file, kinds=RUN_LINES)
         if not any(line["kind"] == "train" for line in metrics):
@@ -105,8 +99,8 @@ def write_report(run: str | Path, *, corpus: Corpus | None = None, reporter: Rep
         write_json(folder.evaluation_file, asdict(evaluation))
         tell.say("Drawing the figures")
         pictures = {name: folder.path / f"{name}.png" for name in ("loss", "positions")}
-        plot_loss(metrics, evaluation.baselines, pictures["loss"])
-        plot_positions(evaluation.positions, evaluation.cuts, evaluation.baselines, pictures["positions"])
+        plot_loss(metrics, evaluation.baselines, pictures["loss"], data.unit)
+        plot_positions(evaluation.positions, evaluation.cuts, evaluation.baselines, pictures["positions"], data.unit)
         patterns = plot_layers(_kinds_of_layers(settings.model), settings.context, folder.path / "pattern.png")
         prompt, continuation = _sample(model, data, device, tell)
         record["parameters"] = sum(weight.numel() for weight in model.parameters())
@@ -131,11 +125,11 @@ def evaluate_model(
     context = min(settings.context, data.held_out.size - 1)
     starts = window_starts(data.held_out.size, context, max(8, SCORED_BYTES // context))
     scored = np.concatenate([data.held_out[start + 1 : start + context + 1] for start in starts.tolist()])
-    baselines = measure_baselines(data.train, scored, reporter.say)
+    baselines = measure_baselines(data.train, scored, data.tokenizer, reporter.say)
 
     def score(length: int, at: np.ndarray) -> np.ndarray:
-        with task(reporter, f"Scoring {at.size * length:,} held-out bytes, {length:,} of context"):
-            return score_windows(
+        with task(reporter, f"Scoring {at.size * length:,} held-out {data.unit}, {length:,} of context"):
+            return data.tokens_per_byte * score_windows(
                 model,
                 data.held_out,
                 length,
@@ -150,33 +144,35 @@ def evaluate_model(
     chosen = np.unique(np.linspace(0, starts.size - 1, min(CUT_WINDOWS, starts.size)).round().astype(np.int64))
     cuts = [compare_cut(bits[chosen], starts[chosen], length, score) for length in cut_lengths(context)]
     overall = Estimate.over_windows(bits.mean(axis=1, dtype=np.float64))
-    return Evaluation(overall, context, int(starts.size), int(scored.size), profile_positions(bits), cuts, baselines)
+    size = len(data.tokenizer.decode(scored))
+    positions = profile_positions(bits)
+    return Evaluation(overall, context, int(starts.size), size, positions, cuts, baselines, data.unit)
 
 
 def long_context_verdict(evaluation: Evaluation) -> str:
     """Whether the model uses the long context, as one sentence made from the numbers."""
-    cuts = evaluation.cuts
+    cuts, unit = evaluation.cuts, evaluation.unit
     if not cuts:
-        return f"A context of {evaluation.context} bytes is too short to tell whether the model uses a long one."
+        return f"A context of {evaluation.context} {unit} is too short to tell whether the model uses a long one."
     longest = cuts[-1]
     if longest.gain.low is None:
-        return f"Undecided, with one held-out window alone: {_compared(longest)}."
+        return f"Undecided, with one held-out window alone: {_compared(longest, unit)}."
     # A gain that is shown as +0.000 is none.
     helped = [number for number, cut in enumerate(cuts) if cut.gain.low is not None and round(cut.gain.low, 3) > 0]
     if not helped:
-        return f"No, nothing is gained from more than {cuts[0].last:,} bytes of context: {_compared(cuts[0])}."
+        return f"No, nothing is gained from more than {cuts[0].last:,} {unit} of context: {_compared(cuts[0], unit)}."
     last = helped[-1]
     if last == len(cuts) - 1:
-        return f"Yes, the model uses its long context: {_compared(longest)}."
+        return f"Yes, the model uses its long context: {_compared(longest, unit)}."
     return (
-        f"In part, the model uses up to about {cuts[last + 1].last:,} bytes of its context: {_compared(cuts[last])}; "
-        f"it gains nothing from the bytes farther away ({_saved(cuts[last + 1])} against {cuts[last + 1].last:,} bytes)."
+        f"In part, the model uses up to about {cuts[last + 1].last:,} {unit} of its context: {_compared(cuts[last], unit)}; "
+        f"it gains nothing from the {unit} farther away ({_saved(cuts[last + 1])} against {cuts[last + 1].last:,} {unit})."
     )
 
 
-def _compared(cut: CutContext) -> str:
+def _compared(cut: CutContext, unit: str) -> str:
     return (
-        f"the same bytes cost {cut.cut:.3f} bits each with {cut.first:,} to {cut.last:,} bytes of context and "
+        f"the same {unit} cost {cut.cut:.3f} bits a byte with {cut.first:,} to {cut.last:,} {unit} of context and "
         f"{cut.full:.3f} with {cut.full_first:,} to {cut.full_last:,} ({_saved(cut)})"
     )
 
@@ -188,11 +184,12 @@ def _saved(cut: CutContext) -> str:
 
 
 def _sample(model: LongNetLM, data: Corpus, device: torch.device, reporter: Reporter) -> tuple[str, str]:
-    """Held-out bytes from the middle (from the start of a line if one is near), and the model's continuation."""
-    middle = data.held_out.size // 2
-    start = middle + data.held_out[middle : middle + SAMPLE_PROMPT].tobytes().find(b"\n") + 1
-    prompt = data.held_out[start : start + SAMPLE_PROMPT].astype(np.int64)
-    with task(reporter, f"Generating a sample of {SAMPLE_BYTES} bytes"):
+    """Held-out text from the middle (from the start of a line if one is near), and the model's continuation."""
+    middle, tokenizer = data.held_out.size // 2, data.tokenizer
+    if tokenizer.is_bytes:
+        middle += data.held_out[middle : middle + SAMPLE_PROMPT].tobytes().find(b"\n") + 1
+    prompt = data.held_out[middle : middle + SAMPLE_PROMPT].astype(np.int64)
+    with task(reporter, f"Generating a sample of {SAMPLE_BYTES} {data.unit}"):
         tokens = model.generate(
             torch.from_numpy(prompt)[None].to(device),
             SAMPLE_BYTES,
@@ -201,8 +198,9 @@ def _sample(model: LongNetLM, data: Corpus, device: torch.device, reporter: Repo
             seed=0,
             on_token=lambda step: reporter.advance(step / SAMPLE_BYTES),
         )
-    text = bytes(tokens[0].tolist())
-    return text[: prompt.size].decode("utf-8", "replace"), text[prompt.size :].decode("utf-8", "replace")
+    found = tokens[0].cpu().numpy()
+    given, new = (tokenizer.decode(part).decode("utf-8", "replace") for part in (prompt, found[prompt.size :]))
+    return given, new
 
 
 def _compose(
@@ -215,12 +213,12 @@ def _compose(
     prompt: str,
     continuation: str,
 ) -> str:
-    data, machine, baselines = record["data"], record["machine"], evaluation.baselines
+    data, machine, baselines, unit = record["data"], record["machine"], evaluation.baselines, evaluation.unit
     last = [line for line in metrics if line["kind"] == "train"][-1]
     page = Page(
         "LongNet training run",
-        f"{last['step']:,} steps, {last['tokens']:,} bytes, {format_seconds(last['seconds'])} on {machine['device']} "
-        f"({machine['name']}), {settings.context:,} bytes of context, trained on {data['source']}",
+        f"{last['step']:,} steps, {last['tokens']:,} {unit}, {format_seconds(last['seconds'])} on {machine['device']} "
+        f"({machine['name']}), {settings.context:,} {unit} of context, trained on {data['source']}",
     )
     page.cards(
         [
@@ -228,21 +226,21 @@ def _compose(
             (f"{baselines.lzma:.3f}", "bits with lzma, preset 9 | EXTREME"),
             (f"{baselines.unigram:.3f}", "bits with the unigram of the training data"),
             (f"{baselines.unigram_own:.3f}", "bits with their own unigram"),
-            (f"{last['tokens'] / max(last['seconds'], 0.001):,.0f}", "bytes trained on per second"),
+            (f"{last['tokens'] / max(last['seconds'], 0.001):,.0f}", f"{unit} trained on per second"),
         ]
     )
     page.text(
         f"All bits per byte are about the same {evaluation.scored_bytes:,} held-out bytes. The model reads them in "
-        f"{evaluation.windows:,} windows of {evaluation.context:,} bytes, each without earlier context; lzma reads them as "
+        f"{evaluation.windows:,} windows of {evaluation.context:,} {unit}, each without earlier context; lzma reads them as "
         "one stream, without any training data.",
         "soft",
     )
     page.heading("Does it use the long context?")
     page.text(long_context_verdict(evaluation), "verdict")
-    page.picture(pictures["positions"], "Held-out bits per byte by bytes of context")
+    page.picture(pictures["positions"], f"Held-out bits per byte by {unit} of context")
     page.text(
-        "Left: all scored bytes, by the number of bytes before them in their window; every point has other bytes. "
-        f"Right: the same bytes twice, in the second half of {min(CUT_WINDOWS, evaluation.windows)} windows, once with their "
+        f"Left: all scored {unit}, by the number of {unit} before them in their window; every point has others. "
+        f"Right: the same {unit} twice, in the second half of {min(CUT_WINDOWS, evaluation.windows)} windows, once with their "
         "context cut to half of that length or more, once whole; 95 % intervals over windows.",
         "soft",
     )
@@ -254,7 +252,7 @@ def _compose(
     if settings.model.head_numbers is not None:
         page.text("All heads are drawn, those pruned from some layers too.", "soft")
     page.heading("A sample")
-    page.text("Held-out bytes in grey, then the model (temperature 0.8, top-p 0.95).", "soft")
+    page.text("Held-out text in grey, then the model (temperature 0.8, top-p 0.95).", "soft")
     page.sample(prompt, continuation)
     page.heading("Data")
     page.table((name, f"{value:,}" if isinstance(value, int) else value) for name, value in data.items())

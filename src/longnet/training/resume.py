@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from longnet.training.checkpoint import Checkpoint, CheckpointError
-from longnet.training.data import Corpus
+from longnet.training.data import Corpus, is_prepared, open_corpus
 from longnet.training.files import read_json
 from longnet.training.folder import RunFolder, software_versions
 from longnet.training.schedule import is_flat_until
@@ -62,6 +63,16 @@ def check_resume(
     return notes
 
 
+def open_data(folder: RunFolder, settings: TrainSettings, say: Callable[[str], None]) -> Corpus:
+    """The data that a run has prepared, or was given prepared.
+
+    Raises:
+        ValueError: they are missing or damaged.
+    """
+    given = settings.data is not None and is_prepared(settings.data)
+    return open_corpus(settings.data if given and settings.data else folder.data_folder, say)
+
+
 def data_change(folder: RunFolder, corpus: Corpus) -> str | None:
     """How the data differ from those that the run in ``folder`` was started on, in words; None if they are the same."""
     recorded = _section(folder, "data")
@@ -71,7 +82,7 @@ def data_change(folder: RunFolder, corpus: Corpus) -> str | None:
         f"{one.get('train_bytes', 0):,} training and {one.get('held_out_bytes', 0):,} held-out bytes"
         for one in (recorded, corpus.describe())
     )
-    return f"{then}, as then, but other names or contents" if then == now else f"{then} then, {now} now"
+    return f"{then}, as then, but other contents" if then == now else f"{then} then, {now} now"
 
 
 def _check_origin(folder: RunFolder, saved: TrainSettings, checkpoint: Checkpoint, fingerprint: object) -> None:

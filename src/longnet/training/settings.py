@@ -18,6 +18,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 WEIGHTS = ("float32", "bfloat16")
 OPTIMIZERS = ("adamw", "muon")
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
+PACKS = ("documents",)
 MATRIX_LR = 3.0
 """``matrix_lr`` where it is not given, in units of ``lr``: as in a trial, 0.01 beside AdamW's 0.003. Updates of both optimizers
 are of about one size at one rate."""
@@ -25,9 +26,9 @@ DEFAULT_STEPS = 1000
 """Steps of ``longnet train`` when neither steps nor minutes are given."""
 
 _FREE_TO_CHANGE = frozenset(
-    {"out", "data", "device", "threads", "cp", "compile", "eval_every", "eval_windows", "save_every", "track"}
+    {"out", "device", "threads", "cp", "compile", "eval_every", "eval_windows", "save_every", "track"}
 )
-"""Settings that a resumed run may change. ``data`` is compared by content (its fingerprint), not by path."""
+"""Settings that a resumed run may change."""
 _LENGTH = frozenset({"steps", "minutes"})
 
 
@@ -38,12 +39,15 @@ class TrainSettings:
 
     Attributes:
         out: the run folder.
-        model: the model to train; byte-level, so ``vocab_size`` is 256, and causal.
-        data: a file or folder; ``None`` for the standard library's source.
+        model: the model to train; causal, and its ``vocab_size`` is the tokenizer's, 256 for bytes.
+        data: a file or folder, see ``read_corpus``; ``None`` for the standard library's source.
+        tokenizer: ``"bytes"``, a ``tokenizer.json`` or a folder that holds one.
+        field: which field of a row is its text.
+        pack: ``"documents"`` lets no token see another document than its own; ``None`` reads across.
         init_from: where the first weights come from: a run, a saved model, a checkpoint file or a Hugging Face folder of a
             LongNet; ``None`` for random ones.
         init_digest: of these weights. Others are refused; ``None`` takes any, and the run records what it found.
-        context: bytes per window, N.
+        context: tokens per window, N.
         steps: optimizer steps; ``None`` for no limit but the minutes.
         minutes: wall-clock limit of the training loop (evaluations and saves count, the report does not).
         batch: windows per forward pass, B.
@@ -63,7 +67,10 @@ class TrainSettings:
     out: str
     model: LongNetConfig
     data: str | None = None
-    context: int = setting(8192, "Bytes per window.")
+    tokenizer: str = setting("bytes", "bytes, a tokenizer.json, or a folder that holds one.")
+    field: str = setting("text", "Which field of a row of JSON lines, Parquet or a data set is its text.")
+    pack: str | None = setting(None, "documents: no token sees another document.", choices=PACKS, shown="no")
+    context: int = setting(8192, "Tokens (bytes without --tokenizer) per window.")
     steps: int | None = setting(None, "Optimizer steps.", shown=f"{DEFAULT_STEPS}, no limit with --minutes")
     minutes: float | None = setting(None, "Stop training after this long (the report comes after).", above=0.0)
     batch: int = setting(1, "Windows per forward pass.")
@@ -122,8 +129,8 @@ class TrainSettings:
                 raise TypeError(f"{name}={value!r} has type {type(value).__name__}: expected a string, or None")
         if self.init_digest is not None and self.init_from is None:
             raise ValueError(f"init_digest={self.init_digest!r} with init_from=None: expected both, or init_from alone")
-        if self.model.vocab_size != 256:
-            raise ValueError(f"vocab_size={self.model.vocab_size} in the model: expected 256, as training is on bytes")
+        if self.pack is not None and self.cp > 1:
+            raise ValueError(f"pack={self.pack!r} with cp={self.cp}: expected cp=1, as packed documents are one row")
         if not self.model.causal:
             raise ValueError("causal=False in the model: expected True, as it is trained to predict the next byte")
 
@@ -152,8 +159,8 @@ class TrainSettings:
         return dataclasses.replace(self, **changes)
 
     @property
-    def bytes_per_step(self) -> int:
-        """Bytes that one step trains on."""
+    def tokens_per_step(self) -> int:
+        """Tokens that one step trains on."""
         return self.batch * self.accumulate * self.context
 
     @property

@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from longnet.models import LongNetConfig, LongNetLM
 from longnet.training.checkpoint import Checkpoint, save_checkpoint
-from longnet.training.data import Corpus, draw_windows
+from longnet.training.data import Corpus, cut_windows, draw_starts, pack_windows
 from longnet.training.device import autocast
 from longnet.training.evaluate import score_windows, window_starts
 from longnet.training.folder import RunFolder
@@ -38,7 +39,7 @@ class TrainSummary:
 
     Attributes:
         step: steps done in all.
-        tokens: bytes trained on in all.
+        tokens: trained on in all.
         seconds: time in the loop in all, over every resumption.
         bits_per_byte: of the last steps (a running mean); NaN if no step was done.
         finished: False if it was asked to stop before the end.
@@ -87,7 +88,7 @@ class Trainer:
 
     @property
     def tokens(self) -> int:
-        return self.step * self.settings.bytes_per_step
+        return self.step * self.settings.tokens_per_step
 
     @property
     def progress(self) -> float:
@@ -105,7 +106,8 @@ class Trainer:
         )
         self.reporter.say(
             f"Training on {self.device} in {settings.dtype}{in_weights} with {torch.get_num_threads()} CPU threads: context "
-            f"{settings.context:,}, {settings.bytes_per_step:,} bytes a step, {_length(settings)}, into {self.folder.path}"
+            f"{settings.context:,}, {settings.tokens_per_step:,} {self.data.unit} "
+            f"a step, {_length(settings)}, into {self.folder.path}"
         )
         if settings.optimizer == "muon":
             self.reporter.say(f"Muon trains the blocks' matrices, peak learning rate {settings.peak_matrix_lr:g}")
@@ -113,7 +115,7 @@ class Trainer:
             self.reporter.say(several)
         if self.eval_context < settings.context:
             self.reporter.say(
-                f"The held-out part is shorter than one context: evaluating on {self.eval_context:,} bytes"
+                f"The held-out part is shorter than one context: evaluating on {self.eval_context:,} {self.data.unit}"
             )
         if checkpoint is not None:
             restore_state(checkpoint, self.model, self.optimizer, self.device)
@@ -124,6 +126,7 @@ class Trainer:
             self.reporter.say(f"Resuming after step {self.step:,}, {format_seconds(self.earlier_seconds)} into the run")
         if self.ranks.is_first:
             self.folder.write_start(settings.to_dict(), self.data.describe(), self.device)
+            self.data.tokenizer.save(self.folder.path)
             self.metrics = MetricsLog(self.folder.metrics_file, keep_to=self.step, kinds=RUN_LINES)
             if checkpoint is not None:
                 self._repair_model(checkpoint)
@@ -173,13 +176,18 @@ class Trainer:
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * warmed * left
         count = settings.batch * settings.accumulate
-        tokens, targets = draw_windows(self.data.train, settings.context, count, settings.seed, self.step + 1)
+        starts = draw_starts(self.data.train, settings.context, count, settings.seed, self.step + 1)
         self.model.train()
         loss = 0.0
-        for part, goal in zip(tokens.split(settings.batch), targets.split(settings.batch), strict=True):
-            own, own_goal = (self.ranks.own_windows(x).to(self.device) for x in (part, goal))
+        for some in np.split(starts, settings.accumulate):
+            tokens, targets = map(self.ranks.own_windows, cut_windows(self.data.train, settings.context, some))
+            bounds = None
+            if settings.pack is not None:
+                own = self.ranks.own_windows(torch.from_numpy(some)[:, None])[:, 0].numpy()
+                tokens, targets, bounds = pack_windows(tokens, targets, self.data.documents, own)
+            tokens, targets = tokens.to(self.device), targets.to(self.device)
             with autocast(self.device, self.dtype):
-                part_loss = self.model.loss(own, own_goal) / settings.accumulate
+                part_loss = self.model.loss(tokens, targets, cu_seqlens=bounds) / settings.accumulate
             self.scaler.scale(part_loss).backward()
             loss += part_loss.item()
         self._require_finite("loss", loss)
@@ -206,7 +214,7 @@ class Trainer:
             )
 
     def _record(self, loss: float, rate: float, norm: float, took: float) -> None:
-        bits, speed = loss / math.log(2), self.settings.bytes_per_step / took
+        bits, speed = loss / math.log(2) * self.data.tokens_per_byte, self.settings.tokens_per_step / took
         self._write(
             kind="train",
             step=self.step,
@@ -220,10 +228,11 @@ class Trainer:
         )
         self.smooth_bits = bits if math.isnan(self.smooth_bits) else 0.95 * self.smooth_bits + 0.05 * bits
         self.smooth_seconds = took if math.isnan(self.smooth_seconds) else 0.9 * self.smooth_seconds + 0.1 * took
+        nats = self.smooth_bits * math.log(2) / self.data.tokens_per_byte
         self.reporter.advance(
             self.progress,
-            f"step {self.step:,}  loss {self.smooth_bits * math.log(2):.4f}  {self.smooth_bits:.3f} bits/byte  "
-            f"{self.settings.bytes_per_step / self.smooth_seconds:,.0f} tokens/s",
+            f"step {self.step:,}  loss {nats:.4f}  {self.smooth_bits:.3f} bits/byte  "
+            f"{self.settings.tokens_per_step / self.smooth_seconds:,.0f} tokens/s",
         )
 
     def _write(self, **values: Any) -> None:
@@ -246,11 +255,11 @@ class Trainer:
             dtype=self.dtype,
             ranks=self.ranks,
         )
-        mean = float(bits.mean(dtype="float64"))
+        mean = float(bits.mean(dtype="float64")) * self.data.tokens_per_byte
         self._write(
             kind="eval",
             step=self.step,
-            loss=mean * math.log(2),
+            loss=mean * math.log(2) / self.data.tokens_per_byte,
             bits_per_byte=mean,
             tokens=self.tokens,
             seconds=round(self.seconds, 3),
