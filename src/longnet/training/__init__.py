@@ -1,4 +1,4 @@
-"""Training a byte-level LongNet: data, loop, checkpoints, evaluation, report.
+"""Training a LongNet: data, loop, checkpoints, evaluation, report.
 
 Needs numpy, safetensors, rich and matplotlib besides torch; ``import longnet`` does not import this package.
 """
