@@ -26,7 +26,7 @@ def test_all_three_on_the_same_bytes() -> None:
     generator = np.random.default_rng(0)
     train = generator.integers(97, 101, 4000).astype(np.uint8)
     held_out = generator.integers(97, 101, 2000).astype(np.uint8)
-    result = measure_baselines(train, held_out, BYTES)
+    result = measure_baselines(train, held_out, BYTES, 1.0)
     assert result.unigram_own <= result.unigram < 2.2
     assert result.unigram_own == pytest.approx(2.0, abs=0.01)
     packed = lzma.compress(held_out.tobytes(), preset=9 | lzma.PRESET_EXTREME)
@@ -34,10 +34,10 @@ def test_all_three_on_the_same_bytes() -> None:
 
 
 def test_a_byte_that_training_never_saw_costs_a_finite_amount() -> None:
-    result = measure_baselines(np.full(744, 65, dtype=np.uint8), np.array([66], dtype=np.uint8), BYTES)
+    result = measure_baselines(np.full(744, 65, dtype=np.uint8), np.array([66], dtype=np.uint8), BYTES, 1.0)
     assert result.unigram == pytest.approx(math.log2(1000))
 
 
 def test_no_bytes_are_refused() -> None:
     with pytest.raises(ValueError, match="held_out is empty"):
-        measure_baselines(np.zeros(4, dtype=np.uint8), np.zeros(0, dtype=np.uint8), BYTES)
+        measure_baselines(np.zeros(4, dtype=np.uint8), np.zeros(0, dtype=np.uint8), BYTES, 1.0)

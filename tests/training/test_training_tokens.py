@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from longnet.training.data import (
     BYTES,
     Tokenizer,
     cut_windows,
+    find_source,
     is_prepared,
     open_corpus,
     pack_windows,
@@ -60,7 +62,7 @@ def test_any_bytes_come_back_and_the_file_gives_the_same_tokenizer(tokenizer: To
     again = read_tokenizer(made / "tokenizer.json")
     for text, tokens in zip(TEXTS, tokenizer.encode(TEXTS), strict=True):
         assert tokenizer.decode(tokens) == text and len(tokens) < len(text)
-        read = tokenizer.reader()
+        read = tokenizer.reader(tokens[:0])
         assert b"".join(read(token) for token in tokens.tolist()) == text
         assert np.array_equal(next(again.encode([text])), tokens)
     (broken,) = tokenizer.encode([b"caf\xe9"])
@@ -72,6 +74,8 @@ def test_long_texts_are_cut_at_lines_without_indentation(monkeypatch: pytest.Mon
     text = b"".join(b"def f():\n    return 1\n\n" for _ in range(40)) + b"x" * 300
     parts = tokenizers_of.cut_text(text, 100)
     assert b"".join(parts) == text and max(map(len, parts)) <= 100
+    characters = ("\u4e2d\u00e9x" * 99).encode()
+    assert all(part.decode() for part in tokenizers_of.cut_text(characters, 100))
     assert all(part.startswith(b"def") for part in parts[:8]) and len(tokenizers_of.cut_text(b"short", 100)) == 1
 
 
@@ -320,3 +324,72 @@ def test_from_text_to_a_longer_context_by_the_example(text_folder: Path, tmp_pat
     assert (run.context, longer.context, longer.model.vocab_size) == (32, 128, 300)
     for name in ("run", "longer"):
         assert json.loads((tmp_path / "out" / name / "evaluation.json").read_text())["unit"] == "tokens"
+
+
+def test_text_of_long_lines_loses_no_character(made: Path, tmp_path: Path) -> None:
+    line = "\u4e2d\u6587\u00e9" * 30_000
+    for number in range(12):
+        (tmp_path / f"{number}.txt").write_text(line[number:])
+    for path in (tmp_path, tmp_path / "0.txt"):
+        corpus = read_corpus(path, tokenizer=str(made))
+        for part in (corpus.train, corpus.held_out):
+            assert b"\xef\xbf\xbd" not in corpus.tokenizer.decode(part[:])
+    assert [tokenizers_of.whole_character("a\u4e2d".encode(), place) for place in range(5)] == [0, 1, 1, 1, 4]
+    assert tokenizers_of.whole_character(bytes([0x80] * 9), 5) == 5
+
+
+def test_folders_that_are_not_what_they_seem_are_refused(made: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    (folder / "train.bin").write_bytes(bytes(40))
+    (folder / "readme.md").write_text("of shards")
+    with pytest.raises(
+        ValueError, match=r"holds shards of tokens, such as train\.bin, and other files, such as readme\.md"
+    ):
+        read_corpus(folder, tokenizer=str(made))
+    write_rows(tmp_path / "part[1].jsonl", TEXTS)
+    with pytest.raises(ValueError, match="has a name that datasets takes for a pattern"):
+        read_corpus(tmp_path / "part[1].jsonl")
+    write_rows(tmp_path / "few.jsonl", TEXTS[:1])
+    with pytest.raises(ValueError, match="has 1 documents with text, none of them"):
+        read_corpus(tmp_path / "few.jsonl")
+    write_rows(tmp_path / "rows.jsonl", TEXTS)
+    read_corpus(tmp_path / "rows.jsonl", folder=tmp_path / "prepared")
+    with pytest.raises(ValueError, match="is not the one that data="):
+        read_corpus(tmp_path / "prepared", tokenizer=str(made))
+    with pytest.raises(ValueError, match="is prepared already: expected text"):
+        find_source(tmp_path / "prepared", "text", lambda line: None)
+
+
+def test_an_end_that_is_no_token_and_ids_with_gaps(made: Path, tmp_path: Path) -> None:
+    text = (made / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(text)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<nope>"}')
+    with pytest.raises(ValueError, match="eos_token='<nope>' is none of its tokens"):
+        read_tokenizer(tmp_path)
+    tokenizers = pytest.importorskip("tokenizers")
+    gaps = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "c": 900}, unk_token="a"))
+    (tmp_path / "own").mkdir()
+    gaps.save(str(tmp_path / "own" / "tokenizer.json"))
+    found = read_tokenizer(tmp_path / "own")
+    assert (found.vocab_size, found.dtype) == (901, "uint16")
+
+
+def test_prepared_data_may_move_and_lost_data_come_again(
+    made: Path, make_settings: Callable[..., TrainSettings], text_folder: Path, tmp_path: Path
+) -> None:
+    read_corpus(text_folder, folder=tmp_path / "prepared")
+    settings = make_settings(data=str(tmp_path / "prepared"), steps=2, eval_every=0, schedule="constant")
+    train(settings)
+    (tmp_path / "prepared").rename(tmp_path / "moved")
+    assert train(settings.replace(data=str(tmp_path / "moved"), steps=3), resume=True).step == 3
+    own = make_settings(out=str(tmp_path / "own"), steps=2, eval_every=0, schedule="constant")
+    train(own)
+    shutil.rmtree(tmp_path / "own" / "data")
+    file = text_folder / "a" / "01.txt"
+    content = file.read_text()
+    file.write_text(content + "more")
+    with pytest.raises(ValueError, match=r"data is gone, and data .* is not what the run was started on"):
+        train(own.replace(steps=3), resume=True)
+    file.write_text(content)
+    assert train(own.replace(steps=3), resume=True).step == 3

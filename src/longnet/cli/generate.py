@@ -43,9 +43,14 @@ def generate(
     if not all(endings):
         raise ValueError("stop is empty: expected at least one character")
     model, tokenizer = load_model(run, resolve_device(device, "float32")), RunFolder(run).tokenizer
+    if model.config.vocab_size != tokenizer.vocab_size:
+        raise ValueError(
+            f"the model in {str(run)!r} has {model.config.vocab_size} tokens, and its folder no tokenizer of as many: expected "
+            "the tokenizer.json that it was trained with beside it"
+        )
     (ids,) = tokenizer.encode([content])
     start = torch.from_numpy(ids.astype("int64"))[None].to(device_of(model.embedding))
-    decoder, read, text = codecs.getincrementaldecoder("utf-8")("replace"), tokenizer.reader(), b""
+    decoder, read, text = codecs.getincrementaldecoder("utf-8")("replace"), tokenizer.reader(ids), b""
 
     def show(new: bytes, final: bool = False) -> None:
         sys.stdout.write(decoder.decode(new, final))
@@ -73,6 +78,7 @@ def generate(
             top_k=top_k,
             top_p=top_p,
             seed=seed,
+            eos=tokenizer.end,
             on_token=lambda step: reporter.advance(step / tokens),
             streamer=extend,
         )

@@ -19,12 +19,15 @@ def prepare(
     field: Annotated[str, _FIELD] = "text",
 ) -> None:
     """Turn text into a folder of tokens, once for many runs. What a stop has interrupted, the same command goes on with."""
-    from longnet.training.data import check_outside, read_corpus
+    from longnet.training.data import check_outside, is_prepared, read_corpus
     from longnet.training.lock import locked
     from longnet.training.progress import make_reporter
 
     reporter = make_reporter()
     with locked(out):
+        for name, place in (("data", data), ("out", out)):
+            if is_prepared(place):
+                raise ValueError(f"{name}={str(place)!r} holds prepared data already: expected another folder")
         check_outside(str(data), str(out))
         corpus = read_corpus(data, reporter.say, tokenizer=tokenizer, field=field, folder=out)
     reporter.say(

@@ -14,6 +14,7 @@ from longnet.training.settings import DEFAULT_STEPS, TrainSettings
 
 if TYPE_CHECKING:
     from longnet.models import LongNetConfig
+    from longnet.training.data import Tokenizer
 
 DEFAULT_PRESET = "tiny"
 
@@ -101,7 +102,6 @@ def _make_settings(
     ``changes`` are to the model. They and ``config`` change the model of ``init_from``, of a resumed run the run's own.
     """
     from longnet.models import LongNetConfig
-    from longnet.training.data import is_prepared
     from longnet.training.device import choose_dtype
     from longnet.training.folder import RunFolder
     from longnet.training.initial import open_initial
@@ -113,8 +113,6 @@ def _make_settings(
         start = saved.model if saved.init_from is not None else None
     elif "init_from" in options:
         start, _ = open_initial(options["init_from"])
-        if (Path(options["init_from"]) / "tokenizer.json").is_file() and not is_prepared(options.get("data", "")):
-            options.setdefault("tokenizer", options["init_from"])
     model = _read_model(preset, config, start)
     if options.get("dtype", None if resume else "auto") == "auto":
         in_bfloat16 = options.get("weights") == "bfloat16"
@@ -126,21 +124,40 @@ def _make_settings(
     if "steps" not in options and "minutes" not in options:
         options["steps"] = DEFAULT_STEPS
     made = _with_layers(model or start or LongNetConfig.preset(DEFAULT_PRESET), changes)
-    return TrainSettings(model=made.replace(vocab_size=_vocab_size(options, made)), **options)
+    tokenizer = _tokenizer_of(options)
+    size = made.vocab_size if tokenizer is None else tokenizer.vocab_size
+    return TrainSettings(model=made.replace(vocab_size=size), **options)
 
 
-def _vocab_size(options: Options, model: LongNetConfig) -> int:
-    """Of the tokenizer, where one is named or the data are prepared; else the model's."""
+def _tokenizer_of(options: Options) -> Tokenizer | None:
+    """The one that is named or that data are prepared with; None for bytes where nothing is said.
+
+    Raises:
+        ValueError: two of them, or another one than that of the first weights.
+    """
     from longnet.training.data import is_prepared, open_corpus, read_tokenizer
 
-    data = options.get("data")
+    data, first = options.get("data"), Path(options.get("init_from", "")) / "tokenizer.json"
+    has_own = "init_from" in options and first.is_file()
     if data is not None and is_prepared(data):
         if "tokenizer" in options:
             raise ValueError(
                 f"--tokenizer with --data {data}, which is prepared: expected one of them, the data have theirs"
             )
-        return open_corpus(data).tokenizer.vocab_size
-    return read_tokenizer(options["tokenizer"]).vocab_size if "tokenizer" in options else model.vocab_size
+        chosen = open_corpus(data).tokenizer
+    elif "tokenizer" in options:
+        chosen = read_tokenizer(options["tokenizer"])
+    elif has_own:
+        options["tokenizer"] = options["init_from"]
+        return read_tokenizer(first)
+    else:
+        return None
+    if has_own and read_tokenizer(first).digest != chosen.digest:
+        raise ValueError(
+            f"the tokenizer of --init-from {options['init_from']} is another one: expected the same, as every row of the "
+            "embedding belongs to one of its tokens"
+        )
+    return chosen
 
 
 def _with_layers(model: LongNetConfig, changes: Options) -> LongNetConfig:

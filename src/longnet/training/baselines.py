@@ -29,9 +29,15 @@ class Baselines:
 
 
 def measure_baselines(
-    train: Stream, held_out: np.ndarray, tokenizer: Tokenizer, say: Callable[[str], None] | None = None
+    train: Stream,
+    held_out: np.ndarray,
+    tokenizer: Tokenizer,
+    tokens_per_byte: float,
+    say: Callable[[str], None] | None = None,
 ) -> Baselines:
     """Measure all three on the text of ``held_out`` (tokens,); ``train`` (tokens,) gives the frequencies.
+
+    A byte is one of the text before it was tokenised, of which a tokenizer may lose some.
 
     Raises:
         ValueError: no held-out tokens.
@@ -43,8 +49,8 @@ def measure_baselines(
     counts, own = (count_tokens(one, tokenizer.vocab_size) for one in (train, held_out))
     tell(f"Compressing {len(text):,} held-out bytes with lzma, preset 9 | EXTREME")
     packed = len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
-    share = held_out.size / len(text)
-    return Baselines(share * cross_entropy(own, counts + 1), share * cross_entropy(own, own), 8.0 * packed / len(text))
+    unigram, unigram_own = (tokens_per_byte * cross_entropy(own, code) for code in (counts + 1, own))
+    return Baselines(unigram, unigram_own, 8.0 * packed * tokens_per_byte / held_out.size)
 
 
 def count_tokens(stream: Stream, vocab_size: int) -> np.ndarray:

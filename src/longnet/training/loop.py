@@ -13,7 +13,7 @@ from longnet.models.threads import torch_threads
 from longnet.runtime.torch_internals import many_recompilations
 from longnet.runtime.triton_support import HAS_TRITON
 from longnet.training.checkpoint import read_checkpoint
-from longnet.training.data import Corpus, check_lengths, check_outside, is_prepared, read_corpus
+from longnet.training.data import Corpus, check_lengths, check_outside, is_prepared, read_corpus, remove_prepared
 from longnet.training.device import resolve_device
 from longnet.training.estimate import describe_step
 from longnet.training.folder import RunFolder
@@ -21,7 +21,7 @@ from longnet.training.initial import copy_weights, read_initial
 from longnet.training.lock import locked
 from longnet.training.progress import Reporter, SilentReporter
 from longnet.training.ranks import Ranks
-from longnet.training.resume import check_resume, open_data, read_settings
+from longnet.training.resume import check_resume, data_change, open_data, read_settings
 from longnet.training.settings import TrainSettings
 from longnet.training.track import Callback, check_tracker, tracked
 from longnet.training.trainer import Trainer, TrainSummary
@@ -140,7 +140,13 @@ def _read_data(settings: TrainSettings, folder: RunFolder, ranks: Ranks, tell: R
         try:
             check_outside(settings.data, settings.out)
             asked = {"tokenizer": settings.tokenizer, "field": settings.field}
-            read_corpus(settings.data, tell.say, folder=folder.data_folder, **asked)
+            made = read_corpus(settings.data, tell.say, folder=folder.data_folder, **asked)
+            if folder.settings_file.exists() and (change := data_change(folder, made)) is not None:
+                remove_prepared(folder.data_folder)
+                raise ValueError(
+                    f"{folder.data_folder} is gone, and data {made.source!r} is not what the run was started on ({change}): "
+                    "expected the same text, or train(corpus=...) with what the run was given"
+                )
         except (ValueError, OSError, ModuleNotFoundError) as refusal:
             error = refusal
     ranks.agree(error)

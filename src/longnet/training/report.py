@@ -125,7 +125,7 @@ def evaluate_model(
     context = min(settings.context, data.held_out.size - 1)
     starts = window_starts(data.held_out.size, context, max(8, SCORED_BYTES // context))
     scored = np.concatenate([data.held_out[start + 1 : start + context + 1] for start in starts.tolist()])
-    baselines = measure_baselines(data.train, scored, data.tokenizer, reporter.say)
+    baselines = measure_baselines(data.train, scored, data.tokenizer, data.tokens_per_byte, reporter.say)
 
     def score(length: int, at: np.ndarray) -> np.ndarray:
         with task(reporter, f"Scoring {at.size * length:,} held-out {data.unit}, {length:,} of context"):
@@ -144,7 +144,7 @@ def evaluate_model(
     chosen = np.unique(np.linspace(0, starts.size - 1, min(CUT_WINDOWS, starts.size)).round().astype(np.int64))
     cuts = [compare_cut(bits[chosen], starts[chosen], length, score) for length in cut_lengths(context)]
     overall = Estimate.over_windows(bits.mean(axis=1, dtype=np.float64))
-    size = len(data.tokenizer.decode(scored))
+    size = round(scored.size / data.tokens_per_byte)
     positions = profile_positions(bits)
     return Evaluation(overall, context, int(starts.size), size, positions, cuts, baselines, data.unit)
 

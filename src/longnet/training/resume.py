@@ -37,7 +37,9 @@ def check_resume(
         ValueError: settings or data differ; the message names each of them.
     """
     saved = read_settings(folder)
-    changes = changed_settings(saved, settings)
+    # Prepared data may be moved: their fingerprint says whether they are the same.
+    is_moved = settings.data is not None and is_prepared(settings.data)
+    changes = changed_settings(saved.replace(data=settings.data) if is_moved else saved, settings)
     fingerprint = _section(folder, "data").get("fingerprint")
     if (change := data_change(folder, corpus)) is not None:
         changes.append(

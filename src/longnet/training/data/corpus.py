@@ -121,7 +121,10 @@ def read_corpus(
     """
     tell = say or (lambda text: None)
     if path is not None and is_prepared(path):
-        return open_corpus(path, tell)
+        corpus = open_corpus(path, tell)
+        if tokenizer != "bytes" and read_tokenizer(tokenizer).digest != corpus.tokenizer.digest:
+            raise ValueError(f"tokenizer={tokenizer!r} is not the one that data={os.fspath(path)!r} are prepared with")
+        return corpus
     source = find_source(None if path is None else Path(path), field, tell)
     made = read_tokenizer(tokenizer)
     if folder is not None:
@@ -277,6 +280,13 @@ class _Preparation:
         return tokens.astype(self.tokenizer.dtype)
 
     def _finish(self) -> None:
+        for part in _PARTS:
+            if not self.done[f"{part}_tokens"]:
+                found = self.done["train_documents"] + self.done["held_out_documents"]
+                raise ValueError(
+                    f"data={str(self.source.place)!r} has {found} documents with text, none of them "
+                    f"{'held out' if part == 'held_out' else 'to train on'} ({self.source.split}): expected more documents"
+                )
         self.tokenizer.save(self.folder)
         names = [f"{part}.{what}" for part in _PARTS for what in ("tokens", "documents")]
         sizes = {name: (self.folder / name).stat().st_size for name in names}

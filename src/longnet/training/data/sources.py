@@ -17,13 +17,16 @@ from longnet.training.data.listing import (
     list_files,
     standard_library,
 )
-from longnet.training.data.tokenizer import last_line
+from longnet.training.data.tokenizer import last_line, whole_character
 
 _PIECE = 1 << 24
 _ROWS = {".jsonl": "json", ".ndjson": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
 """Files of which every row is a document, and what ``datasets`` calls them."""
-_HELD_OUT_SPLITS = ("validation", "valid", "val", "test")
-_SHARD_MAGIC, _SHARD_HEADER = 20240520, 1024  # of llm.c: 256 int32, of which the first is this one
+_HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
+_SHARD_TYPES, _SHARD_HEADER = (
+    {20240520: "<u2", 20240801: "<u4"},
+    1024,
+)  # of llm.c: 256 int32, of which the first says the type
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,16 @@ def find_source(path: Path | None, field: str, say: Callable[[str], None]) -> So
         raise ValueError(f"data={str(path)!r} is {what}: expected a file or a folder of text")
     say(f"Reading the folder {root}")
     names = list_files(root, say=say)
-    if {"state.json", "dataset_dict.json"} & set(names):
+    if "prepared.json" in names:
+        raise ValueError(f"data={str(path)!r} is prepared already: expected text")
+    if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= set(names):
         return _of_data_set(root, names, field)
-    if names and all(name.endswith(".bin") for name in names):
+    if shards := [name for name in names if name.endswith(".bin")]:
+        if others := [name for name in names if name not in shards]:
+            raise ValueError(
+                f"data={str(path)!r} holds shards of tokens, such as {shards[0]}, and other files, such as {others[0]}: "
+                "expected a folder of one kind"
+            )
         return _of_shards(root, names)
     return (_of_rows if any(_kind(root / name) for name in names) else _of_files)(root, names, field)
 
@@ -130,6 +140,9 @@ def _of_files(root: Path, names: list[str], field: str) -> Source:
 def _of_one_file(path: Path) -> Source:
     size = path.stat().st_size
     cut = size - int(size * HELD_OUT_SHARE)
+    with open(path, "rb") as file:
+        file.seek(max(0, cut - 4))
+        cut += whole_character(file.read(min(4, cut)), min(4, cut)) - min(4, cut)
     if size - cut < 2:
         raise ValueError(f"data={str(path)!r} holds {size} bytes: expected at least 20, the last tenth is held out")
 
@@ -153,7 +166,11 @@ def _pieces(path: Path, held_out: bool, start: int = 0, stop: int | None = None)
                 raise ValueError(f"{path} has become shorter while it was read: {left:,} bytes are missing")
             left -= len(new)
             content = rest + new
-            end = last_line(content, 0, len(content)) or len(content) if left else len(content)
+            end = (
+                (last_line(content, 0, len(content)) or whole_character(content, len(content)))
+                if left
+                else len(content)
+            )
             yield Piece(content[:end], held_out, begins, not left)
             begins, rest = False, content[end:]
 
@@ -170,6 +187,10 @@ def _of_rows(root: Path, names: list[str], field: str) -> Source:
             if kind is None:
                 yield from _pieces(folder / name, is_held_out(name))
                 continue
+            if set("*?[") & set(name):
+                raise ValueError(
+                    f"{folder / name} has a name that datasets takes for a pattern: expected none of * ? ["
+                )
             rows = datasets.load_dataset(kind, data_files=str(folder / name), split="train", streaming=True)
             for number, row in enumerate(rows):
                 yield Piece(_text_of(row, field, f"{folder / name}, row {number}"), is_held_out(f"{name}:{number}"))
@@ -185,7 +206,7 @@ def _of_data_set(root: Path, names: list[str], field: str) -> Source:
 
     found = datasets.load_from_disk(str(root))
     splits = dict(found) if isinstance(found, dict) else {"": found}
-    given = [name for name in splits if name in _HELD_OUT_SPLITS]
+    given = [name for name in splits if name.lower() in _HELD_OUT_SPLITS]
 
     def pieces() -> Iterator[Piece]:
         for name, rows in splits.items():
@@ -222,11 +243,14 @@ def _of_shards(root: Path, names: list[str]) -> Source:
     def pieces() -> Iterator[Piece]:
         for name in names:
             with open(root / name, "rb") as file:
-                head = np.frombuffer(file.read(_SHARD_HEADER), dtype="<i4")
-                file.seek(_SHARD_HEADER if head.size and head[0] == _SHARD_MAGIC else 0)
+                kind = _SHARD_TYPES.get(int.from_bytes(file.read(4), "little"))
+                file.seek(0 if kind is None else _SHARD_HEADER)
                 begins = True
                 while content := file.read(_PIECE):
-                    yield Piece(np.frombuffer(content, dtype="<u2"), name in held_out, begins, False)
+                    dtype = np.dtype(kind or "<u2")
+                    if len(content) % dtype.itemsize:
+                        raise ValueError(f"{root / name} is no shard of {dtype.name}: it holds half a token")
+                    yield Piece(np.frombuffer(content, dtype=dtype), name in held_out, begins, False)
                     begins = False
 
     return _source(root, names, "by shard: those with 'val' in the name are held out", pieces)

@@ -27,7 +27,7 @@ def cut_text(text: bytes, size: int) -> list[bytes]:
     """
     parts, start = [], 0
     while len(text) - start > size:
-        end = last_line(text, start, start + size) or start + size
+        end = last_line(text, start, start + size) or whole_character(text, start + size)
         parts.append(text[start:end])
         start = end
     return [*parts, text[start:]]
@@ -40,6 +40,17 @@ def last_line(text: bytes, start: int, stop: int) -> int:
         if not text[end : end + 1].isspace():
             return end
     return 0
+
+
+def whole_character(text: bytes, place: int) -> int:
+    """The place, or that of the UTF-8 character which it would cut."""
+    for first in range(place - 1, max(place - 4, -1), -1):
+        if text[first] >= 0xC0:
+            length = 2 + (text[first] >= 0xE0) + (text[first] >= 0xF0)
+            return first if first + length > place else place
+        if text[first] < 0x80:
+            break
+    return place
 
 
 class Tokenizer(Protocol):
@@ -70,8 +81,8 @@ class Tokenizer(Protocol):
     def decode(self, tokens: np.ndarray) -> bytes:
         """The text of tokens."""
 
-    def reader(self) -> Callable[[int], bytes]:
-        """A function that takes tokens one by one, and gives what is known of the text so far and was not given before."""
+    def reader(self, before: np.ndarray) -> Callable[[int], bytes]:
+        """A function that takes the tokens after ``before`` one by one, and gives what is known of their text by then."""
 
     def save(self, folder: Path) -> None:
         """Write it into a folder, from which :func:`read_tokenizer` reads it."""
@@ -88,7 +99,7 @@ class _Bytes(Tokenizer):
     def decode(self, tokens: np.ndarray) -> bytes:
         return np.asarray(tokens).astype(np.uint8).tobytes()
 
-    def reader(self) -> Callable[[int], bytes]:
+    def reader(self, before: np.ndarray) -> Callable[[int], bytes]:
         return lambda token: bytes([token])
 
     def save(self, folder: Path) -> None:
@@ -110,7 +121,9 @@ class _Tokens(Tokenizer):
         # As trained: the file may ask for the opposite.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._text, self.vocab_size = text, self._tokenizer.get_vocab_size()
+        self._text, self.vocab_size = text, max(self._tokenizer.get_vocab().values(), default=-1) + 1
+        if end is not None and self._tokenizer.token_to_id(end) is None:
+            raise ValueError(f"eos_token={end!r} is none of its tokens")
         names = END_OF_DOCUMENT if end is None else (end,)
         self.end = next((token for name in names if (token := self._tokenizer.token_to_id(name)) is not None), None)
         self.digest = hashlib.sha256(f"{text}\0{self.end}".encode()).hexdigest()
@@ -136,10 +149,12 @@ class _Tokens(Tokenizer):
         text: str = self._tokenizer.decode(np.asarray(tokens).tolist())
         return text.encode()
 
-    def reader(self) -> Callable[[int], bytes]:
+    def reader(self, before: np.ndarray) -> Callable[[int], bytes]:
         from tokenizers.decoders import DecodeStream
 
-        stream = DecodeStream(skip_special_tokens=True)
+        stream = DecodeStream(skip_special_tokens=False)
+        for token in before.tolist():
+            stream.step(self._tokenizer, token)
         return lambda token: (stream.step(self._tokenizer, token) or "").encode()
 
     def save(self, folder: Path) -> None:
