@@ -82,11 +82,13 @@ def test_the_python_runs(where: str, code: str, tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize("words", ALL_COMMANDS, ids=" ".join)
 def test_the_command_takes_these_options(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    command = SUBCOMMANDS[words[1]]
+    command, rest = SUBCOMMANDS[words[1]], list(words[2:])
+    if hasattr(command, "commands"):
+        command = command.commands[rest.pop(0)]
     options = {name for parameter in command.params for name in parameter.opts}
-    assert {word for word in words if word.startswith("--")} <= options
+    assert {word for word in rest if word.startswith("--")} <= options
     # Parses the values too; nothing is run.
-    with command.make_context(words[1], list(words[2:])):
+    with command.make_context(words[1], rest):
         pass
 
 

@@ -60,14 +60,16 @@ def test_the_page_shows_the_committed_result() -> None:
 
 
 def test_other_text_is_refused_unless_it_is_named(run: Path) -> None:
-    text = run.parent / "text.txt"
+    text, own = run.parent / "text.txt", run / "data"
     content = text.read_text()
     text.write_text(content + "more\n" * 20)
+    own.rename(run.parent / "data of the run")
     try:
         with pytest.raises(ValueError, match="is not what the run was trained on: expected --data"):
             compress.run(run, None, data=None, steps=1, held_out=64, decoded=1)
     finally:
         text.write_text(content)
+        (run.parent / "data of the run").rename(own)
 
 
 def test_a_model_that_reads_back_otherwise_is_not_measured(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
