@@ -38,7 +38,7 @@ def steps_of(run: Path) -> int:
 
 
 def train_and_kill(run: Path, step: int, *arguments: object) -> int:
-    """Begin a run and kill it once it has done so many steps; how many it had done."""
+    """Start a run, kill it after ``step`` steps, and return the last step in its metrics."""
     command = [sys.executable, "-m", "longnet", "train", "--out", str(run), *map(str, arguments)]
     print("+ longnet", *command[3:], f"    (killed after step {step})", flush=True)
     process = subprocess.Popen(command)

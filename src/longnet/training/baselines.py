@@ -37,7 +37,7 @@ def measure_baselines(
 ) -> Baselines:
     """Measure all three on the text of ``held_out`` (tokens,); ``train`` (tokens,) gives the frequencies.
 
-    A byte is one of the text before it was tokenised, of which a tokenizer may lose some.
+    Bytes are those of the text that was tokenised. The decoded text may have fewer.
 
     Raises:
         ValueError: no held-out tokens.

@@ -190,13 +190,13 @@ def _compiled(settings: TrainSettings, device: torch.device, ranks: Ranks, tell:
 
 @contextmanager
 def _removed_if_refused(folder: RunFolder, ranks: Ranks, resume: bool) -> Iterator[None]:
-    """A run that is refused before its first step, or in it, leaves nothing behind.
+    """A run that is refused before its first step, or in it, leaves nothing behind. After a full disk preparation can go on.
 
     Some errors appear only in the first step, such as a backend that does not take the device.
     """
     try:
         yield
-    except (ValueError, TypeError, MemoryError, OSError, ModuleNotFoundError, torch.OutOfMemoryError):
+    except (ValueError, TypeError, MemoryError, ModuleNotFoundError, torch.OutOfMemoryError):
         has_stepped = folder.metrics_file.exists() and folder.metrics_file.stat().st_size > 0
         if ranks.is_first and not resume and not has_stepped:
             folder.remove()

@@ -70,7 +70,8 @@ class Corpus:
     @cached_property
     def documents(self) -> np.ndarray:
         """Where training documents begin: (documents,) int64."""
-        assert self.folder is not None
+        if self.folder is None:
+            raise ValueError("pack='documents' with a corpus that has no folder: expected one of read_corpus")
         return np.fromfile(self.folder / "train.documents", dtype="<i8")
 
     def describe(self) -> dict[str, object]:
@@ -239,13 +240,15 @@ class _Preparation:
     def _batches(self) -> Iterator[list[Piece]]:
         """Pieces that were not prepared before, about 16 MiB together."""
         batch: list[Piece] = []
+        size = 0
         for number, piece in enumerate(self.source.pieces()):
             if number < self.done["pieces"]:
                 continue
             batch.append(piece)
-            if sum(len(one.content) for one in batch) >= _CHUNK or len(batch) >= 1 << 14:
+            size += len(piece.content)
+            if size >= _CHUNK or len(batch) >= 1 << 14:
                 yield batch
-                batch = []
+                batch, size = [], 0
         if batch:
             yield batch
 

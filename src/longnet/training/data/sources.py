@@ -26,7 +26,7 @@ _HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
 _SHARD_TYPES, _SHARD_HEADER = (
     {20240520: "<u2", 20240801: "<u4"},
     1024,
-)  # of llm.c: 256 int32, of which the first says the type
+)  # llm.c: 256 int32, the first names the type
 
 
 @dataclass(frozen=True)
