@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longnet.models import LongNetConfig, LongNetLM
 from longnet.training import CheckpointError, TrainSettings, train
@@ -83,30 +84,73 @@ def test_adamw_alone_decays_matrices_only(make_settings: Make) -> None:
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
+def _orthogonal(x: torch.Tensor) -> torch.Tensor:
+    """Five Newton-Schulz steps (Muon's post, and torch.optim.Muon) in the dtype of x: singular values move towards 1."""
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / x.norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if tall else x
+
+
 @pytest.mark.parametrize("model", MODELS)
-def test_steps_are_those_of_torchs_muon_and_adamw(make_settings: Make, model: str) -> None:
+def test_steps_are_those_of_muon_and_torchs_adamw(make_settings: Make, model: str) -> None:
     settings = _settings(make_settings, model, weight_decay=0.3, lr=0.01, beta1=0.8, beta2=0.9)
     ours, theirs = (_model(settings, dtype=torch.float64) for _ in range(2))
     optimizer = make_optimizer(ours, settings)
     weights = dict(theirs.named_parameters())
     rest = {name: weight for name, weight in weights.items() if name not in MATRICES}
-    by_hand: list[torch.optim.Optimizer] = [
-        torch.optim.Muon([weights[name] for name in MATRICES], 0.03, 0.3, adjust_lr_fn="match_rms_adamw"),
-        *(
-            torch.optim.AdamW(
-                [one for one in rest.values() if wanted(one)], 0.01, (0.8, 0.9), weight_decay=decay, fused=True
-            )
-            for wanted, decay in ((lambda one: one.ndim >= 2, 0.3), (lambda one: one.ndim < 2, 0.0))
-        ),
+    by_hand = [
+        torch.optim.AdamW(
+            [one for one in rest.values() if wanted(one)], 0.01, (0.8, 0.9), weight_decay=decay, fused=True
+        )
+        for wanted, decay in ((lambda one: one.ndim >= 2, 0.3), (lambda one: one.ndim < 2, 0.0))
     ]
+    momenta = {name: torch.zeros_like(weights[name]) for name in MATRICES}
     for seed in range(3):
         for one in (ours, theirs):
             _give_gradients(one, seed)
         optimizer.step()
         for part in by_hand:
             part.step()
+        with torch.no_grad():
+            for name, momentum in momenta.items():
+                weight = weights[name]
+                assert weight.grad is not None
+                momentum += 0.05 * (weight.grad - momentum)
+                ahead = weight.grad + 0.95 * (momentum - weight.grad)
+                weight *= 1 - 0.03 * 0.3
+                weight -= 0.03 * 0.2 * max(weight.shape) ** 0.5 * _orthogonal(ahead)
     for name, weight in ours.named_parameters():
-        assert torch.equal(weight, weights[name]), name
+        limit = 1e-5 if name in momenta else 0.0
+        torch.testing.assert_close(weight, weights[name], rtol=limit, atol=limit, msg=name)
+
+
+class _Products(TorchDispatchMode):
+    """Notes the dtypes of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.dtypes.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_muon_multiplies_no_bfloat16_on_a_cpu(make_settings: Make, weights: str) -> None:
+    """Without instructions for it, a product takes fifty times as long."""
+    settings = _settings(make_settings, weights=weights, dtype=weights)
+    model = _model(settings, dtype=getattr(torch, weights))
+    optimizer = make_optimizer(model, settings)
+    _give_gradients(model, 0)
+    with _Products() as products:
+        optimizer.step()
+    assert products.dtypes == {torch.float32}
 
 
 def test_both_rates_follow_the_schedule(make_settings: Make) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from longnet.models import LongNetLM
 from longnet.training.ranks import replicated, spread_like
@@ -83,5 +84,15 @@ class _Together(torch.optim.Optimizer):
             part.state = self.state
 
     def step(self, closure: Any = None) -> Any:
-        for part in self._parts:
-            part.step()
+        with _InFloat32():
+            for part in self._parts:
+                part.step()
+
+
+class _InFloat32(TorchFunctionMode):
+    """torch's Muon multiplies bfloat16 matrices; on a CPU without instructions for them float32 takes a fiftieth of the time."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.bfloat16 and args[0].device.type == "cpu":
+            return args[0].to(torch.float32, copy=True)
+        return func(*args, **(kwargs or {}))
