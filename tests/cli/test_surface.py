@@ -19,8 +19,8 @@ OPTIONS = {
     "train": [
         *("--out", "--data", "--init-from", "--preset", "--config", "--layer-types", "--window", "--stride"),
         *("--stride-block",),
-        *("--shift-keys", "--far-positions", "--tokenizer", "--field", "--pack", "--context", "--steps", "--minutes"),
-        *("--batch", "--accumulate"),
+        *("--shift-keys", "--far-positions", "--tokenizer", "--field", "--pack", "--context"),
+        *("--short-context", "--short-share", "--steps", "--minutes", "--batch", "--accumulate"),
         *("--optimizer", "--lr", "--matrix-lr", "--warmup", "--schedule", "--weight-decay", "--clip", "--dtype"),
         *("--weights", "--device", "--seed"),
         *("--eval-every", "--save-every", "--threads", "--cp", "--compile", "--track", "--resume"),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from longnet.models import LongNetConfig
+from longnet.models import LongNetConfig, LongNetLM
 from longnet.training import (
     CheckpointError,
     TrainingDiverged,
@@ -213,6 +213,49 @@ def test_a_run_can_be_made_longer_only_where_no_rate_would_have_changed(make_set
     assert _metrics(constant, "train") == _metrics(whole, "train")
     with pytest.raises(ValueError, match="steps=14: the run has done 15 already"):
         train(constant.replace(steps=14), resume=True)
+
+
+def test_short_windows_come_first_and_a_step_has_as_many_tokens(
+    make_settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[int, ...]] = []
+    loss = LongNetLM.loss
+
+    def note(self: LongNetLM, tokens: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        if self.training:
+            shapes.append(tuple(tokens.shape))
+        return loss(self, tokens, *args, **options)
+
+    monkeypatch.setattr(LongNetLM, "loss", note)
+    options = {"short_context": 8, "short_share": 0.5, "accumulate": 2}
+    whole = make_settings(out=str(tmp_path / "whole"), **options)
+    train(whole)
+    assert shapes == [(8, 8)] * 2 * 6 + [(2, 32)] * 2 * 6
+    # Stopped in the middle of either part, its windows are the same.
+    parts = make_settings(out=str(tmp_path / "parts"), **options)
+    train(parts, should_stop=_stop_after(4))
+    train(parts, resume=True, should_stop=_stop_after(4))
+    train(parts, resume=True)
+    assert _metrics(parts, "train") == _metrics(whole, "train")
+    packed = make_settings(out=str(tmp_path / "packed"), pack="documents", short_context=16)
+    assert train(packed).tokens == 12 * 64
+    with pytest.raises(ValueError, match="short_context=12 with context=32: expected a divisor of the context"):
+        make_settings(short_context=12)
+
+
+def test_a_run_with_short_windows_can_be_made_longer_before_their_end(make_settings: Make, tmp_path: Path) -> None:
+    options = {"schedule": "constant", "short_context": 8, "short_share": 0.5}
+    for done, is_refused in ((6, False), (7, True)):
+        settings = make_settings(out=str(tmp_path / str(done)), **options)
+        train(settings, should_stop=_stop_after(done))
+        if is_refused:
+            with pytest.raises(ValueError, match=r"short_share=0.5 would have given other windows to the 7 steps"):
+                train(settings.replace(steps=24), resume=True)
+        else:
+            assert train(settings.replace(steps=24), resume=True).step == 24
+            longer = make_settings(out=str(tmp_path / "longer"), **{**options, "steps": 24})
+            train(longer)
+            assert _metrics(settings, "train") == _metrics(longer, "train")
 
 
 def test_resuming_a_finished_run_does_nothing(make_settings: Make) -> None:

@@ -108,12 +108,17 @@ def _check_length(folder: RunFolder, saved: TrainSettings, settings: TrainSettin
         for name in ("steps", "minutes")
         if getattr(saved, name) != getattr(settings, name)
     ]
-    flat = all(is_flat_until(one.schedule, one.progress(step, seconds)) for one in (saved, settings))
-    if changes and step > 0 and not flat:
+    reached = [one.progress(step, seconds) for one in (saved, settings)]
+    others = []
+    if not all(is_flat_until(saved.schedule, progress) for progress in reached):
+        others.append(f"its schedule={saved.schedule!r} would have given other learning rates")
+    if saved.short_context is not None and max(reached) > saved.short_share:
+        others.append(f"its short_share={saved.short_share} would have given other windows")
+    if changes and step > 0 and others:
         raise ValueError(
-            f"the run in {str(folder.path)!r} cannot be resumed with another length ({', '.join(changes)}): its "
-            f"schedule={saved.schedule!r} would have given other learning rates to the {step} steps already done. Expected the "
-            "same length, or a run with schedule='constant' ('wsd' too, before its decay)"
+            f"the run in {str(folder.path)!r} cannot be resumed with another length ({', '.join(changes)}): "
+            f"{' and '.join(others)} to the {step} steps already done. Expected the same length, or a run with "
+            "schedule='constant' ('wsd' too, before its decay) that still reads the windows it began with"
         )
 
 

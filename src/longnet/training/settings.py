@@ -48,6 +48,9 @@ class TrainSettings:
             LongNet; ``None`` for random ones.
         init_digest: of these weights. Others are refused; ``None`` takes any, and the run records what it found.
         context: tokens per window, N.
+        short_context: tokens per window in the first part of the run; it divides ``context``. There are as many windows more, so
+            a step has as many tokens. ``None`` for whole windows from the start.
+        short_share: the share of the run's steps, or minutes, that is that part.
         steps: optimizer steps; ``None`` for no limit but the minutes.
         minutes: wall-clock limit of the training loop (evaluations and saves count, the report does not).
         batch: windows per forward pass, B.
@@ -71,6 +74,10 @@ class TrainSettings:
     field: str = setting("text", "Which field of a row of JSON lines, Parquet or a data set is its text.")
     pack: str | None = setting(None, "documents: no token sees another document.", choices=PACKS, shown="no")
     context: int = setting(8192, "Tokens (bytes without --tokenizer) per window.")
+    short_context: int | None = setting(
+        None, "Tokens per window at first, in as many windows more.", least=1, shown="that of --context"
+    )
+    short_share: float = setting(0.75, "Share of the run with --short-context.", least=0.0, most=1.0)
     steps: int | None = setting(None, "Optimizer steps.", shown=f"{DEFAULT_STEPS}, no limit with --minutes")
     minutes: float | None = setting(None, "Stop training after this long (the report comes after).", above=0.0)
     batch: int = setting(1, "Windows per forward pass.")
@@ -129,6 +136,10 @@ class TrainSettings:
                 raise TypeError(f"{name}={value!r} has type {type(value).__name__}: expected a string, or None")
         if self.init_digest is not None and self.init_from is None:
             raise ValueError(f"init_digest={self.init_digest!r} with init_from=None: expected both, or init_from alone")
+        if self.short_context is not None and self.context % self.short_context:
+            raise ValueError(
+                f"short_context={self.short_context} with context={self.context}: expected a divisor of the context"
+            )
         if self.pack is not None and self.cp > 1:
             raise ValueError(f"pack={self.pack!r} with cp={self.cp}: expected cp=1, as packed documents are one row")
         if not self.model.causal:
@@ -162,6 +173,10 @@ class TrainSettings:
     def tokens_per_step(self) -> int:
         """Tokens that one step trains on."""
         return self.batch * self.accumulate * self.context
+
+    def context_at(self, progress: float) -> int:
+        """Tokens per window of the step that begins when ``progress`` of the run is done."""
+        return self.context if self.short_context is None or progress >= self.short_share else self.short_context
 
     @property
     def peak_matrix_lr(self) -> float:

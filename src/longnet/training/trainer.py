@@ -109,6 +109,10 @@ class Trainer:
             f"{settings.context:,}, {settings.tokens_per_step:,} {self.data.unit} "
             f"a step, {_length(settings)}, into {self.folder.path}"
         )
+        if settings.short_context is not None:
+            self.reporter.say(
+                f"The first {settings.short_share:.0%} of the run reads windows of {settings.short_context:,} {self.data.unit}"
+            )
         if settings.optimizer == "muon":
             self.reporter.say(f"Muon trains the blocks' matrices, peak learning rate {settings.peak_matrix_lr:g}")
         if several := self.ranks.describe():
@@ -175,12 +179,14 @@ class Trainer:
         warmed, left = warm_up(self.step + 1, settings.warmup), decay(settings.schedule, self.share, settings.lr_floor)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * warmed * left
-        count = settings.batch * settings.accumulate
-        starts = draw_starts(self.data.train, settings.context, count, settings.seed, self.step + 1)
+        context = settings.context_at(self.share)
+        starts = draw_starts(
+            self.data.train, context, settings.tokens_per_step // context, settings.seed, self.step + 1
+        )
         self.model.train()
         loss = 0.0
         for some in np.split(starts, settings.accumulate):
-            tokens, targets = map(self.ranks.own_windows, cut_windows(self.data.train, settings.context, some))
+            tokens, targets = map(self.ranks.own_windows, cut_windows(self.data.train, context, some))
             bounds = None
             if settings.pack is not None:
                 own = self.ranks.own_windows(torch.from_numpy(some)[:, None])[:, 0].numpy()
