@@ -23,7 +23,7 @@ OPTIONS = {
         *("--short-context", "--short-share", "--steps", "--minutes", "--batch", "--accumulate"),
         *("--optimizer", "--lr", "--matrix-lr", "--warmup", "--schedule", "--weight-decay", "--clip", "--dtype"),
         *("--weights", "--device", "--seed"),
-        *("--eval-every", "--save-every", "--threads", "--cp", "--compile", "--track", "--resume"),
+        *("--eval-every", "--save-every", "--checkpoint", "--threads", "--cp", "--compile", "--track", "--resume"),
     ],
     "prepare": ["--data", "--out", "--tokenizer", "--field"],
     "generate": [

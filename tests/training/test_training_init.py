@@ -15,13 +15,12 @@ from safetensors.torch import load_file, save_file
 from longnet.compress import quantize
 from longnet.models import LongNetConfig, LongNetLM
 from longnet.training import CheckpointError, TrainSettings, load_model, save_model, train
-from longnet.training.checkpoint import digest_tensors, read_checkpoint, save_checkpoint
+from longnet.training.checkpoint import digest_tensors, model_weights, read_checkpoint, save_checkpoint
 from longnet.training.folder import RunFolder
 from longnet.training.initial import copy_weights, open_initial, read_initial
 from longnet.training.metrics import read_metrics
 from longnet.training.progress import SilentReporter
 from longnet.training.resume import read_settings
-from longnet.training.state import model_weights
 
 Make = Callable[..., TrainSettings]
 CONFIG = LongNetConfig(dim=16, heads=2, layers=2, segment_lengths=(8, 16), dilation_rates=(1, 2), dropout=0.1)
@@ -240,7 +239,7 @@ def _quantised(place: Path) -> Path:
     ("kind", "damage", "message"),
     [
         ("run", lambda place: place / "gone", "gone' is not there: expected a run folder of longnet train, a folder of"),
-        ("run", lambda place: place / "checkpoint", "checkpoint' holds no config.json: expected a run folder"),
+        ("run", lambda place: place / "data", "data' holds no config.json: expected a run folder"),
         ("run", _without("model.safetensors"), "holds no model yet: expected model.safetensors"),
         ("run", _truncated, r"model\.safetensors is truncated or not a safetensors file"),
         ("saved", _future, "its format is 'longnet-model-99', expected 'longnet-model-2'"),
@@ -249,7 +248,7 @@ def _quantised(place: Path) -> Path:
         (
             "run",
             lambda place: place / "model.safetensors",
-            r"its format is 'longnet-model-2', .*\(init_from takes a run's checkpoint/state.safetensors, or a folder\)",
+            r"its format is 'longnet-model-2', .*\(init_from takes a folder, or a run's checkpoint/state.safetensors",
         ),
         ("hf", _foreign, "is of Hugging Face's model_type='llama': expected 'longnet', .*docs/any-transformer.md"),
         ("hf", _truncated, r"model\.safetensors is truncated or damaged"),

@@ -84,6 +84,14 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     progress: dict[str, Any]
 
+    def place(self, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of the names in ``like``, on the devices of these and sharded as these are."""
+        return {name: spread_like(x, self.tensors[name]) for name, x in like.items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's weights, whole, on the CPU, by the names of :func:`collect_weights`."""
+        return model_weights(self.tensors)
+
 
 def save_checkpoint(
     path: Path, tensors: Mapping[str, Tensor], progress: Mapping[str, Any], kind: StateKind = TRAINING
@@ -141,10 +149,15 @@ def read_checkpoint(path: Path, kind: StateKind = TRAINING) -> Checkpoint:
         progress = json.loads(metadata["progress"])
     except (KeyError, ValueError):
         raise CheckpointError(f"{path} is damaged: its progress is not JSON") from None
+    return Checkpoint(path, tensors, check_progress(path, progress, kind))
+
+
+def check_progress(path: Path, progress: Any, kind: StateKind = TRAINING) -> dict[str, Any]:
+    """``progress`` as it is; raise CheckpointError if it lacks a value of its kind."""
     for key, expected in kind.progress.items():
         if not isinstance(progress, dict) or not isinstance(progress.get(key), expected):
             raise CheckpointError(f"{path} is damaged: its progress lacks {key!r}")
-    return Checkpoint(path, tensors, progress)
+    return dict(progress)
 
 
 def read_safetensors(path: Path, kind: StateKind) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -270,6 +283,11 @@ def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor],
                 f"{path} does not fit the model: {name} is {tuple(other.shape)} {other.dtype}, "
                 f"expected {tuple(tensor.shape)} {tensor.dtype}"
             )
+
+
+def model_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model's weights among the tensors of a state, by the names of :func:`collect_weights`."""
+    return {name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")}
 
 
 def digest_tensors(tensors: Mapping[str, Tensor]) -> str:

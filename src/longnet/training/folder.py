@@ -30,6 +30,7 @@ from longnet.training.data import TOKENIZER_FILES, Tokenizer, read_tokenizer, re
 from longnet.training.files import read_json, write_json
 from longnet.training.lock import locked
 from longnet.training.settings import TRACKERS
+from longnet.training.sharded import LATEST, WHOLE, remove_others
 
 MODEL = StateKind("model", "longnet-model", {}, digest_since=2)
 
@@ -39,7 +40,8 @@ class RunFolder:
 
     ``run.json`` (settings, versions, facts about the data) makes a folder a run. ``data`` holds the tokens that it learns.
     ``config.json`` and ``model.safetensors`` are the model,
-    ``metrics.jsonl`` the curve, ``checkpoint/state.safetensors`` the state that ``--resume`` reads, and ``evaluation.json``,
+    ``metrics.jsonl`` the curve, ``checkpoint`` the state that ``--resume`` reads (a ``state.safetensors``, or a ``latest.json``
+    and parts), and ``evaluation.json``,
     ``report.html`` and the PNGs the result. A tracker has a folder of its name.
     """
 
@@ -50,7 +52,8 @@ class RunFolder:
         self.model_file = self.path / "model.safetensors"
         self.data_folder = self.path / "data"
         self.metrics_file = self.path / "metrics.jsonl"
-        self.checkpoint_file = self.path / "checkpoint" / "state.safetensors"
+        self.checkpoint_folder = self.path / "checkpoint"
+        self.checkpoint_file, self.latest_file = self.checkpoint_folder / WHOLE, self.checkpoint_folder / LATEST
         self.evaluation_file = self.path / "evaluation.json"
         self.report_file = self.path / "report.html"
         self.tracker_folders = [self.path / name for name in TRACKERS if name != "none"]
@@ -63,6 +66,7 @@ class RunFolder:
             )
         own = [self.config_file, self.model_file, self.metrics_file, self.evaluation_file, self.report_file]
         existing = [file.name for file in own + self.tracker_folders if file.exists()]
+        existing += [f"checkpoint/{file.name}" for file in self.checkpoint_folder.glob("*")]
         if existing:
             raise ValueError(
                 f"out={str(self.path)!r} holds {existing}, which a run would overwrite: expected another folder"
@@ -81,7 +85,7 @@ class RunFolder:
         """
         processor = platform.processor() or platform.machine()
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor
-        self.checkpoint_file.parent.mkdir(parents=True, exist_ok=True)
+        self.checkpoint_folder.mkdir(parents=True, exist_ok=True)
         write_json(
             self.settings_file,
             {
@@ -95,14 +99,15 @@ class RunFolder:
 
     def remove(self) -> None:
         """Remove the files that a run has written before its first step."""
-        own = (self.settings_file, self.config_file, self.model_file, self.metrics_file, self.checkpoint_file)
+        own = (self.settings_file, self.config_file, self.model_file, self.metrics_file)
+        remove_others(self.checkpoint_folder, None)
         for file in (*own, *(self.path / name for name in TOKENIZER_FILES)):
             file.unlink(missing_ok=True)
         for tracker in self.tracker_folders:
             shutil.rmtree(tracker, ignore_errors=True)
         remove_prepared(self.data_folder)
         with suppress(OSError):
-            self.checkpoint_file.parent.rmdir()
+            self.checkpoint_folder.rmdir()
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from longnet.models import LongNetConfig, LongNetLM
 from longnet.models.hf_names import config_of
-from longnet.training.checkpoint import CheckpointError, collect_weights, digest_tensors, read_checkpoint
+from longnet.training.checkpoint import CheckpointError, collect_weights, digest_tensors
 from longnet.training.files import read_json
 from longnet.training.folder import read_model
 from longnet.training.settings import TrainSettings, changed_fields
-from longnet.training.state import model_weights
+from longnet.training.sharded import LATEST, WHOLE, read_saved
 
 # These decide which parameters there are, or which of a parameter's rows belong together. All other fields may change.
 _FIXED = (
@@ -34,20 +34,23 @@ def open_initial(path: str) -> tuple[LongNetConfig, Callable[[], dict[str, Tenso
         CheckpointError: a file that is missing, truncated, damaged or of a future format (a ValueError too).
     """
     place = Path(path)
+    if not (place / "config.json").is_file():
+        # A run's folder ``checkpoint``.
+        place = next((place / name for name in (LATEST, WHOLE) if (place / name).is_file()), place)
     if place.is_file():
         try:
-            checkpoint = read_checkpoint(place)
+            checkpoint = read_saved(place)
         except CheckpointError as error:
             raise CheckpointError(
-                f"{error} (init_from takes a run's checkpoint/state.safetensors, or a folder)"
+                f"{error} (init_from takes a folder, or a run's checkpoint/state.safetensors or latest.json)"
             ) from None
         config = LongNetConfig.from_dict(checkpoint.progress["settings"]["model"])
-        return config, lambda: model_weights(checkpoint.tensors)
+        return config, checkpoint.weights
     if not (place / "config.json").is_file():
         found = "holds no config.json" if place.is_dir() else "is not there"
         raise ValueError(
             f"init_from={path!r} {found}: expected a run folder of longnet train, a folder of save_model, a run's "
-            "checkpoint/state.safetensors, or a Hugging Face folder of a LongNet"
+            "folder checkpoint, or a Hugging Face folder of a LongNet"
         )
     values = read_json(place / "config.json")
     kind = values.get("model_type")

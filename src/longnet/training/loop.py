@@ -12,7 +12,6 @@ from longnet.models import LongNetLM
 from longnet.models.threads import torch_threads
 from longnet.runtime.torch_internals import many_recompilations
 from longnet.runtime.triton_support import HAS_TRITON
-from longnet.training.checkpoint import read_checkpoint
 from longnet.training.data import Corpus, check_lengths, check_outside, is_prepared, read_corpus, remove_prepared
 from longnet.training.device import resolve_device
 from longnet.training.estimate import describe_step
@@ -23,6 +22,7 @@ from longnet.training.progress import Reporter, SilentReporter
 from longnet.training.ranks import Ranks
 from longnet.training.resume import check_resume, data_change, open_data, read_settings
 from longnet.training.settings import TrainSettings
+from longnet.training.sharded import find_checkpoint
 from longnet.training.track import Callback, check_tracker, tracked
 from longnet.training.trainer import Trainer, TrainSummary
 
@@ -80,6 +80,8 @@ def train(
         else:
             folder.require_new()
         with _removed_if_refused(folder, ranks, resume):
+            if settings.checkpoint == "sharded":
+                ranks.check_shared(settings.out)
             with waiting():
                 data = corpus or _read_data(settings, folder, ranks, tell)
             check_lengths(data, settings.context)
@@ -93,7 +95,7 @@ def train(
             )
             checkpoint = None
             if resume:
-                checkpoint = read_checkpoint(folder.checkpoint_file) if folder.checkpoint_file.exists() else None
+                checkpoint = find_checkpoint(folder.checkpoint_folder, ranks.control)
                 for note in check_resume(folder, settings, data, checkpoint):
                     tell.say(note)
             saved = read_settings(folder) if resume else None
@@ -128,7 +130,6 @@ def train(
                             block.compile(fullgraph=True, **options)
                         tell.say("Compiling the blocks: the first step and the first evaluation take longer")
                     trainer.start(checkpoint)
-                    ranks.vary_dropout(settings.seed + trainer.step)
                     return trainer.run(should_stop or (lambda: False))
 
 

@@ -7,9 +7,11 @@ may continue with more or fewer processes.
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,10 +34,12 @@ class Ranks:
     Attributes:
         is_first: whether this process prints and writes for all.
         dp, cp: windows trained on side by side, and processes that share each.
+        control, background: groups of all processes over the host, for what they agree on and for saves meanwhile; None for
+            one process.
     """
 
-    def __init__(self, mesh: DeviceMesh | None = None, control: Any = None) -> None:
-        self._mesh, self._control = mesh, control
+    def __init__(self, mesh: DeviceMesh | None = None, control: Any = None, background: Any = None) -> None:
+        self._mesh, self.control, self.background = mesh, control, background
         self.is_first = mesh is None or dist.get_rank() == 0
         self.dp, self.cp = (1, 1) if mesh is None else (mesh["dp"].size(), mesh["cp"].size())
 
@@ -59,8 +63,28 @@ class Ranks:
         if self._mesh is not None:
             parallelize(model, self._mesh)
 
+    def check_shared(self, folder: str | Path) -> None:
+        """Raise ValueError on all processes unless each sees what the first writes into ``folder``."""
+        if self._mesh is None:
+            return
+        names = [f".{secrets.token_hex(8)}.shared"]
+        dist.broadcast_object_list(names, src=0, group=self.control)
+        file = Path(folder) / names[0]
+        if self.is_first:
+            file.touch()
+        self.wait()
+        blind = torch.tensor(0 if file.exists() else 1)
+        dist.all_reduce(blind, group=self.control)
+        if self.is_first:
+            file.unlink()
+        if blind:
+            raise ValueError(
+                f"checkpoint='sharded' and out={str(folder)!r}: {blind} of {dist.get_world_size()} processes do not see "
+                "what the first one writes there. Expected a folder that all share, or checkpoint='whole'"
+            )
+
     def vary_dropout(self, seed: int) -> None:
-        """Give every process but the first its own random numbers; the first has those of the run."""
+        """Give every process but the first random numbers of its own; the first has those of the run."""
         if not self.is_first:
             torch.manual_seed((seed + dist.get_rank() * 1_000_003) % 2**63)
 
@@ -93,21 +117,21 @@ class Ranks:
         if self._mesh is None:
             return progress, stop
         votes = torch.tensor([progress if self.is_first else 0.0, float(stop)], dtype=torch.float64)
-        dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._control)
+        dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.control)
         return float(votes[0]), bool(votes[1])
 
     def agree(self, error: Exception | None) -> None:
         """Raise the ``error`` of the first process on all of them, if it has one."""
         errors = [error]
         if self._mesh is not None:
-            dist.broadcast_object_list(errors, src=0, group=self._control)
+            dist.broadcast_object_list(errors, src=0, group=self.control)
         if errors[0] is not None:
             raise errors[0]
 
     def wait(self) -> None:
         """Wait until all processes are here."""
         if self._mesh is not None:
-            dist.barrier(group=self._control)
+            dist.barrier(group=self.control)
 
 
 @contextmanager
@@ -138,9 +162,10 @@ def join_ranks(cp: int, device: str) -> Iterator[tuple[Ranks, str]]:
         with liveness:
             try:
                 mesh = init_device_mesh("cuda" if on_gpu else "cpu", (world // cp, cp), mesh_dim_names=("dp", "cp"))
-                yield Ranks(mesh, dist.new_group(backend="gloo", timeout=_TIMEOUT)), device
+                control, background = (dist.new_group(backend="gloo", timeout=_TIMEOUT) for _ in range(2))
+                yield Ranks(mesh, control, background), device
             except RuntimeError as error:
-                if not _is_of_a_collective(error) or (lost := liveness.lost()) is None:
+                if not is_of_a_collective(error) or (lost := liveness.lost()) is None:
                     raise
                 raise lost from error
     finally:
@@ -149,7 +174,8 @@ def join_ranks(cp: int, device: str) -> Iterator[tuple[Ranks, str]]:
             dist.destroy_process_group()
 
 
-def _is_of_a_collective(error: RuntimeError) -> bool:
+def is_of_a_collective(error: BaseException) -> bool:
+    """Whether processes could not communicate: one of them may be gone."""
     text = str(error)
     return isinstance(error, dist.DistError) or "gloo" in text or "Connection closed by peer" in text
 

@@ -19,6 +19,7 @@ WEIGHTS = ("float32", "bfloat16")
 OPTIMIZERS = ("adamw", "muon")
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 PACKS = ("documents",)
+CHECKPOINTS = ("sharded", "whole")
 MATRIX_LR = 3.0
 """``matrix_lr`` where it is not given, in units of ``lr``: as in a trial, 0.01 beside AdamW's 0.003. Updates of both optimizers
 are of about one size at one rate."""
@@ -26,7 +27,7 @@ DEFAULT_STEPS = 1000
 """Steps of ``longnet train`` when neither steps nor minutes are given."""
 
 _FREE_TO_CHANGE = frozenset(
-    {"out", "device", "threads", "cp", "compile", "eval_every", "eval_windows", "save_every", "track"}
+    {"out", "device", "threads", "cp", "compile", "eval_every", "eval_windows", "save_every", "checkpoint", "track"}
 )
 """Settings that a resumed run may change."""
 _LENGTH = frozenset({"steps", "minutes"})
@@ -63,6 +64,8 @@ class TrainSettings:
         weights: dtype of weights, gradients and the optimizer's moments; ``"bfloat16"`` needs that ``dtype`` too.
         device: ``"auto"`` (CUDA, else MPS, else the CPU) or a torch device.
         eval_windows: held-out windows of an evaluation during training.
+        checkpoint: how several processes save: ``"sharded"``, each its part while training goes on, into a folder that all of
+            them share, or ``"whole"``, one file of the first process. One process writes a whole file.
         compile: whether ``torch.compile`` compiles the blocks; ``None`` does on a GPU that it supports, in a single process.
         threads: CPU threads of torch; ``None`` takes one for a small model on the CPU, else torch's number.
     """
@@ -112,6 +115,11 @@ class TrainSettings:
     eval_every: int = setting(200, "Steps between evaluations, 0 for none.", least=0)
     eval_windows: int = 16
     save_every: int = setting(100, "Steps between checkpoints, 0 for one at the end.", least=0)
+    checkpoint: str = setting(
+        "sharded",
+        "Of several processes: sharded, where each writes its part while training goes on, or whole, one file.",
+        choices=CHECKPOINTS,
+    )
     threads: int | None = setting(None, "CPU threads.", shown="torch's choice, 1 for a small model")
     cp: int = setting(1, "Processes that share each window, of those torchrun started.")
     compile: bool | None = setting(

@@ -22,10 +22,11 @@ from longnet.training.folder import RunFolder
 from longnet.training.metrics import RUN_LINES, MetricsLog
 from longnet.training.optimizer import make_optimizer
 from longnet.training.progress import Reporter, format_seconds, task
-from longnet.training.ranks import Ranks, whole
+from longnet.training.ranks import Ranks, is_of_a_collective, whole
 from longnet.training.schedule import decay, warm_up
 from longnet.training.settings import TrainSettings
-from longnet.training.state import collect_state, model_weights, restore_state
+from longnet.training.sharded import ShardedSaves, remove_others
+from longnet.training.state import collect_state, restore_state
 from longnet.training.track import Callback
 
 
@@ -76,6 +77,9 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.step, self.saved_step, self.evaluated_step = 0, -1, -1
         self.metrics: MetricsLog | None = None
+        self.saves: ShardedSaves | None = None
+        if ranks.background is not None and settings.checkpoint == "sharded":
+            self.saves = ShardedSaves(folder.checkpoint_folder, ranks.background, self._write_model)
         self.callbacks: Sequence[Callback] = ()
         self.share = 0.0
         self.earlier_seconds, self.started = 0.0, time.monotonic()
@@ -131,6 +135,7 @@ class Trainer:
         if self.ranks.is_first:
             self.folder.write_start(settings.to_dict(), self.data.describe(), self.device)
             self.data.tokenizer.save(self.folder.path)
+            remove_others(self.folder.checkpoint_folder, None if checkpoint is None else checkpoint.path)
             self.metrics = MetricsLog(self.folder.metrics_file, keep_to=self.step, kinds=RUN_LINES)
             if checkpoint is not None:
                 self._repair_model(checkpoint)
@@ -140,19 +145,34 @@ class Trainer:
 
     def _repair_model(self, checkpoint: Checkpoint) -> None:
         """Write ``model.safetensors`` again unless it is the checkpoint's model: a kill may have come between the two."""
-        weights, config = model_weights(checkpoint.tensors), self.settings.model
+        weights, config = checkpoint.weights(), self.settings.model
         if not self.folder.holds_weights(weights, config):
             self.reporter.say(
                 f"{self.folder.model_file} is missing, damaged or of another step: writing it from the checkpoint"
             )
             self.folder.write_weights(weights, config)
 
+    def _write_model(self, checkpoint: Checkpoint) -> None:
+        """After a kill before this, the next start writes the model from the checkpoint."""
+        self.folder.write_weights(checkpoint.weights(), self.settings.model)
+
     def run(self, should_stop: Callable[[], bool]) -> TrainSummary:
         """Step until the end, or until asked to stop; the state is saved either way."""
+        try:
+            return self._run(should_stop)
+        except Exception as error:
+            # A save cannot end without a process that is gone.
+            if self.saves is not None and not is_of_a_collective(error):
+                self.saves.settle()
+            raise
+
+    def _run(self, should_stop: Callable[[], bool]) -> TrainSummary:
         settings, finished = self.settings, True
         with task(self.reporter, "Training", self.progress):
             while True:
-                self.share, stop = self.ranks.decide(self.progress, should_stop())
+                # After a save that failed the next one raises its error, in all processes at the same step.
+                has_failed = self.saves is not None and self.saves.has_failed
+                self.share, stop = self.ranks.decide(self.progress, should_stop() or has_failed)
                 if self.share >= 1.0:
                     break
                 if stop:
@@ -167,6 +187,8 @@ class Trainer:
                 if finished and settings.eval_every and self.evaluated_step != self.step:
                     self.evaluate()
                 self.save()
+            if self.saves is not None:
+                self.saves.wait()
         return TrainSummary(self.step, self.tokens, self.seconds, self.smooth_bits, finished, self.data)
 
     def close(self) -> None:
@@ -184,6 +206,8 @@ class Trainer:
             self.data.train, context, settings.tokens_per_step // context, settings.seed, self.step + 1
         )
         self.model.train()
+        # By the step: a resumed run draws what an uninterrupted one does.
+        self.ranks.vary_dropout(settings.seed + self.step)
         loss = 0.0
         for some in np.split(starts, settings.accumulate):
             tokens, targets = map(self.ranks.own_windows, cut_windows(self.data.train, context, some))
@@ -210,12 +234,15 @@ class Trainer:
 
     def _require_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
+            if self.saves is not None:
+                self.saves.wait()
+            file = self.folder.checkpoint_file if self.saves is None else self.folder.latest_file
             of_muon = (
                 f" and matrix_lr (now {self.settings.peak_matrix_lr:g})" if self.settings.optimizer == "muon" else ""
             )
             raise TrainingDiverged(
-                f"the {what} of step {self.step + 1} is {value}: training stopped, and {self.folder.checkpoint_file} still "
-                f"holds step {self.saved_step}. A lower lr (now {self.settings.lr}){of_muon}, a longer warmup or clipping may "
+                f"the {what} of step {self.step + 1} is {value}: training stopped, and {file} still holds "
+                f"step {self.saved_step}. A lower lr (now {self.settings.lr}){of_muon}, a longer warmup or clipping may "
                 "help"
             )
 
@@ -275,12 +302,10 @@ class Trainer:
         self.reporter.say(f"Step {self.step:,}: {mean:.4f} bits per held-out byte ({starts.size} windows)")
 
     def save(self) -> None:
-        """Commit the state. The metrics reach the disk first, so a checkpoint is never ahead of them."""
-        tensors = collect_state(self.model, self.optimizer, self.device)
-        if self.metrics is None:
-            self.saved_step = self.step
-            return
-        self.metrics.flush_to_disk()
+        """Commit the state, at once or in the background. The metrics reach the disk first: it is never ahead of them."""
+        tensors = collect_state(self.model, self.optimizer, self.device, sharded=self.saves is not None)
+        if self.metrics is not None:
+            self.metrics.flush_to_disk()
         progress: dict[str, Any] = {
             "step": self.step,
             "seconds": self.seconds,
@@ -289,9 +314,15 @@ class Trainer:
         }
         if self.scaler.is_enabled():
             progress["scaler"] = self.scaler.state_dict()
-        save_checkpoint(self.folder.checkpoint_file, tensors, progress)
-        # After a kill here, the next start writes the model from the checkpoint.
-        self.folder.write_weights(model_weights(tensors), self.settings.model)
+        if self.saves is not None:
+            # One process goes on where a run of several was: the random numbers of the first are the run's.
+            own = {name: x for name, x in tensors.items() if self.ranks.is_first or not name.startswith("rng.")}
+            self.saves.begin(own, progress)
+        elif self.ranks.is_first:
+            path = self.folder.checkpoint_file
+            save_checkpoint(path, tensors, progress)
+            remove_others(path.parent, path)
+            self._write_model(Checkpoint(path, tensors, progress))
         self.saved_step = self.step
 
 
