@@ -7,20 +7,17 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from torchrun import ENVIRONMENT, PATIENCE, finish, start, workers
 
 from longnet.models import LongNetConfig, LongNetLM
 from longnet.training import save_model
 from longnet.training.lock import locked
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 STEPS = 14
-# A busy machine takes minutes to start five processes.
-PATIENCE = 300
 
 
 @pytest.fixture(scope="module")
@@ -43,39 +40,6 @@ def metrics(out):
     path = Path(out) / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def start(*arguments, python=(sys.executable,)):
-    """torchrun, and what it starts, by ``python``; one host alone takes a free port, as other tests run at the same time."""
-    place = arguments.index("-m")
-    alone = [] if "--nnodes" in arguments else ["--standalone"]
-    launch = [
-        *python,
-        "-m",
-        "torch.distributed.run",
-        *alone,
-        *arguments[:place],
-        "--no-python",
-        *python,
-        *arguments[place:],
-    ]
-    return subprocess.Popen(launch, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(process):
-    try:
-        return process.communicate(timeout=PATIENCE)[0]
-    except subprocess.TimeoutExpired:
-        # They hold its output open, and would outlive it.
-        for pid in workers(process):
-            os.kill(pid, signal.SIGKILL)
-        process.kill()
-        raise AssertionError(process.communicate()[0]) from None
-
-
-def workers(process):
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
-    return sorted(int(pid) for pid in found.split())
 
 
 @pytest.fixture(scope="module")

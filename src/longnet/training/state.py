@@ -70,8 +70,8 @@ def restore_state(
     like |= {name: torch.empty_like(saved[name], device="cpu") for name in generators}
     placed = checkpoint.place(like)
     restore_weights(model, model_weights(placed), path)
-    for weight, state in states.items():
-        optimizer.state[weight] = {key: placed[name] for key, name in state.items()}
+    for parameter, state in states.items():
+        optimizer.state[parameter] = {key: placed[name] for key, name in state.items()}
     torch.set_rng_state(placed["rng.cpu"])
     if device.type == "cuda" and "rng.cuda" in placed:
         torch.cuda.set_rng_state(placed["rng.cuda"], device)
