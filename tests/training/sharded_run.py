@@ -46,11 +46,11 @@ def before(owner, name, act):
     """Let ``act`` come before a method of PartWriter, or a function of sharded, that writes the checkpoint of step 6."""
     method = getattr(owner, name)
 
-    def faulty(*arguments):
+    def faulty(*arguments, **named):
         folder = arguments[0] if owner is sharded else arguments[0]._folder
         if folder.name == "step-6" or (owner is sharded and committed(folder) == 6):
             act(folder)
-        return method(*arguments)
+        return method(*arguments, **named)
 
     setattr(owner, name, faulty)
 
