@@ -47,7 +47,7 @@ THIRD_PARTY = {
     "hashed": set(),
     "geometry": set(),
     "compress": {"torch", "torchao"},
-    "gigapath": {"torch", "safetensors"},
+    "gigapath": {"torch", "huggingface_hub", "safetensors"},
     "figures": {"matplotlib", "numpy"},
     "hf": {"torch", "transformers", "safetensors"},
     "slides": {"torch", "h5py", "matplotlib", "numpy", "safetensors"},

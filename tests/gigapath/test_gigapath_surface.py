@@ -28,8 +28,20 @@ NAMES: list[tuple[ModuleType, list[str]]] = [
             "torchscale_attention",
         ],
     ),
-    (longnet.gigapath, ["ARCHITECTURES", "ClassificationHead", "RegressionHead", "SlideEncoder", "SurvivalHead"]),
-    (longnet.slides, ["SLIDE_FORMATS", "Slide", "heatmap", "is_made_from", "read_slide", "result_bytes"]),
+    (
+        longnet.gigapath,
+        [
+            *("ARCHITECTURES", "ClassificationHead", "RegressionHead", "SlideEncoder", "SurvivalHead"),
+            *("drop_in", "from_finetuned", "slide_outputs"),
+        ],
+    ),
+    (
+        longnet.slides,
+        [
+            *("SLIDE_FORMATS", "Slide", "heatmap", "is_made_from", "join_slides", "read_patients", "read_slide"),
+            "result_bytes",
+        ],
+    ),
 ]
 
 SIGNATURES: list[tuple[Callable[..., Any], str]] = [
@@ -49,10 +61,19 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
         "global_pool=False, torchscale_compat=True, dropout=0.25, drop_path=0.1, recompute='ffn', "
         "compiled=False, cuda_graphs=False, device=None)",
     ),
+    (longnet.gigapath.drop_in, "(*, replace=False)"),
+    (
+        longnet.gigapath.from_finetuned,
+        "(path_or_state_dict, arch='gigapath_slide_enc12l768d', *, layers, setting=None, max_wsi_size=None, tile_size=256, "
+        "global_pool=False, freeze=False, device=None)",
+    ),
+    (longnet.gigapath.slide_outputs, "(model, x, coords, outputs)"),
     (SlideEncoder.forward, "(self, x, coords, all_layer_embed=False, padding_mask=None, *, layers=None)"),
     (SlideEncoder.attention_weights, "(self, x, coords, padding_mask=None)"),
     (ClassificationHead.__init__, "(self, encoder, outputs, *, layers=(-1,), freeze=False, setting=None)"),
     (ClassificationHead.loss, "(self, logits, target)"),
+    (longnet.slides.read_slide, "(path, *, unit=None, mpp=None)"),
+    (longnet.slides.join_slides, "(slides, tile_size)"),
     (longnet.slides.heatmap, "(path, weights, coords, *, tile_size=256, title='', label='attention')"),
 ]
 

@@ -11,7 +11,14 @@ from safetensors.torch import save_file
 from slides import encoder, slides
 from torch import nn
 
-from longnet.gigapath import ARCHITECTURES, ClassificationHead, RegressionHead, SlideEncoder, SurvivalHead
+from longnet.gigapath import (
+    ARCHITECTURES,
+    ClassificationHead,
+    RegressionHead,
+    SlideEncoder,
+    SurvivalHead,
+    from_finetuned,
+)
 
 
 def test_the_published_architectures() -> None:
@@ -19,8 +26,8 @@ def test_the_published_architectures() -> None:
     for arch, (layers, dim) in ARCHITECTURES.items():
         weights = SlideEncoder(dim, layers, device="meta").upstream_state_dict()
         sizes[arch] = (len(weights), round(sum(x.numel() for x in weights.values()) / 1e6, 1))
-    assert sizes["gigapath_slide_enc12l768d"] == (247, 86.3)
-    assert list(ARCHITECTURES.values()) == [(12, 768), (24, 1024), (12, 1536)]
+    assert sizes["gigapath_slide_enc12l768d"] == (247, 86.3) and sizes["gigapath_slide_enc12l384d"] == (247, 21.9)
+    assert list(ARCHITECTURES.values()) == [(12, 384), (12, 768), (24, 1024), (12, 1536)]
 
 
 def test_the_layout_of_a_checkpoint() -> None:
@@ -87,6 +94,70 @@ def test_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"no checkpoint")
         with pytest.raises(ValueError, match=name):
             SlideEncoder.from_checkpoint(tmp_path / name, "small")
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    "prefixes", [("",), ("module.",), ("_orig_mod.",), ("model.backbone.",), ("module.slide_encoder.",)]
+)
+@pytest.mark.parametrize("containers", [(), ("model",), ("state_dict", "model")])
+def test_wrappers_are_taken_off_and_said(
+    prefixes: tuple[str], containers: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = {name: torch.randn_like(x) for name, x in SlideEncoder(32, 2, in_dim=1024).upstream_state_dict().items()}
+    source: dict[str, Any] = {prefixes[0] + name: tensor for name, tensor in weights.items()}
+    for name in containers:
+        source = {name: source, "epoch": 3}
+    with caplog.at_level("INFO", "longnet"):
+        model = SlideEncoder.from_checkpoint(source, "small")
+    assert model.in_dim == 1024
+    for name, tensor in model.upstream_state_dict().items():
+        assert torch.equal(tensor, weights[name])
+    notes = [f"took the tensors in {name!r}" for name in reversed(containers)]
+    notes += [f"took the prefix {prefix!r} off {len(weights)} names" for prefix in prefixes if prefix]
+    assert [record.message for record in caplog.records] == [f"checkpoint: {note}" for note in notes]
+
+
+@pytest.mark.usefixtures("small")
+def test_an_unknown_prefix_is_named_and_few_keys() -> None:
+    weights = SlideEncoder(32, 2).upstream_state_dict()
+    with pytest.raises(ValueError, match="do not fit") as caught:
+        SlideEncoder.from_checkpoint({f"teacher.{name}": tensor for name, tensor in weights.items()}, "small")
+    said = str(caught.value)
+    assert "missing: cls_token, " in said and f"and {len(weights) - 4} more; unexpected: teacher.cls_token, " in said
+    assert f"{len(weights)} of the unexpected names fit without their prefix 'teacher.': take it off" in said
+    assert len(said) < 600
+    with pytest.raises(ValueError, match=r"model.norm.weight and another tensor are both norm.weight"):
+        SlideEncoder.from_checkpoint(
+            {"norm.weight": weights["norm.weight"], "model.norm.weight": weights["norm.weight"]}
+        )
+
+
+@pytest.mark.usefixtures("small")
+def test_a_fine_tuned_file_and_its_head(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    weights = encoder(2, torch.float32).upstream_state_dict()
+    file = {f"module.slide_encoder.{name}": tensor for name, tensor in weights.items()}
+    file |= {"module.classifier.0.weight": torch.randn(3, 64), "module.classifier.0.bias": torch.randn(3)}
+    torch.save(file, tmp_path / "best.pt")
+    x, coords = slides(40, dtype=torch.float32)
+    states = SlideEncoder.from_checkpoint(weights, "small")(x, coords, True)
+    head = from_finetuned(tmp_path / "best.pt", "small", layers=(1, 2))
+    assert not head.training and head.setting == "multi_class"
+    want = torch.cat(states[1:], -1) @ file["module.classifier.0.weight"].T + file["module.classifier.0.bias"]
+    torch.testing.assert_close(head(x, coords), want, rtol=1e-5, atol=1e-5)
+    with caplog.at_level("INFO", "longnet"):
+        alone = SlideEncoder.from_checkpoint(file, "small")(x, coords)[0]
+    assert "found the head of a fine-tuned encoder, classifier.0.weight, classifier.0.bias" in caplog.text
+    torch.testing.assert_close(alone, SlideEncoder.from_checkpoint(weights, "small")(x, coords)[0])
+    with pytest.raises(
+        ValueError, match=r"classifier.0.weight has shape \(3, 64\) and layers=\(2,\): expected .*1 \* 32"
+    ):
+        from_finetuned(file, "small", layers=(2,))
+    with pytest.raises(ValueError, match=r"the head has \[\]: expected"):
+        from_finetuned(weights, "small", layers=(2,))
+    file["module.classifier.0.bias"] = torch.randn(2)
+    with pytest.raises(ValueError, match=r"classifier.0.bias has shape \(2,\): expected \(3,\)"):
+        from_finetuned(file, "small", layers=(1, 2))
 
 
 class Unsafe:

@@ -12,7 +12,7 @@ import torch
 from matplotlib.image import imread
 from safetensors.torch import save_file
 
-from longnet.slides import SLIDE_FORMATS, heatmap, read_slide
+from longnet.slides import SLIDE_FORMATS, Slide, heatmap, join_slides, read_slide
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -32,7 +32,7 @@ def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize("suffix", SLIDE_FORMATS)
 @pytest.mark.parametrize("names", [("tile_embeds", "coords"), ("features", "coordinates"), ("embeddings", "coords")])
 def test_every_format_and_name(tmp_path: Path, suffix: str, names: tuple[str, str]) -> None:
-    x, coords = torch.randn(1, 5, 3).half(), torch.randint(1000, (5, 2))
+    x, coords = torch.randn(1, 5, 3).half(), torch.arange(10).view(5, 2) * 100
     path = tmp_path / f"slide{suffix}"
     write(path, {names[0]: x, names[1]: coords})
     slide = read_slide(str(path))
@@ -61,10 +61,10 @@ def test_files_that_are_none(tmp_path: Path, suffix: str) -> None:
     with pytest.raises(ValueError, match="expected an array of real numbers"):
         read_slide(path)
     # The message shows the names that are there.
-    write(path, {"feats": torch.randn(5, 3), "coords": torch.randn(5, 2)})
-    with pytest.raises(ValueError, match=r"holds \['coords', 'feats'\]: expected exactly one of .'tile_embeds'"):
+    write(path, {"vectors": torch.randn(5, 3), "coords": torch.randn(5, 2)})
+    with pytest.raises(ValueError, match=r"holds \['coords', 'vectors'\]: expected exactly one of .'tile_embeds'"):
         read_slide(path)
-    write(path, {"features": torch.randn(5, 3), "coords": torch.randn(5, 2).half()})
+    write(path, {"features": torch.randn(5, 3), "coords": (3000 * torch.ones(5, 2)).half()})
     with pytest.raises(ValueError, match="slide.*coords has dtype torch.float16, which rounds pixels beyond 2,048"):
         read_slide(path)
 
@@ -72,11 +72,11 @@ def test_files_that_are_none(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize(
     "coords",
     [
-        np.zeros(5, dtype=[("x", "i8"), ("y", "i8")]),
+        np.zeros(5, dtype=[("x", "i8"), ("z", "i8")]),
         np.full((5, 2), b"256"),
         np.full((5, 2), "256", dtype=h5py.string_dtype()),
         np.zeros((5, 2), complex),
-        np.zeros((5, 2), np.float16),
+        np.full((5, 2), np.inf, np.float16),
         np.float32(1.0),
         h5py.Empty("f4"),
     ],
@@ -101,6 +101,103 @@ def test_numbers_that_are_not_finite(tmp_path: Path, name: str, value: float) ->
         ValueError, match=rf"x\.safetensors has {said} that are not finite in 1 of 5 tiles, tile 3 the first"
     ):
         read_slide(tmp_path / "x.safetensors")
+
+
+STAMP = {"unit": "um", "tile_size_um": 256.0, "tile_size_px": 224}
+
+
+def write_h5(path: Path, coords: Any, name: str = "features", **attributes: Any) -> Path:
+    with h5py.File(path, "w") as file:
+        file[name], file["coords"] = np.ones((len(coords), 3), np.float32), coords
+        file.attrs.update(attributes)
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind", ["i4", "u2", "f4", "f8", "f2", ">i8", [("x", "i4"), ("y", "f8")], [("y", "i8"), ("x", "u2")]]
+)
+def test_pixels_of_every_kind(tmp_path: Path, kind: Any) -> None:
+    coords = np.arange(0, 1800, 300).reshape(3, 2)
+    given: Any = coords.astype(kind) if isinstance(kind, str) else np.zeros(3, dtype=kind)
+    if given.dtype.names:
+        given["x"], given["y"] = coords.T
+    assert read_slide(write_h5(tmp_path / "x.h5", given)).coords.tolist() == coords.tolist()
+
+
+@pytest.mark.parametrize(
+    ("attributes", "tile", "micron"),
+    [
+        (STAMP, 224, 224 / 256),
+        ({"unit": "um", "tile_size": 256.0, "tile_size_px": np.int64(224)}, 224, 224 / 256),
+        # Without pixels of a tile, positions are those of any number of them.
+        ({"unit": "um", "tile_size": 256}, 256, 1.0),
+        ({"tile_size_um": 128.0, "tile_size_px": 256}, 256, 2.0),
+    ],
+)
+def test_microns_that_stamp_writes(tmp_path: Path, attributes: dict[str, Any], tile: int, micron: float) -> None:
+    cell = np.array([[0, 0], [1, 0], [13, 299], [7, 6]])
+    side = attributes.get("tile_size_um", attributes.get("tile_size"))
+    # As float32 loses them.
+    coords = np.nextafter((cell * side).astype(np.float32), np.float32(0))
+    slide = read_slide(write_h5(tmp_path / "x.h5", coords, "feats", **attributes))
+    assert slide.tile_size == tile and slide.coords.tolist() == (cell * tile).tolist()
+    assert slide.tile_size_from == f"coordinates in um, {1 / micron:.4g} a pixel"
+
+
+def test_units_that_are_not_known_are_refused_by_name(tmp_path: Path) -> None:
+    path, cell = tmp_path / "x.h5", np.stack(np.divmod(np.arange(40), 8), 1)
+    for coords, name, attributes, match in [
+        (cell * 224, "feats", {}, "called feats, as STAMP's, without STAMP's attribute tile_size_um"),
+        (cell * 256 + 0.5, "features", {}, "coordinates have fractions, as microns have"),
+        (cell, "features", {}, "its 40 tiles lie in 1 cells of 256 pixels, as numbers of tiles do"),
+        (cell * 256, "features", {"unit": "mm"}, "its attribute unit is 'mm'"),
+    ]:
+        write_h5(path, coords, name, **attributes)
+        with pytest.raises(ValueError, match=rf"x\.h5: the unit of coords is not known: .*{match}.*\(--unit\)"):
+            read_slide(path)
+        slide = read_slide(path, unit="pixels")
+        assert slide.coords.tolist() == coords.tolist() and slide.tile_size is None
+    write_h5(path, cell * 128.0)
+    slide = read_slide(path, unit="um", mpp=0.5)
+    assert slide.coords.tolist() == (cell * 256).tolist() and slide.tile_size is None
+    assert read_slide(write_h5(path, cell * 128.0, **STAMP), unit="um", mpp=0.5).tile_size == 512
+    with pytest.raises(ValueError, match=r"x\.h5 has coordinates in um and no tile_size_um: expected mpp"):
+        read_slide(write_h5(path, cell * 128.0), unit="um")
+    slide = read_slide(write_h5(path, cell), unit="tiles")
+    assert slide.coords.tolist() == (cell * 256).tolist() and slide.tile_size == 256
+    for value, match in [(0.0, "expected a positive number"), ("wide", "expected a positive number")]:
+        with pytest.raises(ValueError, match=match):
+            read_slide(write_h5(path, cell, **STAMP | {"tile_size_um": value}))
+    with pytest.raises(ValueError, match="the attribute tile_size_px is 0"):
+        read_slide(write_h5(path, cell, **STAMP | {"tile_size_px": 0}))
+    for unit, mpp, match in [
+        ("feet", None, "'feet' is unknown"),
+        ("um", -1.0, "mpp=-1.0"),
+        (None, 0.5, "unit='um' alone"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            read_slide(path, unit=unit, mpp=mpp)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="has no tile"):
+        read_slide(write_h5(path, cell[:0]))
+
+
+def test_slides_are_joined_along_x() -> None:
+    x = torch.randn(5, 3)
+    one, two = (
+        Slide(x[:3], torch.tensor([[0.0, 7], [700, 0], [5, 9]])),
+        Slide(x[3:], torch.tensor([[3.0, 1], [9, 2]]), 256),
+    )
+    joined = join_slides([one, two, one], 256)
+    assert joined.coords[:, 0].tolist() == [0, 700, 5, 959, 965, 1221, 1921, 1226]
+    assert joined.coords[:, 1].tolist() == [7, 0, 9, 1, 2, 7, 0, 9]
+    assert torch.equal(joined.embeddings, torch.cat((x, x[:3]))) and joined.tile_size == 256
+    for slides, match in [
+        ([], "slides is empty"),
+        ([one, two], "tiles of 256 pixels: expected 3 and 512"),
+        ([one, Slide(x[:, :2], torch.zeros(5, 2))], "has 2 channels"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            join_slides(slides, 512)
 
 
 def test_another_machines_byte_order(tmp_path: Path) -> None:

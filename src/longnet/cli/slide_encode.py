@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,17 +14,22 @@ import typer
 from longnet.cli.stopping import INTERRUPTED, stop_on_signal
 
 if TYPE_CHECKING:
+    from longnet.cli.slide_files import Job
     from longnet.gigapath import SlideEncoder
+    from longnet.slides import Slide
 
 _DTYPES = ("float32", "float16", "bfloat16")
 _TILE_SIZE = 256
-_RESULTS = (".slide.safetensors", ".slide.png")
+# The largest exit status that counts slides: shells use higher ones.
+_MOST_FAILED = 100
 
 
 def slide_encode(
     slides: Annotated[
         Path,
-        typer.Argument(help="Tile embeddings of a slide (.pt, .npz, .safetensors, .h5, .hdf5), or a folder of them."),
+        typer.Argument(
+            help="Tile embeddings of a slide (.pt, .npz, .safetensors, .h5, .hdf5), or a folder of them and of folders."
+        ),
     ],
     checkpoint: Annotated[Path, typer.Option(help="Slide encoder's weights, .pth or .safetensors.")],
     out: Annotated[
@@ -40,7 +46,24 @@ def slide_encode(
         int | None,
         typer.Option(
             help="Side of a tile, in pixels of the coordinates.",
-            show_default=f"patch_size_level0 of the slide's coords, else {_TILE_SIZE}",
+            show_default=f"what the slide says, else {_TILE_SIZE}",
+        ),
+    ] = None,
+    unit: Annotated[
+        str | None,
+        typer.Option(
+            help="Unit of the coordinates: pixels, um (microns) or tiles.",
+            show_default="what the slide says or its numbers show, else it is refused",
+        ),
+    ] = None,
+    mpp: Annotated[
+        float | None, typer.Option(help="Microns of a pixel, for --unit um.", show_default="the slide's")
+    ] = None,
+    patients: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV with PATIENT and FILENAME (in the folder): join a patient's slides along x.",
+            show_default="a slide each",
         ),
     ] = None,
     max_wsi_size: Annotated[
@@ -51,7 +74,10 @@ def slide_encode(
         ),
     ] = None,
     global_pool: Annotated[bool, typer.Option("--global-pool", help="Mean of the tiles, not the class token.")] = False,
-    all_layers: Annotated[bool, typer.Option("--all-layers", help="Read every layer out, not only the last.")] = False,
+    outputs: Annotated[
+        str, typer.Option(help="Of embedding, class, mean, tiles (a row for each tile), layers; by commas.")
+    ] = "embedding",
+    all_layers: Annotated[bool, typer.Option("--all-layers", help="The same as --outputs layers.")] = False,
     heatmap: Annotated[bool, typer.Option("--heatmap", help="Also what the class token attends to, as PNG.")] = False,
     dtype: Annotated[
         str | None,
@@ -61,14 +87,19 @@ def slide_encode(
 ) -> None:
     """Encode slides from the embeddings of their tiles, on a CPU or a GPU, into safetensors.
 
-    A file holds embedding (dim), or layers (layers + 1, dim) with --all-layers; with --heatmap also attention (tiles), the
-    mean over layers and heads, and coords. Files made from the same weights, settings and slide are not made again: after a
-    stop or a crash the same command continues. A slide that fails is named with its reason, the others are encoded, and the
-    exit status is 2.
+    A file holds each of --outputs by its name: embedding (dim), class (dim), mean (dim), tiles (tiles, dim), layers
+    (layers + 1, dim); with tiles also coords, in pixels, and with --heatmap also attention (tiles), the mean over layers and
+    heads, and coords. Files made from the same weights, settings and slide are not made again: after a stop or a crash the
+    same command continues. A slide that fails is named with its reason and the others are encoded; the exit status is the
+    number of those that failed, at most 100.
     """
+    from longnet.cli.slide_files import find_jobs, listed
     from longnet.gigapath import SlideEncoder
     from longnet.gigapath.architectures import segment_lengths
+    from longnet.gigapath.checkpoint import read_checkpoint
+    from longnet.gigapath.outputs import check_outputs
     from longnet.slides import is_made_from
+    from longnet.slides.units import check_unit
     from longnet.training.device import resolve_device
     from longnet.training.progress import make_reporter
 
@@ -76,176 +107,149 @@ def slide_encode(
     kind = dtype or ("float16" if where.type == "cuda" else "float32")
     if kind not in _DTYPES:
         raise ValueError(f"--dtype {kind} is unknown: expected one of {', '.join(_DTYPES)}")
-    if tile_size is not None and tile_size < 1:
-        raise ValueError(f"--tile-size {tile_size}: expected at least 1 pixel")
+    if tile_size is not None and (tile_size < 1 or unit == "tiles"):
+        raise ValueError(f"--tile-size {tile_size}: expected at least 1 pixel, and no --unit tiles")
+    check_unit(unit, mpp)
+    if all_layers and outputs != "embedding":
+        raise ValueError(f"--all-layers with --outputs {outputs}: expected one of them")
+    wanted = tuple(dict.fromkeys((outputs if not all_layers else "layers").split(",")))
+    check_outputs(wanted)
     lengths = segment_lengths(max_wsi_size, tile_size or _TILE_SIZE)
-    todo, passed_over = _find_slides(slides, out)
+    jobs, passed_over = find_jobs(slides, out, patients)
     settings = {
         "checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest(), "arch": arch, "tile_size": str(tile_size),
-        "segment_lengths": str(lengths), "global_pool": str(global_pool), "all_layers": str(all_layers), "dtype": kind,
-        "heatmap": str(heatmap),
+        "segment_lengths": str(lengths), "global_pool": str(global_pool), "outputs": ",".join(wanted), "dtype": kind,
+        "heatmap": str(heatmap), "unit": str(unit), "mpp": str(mpp),
     }  # fmt: skip
     reporter = make_reporter(sys.stderr)
     for reason, names in passed_over.items():
-        reporter.say(f"Not encoded, {reason}: {', '.join(names)}")
+        reporter.say(f"Not encoded, {reason}: {listed(names)}")
     failed: list[str] = []
 
-    def fail(source: Path, error: Exception) -> None:
-        failed.append(source.name)
-        reporter.say(_describe_failure(source, error))
+    def fail(job: Job, error: Exception) -> None:
+        failed.append(job.name)
+        reporter.say(_describe_failure(job, error))
 
     pending = []
-    for source, target in todo:
+    for job in jobs:
         try:
-            if not is_made_from(target, settings | _slide_version(source)):
-                pending.append((source, target))
+            if not is_made_from(job.target, settings | job.version()):
+                pending.append(job)
         except OSError as error:
-            fail(source, error)
-    if done := len(todo) - len(pending) - len(failed):
-        reporter.say(f"{done} of {len(todo)} slides are done already")
+            fail(job, error)
+    if done := len(jobs) - len(pending) - len(failed):
+        reporter.say(f"{done} of {len(jobs)} slides are done already")
     if pending:
+        weights = read_checkpoint(checkpoint)
+        for note in weights.notes:
+            reporter.say(f"{checkpoint.name}: {note}")
         model = SlideEncoder.from_checkpoint(
-            checkpoint,
+            weights.encoder,
             arch,
             max_wsi_size=max_wsi_size,
             tile_size=tile_size or _TILE_SIZE,
             global_pool=global_pool,
             device=where,
         )
-        pending[0][1].parent.mkdir(parents=True, exist_ok=True)
         reporter.begin(f"{len(pending)} slides", 0.0)
         encoded, reported, before = 0, "", len(failed)
         with stop_on_signal(reporter.say, "this slide") as stopping:
-            for number, (source, target) in enumerate(pending, 1):
+            for number, job in enumerate(pending, 1):
                 try:
-                    made_from = settings | _slide_version(source)
-                    tiles = _encode(model, source, target, made_from, tile_size, kind, all_layers, heatmap)
+                    slide, model.tile_size, tiles = _read(job, tile_size, unit, mpp)
+                    _encode(model, job, slide, settings | job.version(), kind, wanted, heatmap)
                     encoded += 1
                     if tiles != reported:
-                        reporter.say(f"{source.name}: {tiles}")
+                        reporter.say(f"{job.name}: {tiles}")
                         reported = tiles
                 except ModuleNotFoundError:
                     # Every HDF5 file would fail: the command says what to install.
                     raise
                 except Exception as error:
                     # One file that fails, out of memory included, does not stop the others.
-                    fail(source, error)
+                    fail(job, error)
                 wrong = len(failed) - before
                 count = f"{encoded} of {len(pending)} encoded" + (f", {wrong} failed" if wrong else "")
-                reporter.advance(encoded / max(1, len(pending) - wrong), f"{source.name}, {count}")
+                reporter.advance(encoded / max(1, len(pending) - wrong), f"{job.name}, {count}")
                 if stopping.asked() and number < len(pending):
                     reporter.say("Stopped. Run the same command to continue.")
                     raise typer.Exit(INTERRUPTED)
         reporter.end()
     if failed:
-        raise ValueError(f"{len(failed)} of {len(todo)} slides could not be encoded: {', '.join(failed)}")
-    print(f"{len(todo)} slides in {todo[0][1].parent}" if len(todo) > 1 else todo[0][1])
+        text = f"{len(failed)} of {len(jobs)} slides could not be encoded: {', '.join(failed)}"
+        print(f"longnet: error: {text}", file=sys.stderr)
+        raise typer.Exit(min(len(failed), _MOST_FAILED))
+    print(f"{len(jobs)} slides in {out or slides}" if len(jobs) > 1 else jobs[0].target)
+
+
+def _read(job: Job, option: int | None, unit: str | None, mpp: float | None) -> tuple[Slide, int, str]:
+    """(the slide, of a patient all in one; pixels of a tile; the same in words with where they come from)."""
+    from longnet.slides import join_slides, read_slide
+
+    slides = [read_slide(source, unit=unit, mpp=mpp) for source in job.sources]
+    size, tiles = _tile_size(option, slides[0])
+    return slides[0] if len(slides) == 1 else join_slides(slides, size), size, tiles
 
 
 def _encode(
     model: SlideEncoder,
-    source: Path,
-    target: Path,
+    job: Job,
+    slide: Slide,
     made_from: dict[str, str],
-    tile_size: int | None,
     kind: str,
-    all_layers: bool,
+    outputs: Sequence[str],
     heatmap: bool,
-) -> str:
-    """Write the files of a slide; return its tile size and where that comes from, in words."""
+) -> None:
+    """Write the files of a slide."""
     import torch
 
+    from longnet.gigapath import slide_outputs
     from longnet.slides import heatmap as draw
-    from longnet.slides import read_slide, result_bytes
+    from longnet.slides import result_bytes
     from longnet.training.device import autocast
     from longnet.training.files import write_atomically, write_bytes
 
-    slide, device = read_slide(source), model.cls_token.device
-    model.tile_size, tiles = _tile_size(tile_size, slide.tile_size)
+    device = model.cls_token.device
     x, coords = slide.embeddings[None].to(device), slide.coords[None].to(device)
     with torch.inference_mode(), autocast(device, getattr(torch, kind)):
-        layers = torch.cat(model(x, coords, all_layer_embed=all_layers))
-        tensors = {"layers": layers} if all_layers else {"embedding": layers[0]}
+        if len(outputs) == 1 and outputs[0] in ("embedding", "layers"):
+            # The last two layers compute the tokens that are read alone.
+            states = torch.cat(model(x, coords, all_layer_embed=outputs[0] == "layers"))
+            tensors = {outputs[0]: states if outputs[0] == "layers" else states[0]}
+        else:
+            tensors = {name: tensor[0] for name, tensor in slide_outputs(model, x, coords, outputs).items()}
         if heatmap:
             tensors["attention"] = model.attention_weights(x, coords).mean((0, 2))[0]
+        if heatmap or "tiles" in outputs:
             tensors["coords"] = slide.coords
     tensors = {name: tensor.float().cpu() for name, tensor in tensors.items()}
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-        raise ValueError(f"{source}: the result in {kind} is not finite: expected other weights, or --dtype float32")
+        raise ValueError(f"the result in {kind} is not finite: expected other weights, or --dtype float32")
+    job.target.parent.mkdir(parents=True, exist_ok=True)
     if heatmap:
         weights, side = tensors["attention"], model.tile_size
         write_atomically(
-            target.with_suffix(".png"),
-            lambda path: draw(path, weights, slide.coords, tile_size=side, title=source.stem),
+            job.target.with_suffix(".png"),
+            lambda path: draw(path, weights, slide.coords, tile_size=side, title=Path(job.name).stem),
         )
     # Written last: where it exists, all files of the slide exist.
-    write_bytes(target, result_bytes(tensors, made_from | {"tile_size_used": str(model.tile_size)}))
-    return tiles
+    write_bytes(job.target, result_bytes(tensors, made_from | {"tile_size_used": str(model.tile_size)}))
 
 
-def _tile_size(option: int | None, of_the_slide: int | None) -> tuple[int, str]:
+def _tile_size(option: int | None, slide: Slide) -> tuple[int, str]:
     """(pixels of a tile, the same in words with where they come from)."""
     if option is not None:
-        others = "" if of_the_slide in (None, option) else f"; the slide says {of_the_slide}"
+        others = "" if slide.tile_size in (None, option) else f"; the slide says {slide.tile_size}"
         return option, f"tiles of {option} pixels (--tile-size{others})"
-    if of_the_slide is not None:
-        return of_the_slide, f"tiles of {of_the_slide} pixels (patch_size_level0 of the slide)"
+    if slide.tile_size is not None:
+        return slide.tile_size, f"tiles of {slide.tile_size} pixels ({slide.tile_size_from})"
     return _TILE_SIZE, f"tiles of {_TILE_SIZE} pixels (the default: the slide does not say)"
 
 
-def _describe_failure(source: Path, error: Exception) -> str:
+def _describe_failure(job: Job, error: Exception) -> str:
     """The slide and why it failed, in one line."""
     text = " ".join(str(error).split())
     if not isinstance(error, ValueError | OSError) or not text:
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    text = text if text.startswith(str(source)) else f"{source}: {text}"
+    text = text if text.startswith(str(job.sources[0])) else f"{job.name}: {text}"
     return f"{text}\n{traceback.format_exc()}" if sys.flags.dev_mode else text
-
-
-def _find_slides(slides: Path, out: Path | None) -> tuple[list[tuple[Path, Path]], dict[str, list[str]]]:
-    """(slide, its target) of every slide, and the names of other entries by the reason why they are not encoded."""
-    from longnet.slides import SLIDE_FORMATS
-
-    if slides.is_dir():
-        entries = sorted(slides.iterdir())
-        paths = [path for path in entries if not _skip_reason(path)]
-        stems = [path.stem for path in paths]
-        own = {f"{stem}{ending}" for stem in stems for ending in _RESULTS}
-        passed_over: dict[str, list[str]] = {}
-        for path in entries:
-            if path.name not in own and (reason := _skip_reason(path)):
-                passed_over.setdefault(reason, []).append(path.name)
-        if not paths:
-            others = "".join(f"; {reason}: {', '.join(names)}" for reason, names in passed_over.items())
-            raise ValueError(f"{slides} holds no slide: expected files ending in {', '.join(SLIDE_FORMATS)}{others}")
-        if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
-            raise ValueError(f"{slides} holds several files named {', '.join(twice)}: expected one of each slide")
-        folder = slides if out is None else out
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"--out {folder} is a file: expected a folder, as {slides} is one")
-        return [(path, folder / f"{path.stem}.slide.safetensors") for path in paths], passed_over
-    if not slides.is_file():
-        raise FileNotFoundError(f"{slides} is neither a file nor a folder")
-    target = slides.with_name(f"{slides.stem}.slide.safetensors") if out is None else out
-    if target.suffix != ".safetensors":
-        raise ValueError(f"--out {target}: expected a name ending in .safetensors")
-    if target.absolute() == slides.absolute():
-        raise ValueError(f"--out {target} is the slide itself: expected another file")
-    return [(slides, target)], {}
-
-
-def _skip_reason(path: Path) -> str:
-    """Why an entry of a folder is not encoded; empty for a slide."""
-    from longnet.slides import SLIDE_FORMATS
-
-    if path.is_dir():
-        return "a folder, which has to be named by itself"
-    if path.name.endswith(_RESULTS):
-        return "a result by its name"
-    return "" if path.suffix.lower() in SLIDE_FORMATS else f"not one of {', '.join(SLIDE_FORMATS)}"
-
-
-def _slide_version(source: Path) -> dict[str, str]:
-    """Size and modification time, which tell whether a slide has changed."""
-    state = source.stat()
-    return {"slide_bytes": str(state.st_size), "slide_modified": str(state.st_mtime_ns)}

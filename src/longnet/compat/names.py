@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+
+# Keys of each kind that an error shows.
+_SHOWN = 4
 
 # Modules of one layer: ours, theirs.
 _LAYER = {
@@ -63,7 +67,8 @@ def load_theirs(model: nn.Module, weights: Mapping[str, Tensor], names: Mapping[
 
     Raises:
         TypeError: a value that is no tensor.
-        ValueError: keys that are missing, unexpected or of another shape; all of them are listed.
+        ValueError: keys that are missing, unexpected or of another shape: how many, the first few, and the prefix in front of
+            names that would fit without it.
     """
     expected = to_theirs(model, names)
     for name, tensor in weights.items():
@@ -77,8 +82,27 @@ def load_theirs(model: nn.Module, weights: Mapping[str, Tensor], names: Mapping[
         if name in weights and weights[name].shape != tensor.shape
     ]
     lists = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
-    if said := "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in lists.items() if keys):
-        raise ValueError(f"weights do not fit the model; {said}")
+    if said := "; ".join(f"{kind}: {_first_few(keys)}" for kind, keys in lists.items() if keys):
+        raise ValueError(f"weights do not fit the model; {said}{_likely_prefix(unexpected, expected)}")
     with torch.no_grad():
         for name, tensor in expected.items():
             tensor.copy_(weights[name])
+
+
+def _first_few(names: Sequence[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _likely_prefix(names: Sequence[str], expected: Mapping[str, Tensor]) -> str:
+    """The prefix that most names have in front of an expected one, in words; empty where there is none."""
+    found = Counter(
+        name[: dot + 1]
+        for name in names
+        for dot in range(len(name))
+        if name[dot] == "." and name[dot + 1 :] in expected
+    )
+    if not found:
+        return ""
+    ((prefix, count),) = found.most_common(1)
+    return f"; {count} of the unexpected names fit without their prefix {prefix!r}: take it off the keys"

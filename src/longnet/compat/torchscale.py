@@ -45,7 +45,7 @@ def encoder_from_torchscale(
         xpos_scale_base: as there; used where the weights say that there is xPos.
 
     Raises:
-        TypeError, ValueError: a bad argument, named; keys that are missing, unexpected or of another shape, all listed.
+        TypeError, ValueError: a bad argument, named; keys that are missing, unexpected or of another shape, the first few named.
     """
     model = LongNetEncoder(_config(weights, heads, segment_lengths, dilation_rates, xpos_scale_base, causal=False))
     if "layer_norm.weight" not in weights:

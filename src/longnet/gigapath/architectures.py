@@ -12,12 +12,13 @@ TILE_CHANNELS = 1536
 
 ARCHITECTURES: Mapping[str, tuple[int, int]] = MappingProxyType(
     {
+        "gigapath_slide_enc12l384d": (12, 384),
         "gigapath_slide_enc12l768d": (12, 768),
         "gigapath_slide_enc24l1024d": (24, 1024),
         "gigapath_slide_enc12l1536d": (12, 1536),
     }
 )
-"""(layers, dim) by name."""
+"""(layers, dim) by name, all of 16 heads; 384 channels are Prov-GigaPath-Flash."""
 
 
 # Tiles along a side of the largest slide that checkpoints were trained for: 262,144 pixels in tiles of 256.

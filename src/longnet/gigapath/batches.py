@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from longnet.models.placement import device_of, dtype_of, is_dispatched
 from longnet.runtime.autocast import autocast_dtype
+from longnet.runtime.tracing import is_traced
 
 
 def check_slides(x: Tensor, coords: Tensor, padding_mask: Tensor | None, embed: nn.Module, in_dim: int) -> None:
@@ -31,9 +32,8 @@ def check_slides(x: Tensor, coords: Tensor, padding_mask: Tensor | None, embed: 
         )
     if tuple(coords.shape) != (*x.shape[:2], 2):
         raise ValueError(f"coords has shape {tuple(coords.shape)}: expected (B, L, 2) = {(*x.shape[:2], 2)}")
-    check_coords(coords)
     if padding_mask is None:
-        return
+        return check_coords(coords)
     if padding_mask.is_meta:
         raise ValueError("padding_mask is on the meta device, so which tiles are absent is not known: expected None")
     if padding_mask.dtype != torch.bool:
@@ -42,18 +42,27 @@ def check_slides(x: Tensor, coords: Tensor, padding_mask: Tensor | None, embed: 
         )
     if padding_mask.shape != x.shape[:2]:
         raise ValueError(f"padding_mask has shape {tuple(padding_mask.shape)}: expected (B, L) = {tuple(x.shape[:2])}")
+    check_coords(coords, padding_mask)
 
 
-def check_coords(coords: Tensor) -> None:
-    """Refuse dtypes that cannot hold pixels: half precision moves tiles into other cells."""
+def check_coords(coords: Tensor, padding_mask: Tensor | None = None) -> None:
+    """Refuse dtypes that cannot hold pixels: half precision moves tiles into other cells.
+
+    float16 holds whole pixels up to 2,048 and is refused where a present tile lies beyond, or where values are not known.
+    """
     if coords.dtype == torch.bool or coords.is_complex():
         raise TypeError(f"coords has dtype {coords.dtype}: expected pixels as real numbers")
-    if coords.is_floating_point() and coords.dtype not in (torch.float32, torch.float64):
-        exact = int(2 / torch.finfo(coords.dtype).eps)
-        raise TypeError(
-            f"coords has dtype {coords.dtype}, which rounds pixels beyond {exact:,}: expected integers, float32 or float64, "
-            "whatever the dtype of the embeddings is"
-        )
+    if not coords.is_floating_point() or coords.dtype in (torch.float32, torch.float64):
+        return
+    exact = int(2 / torch.finfo(coords.dtype).eps)
+    if coords.dtype == torch.float16 and not coords.is_meta and not is_traced():
+        present = coords if padding_mask is None else coords[~padding_mask]
+        if bool((present.abs() <= exact).all()):
+            return
+    raise TypeError(
+        f"coords has dtype {coords.dtype}, which rounds pixels beyond {exact:,}: tiles would move to other places; expected "
+        "integers, float32 or float64, whatever the dtype of the embeddings is"
+    )
 
 
 def batched_slides(padding_mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -2,28 +2,84 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from longnet.gigapath.architectures import TILE_CHANNELS
 
-def read_weights(source: str | Path | Mapping[str, object]) -> Mapping[str, Tensor]:
+_log = logging.getLogger("longnet")
+
+WRAPPERS = ("module.", "_orig_mod.", "slide_encoder.", "model.", "backbone.")
+"""Prefixes of names, in any number and order: DataParallel, torch.compile, and modules that hold the encoder."""
+
+HEAD = "classifier."
+"""The prefix of the linear layer in files that Prov-GigaPath's fine-tuning writes."""
+
+_CONTAINERS = ("model", "state_dict")
+_PREFIX = re.compile(f"(?:{'|'.join(map(re.escape, WRAPPERS))})+")
+
+
+class Checkpoint(NamedTuple):
+    """A file's tensors by upstream's names, without the prefixes of wrappers.
+
+    Args:
+        encoder: those of the slide encoder.
+        head: those of a fine-tuned file's ``classifier.``; empty where there is none.
+        notes: what was recognised, a sentence each, for people.
+    """
+
+    encoder: Mapping[str, Tensor]
+    head: Mapping[str, Tensor]
+    notes: tuple[str, ...]
+
+
+def read_checkpoint(source: str | Path | Mapping[str, object]) -> Checkpoint:
     """Tensors by name, from a ``.safetensors``, any other file that ``torch.load`` reads, or a state dict.
 
-    Where there is a ``"model"`` that holds tensors, these are taken.
+    Containers (``{"model": ...}``, ``{"state_dict": ...}``) and the prefixes of :data:`WRAPPERS` are taken off. The notes, and
+    the logger ``longnet``, say which.
 
     Raises:
-        TypeError: something else. ValueError: a file that is neither. OSError: a file that cannot be read.
+        TypeError: something else. ValueError: a file that is neither; two tensors of one name without their prefixes.
+        OSError: a file that cannot be read.
     """
-    weights: Any = load_tensors(Path(source)) if isinstance(source, str | Path) else source
-    if isinstance(weights, Mapping) and isinstance(weights.get("model"), Mapping):
-        weights = weights["model"]
-    if not isinstance(weights, Mapping):
-        raise TypeError(f"{source!r} holds a {type(weights).__name__}: expected tensors by name, or a file of them")
-    return weights
+    held: Any = load_tensors(Path(source)) if isinstance(source, str | Path) else source
+    notes = []
+    while isinstance(held, Mapping) and (
+        inner := [name for name in _CONTAINERS if isinstance(held.get(name), Mapping)]
+    ):
+        notes.append(f"took the tensors in {inner[0]!r}")
+        held = held[inner[0]]
+    if not isinstance(held, Mapping) or not all(isinstance(name, str) for name in held):
+        raise TypeError(f"{source!r} holds a {type(held).__name__}: expected tensors by name, or a file of them")
+    tensors: dict[str, Any] = {}
+    prefixes: dict[str, int] = {}
+    for name, tensor in held.items():
+        match = _PREFIX.match(name)
+        prefix = match.group() if match else ""
+        prefixes[prefix] = prefixes.get(prefix, 0) + 1
+        if (short := name[len(prefix) :]) in tensors:
+            raise ValueError(f"{name} and another tensor are both {short} without a prefix of {WRAPPERS}: expected one")
+        tensors[short] = tensor
+    notes += [f"took the prefix {prefix!r} off {count} names" for prefix, count in prefixes.items() if prefix]
+    head = {name: tensors.pop(name) for name in list(tensors) if name.startswith(HEAD)}
+    if head:
+        notes.append(f"found the head of a fine-tuned encoder, {', '.join(head)}")
+    for note in notes:
+        _log.info("checkpoint: %s", note)
+    return Checkpoint(tensors, head, tuple(notes))
+
+
+def channels_of(encoder: Mapping[str, Tensor]) -> int:
+    """Channels of a tile embedding that the weights take: of the published encoder where they do not say it."""
+    weight = encoder.get("patch_embed.proj.weight")
+    return weight.shape[1] if isinstance(weight, Tensor) and weight.dim() == 2 else TILE_CHANNELS
 
 
 def load_tensors(path: Path) -> Any:

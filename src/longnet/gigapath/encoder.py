@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from longnet.attention.definition import warn_uncovered_by_stack
-from longnet.checks import check_ints
+from longnet.checks import check_int, check_ints
 from longnet.compat.attention import TORCHSCALE
 from longnet.compat.names import load_theirs, module_names, to_theirs
 from longnet.gigapath.architectures import ARCHITECTURES, DILATION_RATES, HEADS, TILE_CHANNELS, segment_lengths
 from longnet.gigapath.batches import batched_slides, check_slides
-from longnet.gigapath.checkpoint import read_weights
+from longnet.gigapath.checkpoint import channels_of, read_checkpoint
 from longnet.gigapath.layer import RECOMPUTE, Recompute, SlideBlock, gives_first_row, is_separable
 from longnet.gigapath.passes import Encoder, Layers, Slide, embed, encode, last_layer
 from longnet.gigapath.positions import Check, axis_table
@@ -131,6 +131,17 @@ class SlideEncoder(Encoder):
         nn.init.normal_(self.cls_token, std=0.02)
 
     @property
+    def tile_size(self) -> int:
+        """Side of a tile, in pixels of the coordinates; may be set to a numpy number or a tensor too."""
+        return self._tile_size
+
+    @tile_size.setter
+    def tile_size(self, value: int) -> None:
+        number = value.item() if hasattr(value, "item") else value
+        size = int(number) if isinstance(number, float) and number.is_integer() else number
+        self._tile_size = check_int("tile_size", size, 1)
+
+    @property
     def recompute(self) -> Recompute:
         """What training computes again, as the constructor's argument says."""
         return self._recompute
@@ -164,21 +175,24 @@ class SlideEncoder(Encoder):
         """An encoder with a checkpoint's weights, in evaluation mode.
 
         Args:
-            path_or_state_dict: a ``.pth`` whose ``["model"]`` holds the tensors (read with ``weights_only=True``), a
-                ``.safetensors``, or the tensors by their upstream names.
+            path_or_state_dict: a ``.pth`` (read with ``weights_only=True``), a ``.safetensors``, or the tensors by their
+                upstream names; see :func:`longnet.gigapath.checkpoint.read_checkpoint` for the containers and prefixes that are
+                recognised. ``in_dim`` is that of the checkpoint. A fine-tuned file's head is left out and logged, see
+                :func:`longnet.gigapath.from_finetuned`.
             arch: one of ``ARCHITECTURES``.
 
         Raises:
-            ValueError: an unknown architecture, or keys that are missing, unexpected or of another shape, all listed.
+            ValueError: an unknown architecture, or keys that are missing, unexpected or of another shape, the first few named.
             OSError: a file that cannot be read.
         """
         if arch not in ARCHITECTURES:
             raise ValueError(f"arch={arch!r} is unknown: expected one of {tuple(ARCHITECTURES)}")
         layers, dim = ARCHITECTURES[arch]
-        weights = read_weights(path_or_state_dict)
+        weights = read_checkpoint(path_or_state_dict).encoder
         model = cls(
             dim,
             layers,
+            in_dim=channels_of(weights),
             max_wsi_size=max_wsi_size,
             tile_size=tile_size,
             slide_ngrids=slide_ngrids,
@@ -196,13 +210,14 @@ class SlideEncoder(Encoder):
 
     def load_upstream(self, weights: Mapping[str, Tensor]) -> None:
         """Take weights by their upstream names; errors as in :meth:`from_checkpoint`."""
-        load_theirs(self, weights, self._names())
+        load_theirs(self, weights, self.upstream_names())
 
     def upstream_state_dict(self) -> dict[str, Tensor]:
         """The weights by their upstream names, what :meth:`load_upstream` takes."""
-        return to_theirs(self, self._names())
+        return to_theirs(self, self.upstream_names())
 
-    def _names(self) -> dict[str, str]:
+    def upstream_names(self) -> dict[str, str]:
+        """This library's names of modules and parameters to upstream's."""
         own = {"patch_embed": "patch_embed.proj", "encoder_norm": "encoder.layer_norm"}
         return module_names(len(self.blocks), "encoder.", cls_token="cls_token", norm="norm", **own)
 

@@ -143,7 +143,7 @@ def read_out(
             :func:`encode`. Flags, because torch.compile would make symbols of numbers.
     """
     _depend_on(hooks)
-    pool = _mean_of_tiles if model.global_pool else _class_token
+    pool = mean_of_tiles if model.global_pool else class_token
     blocks = list(model.blocks)[: len(model.blocks) if pooled is None else len(pooled) - 1]
     states = [pool(x)] if pooled is not None and pooled[0] else []
     for number, block in enumerate(blocks, 1):
@@ -205,9 +205,9 @@ def compile_for_any_size(function: Callable[..., Any], **settings: Any) -> Calla
     return call
 
 
-def _class_token(x: Tensor) -> Tensor:
+def class_token(x: Tensor) -> Tensor:
     return x[:, 0]
 
 
-def _mean_of_tiles(x: Tensor) -> Tensor:
+def mean_of_tiles(x: Tensor) -> Tensor:
     return x[:, 1:].mean(dim=1)

@@ -30,6 +30,8 @@ def in_tiles(coords: Tensor, tile_size: int) -> Tensor:
     if not coords.is_floating_point():
         # A short integer type may not hold the tile size.
         coords = coords.long()
+    elif coords.dtype == torch.float16:
+        coords = coords.float()
     return torch.div(coords, tile_size, rounding_mode="floor")
 
 

@@ -2,5 +2,15 @@
 
 from longnet.slides.files import SLIDE_FORMATS, Slide, is_made_from, read_slide, result_bytes
 from longnet.slides.heatmap import heatmap
+from longnet.slides.patients import join_slides, read_patients
 
-__all__ = ["SLIDE_FORMATS", "Slide", "heatmap", "is_made_from", "read_slide", "result_bytes"]
+__all__ = [
+    "SLIDE_FORMATS",
+    "Slide",
+    "heatmap",
+    "is_made_from",
+    "join_slides",
+    "read_patients",
+    "read_slide",
+    "result_bytes",
+]

@@ -15,43 +15,53 @@ from torch import Tensor
 
 from longnet.gigapath.batches import check_coords
 from longnet.gigapath.checkpoint import load_tensors
+from longnet.slides.hdf5 import read_h5
+from longnet.slides.units import check_unit, to_pixels
 
 SLIDE_FORMATS = (".pt", ".npz", ".safetensors", ".h5", ".hdf5")
 
-# Names that GigaPath, CLAM and TRIDENT use, and plain words.
-_EMBEDDINGS = ("tile_embeds", "features", "embeddings")
+# Names that GigaPath, CLAM, TRIDENT and STAMP use, and plain words.
+_EMBEDDINGS = ("tile_embeds", "features", "embeddings", "feats")
 _COORDS = ("coords", "coordinates")
-# TRIDENT's attribute of coords: the side of a tile in pixels of the coordinates, 512 for a tile of 256 pixels of a 40x slide.
-_TILE_SIZE = "patch_size_level0"
-_LARGEST_TILE = 1 << 20
 
-# Arrays by name (None for other names), and the tile size as the file holds it.
-_Contents = tuple[Mapping[str, Any], Any]
+# Arrays by name (None for other names), and the attributes that tell the unit.
+_Contents = tuple[Mapping[str, Any], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Slide:
     """``embeddings`` (L, C) float32, ``coords`` (L, 2) float32: pixels, x then y.
 
-    ``tile_size`` is the side of a tile in pixels of the coordinates, None where the file does not say it.
+    ``tile_size`` is the side of a tile in pixels of the coordinates, None where the file does not say it;
+    ``tile_size_from`` says in words what it was taken from.
     """
 
     embeddings: Tensor
     coords: Tensor
     tile_size: int | None = None
+    tile_size_from: str = ""
 
 
-def read_slide(path: str | Path) -> Slide:
+def read_slide(path: str | Path, *, unit: str | None = None, mpp: float | None = None) -> Slide:
     """Read a ``.pt`` (with ``weights_only=True``), ``.npz`` (without pickles), ``.safetensors``, ``.h5`` or ``.hdf5``.
 
-    It holds embeddings, called tile_embeds, features or embeddings, (L, C) or (1, L, C), and coords or coordinates, (L, 2) or
-    (1, L, 2), of any real dtype; coordinates not in half precision. An HDF5 file may say the tile size as TRIDENT does, in the
-    attribute patch_size_level0 of the coordinates. Its arrays must lie in the file itself, not behind a link.
+    It holds embeddings, called tile_embeds, features, embeddings or feats, (L, C) or (1, L, C), and coords or coordinates,
+    (L, 2) or (1, L, 2), of any real dtype, or of the fields x and y; coordinates not in bfloat16, nor float16 beyond 2,048. The
+    arrays of an HDF5 file must lie in the file itself, not behind a link.
+
+    Args:
+        path: the file.
+        unit: of the coordinates: ``"pixels"``, ``"um"`` (microns) or ``"tiles"`` (columns and rows). None: what an HDF5 file
+            says in TRIDENT's attribute patch_size_level0 of the coordinates (pixels, and the tile size) or in STAMP's
+            tile_size_um and tile_size_px (microns); else pixels, where numbers may be such: without fractions, of embeddings
+            that are not called feats as STAMP's, not many tiles to a cell of 256 pixels.
+        mpp: microns of a pixel, for ``"um"``; None: the file's tile_size_um / tile_size_px.
 
     Raises:
-        ValueError: another format, a file that is not what its name says, or arrays that are missing, not finite, or of other
-            shapes or dtypes. OSError: a file that is not there.
+        ValueError: another format, a file that is not what its name says, arrays that are missing, empty, not finite, or of
+            other shapes or dtypes, or a unit that is not known. OSError: a file that is not there.
     """
+    check_unit(unit, mpp)
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in SLIDE_FORMATS:
@@ -59,7 +69,7 @@ def read_slide(path: str | Path) -> Slide:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file")
     try:
-        contents, tile_size = _READERS[suffix](path)
+        contents, said = _READERS[suffix](path)
     except (MemoryError, ImportError):
         raise
     except Exception as error:
@@ -74,7 +84,9 @@ def read_slide(path: str | Path) -> Slide:
         raise ValueError(
             f"{path} has embeddings {tuple(embeddings.shape)} and coords {tuple(coords.shape)}: expected (L, C) and (L, 2)"
         )
-    embeddings, coords = embeddings.float(), coords.float()
+    if not len(embeddings):
+        raise ValueError(f"{path} has no tile: expected at least one")
+    embeddings, coords = embeddings.float(), coords.double()
     for name, values in (("embeddings", embeddings), ("coords", coords)):
         if not bool((finite := values.isfinite().all(1)).all()):
             row = int((~finite).nonzero()[0])
@@ -82,7 +94,8 @@ def read_slide(path: str | Path) -> Slide:
                 f"{path} has {name} that are not finite in {int((~finite).sum())} of {len(values)} tiles, tile {row} the first: "
                 "expected finite numbers"
             )
-    return Slide(embeddings, coords, None if tile_size is None else _tile_size_of(path, tile_size))
+    pixels = to_pixels(path, coords, said, "feats" in contents, unit, mpp)
+    return Slide(embeddings, pixels.coords.float(), pixels.tile_size, pixels.tile_size_from)
 
 
 def result_bytes(tensors: Mapping[str, Tensor], made_from: Mapping[str, str]) -> bytes:
@@ -106,6 +119,8 @@ def _array_of(path: Path, contents: Mapping[str, Any], names: tuple[str, ...]) -
     if len(present) != 1:
         raise ValueError(f"{path} holds {sorted(contents)}: expected exactly one of {names}")
     value = contents[present[0]]
+    if names is _COORDS and isinstance(value, np.ndarray) and sorted(value.dtype.names or ()) == ["x", "y"]:
+        value = np.stack([value["x"], value["y"]], axis=-1)
     if isinstance(value, np.ndarray) and value.dtype.kind in "iuf" and value.dtype.itemsize <= 8:
         # torch takes only the machine's byte order.
         value = torch.as_tensor(value.astype(value.dtype.newbyteorder("="), copy=False))
@@ -115,58 +130,20 @@ def _array_of(path: Path, contents: Mapping[str, Any], names: tuple[str, ...]) -
     return value[0] if value.dim() == 3 and value.shape[0] == 1 else value
 
 
-def _tile_size_of(path: Path, value: Any) -> int:
-    size = np.asarray(value)
-    if (
-        size.size != 1
-        or size.dtype.kind not in "iuf"
-        or not np.isfinite(size)
-        or not 1 <= size <= _LARGEST_TILE
-        or size != np.floor(size)
-    ):
-        raise ValueError(
-            f"{path}: the attribute {_TILE_SIZE} of coords is {value!r}: expected a whole number of pixels from 1 to "
-            f"{_LARGEST_TILE:,}"
-        )
-    return int(size.item())
-
-
 def _read_tensors(path: Path) -> _Contents:
     contents = load_tensors(path)
     if not isinstance(contents, Mapping):
         raise ValueError(f"it holds a {type(contents).__name__}, expected tensors by name")
-    return {str(name): value for name, value in contents.items()}, None
+    return {str(name): value for name, value in contents.items()}, {}
 
 
 def _read_npz(path: Path) -> _Contents:
     with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] if name in (*_EMBEDDINGS, *_COORDS) else None for name in file.files}, None
+        return {name: file[name] if name in (*_EMBEDDINGS, *_COORDS) else None for name in file.files}, {}
 
 
 def _read_h5(path: Path) -> _Contents:
-    import h5py  # type: ignore[import-untyped]
-
-    contents: dict[str, Any] = {}
-    tile_size = None
-    with h5py.File(path, "r") as file:
-        for name in file:
-            contents[name] = None
-            if name not in (*_EMBEDDINGS, *_COORDS):
-                continue
-            # A link, external storage and a virtual dataset can each bring in any other file of the machine.
-            link = file.get(name, getlink=True)
-            if not isinstance(link, h5py.HardLink):
-                raise ValueError(f"{name} is a {type(link).__name__}: expected a dataset of the file itself")
-            dataset = file[name]
-            if not isinstance(dataset, h5py.Dataset):
-                raise ValueError(f"{name} is a {type(dataset).__name__}: expected a dataset")
-            if dataset.external or dataset.is_virtual:
-                kind = "is a virtual dataset" if dataset.is_virtual else "has external storage"
-                raise ValueError(f"{name} {kind}: expected its numbers in the file itself")
-            contents[name] = np.asarray(dataset[()])
-            if name in _COORDS:
-                tile_size = dataset.attrs.get(_TILE_SIZE)
-    return contents, tile_size
+    return read_h5(path, (*_EMBEDDINGS, *_COORDS), _COORDS)
 
 
 _READERS = {

@@ -1,0 +1,106 @@
+"""Which files ``longnet slide-encode`` reads, and where its results go."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from longnet.slides import SLIDE_FORMATS, read_patients
+
+_RESULTS = (".slide.safetensors", ".slide.png")
+
+
+class Job(NamedTuple):
+    """What makes one result: a slide, or the slides of a patient. ``name`` is for messages."""
+
+    name: str
+    sources: tuple[Path, ...]
+    target: Path
+
+    def version(self) -> dict[str, str]:
+        """Sizes and modification times, which tell whether a slide has changed."""
+        states = [source.stat() for source in self.sources]
+        return {
+            "slide_bytes": ",".join(str(state.st_size) for state in states),
+            "slide_modified": ",".join(str(state.st_mtime_ns) for state in states),
+        }
+
+
+PassedOver = Mapping[str, list[str]]
+"""Names of files that are not encoded, by the reason."""
+
+
+def find_jobs(slides: Path, out: Path | None, patients: Path | None) -> tuple[list[Job], PassedOver]:
+    """The results to make.
+
+    Args:
+        slides: a slide, or a folder of them and of folders of them.
+        out: the result, or the folder of results; None: beside the slides.
+        patients: a table of the slides of each patient, whose paths are in the folder ``slides``.
+
+    Raises:
+        ValueError: no slide, two of one name, an ``out`` that does not fit, or a table that is none. OSError: no such file.
+    """
+    if not slides.is_dir():
+        if patients is not None:
+            raise ValueError(f"--patients with {slides}: expected the folder that the table's paths are in")
+        return [_one_slide(slides, out)], {}
+    folder = slides if out is None else out
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} is a file: expected a folder, as {slides} is one")
+    if patients is not None:
+        groups = read_patients(patients, slides)
+        return [Job(name, files, folder / f"{name}{_RESULTS[0]}") for name, files in groups.items()], {}
+    passed_over: dict[str, list[str]] = {}
+    paths = _files(slides, passed_over)
+    targets: dict[Path, Path] = {}
+    own = {f"{path.parent / path.stem}{ending}" for path in paths for ending in _RESULTS if not _skip_reason(path)}
+    for path in paths:
+        if not (reason := _skip_reason(path)):
+            target = folder / path.parent / f"{path.stem}{_RESULTS[0]}"
+            if target in targets:
+                raise ValueError(
+                    f"{slides} holds several files named {path.parent / path.stem}: expected one of each slide"
+                )
+            targets[target] = path
+        elif str(path) not in own:
+            passed_over.setdefault(reason, []).append(str(path))
+    if not targets:
+        others = "".join(f"; {reason}: {listed(names)}" for reason, names in passed_over.items())
+        raise ValueError(f"{slides} holds no slide: expected files ending in {', '.join(SLIDE_FORMATS)}{others}")
+    return [Job(str(path), (slides / path,), target) for target, path in targets.items()], passed_over
+
+
+def listed(names: list[str], most: int = 8) -> str:
+    """The first few names in words."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _one_slide(slide: Path, out: Path | None) -> Job:
+    if not slide.is_file():
+        raise FileNotFoundError(f"{slide} is neither a file nor a folder")
+    target = slide.with_name(f"{slide.stem}{_RESULTS[0]}") if out is None else out
+    if target.suffix != ".safetensors":
+        raise ValueError(f"--out {target}: expected a name ending in .safetensors")
+    if target.absolute() == slide.absolute():
+        raise ValueError(f"--out {target} is the slide itself: expected another file")
+    return Job(slide.name, (slide,), target)
+
+
+def _files(slides: Path, passed_over: dict[str, list[str]]) -> list[Path]:
+    """Relative paths of all files in a folder and its folders, sorted; names of folders that cannot be read are added."""
+
+    def refuse(error: OSError) -> None:
+        passed_over.setdefault(f"a folder that cannot be read ({error.strerror})", []).append(str(error.filename))
+
+    walk = os.walk(slides, onerror=refuse)
+    return sorted(Path(at, name).relative_to(slides) for at, _, names in walk for name in names)
+
+
+def _skip_reason(path: Path) -> str:
+    """Why a file of a folder is not encoded; empty for a slide."""
+    if path.name.endswith(_RESULTS):
+        return "a result by its name"
+    return "" if path.suffix.lower() in SLIDE_FORMATS else f"not one of {', '.join(SLIDE_FORMATS)}"
