@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -133,6 +134,53 @@ def test_a_longvit() -> None:
     assert same(to_torchscale(model), weights)
     with pytest.raises(ValueError, match=r"expected \(B, 3, 40, 40\)"):
         model(image[:, :, :36])
+
+
+def longvit_state() -> dict[str, Tensor]:
+    weights = state(tokens=False, norm=False, prefix="encoder.")
+    weights |= {"patch_embed.proj.weight": draw(DIM, 3, 4, 4), "patch_embed.proj.bias": draw(DIM)}
+    return weights | {"pos_embed": draw(1, 25, DIM)}
+
+
+def test_positions_of_a_larger_image() -> None:
+    weights = longvit_state()
+    model = longvit_from_torchscale(weights, **SHIFTED, image_size=52)
+    assert model(draw(1, 3, 52, 52)).shape == (1, 169, DIM) and model.size == 52
+
+    def kernel(distance: float) -> float:
+        """Keys' cubic convolution with a = -3/4, which bicubic means in torch."""
+        d, a = abs(distance), -0.75
+        if d <= 1:
+            return (a + 2) * d**3 - (a + 3) * d**2 + 1
+        return a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a if d < 2 else 0.0
+
+    # Centres of patches lie at (place + 1/2) * 5 / 13 - 1/2 of the old grid, whose edge goes on outside.
+    rows = torch.zeros(13, 5, dtype=torch.float64)
+    for place in range(13):
+        centre = (place + 0.5) * 5 / 13 - 0.5
+        for at in range(math.floor(centre) - 1, math.floor(centre) + 3):
+            rows[place, min(max(at, 0), 4)] += kernel(centre - at)
+    want = torch.einsum("ia,jb,abc->ijc", rows, rows, weights["pos_embed"].view(5, 5, DIM)).view(1, 169, DIM)
+    torch.testing.assert_close(model.pos_embed.detach(), want, rtol=1e-12, atol=1e-12)
+    assert same(to_torchscale(longvit_from_torchscale(weights, **SHIFTED, image_size=20)), weights)
+    for size in (50, 2):
+        with pytest.raises(ValueError, match=f"image_size={size} with patches of 4 pixels.*a multiple of the patch"):
+            longvit_from_torchscale(weights, **SHIFTED, image_size=size)
+
+
+def test_wrapped_weights_are_opened_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    weights, tokens = longvit_state(), state()
+    wrapped: Any = {"model": {f"module.backbone.{name}": tensor for name, tensor in weights.items()}, "epoch": 3}
+    with caplog.at_level("INFO", "longnet"):
+        assert same(to_torchscale(longvit_from_torchscale(wrapped, **SHIFTED)), weights)
+    said = [record.message for record in caplog.records]
+    assert said == ["weights: took the tensors in 'model'", "weights: took the prefix 'module.backbone.' off all names"]
+    wrapped = {"state_dict": {f"_orig_mod.{name}": tensor for name, tensor in tokens.items()}}
+    assert same(to_torchscale(encoder_from_torchscale(wrapped, **SHIFTED)), tokens)
+    tokens = state(head="own")
+    assert same(
+        to_torchscale(decoder_from_torchscale({f"module.{k}": v for k, v in tokens.items()}, **SHIFTED)), tokens
+    )
 
 
 def test_gradients_reach_every_weight() -> None:

@@ -129,7 +129,7 @@ def test_an_unknown_prefix_is_named_and_few_keys() -> None:
     assert len(said) < 600
     with pytest.raises(ValueError, match=r"model.norm.weight and another tensor are both norm.weight"):
         SlideEncoder.from_checkpoint(
-            {"norm.weight": weights["norm.weight"], "model.norm.weight": weights["norm.weight"]}
+            {"norm.weight": weights["norm.weight"], "model.norm.weight": weights["norm.weight"]}, "small"
         )
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+_log = logging.getLogger("longnet")
+
+_CONTAINERS = ("model", "state_dict")
 # Keys of each kind that an error shows.
 _SHOWN = 4
 
@@ -24,6 +29,30 @@ _LAYER = {
     "feed_forward.sub_norm": "ffn.ffn_layernorm",
     "feed_forward.fc2": "ffn.fc2",
 }
+
+
+def open_containers(held: Any) -> tuple[Any, list[str]]:
+    """What lies in ``{"model": ...}`` and ``{"state_dict": ...}``, in any depth; a note for each that was opened."""
+    notes = []
+    while isinstance(held, Mapping) and (
+        found := [name for name in _CONTAINERS if isinstance(held.get(name), Mapping)]
+    ):
+        notes.append(f"took the tensors in {found[0]!r}")
+        held = held[found[0]]
+    return held, notes
+
+
+def unwrap(weights: Mapping[str, Tensor], layers: str) -> Mapping[str, Tensor]:
+    """Weights out of containers, and without what stands in front of ``layers`` where it does in front of all keys."""
+    weights, notes = open_containers(weights)
+    names = [name for name in weights if isinstance(name, str)]
+    first = next((name[: name.index(layers)] for name in names if f".{layers}" in name), "")
+    if first and len(names) == len(weights) and all(name.startswith(first) for name in names):
+        notes.append(f"took the prefix {first!r} off all names")
+        weights = {name.removeprefix(first): tensor for name, tensor in weights.items()}
+    for note in notes:
+        _log.info("weights: %s", note)
+    return weights
 
 
 def module_names(layers: int, prefix: str = "", ours: str = "", **more: str) -> dict[str, str]:

@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longnet.attention import DilatedAttention
 from longnet.compat.attention import TORCHSCALE
-from longnet.compat.names import load_theirs, module_names, to_theirs
+from longnet.compat.names import load_theirs, module_names, to_theirs, unwrap
 from longnet.geometry.phantoms import padded_length
 from longnet.models import LongNetConfig, LongNetEncoder, LongNetLM
 
@@ -37,7 +38,8 @@ def encoder_from_torchscale(
     Without ``embed_tokens`` it takes embeddings only; without ``layer_norm`` (``normalize_output=False``) there is no last norm.
 
     Args:
-        weights: its state dict.
+        weights: its state dict, also in ``{"model": ...}`` or ``{"state_dict": ...}``, or with a prefix in front of all keys;
+            the logger ``longnet`` says what was taken off.
         heads, segment_lengths, dilation_rates: as its config says.
         torchscale_compat: compute attention as torchscale does, see ``longnet.compat``; False is the exact definition, with the
             same (blocked) head offsets.
@@ -47,6 +49,7 @@ def encoder_from_torchscale(
     Raises:
         TypeError, ValueError: a bad argument, named; keys that are missing, unexpected or of another shape, the first few named.
     """
+    weights = unwrap(weights, "layers.")
     model = LongNetEncoder(_config(weights, heads, segment_lengths, dilation_rates, xpos_scale_base, causal=False))
     if "layer_norm.weight" not in weights:
         model.norm = NoNorm()
@@ -72,6 +75,7 @@ def decoder_from_torchscale(
     Raises:
         As :func:`encoder_from_torchscale`.
     """
+    weights = unwrap(weights, "layers.")
     table, head = weights.get("embed_tokens.weight"), weights.get("output_projection.weight")
     tied = isinstance(table, Tensor) and isinstance(head, Tensor) and torch.equal(table, head)
     model = LongNetLM(
@@ -123,13 +127,26 @@ def longvit_from_torchscale(
     segment_lengths: int | Sequence[int],
     dilation_rates: int | Sequence[int],
     torchscale_compat: bool = True,
+    image_size: int | None = None,
 ) -> LongViT:
-    """A LongViT; arguments and errors as of :func:`encoder_from_torchscale`."""
+    """A LongViT; other arguments and errors as of :func:`encoder_from_torchscale`.
+
+    Args:
+        image_size: side of the images, in pixels: positions are interpolated to it (bicubic, as LongViT's own fine-tuning does
+            for larger images). None: that of the weights.
+
+    Raises:
+        ValueError: also an image_size that is no multiple of a patch.
+    """
+    weights = unwrap(weights, "encoder.layers.")
     encoder = LongNetEncoder(
         _config(weights, heads, segment_lengths, dilation_rates, 512.0, prefix="encoder.", causal=False)
     )
     encoder.norm = NoNorm()
     patch, places = _tensor(weights, "patch_embed.proj.weight", 4), _tensor(weights, "pos_embed", 3)
+    if image_size is not None:
+        places = _resized(places, image_size, patch.shape[-1])
+        weights = {**weights, "pos_embed": places}
     model = LongViT(encoder, patch.shape[-1], places.shape[1], patch.shape[1])
     _finish(model, weights, torchscale_compat, scale_embedding=True)
     return model
@@ -224,6 +241,19 @@ def _config(
         xpos_scale_base=xpos_scale_base if has_xpos else None,
         **more,
     )
+
+
+def _resized(places: Tensor, image_size: int, patch_size: int) -> Tensor:
+    """Positions (1, patches, C) of a square image for one of another size."""
+    side, before = image_size // patch_size, math.isqrt(places.shape[1])
+    if side < 1 or image_size % patch_size or before**2 != places.shape[1]:
+        raise ValueError(
+            f"image_size={image_size} with patches of {patch_size} pixels and {places.shape[1]} positions: expected a multiple "
+            "of the patch, and positions of a square image"
+        )
+    grid = places.unflatten(1, (before, before)).permute(0, 3, 1, 2)
+    resized = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+    return resized.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def _tensor(weights: Mapping[str, Tensor], name: str, dimensions: int) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from longnet.compat.names import open_containers
 from longnet.gigapath.architectures import TILE_CHANNELS
 
 _log = logging.getLogger("longnet")
@@ -21,7 +22,6 @@ WRAPPERS = ("module.", "_orig_mod.", "slide_encoder.", "model.", "backbone.")
 HEAD = "classifier."
 """The prefix of the linear layer in files that Prov-GigaPath's fine-tuning writes."""
 
-_CONTAINERS = ("model", "state_dict")
 _PREFIX = re.compile(f"(?:{'|'.join(map(re.escape, WRAPPERS))})+")
 
 
@@ -49,13 +49,7 @@ def read_checkpoint(source: str | Path | Mapping[str, object]) -> Checkpoint:
         TypeError: something else. ValueError: a file that is neither; two tensors of one name without their prefixes.
         OSError: a file that cannot be read.
     """
-    held: Any = load_tensors(Path(source)) if isinstance(source, str | Path) else source
-    notes = []
-    while isinstance(held, Mapping) and (
-        inner := [name for name in _CONTAINERS if isinstance(held.get(name), Mapping)]
-    ):
-        notes.append(f"took the tensors in {inner[0]!r}")
-        held = held[inner[0]]
+    held, notes = open_containers(load_tensors(Path(source)) if isinstance(source, str | Path) else source)
     if not isinstance(held, Mapping) or not all(isinstance(name, str) for name in held):
         raise TypeError(f"{source!r} holds a {type(held).__name__}: expected tensors by name, or a file of them")
     tensors: dict[str, Any] = {}

@@ -25,11 +25,11 @@ def join_slides(slides: Sequence[Slide], tile_size: int) -> Slide:
     """
     if not slides:
         raise ValueError("slides is empty: expected at least one")
-    for slide in slides:
+    for number, slide in enumerate(slides):
         if slide.tile_size not in (None, tile_size) or slide.embeddings.shape[1] != slides[0].embeddings.shape[1]:
             raise ValueError(
-                f"a slide of a patient has {slide.embeddings.shape[1]} channels and tiles of {slide.tile_size} pixels: expected "
-                f"{slides[0].embeddings.shape[1]} and {tile_size} as the others have"
+                f"slides[{number}] has {slide.embeddings.shape[1]} channels and tiles of {slide.tile_size} pixels: expected "
+                f"{slides[0].embeddings.shape[1]} and {tile_size}, those of slides[0]"
             )
     moved, offset = [], 0.0
     for slide in slides:
