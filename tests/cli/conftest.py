@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 SOURCE = Path(__file__).parents[2] / "src"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "COLUMNS": "120", "NO_COLOR": "1"}
@@ -87,3 +88,14 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, longnet: Longnet, tra
     assert result.returncode == 0, result.stderr
     (out.parent / "output.txt").write_text(result.stdout)
     return out
+
+
+@pytest.fixture
+def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A slide encoder's random checkpoint, as small as its architecture is made here."""
+    from longnet.gigapath import SlideEncoder
+
+    monkeypatch.setattr("longnet.gigapath.encoder.ARCHITECTURES", {"gigapath_slide_enc12l768d": (2, 32)})
+    torch.manual_seed(0)
+    torch.save({"model": SlideEncoder(32, 2).upstream_state_dict()}, tmp_path / "weights.pth")
+    return tmp_path / "weights.pth"

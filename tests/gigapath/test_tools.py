@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import torch
 import upstream
+from huggingface_hub import hf_hub_download
 from slides import encoder
 from torch import Tensor, nn
 
 import longnet.gigapath.encoder
 import longnet.gigapath.upstream
-from longnet.gigapath import drop_in
+from longnet.gigapath import ClassificationHead, drop_in
 from longnet.gigapath.upstream import LongNetViT, create_model
 
 ARCH, CHANNELS = "gigapath_slide_enc12l768d", 1536
@@ -268,6 +269,10 @@ def test_create_model_refuses_what_the_original_passes_over(
         LongNetViT(embed_dim=256)
     with pytest.raises(TypeError, match="norm_layer makes a Identity: expected a LayerNorm"):
         LongNetViT(embed_dim=32, norm_layer=nn.Identity)
+    head = ClassificationHead(create_model("", ARCH, CHANNELS), 3, layers=(1,))
+    x, coords = slide(5)
+    assert head(x[None], coords[None]).shape == (1, 3)
+    torch.testing.assert_close(head.encoder(x[None], coords), head.encoder(x[None], coords[None]))
     # Segment lengths follow the tile size when it is made, and not later.
     small = create_model("", ARCH, CHANNELS, tile_size=512)
     assert small.config.segment_lengths == (1024, 4096, 16384, 65536, 262144)
@@ -280,6 +285,10 @@ def test_create_model_refuses_what_the_original_passes_over(
     monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
     with pytest.raises(OSError, match=r"hf_hub:a/b could not be downloaded: ConnectionError: offline .*HF_TOKEN"):
         create_model("hf_hub:a/b", ARCH, CHANNELS)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match="hf_hub:a/b could not be downloaded: LocalEntryNotFoundError: "):
+        create_model("hf_hub:a/b", ARCH, CHANNELS, "empty cache")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ModuleNotFoundError, match=r"needs huggingface_hub.*'.\[slides\]'"):
         create_model("hf_hub:a/b", ARCH, CHANNELS)

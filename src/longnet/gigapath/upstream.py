@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -73,11 +73,19 @@ class LongNetViT(SlideEncoder):
         self.register_state_dict_post_hook(_to_upstream_keys)
         self.register_load_state_dict_pre_hook(_from_upstream_keys)
 
-    def forward(self, x: Tensor, coords: Tensor, all_layer_embed: bool = False) -> list[Tensor]:  # type: ignore[override]
+    def forward(
+        self,
+        x: Tensor,
+        coords: Tensor,
+        all_layer_embed: bool = False,
+        padding_mask: Tensor | None = None,
+        *,
+        layers: Sequence[int] | None = None,
+    ) -> list[Tensor]:
         """As :meth:`SlideEncoder.forward`; the coordinates of a batch of one may be (L, 2), as the original takes them."""
         if isinstance(coords, Tensor) and coords.dim() == 2:
             coords = coords[None]
-        return super().forward(x, coords, all_layer_embed)
+        return super().forward(x, coords, all_layer_embed, padding_mask, layers=layers)
 
 
 def create_model(

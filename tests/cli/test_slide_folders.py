@@ -1,0 +1,184 @@
+"""``longnet slide-encode`` on many slides, in the units and for the outputs of other tools."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_slides import expected, slide, trident
+
+from longnet.cli.slide_encode import slide_encode
+from longnet.gigapath import SlideEncoder
+
+Longnet = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def test_a_folder_of_200_slides(weights: Path, tmp_path: Path, call: Longnet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In subfolders, 5 of them broken, each in another way, and stopped on the way."""
+    folder, out = tmp_path / "slides", tmp_path / "out"
+    for number in range(195):
+        held = load_file(slide(tmp_path / "s.safetensors", 2 + number % 7))
+        (folder / f"site{number % 3}" / "batch").mkdir(parents=True, exist_ok=True)
+        with h5py.File(
+            folder / f"site{number % 3}" / "batch" / f"s{number}.{('h5', 'H5', 'hdf5')[number % 3]}", "w"
+        ) as file:
+            file["features"], file["coords"] = held["features"].numpy(), held["coords"].numpy() * 2
+            file["coords"].attrs["patch_size_level0"] = 512
+    good = dict(sorted((path.stem, path) for path in folder.rglob("s*.*")))
+    content = good["s0"].read_bytes()
+    (folder / "site0" / "torn.h5").write_bytes(content[: len(content) // 2])
+    x, coords = torch.randn(6, 1536), torch.arange(12).view(6, 2) * 256
+    nan = x.clone()
+    nan[2, 7] = torch.nan
+    for name, held in {
+        "channels": {"features": x[:, :1024].contiguous(), "coords": coords},
+        "nan": {"features": nan, "coords": coords},
+        "site1/counts": {"features": x, "coords": coords[:5]},
+        "site2/half": {"features": x, "coords": (coords + 5000).half()},
+    }.items():
+        save_file(held, folder / f"{name}.safetensors")
+    arguments = ("slide-encode", folder, "-o", out, "--checkpoint", weights, "--device", "cpu")
+    forward, calls = SlideEncoder.forward, iter(range(10**6))
+
+    def stops(self: SlideEncoder, *rest: object, **options: object) -> list[torch.Tensor]:
+        if next(calls) == 100:
+            raise KeyboardInterrupt
+        return forward(self, *rest, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(SlideEncoder, "forward", stops)
+    with pytest.raises(KeyboardInterrupt):
+        slide_encode(folder, weights, out, device="cpu")
+    done = len(list(out.rglob("*.slide.safetensors")))
+    assert 95 <= done <= 100
+    result = call(*arguments)
+    assert f"{done} of 200 slides are done already" in result.stderr and result.returncode == 5
+    for name, reason in [
+        ("channels.safetensors", r"x has shape \(1, 6, 1024\)"),
+        ("nan.safetensors", "not finite in 1 of 6 tiles, tile 2 the first"),
+        ("site0/torn.h5", "cannot be read as .h5"),
+        ("site1/counts.safetensors", r"expected \(L, C\) and \(L, 2\)"),
+        ("site2/half.safetensors", "float16, which rounds pixels beyond 2,048"),
+    ]:
+        assert re.search(rf"^.*{re.escape(name)}.*{reason}", result.stderr, flags=re.MULTILINE), (name, result.stderr)
+    assert "5 of 200 slides could not be encoded: channels.safetensors, nan.safetensors, site0/torn.h5" in result.stderr
+    found = {path.name.removesuffix(".slide.safetensors"): path for path in out.rglob("*") if path.is_file()}
+    assert set(found) == set(good)
+    assert found["s4"] == out / "site1" / "batch" / "s4.slide.safetensors"
+    torch.testing.assert_close(
+        load_file(found["s4"])["embedding"], expected(weights, slide(tmp_path / "s.safetensors", 6))[0]
+    )
+    again = call(*arguments)
+    assert again.returncode == 5 and "195 of 200 slides are done already" in again.stderr
+
+
+def test_outputs(weights: Path, tmp_path: Path, call: Longnet) -> None:
+    source = slide(tmp_path / "s.safetensors", 30)
+    arguments = ("slide-encode", source, "--checkpoint", weights, "--device", "cpu")
+    assert call(*arguments, "--outputs", "tiles,mean,class,layers").returncode == 0
+    found, held = load_file(tmp_path / "s.slide.safetensors"), load_file(source)
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == {
+        "class": (32,),
+        "coords": (30, 2),
+        "layers": (3, 32),
+        "mean": (32,),
+        "tiles": (30, 32),
+    }
+    torch.testing.assert_close(found["layers"], expected(weights, source, True), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found["class"], expected(weights, source)[0], rtol=1e-5, atol=1e-5)
+    pooled = SlideEncoder.from_checkpoint(weights, global_pool=True)
+    with torch.no_grad():
+        mean = pooled(held["features"][None], held["coords"][None])[0][0]
+    torch.testing.assert_close(found["mean"], mean, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found["coords"], held["coords"].float())
+    assert "done already" not in call(*arguments, "--outputs", "tiles").stderr
+    for options, said in [
+        (("--outputs", "patches"), "expected some of ('embedding',"),
+        (("--outputs", "tiles", "--all-layers"), "expected one of them"),
+    ]:
+        result = call(*arguments, *options)
+        assert result.returncode == 2 and said in result.stderr
+
+
+def test_microns_of_stamp_are_the_same_tissue(weights: Path, tmp_path: Path, call: Longnet) -> None:
+    held = load_file(slide(tmp_path / "s.safetensors", 40))
+    cell, source = held["coords"] // 256, tmp_path / "stamp.h5"
+    with h5py.File(source, "w") as file:
+        file["feats"], file["coords"] = held["features"].numpy(), cell.float().numpy() * np.float32(256.0)
+        file.attrs["unit"], file.attrs["tile_size_um"], file.attrs["tile_size_px"] = "um", 256.0, 224
+    arguments = ("slide-encode", source, "--checkpoint", weights, "--device", "cpu", "--outputs", "embedding,tiles")
+    result = call(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert "tiles of 224 pixels (coordinates in um, 1.143 a pixel)" in result.stderr
+    found = load_file(tmp_path / "stamp.slide.safetensors")
+    assert torch.equal(found["coords"], cell.float() * 224)
+    want = expected(weights, tmp_path / "s.safetensors")[0]
+    torch.testing.assert_close(found["embedding"], want, rtol=1e-5, atol=1e-5)
+    save_file({"features": held["features"], "coords": cell * 1.0}, tmp_path / "cells.safetensors")
+    arguments = ("slide-encode", tmp_path / "cells.safetensors", "--checkpoint", weights, "--device", "cpu")
+    refused = call(*arguments)
+    assert (
+        refused.returncode == 1 and "cells.safetensors: the unit of coords is not known: its 40 tiles" in refused.stderr
+    )
+    assert call(*arguments, "--unit", "tiles").returncode == 0
+    torch.testing.assert_close(load_file(tmp_path / "cells.slide.safetensors")["embedding"], want)
+    for options, said in [
+        (("--unit", "feet"), "unit='feet' is unknown"),
+        (("--mpp", "0.5"), "with unit='um' alone"),
+        (("--unit", "tiles", "--tile-size", 512), "and no --unit tiles"),
+    ]:
+        result = call(*arguments, *options)
+        assert result.returncode == 2 and said in result.stderr
+
+
+def test_slides_of_a_patient_are_joined(weights: Path, tmp_path: Path, call: Longnet) -> None:
+    folder, table = tmp_path / "slides", tmp_path / "table.csv"
+    for name, scale, tiles in [("a", 2, 20), ("b", 2, 30), ("c", 1, 10)]:
+        trident(folder / f"{name}.h5", 256 * scale, scale, tiles)
+    table.write_text(
+        "PATIENT,FILENAME,SITE\nP2,a.h5,x\nP1,c.h5,y\nP2,b.h5,x\nmixed,a.h5,x\nmixed,c.h5,x\nlost,d.h5,z\n"
+    )
+    arguments = (
+        "slide-encode",
+        folder,
+        "-o",
+        tmp_path / "out",
+        "--patients",
+        table,
+        "--checkpoint",
+        weights,
+        "--device",
+        "cpu",
+    )
+    result = call(*arguments)
+    assert result.returncode == 2 and "2 of 4 slides could not be encoded: lost, mixed" in result.stderr
+    assert "mixed: slides[1] has 1536 channels and tiles of 256 pixels: expected 1536 and 512" in result.stderr
+    assert re.search(r"lost: .*No such file.*d\.h5", result.stderr)
+    one, two = (load_file(slide(tmp_path / "s" / f"{n}.safetensors", n)) for n in (20, 30))
+    right = torch.tensor([int(one["coords"][:, 0].max()) + 256, 0])
+    save_file(
+        {
+            "features": torch.cat((one["features"], two["features"])),
+            "coords": torch.cat((one["coords"], two["coords"] + right)),
+        },
+        tmp_path / "both.safetensors",
+    )
+    found = {path.name: load_file(path)["embedding"] for path in (tmp_path / "out").iterdir()}
+    assert set(found) == {"P1.slide.safetensors", "P2.slide.safetensors"}
+    torch.testing.assert_close(found["P2.slide.safetensors"], expected(weights, tmp_path / "both.safetensors")[0])
+    assert "2 of 4 slides are done already" in call(*arguments).stderr
+    for text, said in [
+        ("A,B\n1,2\n", "has the columns ['A', 'B']: expected ('PATIENT', 'FILENAME')"),
+        ("PATIENT,FILENAME\n", "has no row"),
+        ("PATIENT,FILENAME\n../x,a.h5\n", "expected a name and a file"),
+    ]:
+        table.write_text(text)
+        result = call(*arguments)
+        assert result.returncode == 2 and said in result.stderr
+    assert "expected the folder" in call("slide-encode", folder / "a.h5", *arguments[4:]).stderr
