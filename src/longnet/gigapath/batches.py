@@ -60,8 +60,8 @@ def check_coords(coords: Tensor, padding_mask: Tensor | None = None) -> None:
         if bool((present.abs() <= exact).all()):
             return
     raise TypeError(
-        f"coords has dtype {coords.dtype}, which rounds pixels beyond {exact:,}: tiles would move to other places; expected "
-        "integers, float32 or float64, whatever the dtype of the embeddings is"
+        f"coords has dtype {coords.dtype}, which rounds pixels beyond {exact:,}: expected integers, float32 or float64, whatever "
+        "the dtype of the embeddings is, for rounding moves tiles to other places"
     )
 
 
