@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Callable
@@ -76,6 +77,24 @@ def test_a_folder_of_200_slides(weights: Path, tmp_path: Path, call: Longnet, mo
     )
     again = call(*arguments)
     assert again.returncode == 5 and "195 of 200 slides are done already" in again.stderr
+
+
+def test_a_folder_that_cannot_be_read_is_named(
+    weights: Path, tmp_path: Path, call: Longnet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slide(tmp_path / "slides" / "s.safetensors", 5)
+    (tmp_path / "slides" / "locked").mkdir()
+    scandir = os.scandir
+
+    def refuses(path: str) -> object:
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuses)
+    result = call("slide-encode", tmp_path / "slides", "--checkpoint", weights, "--device", "cpu")
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"Not encoded, a folder that cannot be read \(Permission denied\): .*locked", result.stderr)
 
 
 def test_outputs(weights: Path, tmp_path: Path, call: Longnet) -> None:
