@@ -32,7 +32,7 @@ NAMES: list[tuple[ModuleType, list[str]]] = [
         longnet.gigapath,
         [
             *("ARCHITECTURES", "ClassificationHead", "RegressionHead", "SlideEncoder", "SurvivalHead"),
-            *("drop_in", "from_finetuned", "slide_outputs"),
+            *("drop_in", "from_finetuned", "param_groups_lrd", "slide_outputs"),
         ],
     ),
     (
@@ -74,6 +74,10 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     (ClassificationHead.loss, "(self, logits, target)"),
     (longnet.slides.read_slide, "(path, *, unit=None, mpp=None)"),
     (longnet.slides.join_slides, "(slides, tile_size)"),
+    (
+        longnet.gigapath.param_groups_lrd,
+        "(model, weight_decay=0.05, no_weight_decay_list=(), layer_decay=0.75, *, lr)",
+    ),
     (longnet.slides.heatmap, "(path, weights, coords, *, tile_size=256, title='', label='attention')"),
 ]
 

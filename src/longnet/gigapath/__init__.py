@@ -3,6 +3,7 @@
 from longnet.gigapath.architectures import ARCHITECTURES
 from longnet.gigapath.encoder import SlideEncoder
 from longnet.gigapath.finetuned import from_finetuned
+from longnet.gigapath.groups import param_groups_lrd
 from longnet.gigapath.heads import ClassificationHead, RegressionHead, SurvivalHead
 from longnet.gigapath.outputs import slide_outputs
 from longnet.gigapath.upstream import drop_in
@@ -16,4 +17,5 @@ __all__ = [
     "drop_in",
     "from_finetuned",
     "slide_outputs",
+    "param_groups_lrd",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +10,7 @@ from torch import Tensor, nn
 
 from longnet.checks import check_int
 from longnet.gigapath.encoder import SlideEncoder, check_layers
-
-Setting = Literal["multi_class", "multi_label", "binary"]
-SETTINGS: tuple[Setting, ...] = get_args(Setting)
+from longnet.gigapath.losses import SETTINGS, Setting, classification_loss, regression_loss, survival_loss
 
 
 class SlideHead(nn.Module):
@@ -110,13 +107,7 @@ class ClassificationHead(SlideHead):
             TypeError: probabilities of classes as integers, or classes as floats.
             ValueError: another shape; a class that does not exist; values outside of 0 to 1; rows that do not sum to 1.
         """
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.setting == "multi_label" or logits.shape[1] == 1:
-            return F.binary_cross_entropy_with_logits(logits, _labels(target, logits))
-        if target.shape == logits.shape:
-            _check_probabilities(target)
-            return F.cross_entropy(logits, target.to(logits.dtype))
-        return F.cross_entropy(logits, _classes(target, logits))
+        return classification_loss(logits, target, self.setting)
 
 
 class RegressionHead(SlideHead):
@@ -128,9 +119,7 @@ class RegressionHead(SlideHead):
         Raises:
             ValueError: a target of another shape.
         """
-        if target.shape != predicted.shape:
-            raise ValueError(f"target has shape {tuple(target.shape)}: expected {tuple(predicted.shape)}")
-        return F.mse_loss(predicted.float(), target.float())
+        return regression_loss(predicted, target)
 
 
 class SurvivalHead(SlideHead):
@@ -150,59 +139,9 @@ class SurvivalHead(SlideHead):
         Raises:
             ValueError: shapes that differ, or an interval that is none of the outputs.
         """
-        batch, intervals = logits.shape
-        for name, tensor in (("interval", interval), ("event", event)):
-            if tuple(tensor.shape) != (batch,):
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}: expected (B,) = {(batch,)}")
-        if batch and not 0 <= int(interval.min()) <= int(interval.max()) < intervals:
-            raise ValueError(f"interval={interval.tolist()}: expected 0 to {intervals - 1}")
-        # log(1 - sigmoid(x)) = logsigmoid(-x).
-        survived = F.logsigmoid(-logits.float())
-        at = interval[:, None]
-        before = survived.cumsum(1).gather(1, at) - survived.gather(1, at)
-        here = torch.where(event.bool()[:, None], F.logsigmoid(logits.float()).gather(1, at), survived.gather(1, at))
-        return -(before + here).mean()
+        return survival_loss(logits, interval, event)
 
     @staticmethod
     def survival(logits: Tensor) -> Tensor:
         """The chance of getting past each interval, (B, outputs)."""
         return F.logsigmoid(-logits.float()).cumsum(1).exp()
-
-
-def _labels(target: Tensor, logits: Tensor) -> Tensor:
-    batch, labels = logits.shape
-    if target.shape != logits.shape and not (labels == 1 and tuple(target.shape) == (batch,)):
-        raise ValueError(f"target has shape {tuple(target.shape)}: expected (B, outputs) = {(batch, labels)}")
-    _check_range(target)
-    return target.reshape(batch, labels).to(logits.dtype)
-
-
-def _classes(target: Tensor, logits: Tensor) -> Tensor:
-    batch, classes = logits.shape
-    if tuple(target.shape) != (batch,):
-        raise ValueError(
-            f"target has shape {tuple(target.shape)}: expected (B,) = {(batch,)} classes, "
-            f"or (B, outputs) = {(batch, classes)} probabilities"
-        )
-    if target.is_floating_point() or target.is_complex():
-        raise TypeError(f"target has dtype {target.dtype}: expected classes as integers")
-    if batch and not 0 <= int(target.min()) <= int(target.max()) < classes:
-        raise ValueError(f"target={target.tolist()}: expected classes from 0 to {classes - 1}")
-    return target.long()
-
-
-def _check_probabilities(target: Tensor) -> None:
-    way = "expected probabilities of one softmax; where several labels hold at once, a head with setting='multi_label'"
-    if not target.is_floating_point():
-        raise TypeError(f"target has dtype {target.dtype} and a value for every class: {way}")
-    _check_range(target)
-    total = target.sum(1, dtype=torch.float64)
-    # Half precision rounds probabilities, and people write three digits.
-    off = (total - 1).abs() > max(1e-3, 4 * torch.finfo(target.dtype).eps)
-    if bool(off.any()):
-        raise ValueError(f"rows of target sum to {total[off].tolist()} instead of 1: {way}")
-
-
-def _check_range(target: Tensor) -> None:
-    if not bool(((target >= 0) & (target <= 1)).all()):
-        raise ValueError(f"target={target.tolist()}: expected values from 0 to 1")
