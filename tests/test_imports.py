@@ -36,7 +36,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("figures",),
     ("slides",),
     ("training",),
-    ("reading", "hf"),
+    ("reading", "hf", "slides.finetune"),
     ("cli",),
 )
 RUNG = {tuple(unit.split(".")): rung for rung, units in enumerate(LADDER) for unit in units}
@@ -50,7 +50,7 @@ THIRD_PARTY = {
     "gigapath": {"torch", "huggingface_hub", "safetensors"},
     "figures": {"matplotlib", "numpy"},
     "hf": {"torch", "transformers", "safetensors"},
-    "slides": {"torch", "h5py", "matplotlib", "numpy", "safetensors"},
+    "slides": {"torch", "h5py", "lifelines", "matplotlib", "numpy", "safetensors", "scipy", "sklearn"},
     "training": {"torch", "datasets", "matplotlib", "numpy", "rich", "safetensors", "tokenizers"},
     "cli": {"torch", "rich", "typer"},
 }

@@ -8,6 +8,9 @@ import sys
 # The extra that installs each package. Any other missing module is a defect and keeps its traceback.
 _EXTRAS = dict.fromkeys(("matplotlib", "numpy", "rich", "safetensors", "typer"), "train") | {
     "h5py": "slides",
+    "lifelines": "finetune",
+    "scipy": "finetune",
+    "sklearn": "finetune",
     "datasets": "data",
     "tokenizers": "data",
 }

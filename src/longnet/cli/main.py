@@ -12,6 +12,7 @@ from longnet.cli.generate import generate
 from longnet.cli.inspect import inspect
 from longnet.cli.prepare import prepare, tokenizers
 from longnet.cli.slide_encode import slide_encode
+from longnet.cli.slide_finetune import slide_finetune
 from longnet.cli.stream import stream
 from longnet.cli.train import train
 
@@ -30,6 +31,7 @@ app.command(short_help="Continue a prompt with a trained model.")(generate)
 app.command(short_help="Read any amount of bytes; report bits per byte.")(stream)
 app.command(short_help="Show what a pattern costs, covers and sees; draw it.")(inspect)
 app.command(short_help="Encode pathology slides with Prov-GigaPath's weights.")(slide_encode)
+app.command(short_help="Fine-tune a slide encoder on a cohort; write a report.")(slide_finetune)
 
 
 def _print_version(asked: bool) -> None:

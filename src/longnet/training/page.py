@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
@@ -28,6 +28,8 @@ table { border-collapse: collapse; background: #fff; border: 1px solid #e4e7eb; 
 th, td { text-align: left; padding: 5px 18px 5px 12px; border-bottom: 1px solid #eef1f4; vertical-align: top; }
 td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 th { font-weight: 500; color: #52606d; white-space: nowrap; }
+.wide { overflow: auto; max-height: 480px; margin: 12px 0; }
+.grid td { white-space: nowrap; }
 pre { background: #fff; border: 1px solid #e4e7eb; border-radius: 10px; padding: 14px 16px; font-size: 13px; line-height: 1.45;
   white-space: pre-wrap; overflow-wrap: anywhere; }
 pre i { font-style: normal; color: #9aa5b1; }
@@ -70,6 +72,12 @@ class Page:
         cells = ((escape(name.replace("_", " ")), escape(str(value))) for name, value in rows)
         body = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in cells)
         self._parts.append(f"<table>{body}</table>")
+
+    def grid(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """A table with named columns, which scrolls where it is wider than the page."""
+        names = "".join(f"<th>{escape(name)}</th>" for name in header)
+        body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+        self._parts.append(f'<div class="wide"><table class="grid"><tr>{names}</tr>{body}</table></div>')
 
     def html(self) -> str:
         head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(self._title)}</title>'

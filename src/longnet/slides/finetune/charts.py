@@ -1,0 +1,176 @@
+"""The figures of a cross-validation as PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from longnet.figures.style import COLORS, FAINT, INK, legend, new_figure, quiet, save
+from longnet.slides.finetune.metrics import METRICS
+from longnet.slides.finetune.models import ENCODER, TITLES
+from longnet.slides.finetune.outcome import Outcome
+
+_COLORS = dict(zip(TITLES, (COLORS[0], COLORS[2], COLORS[3]), strict=True))
+# The value of a metric of predictions that know nothing.
+_CHANCE = {"auroc": 0.5, "c_index": 0.5, "r2": 0.0, "pearson": 0.0}
+
+
+def plot_folds(outcome: Outcome, path: Path) -> Path:
+    """Every metric by model: a dot for each fold, the mean with its 95 % interval."""
+    metrics, models = METRICS[outcome.settings.task], list(outcome.results)
+    figure = new_figure(10, 0.9 + 0.5 * len(models), "")
+    for axes, metric in zip(np.atleast_1d(figure.subplots(1, len(metrics), sharey=True)), metrics, strict=True):
+        quiet(axes)
+        axes.set_title(title_of(metric), loc="left", fontsize=10, color=INK)
+        axes.grid(axis="x", color="#e4e7eb", linewidth=0.8)
+        for place, name in enumerate(models):
+            mean, color = outcome.means[name][metric], _COLORS[name]
+            values = [one.metrics[metric] for one in outcome.results[name]]
+            axes.plot(
+                [mean.low, mean.high], [place, place], color=color, linewidth=9, alpha=0.25, solid_capstyle="butt"
+            )
+            axes.plot(values, [place] * len(values), "o", color=color, markersize=4.5, alpha=0.75)
+            axes.plot(mean.mean, place, "|", color=color, markersize=20, markeredgewidth=2.5)
+        if metric in _CHANCE:
+            axes.axvline(_CHANCE[metric], color=FAINT, linewidth=1, linestyle=(0, (5, 4)))
+        axes.set_yticks(range(len(models)), [TITLES[name] for name in models], color=INK, fontsize=9)
+        axes.set_ylim(len(models) - 0.4, -0.6)
+    return save(figure, path)
+
+
+def plot_losses(outcome: Outcome, path: Path) -> Path:
+    """Training and validation loss by epoch, a panel for each model, a line for each fold; a ring at the epoch that was kept."""
+    figure = new_figure(10, 3.4, "")
+    panels = np.atleast_1d(figure.subplots(1, len(outcome.results)))
+    for axes, (name, folds) in zip(panels, outcome.results.items(), strict=True):
+        quiet(axes)
+        axes.set_title(TITLES[name], loc="left", fontsize=10, color=INK)
+        axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
+        for fold in folds:
+            epochs = range(1, len(fold.epochs) + 1)
+            axes.plot(epochs, [one.train for one in fold.epochs], color=FAINT, linewidth=1, alpha=0.6)
+            losses = [one.validation for one in fold.epochs]
+            axes.plot(epochs, losses, color=_COLORS[name], linewidth=1.6)
+            axes.plot(fold.best + 1, losses[fold.best], "o", color=_COLORS[name], markerfacecolor="white", markersize=6)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[0].set_ylabel("loss")
+    legend(
+        figure, [Patch(color=FAINT, label="training"), Patch(color=_COLORS[ENCODER], label="validation (in colour)")]
+    )
+    return save(figure, path)
+
+
+def plot_predictions(outcome: Outcome, path: Path) -> Path:
+    """What the task is read from: ROC and precision-recall curves, predictions against targets, or survival by risk."""
+    panels = _PANELS[outcome.settings.task]
+    figure = new_figure(10, 4.6, "")
+    for axes, (title, draw) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
+        quiet(axes)
+        axes.grid(color="#e4e7eb", linewidth=0.8)
+        axes.set_title(title, loc="left", fontsize=10, color=INK)
+        draw(outcome, axes)
+    return save(figure, path)
+
+
+def title_of(metric: str) -> str:
+    """A metric's name as the report shows it."""
+    names = {"auroc": "AUROC", "auprc": "AUPRC", "r2": "R²", "c_index": "c-index"}
+    return names.get(metric, metric.replace("_", " "))
+
+
+def _curves(
+    outcome: Outcome, axes: Axes, curve: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+) -> None:
+    """A curve of each model and fold in pale, their mean in full; classes or labels as one list of yes or no."""
+    at = np.linspace(0, 1, 201)
+    for name, folds in outcome.results.items():
+        drawn = []
+        for split, fold in zip(outcome.splits, folds, strict=True):
+            values, predicted = outcome.cohort.values[list(split.test)], fold.predictions
+            if outcome.cohort.classes:
+                values = values == np.arange(predicted.shape[1])
+                values, predicted = (
+                    (values[:, 1:], predicted[:, 1:]) if predicted.shape[1] == 2 else (values, predicted)
+                )
+            truth = values.astype(bool).ravel()
+            if 0 < truth.sum() < truth.size:
+                x, y = curve(truth, predicted.ravel())
+                drawn.append(np.interp(at, x, y))
+                axes.plot(x, y, color=_COLORS[name], linewidth=0.8, alpha=0.25)
+        if drawn:
+            axes.plot(at, np.mean(drawn, 0), color=_COLORS[name], linewidth=2, label=TITLES[name])
+    axes.set_xlim(-0.01, 1.01)
+    axes.set_ylim(-0.01, 1.02)
+
+
+def _roc(outcome: Outcome, axes: Axes) -> None:
+    from sklearn.metrics import roc_curve
+
+    _curves(outcome, axes, lambda truth, predicted: roc_curve(truth, predicted)[:2])
+    axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1, linestyle=(0, (5, 4)))
+    axes.set_xlabel("false positive rate")
+    axes.set_ylabel("true positive rate")
+    axes.legend(loc="lower right", fontsize=9, labelcolor=INK, frameon=False)
+
+
+def _precision_recall(outcome: Outcome, axes: Axes) -> None:
+    from sklearn.metrics import precision_recall_curve
+
+    def curve(truth: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        precision, recall, _ = precision_recall_curve(truth, predicted)
+        return recall[::-1], precision[::-1]
+
+    _curves(outcome, axes, curve)
+    axes.set_xlabel("recall")
+    axes.set_ylabel("precision")
+
+
+def _scatter(outcome: Outcome, axes: Axes) -> None:
+    """Of the first target, by all models."""
+    for name, folds in outcome.results.items():
+        targets = np.concatenate([outcome.cohort.values[list(split.test), 0] for split in outcome.splits])
+        predicted = np.concatenate([fold.predictions[:, 0] for fold in folds])
+        axes.plot(targets, predicted, "o", color=_COLORS[name], markersize=4, alpha=0.6, label=TITLES[name])
+    ends = [float(targets.min()), float(targets.max())]
+    axes.plot(ends, ends, color=FAINT, linewidth=1, linestyle=(0, (5, 4)))
+    axes.set_xlabel(f"target {outcome.cohort.columns[0]}")
+    axes.set_ylabel("predicted")
+    axes.legend(loc="upper left", fontsize=9, labelcolor=INK, frameon=False)
+
+
+def _survival(outcome: Outcome, axes: Axes) -> None:
+    """Kaplan-Meier curves of the encoder's halves: above and below the median risk of their fold."""
+    from lifelines import KaplanMeierFitter
+
+    high = np.zeros(len(outcome.cohort.slides), dtype=bool)
+    for split, fold in zip(outcome.splits, outcome.results[ENCODER], strict=True):
+        high[list(split.test)] = fold.predictions[:, 0] > np.median(fold.predictions[:, 0])
+    for chosen, label, color in ((~high, "lower risk", COLORS[1]), (high, "higher risk", COLORS[3])):
+        if not chosen.any():
+            continue
+        values = outcome.cohort.values[chosen]
+        fitted = KaplanMeierFitter().fit(values[:, 0], values[:, 1])
+        curve, bounds = fitted.survival_function_, fitted.confidence_interval_
+        times = curve.index.to_numpy()
+        axes.step(times, curve.to_numpy()[:, 0], where="post", color=color, label=f"{label} ({chosen.sum()} slides)")
+        low, top = bounds.to_numpy().T
+        axes.fill_between(times, low, top, step="post", color=color, alpha=0.15, linewidth=0)
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel(outcome.cohort.columns[0])
+    axes.set_ylabel("share without event")
+    axes.legend(loc="upper right", fontsize=9, labelcolor=INK, frameon=False)
+
+
+_CURVES = (("ROC", _roc), ("Precision and recall", _precision_recall))
+_PANELS: dict[str, tuple[tuple[str, Callable[[Outcome, Axes], None]], ...]] = {
+    "classification": _CURVES,
+    "multi-label": _CURVES,
+    "regression": (("Predictions against targets", _scatter),),
+    "survival": (("Survival by the encoder's risk", _survival),),
+}

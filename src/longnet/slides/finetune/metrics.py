@@ -1,0 +1,107 @@
+"""Metrics of predictions on a test part, by scikit-learn and lifelines, and their mean over folds with its interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+METRICS = {
+    "classification": ("auroc", "auprc", "balanced_accuracy"),
+    "multi-label": ("auroc", "auprc", "balanced_accuracy"),
+    "regression": ("r2", "mean_absolute_error", "pearson"),
+    "survival": ("c_index",),
+}
+"""By task; the first is the one that the report draws."""
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over folds with its 95 % interval; nan without two folds."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def score(task: str, values: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    """The metrics of a task, nan where one is not defined.
+
+    AUROC, AUPRC and, for labels, balanced accuracy (at 0.5) are means over classes or labels; of two classes those of the second.
+    A class or label that the slides have not, or that all have, leaves the mean: it has no AUROC. The c-index is Harrell's.
+
+    Args:
+        values, predicted: of the test slides, see :class:`Cohort` and :meth:`FoldTask.predict`.
+    """
+    if task == "survival":
+        return {"c_index": _c_index(values, predicted[:, 0])}
+    if task == "regression":
+        return _of_numbers(values, predicted)
+    from sklearn.metrics import average_precision_score, recall_score, roc_auc_score
+
+    if task == "classification":
+        classes = predicted.shape[1]
+        truth = (values == np.arange(classes)).astype(int)
+        scored = [1] if classes == 2 else range(classes)
+        present = [number for number in range(classes) if truth[:, number].any()]
+        chosen = predicted.argmax(1)
+        recalls = [recall_score(truth[:, n], chosen == n) for n in present]
+    else:
+        truth, scored = values.astype(int), range(values.shape[1])
+        recalls = [
+            recall_score(truth[:, n], predicted[:, n] >= 0.5, average="macro")
+            for n in scored
+            if 0 < truth[:, n].sum() < len(truth)
+        ]
+    both = [number for number in scored if 0 < truth[:, number].sum() < len(truth)]
+    return {
+        "auroc": _mean([roc_auc_score(truth[:, n], predicted[:, n]) for n in both]),
+        "auprc": _mean([average_precision_score(truth[:, n], predicted[:, n]) for n in both]),
+        "balanced_accuracy": _mean(recalls),
+    }
+
+
+def over_folds(values: Sequence[float]) -> Mean:
+    """Mean and 95 % interval of one value a fold: Student's t with the variance of Nadeau and Bengio (2003).
+
+    Training sets of folds overlap, so values are not independent: the variance of the mean is ``(1 / k + 1 / (k - 1)) s ** 2``,
+    where 1 / (k - 1) is the ratio of test to training slides. Values that are nan are left out.
+    """
+    from scipy.stats import t
+
+    defined = np.array([value for value in values if not math.isnan(value)])
+    if len(defined) < 2:
+        return Mean(float(defined.mean()) if len(defined) else math.nan, math.nan, math.nan)
+    k = len(defined)
+    half = float(t.ppf(0.975, k - 1)) * float(defined.std(ddof=1)) * math.sqrt(1 / k + 1 / (k - 1))
+    mean = float(defined.mean())
+    return Mean(mean, mean - half, mean + half)
+
+
+def _of_numbers(values: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    from sklearn.metrics import mean_absolute_error, r2_score
+
+    constant = [n for n in range(values.shape[1]) if np.ptp(values[:, n]) == 0]
+    flat = [n for n in range(values.shape[1]) if np.ptp(predicted[:, n]) == 0]
+    pairs = [n for n in range(values.shape[1]) if n not in constant and n not in flat]
+    return {
+        "r2": math.nan if constant else float(r2_score(values, predicted)),
+        "mean_absolute_error": float(mean_absolute_error(values, predicted)),
+        "pearson": _mean([np.corrcoef(values[:, n], predicted[:, n])[0, 1] for n in pairs]),
+    }
+
+
+def _c_index(values: np.ndarray, risk: np.ndarray) -> float:
+    from lifelines.utils import concordance_index
+
+    try:
+        return float(concordance_index(values[:, 0], -risk, values[:, 1]))
+    except ZeroDivisionError:
+        # No two slides of which one is known to have had its event first.
+        return math.nan
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if len(values) else math.nan

@@ -1,0 +1,153 @@
+"""The table of a cohort: a CSV file with a row for each slide. Errors name the line and the column."""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from longnet.slides.files import SLIDE_FORMATS
+from longnet.slides.finetune.settings import FinetuneSettings
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The slides of a table, in its order.
+
+    Attributes:
+        slides: names, each once.
+        patients: the patient of each slide; the slide's own name where the table has no patients.
+        paths: the file of each slide.
+        columns: names of the targets.
+        values: (slides, columns) float64: the number of the class, 0 or 1 for each label, numbers, or time and event.
+        classes: names of the classes, sorted; empty for other tasks.
+        has_patients: whether the table says who the patients are.
+    """
+
+    slides: tuple[str, ...]
+    patients: tuple[str, ...]
+    paths: tuple[Path, ...]
+    columns: tuple[str, ...]
+    values: np.ndarray
+    classes: tuple[str, ...]
+    has_patients: bool
+
+
+def read_cohort(settings: FinetuneSettings) -> Cohort:
+    """Read the table and find the file of each slide.
+
+    Raises:
+        ValueError: a column that is missing, a cell that does not fit the task, a slide that is there twice or has no file.
+        OSError: the table or the folder cannot be read.
+    """
+    path = Path(settings.table)
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            rows = [(reader.line_num, row) for row in reader]
+            header = list(reader.fieldnames or ())
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is not a CSV file in UTF-8: {error}") from None
+    if not rows:
+        raise ValueError(f"{path} has no rows: expected a header and a row for each slide")
+    columns = _target_columns(settings, header, path)
+    has_patients = settings.patient_column in header
+    if not has_patients and settings.patient_column != "patient":
+        raise ValueError(f"{path} has no column {settings.patient_column!r}: its columns are {header}")
+    for name in (settings.slide_column, *columns):
+        if name not in header:
+            raise ValueError(f"{path} has no column {name!r}: its columns are {header}")
+    files = _slide_files(Path(settings.features))
+    lines: dict[str, int] = {}
+    patients, cells, paths = [], [], []
+    for line, row in rows:
+        at = f"{path}, line {line}"
+        slide = _cell(row, settings.slide_column, at)
+        if slide in lines:
+            raise ValueError(f"{at}: slide {slide!r} is on line {lines[slide]} already: expected each slide once")
+        lines[slide] = line
+        if slide not in files:
+            raise ValueError(
+                f"{at}: slide {slide!r} has no file in {settings.features}: expected one of {SLIDE_FORMATS}"
+            )
+        paths.append(files[slide])
+        patients.append(_cell(row, settings.patient_column, at) if has_patients else slide)
+        cells.append([(_cell(row, name, at), f"{at}, column {name!r}") for name in columns])
+    classes: tuple[str, ...] = ()
+    if settings.task == "classification":
+        classes = tuple(sorted({row[0][0] for row in cells}))
+        if len(classes) < 2:
+            raise ValueError(
+                f"{path}, column {columns[0]!r}: every slide is {classes[0]!r}: expected two classes or more"
+            )
+        values = np.array([[float(classes.index(row[0][0]))] for row in cells])
+    else:
+        values = np.array([[_number(text, where) for text, where in row] for row in cells])
+        for row, numbers in zip(cells, values, strict=True):
+            _check_numbers(settings.task, row, numbers)
+    if settings.task == "survival" and not values[:, 1].any():
+        raise ValueError(f"{path}, column {settings.event_column!r}: no event happened: expected at least one")
+    return Cohort(tuple(lines), tuple(patients), tuple(paths), columns, values, classes, has_patients)
+
+
+def _target_columns(settings: FinetuneSettings, header: list[str], path: Path) -> tuple[str, ...]:
+    if settings.task == "survival":
+        return settings.time_column, settings.event_column
+    if settings.label_columns is not None:
+        columns = tuple(name.strip() for name in settings.label_columns.split(","))
+    elif settings.task == "multi-label":
+        columns = tuple(name for name in header if name.startswith("label_"))
+        if not columns:
+            raise ValueError(
+                f"{path} has no column that begins with label_: name the labels by --label-columns; it has {header}"
+            )
+    else:
+        columns = ("label",)
+    if settings.task == "classification" and len(columns) != 1:
+        raise ValueError(
+            f"label_columns={columns} with task='classification': expected one column, or task='multi-label'"
+        )
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"label_columns={columns}: expected each column once")
+    return columns
+
+
+def _slide_files(folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"features={str(folder)!r} is not a folder: expected one with the slides' files")
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in SLIDE_FORMATS and path.is_file():
+            if path.stem in files:
+                raise ValueError(f"{path} and {files[path.stem].name} are of one slide: expected one file for each")
+            files[path.stem] = path
+    return files
+
+
+def _cell(row: dict[str, str | None], column: str, at: str) -> str:
+    text = (row.get(column) or "").strip()
+    if not text:
+        raise ValueError(f"{at}, column {column!r} is empty: expected a value; leave out the slides that have none")
+    return text
+
+
+def _number(text: str, where: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{where} is {text!r}: expected a finite number")
+    return value
+
+
+def _check_numbers(task: str, row: list[tuple[str, str]], numbers: np.ndarray) -> None:
+    for place, ((text, where), value) in enumerate(zip(row, numbers, strict=True)):
+        flag = task == "multi-label" or (task == "survival" and place == 1)
+        if flag and value not in (0.0, 1.0):
+            raise ValueError(f"{where} is {text!r}: expected 0 or 1")
+        if task == "survival" and place == 0 and value < 0:
+            raise ValueError(f"{where} is {text!r}: expected a time of at least 0")
