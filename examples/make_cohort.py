@@ -1,11 +1,12 @@
 """A synthetic cohort for `longnet slide-finetune`: tile embeddings with places, and a table with targets of every task.
 
     python examples/make_cohort.py cohort
-    longnet slide-finetune cohort/table.csv --features cohort/features --task classification --dim 32 --depth 2 --out runs/cohort
+    longnet slide-finetune cohort/table.csv --features cohort/features --task classification --dim 32 --depth 1 --lr 5e-3 \
+        --layer-decay 1 --dropout 0 --drop-path 0 --accumulate 4 --epochs 12 --out runs/cohort
 
-A slide is tissue of random tiles. A spot of some slides' tiles carries a marker: a shift of the embedding in one direction. Larger
-spots mean a higher score and earlier events, and a slide with a spot is "tumour". With --no-signal no tile carries the marker: a
-model that still finds something has seen its test slides. Needs the extra `finetune`.
+A slide is tissue of random tiles. On a slide that is "tumour", a spot of tiles carries a marker: a shift of the embedding in one
+direction. A larger spot means a higher score; a tumour means earlier events. With --no-signal no tile carries the marker: a model
+that still finds something has seen its test slides.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 TILE = 256
 SHARE = 0.15
 """Of the tiles of a tumour slide that carry the marker, at most; at least half as many."""
-SHIFT = 3.0
+SHIFT = 5.0
 """Of a marked tile, in standard deviations of its embedding's channels together."""
 
 
@@ -28,9 +29,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make a synthetic cohort of slides.")
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--patients", type=int, default=60)
-    parser.add_argument("--slides", type=int, default=2, help="of each patient")
-    parser.add_argument("--tiles", type=int, default=80, help="of a slide, about")
-    parser.add_argument("--channels", type=int, default=32, help="of a tile embedding")
+    parser.add_argument("--slides", type=int, default=1, help="of each patient")
+    parser.add_argument("--tiles", type=int, default=60, help="of a slide, about")
+    parser.add_argument("--channels", type=int, default=16, help="of a tile embedding")
     parser.add_argument("--no-signal", action="store_true", help="no tile carries the marker")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

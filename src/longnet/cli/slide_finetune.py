@@ -39,7 +39,7 @@ def slide_finetune(
     import torch.distributed as dist
 
     from longnet.slides.finetune.fit import Stopped
-    from longnet.slides.finetune.outcome import METRICS
+    from longnet.slides.finetune.metrics import METRICS
     from longnet.slides.finetune.run import finetune
     from longnet.slides.finetune.workers import Workers
     from longnet.training.progress import make_reporter

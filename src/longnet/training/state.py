@@ -55,6 +55,8 @@ def restore_state(
     # The optimizer has no state before its first step.
     has_stepped = any(name.startswith("optimizer.") for name in saved)
     for name, weight in model.named_parameters() if has_stepped else ():
+        if weight not in shapes:  # It is not trained.
+            continue
         states[weight] = {key: f"optimizer.{name}.{key}" for key in shapes[weight]}
         for key, shape in shapes[weight].items():
             value = saved.get(states[weight][key])

@@ -1,7 +1,7 @@
 """Training one model on one fold: accumulated slides, early stopping, a state after every epoch to continue from.
 
 All random numbers follow from the seed, the fold, the epoch and the slide. So a run that was killed goes on with the same
-numbers, and several processes compute what one does.
+numbers, and several processes compute what one does; with FSDP only without dropout, as the last layers then compute all rows.
 """
 
 from __future__ import annotations

@@ -16,6 +16,12 @@ METRICS = {
 }
 """By task; the first is the one that the report draws."""
 
+RANGES = {"auroc": (0.0, 1.0), "auprc": (0.0, 1.0), "balanced_accuracy": (0.0, 1.0), "c_index": (0.0, 1.0)} | {
+    "r2": (-math.inf, 1.0),
+    "mean_absolute_error": (0.0, math.inf),
+    "pearson": (-1.0, 1.0),
+}
+
 
 @dataclass(frozen=True)
 class Mean:
@@ -63,11 +69,12 @@ def score(task: str, values: np.ndarray, predicted: np.ndarray) -> dict[str, flo
     }
 
 
-def over_folds(values: Sequence[float]) -> Mean:
+def over_folds(values: Sequence[float], least: float = -math.inf, most: float = math.inf) -> Mean:
     """Mean and 95 % interval of one value a fold: Student's t with the variance of Nadeau and Bengio (2003).
 
     Training sets of folds overlap, so values are not independent: the variance of the mean is ``(1 / k + 1 / (k - 1)) s ** 2``,
-    where 1 / (k - 1) is the ratio of test to training slides. Values that are nan are left out.
+    where 1 / (k - 1) is the ratio of test to training slides. Values that are nan are left out. The interval ends at ``least`` and
+    ``most``.
     """
     from scipy.stats import t
 
@@ -77,7 +84,7 @@ def over_folds(values: Sequence[float]) -> Mean:
     k = len(defined)
     half = float(t.ppf(0.975, k - 1)) * float(defined.std(ddof=1)) * math.sqrt(1 / k + 1 / (k - 1))
     mean = float(defined.mean())
-    return Mean(mean, mean - half, mean + half)
+    return Mean(mean, max(mean - half, least), min(mean + half, most))
 
 
 def _of_numbers(values: np.ndarray, predicted: np.ndarray) -> dict[str, float]:

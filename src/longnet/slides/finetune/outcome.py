@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from longnet.slides.finetune.fit import Epoch
-from longnet.slides.finetune.metrics import METRICS, Mean, over_folds
+from longnet.slides.finetune.metrics import METRICS, RANGES, Mean, over_folds
 from longnet.slides.finetune.models import ENCODER
 from longnet.slides.finetune.settings import FinetuneSettings
 from longnet.slides.finetune.splits import Split
@@ -55,7 +55,9 @@ def summarise(
     """The means and gains of results."""
     metrics = METRICS[settings.task]
     by_fold = {name: {m: [one.metrics[m] for one in folds] for m in metrics} for name, folds in results.items()}
-    means = {name: {m: over_folds(values) for m, values in found.items()} for name, found in by_fold.items()}
+    means = {
+        name: {m: over_folds(values, *RANGES[m]) for m, values in found.items()} for name, found in by_fold.items()
+    }
     gains = {
         name: {m: over_folds((np.array(by_fold[ENCODER][m]) - np.array(found[m])).tolist()) for m in metrics}
         for name, found in by_fold.items()

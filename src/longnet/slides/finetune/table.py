@@ -86,8 +86,8 @@ def read_cohort(settings: FinetuneSettings) -> Cohort:
         values = np.array([[float(classes.index(row[0][0]))] for row in cells])
     else:
         values = np.array([[_number(text, where) for text, where in row] for row in cells])
-        for row, numbers in zip(cells, values, strict=True):
-            _check_numbers(settings.task, row, numbers)
+        for texts, numbers in zip(cells, values, strict=True):
+            _check_numbers(settings.task, texts, numbers)
     if settings.task == "survival" and not values[:, 1].any():
         raise ValueError(f"{path}, column {settings.event_column!r}: no event happened: expected at least one")
     return Cohort(tuple(lines), tuple(patients), tuple(paths), columns, values, classes, has_patients)
