@@ -62,6 +62,13 @@ OPTIONS = {
         ),
         *("--dtype", "--device"),
     ],
+    "slide_finetune": [
+        *("--features", "--task", "--out", "--checkpoint", "--arch", "--dim", "--depth", "--read-out", "--freeze"),
+        *("--global-pool", "--tile-size", "--max-wsi-size", "--slide-column", "--patient-column", "--label-columns"),
+        *("--time-column", "--event-column", "--folds", "--validation", "--epochs", "--patience", "--warmup", "--lr"),
+        *("--layer-decay", "--weight-decay", "--dropout", "--drop-path", "--accumulate", "--intervals", "--baselines"),
+        *("--baseline-lr", "--seed", "--dtype", "--device", "--parallel"),
+    ],
 }
 
 

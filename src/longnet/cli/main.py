@@ -24,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 # Short enough for one line of a terminal of 80 columns.
-app.command(short_help="Train a model on any files; write a run folder with a report.")(train)
+app.command(short_help="Train a model on any files; write a folder with a report.")(train)
 app.command(short_help="Turn text into tokens, once for many runs.")(prepare)
 app.add_typer(tokenizers, name="tokenizer", short_help="Train a tokenizer.")
 app.command(short_help="Continue a prompt with a trained model.")(generate)

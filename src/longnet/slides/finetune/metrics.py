@@ -73,8 +73,8 @@ def over_folds(values: Sequence[float], least: float = -math.inf, most: float = 
     """Mean and 95 % interval of one value a fold: Student's t with the variance of Nadeau and Bengio (2003).
 
     Training sets of folds overlap, so values are not independent: the variance of the mean is ``(1 / k + 1 / (k - 1)) s ** 2``,
-    where 1 / (k - 1) is the ratio of test to training slides. Values that are nan are left out. The interval ends at ``least`` and
-    ``most``.
+    where 1 / (k - 1) is the ratio of test to training slides. Values that are nan are left out. The interval is cut to
+    ``least`` and ``most``.
     """
     from scipy.stats import t
 
