@@ -107,6 +107,8 @@ _SLOW = (
     "hf",
     "models/test_model_training.py",
     "sharding",
+    "slides/test_finetune_ranks.py",
+    "slides/test_finetune_runs.py",
     "streaming/test_fused_step.py",
     "test_figures.py",
     "test_head_numbers.py",
