@@ -16,6 +16,6 @@ __all__ = [
     "SurvivalHead",
     "drop_in",
     "from_finetuned",
-    "slide_outputs",
     "param_groups_lrd",
+    "slide_outputs",
 ]

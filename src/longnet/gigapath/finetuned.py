@@ -10,7 +10,8 @@ from torch import Tensor
 
 from longnet.gigapath.checkpoint import HEAD, read_checkpoint
 from longnet.gigapath.encoder import SlideEncoder
-from longnet.gigapath.heads import ClassificationHead, Setting
+from longnet.gigapath.heads import ClassificationHead
+from longnet.gigapath.losses import Setting
 
 
 def from_finetuned(
