@@ -51,7 +51,7 @@ THIRD_PARTY = {
     "figures": {"matplotlib", "numpy"},
     "hf": {"torch", "transformers", "safetensors"},
     "slides": {"torch", "h5py", "lifelines", "matplotlib", "numpy", "safetensors", "scipy", "sklearn"},
-    "training": {"torch", "datasets", "matplotlib", "numpy", "rich", "safetensors", "tokenizers"},
+    "training": {"torch", "datasets", "matplotlib", "numpy", "pyarrow", "rich", "safetensors", "tokenizers"},
     "cli": {"torch", "rich", "typer"},
 }
 

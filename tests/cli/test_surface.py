@@ -19,13 +19,13 @@ OPTIONS = {
     "train": [
         *("--out", "--data", "--init-from", "--preset", "--config", "--layer-types", "--window", "--stride"),
         *("--stride-block",),
-        *("--shift-keys", "--far-positions", "--tokenizer", "--field", "--pack", "--context"),
+        *("--shift-keys", "--far-positions", "--tokenizer", "--field", "--skip-bad-rows", "--pack", "--context"),
         *("--short-context", "--short-share", "--steps", "--minutes", "--batch", "--accumulate"),
         *("--optimizer", "--lr", "--matrix-lr", "--warmup", "--schedule", "--weight-decay", "--clip", "--dtype"),
         *("--weights", "--device", "--seed"),
         *("--eval-every", "--save-every", "--checkpoint", "--threads", "--cp", "--compile", "--track", "--resume"),
     ],
-    "prepare": ["--data", "--out", "--tokenizer", "--field"],
+    "prepare": ["--data", "--out", "--tokenizer", "--field", "--skip-bad-rows"],
     "generate": [
         "--prompt",
         "--file",
@@ -86,7 +86,7 @@ def test_the_options_of(name: str, call: Longnet) -> None:
 
 def test_the_options_of_tokenizer_train(call: Longnet) -> None:
     found = re.findall(r"^  (--[a-z-]+)", call("tokenizer", "train", "--help").stdout, flags=re.MULTILINE)
-    assert found == ["--data", "--vocab", "--out", "--field", "--megabytes", "--help"]
+    assert found == ["--data", "--vocab", "--out", "--field", "--megabytes", "--skip-bad-rows", "--help"]
 
 
 def test_help_without_a_command_names_them(call: Longnet) -> None:

@@ -26,13 +26,11 @@ from longnet.training.data import (
     pack_windows,
     read_corpus,
     read_tokenizer,
+    sources,
     train_tokenizer,
 )
 from longnet.training.data import (
     corpus as prepared,
-)
-from longnet.training.data import (
-    tokenizer as tokenizers_of,
 )
 from longnet.training.folder import RunFolder
 from longnet.training.resume import read_settings
@@ -68,24 +66,6 @@ def test_any_bytes_come_back_and_the_file_gives_the_same_tokenizer(tokenizer: To
     (broken,) = tokenizer.encode([b"caf\xe9"])
     assert tokenizer.decode(broken) == "caf\ufffd".encode()
     assert again.digest == tokenizer.digest != BYTES.digest
-
-
-def test_long_texts_are_cut_at_lines_without_indentation(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = b"".join(b"def f():\n    return 1\n\n" for _ in range(40)) + b"x" * 300
-    parts = tokenizers_of.cut_text(text, 100)
-    assert b"".join(parts) == text and max(map(len, parts)) <= 100
-    characters = ("\u4e2d\u00e9x" * 99).encode()
-    assert all(part.decode() for part in tokenizers_of.cut_text(characters, 100))
-    assert all(part.startswith(b"def") for part in parts[:8]) and len(tokenizers_of.cut_text(b"short", 100)) == 1
-
-
-def test_tokens_of_documents_in_batches_of_any_size(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    long = [b"\n".join(TEXTS), *TEXTS[:5], b"", TEXTS[7]]
-    whole = list(tokenizer.encode(long))
-    monkeypatch.setattr(tokenizers_of, "_TOGETHER", 2)
-    assert all(np.array_equal(a, b) for a, b in zip(tokenizer.encode(long), whole, strict=True))
-    monkeypatch.setattr(tokenizers_of, "_PART", 40)
-    assert [tokenizer.decode(one) for one in tokenizer.encode(long)] == long
 
 
 def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -129,7 +109,8 @@ def test_rows_are_documents(kind: str, tmp_path: Path) -> None:
     else:
         assert 0 < corpus.held_out_documents < 20
     with pytest.raises(
-        ValueError, match=r"field='body': .*row 0.* has .*'text' \(str\).*, expected a text of this name"
+        ValueError,
+        match=r"field='body': .*(jsonl:1|row 0|parquet).* has .*'text' \(str.*\).*, expected a text of this name",
     ):
         read_corpus(path, field="body")
 
@@ -334,8 +315,8 @@ def test_text_of_long_lines_loses_no_character(made: Path, tmp_path: Path) -> No
         corpus = read_corpus(path, tokenizer=str(made))
         for part in (corpus.train, corpus.held_out):
             assert b"\xef\xbf\xbd" not in corpus.tokenizer.decode(part[:])
-    assert [tokenizers_of.whole_character("a\u4e2d".encode(), place) for place in range(5)] == [0, 1, 1, 1, 4]
-    assert tokenizers_of.whole_character(bytes([0x80] * 9), 5) == 5
+    assert [sources.whole_character("a\u4e2d".encode(), place) for place in range(5)] == [0, 1, 1, 1, 4]
+    assert sources.whole_character(bytes([0x80] * 9), 5) == 5
 
 
 def test_folders_that_are_not_what_they_seem_are_refused(made: Path, tmp_path: Path) -> None:
@@ -347,9 +328,6 @@ def test_folders_that_are_not_what_they_seem_are_refused(made: Path, tmp_path: P
         ValueError, match=r"holds shards of tokens, such as train\.bin, and other files, such as readme\.md"
     ):
         read_corpus(folder, tokenizer=str(made))
-    write_rows(tmp_path / "part[1].jsonl", TEXTS)
-    with pytest.raises(ValueError, match="has a name that datasets takes for a pattern"):
-        read_corpus(tmp_path / "part[1].jsonl")
     write_rows(tmp_path / "few.jsonl", TEXTS[:1])
     with pytest.raises(ValueError, match="has 1 documents with text, none of them"):
         read_corpus(tmp_path / "few.jsonl")

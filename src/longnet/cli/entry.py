@@ -12,6 +12,7 @@ _EXTRAS = dict.fromkeys(("matplotlib", "numpy", "rich", "safetensors", "typer"),
     "scipy": "finetune",
     "sklearn": "finetune",
     "datasets": "data",
+    "pyarrow": "data",
     "tokenizers": "data",
 }
 

@@ -82,6 +82,7 @@ def generate(
             on_token=lambda step: reporter.advance(step / tokens),
             streamer=extend,
         )
+        show(read(None))
     except _Ended:
         pass
     finally:

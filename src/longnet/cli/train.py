@@ -144,7 +144,7 @@ def _tokenizer_of(options: Options) -> Tokenizer | None:
             raise ValueError(
                 f"--tokenizer with --data {data}, which is prepared: expected one of them, the data have theirs"
             )
-        chosen = open_corpus(data).tokenizer
+        chosen = open_corpus(data, check=False).tokenizer
     elif "tokenizer" in options:
         chosen = read_tokenizer(options["tokenizer"])
     elif has_own:

@@ -139,15 +139,17 @@ class RunFolder:
         )
 
 
-def save_model(model: LongNetLM, path: str | Path) -> None:
+def save_model(model: LongNetLM, path: str | Path, *, tokenizer: str | Path | None = None) -> None:
     """Write a model, pruned or quantised by ``longnet.compress`` or not, for :func:`load_model` and the commands that read runs.
 
     Args:
         path: a folder for ``config.json`` and ``model.safetensors``, made if it is missing.
+        tokenizer: what is copied beside them, for ``longnet generate``: the run folder that the model comes from, or a
+            ``tokenizer.json``; ``None`` for a model of bytes.
 
     Raises:
-        TypeError: a model of another kind. ValueError: a run or a model is there already, or weights that are
-            neither all float32 nor all bfloat16.
+        TypeError: a model of another kind. ValueError: a run or a model is there already, a tokenizer that is not the
+            model's, or weights that are neither all float32 nor all bfloat16.
     """
     if not isinstance(model, LongNetLM):
         raise TypeError(f"model has type {type(model).__name__}: expected a LongNetLM")
@@ -158,9 +160,17 @@ def save_model(model: LongNetLM, path: str | Path) -> None:
                 f"{name} of the model is {weight.dtype}: expected all weights in torch.float32, or all in torch.bfloat16, which "
                 "load_model gives back"
             )
+    own = None if tokenizer is None else read_tokenizer(tokenizer)
+    if own is not None and own.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"tokenizer={str(tokenizer)!r} has {own.vocab_size} tokens, the model {model.config.vocab_size}: expected the one "
+            "that it was trained with"
+        )
     folder = RunFolder(path)
     with locked(path):
         folder.require_new()
+        if own is not None:
+            own.save(folder.path)
         write_json(folder.config_file, model.config.to_dict())
         folder.write_model(model)
 

@@ -136,11 +136,16 @@ def train(
 def _read_data(settings: TrainSettings, folder: RunFolder, ranks: Ranks, tell: Reporter) -> Corpus:
     """The data of a run: what it has prepared, or is to prepare now; the first process does it for all."""
     error: Exception | None = None
+    made: Corpus | None = None
     is_there = folder.settings_file.exists() and is_prepared(folder.data_folder)
     if ranks.is_first and not is_there and not (settings.data and is_prepared(settings.data)):
         try:
             check_outside(settings.data, settings.out)
-            asked = {"tokenizer": settings.tokenizer, "field": settings.field}
+            asked: dict[str, Any] = {
+                "tokenizer": settings.tokenizer,
+                "field": settings.field,
+                "skip_bad_rows": settings.skip_bad_rows,
+            }
             made = read_corpus(settings.data, tell.say, folder=folder.data_folder, **asked)
             if folder.settings_file.exists() and (change := data_change(folder, made)) is not None:
                 remove_prepared(folder.data_folder)
@@ -151,7 +156,7 @@ def _read_data(settings: TrainSettings, folder: RunFolder, ranks: Ranks, tell: R
         except (ValueError, OSError, ModuleNotFoundError) as refusal:
             error = refusal
     ranks.agree(error)
-    return open_data(folder, settings, tell.say)
+    return made or open_data(folder, settings, tell.say)
 
 
 def _say_estimate(

@@ -28,6 +28,7 @@ DEFAULT_STEPS = 1000
 
 _FREE_TO_CHANGE = frozenset(
     {"out", "device", "threads", "cp", "compile", "eval_every", "eval_windows", "save_every", "checkpoint", "track"}
+    | {"skip_bad_rows"}
 )
 """Settings that a resumed run may change."""
 _LENGTH = frozenset({"steps", "minutes"})
@@ -44,6 +45,7 @@ class TrainSettings:
         data: a file or folder, see ``read_corpus``; ``None`` for the standard library's source.
         tokenizer: ``"bytes"``, a ``tokenizer.json`` or a folder that holds one.
         field: which field of a row is its text.
+        skip_bad_rows: leave out rows without such a text, instead of an error.
         pack: ``"documents"`` lets no token see another document than its own; ``None`` reads across.
         init_from: where the first weights come from: a run, a saved model, a checkpoint file or a Hugging Face folder of a
             LongNet; ``None`` for random ones.
@@ -75,6 +77,7 @@ class TrainSettings:
     data: str | None = None
     tokenizer: str = setting("bytes", "bytes, a tokenizer.json, or a folder that holds one.")
     field: str = setting("text", "Which field of a row of JSON lines, Parquet or a data set is its text.")
+    skip_bad_rows: bool = setting(False, "Leave out rows without such a text, and count them.", shown="refuse them")
     pack: str | None = setting(None, "documents: no token sees another document.", choices=PACKS, shown="no")
     context: int = setting(8192, "Tokens (bytes without --tokenizer) per window.")
     short_context: int | None = setting(

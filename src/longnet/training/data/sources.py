@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+import os
+import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
 
@@ -17,16 +22,75 @@ from longnet.training.data.listing import (
     list_files,
     standard_library,
 )
-from longnet.training.data.tokenizer import last_line, whole_character
 
 _PIECE = 1 << 24
-_ROWS = {".jsonl": "json", ".ndjson": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
-"""Files of which every row is a document, and what ``datasets`` calls them."""
+_COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}
+"""What the standard library decompresses, and the module that does."""
+_ARCHIVES = (
+    ".zip",
+    ".zst",
+    ".7z",
+    ".rar",
+    ".lz4",
+    ".tgz",
+    ".tbz2",
+    ".txz",
+    *(f".tar{end}" for end in ("", *_COMPRESSED)),
+)
+_ROWS = {".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
+"""Files of which every row is a document."""
 _HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
 _SHARD_TYPES, _SHARD_HEADER = (
     {20240520: "<u2", 20240801: "<u4"},
     1024,
 )  # llm.c: 256 int32, the first names the type
+
+
+class BadRows:
+    """Rows without a text: refused, or counted and left out.
+
+    Args:
+        name: of the field that holds the text.
+        skip: whether to leave them out.
+    """
+
+    def __init__(self, name: str, skip: bool) -> None:
+        self.name, self.skip = name, skip
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was counted."""
+        self.count, self._first = 0, list[str]()
+
+    def text_of(self, row: object, where: str) -> bytes | None:
+        """The text of a row; None if it has none and is left out."""
+        value = row.get(self.name) if isinstance(row, dict) else None
+        if isinstance(value, str):
+            return value.encode("utf-8", "surrogatepass")
+        held = (
+            ", ".join(f"{name!r} ({type(one).__name__})" for name, one in row.items()) if isinstance(row, dict) else ""
+        )
+        self.add(where, f"has {held or f'a {type(row).__name__}'}, expected a text of this name")
+        return None
+
+    def add(self, where: str, reason: str, count: int = 1) -> None:
+        """Refuse or count rows.
+
+        Raises:
+            ValueError: they are not to be left out.
+        """
+        if not self.skip:
+            raise ValueError(
+                f"field={self.name!r}: {where} {reason}. --skip-bad-rows leaves out such rows and counts them"
+            )
+        self.count += count
+        if len(self._first) < 3:
+            self._first.append(f"{where} {reason}")
+
+    def describe(self) -> str:
+        """How many, and the first of them by name."""
+        more = ", the first of them" if self.count > len(self._first) else ""
+        return f"Skipped {self.count:,} row(s) without a text in {self.name!r}{more}: {'; '.join(self._first)}"
 
 
 @dataclass(frozen=True)
@@ -38,12 +102,14 @@ class Piece:
         held_out: to which part it belongs.
         begins: whether a document begins with it.
         ends: whether its document ends with it.
+        name: of the file, for messages.
     """
 
     content: bytes | np.ndarray
     held_out: bool
     begins: bool = True
     ends: bool = True
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,9 +119,10 @@ class Source:
     Attributes:
         place: the file or folder.
         state: what changes when the files do: names, sizes, times of the last change.
-        total: bytes of the files, for the progress.
+        total: bytes of their text, for the progress; 0 where only reading tells.
         split: how documents are held out, in words.
         pieces: reads them from the beginning; each time anew.
+        bad_rows: what the last reading has left out.
     """
 
     place: Path
@@ -63,29 +130,35 @@ class Source:
     total: int
     split: str
     pieces: Callable[[], Iterator[Piece]]
+    bad_rows: BadRows = field(default_factory=lambda: BadRows("", False))
 
 
-def find_source(path: Path | None, field: str, say: Callable[[str], None]) -> Source:
+def find_source(path: Path | None, text_field: str, say: Callable[[str], None], skip_bad_rows: bool = False) -> Source:
     """What is to be read at ``path``; None for the source code of Python's standard library.
 
     Args:
         path: a file or a folder; a folder of ``datasets.save_to_disk``; files of token shards (``.bin``, uint16, those of nanoGPT
             or llm.c; the names of held-out ones hold ``val``).
-        field: which field of a row is its text.
+        text_field: which field of a row is its text.
         say: called with a line of text for everything that is not read.
+        skip_bad_rows: leave out and count rows without such a text, instead of a ValueError by the reading.
 
     Raises:
-        ValueError: nothing there, or too little to hold something out.
+        ValueError: nothing there, an archive, or too little to hold something out.
         OSError: what cannot be read.
     """
     if path is None:
         root = standard_library()
         say(f"Reading the Python standard library's source in {root}")
-        return _of_files(root, list_files(root, suffix=".py", skipped=STDLIB_SKIPPED, say=say), field)
-    root = path
+        return _of_files(root, list_files(root, suffix=".py", skipped=STDLIB_SKIPPED, say=say))
+    root, bad = path, BadRows(text_field, skip_bad_rows)
     if root.is_file():
+        if _is_archive(root.name):
+            raise ValueError(
+                f"data={str(path)!r} is an archive: expected it unpacked, or one of text alone ({', '.join(_COMPRESSED)})"
+            )
         say(f"Reading the file {root}")
-        return _of_one_file(root) if _kind(root) is None else _of_rows(root, [root.name], field)
+        return _of_one_file(root) if _kind(root) is None else _of_rows(root, [root.name], bad)
     if not root.is_dir():
         what = "a pipe or a device" if root.exists() else "not there"
         raise ValueError(f"data={str(path)!r} is {what}: expected a file or a folder of text")
@@ -94,7 +167,10 @@ def find_source(path: Path | None, field: str, say: Callable[[str], None]) -> So
     if "prepared.json" in names:
         raise ValueError(f"data={str(path)!r} is prepared already: expected text")
     if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= set(names):
-        return _of_data_set(root, names, field)
+        return _of_data_set(root, names, bad)
+    for name in filter(_is_archive, names):
+        say(f"Not read: {root / name} is an archive")
+    names = [name for name in names if not _is_archive(name)]
     if shards := [name for name in names if name.endswith(".bin")]:
         if others := [name for name in names if name not in shards]:
             raise ValueError(
@@ -102,21 +178,65 @@ def find_source(path: Path | None, field: str, say: Callable[[str], None]) -> So
                 "expected a folder of one kind"
             )
         return _of_shards(root, names)
-    return (_of_rows if any(_kind(root / name) for name in names) else _of_files)(root, names, field)
+    return _of_rows(root, names, bad) if any(_kind(root / name) for name in names) else _of_files(root, names)
+
+
+def _is_archive(name: str) -> bool:
+    return name.lower().endswith(_ARCHIVES)
 
 
 def _kind(path: Path) -> str | None:
-    """What ``datasets`` calls a file of rows; None for any other."""
-    return next((kind for suffix, kind in _ROWS.items() if path.name.lower().endswith(suffix)), None)
+    """Which rows a file holds; None for any other file."""
+    name = path.name.lower()
+    return _ROWS.get(Path(name.removesuffix(path.suffix.lower()) if _is_compressed(path) else name).suffix)
+
+
+def _is_compressed(path: Path) -> bool:
+    return path.suffix.lower() in _COMPRESSED
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A file, decompressed while it is read.
+
+    Raises:
+        ValueError: it is compressed, and damaged or not whole.
+    """
+    if not _is_compressed(path):
+        with open(path, "rb") as file:
+            yield file
+        return
+    module = importlib.import_module(_COMPRESSED[path.suffix.lower()])
+    damages = (EOFError, zlib.error, *([module.LZMAError] if hasattr(module, "LZMAError") else []))
+    try:
+        with module.open(path) as file:
+            yield file
+    except (*damages, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ValueError(f"{path} cannot be decompressed ({error}): expected a whole {path.suffix} file") from None
+
+
+def whole_character(text: bytes, place: int) -> int:
+    """The place, or that of the UTF-8 character which it would cut."""
+    for first in range(place - 1, max(place - 4, -1), -1):
+        if text[first] >= 0xC0:
+            length = 2 + (text[first] >= 0xE0) + (text[first] >= 0xF0)
+            return first if first + length > place else place
+        if text[first] < 0x80:
+            break
+    return place
 
 
 def _source(root: Path, names: list[str], split: str, pieces: Callable[[], Iterator[Piece]]) -> Source:
-    states = [(name, (root / name).stat()) for name in names]
+    folder = root.parent if root.is_file() else root
+    states = [(name, (folder / name).stat()) for name in names]
     state = tuple((name, one.st_size, one.st_mtime_ns) for name, one in states)
-    return Source(root, state, sum(size for _, size, _ in state), split, pieces)
+    hidden = any(_is_compressed(folder / name) or _kind(folder / name) == "parquet" for name in names)
+    return Source(root, state, 0 if hidden else sum(size for _, size, _ in state), split, pieces)
 
 
-def _of_files(root: Path, names: list[str], field: str) -> Source:
+def _of_files(root: Path, names: list[str]) -> Source:
     """Every file is a document."""
     if len(names) < 2:
         raise ValueError(
@@ -128,109 +248,132 @@ def _of_files(root: Path, names: list[str], field: str) -> Source:
     if not held_out or len(held_out) == len(names):
         held_out = {min(names, key=hash_share)}
         split = "by file: the one file whose relative path has the lowest hash is held out"
-    sizes = {name: (root / name).stat().st_size for name in names}
+    source = _source(root, names, split, lambda: iter(()))
+    sizes = {name: size for name, size, _ in source.state}
 
     def pieces() -> Iterator[Piece]:
         for name, size in sizes.items():
-            yield from _pieces(root / name, name in held_out, 0, size)
+            yield from _file_pieces(root / name, name in held_out, size)
 
-    return _source(root, names, split, pieces)
+    return replace(source, pieces=pieces)
 
 
 def _of_one_file(path: Path) -> Source:
-    size = path.stat().st_size
-    cut = size - int(size * HELD_OUT_SHARE)
-    with open(path, "rb") as file:
-        file.seek(max(0, cut - 4))
-        cut += whole_character(file.read(min(4, cut)), min(4, cut)) - min(4, cut)
+    with _opened(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        cut = size - int(size * HELD_OUT_SHARE)
+        first = file.seek(max(0, cut - 4))
+        cut = first + whole_character(file.read(cut - first), cut - first)
     if size - cut < 2:
         raise ValueError(f"data={str(path)!r} holds {size} bytes: expected at least 20, the last tenth is held out")
 
     def pieces() -> Iterator[Piece]:
-        yield from _pieces(path, False, 0, cut)
-        yield from _pieces(path, True, cut, size)
+        with _opened(path) as file:
+            yield from _pieces(path, file, False, cut)
+            yield from _pieces(path, file, True, size - cut)
 
-    found = _source(path.parent, [path.name], "one file: its last tenth is held out", pieces)
-    return Source(path, found.state, found.total, found.split, pieces)
-
-
-def _pieces(path: Path, held_out: bool, start: int = 0, stop: int | None = None) -> Iterator[Piece]:
-    """The bytes of a file, cut where :func:`cut_text` would."""
-    stop = path.stat().st_size if stop is None else stop
-    with open(path, "rb") as file:
-        file.seek(start)
-        begins, rest, left = True, b"", stop - start
-        while left:
-            new = file.read(min(_PIECE, left))
-            if not new:
-                raise ValueError(f"{path} has become shorter while it was read: {left:,} bytes are missing")
-            left -= len(new)
-            content = rest + new
-            end = (
-                (last_line(content, 0, len(content)) or whole_character(content, len(content)))
-                if left
-                else len(content)
-            )
-            yield Piece(content[:end], held_out, begins, not left)
-            begins, rest = False, content[end:]
+    return replace(_source(path, [path.name], "one file: its last tenth is held out", pieces), total=size)
 
 
-def _of_rows(root: Path, names: list[str], field: str) -> Source:
+def _file_pieces(path: Path, held_out: bool, size: int) -> Iterator[Piece]:
+    with _opened(path) as file:
+        yield from _pieces(path, file, held_out, None if _is_compressed(path) else size)
+
+
+def _pieces(path: Path, file: BinaryIO, held_out: bool, size: int | None) -> Iterator[Piece]:
+    """The next ``size`` bytes of an open file, or all for None, in pieces that cut no character."""
+    begins, ends, rest, done = True, False, b"", 0
+    while not ends:
+        new = file.read(_PIECE if size is None else min(_PIECE, size - done))
+        done += len(new)
+        if size is not None and not new:
+            raise ValueError(f"{path} has become shorter while it was read: {size - done:,} bytes are missing")
+        ends = not new if size is None else done == size
+        content = rest + new
+        place = len(content) if ends else whole_character(content, len(content))
+        if content or not begins:
+            yield Piece(content[:place], held_out, begins, ends, str(path))
+        begins, rest = False, content[place:]
+
+
+def _of_rows(root: Path, names: list[str], bad: BadRows) -> Source:
     """Every row of some files is a document, and every other file one."""
-    import datasets  # type: ignore[import-untyped]
-
     folder = root.parent if root.is_file() else root
+    readers = {"json": _json_rows, "parquet": _parquet_rows}
 
     def pieces() -> Iterator[Piece]:
+        bad.clear()
         for name in names:
-            kind = _kind(folder / name)
+            path, kind = folder / name, _kind(folder / name)
             if kind is None:
-                yield from _pieces(folder / name, is_held_out(name))
+                yield from _file_pieces(path, is_held_out(name), path.stat().st_size)
                 continue
-            if set("*?[") & set(name):
-                raise ValueError(
-                    f"{folder / name} has a name that datasets takes for a pattern: expected none of * ? ["
-                )
-            rows = datasets.load_dataset(kind, data_files=str(folder / name), split="train", streaming=True)
-            for number, row in enumerate(rows):
-                yield Piece(_text_of(row, field, f"{folder / name}, row {number}"), is_held_out(f"{name}:{number}"))
+            for number, text in readers[kind](path, bad):
+                yield Piece(text, is_held_out(f"{name}:{number}"), name=str(path))
 
     split = "by row: a hash of file and row, 1 row in 10 held out"
-    found = _source(folder, names, split, pieces)
-    return Source(root, found.state, found.total, split, pieces)
+    return replace(_source(root, names, split, pieces), bad_rows=bad)
 
 
-def _of_data_set(root: Path, names: list[str], field: str) -> Source:
+def _json_rows(path: Path, bad: BadRows) -> Iterator[tuple[int, bytes]]:
+    """Number and text of every line that is not blank."""
+    with _opened(path) as file:
+        for number, line in enumerate(file):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:
+                bad.add(f"{path}:{number + 1}", f"is not JSON ({error}), expected an object in each line")
+                continue
+            if (text := bad.text_of(row, f"{path}:{number + 1}")) is not None:
+                yield number, text
+
+
+def _parquet_rows(path: Path, bad: BadRows) -> Iterator[tuple[int, bytes]]:
+    from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
+
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = {one.name: one.type for one in file.schema_arrow}
+            if bad.name not in columns:
+                held = ", ".join(f"{name!r} ({kind})" for name, kind in columns.items())
+                bad.add(f"{path}", f"has {held}, expected a text of this name", file.metadata.num_rows)
+                return
+            for batch in file.iter_batches(batch_size=1024, columns=[bad.name]):
+                for value in batch.column(0).to_pylist():
+                    if (text := bad.text_of({bad.name: value}, f"{path}, row {number}")) is not None:
+                        yield number, text
+                    number += 1
+    except (ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise
+        raise ValueError(f"{path} is damaged after row {number}: {error}") from None
+
+
+def _of_data_set(root: Path, names: list[str], bad: BadRows) -> Source:
     """What ``datasets.save_to_disk`` has written: one data set, or several splits."""
-    import datasets
+    import datasets  # type: ignore[import-untyped]
 
     found = datasets.load_from_disk(str(root))
     splits = dict(found) if isinstance(found, dict) else {"": found}
     given = [name for name in splits if name.lower() in _HELD_OUT_SPLITS]
 
     def pieces() -> Iterator[Piece]:
+        bad.clear()
         for name, rows in splits.items():
             for number, row in enumerate(rows):
-                held_out = name in given if given else is_held_out(f"{name}:{number}")
-                yield Piece(_text_of(row, field, f"{root}, row {number} {name}".rstrip()), held_out)
+                where = f"{root}, row {number} {name}".rstrip()
+                if (text := bad.text_of(row, where)) is not None:
+                    yield Piece(text, name in given if given else is_held_out(f"{name}:{number}"), name=where)
 
     split = (
         f"by the data set: {', '.join(given)} held out"
         if given
         else "by row: a hash of its number, 1 row in 10 held out"
     )
-    return _source(root, names, split, pieces)
-
-
-def _text_of(row: dict[str, Any], field: str, where: str) -> bytes:
-    text = row.get(field)
-    if not isinstance(text, str):
-        raise ValueError(f"field={field!r}: {where} has {_fields(row)}, expected a text of this name")
-    return text.encode("utf-8", "surrogatepass")
-
-
-def _fields(row: dict[str, Any]) -> str:
-    return ", ".join(f"{name!r} ({type(value).__name__})" for name, value in row.items())
+    return replace(_source(root, names, split, pieces), bad_rows=bad)
 
 
 def _of_shards(root: Path, names: list[str]) -> Source:
@@ -250,7 +393,7 @@ def _of_shards(root: Path, names: list[str]) -> Source:
                     dtype = np.dtype(kind or "<u2")
                     if len(content) % dtype.itemsize:
                         raise ValueError(f"{root / name} is no shard of {dtype.name}: it holds half a token")
-                    yield Piece(np.frombuffer(content, dtype=dtype), name in held_out, begins, False)
+                    yield Piece(np.frombuffer(content, dtype=dtype), name in held_out, begins, False, str(root / name))
                     begins = False
 
     return _source(root, names, "by shard: those with 'val' in the name are held out", pieces)

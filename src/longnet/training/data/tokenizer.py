@@ -10,47 +10,18 @@ from typing import Protocol
 
 import numpy as np
 
-from longnet.training.files import write_text
+from longnet.training.data.words import WordTable, cut_text, is_known, last_place
+from longnet.training.files import read_json, write_text
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 END_OF_DOCUMENT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>")
 """Tokens that end a document where a tokenizer does not say which of its own does."""
 
 
-_PART, _TOGETHER = 1 << 16, 64
-
-
-def cut_text(text: bytes, size: int) -> list[bytes]:
-    """A text in parts of about ``size`` bytes: they begin at a line that begins with no white space, where there is one.
-
-    Tokenizers split text there too, but for blank lines: of 2.9 million tokens of source code 46 were others than uncut.
-    """
-    parts, start = [], 0
-    while len(text) - start > size:
-        end = last_line(text, start, start + size) or whole_character(text, start + size)
-        parts.append(text[start:end])
-        start = end
-    return [*parts, text[start:]]
-
-
-def last_line(text: bytes, start: int, stop: int) -> int:
-    """The last place in (start, stop) where a line begins with no white space; 0 if there is none."""
-    end = stop
-    while (end := text.rfind(b"\n", start, end - 1) + 1) > start:
-        if not text[end : end + 1].isspace():
-            return end
-    return 0
-
-
-def whole_character(text: bytes, place: int) -> int:
-    """The place, or that of the UTF-8 character which it would cut."""
-    for first in range(place - 1, max(place - 4, -1), -1):
-        if text[first] >= 0xC0:
-            length = 2 + (text[first] >= 0xE0) + (text[first] >= 0xF0)
-            return first if first + length > place else place
-        if text[first] < 0x80:
-            break
-    return place
+_TOGETHER = 1 << 20
+"""Bytes of text that are encoded at once."""
+_TAIL = 1 << 16
+"""Bytes at the end of a text in which a place to cut it is looked for."""
 
 
 class Tokenizer(Protocol):
@@ -59,11 +30,13 @@ class Tokenizer(Protocol):
     Attributes:
         vocab_size: tokens are below it.
         end: the token after each document; None for none.
+        unknown: the token that stands for text without one; None for none.
         digest: SHA-256 (hex) of what the tokenizer does.
     """
 
     vocab_size: int
     end: int | None
+    unknown: int | None
     digest: str
 
     @property
@@ -78,29 +51,38 @@ class Tokenizer(Protocol):
     def encode(self, texts: Sequence[bytes]) -> Iterator[np.ndarray]:
         """The tokens of each text, (tokens,) of :attr:`dtype`. Bytes that are not UTF-8 become the replacement character."""
 
+    def last_place(self, text: bytes) -> int:
+        """The last place near the end of a text at which a cut changes no token; 0 for none."""
+
     def decode(self, tokens: np.ndarray) -> bytes:
         """The text of tokens."""
 
-    def reader(self, before: np.ndarray) -> Callable[[int], bytes]:
-        """A function that takes the tokens after ``before`` one by one, and gives what is known of their text by then."""
+    def reader(self, before: np.ndarray) -> Callable[[int | None], bytes]:
+        """A function that takes the tokens after ``before`` one by one, and gives what is known of their text by then.
+
+        For None, at the end, it gives what it held back: a character that is not finished.
+        """
 
     def save(self, folder: Path) -> None:
         """Write it into a folder, from which :func:`read_tokenizer` reads it."""
 
 
 class _Bytes(Tokenizer):
-    vocab_size, end = 256, None
+    vocab_size, end, unknown = 256, None, None
     digest = hashlib.sha256(b"bytes").hexdigest()
     is_bytes = True
 
     def encode(self, texts: Sequence[bytes]) -> Iterator[np.ndarray]:
         return (np.frombuffer(text, dtype=np.uint8) for text in texts)
 
+    def last_place(self, text: bytes) -> int:
+        return len(text)
+
     def decode(self, tokens: np.ndarray) -> bytes:
         return np.asarray(tokens).astype(np.uint8).tobytes()
 
-    def reader(self, before: np.ndarray) -> Callable[[int], bytes]:
-        return lambda token: bytes([token])
+    def reader(self, before: np.ndarray) -> Callable[[int | None], bytes]:
+        return lambda token: b"" if token is None else bytes([token])
 
     def save(self, folder: Path) -> None:
         pass
@@ -127,35 +109,74 @@ class _Tokens(Tokenizer):
         names = END_OF_DOCUMENT if end is None else (end,)
         self.end = next((token for name in names if (token := self._tokenizer.token_to_id(name)) is not None), None)
         self.digest = hashlib.sha256(f"{text}\0{self.end}".encode()).hexdigest()
+        spec = json.loads(self._tokenizer.to_str())
+        unknown = spec["model"].get("unk_token")
+        self.unknown = spec["model"].get("unk_id") if unknown is None else self._tokenizer.token_to_id(unknown)
+        self._table = WordTable(self._ids, self.dtype) if is_known(spec) else None
+        self._special = [one["content"] for one in spec["added_tokens"]]
+        self._signs = {content[:2] for content in self._special}
 
     def encode(self, texts: Sequence[bytes]) -> Iterator[np.ndarray]:
-        # The library's threads take a text each, and keep far more of it than its tokens: short parts, a few at a time.
-        parts = [(number, part) for number, text in enumerate(texts) for part in cut_text(text, _PART)]
-        found: list[list[np.ndarray]] = [[] for _ in texts]
-        given = 0
-        for first in range(0, len(parts), _TOGETHER):
-            some = parts[first : first + _TOGETHER]
-            strings = [part.decode("utf-8", "replace") for _, part in some]
-            encoded = self._tokenizer.encode_batch_fast(strings, add_special_tokens=False)
-            for (number, _), one in zip(some, encoded, strict=True):
-                found[number].append(np.array(one.ids, dtype=self.dtype))
-            while given < some[-1][0]:
-                yield np.concatenate(found[given])
-                found[given], given = [], given + 1
-        if given < len(texts):
-            yield np.concatenate(found[given])
+        strings: list[str] = []
+        size = 0
+        for text in texts:
+            strings.append(text.decode("utf-8", "replace"))
+            size += len(text)
+            if size >= _TOGETHER:
+                yield from self._encode(strings)
+                strings, size = [], 0
+        if strings:
+            yield from self._encode(strings)
+
+    def _encode(self, strings: list[str]) -> Iterator[np.ndarray]:
+        if self._table is None:
+            yield from (np.array(ids, dtype=self.dtype) for ids in self._ids(strings))
+        elif len(strings) == 1:
+            yield np.concatenate([self._encode_part(part) for part in cut_text(strings[0], _TOGETHER)])
+        elif self._has_special("\0".join(strings)):
+            yield from map(self._encode_part, strings)
+        else:
+            yield from self._table.tokens(strings)
+
+    def _encode_part(self, text: str) -> np.ndarray:
+        assert self._table is not None
+        (tokens,) = [self._ids([text])[0]] if self._has_special(text) else self._table.tokens([text])
+        return np.asarray(tokens, dtype=self.dtype)
+
+    def _has_special(self, text: str) -> bool:
+        """Whether a token of its own stands in a text literally: the library finds these before it splits text into words."""
+        return any(sign in text for sign in self._signs) and any(one in text for one in self._special)
+
+    def _ids(self, strings: list[str]) -> list[list[int]]:
+        return [one.ids for one in self._tokenizer.encode_batch_fast(strings, add_special_tokens=False)]
+
+    def last_place(self, text: bytes) -> int:
+        string = text[-_TAIL:].decode("utf-8", "surrogateescape")
+        place = 0 if self._table is None else last_place(string)
+        return len(text) - len(string[place:].encode("utf-8", "surrogateescape")) if place else 0
 
     def decode(self, tokens: np.ndarray) -> bytes:
         text: str = self._tokenizer.decode(np.asarray(tokens).tolist())
         return text.encode()
 
-    def reader(self, before: np.ndarray) -> Callable[[int], bytes]:
+    def reader(self, before: np.ndarray) -> Callable[[int | None], bytes]:
         from tokenizers.decoders import DecodeStream
 
         stream = DecodeStream(skip_special_tokens=False)
         for token in before.tolist():
             stream.step(self._tokenizer, token)
-        return lambda token: (stream.step(self._tokenizer, token) or "").encode()
+        pending: list[int] = []
+
+        def read(token: int | None) -> bytes:
+            if token is None:
+                return self._tokenizer.decode(pending, skip_special_tokens=False).encode() if pending else b""
+            pending.append(token)
+            text = stream.step(self._tokenizer, token)
+            if text:
+                pending.clear()
+            return (text or "").encode()
+
+        return read
 
     def save(self, folder: Path) -> None:
         write_text(folder / TOKENIZER_FILES[0], self._text)
@@ -184,7 +205,7 @@ def read_tokenizer(name: str | Path) -> Tokenizer:
         )
     end, beside = None, file.with_name(TOKENIZER_FILES[1])
     if beside.is_file():
-        eos = json.loads(beside.read_text(encoding="utf-8")).get("eos_token")
+        eos = read_json(beside).get("eos_token")
         end = eos.get("content") if isinstance(eos, dict) else eos
     try:
         return _Tokens(file.read_text(encoding="utf-8"), end)

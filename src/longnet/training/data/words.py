@@ -1,0 +1,109 @@
+"""Tokens of text by a table of its words: most words of a text have been met before, and a tokenizer takes far longer to split
+them than a table to find them. The tokens are exactly those of the whole text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+# Everything that these tokenizers match stops at both kinds of places: before a space that an ASCII letter or digit follows, and
+# between a letter or digit and the ASCII mark or white space after it (but "'", and control characters, which BERT's removes).
+_A = "0-9A-Za-z"
+_JOINING = r"'\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\U0010ffff"
+_WORDS = re.compile(rf"[^{_A}]+(?= [{_A}])|[^{_A}]*[{_A}]+(?:[{_JOINING}](?:[^ {_A}]| (?![{_A}]))*[{_A}]*)*|[^{_A}]+")
+# Places at which no special token is cut either: these hold no white space. The second kind ends a line of any script.
+_PLACES = re.compile(rf"(?= [{_A}])|(?<=\S\n)(?=[^\s/])")
+_LONG_WORD, _MOST_TOKENS = 256, 1 << 21
+
+_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLITS = (_SPLIT % r"\p{N}{1,3}", _SPLIT % r"\p{N}")  # Of Llama 3 and GPT-4, of Qwen.
+
+
+def is_known(spec: dict[str, Any]) -> bool:
+    """Whether the tokenizer of a ``tokenizer.json`` splits text at the places of this module.
+
+    These are GPT-2's (``longnet tokenizer train`` makes such), Llama 3's, Qwen's and BERT's ways to split.
+    """
+    normalizer, first = spec.get("normalizer"), spec.get("pre_tokenizer") or {}
+    steps = first.get("pretokenizers", [first])
+    if any(one["lstrip"] or one["rstrip"] or re.search(r"\s", one["content"]) for one in spec.get("added_tokens", [])):
+        return False
+    if normalizer is not None and any(one["normalized"] for one in spec.get("added_tokens", [])):
+        return False
+    if spec["model"].get("dropout"):
+        return False
+    kinds, name = [one.get("type") for one in steps], (normalizer or {}).get("type")
+    if kinds == ["BertPreTokenizer"]:
+        return name in (None, "BertNormalizer")
+    if name not in (None, "NFC") or kinds not in (["ByteLevel"], ["Split", "ByteLevel"]):
+        return False
+    if steps[-1]["add_prefix_space"] or steps[-1].get("use_regex", True) != (len(steps) == 1):
+        return False
+    split = steps[0]
+    return len(steps) == 1 or (
+        split["pattern"].get("Regex") in _SPLITS and split["behavior"] == "Isolated" and not split["invert"]
+    )
+
+
+def last_place(text: str) -> int:
+    """The last of the places at which a text may be cut without a change of tokens; 0 for none."""
+    return max((found.start() for found in _PLACES.finditer(text)), default=0)
+
+
+def cut_text(text: str, size: int) -> Iterator[str]:
+    """A text in parts of ``size`` characters or little more, or much more if it has no place to be cut."""
+    start = 0
+    while (place := _PLACES.search(text, start + size)) is not None and place.start() < len(text):
+        yield text[start : place.start()]
+        start = place.start()
+    yield text[start:]
+
+
+class WordTable:
+    """The tokens of the words that were met; it begins anew when it holds two million tokens.
+
+    Args:
+        encode: gives the ids of each of some texts.
+        dtype: of a token.
+    """
+
+    def __init__(self, encode: Callable[[list[str]], list[list[int]]], dtype: str) -> None:
+        self._encode, self._dtype = encode, dtype
+        self._clear()
+
+    def _clear(self) -> None:
+        self._rows: dict[str, int] = {}
+        self._tokens, self._lengths = np.empty(0, dtype=self._dtype), np.empty(0, dtype=np.int64)
+
+    def tokens(self, texts: list[str]) -> list[np.ndarray]:
+        """The tokens of each text, (tokens,)."""
+        words = [_words(text) for text in texts]
+        flat = list(chain.from_iterable(words))
+        self._learn(set(flat))
+        rows = np.fromiter(map(self._rows.__getitem__, flat), np.int64, len(flat))
+        lengths, starts = self._lengths[rows], (self._lengths.cumsum() - self._lengths)[rows]
+        ends = lengths.cumsum()
+        found = self._tokens[np.arange(lengths.sum()) + np.repeat(starts - (ends - lengths), lengths)]
+        bounds = np.append(0, ends)[np.cumsum([len(one) for one in words])]
+        return np.split(found, bounds)[:-1]
+
+    def _learn(self, words: set[str]) -> None:
+        if self._tokens.size > _MOST_TOKENS:
+            self._clear()
+        new = list(words - self._rows.keys())
+        ids = self._encode(new)
+        self._rows |= dict(zip(new, range(len(self._rows), len(self._rows) + len(new)), strict=True))
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        more = np.fromiter(chain.from_iterable(ids), self._dtype, int(lengths.sum()))
+        self._tokens, self._lengths = np.append(self._tokens, more), np.append(self._lengths, lengths)
+
+
+def _words(text: str) -> list[str]:
+    words = _WORDS.findall(text)
+    if max(map(len, words), default=0) <= _LONG_WORD:
+        return words
+    return [part for word in words for part in (_PLACES.split(word) if len(word) > _LONG_WORD else (word,))]
