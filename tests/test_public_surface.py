@@ -144,7 +144,7 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     (longnet.compress.prepare_qat, "(model, scheme, *, head=False)"),
     (longnet.compress.convert_qat, "(model, scheme)"),
     (longnet.training.load_model, "(run, device='cpu')"),
-    (longnet.training.save_model, "(model, path)"),
+    (longnet.training.save_model, "(model, path, *, tokenizer=None)"),
 ]
 
 # Public methods and properties of the classes, their own and those of their bases in this package.

@@ -24,7 +24,7 @@ from longnet.training.data import (
     sources,
 )
 from longnet.training.data import (
-    corpus as prepared,
+    preparation as prepared,
 )
 from longnet.training.data.listing import is_held_out, standard_library
 

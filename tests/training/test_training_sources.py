@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from longnet.training import TrainSettings, load_model, save_model, train
-from longnet.training.data import corpus as prepared
-from longnet.training.data import find_source, open_corpus, read_corpus, read_tokenizer, sources
+from longnet.training.data import corpus, find_source, open_corpus, read_corpus, read_tokenizer, sources
+from longnet.training.data import preparation as prepared
 
 PACK: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 TEXT = "".join(f"line {n}: caf\u00e9\n" for n in range(3000)).encode()
@@ -142,8 +142,14 @@ def test_a_start_reads_the_tokens_once(
     make_settings: Callable[..., TrainSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digested: list[str] = []
-    digest = prepared._digest
-    monkeypatch.setattr(prepared, "_digest", lambda path, *more: digested.append(path.name) or digest(path, *more))
+    digest = prepared.digest_file
+
+    def watch(path: Path, *more: object) -> object:
+        digested.append(path.name)
+        return digest(path, *more)  # type: ignore[arg-type]
+
+    for module in (prepared, corpus):
+        monkeypatch.setattr(module, "digest_file", watch)
     settings = make_settings(steps=1, eval_every=0)
     train(settings)
     # Of files that are still empty: a preparation that goes on reads what is there.

@@ -30,7 +30,7 @@ from longnet.training.data import (
     train_tokenizer,
 )
 from longnet.training.data import (
-    corpus as prepared,
+    preparation as prepared,
 )
 from longnet.training.folder import RunFolder
 from longnet.training.resume import read_settings
@@ -153,7 +153,7 @@ def test_an_interrupted_preparation_goes_on(
     write_rows(path, TEXTS)
     monkeypatch.setattr(prepared, "_CHUNK", 700)
     whole = read_corpus(path, tokenizer=str(made))
-    write, count = prepared._Preparation._write, []
+    write, count = prepared.Preparation._write, []
 
     def killed(self: object, batch: object, files: object) -> None:
         count.append(1)
@@ -162,10 +162,10 @@ def test_an_interrupted_preparation_goes_on(
             raise KeyboardInterrupt
         write(self, batch, files)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(prepared._Preparation, "_write", killed)
+    monkeypatch.setattr(prepared.Preparation, "_write", killed)
     with pytest.raises(KeyboardInterrupt):
         read_corpus(path, tokenizer=str(made), folder=folder)
-    monkeypatch.setattr(prepared._Preparation, "_write", write)
+    monkeypatch.setattr(prepared.Preparation, "_write", write)
     assert not is_prepared(folder)
     said: list[str] = []
     again = read_corpus(path, said.append, tokenizer=str(made), folder=folder)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from longnet.training.data import Tokenizer, read_corpus, read_tokenizer, sources, words
-from longnet.training.data import corpus as prepared
+from longnet.training.data import preparation as prepared
 from longnet.training.data import tokenizer as tokenizers_of
 
 library = pytest.importorskip("tokenizers")

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 import os
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -22,75 +18,23 @@ from longnet.training.data.listing import (
     list_files,
     standard_library,
 )
+from longnet.training.data.rows import (
+    COMPRESSED,
+    BadRows,
+    is_archive,
+    is_compressed,
+    json_rows,
+    kind_of,
+    opened,
+    parquet_rows,
+)
 
 _PIECE = 1 << 24
-_COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}
-"""What the standard library decompresses, and the module that does."""
-_ARCHIVES = (
-    ".zip",
-    ".zst",
-    ".7z",
-    ".rar",
-    ".lz4",
-    ".tgz",
-    ".tbz2",
-    ".txz",
-    *(f".tar{end}" for end in ("", *_COMPRESSED)),
-)
-_ROWS = {".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
-"""Files of which every row is a document."""
 _HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
 _SHARD_TYPES, _SHARD_HEADER = (
     {20240520: "<u2", 20240801: "<u4"},
     1024,
 )  # llm.c: 256 int32, the first names the type
-
-
-class BadRows:
-    """Rows without a text: refused, or counted and left out.
-
-    Args:
-        name: of the field that holds the text.
-        skip: whether to leave them out.
-    """
-
-    def __init__(self, name: str, skip: bool) -> None:
-        self.name, self.skip = name, skip
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget what was counted."""
-        self.count, self._first = 0, list[str]()
-
-    def text_of(self, row: object, where: str) -> bytes | None:
-        """The text of a row; None if it has none and is left out."""
-        value = row.get(self.name) if isinstance(row, dict) else None
-        if isinstance(value, str):
-            return value.encode("utf-8", "surrogatepass")
-        held = (
-            ", ".join(f"{name!r} ({type(one).__name__})" for name, one in row.items()) if isinstance(row, dict) else ""
-        )
-        self.add(where, f"has {held or f'a {type(row).__name__}'}, expected a text of this name")
-        return None
-
-    def add(self, where: str, reason: str, count: int = 1) -> None:
-        """Refuse or count rows.
-
-        Raises:
-            ValueError: they are not to be left out.
-        """
-        if not self.skip:
-            raise ValueError(
-                f"field={self.name!r}: {where} {reason}. --skip-bad-rows leaves out such rows and counts them"
-            )
-        self.count += count
-        if len(self._first) < 3:
-            self._first.append(f"{where} {reason}")
-
-    def describe(self) -> str:
-        """How many, and the first of them by name."""
-        more = ", the first of them" if self.count > len(self._first) else ""
-        return f"Skipped {self.count:,} row(s) without a text in {self.name!r}{more}: {'; '.join(self._first)}"
 
 
 @dataclass(frozen=True)
@@ -153,12 +97,12 @@ def find_source(path: Path | None, text_field: str, say: Callable[[str], None], 
         return _of_files(root, list_files(root, suffix=".py", skipped=STDLIB_SKIPPED, say=say))
     root, bad = path, BadRows(text_field, skip_bad_rows)
     if root.is_file():
-        if _is_archive(root.name):
+        if is_archive(root.name):
             raise ValueError(
-                f"data={str(path)!r} is an archive: expected it unpacked, or one of text alone ({', '.join(_COMPRESSED)})"
+                f"data={str(path)!r} is an archive: expected it unpacked, or one of text alone ({', '.join(COMPRESSED)})"
             )
         say(f"Reading the file {root}")
-        return _of_one_file(root) if _kind(root) is None else _of_rows(root, [root.name], bad)
+        return _of_one_file(root) if kind_of(root) is None else _of_rows(root, [root.name], bad)
     if not root.is_dir():
         what = "a pipe or a device" if root.exists() else "not there"
         raise ValueError(f"data={str(path)!r} is {what}: expected a file or a folder of text")
@@ -168,9 +112,9 @@ def find_source(path: Path | None, text_field: str, say: Callable[[str], None], 
         raise ValueError(f"data={str(path)!r} is prepared already: expected text")
     if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= set(names):
         return _of_data_set(root, names, bad)
-    for name in filter(_is_archive, names):
+    for name in filter(is_archive, names):
         say(f"Not read: {root / name} is an archive")
-    names = [name for name in names if not _is_archive(name)]
+    names = [name for name in names if not is_archive(name)]
     if shards := [name for name in names if name.endswith(".bin")]:
         if others := [name for name in names if name not in shards]:
             raise ValueError(
@@ -178,43 +122,7 @@ def find_source(path: Path | None, text_field: str, say: Callable[[str], None], 
                 "expected a folder of one kind"
             )
         return _of_shards(root, names)
-    return _of_rows(root, names, bad) if any(_kind(root / name) for name in names) else _of_files(root, names)
-
-
-def _is_archive(name: str) -> bool:
-    return name.lower().endswith(_ARCHIVES)
-
-
-def _kind(path: Path) -> str | None:
-    """Which rows a file holds; None for any other file."""
-    name = path.name.lower()
-    return _ROWS.get(Path(name.removesuffix(path.suffix.lower()) if _is_compressed(path) else name).suffix)
-
-
-def _is_compressed(path: Path) -> bool:
-    return path.suffix.lower() in _COMPRESSED
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    """A file, decompressed while it is read.
-
-    Raises:
-        ValueError: it is compressed, and damaged or not whole.
-    """
-    if not _is_compressed(path):
-        with open(path, "rb") as file:
-            yield file
-        return
-    module = importlib.import_module(_COMPRESSED[path.suffix.lower()])
-    damages = (EOFError, zlib.error, *([module.LZMAError] if hasattr(module, "LZMAError") else []))
-    try:
-        with module.open(path) as file:
-            yield file
-    except (*damages, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise ValueError(f"{path} cannot be decompressed ({error}): expected a whole {path.suffix} file") from None
+    return _of_rows(root, names, bad) if any(kind_of(root / name) for name in names) else _of_files(root, names)
 
 
 def whole_character(text: bytes, place: int) -> int:
@@ -232,7 +140,7 @@ def _source(root: Path, names: list[str], split: str, pieces: Callable[[], Itera
     folder = root.parent if root.is_file() else root
     states = [(name, (folder / name).stat()) for name in names]
     state = tuple((name, one.st_size, one.st_mtime_ns) for name, one in states)
-    hidden = any(_is_compressed(folder / name) or _kind(folder / name) == "parquet" for name in names)
+    hidden = any(is_compressed(folder / name) or kind_of(folder / name) == "parquet" for name in names)
     return Source(root, state, 0 if hidden else sum(size for _, size, _ in state), split, pieces)
 
 
@@ -259,7 +167,7 @@ def _of_files(root: Path, names: list[str]) -> Source:
 
 
 def _of_one_file(path: Path) -> Source:
-    with _opened(path) as file:
+    with opened(path) as file:
         size = file.seek(0, os.SEEK_END)
         cut = size - int(size * HELD_OUT_SHARE)
         first = file.seek(max(0, cut - 4))
@@ -268,7 +176,7 @@ def _of_one_file(path: Path) -> Source:
         raise ValueError(f"data={str(path)!r} holds {size} bytes: expected at least 20, the last tenth is held out")
 
     def pieces() -> Iterator[Piece]:
-        with _opened(path) as file:
+        with opened(path) as file:
             yield from _pieces(path, file, False, cut)
             yield from _pieces(path, file, True, size - cut)
 
@@ -276,8 +184,8 @@ def _of_one_file(path: Path) -> Source:
 
 
 def _file_pieces(path: Path, held_out: bool, size: int) -> Iterator[Piece]:
-    with _opened(path) as file:
-        yield from _pieces(path, file, held_out, None if _is_compressed(path) else size)
+    with opened(path) as file:
+        yield from _pieces(path, file, held_out, None if is_compressed(path) else size)
 
 
 def _pieces(path: Path, file: BinaryIO, held_out: bool, size: int | None) -> Iterator[Piece]:
@@ -299,12 +207,12 @@ def _pieces(path: Path, file: BinaryIO, held_out: bool, size: int | None) -> Ite
 def _of_rows(root: Path, names: list[str], bad: BadRows) -> Source:
     """Every row of some files is a document, and every other file one."""
     folder = root.parent if root.is_file() else root
-    readers = {"json": _json_rows, "parquet": _parquet_rows}
+    readers = {"json": json_rows, "parquet": parquet_rows}
 
     def pieces() -> Iterator[Piece]:
         bad.clear()
         for name in names:
-            path, kind = folder / name, _kind(folder / name)
+            path, kind = folder / name, kind_of(folder / name)
             if kind is None:
                 yield from _file_pieces(path, is_held_out(name), path.stat().st_size)
                 continue
@@ -313,43 +221,6 @@ def _of_rows(root: Path, names: list[str], bad: BadRows) -> Source:
 
     split = "by row: a hash of file and row, 1 row in 10 held out"
     return replace(_source(root, names, split, pieces), bad_rows=bad)
-
-
-def _json_rows(path: Path, bad: BadRows) -> Iterator[tuple[int, bytes]]:
-    """Number and text of every line that is not blank."""
-    with _opened(path) as file:
-        for number, line in enumerate(file):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:
-                bad.add(f"{path}:{number + 1}", f"is not JSON ({error}), expected an object in each line")
-                continue
-            if (text := bad.text_of(row, f"{path}:{number + 1}")) is not None:
-                yield number, text
-
-
-def _parquet_rows(path: Path, bad: BadRows) -> Iterator[tuple[int, bytes]]:
-    from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
-
-    number = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            columns = {one.name: one.type for one in file.schema_arrow}
-            if bad.name not in columns:
-                held = ", ".join(f"{name!r} ({kind})" for name, kind in columns.items())
-                bad.add(f"{path}", f"has {held}, expected a text of this name", file.metadata.num_rows)
-                return
-            for batch in file.iter_batches(batch_size=1024, columns=[bad.name]):
-                for value in batch.column(0).to_pylist():
-                    if (text := bad.text_of({bad.name: value}, f"{path}, row {number}")) is not None:
-                        yield number, text
-                    number += 1
-    except (ArrowException, OSError) as error:
-        if getattr(error, "errno", None) is not None:
-            raise
-        raise ValueError(f"{path} is damaged after row {number}: {error}") from None
 
 
 def _of_data_set(root: Path, names: list[str], bad: BadRows) -> Source:

@@ -17,6 +17,8 @@ _JOINING = r"'\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\U0010ffff"
 _WORDS = re.compile(rf"[^{_A}]+(?= [{_A}])|[^{_A}]*[{_A}]+(?:[{_JOINING}](?:[^ {_A}]| (?![{_A}]))*[{_A}]*)*|[^{_A}]+")
 # Places at which no special token is cut either: these hold no white space. The second kind ends a line of any script.
 _PLACES = re.compile(rf"(?= [{_A}])|(?<=\S\n)(?=[^\s/])")
+# Words that may stand in lines: with a newline between them each has the tokens that it has alone.
+_LINE = re.compile(rf"(?=[^\s/]| [{_A}])[^\r\n]*[{_A}]")
 _LONG_WORD, _MOST_TOKENS = 256, 1 << 21
 
 _SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -73,6 +75,8 @@ class WordTable:
 
     def __init__(self, encode: Callable[[list[str]], list[list[int]]], dtype: str) -> None:
         self._encode, self._dtype = encode, dtype
+        (newline,) = encode(["\n"])
+        self._newline = newline[0] if len(newline) == 1 else None
         self._clear()
 
     def _clear(self) -> None:
@@ -95,11 +99,24 @@ class WordTable:
         if self._tokens.size > _MOST_TOKENS:
             self._clear()
         new = list(words - self._rows.keys())
-        ids = self._encode(new)
-        self._rows |= dict(zip(new, range(len(self._rows), len(self._rows) + len(new)), strict=True))
-        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-        more = np.fromiter(chain.from_iterable(ids), self._dtype, int(lengths.sum()))
-        self._tokens, self._lengths = np.append(self._tokens, more), np.append(self._lengths, lengths)
+        lines = [] if self._newline is None else list(filter(_LINE.fullmatch, new))
+        tokens, lengths = self._encode_lines(lines)
+        if lengths.size != len(lines):  # A token for unknown text stands for the end of a line too.
+            lines, tokens, lengths = [], tokens[:0], lengths[:0]
+        others = list(set(new).difference(lines))
+        ids = self._encode(others)
+        self._rows |= {word: row for row, word in enumerate([*lines, *others], len(self._rows))}
+        more = np.fromiter(map(len, ids), np.int64, len(ids))
+        flat = np.fromiter(chain.from_iterable(ids), self._dtype, int(more.sum()))
+        self._tokens = np.concatenate([self._tokens, tokens, flat])
+        self._lengths = np.concatenate([self._lengths, lengths, more])
+
+    def _encode_lines(self, words: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and their number for each word, of hundreds at once: one text for each takes several times as long."""
+        texts = ["\n".join(words[start : start + 512]) + "\n" for start in range(0, len(words), 512)]
+        found = np.fromiter(chain.from_iterable(self._encode(texts)), self._dtype)
+        is_end = found == self._newline
+        return found[~is_end], np.diff(np.flatnonzero(is_end), prepend=-1) - 1
 
 
 def _words(text: str) -> list[str]:

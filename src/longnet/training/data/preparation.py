@@ -1,0 +1,226 @@
+"""Turning text into tokens in a folder, so that a stop at any moment loses 16 MiB of text at most."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longnet.training.data.sources import Piece, Source
+from longnet.training.data.tokenizer import Tokenizer
+from longnet.training.files import read_json, write_json
+
+_CHUNK = 1 << 24
+FORMAT = "longnet-data-1"
+PARTS = ("train", "held_out")
+LOST = ("skipped_rows", "unknown_tokens", "replaced_characters", "uncertain_cuts")
+_PREPARATION = 2  # Another number does not go on with what an older version has half prepared.
+Say = Callable[[str], None]
+
+
+class Preparation:
+    """One pass over a source. After every batch the sizes of the files are written down: what comes after them is cut off."""
+
+    def __init__(self, source: Source, field: str, folder: Path, tokenizer: Tokenizer, say: Say) -> None:
+        self.source, self.folder, self.tokenizer, self.say = source, folder, tokenizer, say
+        about = [FORMAT, _PREPARATION, str(source.place.resolve()), source.state, tokenizer.digest, field]
+        self.identity = hashlib.sha256(json.dumps(about).encode("utf-8", "surrogateescape")).hexdigest()
+        self.unfinished = folder / "unfinished.json"
+        self.done: dict[str, Any] = {"identity": self.identity, "pieces": 0, "read": 0, "rest": ""}
+        self.done |= dict.fromkeys(LOST, 0)
+        self.done |= {f"{part}_{what}": 0 for part in PARTS for what in ("tokens", "documents", "bytes")}
+
+    def run(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "prepared.json").unlink(missing_ok=True)
+        if self.unfinished.is_file() and (before := read_json(self.unfinished)).get("identity") == self.identity:
+            self.done = before
+            self.say(f"Going on after {before['read']:,} bytes that are prepared already")
+        files = {name: self._open(name) for part in PARTS for name in (f"{part}.tokens", f"{part}.documents")}
+        self.digests = {name: digest_file(self.folder / name) for name in files}
+        progress = Progress(self.source.total, self.say, "Prepared")
+        try:
+            for batch in self._batches():
+                self._write(batch, files)
+                progress.at(self.done["read"])
+        finally:
+            for file in files.values():
+                file.close()
+        self._finish()
+
+    def _open(self, name: str) -> Any:
+        """A file cut to what was written down."""
+        part, what = name.rsplit(".", 1)
+        size = self.done[f"{part}_{what}"] * (8 if what == "documents" else np.dtype(self.tokenizer.dtype).itemsize)
+        path = self.folder / name
+        path.touch()
+        if path.stat().st_size < size:
+            raise ValueError(
+                f"{path} is shorter than {self.unfinished} says: remove {str(self.folder)!r} to prepare anew"
+            )
+        os.truncate(path, size)
+        return open(path, "ab")
+
+    def _batches(self) -> Iterator[list[Piece]]:
+        """Pieces that were not prepared before, about 16 MiB together."""
+        batch: list[Piece] = []
+        size = 0
+        for number, piece in enumerate(self.source.pieces()):
+            if number < self.done["pieces"]:
+                continue
+            batch.append(piece)
+            size += len(piece.content)
+            if size >= _CHUNK or len(batch) >= 1 << 14:
+                yield batch
+                batch, size = [], 0
+        if batch:
+            yield batch
+
+    def _write(self, batch: list[Piece], files: dict[str, Any]) -> None:
+        encoded = iter(self.tokenizer.encode(self._cut(batch)))
+        new: dict[str, list[bytes]] = {name: [] for name in files}
+        for piece in batch:
+            part = PARTS[piece.held_out]
+            if isinstance(piece.content, bytes):
+                tokens, text = next(encoded), piece.content
+                self.done["replaced_characters"] += 0 if self.tokenizer.is_bytes else _count_replaced(text)
+            else:
+                tokens = self._of_shard(piece)
+                text = self.tokenizer.decode(tokens)
+            if piece.begins:
+                new[f"{part}.documents"].append(np.int64(self.done[f"{part}_tokens"]).tobytes())
+                self.done[f"{part}_documents"] += 1
+            if piece.ends and self.tokenizer.end is not None:
+                tokens = np.append(tokens, np.array(self.tokenizer.end, dtype=tokens.dtype))
+            if self.tokenizer.unknown is not None:
+                self.done["unknown_tokens"] += int((tokens == self.tokenizer.unknown).sum())
+            new[f"{part}.tokens"].append(tokens.tobytes())
+            self.done[f"{part}_tokens"] += tokens.size
+            self.done[f"{part}_bytes"] += len(text)
+            self.done["read"] += np.frombuffer(piece.content, dtype=np.uint8).size
+        self.done["pieces"] += len(batch)
+        for name, file in files.items():
+            content = b"".join(new[name])
+            self.digests[name].update(content)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        write_json(self.unfinished, self.done)
+
+    def _cut(self, batch: list[Piece]) -> list[bytes]:
+        """What is encoded of each piece: what is left of the one before, and all or, within a document, all to a place at which a
+        cut changes no token."""
+        texts, rest = [], bytes.fromhex(self.done["rest"])
+        for piece in batch:
+            if isinstance(piece.content, bytes):
+                text = rest + piece.content
+                place = len(text) if piece.ends else self.tokenizer.last_place(text)
+                self.done["uncertain_cuts"] += place == 0 < len(text)
+                texts.append(text[: place or None])
+                rest = text[place or len(text) :]
+        self.done["rest"] = rest.hex()
+        return texts
+
+    def _of_shard(self, piece: Piece) -> np.ndarray:
+        tokens = np.asarray(piece.content)
+        if (most := int(tokens.max(initial=0))) >= self.tokenizer.vocab_size:
+            raise ValueError(
+                f"{piece.name} holds the token {most}, the tokenizer has {self.tokenizer.vocab_size}: "
+                "expected --tokenizer to be the one that made the shards"
+            )
+        return tokens.astype(self.tokenizer.dtype)
+
+    def _finish(self) -> None:
+        for part in PARTS:
+            if not self.done[f"{part}_tokens"]:
+                found = self.done["train_documents"] + self.done["held_out_documents"]
+                raise ValueError(
+                    f"data={str(self.source.place)!r} has {found} documents with text, none of them "
+                    f"{'held out' if part == 'held_out' else 'to train on'} ({self.source.split}): expected more documents"
+                )
+        self.done["skipped_rows"] = self.source.bad_rows.count
+        self._say_lost()
+        self.tokenizer.save(self.folder)
+        digests = {name: digest.hexdigest() for name, digest in self.digests.items()}
+        sizes = {name: (self.folder / name).stat().st_size for name in digests}
+        fingerprint = hashlib.sha256("".join([self.tokenizer.digest, *digests.values()]).encode()).hexdigest()
+        facts = {name: value for name, value in self.done.items() if name.startswith(PARTS) or name in LOST}
+        about = {
+            "format": FORMAT,
+            "source": str(self.source.place),
+            "split": self.source.split,
+            "fingerprint": fingerprint,
+        }
+        prepared = {
+            **about,
+            "identity": self.identity,
+            "tokenizer": self.tokenizer.digest,
+            **facts,
+            "sizes": sizes,
+            "digests": digests,
+        }
+        write_json(self.folder / "prepared.json", prepared)
+        self.unfinished.unlink()
+
+    def _say_lost(self) -> None:
+        done = self.done
+        tokens, size = (sum(done[f"{part}_{what}"] for part in PARTS) for what in ("tokens", "bytes"))
+        if done["skipped_rows"]:
+            self.say(self.source.bad_rows.describe())
+        if count := done["unknown_tokens"]:
+            self.say(
+                f"{count:,} of {tokens:,} tokens ({count / tokens:.2%}) stand for text that the tokenizer does not know"
+            )
+        if count := done["replaced_characters"]:
+            self.say(
+                f"{count:,} replacement characters ({count / size:.4%} of {size:,} bytes) stand for bytes that are not UTF-8"
+            )
+        if count := done["uncertain_cuts"]:
+            self.say(
+                f"{count:,} cut(s) in documents of more than {_CHUNK >> 20} MiB: tokens there may be others than uncut, as this "
+                "tokenizer or text has no place where they cannot be"
+            )
+
+
+def _count_replaced(text: bytes) -> int:
+    """Replacement characters that stand for bytes of a text that are not UTF-8."""
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return text.decode("utf-8", "replace").count("\ufffd") - text.count("\ufffd".encode())
+    return 0
+
+
+def digest_file(path: Path, progress: Progress | None = None) -> hashlib._Hash:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            if progress is not None:
+                progress.add(len(chunk))
+    return digest
+
+
+class Progress:
+    """Says how far something is: after two seconds, then ever more rarely, once a minute at last."""
+
+    def __init__(self, total: int, say: Say, verb: str) -> None:
+        self._total, self._say, self._verb = total, say, verb
+        self._done, self._wait = 0, 2.0
+        self._due = time.monotonic() + self._wait
+
+    def add(self, count: int) -> None:
+        self.at(self._done + count)
+
+    def at(self, done: int) -> None:
+        self._done = done
+        if time.monotonic() >= self._due:
+            self._say(f"{self._verb} {done:,}{f' of {self._total:,}' if self._total else ''} bytes")
+            self._wait = min(2 * self._wait, 60.0)
+            self._due = time.monotonic() + self._wait
