@@ -41,7 +41,7 @@ NAMES = {
     ],
     longnet.training: [
         *("CheckpointError", "Corpus", "Evaluation", "TrainSettings", "TrainSummary", "TrainingDiverged"),
-        *("load_model", "read_corpus", "save_model", "train", "write_report"),
+        *("TransformerConfig", "load_model", "read_corpus", "read_transformer", "save_model", "train", "write_report"),
     ],
     longnet.compress: [
         *("SCHEMES", "convert_qat", "head_importance", "least_important", "prepare_qat", "prune_heads", "quantization"),
@@ -144,6 +144,13 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     (longnet.compress.prepare_qat, "(model, scheme, *, head=False)"),
     (longnet.compress.convert_qat, "(model, scheme)"),
     (longnet.training.load_model, "(run, device='cpu')"),
+    (longnet.training.read_transformer, "(folder, context, **changes)"),
+    (
+        longnet.training.TransformerConfig,
+        "(transformer, tokenizer_size=None, segment_lengths=(), dilation_rates=(), head_offsets='interleaved', "
+        "layer_types=None, sliding_window=None, stride=4, stride_block=1, backend='auto', gradient_checkpointing=False, "
+        "loss_chunk=4096)",
+    ),
     (longnet.training.save_model, "(model, path, *, tokenizer=None)"),
 ]
 

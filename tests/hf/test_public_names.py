@@ -15,13 +15,14 @@ hf = pytest.importorskip("longnet.hf", reason="transformers is not installed")
 NAMES = [
     *("BoundedCache", "LongNetByteTokenizer", "LongNetCache", "LongNetConfig", "LongNetForCausalLM"),
     *("LongNetForMaskedLM", "LongNetForSequenceClassification", "LongNetModel"),
-    *("apply", "load", "restore", "save_remote_code"),
+    *("apply", "from_run", "load", "restore", "save_remote_code"),
 ]
 
 SIGNATURES = {
     "apply": "(model, segment_lengths=None, dilation_rates=None, *, layers=None, layer_types=None, sliding_window=None, "
     "stride=4, stride_block=1, head_offsets='interleaved', backend='auto')",
     "restore": "(model)",
+    "from_run": "(folder)",
     "load": "(folder, model_class=None, **options)",
     "save_remote_code": "(folder)",
     "BoundedCache": "(model)",

@@ -14,6 +14,7 @@ _EXTRAS = dict.fromkeys(("matplotlib", "numpy", "rich", "safetensors", "typer"),
     "datasets": "data",
     "pyarrow": "data",
     "tokenizers": "data",
+    "transformers": "hf",
 }
 
 # OpenMP reads these when torch is imported. Threads that wait for the next operation then sleep instead of spinning: beside

@@ -32,7 +32,7 @@ def generate(
     from longnet.models.generation import Sampling
     from longnet.models.placement import device_of
     from longnet.training.device import resolve_device
-    from longnet.training.folder import RunFolder, load_model
+    from longnet.training.folder import RunFolder, load_trained
     from longnet.training.progress import SilentReporter, make_reporter
 
     content = _read_prompt(prompt, file)
@@ -42,7 +42,7 @@ def generate(
     endings = [text.encode("utf-8", "surrogateescape") for text in stop or []]
     if not all(endings):
         raise ValueError("stop is empty: expected at least one character")
-    model, tokenizer = load_model(run, resolve_device(device, "float32")), RunFolder(run).tokenizer
+    model, tokenizer = load_trained(run, resolve_device(device, "float32")), RunFolder(run).tokenizer
     if model.config.vocab_size != tokenizer.vocab_size:
         raise ValueError(
             f"the model in {str(run)!r} has {model.config.vocab_size} tokens, and its folder no tokenizer of as many: expected "

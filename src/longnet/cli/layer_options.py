@@ -12,6 +12,7 @@ from longnet.geometry.reach import LayerAttention
 
 if TYPE_CHECKING:
     from longnet.models import LongNetConfig
+    from longnet.training.models import Config
 
 # Options that ask for a view by layer; those that come with ``--layer-types`` alone; those that come with ``--model``.
 BY_LAYER = {
@@ -67,12 +68,12 @@ def _config(options: dict[str, Any], causal: bool) -> LongNetConfig:
     )
 
 
-def _of_config(config: LongNetConfig, length: int | None) -> Layers:
+def _of_config(config: Config, length: int | None) -> Layers:
     layers, heads = config.layer_attentions(), config.heads
     names = config.layer_types or ("dilated_attention",) * config.layers
     group = heads // (config.kv_heads or heads)
     if length is None:
-        length = max((config.sliding_window, *config.segment_lengths))
+        length = max((config.sliding_window or 1, *config.segment_lengths))
     kv_heads = tuple(layer.heads // group for layer in layers)
     return Layers(names, layers, kv_heads, config.head_dim, check_int("length", length, 1), config.causal)
 

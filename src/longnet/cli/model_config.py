@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from longnet.models import LongNetConfig
+    from longnet.training.models import Config
 
 
-def read_config(option: str, path: Path, start: LongNetConfig | None = None) -> LongNetConfig:
+def read_config(option: str, path: Path, start: Config | None = None) -> Config:
     """The config in a JSON or TOML file of LongNetConfig's fields, with ``preset`` to start from one, or in a run folder.
 
     Fields that the file leaves out are those of ``start``, where that is given and the file names no preset.
@@ -20,6 +20,7 @@ def read_config(option: str, path: Path, start: LongNetConfig | None = None) -> 
         ValueError: neither JSON nor TOML, no table of fields, or an unknown field or preset; ``option`` is for the message.
     """
     from longnet.models import LongNetConfig
+    from longnet.training.models import config_from_dict
 
     file = path / "config.json" if path.is_dir() else path
     text = file.read_text(encoding="utf-8")
@@ -33,4 +34,4 @@ def read_config(option: str, path: Path, start: LongNetConfig | None = None) -> 
     base = values.pop("preset", None)
     if base is not None:
         return LongNetConfig.preset(base, **values)
-    return LongNetConfig.from_dict(values) if start is None else start.replace(**values)
+    return config_from_dict(values) if start is None else start.replace(**values)

@@ -11,10 +11,12 @@ from longnet.cli.model_config import read_config
 from longnet.cli.options import Options, options_of
 from longnet.cli.stopping import INTERRUPTED, stop_on_signal
 from longnet.training.settings import DEFAULT_STEPS, TrainSettings
+from longnet.training.transformer_config import TransformerConfig
 
 if TYPE_CHECKING:
     from longnet.models import LongNetConfig
     from longnet.training.data import Tokenizer
+    from longnet.training.models import Config
 
 DEFAULT_PRESET = "tiny"
 
@@ -32,7 +34,7 @@ def train(
     init_from: Annotated[
         Path | None,
         typer.Option(
-            help="Begin with the weights and the model of a run, a saved model, a checkpoint file or a LongNet of Hugging Face.",
+            help="Begin with the weights and the model of a run, a saved model, a checkpoint file or a Hugging Face folder.",
             show_default="random weights",
         ),
     ] = None,
@@ -71,6 +73,8 @@ def train(
 ) -> None:
     """Train a LongNet on bytes, or tokens, and write a run folder: model, metrics, checkpoint, report.html.
 
+    --init-from the folder of a Llama, GPT-2 or Qwen, say, trains that transformer with dilated attention.
+
     Needs no download: without --data it learns the source code of Python's standard library. After a kill at any
     moment, the same command with --resume continues from the last checkpoint, with the losses of a run that never stopped.
 
@@ -108,25 +112,72 @@ def _make_settings(
     from longnet.training.resume import read_settings
 
     saved = read_settings(RunFolder(options["out"])) if resume else None
-    start = None
+    start: Config | None = None
     if saved is not None:
         start = saved.model if saved.init_from is not None else None
     elif "init_from" in options:
         start, _ = open_initial(options["init_from"])
-    model = _read_model(preset, config, start)
     if options.get("dtype", None if resume else "auto") == "auto":
         in_bfloat16 = options.get("weights") == "bfloat16"
         options["dtype"] = "bfloat16" if in_bfloat16 else choose_dtype(options.get("device", "auto"))
+    if saved is None and "steps" not in options and "minutes" not in options:
+        options["steps"] = DEFAULT_STEPS
+    if isinstance(start, TransformerConfig):
+        if saved is None or preset or config or changes:
+            options["model"] = _transformer_of(start, options, preset, config, changes, saved)
+        return TrainSettings(**options) if saved is None else saved.replace(**options)
+    model = _read_model(preset, config, start)
     if saved is not None:
+        assert not isinstance(saved.model, TransformerConfig)
         if model is not None or changes:
             options["model"] = _with_layers(model or saved.model, changes)
         return saved.replace(**options)
-    if "steps" not in options and "minutes" not in options:
-        options["steps"] = DEFAULT_STEPS
     made = _with_layers(model or start or LongNetConfig.preset(DEFAULT_PRESET), changes)
     tokenizer = _tokenizer_of(options)
     size = made.vocab_size if tokenizer is None else tokenizer.vocab_size
     return TrainSettings(model=made.replace(vocab_size=size), **options)
+
+
+def _transformer_of(
+    start: TransformerConfig,
+    options: Options,
+    preset: str | None,
+    config: Path | None,
+    changes: Options,
+    saved: TrainSettings | None,
+) -> TransformerConfig:
+    """The model of transformers with the attention that the options ask for, for their context and tokenizer.
+
+    Raises:
+        ValueError: options that belong to LongNets, no tokenizer, or a model that does not fit.
+    """
+    from longnet.models.layer_types import DILATED_TYPES
+    from longnet.training.models import fit_context
+
+    kind = f"a model of transformers ({start.transformer['model_type']!r})"
+    if preset is not None:
+        raise ValueError(f"--preset {preset} with {kind}: expected --config with fields of its attention, or neither")
+    for name in ("shift_keys", "far_positions"):
+        if name in changes:
+            raise ValueError(
+                f"--{name.replace('_', '-')} with {kind}: expected a LongNet, it is no option of longnet.hf.apply"
+            )
+    model = start if config is None else read_config("--config", config, start)
+    if not isinstance(model, TransformerConfig) or model.transformer != start.transformer:
+        raise ValueError(f"--config {config} with {kind}: expected fields of its attention alone, segment_lengths say")
+    if (types := changes.get("layer_types")) is not None and not set(types) & set(DILATED_TYPES) and config is None:
+        changes = {"segment_lengths": (), "dilation_rates": (), **changes}
+    model = model.replace(**changes)
+    if saved is not None:
+        return model
+    tokenizer = _tokenizer_of(options)
+    rows = start.transformer["vocab_size"]
+    if tokenizer is None and rows != 256:
+        raise ValueError(
+            f"--init-from {options['init_from']} has {rows} tokens and holds no tokenizer.json: expected --tokenizer as well"
+        )
+    size = None if tokenizer is None else tokenizer.vocab_size
+    return fit_context(model.replace(tokenizer_size=size), options.get("context", TrainSettings.context))
 
 
 def _tokenizer_of(options: Options) -> Tokenizer | None:
@@ -188,7 +239,10 @@ def _read_model(preset: str | None, config: Path | None, start: LongNetConfig | 
         return LongNetConfig.preset(preset)
     if config is None:
         return None
-    return read_config("--config", config, start)
+    made = read_config("--config", config, start)
+    if isinstance(made, TransformerConfig):
+        raise ValueError(f"--config {config} is of a model of transformers: expected --init-from its run folder")
+    return made
 
 
 def _run(settings: TrainSettings, resume: bool) -> None:

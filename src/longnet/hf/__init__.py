@@ -28,6 +28,7 @@ from longnet.hf.language import LongNetForCausalLM, LongNetForMaskedLM
 from longnet.hf.layers import NAME
 from longnet.hf.masks import document_mask
 from longnet.hf.modeling import LongNetModel
+from longnet.hf.runs import from_run
 from longnet.hf.tokenizer import LongNetByteTokenizer
 from longnet.hf.transformers_internals import name_classes
 
@@ -58,6 +59,7 @@ __all__ = [
     "LongNetForSequenceClassification",
     "LongNetModel",
     "apply",
+    "from_run",
     "load",
     "restore",
     "save_remote_code",

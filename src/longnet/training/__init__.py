@@ -12,9 +12,11 @@ if TYPE_CHECKING or "torch" in sys.modules:
     from longnet.training.data import Corpus, read_corpus
     from longnet.training.folder import load_model, save_model
     from longnet.training.loop import train
+    from longnet.training.models import read_transformer
     from longnet.training.report import Evaluation, write_report
     from longnet.training.settings import TrainSettings
     from longnet.training.trainer import TrainingDiverged, TrainSummary
+    from longnet.training.transformer_config import TransformerConfig
 
 __all__ = [
     "CheckpointError",
@@ -23,8 +25,10 @@ __all__ = [
     "TrainSettings",
     "TrainSummary",
     "TrainingDiverged",
+    "TransformerConfig",
     "load_model",
     "read_corpus",
+    "read_transformer",
     "save_model",
     "train",
     "write_report",

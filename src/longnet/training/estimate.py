@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from longnet.geometry.cost import score_pairs
-from longnet.models import LongNetLM
+from longnet.models import LongNetConfig, LongNetLM
 from longnet.models.layers import Block, FeedForward
 from longnet.nn.norm import make_norm
 from longnet.runtime.torch_internals import fake_tensors
@@ -63,7 +63,7 @@ def step_memory(settings: TrainSettings, device: torch.device, *, dp: int = 1, c
         device: which kernels run, and so what is saved, depends on it.
         dp, cp: windows trained on side by side, and processes that share each.
     """
-    model = LongNetLM(settings.model, device="meta", dtype=getattr(torch, settings.weights))
+    model = LongNetLM(_longnet_of(settings), device="meta", dtype=getattr(torch, settings.weights))
     of_blocks = [_weight_bytes(block) for block in model.blocks]
     whole, ranks = _weight_bytes(model), dp * cp
     own = -(-whole // ranks)
@@ -82,7 +82,7 @@ def step_flops(settings: TrainSettings, *, dp: int = 1, cp: int = 1) -> int:
     Args:
         settings, dp, cp: as in :func:`step_memory`.
     """
-    config, windows = settings.model, settings.batch * settings.accumulate
+    config, windows = _longnet_of(settings), settings.batch * settings.accumulate
     is_recomputed, is_chunked = config.gradient_checkpointing, config.feed_forward_chunk is not None
     # Weights forward, and again in the backward pass. Logits are computed twice.
     forward, again = config.dim * config.vocab_size, config.dim * config.vocab_size
@@ -103,7 +103,7 @@ def step_flops(settings: TrainSettings, *, dp: int = 1, cp: int = 1) -> int:
 
 def _muon_flops(settings: TrainSettings) -> int:
     """Of its iterations: products of a matrix (long, short) with itself, of the result with itself, and of both."""
-    groups = make_optimizer(LongNetLM(settings.model, device="meta"), settings).param_groups
+    groups = make_optimizer(LongNetLM(_longnet_of(settings), device="meta"), settings).param_groups
     flops = 0
     for group in groups:
         for short, long in (sorted(matrix.shape) for matrix in group["params"] if "ns_steps" in group):
@@ -113,7 +113,7 @@ def _muon_flops(settings: TrainSettings) -> int:
 
 def product_speed(settings: TrainSettings, device: torch.device) -> float:
     """FLOPs a second of a product of the feed-forward's shape in the dtype of the run: the median of five."""
-    config, dtype = settings.model, getattr(torch, settings.dtype)
+    config, dtype = _longnet_of(settings), getattr(torch, settings.dtype)
     most = settings.batch * settings.context
     weight = torch.randn(config.feed_forward_dim, config.dim, device=device, dtype=dtype)
     rows, seconds = min(16, most), 0.0
@@ -187,7 +187,7 @@ def format_bytes(count: int) -> str:
 
 def _activations(settings: TrainSettings, device: torch.device, batch: int, length: int) -> int:
     """Bytes that a forward pass saves for ``batch`` windows of ``length`` tokens, and the most computed again at one time."""
-    config, dtype = settings.model, getattr(torch, settings.dtype)
+    config, dtype = _longnet_of(settings), getattr(torch, settings.dtype)
     made: dict[str, Any] = {"device": device, "dtype": getattr(torch, settings.weights)}
     layers = config.layer_attentions()
     with fake_tensors(), autocast(device, dtype):
@@ -203,6 +203,14 @@ def _activations(settings: TrainSettings, device: torch.device, batch: int, leng
     if not config.gradient_checkpointing:
         return sum(count * of_kind[kind] for kind, count in Counter(layers).items()) + of_norm + max(of_chunk, logits)
     return config.layers * x.nbytes + of_norm + max(max(of_kind.values()) + of_chunk, logits)
+
+
+def _longnet_of(settings: TrainSettings) -> LongNetConfig:
+    if not isinstance(settings.model, LongNetConfig):
+        raise TypeError(
+            f"model has type {type(settings.model).__name__}: expected a LongNetConfig, estimates are of LongNets"
+        )
+    return settings.model
 
 
 def _saved_bytes(module: nn.Module, x: Tensor) -> int:
@@ -240,7 +248,7 @@ def _seconds_of_product(x: Tensor, weight: Tensor) -> float:
 def _remedies(settings: TrainSettings) -> str:
     """Settings that need less memory, as a sentence goes on."""
     smaller = ["a smaller --batch with a larger --accumulate"] if settings.batch > 1 else []
-    if not settings.model.gradient_checkpointing:
+    if not _longnet_of(settings).gradient_checkpointing:
         smaller.append("gradient_checkpointing = true in the file of --config")
     if settings.weights == "float32":
         smaller.append("--weights bfloat16")

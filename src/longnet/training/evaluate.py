@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from longnet.models import LongNetLM
 from longnet.models.generation import evaluating
 from longnet.training.data import Stream, cut_windows
 from longnet.training.device import autocast
+from longnet.training.models import Model
 from longnet.training.ranks import Ranks
 
 NORMAL_95 = 1.959964
@@ -86,7 +86,7 @@ def window_starts(size: int, context: int, limit: int | None = None) -> np.ndarr
 
 
 def score_windows(
-    model: LongNetLM,
+    model: Model,
     stream: Stream,
     context: int,
     starts: np.ndarray,

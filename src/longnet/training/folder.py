@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from longnet.compress import quantization, quantize
-from longnet.models import LongNetConfig, LongNetLM
+from longnet.models import LongNetLM
 from longnet.training.checkpoint import (
     CheckpointError,
     StateKind,
@@ -29,6 +29,7 @@ from longnet.training.checkpoint import (
 from longnet.training.data import TOKENIZER_FILES, Tokenizer, read_tokenizer, remove_prepared
 from longnet.training.files import read_json, write_json
 from longnet.training.lock import locked
+from longnet.training.models import Config, Model, config_from_dict, make_model
 from longnet.training.settings import TRACKERS
 from longnet.training.sharded import LATEST, WHOLE, remove_others
 
@@ -118,7 +119,7 @@ class RunFolder:
         """Write ``model.safetensors``, atomically."""
         self.write_weights(collect_weights(model), model.config, quantization(model))
 
-    def holds_weights(self, weights: Mapping[str, Tensor], config: LongNetConfig) -> bool:
+    def holds_weights(self, weights: Mapping[str, Tensor], config: Config) -> bool:
         """Whether ``model.safetensors`` is whole and holds exactly these weights (on the CPU) and this config."""
         try:
             own, metadata = read_safetensors(self.model_file, MODEL)
@@ -127,7 +128,7 @@ class RunFolder:
         same_config = metadata.get("config", json.dumps(config.to_dict())) == json.dumps(config.to_dict())
         return same_config and own.keys() == weights.keys() and digest_tensors(own) == digest_tensors(weights)
 
-    def write_weights(self, weights: Mapping[str, Tensor], config: LongNetConfig, scheme: str | None = None) -> None:
+    def write_weights(self, weights: Mapping[str, Tensor], config: Config, scheme: str | None = None) -> None:
         """Write weights that ``collect_weights`` named, as ``write_model`` does; ``scheme`` is that of quantised weights.
 
         The file holds the config too: its digest then covers everything that a model is loaded from.
@@ -187,23 +188,33 @@ def load_model(run: str | Path, device: str | torch.device = "cpu") -> LongNetLM
         CheckpointError: weights that are truncated, damaged, foreign or of another config (a ValueError too).
         ModuleNotFoundError: quantised weights, and torchao is missing.
     """
+    model = load_trained(run, device)
+    if not isinstance(model, LongNetLM):
+        raise ValueError(
+            f"{str(run)!r} holds a {type(model.model).__name__} of transformers: expected a LongNet, or longnet.hf.from_run"
+        )
+    return model
+
+
+def load_trained(run: str | Path, device: str | torch.device = "cpu") -> Model:
+    """The model of a run folder, of any kind; arguments and errors as those of :func:`load_model`."""
     config, weights, metadata = read_model(run)
     with torch.random.fork_rng(devices=[]):  # Its initial weights are overwritten: leave the caller's generator alone.
-        model = LongNetLM(config, dtype=_dtype_of(weights))
-        if (scheme := metadata.get("quantization")) is not None:
+        model = make_model(config, dtype=_dtype_of(weights))
+        if (scheme := metadata.get("quantization")) is not None and isinstance(model, LongNetLM):
             # Quantise the initial weights: the file's tensors then fit them.
             quantize(model, scheme, head=model.head is not None and "head.weight" not in weights)
     restore_weights(model, weights, RunFolder(run).model_file)
     return model.to(device).eval()
 
 
-def read_model(run: str | Path) -> tuple[LongNetConfig, dict[str, Tensor], dict[str, str]]:
+def read_model(run: str | Path) -> tuple[Config, dict[str, Tensor], dict[str, str]]:
     """The config, the weights and the metadata that :func:`load_model` makes a model of; errors as there."""
     folder = RunFolder(run)
     if not folder.config_file.is_file():
         folder.require_run()
         raise ValueError(f"{folder.config_file} is missing: expected the model's config, written when a run starts")
-    config = LongNetConfig.from_dict(read_json(folder.config_file))
+    config = config_from_dict(read_json(folder.config_file))
     if not folder.model_file.is_file():
         raise ValueError(
             f"{str(folder.path)!r} holds no model yet: expected model.safetensors, written with a checkpoint"
@@ -214,13 +225,13 @@ def read_model(run: str | Path) -> tuple[LongNetConfig, dict[str, Tensor], dict[
 
 
 def _dtype_of(weights: Mapping[str, Tensor]) -> torch.dtype:
-    """Of the model of these weights: bfloat16 if its embedding is, else float32."""
-    embedding = weights.get("embedding.weight")
+    """Of the model of these weights: bfloat16 if its embedding, the first weight of transformers' models, is; else float32."""
+    embedding = weights.get("embedding.weight", next(iter(weights.values()), None))
     return torch.bfloat16 if embedding is not None and embedding.dtype == torch.bfloat16 else torch.float32
 
 
 def _check_config(
-    folder: RunFolder, config: LongNetConfig, weights: Mapping[str, Tensor], metadata: Mapping[str, str]
+    folder: RunFolder, config: Config, weights: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
     """Raise CheckpointError unless ``config.json`` is the config of the weights.
 
@@ -229,8 +240,8 @@ def _check_config(
     """
     stated = {field.name: getattr(config, field.name) for field in fields(config)}
     if "config" in metadata:
-        other = LongNetConfig.from_dict(json.loads(metadata["config"]))
-        expected = {name: getattr(other, name) for name in stated}
+        other = config_from_dict(json.loads(metadata["config"]))
+        expected = {field.name: getattr(other, field.name) for field in fields(other)}
     else:
         names = ("embedding.weight", "blocks.0.feed_forward.sub_norm.weight")
         if missing := [name for name in names if name not in weights]:
@@ -238,11 +249,11 @@ def _check_config(
         vocab_size, dim = weights[names[0]].shape
         layers = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
         expected = {"vocab_size": vocab_size, "dim": dim, "layers": layers, "ffn_dim": len(weights[names[1]])}
-        stated["ffn_dim"] = config.feed_forward_dim
-    if changes := [name for name in expected if stated[name] != expected[name]]:
+        stated["ffn_dim"] = getattr(config, "feed_forward_dim", None)
+    if changes := [name for name in expected if stated.get(name) != expected[name]]:
         raise CheckpointError(
             f"{folder.config_file} does not fit {folder.model_file}: "
-            f"{', '.join(f'{name}={stated[name]!r}, expected {expected[name]!r}' for name in changes)}"
+            f"{', '.join(f'{name}={stated.get(name)!r}, expected {expected[name]!r}' for name in changes)}"
         )
 
 

@@ -1,4 +1,4 @@
-"""The weights that a run begins with: of another run, a saved model, a checkpoint file or a Hugging Face folder of a LongNet."""
+"""The weights that a run begins with: of another run, a saved model, a checkpoint file or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -10,28 +10,40 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from longnet.models import LongNetConfig, LongNetLM
 from longnet.models.hf_names import config_of
 from longnet.training.checkpoint import CheckpointError, collect_weights, digest_tensors
 from longnet.training.files import read_json
 from longnet.training.folder import read_model
+from longnet.training.models import Config, Model, config_from_dict, make_model, open_transformer
 from longnet.training.settings import TrainSettings, changed_fields
 from longnet.training.sharded import LATEST, WHOLE, read_saved
+from longnet.training.transformer_config import TransformerConfig
 
 # These decide which parameters there are, or which of a parameter's rows belong together. All other fields may change.
 _FIXED = (
     *("vocab_size", "dim", "heads", "layers", "ffn_dim", "kv_heads", "causal", "norm", "qk_norm", "bias"),
     *("use_rel_pos_bias", "head_numbers", "tie_embeddings"),
+    # Of transformers.
+    *(
+        "model_type",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "n_head",
+        "head_dim",
+        "hidden_act",
+        "activation_function",
+    ),
 )
 _SHOWN = 3
 
 
-def open_initial(path: str) -> tuple[LongNetConfig, Callable[[], dict[str, Tensor]]]:
+def open_initial(path: str) -> tuple[Config, Callable[[], dict[str, Tensor]]]:
     """The config of the model at ``path``, and a function that reads its weights, by the names of ``collect_weights``.
 
     Raises (the function too):
-        ValueError: nothing there, a model of another kind, quantised weights.
+        ValueError: nothing there, a model of another kind (no decoder, say), quantised weights.
         CheckpointError: a file that is missing, truncated, damaged or of a future format (a ValueError too).
+        ModuleNotFoundError: a model of transformers, and that is missing.
     """
     place = Path(path)
     if not (place / "config.json").is_file():
@@ -44,24 +56,20 @@ def open_initial(path: str) -> tuple[LongNetConfig, Callable[[], dict[str, Tenso
             raise CheckpointError(
                 f"{error} (init_from takes a folder, or a run's checkpoint/state.safetensors or latest.json)"
             ) from None
-        config = LongNetConfig.from_dict(checkpoint.progress["settings"]["model"])
-        return config, checkpoint.weights
+        return config_from_dict(checkpoint.progress["settings"]["model"]), checkpoint.weights
     if not (place / "config.json").is_file():
         found = "holds no config.json" if place.is_dir() else "is not there"
         raise ValueError(
             f"init_from={path!r} {found}: expected a run folder of longnet train, a folder of save_model, a run's "
-            "folder checkpoint, or a Hugging Face folder of a LongNet"
+            "folder checkpoint, or a folder that save_pretrained of Hugging Face wrote"
         )
     values = read_json(place / "config.json")
     kind = values.get("model_type")
     if kind == "longnet":
         return config_of(values), lambda: _hugging_face_weights(place)
     if kind is not None:
-        raise ValueError(
-            f"init_from={path!r} is of Hugging Face's model_type={kind!r}: expected 'longnet', as this trains LongNets alone. "
-            "Give the other model dilated attention with longnet.hf.apply, and train it with transformers' Trainer: "
-            "docs/any-transformer.md shows how"
-        )
+        transformer = open_transformer(place)
+        return transformer, lambda: _transformer_weights(place, transformer)
 
     def read() -> dict[str, Tensor]:
         _, weights, metadata = read_model(path)
@@ -69,7 +77,7 @@ def open_initial(path: str) -> tuple[LongNetConfig, Callable[[], dict[str, Tenso
             raise ValueError(f"init_from={path!r} holds quantised weights ({scheme}): expected float32 or bfloat16")
         return weights
 
-    return LongNetConfig.from_dict(values), read
+    return config_from_dict(values), read
 
 
 def read_initial(
@@ -101,12 +109,14 @@ def read_initial(
     changes = _check_fit(path, config, settings.model, weights)
     if not restored:
         say(f"Starting from the weights of {path}")
+        if isinstance(config, TransformerConfig):
+            say(f"Tokenizer: {settings.tokenizer}")
         for change in changes:
             say(change)
     return settings.replace(init_digest=found), weights
 
 
-def copy_weights(weights: Mapping[str, Tensor], model: LongNetLM) -> None:
+def copy_weights(weights: Mapping[str, Tensor], model: Model) -> None:
     """Copy the weights that :func:`read_initial` gave into the model, each in the model's dtype; no weights change nothing."""
     own = collect_weights(model)
     with torch.no_grad():
@@ -114,14 +124,18 @@ def copy_weights(weights: Mapping[str, Tensor], model: LongNetLM) -> None:
             own[name].copy_(tensor)
 
 
-def _check_fit(path: str, old: LongNetConfig, new: LongNetConfig, weights: Mapping[str, Tensor]) -> list[str]:
+def _check_fit(path: str, old: Config, new: Config, weights: Mapping[str, Tensor]) -> list[str]:
     """The fields that change, in words.
 
     Raises:
         ValueError: a change after which the weights do not fit, with the parameters that differ.
     """
+    if type(old) is not type(new):
+        raise ValueError(
+            f"init_from={path!r} has a {type(old).__name__}, and the model a {type(new).__name__}: expected the same"
+        )
     changes = changed_fields(_resolved(old), _resolved(new))
-    expected = {name: tuple(x.shape) for name, x in collect_weights(LongNetLM(new, device="meta")).items()}
+    expected = {name: tuple(x.shape) for name, x in collect_weights(make_model(new, device="meta")).items()}
     found = {name: tuple(x.shape) for name, x in weights.items()}
     differ = [
         f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'none')}"
@@ -140,8 +154,10 @@ def _check_fit(path: str, old: LongNetConfig, new: LongNetConfig, weights: Mappi
     return changes
 
 
-def _resolved(config: LongNetConfig) -> LongNetConfig:
+def _resolved(config: Config) -> Config:
     """With the numbers that a None stands for, as Hugging Face's configs have them."""
+    if isinstance(config, TransformerConfig):
+        return config
     return config.replace(ffn_dim=config.feed_forward_dim, kv_heads=config.kv_heads or config.heads)
 
 
@@ -161,3 +177,14 @@ def _hugging_face_weights(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} is truncated or damaged: {error}") from None
     plain = {name.removeprefix("model.").removeprefix("stack."): tensor for name, tensor in weights.items()}
     return {name.replace("lm_head.", "head."): tensor for name, tensor in plain.items()}
+
+
+def _transformer_weights(folder: Path, config: TransformerConfig) -> dict[str, Tensor]:
+    """The weights of a causal language model of transformers, by the names that they have in a run."""
+    from longnet.hf.causal import read_weights
+
+    try:
+        weights = read_weights(folder, config.transformer)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    return {f"model.{name}": tensor for name, tensor in weights.items()}

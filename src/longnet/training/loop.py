@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from longnet.models import LongNetLM
+from longnet.models import LongNetConfig
 from longnet.models.threads import torch_threads
 from longnet.runtime.torch_internals import many_recompilations
 from longnet.runtime.triton_support import HAS_TRITON
@@ -18,13 +18,15 @@ from longnet.training.estimate import describe_step
 from longnet.training.folder import RunFolder
 from longnet.training.initial import copy_weights, read_initial
 from longnet.training.lock import locked
+from longnet.training.models import Model, fit_context, make_model
 from longnet.training.progress import Reporter, SilentReporter
 from longnet.training.ranks import Ranks
 from longnet.training.resume import check_resume, data_change, open_data, read_settings
-from longnet.training.settings import TrainSettings
+from longnet.training.settings import TrainSettings, changed_fields
 from longnet.training.sharded import find_checkpoint
 from longnet.training.track import Callback, check_tracker, tracked
 from longnet.training.trainer import Trainer, TrainSummary
+from longnet.training.transformer_config import TransformerConfig
 
 # With fewer numbers in the residual of a pass, a second thread gains a tenth at most on two idle cores. Threads wait for each
 # other at every operation: beside another load several threads take several times as long as one.
@@ -42,7 +44,7 @@ def train(
     waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     callbacks: Sequence[Callback] = (),
 ) -> TrainSummary:
-    """Train a LongNet into a run folder.
+    """Train a LongNet, or a decoder of Hugging Face under dilated attention, into a run folder.
 
     The caller's random generators and thread count are restored at the end.
 
@@ -71,6 +73,8 @@ def train(
     device = resolve_device(settings.device, settings.dtype)
     compiled = _compiled(settings, device, ranks, tell)
     check_tracker(settings.track)
+    if isinstance(settings.model, TransformerConfig):
+        _check_transformer(settings.model, settings.context)
     if resume:
         RunFolder(settings.out).require_run()
     with _locked_by_first(settings.out, ranks):
@@ -110,7 +114,7 @@ def train(
                 if ranks.is_first and not isinstance(tell, SilentReporter):
                     _say_estimate(settings, device, ranks, tell, {} if checkpoint is None else checkpoint.progress)
                 torch.manual_seed(settings.seed)
-                model = LongNetLM(settings.model).to(device, getattr(torch, settings.weights))
+                model = _new_model(settings, device)
                 copy_weights(initial, model)
                 del initial
                 trainer = Trainer(settings, folder, data, model, device, tell, ranks)
@@ -125,12 +129,31 @@ def train(
                     if compiled:
                         # Of blocks that are alike one graph is made. Part of one would not be noticed to run uncompiled. Without
                         # the option dropout would draw other numbers than it does uncompiled.
-                        options = {"options": {"fallback_random": True}} if settings.model.dropout else {}
+                        has_dropout = isinstance(settings.model, LongNetConfig) and settings.model.dropout
+                        options = {"options": {"fallback_random": True}} if has_dropout else {}
                         for block in model.blocks:
                             block.compile(fullgraph=True, **options)
                         tell.say("Compiling the blocks: the first step and the first evaluation take longer")
                     trainer.start(checkpoint)
                     return trainer.run(should_stop or (lambda: False))
+
+
+def _check_transformer(model: TransformerConfig, context: int) -> None:
+    """Raise ValueError unless the model takes windows of ``context`` tokens, before anything is read or written."""
+    fitted = fit_context(model, context)
+    if changes := changed_fields(model, fitted):
+        raise ValueError(
+            f"the model does not fit context={context}: expected longnet.training.read_transformer(folder, {context}), where "
+            f"{', '.join(change.replace(' was ', '=').replace(', now ', ' becomes ') for change in changes)}"
+        )
+
+
+def _new_model(settings: TrainSettings, device: torch.device) -> Model:
+    """The model with random weights in the dtype of the run; buffers of transformers' models stay float32."""
+    dtype = getattr(torch, settings.weights)
+    if isinstance(settings.model, TransformerConfig):
+        return make_model(settings.model, dtype=dtype).to(device)
+    return make_model(settings.model).to(device, dtype)
 
 
 def _read_data(settings: TrainSettings, folder: RunFolder, ranks: Ranks, tell: Reporter) -> Corpus:
@@ -162,6 +185,9 @@ def _read_data(settings: TrainSettings, folder: RunFolder, ranks: Ranks, tell: R
 def _say_estimate(
     settings: TrainSettings, device: torch.device, ranks: Ranks, tell: Reporter, progress: dict[str, Any]
 ) -> None:
+    if isinstance(settings.model, TransformerConfig):
+        tell.say("No estimate of a step's memory and time: it is made for LongNets alone")
+        return
     done = {"steps_done": progress.get("step", 0), "seconds_done": progress.get("seconds", 0.0)}
     try:
         for line in describe_step(settings, device, dp=ranks.dp, cp=ranks.cp, **done):
@@ -186,6 +212,11 @@ def _compiled(settings: TrainSettings, device: torch.device, ranks: Ranks, tell:
         raise ValueError(f"compile=True with {ranks.dp * ranks.cp} processes: expected one process, or compile=False")
     if settings.compile is not None or device.type != "cuda" or not alone:
         return bool(settings.compile)
+    if isinstance(settings.model, TransformerConfig):
+        tell.say(
+            "Not compiling the blocks: dilated attention in transformers' models looks at the documents of each batch"
+        )
+        return False
     if not HAS_TRITON or torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
         tell.say(
             f"Not compiling the blocks: it needs triton, and a GPU of compute capability {_LEAST_CAPABILITY[0]} or more"

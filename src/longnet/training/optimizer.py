@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from longnet.models import LongNetLM
+from longnet.training.models import Model
 from longnet.training.ranks import replicated, spread_like
 from longnet.training.settings import TrainSettings
 
 
-def make_optimizer(model: LongNetLM, settings: TrainSettings) -> torch.optim.Optimizer:
+def make_optimizer(model: Model, settings: TrainSettings) -> torch.optim.Optimizer:
     """The optimizer of the settings. The rate of each of its groups is the peak; the first group's is ``settings.lr``.
 
     Muon trains the weights of the linear layers in the blocks. AdamW trains all others: the embedding, a head of its own, norms
@@ -34,8 +34,14 @@ def make_optimizer(model: LongNetLM, settings: TrainSettings) -> torch.optim.Opt
     return _Together([adamw, *(_muon_of(matrix, settings) for matrix in matrices)])
 
 
-def _matrices(model: LongNetLM) -> list[Tensor]:
-    linears = [module for block in model.blocks for module in block.modules() if isinstance(module, nn.Linear)]
+def _matrices(model: Model) -> list[Tensor]:
+    # transformers' Conv1D, GPT-2's, is a linear layer whose matrix is transposed.
+    linears: list[Any] = [
+        module
+        for block in model.blocks
+        for module in block.modules()
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    ]
     return [linear.weight for linear in linears if linear.weight.requires_grad]
 
 

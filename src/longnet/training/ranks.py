@@ -21,8 +21,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from longnet.distributed import parallelize, shard_lengths, shard_sequence, unshard_sequence
-from longnet.models import LongNetLM
 from longnet.training.liveness import Liveness
+from longnet.training.models import Model
+from longnet.training.transformer import TransformerLM
 
 # A process that waits this long for the others gives up.
 _TIMEOUT = timedelta(minutes=10)
@@ -58,9 +59,13 @@ class Ranks:
         if self._mesh is not None and dtype == "float16":
             raise ValueError("dtype='float16' over several processes: expected 'bfloat16' or 'float32'")
 
-    def prepare(self, model: LongNetLM) -> None:
+    def prepare(self, model: Model) -> None:
         """Shard the model, in place; every process passes the same weights."""
-        if self._mesh is not None:
+        if self._mesh is None:
+            return
+        if isinstance(model, TransformerLM):
+            model.shard(self._mesh)
+        else:
             parallelize(model, self._mesh)
 
     def check_shared(self, folder: str | Path) -> None:

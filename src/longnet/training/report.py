@@ -11,7 +11,7 @@ import torch
 
 from longnet.figures.patterns import plot_layers
 from longnet.geometry.reach import LayerAttention
-from longnet.models import LongNetConfig, LongNetLM
+from longnet.models import LongNetConfig
 from longnet.training.baselines import Baselines, measure_baselines
 from longnet.training.charts import plot_loss, plot_positions
 from longnet.training.data import Corpus
@@ -27,9 +27,10 @@ from longnet.training.evaluate import (
     window_starts,
 )
 from longnet.training.files import read_json, write_json, write_text
-from longnet.training.folder import RunFolder, load_model
+from longnet.training.folder import RunFolder, load_trained
 from longnet.training.lock import locked
 from longnet.training.metrics import RUN_LINES, read_metrics
+from longnet.training.models import Config, Model
 from longnet.training.page import Page
 from longnet.training.progress import Reporter, SilentReporter, format_seconds, task
 from longnet.training.resume import data_change, open_data, read_settings
@@ -94,7 +95,7 @@ def write_report(run: str | Path, *, corpus: Corpus | None = None, reporter: Rep
         metrics = read_metrics(folder.metrics_file, kinds=RUN_LINES)
         if not any(line["kind"] == "train" for line in metrics):
             raise ValueError(f"the run in {str(folder.path)!r} has done no step yet: expected one to report on")
-        model = load_model(folder.path, device)
+        model = load_trained(folder.path, device)
         evaluation = evaluate_model(model, data, settings, device, tell)
         write_json(folder.evaluation_file, asdict(evaluation))
         tell.say("Drawing the figures")
@@ -112,14 +113,15 @@ def write_report(run: str | Path, *, corpus: Corpus | None = None, reporter: Rep
         return evaluation
 
 
-def _kinds_of_layers(config: LongNetConfig) -> dict[str, LayerAttention]:
+def _kinds_of_layers(config: Config) -> dict[str, LayerAttention]:
     """Every type of layer of a model once, with all heads."""
-    whole, types = config.replace(head_numbers=None), config.layer_types or ("dilated_attention",)
-    return {kind: whole.layer_attention(types.index(kind)) for kind in dict.fromkeys(types)}
+    whole = config.replace(head_numbers=None) if isinstance(config, LongNetConfig) else config
+    types, layers = config.layer_types or ("dilated_attention",), whole.layer_attentions()
+    return {kind: layers[types.index(kind)] for kind in dict.fromkeys(types)}
 
 
 def evaluate_model(
-    model: LongNetLM, data: Corpus, settings: TrainSettings, device: torch.device, reporter: Reporter
+    model: Model, data: Corpus, settings: TrainSettings, device: torch.device, reporter: Reporter
 ) -> Evaluation:
     """Score the held-out bytes by position, some of them again with their context cut short, and measure baselines."""
     context = min(settings.context, data.held_out.size - 1)
@@ -183,7 +185,7 @@ def _saved(cut: CutContext) -> str:
     return f"{cut.gain.mean:+.3f} bits saved, 95 % interval {cut.gain.low:+.3f} to {cut.gain.high:+.3f}"
 
 
-def _sample(model: LongNetLM, data: Corpus, device: torch.device, reporter: Reporter) -> tuple[str, str]:
+def _sample(model: Model, data: Corpus, device: torch.device, reporter: Reporter) -> tuple[str, str]:
     """Held-out text from the middle (from the start of a line if one is near), and the model's continuation."""
     middle, tokenizer = data.held_out.size // 2, data.tokenizer
     if tokenizer.is_bytes:

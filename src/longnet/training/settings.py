@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from longnet.checks import check_settings, documented, setting
 from longnet.training.schedule import SCHEDULES
+from longnet.training.transformer_config import TransformerConfig
 
 # For tools that resolve the annotations; the longnet command reads the settings before torch is imported.
 if TYPE_CHECKING or "torch" in sys.modules:
@@ -41,14 +42,15 @@ class TrainSettings:
 
     Attributes:
         out: the run folder.
-        model: the model to train; causal, and its ``vocab_size`` is the tokenizer's, 256 for bytes.
+        model: the model to train; causal, and its ``vocab_size`` is the tokenizer's, 256 for bytes. A ``TransformerConfig`` for
+            a decoder of Hugging Face, see :func:`longnet.training.read_transformer`.
         data: a file or folder, see ``read_corpus``; ``None`` for the standard library's source.
         tokenizer: ``"bytes"``, a ``tokenizer.json`` or a folder that holds one.
         field: which field of a row is its text.
         skip_bad_rows: leave out rows without such a text, instead of an error.
         pack: ``"documents"`` lets no token see another document than its own; ``None`` reads across.
-        init_from: where the first weights come from: a run, a saved model, a checkpoint file or a Hugging Face folder of a
-            LongNet; ``None`` for random ones.
+        init_from: where the first weights come from: a run, a saved model, a checkpoint file or a Hugging Face folder;
+            ``None`` for random ones.
         init_digest: of these weights. Others are refused; ``None`` takes any, and the run records what it found.
         context: tokens per window, N.
         short_context: tokens per window in the first part of the run; it divides ``context``. There are as many windows more, so
@@ -73,7 +75,7 @@ class TrainSettings:
     """
 
     out: str
-    model: LongNetConfig
+    model: LongNetConfig | TransformerConfig
     data: str | None = None
     tokenizer: str = setting("bytes", "bytes, a tokenizer.json, or a folder that holds one.")
     field: str = setting("text", "Which field of a row of JSON lines, Parquet or a data set is its text.")
@@ -153,6 +155,16 @@ class TrainSettings:
             )
         if self.pack is not None and self.cp > 1:
             raise ValueError(f"pack={self.pack!r} with cp={self.cp}: expected cp=1, as packed documents are one row")
+        if isinstance(self.model, TransformerConfig):
+            kind = f"a model of transformers ({self.model.transformer['model_type']!r})"
+            if self.cp > 1:
+                raise ValueError(
+                    f"cp={self.cp} with {kind}: expected cp=1, as its positions and attention know no shards"
+                )
+            if self.compile:
+                raise ValueError(
+                    f"compile=True with {kind}: expected compile=False, as its attention looks at the documents of each batch"
+                )
         if not self.model.causal:
             raise ValueError("causal=False in the model: expected True, as it is trained to predict the next byte")
 
@@ -168,13 +180,13 @@ class TrainSettings:
         Raises:
             ValueError: an unknown key.
         """
-        from longnet.models import LongNetConfig
+        from longnet.training.models import config_from_dict
 
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"settings hold {unknown}: expected only {sorted(known)}")
-        return cls(**{"optimizer": "adamw", **values, "model": LongNetConfig.from_dict(values["model"])})
+        return cls(**{"optimizer": "adamw", **values, "model": config_from_dict(values["model"])})
 
     def replace(self, **changes: Any) -> TrainSettings:
         """A copy with some settings changed."""
@@ -201,10 +213,16 @@ class TrainSettings:
         return max(by_step, by_clock)
 
 
-def changed_fields(old: LongNetConfig, new: LongNetConfig) -> list[str]:
-    """The fields in which two configs differ, each in words."""
-    values = ((field.name, getattr(old, field.name), getattr(new, field.name)) for field in fields(old))
-    return [f"{name} was {before!r}, now {after!r}" for name, before, after in values if before != after]
+def changed_fields(old: LongNetConfig | TransformerConfig, new: LongNetConfig | TransformerConfig) -> list[str]:
+    """The fields in which two configs differ, each in words; those of transformers' own config among them."""
+    before, after = _values_of(old), _values_of(new)
+    values = ((name, before.get(name), after.get(name)) for name in dict.fromkeys((*before, *after)))
+    return [f"{name} was {was!r}, now {now!r}" for name, was, now in values if was != now]
+
+
+def _values_of(config: LongNetConfig | TransformerConfig) -> dict[str, Any]:
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    return {**values.pop("transformer", {}), **values}
 
 
 def changed_settings(saved: TrainSettings, asked: TrainSettings) -> list[str]:

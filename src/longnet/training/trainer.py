@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from longnet.models import LongNetConfig, LongNetLM
 from longnet.training.checkpoint import Checkpoint, save_checkpoint
 from longnet.training.data import Corpus, cut_windows, draw_starts, pack_windows
 from longnet.training.device import autocast
 from longnet.training.evaluate import score_windows, window_starts
 from longnet.training.folder import RunFolder
 from longnet.training.metrics import RUN_LINES, MetricsLog
+from longnet.training.models import Config, Model
 from longnet.training.optimizer import make_optimizer
 from longnet.training.progress import Reporter, format_seconds, task
 from longnet.training.ranks import Ranks, is_of_a_collective, whole
@@ -63,7 +63,7 @@ class Trainer:
         settings: TrainSettings,
         folder: RunFolder,
         data: Corpus,
-        model: LongNetLM,
+        model: Model,
         device: torch.device,
         reporter: Reporter,
         ranks: Ranks,
@@ -326,12 +326,13 @@ class Trainer:
         self.saved_step = self.step
 
 
-def _describe_layers(config: LongNetConfig) -> str:
+def _describe_layers(config: Config) -> str:
     segments = f"segments {config.segment_lengths}, dilation rates {config.dilation_rates}"
     if config.layer_types is None:
         return segments
     kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(config.layer_types).items())
-    numbers = f"window {config.sliding_window:,}, stride {config.stride} by {config.stride_block}"
+    window = "their own" if config.sliding_window is None else f"{config.sliding_window:,}"
+    numbers = f"window {window}, stride {config.stride} by {config.stride_block}"
     return f"{kinds}; {segments + ', ' if config.segment_lengths else ''}{numbers}"
 
 
