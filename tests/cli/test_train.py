@@ -340,6 +340,66 @@ def test_a_run_begins_with_the_weights_of_another(
     assert result.returncode == 2 and "those of the start" in result.stderr
 
 
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama with a tokenizer, its embedding padded by four rows."""
+    transformers = pytest.importorskip("transformers")
+    from longnet.training.data import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(
+        vocab_size=274, max_position_embeddings=32, bos_token_id=1, eos_token_id=2, **sizes
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    train_tokenizer([b"the square of a number is a number"] * 9, 270).save(folder)
+    return folder
+
+
+def test_a_transformer_is_trained_from_end_to_end(
+    tmp_path: Path, longnet: Longnet, llama: Path, train_arguments: list[object]
+) -> None:
+    import longnet.hf as hf
+
+    arguments = [*train_arguments[: train_arguments.index("--config")], "--device", "cpu", "--steps", 3]
+    out = tmp_path / "run"
+    result = longnet("train", *arguments, "--context", 64, "--init-from", llama, "--out", out)
+    assert result.returncode == 0, result.stderr
+    for line in (f"Tokenizer: {llama}", "segment_lengths was (), now (32, 64)", "tokenizer_size was None, now 270"):
+        assert line in result.stdout.splitlines()
+    assert (out / "report.html").is_file() and type(hf.from_run(out)).__name__ == "LlamaForCausalLM"
+    assert longnet("train", "--out", out, "--steps", 4, "--resume").returncode == 2, "another length of a schedule"
+    assert longnet("train", "--out", out, "--resume").returncode == 0
+    result = longnet("generate", out, "--prompt", "the square", "--tokens", 5, "--device", "cpu")
+    assert result.returncode == 0 and result.stdout.startswith("the square")
+    result = longnet("inspect", "--model", out, "--length", 64, "--out", tmp_path / "pattern.png")
+    assert result.returncode == 0 and "32/1" in result.stdout
+    (tmp_path / "longer.json").write_text(json.dumps({"segment_lengths": [32, 256], "dilation_rates": [1, 8]}))
+    more = ("--config", tmp_path / "longer.json", "--init-from", out, "--out", tmp_path / "longer")
+    result = longnet("train", *arguments, "--context", 256, *more)
+    assert result.returncode == 0, result.stderr
+    assert "max_position_embeddings was 64, now 256" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--preset", "nano"), "--preset nano with a model of transformers ('llama')"),
+        (("--shift-keys",), "--shift-keys with a model of transformers ('llama')"),
+        (("--cp", 2), "cp=2 with a model of transformers ('llama')"),
+        (("--compile",), "compile=True with a model of transformers ('llama')"),
+        (("--tokenizer", "bytes"), "is another one: expected the same"),
+        (("--layer-types", "strided_attention"), "sliding_window=None: expected a number of tokens"),
+    ],
+)
+def test_options_that_a_transformer_does_not_take_are_refused(
+    tmp_path: Path, call: Longnet, llama: Path, more: tuple[object, ...], message: str
+) -> None:
+    out = tmp_path / "run"
+    result = call("train", "--data", llama / "config.json", "--init-from", llama, "--context", 64, "--out", out, *more)
+    assert result.returncode == 2 and message in result.stderr and not out.exists()
+
+
 @pytest.mark.parametrize(
     ("place", "more", "message"),
     [

@@ -250,7 +250,7 @@ def _quantised(place: Path) -> Path:
             lambda place: place / "model.safetensors",
             r"its format is 'longnet-model-2', .*\(init_from takes a folder, or a run's checkpoint/state.safetensors",
         ),
-        ("hf", _foreign, "is of Hugging Face's model_type='llama': expected 'longnet', .*docs/any-transformer.md"),
+        ("hf", _foreign, "holds a model of kind 'llama', and the run trains a LongNetConfig: expected a TransformerConfig"),
         ("hf", _truncated, r"model\.safetensors is truncated or damaged"),
         ("hf", _without("model.safetensors"), r"model\.safetensors is not there: expected the safetensors that save_pre"),
         ("shards", _with_index("{}"), r"index\.json is truncated or damaged: 'weight_map'"),

@@ -115,6 +115,21 @@ def test_every_process_begins_with_the_weights_that_are_given(data, tmp_path, fo
     same_losses(metrics(tmp_path / "run"), metrics(tmp_path / "one"))
 
 
+def test_a_transformer_over_processes_has_the_losses_of_one(data, tmp_path, forked):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=256, bos_token_id=1, eos_token_id=2, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    options = ("--init-from", str(tmp_path / "llama"), "--steps", "3", "--pack", "documents")
+    whole = [one for one in command(data, tmp_path / "run", *options) if one not in ("--preset", "nano")]
+    process = start("--nproc-per-node", "2", *whole, python=forked)
+    said = finish(process)
+    assert process.returncode == 0 and "2 x 1, windows side by side x shards of each" in said, said
+    one = [str(tmp_path / "one") if part == str(tmp_path / "run") else part for part in whole]
+    subprocess.run([*forked, *one], env=ENVIRONMENT, check=True, capture_output=True)
+    same_losses(metrics(tmp_path / "run"), metrics(tmp_path / "one"))
+
+
 BFLOAT16 = ("--dtype", "bfloat16", "--weights", "bfloat16")
 MUON = ("--optimizer", "muon", "--lr", "0.003")
 

@@ -73,7 +73,7 @@ def train(
 ) -> None:
     """Train a LongNet on bytes, or tokens, and write a run folder: model, metrics, checkpoint, report.html.
 
-    --init-from the folder of a Llama, GPT-2 or Qwen, say, trains that transformer with dilated attention.
+    Started by --init-from with the folder of a Llama, GPT-2 or Qwen, say, it trains that transformer with dilated attention.
 
     Needs no download: without --data it learns the source code of Python's standard library. After a kill at any
     moment, the same command with --resume continues from the last checkpoint, with the losses of a run that never stopped.

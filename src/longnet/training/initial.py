@@ -102,6 +102,12 @@ def read_initial(
     if saved is None and Path(path).resolve().is_relative_to(Path(settings.out).resolve()):
         raise ValueError(f"init_from={path!r} lies in out={settings.out!r}: expected another run folder")
     config, read = open_initial(path)
+    if type(config) is not type(settings.model):
+        kind = getattr(config, "transformer", {"model_type": "longnet"})["model_type"]
+        raise ValueError(
+            f"init_from={path!r} holds a model of kind {kind!r}, and the run trains a {type(settings.model).__name__}: "
+            f"expected a {type(config).__name__} (longnet.training.read_transformer gives that of a transformer)"
+        )
     weights = read()
     found = digest_tensors(weights)
     if digest not in (None, found):
@@ -130,10 +136,6 @@ def _check_fit(path: str, old: Config, new: Config, weights: Mapping[str, Tensor
     Raises:
         ValueError: a change after which the weights do not fit, with the parameters that differ.
     """
-    if type(old) is not type(new):
-        raise ValueError(
-            f"init_from={path!r} has a {type(old).__name__}, and the model a {type(new).__name__}: expected the same"
-        )
     changes = changed_fields(_resolved(old), _resolved(new))
     expected = {name: tuple(x.shape) for name, x in collect_weights(make_model(new, device="meta")).items()}
     found = {name: tuple(x.shape) for name, x in weights.items()}

@@ -62,7 +62,10 @@ class TransformerLM(nn.Module):
             raise ValueError(f"{kind} attends to later tokens, it is an encoder: expected a decoder")
         self.blocks = _decoder_layers(self.model, attending)
         if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers 5.17 has the other name alone, and a newer one warns of it.
+            names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+            enable = next(getattr(self.model, name) for name in names if hasattr(self.model, name))
+            enable({"use_reentrant": False})
         self._has_plain_head = self.model.device.type != "meta" and self._is_plain_head()
 
     # A property, as a second place of these modules would give their weights a second name.
