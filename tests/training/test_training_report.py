@@ -6,6 +6,7 @@ import json
 import lzma
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -155,3 +156,10 @@ def test_text_on_a_page_is_escaped() -> None:
     html = page.html()
     assert "<script>" not in html and "<a>" not in html and "<v>" not in html
     assert "&lt;script&gt;" in html and "b &amp; c" in html
+
+
+def test_the_verdict_on_tokens_says_how_many_bytes_they_are() -> None:
+    verdict = long_context_verdict(replace(_evaluation(0.2), unit="tokens", scored_bytes=768 * 3))
+    assert verdict.startswith("Yes, the model uses its long context: the same tokens cost")
+    assert verdict.endswith(" A token is 3.00 bytes here.")
+    assert "A token" not in long_context_verdict(_evaluation(0.2))

@@ -45,7 +45,7 @@ tokenizers = typer.Typer(no_args_is_help=True, help="Make a tokenizer.")
 
 @tokenizers.command("train")
 def train(
-    data: Annotated[Path, _DATA],
+    data: Annotated[Path | None, typer.Option(help=_DATA.help, show_default="Python's standard library source")] = None,
     vocab: Annotated[int, typer.Option(help="Tokens of the vocabulary.")] = 32_768,
     out: Annotated[Path, typer.Option(help="Folder to write tokenizer.json into.")] = Path("tokenizer"),
     field: Annotated[str, _FIELD] = "text",

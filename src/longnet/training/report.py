@@ -152,7 +152,14 @@ def evaluate_model(
 
 
 def long_context_verdict(evaluation: Evaluation) -> str:
-    """Whether the model uses the long context, as one sentence made from the numbers."""
+    """Whether the model uses the long context, in words made from the numbers."""
+    verdict = _verdict(evaluation)
+    if evaluation.unit == "bytes":
+        return verdict
+    return f"{verdict} A token is {evaluation.scored_bytes / (evaluation.windows * evaluation.context):.2f} bytes here."
+
+
+def _verdict(evaluation: Evaluation) -> str:
     cuts, unit = evaluation.cuts, evaluation.unit
     if not cuts:
         return f"A context of {evaluation.context} {unit} is too short to tell whether the model uses a long one."
