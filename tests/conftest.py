@@ -118,6 +118,7 @@ _SLOW = (
     "training/test_training_lock.py",
     "training/test_training_ranks.py",
     "training/test_training_report.py",
+    "training/test_training_sharded.py",
     "training/test_training_windows.py",
 )
 _HERE = Path(__file__).parent
