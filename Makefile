@@ -18,7 +18,10 @@ unexport PYTHONDONTWRITEBYTECODE
 # One worker more than there are processors: some tests wait for processes or for the clock.
 PYTEST = $(BIN)/python -m pytest -n $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )) --maxprocesses 8 --dist loadgroup
 
-DEMO := --preset tiny --context 8192 --minutes 8 --lr 3e-3 --clip 0.3 --schedule linear --warmup 40
+# Two layers of windows around one that reads everything: its keys hold the token before too, and have no positions.
+DEMO_LAYERS := --layer-types sliding_attention,full_attention,sliding_attention --window 256 --shift-keys --no-far-positions
+DEMO := --preset tiny $(DEMO_LAYERS) --tokenizer runs/demo-tokenizer --context 2560 --short-context 256 --minutes 8 \
+	--optimizer muon --lr 1e-2 --clip 0.3 --schedule linear --warmup 40
 
 .PHONY: help demo test quick lint type docs transformers pytest portable older newest bench learning-small figures format clean
 
@@ -51,6 +54,7 @@ demo: $(INSTALLED)
 		echo "runs/demo holds a run: going on with it. For a new one: rm -r runs/demo"; \
 		$(BIN)/longnet train --out runs/demo --resume; \
 	else \
+		test -e runs/demo-tokenizer/tokenizer.json || $(BIN)/longnet tokenizer train --vocab 2048 --out runs/demo-tokenizer && \
 		$(BIN)/longnet train $(DEMO) --out runs/demo; \
 	fi
 	@echo "Done: open runs/demo/report.html in a browser"

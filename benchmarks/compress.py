@@ -151,7 +151,8 @@ def measure(
             "name": name, "file_bytes": saved_size(model, tokens[:, :64]),
             "memory_bytes": sum(x.nbytes for x in weights.values()),
             "zeros": sum(int((x == 0).sum()) for key, x in weights.items() if key.endswith("weight")),
-            "bits_per_byte": float(bits.mean(dtype=np.float64)), "scored_bytes": int(bits.size),
+            "bits_per_byte": float(bits.mean(dtype=np.float64)) * data.tokens_per_byte,
+            "scored_bytes": round(bits.size / data.tokens_per_byte),
         }  # fmt: skip
         records.append(record)
         print(f"{name}: {record['bits_per_byte']:.4f} bits per byte", flush=True)
