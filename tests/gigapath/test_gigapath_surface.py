@@ -12,6 +12,7 @@ import pytest
 import longnet.compat
 import longnet.gigapath
 import longnet.slides
+import longnet.slides.finetune
 from longnet.gigapath import ClassificationHead, SlideEncoder
 
 NAMES: list[tuple[ModuleType, list[str]]] = [
@@ -42,6 +43,7 @@ NAMES: list[tuple[ModuleType, list[str]]] = [
             "result_bytes",
         ],
     ),
+    (longnet.slides.finetune, ["FinetuneSettings", "Outcome", "finetune"]),
 ]
 
 SIGNATURES: list[tuple[Callable[..., Any], str]] = [
