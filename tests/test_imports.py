@@ -14,6 +14,8 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src"
 PACKAGE = SOURCE / "longnet"
 
+WITHOUT_TORCH_EMPTY = {"longnet.slides", "longnet.slides.finetune", "longnet.training"}
+
 # A unit (a module or folder of longnet) may import units of lower rungs and itself, never its neighbours on the rung.
 LADDER: tuple[tuple[str, ...], ...] = (
     ("checks", "hashed", "compat.spellings"),
@@ -186,6 +188,28 @@ def test_no_file_imports_itself_through_others() -> None:
         for name in free:
             del edges[name]
     assert edges == {}, {"/".join(name): ["/".join(one) for one in targets] for name, targets in edges.items()}
+
+
+def empty_without_torch(name: tuple[str, ...], source: str) -> list[str]:
+    """Names that a module takes from a package whose __init__ imports nothing as long as torch is not imported.
+
+    The command imports such packages for their settings, before torch: then they stay empty.
+    """
+    targets = [target for _, target in imports_of(ast.parse(source), name[:-1])]
+    modules = {one[:-1] if one[-1] == "__init__" else one for one in NAMES.values()}
+    return [
+        ".".join(target) for target in targets if ".".join(target[:-1]) in WITHOUT_TORCH_EMPTY and target not in modules
+    ]
+
+
+def test_names_come_from_the_modules_that_define_them() -> None:
+    for path in MODULES:
+        assert empty_without_torch(NAMES[path], path.read_text(encoding="utf-8")) == [], path
+    name = ("longnet", "cli", "slide_files")
+    assert empty_without_torch(name, "from longnet.slides import SLIDE_FORMATS") == ["longnet.slides.SLIDE_FORMATS"]
+    assert (
+        empty_without_torch(name, "from longnet.slides import files\nfrom longnet.slides.files import read_slide") == []
+    )
 
 
 def private_names(name: tuple[str, ...], source: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from small_slides import expected, slide, trident
 from longnet.cli.slide_encode import slide_encode
 from longnet.gigapath import SlideEncoder
 
+SOURCE = Path(__file__).parents[2] / "src"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
 Longnet = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -201,3 +204,29 @@ def test_slides_of_a_patient_are_joined(weights: Path, tmp_path: Path, call: Lon
         result = call(*arguments)
         assert result.returncode == 2 and said in result.stderr
     assert "expected the folder" in call("slide-encode", folder / "a.h5", *arguments[4:]).stderr
+
+
+def test_the_command_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """Torch is imported when the command imports it, not before, and the published architecture is as large as it is."""
+    made, weights = tmp_path / "s.safetensors", tmp_path / "weights.pth"
+    save_file({"features": torch.randn(3, 16), "coords": torch.tensor([[0, 0], [256, 0], [0, 512]])}, made)
+    torch.save(SlideEncoder(384, 12, in_dim=16).upstream_state_dict(), weights)
+    arguments = (
+        "slide-encode",
+        made,
+        "--checkpoint",
+        weights,
+        "--arch",
+        "gigapath_slide_enc12l384d",
+        "--device",
+        "cpu",
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "longnet", *map(str, arguments)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert load_file(tmp_path / "s.slide.safetensors")["embedding"].shape == (384,)

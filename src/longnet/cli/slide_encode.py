@@ -16,7 +16,7 @@ from longnet.cli.stopping import INTERRUPTED, stop_on_signal
 if TYPE_CHECKING:
     from longnet.cli.slide_files import Job
     from longnet.gigapath import SlideEncoder
-    from longnet.slides import Slide
+    from longnet.slides.files import Slide
 
 _DTYPES = ("float32", "float16", "bfloat16")
 _TILE_SIZE = 256
@@ -98,7 +98,7 @@ def slide_encode(
     from longnet.gigapath.architectures import segment_lengths
     from longnet.gigapath.checkpoint import read_checkpoint
     from longnet.gigapath.outputs import check_outputs
-    from longnet.slides import is_made_from
+    from longnet.slides.files import is_made_from
     from longnet.slides.units import check_unit
     from longnet.training.device import resolve_device
     from longnet.training.progress import make_reporter
@@ -184,7 +184,8 @@ def slide_encode(
 
 def _read(job: Job, option: int | None, unit: str | None, mpp: float | None) -> tuple[Slide, int, str]:
     """(the slide, of a patient all in one; pixels of a tile; the same in words with where they come from)."""
-    from longnet.slides import join_slides, read_slide
+    from longnet.slides.files import read_slide
+    from longnet.slides.patients import join_slides
 
     slides = [read_slide(source, unit=unit, mpp=mpp) for source in job.sources]
     size, tiles = _tile_size(option, slides[0])
@@ -204,8 +205,8 @@ def _encode(
     import torch
 
     from longnet.gigapath import slide_outputs
-    from longnet.slides import heatmap as draw
-    from longnet.slides import result_bytes
+    from longnet.slides.files import result_bytes
+    from longnet.slides.heatmap import heatmap as draw
     from longnet.training.device import autocast
     from longnet.training.files import write_atomically, write_bytes
 

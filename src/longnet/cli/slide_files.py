@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from longnet.slides import SLIDE_FORMATS, read_patients
+from longnet.slides.files import SLIDE_FORMATS
+from longnet.slides.patients import read_patients
 
 _RESULTS = (".slide.safetensors", ".slide.png")
 

@@ -9,8 +9,7 @@ import typer
 
 from longnet.cli.options import Options, options_of
 from longnet.cli.stopping import INTERRUPTED, stop_on_signal
-from longnet.slides.finetune import FinetuneSettings
-from longnet.slides.finetune.settings import TASKS
+from longnet.slides.finetune.settings import TASKS, FinetuneSettings
 
 
 @options_of(FinetuneSettings)
