@@ -196,7 +196,7 @@ def test_a_run_reads_its_data_once(make_settings: Make, text_folder: Path, tmp_p
     write_report(settings.out)
     tokens = Path(settings.out) / "data" / "train.tokens"
     tokens.write_bytes(tokens.read_bytes()[:-1] + b"!")
-    with pytest.raises(ValueError, match=r"train\.tokens is missing or damaged"):
+    with pytest.raises(ValueError, match=r"train\.tokens is damaged: its content"):
         train(settings, resume=True)
 
 
@@ -256,6 +256,22 @@ def test_a_run_with_short_windows_can_be_made_longer_before_their_end(make_setti
             longer = make_settings(out=str(tmp_path / "longer"), **{**options, "steps": 24})
             train(longer)
             assert _metrics(settings, "train") == _metrics(longer, "train")
+
+
+def test_a_run_that_has_lost_its_checkpoint_is_refused_and_nothing_is_changed(make_settings: Make) -> None:
+    settings = make_settings()
+    train(settings, should_stop=_stop_after(7))
+    state = Path(settings.out) / "checkpoint" / "state.safetensors"
+    content = state.read_bytes()
+    state.unlink()
+    before = {path: path.read_bytes() for path in Path(settings.out).rglob("*") if path.is_file()}
+    with pytest.raises(
+        CheckpointError, match=r"neither state\.safetensors nor latest\.json.* has steps up to 7: expected"
+    ):
+        train(settings, resume=True)
+    assert {path: path.read_bytes() for path in before} == before
+    state.write_bytes(content)
+    assert train(settings, resume=True).step == 12
 
 
 def test_resuming_a_finished_run_does_nothing(make_settings: Make) -> None:

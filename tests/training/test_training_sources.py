@@ -214,3 +214,38 @@ def test_a_broken_config_of_a_tokenizer_is_named(tmp_path: Path) -> None:
         read_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="is not there"):
         find_source(tmp_path / "none", "text", lambda line: None)
+
+
+def _save(tokenizer: object, folder: Path) -> str:
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))  # type: ignore[attr-defined]
+    return str(folder)
+
+
+def test_a_small_compressed_file_is_one_piece(text_folder: Path, tmp_path: Path) -> None:
+    """Of a tokenizer that knows no place to cut at: a second, empty piece would count as a cut."""
+    library = pytest.importorskip("tokenizers")
+    words = library.Tokenizer(library.models.WordLevel({"[UNK]": 0, "line": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = library.pre_tokenizers.Whitespace()
+    (text_folder / "packed.txt.gz").write_bytes(gzip.compress(TEXT))
+    made = read_corpus(text_folder, tokenizer=_save(words, tmp_path / "words"), folder=tmp_path / "data")
+    assert made.lost["uncertain_cuts"] == 0 and made.lost["unknown_tokens"] > 0
+
+
+def test_a_tokenizer_that_leaves_text_out_is_refused(text_folder: Path, tmp_path: Path) -> None:
+    library = pytest.importorskip("tokenizers")
+    letters = {"a": 0, "b": 1, "c": 2}
+    silent = library.Tokenizer(library.models.BPE(letters, []))
+    with pytest.raises(ValueError, match="is a BPE that leaves out what its vocabulary lacks: expected one of bytes"):
+        read_corpus(text_folder, tokenizer=_save(silent, tmp_path / "silent"), folder=tmp_path / "data")
+    known = library.Tokenizer(library.models.BPE({**letters, "?": 3}, [], unk_token="?"))
+    made = read_corpus(text_folder, tokenizer=_save(known, tmp_path / "known"), folder=tmp_path / "data")
+    assert made.lost["unknown_tokens"] > 0
+
+
+def test_rows_that_are_all_left_out_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(rows(20)))
+    with pytest.raises(
+        ValueError, match=r"0 documents with text.*Skipped 20 row\(s\) without a text in 'nope'.*jsonl:1 has"
+    ):
+        read_corpus(tmp_path / "a.jsonl", field="nope", skip_bad_rows=True)

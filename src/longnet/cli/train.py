@@ -188,7 +188,10 @@ def _tokenizer_of(options: Options) -> Tokenizer | None:
     """
     from longnet.training.data import is_prepared, open_corpus, read_tokenizer
 
-    data, first = options.get("data"), Path(options.get("init_from", "")) / "tokenizer.json"
+    data, start = options.get("data"), Path(options.get("init_from", ""))
+    # A run's folder checkpoint, or a file in it, has the run's tokenizer.
+    folders = [start, *(folder for folder in (start.parent, start.parent.parent) if "checkpoint" in start.parts[-2:])]
+    first = next((one for folder in folders if (one := folder / "tokenizer.json").is_file()), start / "tokenizer.json")
     has_own = "init_from" in options and first.is_file()
     if data is not None and is_prepared(data):
         if "tokenizer" in options:
@@ -199,7 +202,7 @@ def _tokenizer_of(options: Options) -> Tokenizer | None:
     elif "tokenizer" in options:
         chosen = read_tokenizer(options["tokenizer"])
     elif has_own:
-        options["tokenizer"] = options["init_from"]
+        options["tokenizer"] = str(first.parent)
         return read_tokenizer(first)
     else:
         return None

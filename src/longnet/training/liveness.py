@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -22,6 +23,7 @@ from longnet.runtime.torch_internals import default_store
 
 # Seconds that a liveness check waits for answers, and seconds after which a process looks for a new check.
 _ANSWER_SECONDS, _POLL_SECONDS = 5.0, 0.5
+_STOPPED = "training stopped. --resume continues the run from its last checkpoint, on any number of processes"
 
 
 class LostProcess(RuntimeError):
@@ -58,7 +60,8 @@ class Liveness:
             return
         self._over = True
         if error is None:
-            self._store.set(f"longnet/left/{self._rank}", "yes")
+            with suppress(dist.DistError):
+                self._store.set(f"longnet/left/{self._rank}", "yes")
         signal.set_wakeup_fd(self._descriptor)
         signal.signal(signal.SIGTERM, self._handler)
         self._listener.join()
@@ -67,6 +70,14 @@ class Liveness:
 
     def lost(self) -> LostProcess | SystemExit | None:
         """Check that all are alive; if one is gone, return what to raise: a message on one process, a silent exit on others."""
+        try:
+            return self._lost()
+        except dist.DistError:
+            # The store is torchrun's.
+            self.is_lost = True
+            return LostProcess(f"torchrun is gone: {_STOPPED}") if self._rank == 0 else SystemExit(1)
+
+    def _lost(self) -> LostProcess | SystemExit | None:
         with self._lock:
             if self.is_lost:
                 return SystemExit(1)
@@ -82,18 +93,21 @@ class Liveness:
             return SystemExit(1)
         names = ", ".join(map(str, lost))
         return LostProcess(
-            f"process {names} of {self._world} is gone (killed, out of memory, or after an error of its own): training stopped. "
-            "--resume continues the run from its last checkpoint, on any number of processes"
+            f"process {names} of {self._world} is gone (killed, out of memory, or after an error of its own): {_STOPPED}"
         )
 
     def _listen(self) -> None:
-        """Until the work is done, answer liveness checks; on SIGTERM start one."""
+        """Until the work is done, answer liveness checks; start one on SIGTERM, and when the store is gone."""
         answered = 0
         self._wakeup_recv.settimeout(_POLL_SECONDS)
         while not self._over:
-            checks = self._store.add("longnet/calls", 0)
-            for check in range(answered + 1, checks + 1):
-                self._store.set(f"longnet/here/{check}/{self._rank}", "yes")
+            try:
+                checks = self._store.add("longnet/calls", 0)
+                for check in range(answered + 1, checks + 1):
+                    self._store.set(f"longnet/here/{check}/{self._rank}", "yes")
+            except dist.DistError:
+                self._answer()
+                return
             answered = checks
             try:
                 signals = self._wakeup_recv.recv(64)

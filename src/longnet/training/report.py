@@ -195,17 +195,23 @@ def _saved(cut: CutContext) -> str:
 def _sample(model: Model, data: Corpus, device: torch.device, reporter: Reporter) -> tuple[str, str]:
     """Held-out text from the middle (from the start of a line if one is near), and the model's continuation."""
     middle, tokenizer = data.held_out.size // 2, data.tokenizer
+    # A transformer may have a table of positions.
+    room = min(
+        getattr(model.config, "max_positions", None) or SAMPLE_PROMPT + SAMPLE_BYTES, SAMPLE_PROMPT + SAMPLE_BYTES
+    )
+    given_size = room * SAMPLE_PROMPT // (SAMPLE_PROMPT + SAMPLE_BYTES)
+    new_size = room - given_size
     if tokenizer.is_bytes:
-        middle += data.held_out[middle : middle + SAMPLE_PROMPT].tobytes().find(b"\n") + 1
-    prompt = data.held_out[middle : middle + SAMPLE_PROMPT].astype(np.int64)
-    with task(reporter, f"Generating a sample of {SAMPLE_BYTES} {data.unit}"):
+        middle += data.held_out[middle : middle + given_size].tobytes().find(b"\n") + 1
+    prompt = data.held_out[middle : middle + given_size].astype(np.int64)
+    with task(reporter, f"Generating a sample of {new_size} {data.unit}"):
         tokens = model.generate(
             torch.from_numpy(prompt)[None].to(device),
-            SAMPLE_BYTES,
+            new_size,
             temperature=0.8,
             top_p=0.95,
             seed=0,
-            on_token=lambda step: reporter.advance(step / SAMPLE_BYTES),
+            on_token=lambda step: reporter.advance(step / new_size),
         )
     found = tokens[0].cpu().numpy()
     given, new = (tokenizer.decode(part).decode("utf-8", "replace") for part in (prompt, found[prompt.size :]))

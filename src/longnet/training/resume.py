@@ -9,6 +9,7 @@ from longnet.training.checkpoint import Checkpoint, CheckpointError
 from longnet.training.data import Corpus, is_prepared, open_corpus
 from longnet.training.files import read_json
 from longnet.training.folder import RunFolder, software_versions
+from longnet.training.metrics import RUN_LINES, read_metrics
 from longnet.training.schedule import is_flat_until
 from longnet.training.settings import TrainSettings, changed_settings
 
@@ -52,6 +53,7 @@ def check_resume(
         )
     notes = []
     if checkpoint is None:
+        _check_new(folder)
         notes.append("The run was stopped before its first checkpoint: starting from step 0")
     else:
         _check_origin(folder, saved, checkpoint, fingerprint)
@@ -63,6 +65,18 @@ def check_resume(
     if other:
         notes.append(f"Note: other versions than before ({', '.join(other)}), losses may differ in their last digits")
     return notes
+
+
+def _check_new(folder: RunFolder) -> None:
+    """Refuse a run that has lost its checkpoint: every run commits one before its first step."""
+    lines = read_metrics(folder.metrics_file, kinds=RUN_LINES) if folder.metrics_file.exists() else []
+    steps = [line["step"] for line in lines if line["kind"] == "train"]
+    if steps:
+        raise CheckpointError(
+            f"{folder.checkpoint_folder} holds neither {folder.checkpoint_file.name} nor {folder.latest_file.name}, and "
+            f"{folder.metrics_file.name} has steps up to {steps[-1]}: expected the run's last checkpoint there. "
+            "Nothing was changed"
+        )
 
 
 def open_data(folder: RunFolder, settings: TrainSettings, say: Callable[[str], None]) -> Corpus:

@@ -141,6 +141,8 @@ class Trainer:
                 self._repair_model(checkpoint)
         if checkpoint is None:
             self.save()
+            if self.saves is not None:
+                self.saves.wait()
         self.started = time.monotonic()
 
     def _repair_model(self, checkpoint: Checkpoint) -> None:

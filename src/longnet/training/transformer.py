@@ -140,11 +140,12 @@ class TransformerLM(nn.Module):
 
         Arguments and errors are those of :meth:`longnet.LongNetLM.generate`, for one prompt.
         """
-        from longnet.hf.causal import new_cache
+        from longnet.hf.causal import at_context, new_cache
         from longnet.hf.transformers_internals import CACHE
 
         if tokens.shape[0] != 1 or tokens.shape[1] == 0:
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}: expected one prompt of at least one token")
+        at_context(self.config.transformer, tokens.shape[1] + max_new_tokens)  # Raises where positions end before.
         sampling = Sampling(temperature, top_k, top_p)
         generator = None if seed is None else torch.Generator(device=tokens.device).manual_seed(seed)
         cache = new_cache(self.model)

@@ -168,8 +168,14 @@ def open_corpus(folder: str | os.PathLike[str], say: Say | None = None, check: b
         raise ValueError(f"the tokenizer in {str(place)!r} is not the one that made its tokens")
     progress = Progress(sum(facts["sizes"].values()), say or (lambda text: None), "Checked")
     for name, digest in facts["digests"].items():
-        if not (place / name).is_file() or (check and digest_file(place / name, progress).hexdigest() != digest):
-            raise ValueError(f"{place / name} is missing or damaged: expected what was prepared; prepare the data anew")
+        size = (place / name).stat().st_size if (place / name).is_file() else None
+        wrong = "" if size == facts["sizes"][name] else "is missing" if size is None else f"holds {size:,} bytes"
+        if not wrong and check and digest_file(place / name, progress).hexdigest() != digest:
+            wrong = "is damaged: its content does not match its digest"
+        if wrong:
+            raise ValueError(
+                f"{place / name} {wrong}, expected the {facts['sizes'][name]:,} bytes that were prepared; prepare the data anew"
+            )
     train, held_out = (TokensOnDisk(place / f"{part}.tokens", tokenizer.dtype) for part in PARTS)
     counts = {f"{part}_{what}": facts[f"{part}_{what}"] for what in ("documents", "bytes") for part in PARTS}
     about = {name: facts[name] for name in ("source", "split", "fingerprint")}

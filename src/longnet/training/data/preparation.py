@@ -143,6 +143,7 @@ class Preparation:
                 raise ValueError(
                     f"data={str(self.source.place)!r} has {found} documents with text, none of them "
                     f"{'held out' if part == 'held_out' else 'to train on'} ({self.source.split}): expected more documents"
+                    + (f". {self.source.bad_rows.describe()}" if self.source.bad_rows.count else "")
                 )
         self.done["skipped_rows"] = self.source.bad_rows.count
         self._say_lost()

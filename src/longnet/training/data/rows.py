@@ -138,7 +138,7 @@ def parquet_rows(path: Path, bad: BadRows) -> Iterator[tuple[int, bytes]]:
                 return
             for batch in file.iter_batches(batch_size=1024, columns=[bad.name]):
                 for value in batch.column(0).to_pylist():
-                    if (text := bad.text_of({bad.name: value}, f"{path}, row {number}")) is not None:
+                    if (text := bad.text_of({bad.name: value}, f"{path}, row {number + 1}")) is not None:
                         yield number, text
                     number += 1
     except (ArrowException, OSError) as error:

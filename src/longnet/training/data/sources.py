@@ -191,12 +191,17 @@ def _file_pieces(path: Path, held_out: bool, size: int) -> Iterator[Piece]:
 def _pieces(path: Path, file: BinaryIO, held_out: bool, size: int | None) -> Iterator[Piece]:
     """The next ``size`` bytes of an open file, or all for None, in pieces that cut no character."""
     begins, ends, rest, done = True, False, b"", 0
+    following = file.read(_PIECE) if size is None else b""
     while not ends:
-        new = file.read(_PIECE if size is None else min(_PIECE, size - done))
-        done += len(new)
-        if size is not None and not new:
-            raise ValueError(f"{path} has become shorter while it was read: {size - done:,} bytes are missing")
-        ends = not new if size is None else done == size
+        if size is None:
+            new, following = following, file.read(_PIECE)
+            ends = not following
+        else:
+            new = file.read(min(_PIECE, size - done))
+            done += len(new)
+            ends = done == size
+            if not new:
+                raise ValueError(f"{path} has become shorter while it was read: {size - done:,} bytes are missing")
         content = rest + new
         place = len(content) if ends else whole_character(content, len(content))
         if content or not begins:
@@ -235,7 +240,7 @@ def _of_data_set(root: Path, names: list[str], bad: BadRows) -> Source:
         bad.clear()
         for name, rows in splits.items():
             for number, row in enumerate(rows):
-                where = f"{root}, row {number} {name}".rstrip()
+                where = f"{root}, row {number + 1} {name}".rstrip()
                 if (text := bad.text_of(row, where)) is not None:
                     yield Piece(text, name in given if given else is_held_out(f"{name}:{number}"), name=where)
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -208,13 +208,28 @@ def read_tokenizer(name: str | Path) -> Tokenizer:
         eos = read_json(beside).get("eos_token")
         end = eos.get("content") if isinstance(eos, dict) else eos
     try:
-        return _Tokens(file.read_text(encoding="utf-8"), end)
+        made = _Tokens(file.read_text(encoding="utf-8"), end)
     except ModuleNotFoundError:
         raise
     except Exception as error:  # What the library raises has no class of its own.
         raise ValueError(
             f"tokenizer={str(name)!r}: {file} is no tokenizer of the tokenizers library: {error}"
         ) from None
+    if drops_text(read_json(file)):
+        raise ValueError(
+            f"tokenizer={str(name)!r}: {file} is a BPE that leaves out what its vocabulary lacks: expected one of bytes "
+            "(ByteLevel), with byte_fallback, or with an unknown token"
+        )
+    return made
+
+
+def drops_text(spec: dict[str, Any]) -> bool:
+    """Whether the tokenizer of a ``tokenizer.json`` leaves out characters that it has no token for."""
+    model, steps = spec["model"], [spec.get(name) or {} for name in ("normalizer", "pre_tokenizer")]
+    parts = [part for step in steps for part in (step, *step.get("pretokenizers", ()), *step.get("normalizers", ()))]
+    if model.get("type") != "BPE" or model.get("unk_token") is not None or model.get("byte_fallback"):
+        return False
+    return not any(part.get("type") == "ByteLevel" for part in parts)
 
 
 def train_tokenizer(texts: Iterable[bytes], vocab_size: int) -> Tokenizer:
