@@ -93,7 +93,7 @@ def test_bad_rows_of_parquet(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     texts = [None if n == 5 else f"text {n}" for n in range(60)]
     parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a[1].parquet")
-    with pytest.raises(ValueError, match=r"a\[1\]\.parquet, row 5 has 'text' \(NoneType\), expected a text"):
+    with pytest.raises(ValueError, match=r"a\[1\]\.parquet, row 6 has 'text' \(NoneType\), expected a text"):
         read_corpus(tmp_path)
     parquet.write_table(pyarrow.table({"body": texts}), tmp_path / "b.parquet")
     corpus = read_corpus(tmp_path, skip_bad_rows=True)
