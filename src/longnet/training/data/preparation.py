@@ -198,7 +198,7 @@ def _count_replaced(text: bytes) -> int:
     return 0
 
 
-def digest_file(path: Path, progress: Progress | None = None) -> hashlib._Hash:
+def digest_file(path: Path, progress: Progress | None = None) -> Any:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
