@@ -75,7 +75,7 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     (ClassificationHead.__init__, "(self, encoder, outputs, *, layers=(-1,), freeze=False, setting=None)"),
     (ClassificationHead.loss, "(self, logits, target)"),
     (longnet.slides.read_slide, "(path, *, unit=None, mpp=None)"),
-    (longnet.slides.join_slides, "(slides, tile_size)"),
+    (longnet.slides.join_slides, "(slides, tile_size, names=())"),
     (
         longnet.gigapath.param_groups_lrd,
         "(model, weight_decay=0.05, no_weight_decay_list=(), layer_decay=0.75, *, lr)",

@@ -193,7 +193,7 @@ def test_slides_are_joined_along_x() -> None:
     assert torch.equal(joined.embeddings, torch.cat((x, x[:3]))) and joined.tile_size == 256
     for slides, match in [
         ([], "slides is empty"),
-        ([one, two], "tiles of 256 pixels: expected 3 and 512"),
+        ([one, two], "tiles of 256 pixels: expected 512"),
         ([one, Slide(x[:, :2], torch.zeros(5, 2))], "has 2 channels"),
     ]:
         with pytest.raises(ValueError, match=match):

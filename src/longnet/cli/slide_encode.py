@@ -189,7 +189,11 @@ def _read(job: Job, option: int | None, unit: str | None, mpp: float | None) -> 
 
     slides = [read_slide(source, unit=unit, mpp=mpp) for source in job.sources]
     size, tiles = _tile_size(option, slides[0])
-    return slides[0] if len(slides) == 1 else join_slides(slides, size), size, tiles
+    return (
+        slides[0] if len(slides) == 1 else join_slides(slides, size, [str(source) for source in job.sources]),
+        size,
+        tiles,
+    )
 
 
 def _encode(
@@ -252,5 +256,5 @@ def _describe_failure(job: Job, error: Exception) -> str:
     text = " ".join(str(error).split())
     if not isinstance(error, ValueError | OSError) or not text:
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    text = text if text.startswith(str(job.sources[0])) else f"{job.name}: {text}"
+    text = text if text.startswith(str(job.sources[0])) and len(job.sources) == 1 else f"{job.name}: {text}"
     return f"{text}\n{traceback.format_exc()}" if sys.flags.dev_mode else text

@@ -33,13 +33,14 @@ class Slide:
     """``embeddings`` (L, C) float32, ``coords`` (L, 2) float32: pixels, x then y.
 
     ``tile_size`` is the side of a tile in pixels of the coordinates, None where the file does not say it;
-    ``tile_size_from`` says in words what it was taken from.
+    ``tile_size_from`` says in words what it was taken from. ``mpp`` are the microns of a pixel, None where they are not known.
     """
 
     embeddings: Tensor
     coords: Tensor
     tile_size: int | None = None
     tile_size_from: str = ""
+    mpp: float | None = None
 
 
 def read_slide(path: str | Path, *, unit: str | None = None, mpp: float | None = None) -> Slide:
@@ -95,7 +96,7 @@ def read_slide(path: str | Path, *, unit: str | None = None, mpp: float | None =
                 "expected finite numbers"
             )
     pixels = to_pixels(path, coords, said, "feats" in contents, unit, mpp)
-    return Slide(embeddings, pixels.coords.float(), pixels.tile_size, pixels.tile_size_from)
+    return Slide(embeddings, pixels.coords.float(), pixels.tile_size, pixels.tile_size_from, pixels.mpp)
 
 
 def result_bytes(tensors: Mapping[str, Tensor], made_from: Mapping[str, str]) -> bytes:

@@ -25,11 +25,12 @@ _MOST_A_CELL = 8
 
 
 class Pixels(NamedTuple):
-    """coords (L, 2) in pixels; the side of a tile in these, None where it is not known, and what says so."""
+    """coords (L, 2) in pixels; the side of a tile in these, None where it is not known, and what says so; microns a pixel."""
 
     coords: Tensor
     tile_size: int | None
     tile_size_from: str
+    mpp: float | None = None
 
 
 def check_unit(unit: str | None, mpp: float | None) -> None:
@@ -77,7 +78,8 @@ def to_pixels(
         tile = whole(path, "tile_size_px", said["tile_size_px"]) if "tile_size_px" in said else DEFAULT_TILE
         mpp = side / tile
     # What float32 microns lose must not move a tile below its own cell's edge.
-    return Pixels((coords.double() / mpp).round(), tile, f"coordinates in um, {mpp:.4g} a pixel" if tile else "")
+    said_by = f"coordinates in um, {mpp:.4g} a pixel" if tile else ""
+    return Pixels((coords.double() / mpp).round(), tile, said_by, mpp)
 
 
 def whole(path: Path, name: str, value: Any) -> int:
