@@ -161,10 +161,10 @@ def test_microns_of_stamp_are_the_same_tissue(weights: Path, tmp_path: Path, cal
 
 def test_slides_of_a_patient_are_joined(weights: Path, tmp_path: Path, call: Longnet) -> None:
     folder, table = tmp_path / "slides", tmp_path / "table.csv"
-    for name, scale, tiles in [("a", 2, 20), ("b", 2, 30), ("c", 1, 10)]:
+    for name, scale, tiles in [("a", 2, 20), ("b", 2, 30), ("c", 1, 10), ("e", 2, 20), ("f", 1, 10)]:
         trident(folder / f"{name}.h5", 256 * scale, scale, tiles)
     table.write_text(
-        "PATIENT,FILENAME,SITE\nP2,a.h5,x\nP1,c.h5,y\nP2,b.h5,x\nmixed,a.h5,x\nmixed,c.h5,x\nlost,d.h5,z\n"
+        "PATIENT,FILENAME,SITE\nP2,a.h5 ,x\n P1,c.h5,y\nP2,b.h5,x\nmixed,e.h5,x\nmixed,f.h5,x\nlost,d.h5,z\n"
     )
     arguments = (
         "slide-encode",
@@ -180,8 +180,8 @@ def test_slides_of_a_patient_are_joined(weights: Path, tmp_path: Path, call: Lon
     )
     result = call(*arguments)
     assert result.returncode == 2 and "2 of 4 slides could not be encoded: lost, mixed" in result.stderr
-    assert re.search(r"mixed: .*c\.h5 has tiles of 256 pixels: expected 512 .*a\.h5 says 512", result.stderr)
-    assert re.search(r"lost: .*No such file.*d\.h5", result.stderr)
+    assert re.search(r"mixed: .*f\.h5 has tiles of 256 pixels: expected 512 .*e\.h5 says 512", result.stderr)
+    assert re.search(r"lost: .*table\.csv, line 7: .*d\.h5: No such file", result.stderr)
     one, two = (load_file(slide(tmp_path / "s" / f"{n}.safetensors", n)) for n in (20, 30))
     right = torch.tensor([int(one["coords"][:, 0].max()) + 256, 0])
     save_file(
@@ -198,11 +198,17 @@ def test_slides_of_a_patient_are_joined(weights: Path, tmp_path: Path, call: Lon
     for text, said in [
         ("A,B\n1,2\n", "has the columns ['A', 'B']: expected ('PATIENT', 'FILENAME')"),
         ("PATIENT,FILENAME\n", "has no row"),
-        ("PATIENT,FILENAME\n../x,a.h5\n", "expected a name and a file"),
+        ("PATIENT,FILENAME\n../x,a.h5\n", "line 2: the patient is '../x': expected a name without a slash"),
+        ("PATIENT,FILENAME\nx,a.h5\nx,a.h5\n", "line 3: 'a.h5' is on line 2 already: expected each slide once"),
+        ("PATIENT,FILENAME\nx,a.h5\ny,./a.h5\n", "line 3: './a.h5' is on line 2 already"),
+        ("PATIENT,FILENAME\nx, \n", "line 2, column 'FILENAME' is empty"),
     ]:
         table.write_text(text)
         result = call(*arguments)
         assert result.returncode == 2 and said in result.stderr
+    (folder / "torn.h5").write_bytes(b"torn")
+    table.write_text("PATIENT,FILENAME\nx,torn.h5\n")
+    assert re.search(r"x: .*table\.csv, line 2: .*torn\.h5 cannot be read as \.h5", call(*arguments).stderr)
     assert "expected the folder" in call("slide-encode", folder / "a.h5", *arguments[4:]).stderr
 
 

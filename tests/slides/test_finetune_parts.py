@@ -12,6 +12,7 @@ import torch
 from finetune_cohorts import settings_of, write_table
 from safetensors.torch import save_file
 
+from longnet.slides import read_patients
 from longnet.slides.finetune.metrics import over_folds, score
 from longnet.slides.finetune.models import AttentionPooling, MeanPooling
 from longnet.slides.finetune.splits import Split, make_splits, read_splits, write_splits
@@ -81,6 +82,27 @@ def test_errors_name_the_line_and_the_column(
     write_table(cohort / "table.csv", HEADER, [*ROWS[:2], row])
     with pytest.raises(ValueError, match=message.replace("(", "\\(")):
         read_cohort(settings_of(cohort, cohort / "out", **options))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("slide,label,label\ns0,a,b\n", "has several columns 'label': expected each name once"),
+        ("slide,label, label\ns0,a,b\n", "has several columns 'label'"),
+        ("slide,label\ns0,a\ns1,b,c\n", "line 3 has 3 cells: expected 2, as the header has"),
+        ("slide,label\ns0,a\ns1\n", "line 3 has 1 cells: expected 2"),
+        ('slide,label\ns0,"a\ns1,b\n', "is not a CSV file in UTF-8: unexpected end of data"),
+        ("slide,label\n", "has no row"),
+        ("", "has no row"),
+    ],
+)
+def test_tables_have_each_column_once_and_a_cell_for_each(cohort: Path, text: str, message: str) -> None:
+    (cohort / "table.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_cohort(settings_of(cohort, cohort / "out"))
+    (cohort / "table.csv").write_text(text.replace("slide", "PATIENT").replace("label", "FILENAME"))
+    with pytest.raises(ValueError, match=message.replace("label", "FILENAME")):
+        read_patients(cohort / "table.csv", cohort)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import hashlib
 import sys
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -135,7 +136,7 @@ def slide_encode(
         try:
             if not is_made_from(job.target, settings | job.version()):
                 pending.append(job)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             fail(job, error)
     if done := len(jobs) - len(pending) - len(failed):
         reporter.say(f"{done} of {len(jobs)} slides are done already")
@@ -187,7 +188,8 @@ def _read(job: Job, option: int | None, unit: str | None, mpp: float | None) -> 
     from longnet.slides.files import read_slide
     from longnet.slides.patients import join_slides
 
-    slides = [read_slide(source, unit=unit, mpp=mpp) for source in job.sources]
+    read = partial(read_slide, unit=unit, mpp=mpp)
+    slides = [job.of_source(number, read) for number in range(len(job.sources))]
     size, tiles = _tile_size(option, slides[0])
     return (
         slides[0] if len(slides) == 1 else join_slides(slides, size, [str(source) for source in job.sources]),

@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from longnet.slides.files import SLIDE_FORMATS
-from longnet.slides.patients import read_patients
+from longnet.slides.patients import patient_rows
 
+Result = TypeVar("Result")
 _RESULTS = (".slide.safetensors", ".slide.png")
 
 
 class Job(NamedTuple):
-    """What makes one result: a slide, or the slides of a patient. ``name`` is for messages."""
+    """What makes one result: a slide, or the slides of a patient. ``name`` is for messages, ``origins`` are lines of a table."""
 
     name: str
     sources: tuple[Path, ...]
     target: Path
+    origins: tuple[str, ...] = ()
 
     def version(self) -> dict[str, str]:
         """Sizes and modification times, which tell whether a slide has changed."""
-        states = [source.stat() for source in self.sources]
+        states = [self.of_source(number, Path.stat) for number in range(len(self.sources))]
         return {
             "slide_bytes": ",".join(str(state.st_size) for state in states),
             "slide_modified": ",".join(str(state.st_mtime_ns) for state in states),
         }
+
+    def of_source(self, number: int, read: Callable[[Path], Result]) -> Result:
+        """What ``read`` gives for a slide; its errors name the table's line and the path."""
+        source = self.sources[number]
+        try:
+            return read(source)
+        except (OSError, ValueError) as error:
+            text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            text = text if text.startswith(str(source)) else f"{source}: {text}"
+            raise ValueError(f"{self.origins[number]}: {text}" if self.origins else text) from error
 
 
 PassedOver = Mapping[str, list[str]]
@@ -52,8 +64,15 @@ def find_jobs(slides: Path, out: Path | None, patients: Path | None) -> tuple[li
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} is a file: expected a folder, as {slides} is one")
     if patients is not None:
-        groups = read_patients(patients, slides)
-        return [Job(name, files, folder / f"{name}{_RESULTS[0]}") for name, files in groups.items()], {}
+        return [
+            Job(
+                name,
+                tuple(row.path for row in rows),
+                folder / f"{name}{_RESULTS[0]}",
+                tuple(f"{patients}, line {row.line}" for row in rows),
+            )
+            for name, rows in patient_rows(patients, slides).items()
+        ], {}
     passed_over: dict[str, list[str]] = {}
     paths = _files(slides, passed_over)
     targets: dict[Path, Path] = {}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from longnet.slides.files import Slide
+from longnet.slides.rows import read_rows
 
 COLUMNS = ("PATIENT", "FILENAME")
 
@@ -56,18 +57,38 @@ def read_patients(table: Path, folder: Path) -> dict[str, tuple[Path, ...]]:
     """The slides of each patient, from a CSV of the columns PATIENT and FILENAME, paths in ``folder``, as STAMP's slide table.
 
     Raises:
-        ValueError: other columns, an empty cell, no row, or a patient whose name is no name of a file. OSError: no such table.
+        ValueError: other columns, an empty cell, no row, a slide that is there twice, or a patient whose name is no name of a
+            file. OSError: no such table.
     """
-    slides: dict[str, list[Path]] = {}
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file)
-        if not set(COLUMNS) <= set(rows.fieldnames or ()):
-            raise ValueError(f"{table} has the columns {rows.fieldnames}: expected {COLUMNS}")
-        for row in rows:
-            patient, name = (row[column] for column in COLUMNS)
-            if not patient or not name or Path(patient).name != patient:
-                raise ValueError(f"{table}, line {rows.line_num}: {patient!r}, {name!r}: expected a name and a file")
-            slides.setdefault(patient, []).append(folder / name)
-    if not slides:
-        raise ValueError(f"{table} has no row: expected a row for each slide")
-    return {patient: tuple(paths) for patient, paths in slides.items()}
+    return {patient: tuple(row.path for row in rows) for patient, rows in patient_rows(table, folder).items()}
+
+
+class Row(NamedTuple):
+    """A slide of a patient and the table's line that names it."""
+
+    path: Path
+    line: int
+
+
+def patient_rows(table: Path, folder: Path) -> dict[str, list[Row]]:
+    """As :func:`read_patients`, with the line of each slide."""
+    header, rows = read_rows(table)
+    if not set(COLUMNS) <= set(header):
+        raise ValueError(f"{table} has the columns {header}: expected {COLUMNS}")
+    slides: dict[str, list[Row]] = {}
+    lines: dict[Path, int] = {}
+    for line, row in rows:
+        patient, name = (row[column] for column in COLUMNS)
+        at = f"{table}, line {line}"
+        for column in COLUMNS:
+            if not row[column]:
+                raise ValueError(f"{at}, column {column!r} is empty: expected a name")
+        if Path(patient).name != patient or "\\" in patient:
+            raise ValueError(
+                f"{at}: the patient is {patient!r}: expected a name without a slash, as files are named by it"
+            )
+        path = folder / name
+        if (first := lines.setdefault(path.resolve(), line)) != line:
+            raise ValueError(f"{at}: {name!r} is on line {first} already: expected each slide once")
+        slides.setdefault(patient, []).append(Row(path, line))
+    return slides

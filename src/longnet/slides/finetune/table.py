@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 
 from longnet.slides.files import SLIDE_FORMATS
 from longnet.slides.finetune.settings import FinetuneSettings
+from longnet.slides.rows import read_rows
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,7 @@ def read_cohort(settings: FinetuneSettings) -> Cohort:
         OSError: the table or the folder cannot be read.
     """
     path = Path(settings.table)
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            rows = [(reader.line_num, row) for row in reader]
-            header = list(reader.fieldnames or ())
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is not a CSV file in UTF-8: {error}") from None
-    if not rows:
-        raise ValueError(f"{path} has no rows: expected a header and a row for each slide")
+    header, rows = read_rows(path)
     columns = _target_columns(settings, header, path)
     has_patients = settings.patient_column in header
     if not has_patients and settings.patient_column != "patient":
@@ -127,8 +119,8 @@ def _slide_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _cell(row: dict[str, str | None], column: str, at: str) -> str:
-    text = (row.get(column) or "").strip()
+def _cell(row: dict[str, str], column: str, at: str) -> str:
+    text = row[column]
     if not text:
         raise ValueError(f"{at}, column {column!r} is empty: expected a value; leave out the slides that have none")
     return text
