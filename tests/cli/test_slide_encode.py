@@ -233,18 +233,19 @@ def test_what_is_no_slide_is_named(weights: Path, tmp_path: Path, call: Longnet)
     slide(folder / "s.safetensors", 10)
     slide(folder / "t.slide.v2.safetensors", 10)
     (folder / "sub.h5").mkdir()
-    for name in ("notes.csv", ".hidden", "old.slide.safetensors", "s.slide.png"):
+    for name in ("notes.csv", ".hidden", "._s.h5", "old.slide.safetensors", "s.slide.png"):
         (folder / name).write_bytes(b"")
     arguments = ("slide-encode", folder, "--checkpoint", weights, "--device", "cpu")
     for _ in range(2):
         result = call(*arguments)
         assert result.returncode == 0, result.stderr
-        assert "Not encoded, not one of .pt, .npz, .safetensors, .h5, .hdf5: .hidden, notes.csv\n" in result.stderr
+        assert "Not encoded, not one of .pt, .npz, .safetensors, .h5, .hdf5: notes.csv\n" in result.stderr
+        assert "Not encoded, hidden, as its name begins with a dot: ._s.h5, .hidden\n" in result.stderr
         assert "Not encoded, a result by its name: old.slide.safetensors\n" in result.stderr
     assert (folder / "t.slide.v2.slide.safetensors").is_file()
     for number in range(12):
         (folder / f"{number:02}.jpg").touch()
-    assert ".hidden, 00.jpg, 01.jpg, 02.jpg, 03.jpg, 04.jpg, 05.jpg, 06.jpg and 6 more\n" in call(*arguments).stderr
+    assert ": 00.jpg, 01.jpg, 02.jpg, 03.jpg, 04.jpg, 05.jpg, 06.jpg, 07.jpg and 5 more\n" in call(*arguments).stderr
     (tmp_path / "outer" / "sub").mkdir(parents=True)
     (tmp_path / "outer" / "sub" / "a.csv").touch()
     result = call("slide-encode", tmp_path / "outer", "--checkpoint", weights)

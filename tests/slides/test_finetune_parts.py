@@ -13,6 +13,7 @@ from finetune_cohorts import settings_of, write_table
 from safetensors.torch import save_file
 
 from longnet.slides import read_patients
+from longnet.slides.finetune.data import Tiles
 from longnet.slides.finetune.metrics import over_folds, score
 from longnet.slides.finetune.models import AttentionPooling, MeanPooling
 from longnet.slides.finetune.splits import Split, make_splits, read_splits, write_splits
@@ -119,6 +120,49 @@ def test_tables_have_each_column_once_and_a_cell_for_each(cohort: Path, text: st
 def test_bad_settings_are_named(tmp_path: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         settings_of(tmp_path, tmp_path, **options)
+
+
+def test_slides_lie_in_folders_and_hidden_files_are_named(cohort: Path) -> None:
+    features = cohort / "features"
+    (features / "site").mkdir()
+    (features / "s1.safetensors").rename(features / "site" / "s1.safetensors")
+    (features / "._s0.h5").write_bytes(b"of a Mac")
+    # Results in the folder of slides are no slides.
+    (features / "out").mkdir()
+    (features / "out" / "s0.safetensors").write_bytes(b"a read-out")
+    found = read_cohort(settings_of(cohort, features / "out"))
+    assert found.paths[1] == features / "site" / "s1.safetensors" and found.hidden == ("._s0.h5",)
+    with pytest.raises(
+        ValueError, match=r"line 2: slide 's0' has several files, .*out/s0\.safetensors, .*: expected one"
+    ):
+        read_cohort(settings_of(cohort, cohort / "out"))
+
+
+def test_slides_are_read_in_the_unit_of_the_settings(tmp_path: Path) -> None:
+    file, cell = tmp_path / "s.safetensors", torch.tensor([[3.0, 4.0], [5.0, 6.0]])
+    save_file({"features": torch.randn(2, 8), "coords": cell * 512}, file)
+    for options in ({"unit": "um", "mpp": 2.0}, {"unit": "pixels", "tile_size": 512}):
+        settings = settings_of(tmp_path, tmp_path, **options)
+        coords = Tiles([file], settings, torch.device("cpu"))[0][1]
+        assert torch.equal(coords[0] / (settings.tile_size or 256), cell)
+    for options, message in [
+        ({"unit": "feet"}, "unit='feet' is unknown"),
+        ({"mpp": 0.5}, "with unit='um' alone"),
+        ({"unit": "tiles", "tile_size": 512}, "tile_size=512 with unit='tiles': expected one of the two"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            settings_of(tmp_path, tmp_path, **options)
+
+
+@pytest.mark.parametrize("place", [-1.0, 256_000.0])
+def test_a_tile_outside_of_the_grid_is_named_by_its_file(tmp_path: Path, place: float) -> None:
+    file = tmp_path / "far.safetensors"
+    save_file({"features": torch.randn(2, 8), "coords": torch.tensor([[0.0, 0.0], [0.0, place]])}, file)
+    tiles = Tiles([file], settings_of(tmp_path, tmp_path), torch.device("cpu"))
+    with pytest.raises(
+        ValueError, match=r"far\.safetensors: tile 1 is at .* outside of the grid: expected .* below 256000"
+    ):
+        tiles[0]
 
 
 def synthetic(task: str, patients: int, seed: int = 0) -> Cohort:

@@ -94,12 +94,13 @@ def slide_encode(
     same command continues. A slide that fails is named with its reason and the others are encoded; the exit status is the
     number of those that failed, at most 100.
     """
-    from longnet.cli.slide_files import find_jobs, listed
+    from longnet.cli.slide_files import find_jobs
     from longnet.gigapath import SlideEncoder
     from longnet.gigapath.architectures import segment_lengths
     from longnet.gigapath.checkpoint import read_checkpoint
     from longnet.gigapath.outputs import check_outputs
     from longnet.slides.files import is_made_from
+    from longnet.slides.folders import listed
     from longnet.slides.units import check_unit
     from longnet.training.device import resolve_device
     from longnet.training.progress import make_reporter

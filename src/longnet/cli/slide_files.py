@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from longnet.slides.files import SLIDE_FORMATS
+from longnet.slides.folders import HIDDEN, files_below, is_hidden, listed
 from longnet.slides.patients import patient_rows
 
 Result = TypeVar("Result")
@@ -74,7 +74,11 @@ def find_jobs(slides: Path, out: Path | None, patients: Path | None) -> tuple[li
             for name, rows in patient_rows(patients, slides).items()
         ], {}
     passed_over: dict[str, list[str]] = {}
-    paths = _files(slides, passed_over)
+
+    def refuse(error: OSError) -> None:
+        passed_over.setdefault(f"a folder that cannot be read ({error.strerror})", []).append(str(error.filename))
+
+    paths = files_below(slides, refuse)
     targets: dict[Path, Path] = {}
     own = {f"{path.parent / path.stem}{ending}" for path in paths for ending in _RESULTS if not _skip_reason(path)}
     for path in paths:
@@ -93,11 +97,6 @@ def find_jobs(slides: Path, out: Path | None, patients: Path | None) -> tuple[li
     return [Job(str(path), (slides / path,), target) for target, path in targets.items()], passed_over
 
 
-def listed(names: list[str], most: int = 8) -> str:
-    """The first few names in words."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 def _one_slide(slide: Path, out: Path | None) -> Job:
     if not slide.is_file():
         raise FileNotFoundError(f"{slide} is neither a file nor a folder")
@@ -109,18 +108,10 @@ def _one_slide(slide: Path, out: Path | None) -> Job:
     return Job(slide.name, (slide,), target)
 
 
-def _files(slides: Path, passed_over: dict[str, list[str]]) -> list[Path]:
-    """Relative paths of all files in a folder and its folders, sorted; names of folders that cannot be read are added."""
-
-    def refuse(error: OSError) -> None:
-        passed_over.setdefault(f"a folder that cannot be read ({error.strerror})", []).append(str(error.filename))
-
-    walk = os.walk(slides, onerror=refuse)
-    return sorted(Path(at, name).relative_to(slides) for at, _, names in walk for name in names)
-
-
 def _skip_reason(path: Path) -> str:
     """Why a file of a folder is not encoded; empty for a slide."""
+    if is_hidden(path):
+        return HIDDEN
     if path.name.endswith(_RESULTS):
         return "a result by its name"
     return "" if path.suffix.lower() in SLIDE_FORMATS else f"not one of {', '.join(SLIDE_FORMATS)}"

@@ -16,7 +16,10 @@ from longnet.slides.finetune.settings import TASKS, FinetuneSettings
 def slide_finetune(
     table: Annotated[Path, typer.Argument(help="CSV with a row for each slide: slide, patient and the targets.")],
     features: Annotated[
-        Path, typer.Option(help="Folder of the slides' tile embeddings (.pt, .npz, .safetensors, .h5).")
+        Path,
+        typer.Option(
+            help="Folder of the slides' tile embeddings (.pt, .npz, .safetensors, .h5, .hdf5), and of folders."
+        ),
     ],
     task: Annotated[str, typer.Option(help=f"{', '.join(TASKS)}.")],
     out: Annotated[

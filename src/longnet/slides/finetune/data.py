@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,9 @@ from longnet.training.device import autocast
 from longnet.training.files import write_bytes
 from longnet.training.progress import Reporter, task
 
+# Cells along a side, as SlideEncoder's default.
+GRID = 1000
+
 
 class Tiles:
     """Tile embeddings and places by the number of a slide.
@@ -30,16 +34,18 @@ class Tiles:
     def __init__(self, paths: Sequence[Path], settings: FinetuneSettings, device: torch.device) -> None:
         self._paths, self._device = paths, device
         self._side, self._given = settings.tile_size or 256, settings.tile_size
-        self.in_dim = read_slide(paths[0]).embeddings.shape[1]
+        self._read = partial(read_slide, unit=settings.unit, mpp=settings.mpp)
+        self.in_dim = self._read(paths[0]).embeddings.shape[1]
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
         """x (1, L, in_dim) float32 and coords (1, L, 2) in pixels of the encoder's tile size.
 
         Raises:
-            ValueError: no tile, or other channels than the first slide's; what :func:`read_slide` refuses.
+            ValueError: no tile, other channels than the first slide's, a tile outside of the grid; what :func:`read_slide`
+                refuses.
         """
         path = self._paths[number]
-        slide = read_slide(path)
+        slide = self._read(path)
         count, channels = slide.embeddings.shape
         if count == 0 or channels != self.in_dim:
             raise ValueError(
@@ -47,7 +53,15 @@ class Tiles:
                 f"{self._paths[0].name}"
             )
         # Slides of one folder may differ in their tile size: the encoder sees cells.
-        cells = (slide.coords / (self._given or slide.tile_size or self._side)).floor()
+        side = self._given or slide.tile_size or self._side
+        cells = (slide.coords / side).floor()
+        inside = ((cells >= 0) & (cells < GRID)).all(1)
+        if not bool(inside.all()):
+            row = int((~inside).nonzero()[0])
+            raise ValueError(
+                f"{path}: tile {row} is at {slide.coords[row].tolist()}, outside of the grid: expected x and y from 0 to below "
+                f"{GRID * side} pixels ({GRID} cells of {side})"
+            )
         return slide.embeddings[None].to(self._device), (cells * self._side)[None].to(self._device)
 
 

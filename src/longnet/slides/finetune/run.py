@@ -25,13 +25,26 @@ from longnet.slides.finetune.splits import Split, make_splits, read_splits, writ
 from longnet.slides.finetune.table import Cohort, read_cohort
 from longnet.slides.finetune.tasks import FoldTask
 from longnet.slides.finetune.workers import Workers
+from longnet.slides.folders import HIDDEN, listed
 from longnet.training.device import resolve_device
 from longnet.training.files import read_json, write_bytes, write_json
 from longnet.training.lock import locked
 from longnet.training.progress import Reporter, SilentReporter, task
 
 # Settings of the encoder on which the read-outs of a frozen one depend.
-_OF_READ_OUTS = ("arch", "dim", "depth", "read_out", "global_pool", "tile_size", "max_wsi_size", "seed", "dtype")
+_OF_READ_OUTS = (
+    "arch",
+    "dim",
+    "depth",
+    "read_out",
+    "global_pool",
+    "tile_size",
+    "unit",
+    "mpp",
+    "max_wsi_size",
+    "seed",
+    "dtype",
+)
 
 
 def finetune(
@@ -59,6 +72,8 @@ def finetune(
     cohort = read_cohort(settings)
     if not cohort.has_patients:
         tell.say(f"No column {settings.patient_column!r}: each slide counts as a patient of its own")
+    if cohort.hidden:
+        tell.say(f"Passed over, {HIDDEN}: {listed(cohort.hidden)}")
     out = Path(settings.out)
     with _locked_by_first(out, workers):
         splits = _prepare(out, settings, cohort, workers, tell)

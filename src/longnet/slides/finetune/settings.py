@@ -39,8 +39,14 @@ class FinetuneSettings:
     freeze: bool = setting(False, "Train the head alone; each slide is then encoded once.")
     global_pool: bool = setting(False, "Mean of the tiles, not the class token.")
     tile_size: int | None = setting(
-        None, "Side of a tile, in pixels of the coordinates.", shown="patch_size_level0 of the slide's coords, else 256"
+        None, "Side of a tile, in pixels of the coordinates.", shown="what the slide says, else 256"
     )
+    unit: str | None = setting(
+        None,
+        "Unit of the coordinates: pixels, um (microns) or tiles.",
+        shown="what the slide says or its numbers show, else it is refused",
+    )
+    mpp: float | None = setting(None, "Microns of a pixel, for --unit um.", shown="the slide's")
     max_wsi_size: int | None = setting(None, "Side of the largest slide, in pixels.", shown="1,024 tiles")
     slide_column: str = setting("slide", "Column of the slides' file names, without suffix.")
     patient_column: str = setting("patient", "Column of the patients; without it each slide is a patient.")
@@ -74,6 +80,12 @@ class FinetuneSettings:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.unit is not None or self.mpp is not None:
+            from longnet.slides.units import check_unit
+
+            check_unit(self.unit, self.mpp)
+        if self.unit == "tiles" and self.tile_size is not None:
+            raise ValueError(f"tile_size={self.tile_size} with unit='tiles': expected one of the two")
         if self.seed >= 2**31:
             raise ValueError(f"seed={self.seed}: expected less than 2 ** 31")
         random = (self.dim, self.depth)

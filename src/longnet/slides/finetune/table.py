@@ -10,6 +10,7 @@ import numpy as np
 
 from longnet.slides.files import SLIDE_FORMATS
 from longnet.slides.finetune.settings import FinetuneSettings
+from longnet.slides.folders import files_below, is_hidden
 from longnet.slides.rows import read_rows
 
 
@@ -25,6 +26,7 @@ class Cohort:
         values: (slides, columns) float64: the number of the class, 0 or 1 for each label, numbers, or time and event.
         classes: names of the classes, sorted; empty for other tasks.
         has_patients: whether the table says who the patients are.
+        hidden: files of the folder that were passed over, as their names begin with a dot.
     """
 
     slides: tuple[str, ...]
@@ -34,6 +36,7 @@ class Cohort:
     values: np.ndarray
     classes: tuple[str, ...]
     has_patients: bool
+    hidden: tuple[str, ...] = ()
 
 
 def read_cohort(settings: FinetuneSettings) -> Cohort:
@@ -52,7 +55,7 @@ def read_cohort(settings: FinetuneSettings) -> Cohort:
     for name in (settings.slide_column, *columns):
         if name not in header:
             raise ValueError(f"{path} has no column {name!r}: its columns are {header}")
-    files = _slide_files(Path(settings.features))
+    files, hidden = _slide_files(Path(settings.features), Path(settings.out))
     lines: dict[str, int] = {}
     patients, cells, paths = [], [], []
     for line, row in rows:
@@ -61,11 +64,10 @@ def read_cohort(settings: FinetuneSettings) -> Cohort:
         if slide in lines:
             raise ValueError(f"{at}: slide {slide!r} is on line {lines[slide]} already: expected each slide once")
         lines[slide] = line
-        if slide not in files:
-            raise ValueError(
-                f"{at}: slide {slide!r} has no file in {settings.features}: expected one of {SLIDE_FORMATS}"
-            )
-        paths.append(files[slide])
+        if len(found := files.get(slide, [])) != 1:
+            has = f"several files, {', '.join(map(str, found))}" if found else f"no file in {settings.features}"
+            raise ValueError(f"{at}: slide {slide!r} has {has}: expected one of {SLIDE_FORMATS}")
+        paths.append(found[0])
         patients.append(_cell(row, settings.patient_column, at) if has_patients else slide)
         cells.append([(_cell(row, name, at), f"{at}, column {name!r}") for name in columns])
     classes: tuple[str, ...] = ()
@@ -82,7 +84,7 @@ def read_cohort(settings: FinetuneSettings) -> Cohort:
             _check_numbers(settings.task, texts, numbers)
     if settings.task == "survival" and not values[:, 1].any():
         raise ValueError(f"{path}, column {settings.event_column!r}: no event happened: expected at least one")
-    return Cohort(tuple(lines), tuple(patients), tuple(paths), columns, values, classes, has_patients)
+    return Cohort(tuple(lines), tuple(patients), tuple(paths), columns, values, classes, has_patients, hidden)
 
 
 def _target_columns(settings: FinetuneSettings, header: list[str], path: Path) -> tuple[str, ...]:
@@ -107,16 +109,25 @@ def _target_columns(settings: FinetuneSettings, header: list[str], path: Path) -
     return columns
 
 
-def _slide_files(folder: Path) -> dict[str, Path]:
+def _slide_files(folder: Path, out: Path) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
+    """(files by name without suffix, in the folder and its folders but not in ``out``; hidden ones)."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
     if not folder.is_dir():
         raise FileNotFoundError(f"features={str(folder)!r} is not a folder: expected one with the slides' files")
-    files: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in SLIDE_FORMATS and path.is_file():
-            if path.stem in files:
-                raise ValueError(f"{path} and {files[path.stem].name} are of one slide: expected one file for each")
-            files[path.stem] = path
-    return files
+    files: dict[str, list[Path]] = {}
+    hidden: list[str] = []
+    results = out.resolve()
+    for path in files_below(folder, refuse):
+        if path.suffix.lower() not in SLIDE_FORMATS or results in (folder / path).resolve().parents:
+            continue
+        if is_hidden(path):
+            hidden.append(str(path))
+        elif (folder / path).is_file():
+            files.setdefault(path.stem, []).append(folder / path)
+    return files, tuple(hidden)
 
 
 def _cell(row: dict[str, str], column: str, at: str) -> str:
