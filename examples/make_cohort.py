@@ -61,9 +61,11 @@ def main() -> None:
             noise = torch.randn((), generator=generator)
             score = 100 * float(shares[0]) + 2 * float(noise)
             # Months; a tumour multiplies the hazard by six. Observation ends after some time.
-            hazard = 0.02 * (6.0 if has[0] else 1.0)
-            time, end = (-torch.rand(2, generator=generator).clamp_min(1e-6).log()).tolist()
-            time, end = time / hazard, 10 + 40 * end
+            # All slides of a patient have the patient's.
+            if slide == 0:
+                hazard = 0.02 * (6.0 if has[0] else 1.0)
+                time, end = (-torch.rand(2, generator=generator).clamp_min(1e-6).log()).tolist()
+                time, end = time / hazard, 10 + 40 * end
             rows.append(
                 {
                     "slide": name,

@@ -201,7 +201,7 @@ def test_slides_of_a_patient_are_joined(weights: Path, tmp_path: Path, call: Lon
         ("PATIENT,FILENAME\n../x,a.h5\n", "line 2: the patient is '../x': expected a name without a slash"),
         ("PATIENT,FILENAME\nx,a.h5\nx,a.h5\n", "line 3: 'a.h5' is on line 2 already: expected each slide once"),
         ("PATIENT,FILENAME\nx,a.h5\ny,./a.h5\n", "line 3: './a.h5' is on line 2 already"),
-        ("PATIENT,FILENAME\nx, \n", "line 2, column 'FILENAME' is empty"),
+        ("PATIENT,FILENAME\nx, \n", "line 2, column 'FILENAME' is ''"),
     ]:
         table.write_text(text)
         result = call(*arguments)

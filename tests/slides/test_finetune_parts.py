@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from finetune_cohorts import settings_of, write_table
 from safetensors.torch import save_file
 
 from longnet.slides import read_patients
+from longnet.slides.finetune.charts import risk_groups
 from longnet.slides.finetune.data import Tiles
 from longnet.slides.finetune.metrics import over_folds, score
 from longnet.slides.finetune.models import AttentionPooling, MeanPooling
-from longnet.slides.finetune.splits import Split, make_splits, read_splits, write_splits
+from longnet.slides.finetune.outcome import FoldResult, Outcome
+from longnet.slides.finetune.splits import Split, make_splits, rare_targets, read_splits, write_splits
 from longnet.slides.finetune.table import Cohort, read_cohort
 from longnet.slides.finetune.tasks import FoldTask
 from longnet.slides.finetune.workers import Workers
@@ -24,7 +27,7 @@ from longnet.slides.finetune.workers import Workers
 HEADER = ("slide", "patient", "label", "label_a", "label_b", "time", "event")
 ROWS = [
     ("s0", "p0", "yes", 1, 0, 3.5, 1),
-    ("s1", "p0", "yes", 0, 1, 2, 0),
+    ("s1", "p0", "yes", 0, 1, 3.5, 1),
     ("s2", "p1", "no", 1, 1, 7, 1),
 ]
 
@@ -47,9 +50,9 @@ def test_a_table_is_read_for_each_task(cohort: Path) -> None:
     labels = read_cohort(settings_of(cohort, cohort / "out", task="multi-label"))
     assert labels.columns == ("label_a", "label_b") and labels.values.tolist() == [[1, 0], [0, 1], [1, 1]]
     times = read_cohort(settings_of(cohort, cohort / "out", task="survival"))
-    assert times.values.tolist() == [[3.5, 1], [2, 0], [7, 1]]
+    assert times.values.tolist() == [[3.5, 1], [3.5, 1], [7, 1]]
     numbers = read_cohort(settings_of(cohort, cohort / "out", task="regression", label_columns="time, label_a"))
-    assert numbers.values.tolist() == [[3.5, 1], [2, 0], [7, 1]]
+    assert numbers.values.tolist() == [[3.5, 1], [3.5, 0], [7, 1]]
 
 
 @pytest.mark.parametrize(
@@ -59,6 +62,13 @@ def test_a_table_is_read_for_each_task(cohort: Path) -> None:
         (("s9", "p1", "no", 1, 1, 7, 1), {}, "line 4: slide 's9' has no file in"),
         (("s2", "", "no", 1, 1, 7, 1), {}, "line 4, column 'patient' is empty"),
         (("s2", "p1", "", 1, 1, 7, 1), {}, "line 4, column 'label' is empty"),
+        (("s2", "p1", "NaN", 1, 1, 7, 1), {}, "line 4, column 'label' is 'NaN': expected a value"),
+        (("s2", "nan", "no", 1, 1, 7, 1), {}, "line 4, column 'patient' is 'nan': expected a value"),
+        (
+            ("s2", "p0", "no", 1, 1, 7, 1),
+            {"task": "survival"},
+            "line 4: patient 'p0' has time 7 and event 1, on line 2 time 3.5 and event 1: expected the same",
+        ),
         (
             ("s2", "p1", "no", 1, 0.5, 7, 1),
             {"task": "multi-label"},
@@ -215,6 +225,39 @@ def test_splits_of_two_parts_or_another_cohort_are_refused(tmp_path: Path) -> No
         read_splits(file, synthetic("classification", 30))
     with pytest.raises(ValueError, match="3 patients for 5 parts"):
         make_splits(synthetic("classification", 3), settings_of(tmp_path, tmp_path, folds=5))
+
+
+def test_a_class_of_fewer_patients_than_folds_is_named(tmp_path: Path) -> None:
+    whole = synthetic("classification", 40)
+    values = whole.values % 2
+    splits = make_splits(whole, settings_of(tmp_path, tmp_path, folds=5))
+    cohort = replace(whole, values=values, classes=("a", "b"))
+    assert rare_targets("classification", cohort, splits) == []
+    alone = np.array([patient == "p0" for patient in whole.patients])
+    cohort = replace(cohort, values=alone[:, None].astype(float))
+    (note,) = rare_targets("classification", cohort, splits)
+    untrained = sum(not alone[list(split.train)].any() for split in splits)
+    assert note == (
+        f"class 'b' has 1 patient, fewer than 5 folds: {untrained} of the folds do not train on it, 4 do not test it"
+    )
+    (note,) = rare_targets("survival", replace(cohort, values=np.stack([alone, alone], 1), classes=()), splits)
+    assert note.startswith("the event has 1 patient, fewer than 5 folds")
+
+
+def test_groups_of_risk_are_patients(tmp_path: Path) -> None:
+    cohort = synthetic("survival", 12)
+    settings = settings_of(tmp_path, tmp_path, task="survival", folds=2)
+    splits = make_splits(cohort, settings)
+    draw = np.random.default_rng(0)
+    folds = [FoldResult([], 0, draw.random((len(split.test), 1)), {}) for split in splits]
+    slides, high = risk_groups(Outcome(settings, cohort, splits, {"encoder": folds}, {}, {}))
+    assert sorted(cohort.patients[n] for n in slides) == sorted(set(cohort.patients))
+    for split, fold in zip(splits, folds, strict=True):
+        owners = np.array([cohort.patients[n] for n in split.test])
+        mean = {patient: fold.predictions[owners == patient].mean() for patient in set(owners)}
+        for slide, above in zip(slides, high, strict=True):
+            if (patient := cohort.patients[slide]) in mean:
+                assert above == (mean[patient] > np.median(list(mean.values())))
 
 
 def pairs_in_order(first: np.ndarray, second: np.ndarray) -> float:

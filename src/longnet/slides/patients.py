@@ -81,8 +81,8 @@ def patient_rows(table: Path, folder: Path) -> dict[str, list[Row]]:
         patient, name = (row[column] for column in COLUMNS)
         at = f"{table}, line {line}"
         for column in COLUMNS:
-            if not row[column]:
-                raise ValueError(f"{at}, column {column!r} is empty: expected a name")
+            if row[column].lower() in ("", "nan"):
+                raise ValueError(f"{at}, column {column!r} is {row[column]!r}: expected a name")
         if Path(patient).name != patient or "\\" in patient:
             raise ValueError(
                 f"{at}: the patient is {patient!r}: expected a name without a slash, as files are named by it"

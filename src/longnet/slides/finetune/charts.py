@@ -144,21 +144,37 @@ def _scatter(outcome: Outcome, axes: Axes) -> None:
     axes.legend(loc="upper left", fontsize=9, labelcolor=INK, frameon=False)
 
 
+def risk_groups(outcome: Outcome) -> tuple[np.ndarray, np.ndarray]:
+    """(a slide of each patient, whether the mean risk of the patient's slides is above the median of the fold's patients)."""
+    slides: list[int] = []
+    high: list[bool] = []
+    for split, fold in zip(outcome.splits, outcome.results[ENCODER], strict=True):
+        risks: dict[str, list[float]] = {}
+        first: dict[str, int] = {}
+        for number, risk in zip(split.test, fold.predictions[:, 0].tolist(), strict=True):
+            patient = outcome.cohort.patients[number]
+            risks.setdefault(patient, []).append(risk)
+            first.setdefault(patient, number)
+        means = np.array([np.mean(of_patient) for of_patient in risks.values()])
+        slides += first.values()
+        high += (means > np.median(means)).tolist()
+    return np.array(slides), np.array(high)
+
+
 def _survival(outcome: Outcome, axes: Axes) -> None:
-    """Kaplan-Meier curves of the encoder's halves: above and below the median risk of their fold."""
+    """Kaplan-Meier curves of the encoder's halves: patients above and below the median risk of their fold."""
     from lifelines import KaplanMeierFitter
 
-    high = np.zeros(len(outcome.cohort.slides), dtype=bool)
-    for split, fold in zip(outcome.splits, outcome.results[ENCODER], strict=True):
-        high[list(split.test)] = fold.predictions[:, 0] > np.median(fold.predictions[:, 0])
-    for chosen, label, color in ((~high, "lower risk", COLORS[1]), (high, "higher risk", COLORS[3])):
-        if not chosen.any():
+    counted = "patients" if outcome.cohort.has_patients else "slides"
+    slides, high = risk_groups(outcome)
+    for half, label, color in ((~high, "lower risk", COLORS[1]), (high, "higher risk", COLORS[3])):
+        if not half.any():
             continue
-        values = outcome.cohort.values[chosen]
+        values = outcome.cohort.values[slides[half]]
         fitted = KaplanMeierFitter().fit(values[:, 0], values[:, 1])
         curve, bounds = fitted.survival_function_, fitted.confidence_interval_
         times = curve.index.to_numpy()
-        axes.step(times, curve.to_numpy()[:, 0], where="post", color=color, label=f"{label} ({chosen.sum()} slides)")
+        axes.step(times, curve.to_numpy()[:, 0], where="post", color=color, label=f"{label} ({half.sum()} {counted})")
         low, top = bounds.to_numpy().T
         axes.fill_between(times, low, top, step="post", color=color, alpha=0.15, linewidth=0)
     axes.set_ylim(0, 1.02)

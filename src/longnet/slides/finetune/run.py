@@ -21,7 +21,7 @@ from longnet.slides.finetune.models import ABMIL, ENCODER, MEAN_POOLING, make_en
 from longnet.slides.finetune.outcome import FoldResult, Outcome, as_json, summarise, write_predictions
 from longnet.slides.finetune.report import write_report
 from longnet.slides.finetune.settings import FREE_TO_CHANGE, FinetuneSettings
-from longnet.slides.finetune.splits import Split, make_splits, read_splits, write_splits
+from longnet.slides.finetune.splits import Split, make_splits, rare_targets, read_splits, write_splits
 from longnet.slides.finetune.table import Cohort, read_cohort
 from longnet.slides.finetune.tasks import FoldTask
 from longnet.slides.finetune.workers import Workers
@@ -77,6 +77,8 @@ def finetune(
     out = Path(settings.out)
     with _locked_by_first(out, workers):
         splits = _prepare(out, settings, cohort, workers, tell)
+        for note in rare_targets(settings.task, cohort, splits):
+            tell.say(note)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             results = _all_results(out, settings, cohort, splits, device, workers, tell, should_stop)
         outcome = summarise(settings, cohort, splits, results)

@@ -79,6 +79,32 @@ def _parts(chosen: np.ndarray, groups: np.ndarray, kinds: np.ndarray, parts: int
     return found
 
 
+def rare_targets(task: str, cohort: Cohort, splits: Sequence[Split]) -> list[str]:
+    """A sentence for each class, label or event whose patients are fewer than the folds."""
+    if task == "classification":
+        targets = [(f"class {name!r}", cohort.values[:, 0] == number) for number, name in enumerate(cohort.classes)]
+    elif task == "multi-label":
+        pairs = [(number, name, value) for number, name in enumerate(cohort.columns) for value in (0, 1)]
+        targets = [(f"{name}={value}", cohort.values[:, number] == value) for number, name, value in pairs]
+    elif task == "survival":
+        targets = [("the event", cohort.values[:, 1] == 1)]
+    else:
+        return []
+    notes = []
+    for name, has in targets:
+        patients = len({patient for patient, own in zip(cohort.patients, has, strict=True) if own})
+        if patients < len(splits):
+            untrained, untested = (
+                sum(not has[list(part)].any() for part in parts)
+                for parts in ([split.train for split in splits], [split.test for split in splits])
+            )
+            notes.append(
+                f"{name} has {patients} {'patient' if patients == 1 else 'patients'}, fewer than {len(splits)} folds: "
+                f"{untrained} of the folds do not train on it, {untested} do not test it"
+            )
+    return notes
+
+
 def write_splits(path: Path, cohort: Cohort, splits: Sequence[Split]) -> None:
     """A CSV with a row for each slide and a column for each fold, which says train, validation or test."""
     text = io.StringIO()

@@ -84,6 +84,8 @@ def read_cohort(settings: FinetuneSettings) -> Cohort:
             _check_numbers(settings.task, texts, numbers)
     if settings.task == "survival" and not values[:, 1].any():
         raise ValueError(f"{path}, column {settings.event_column!r}: no event happened: expected at least one")
+    if settings.task == "survival":
+        _check_patients(path, patients, values, list(lines.values()))
     return Cohort(tuple(lines), tuple(patients), tuple(paths), columns, values, classes, has_patients, hidden)
 
 
@@ -132,9 +134,23 @@ def _slide_files(folder: Path, out: Path) -> tuple[dict[str, list[Path]], tuple[
 
 def _cell(row: dict[str, str], column: str, at: str) -> str:
     text = row[column]
-    if not text:
-        raise ValueError(f"{at}, column {column!r} is empty: expected a value; leave out the slides that have none")
+    if text.lower() in ("", "nan"):
+        state = f"is {text!r}" if text else "is empty"
+        raise ValueError(f"{at}, column {column!r} {state}: expected a value; leave out the slides that have none")
     return text
+
+
+def _check_patients(path: Path, patients: list[str], values: np.ndarray, lines: list[int]) -> None:
+    """Refuses a patient with two times or events."""
+    first: dict[str, int] = {}
+    for number, patient in enumerate(patients):
+        other = first.setdefault(patient, number)
+        if (values[number] != values[other]).any():
+            (was, event), (time, ends) = values[other], values[number]
+            raise ValueError(
+                f"{path}, line {lines[number]}: patient {patient!r} has time {time:g} and event {ends:g}, on line "
+                f"{lines[other]} time {was:g} and event {event:g}: expected the same on every line of a patient"
+            )
 
 
 def _number(text: str, where: str) -> float:
