@@ -14,7 +14,7 @@ from finetune_cohorts import settings_of, write_table
 from safetensors.torch import save_file
 
 from longnet.slides import read_patients
-from longnet.slides.finetune.charts import risk_groups
+from longnet.slides.finetune.charts import combined, curves_of, precision_of, risk_groups, roc_of
 from longnet.slides.finetune.data import Tiles
 from longnet.slides.finetune.metrics import over_folds, score
 from longnet.slides.finetune.models import AttentionPooling, MeanPooling
@@ -258,6 +258,28 @@ def test_groups_of_risk_are_patients(tmp_path: Path) -> None:
         for slide, above in zip(slides, high, strict=True):
             if (patient := cohort.patients[slide]) in mean:
                 assert above == (mean[patient] > np.median(list(mean.values())))
+
+
+@pytest.mark.parametrize("task", ["classification", "multi-label"])
+def test_curves_are_the_mean_of_the_table(tmp_path: Path, task: str) -> None:
+    cohort, draw = synthetic(task, 40), np.random.default_rng(0)
+    # Scales of classes differ: pooled, they would give another curve.
+    width = len(cohort.classes) or len(cohort.columns)
+    known = (cohort.values == np.arange(width)) if cohort.classes else cohort.values
+    predicted = (known + draw.random(known.shape)) * np.array([1.0, 0.1, 0.01])[:width]
+    settings = settings_of(tmp_path, tmp_path, task=task)
+    splits = make_splits(cohort, settings)
+    folds = [
+        FoldResult([], 0, predicted[list(s.test)], score(task, cohort.values[list(s.test)], predicted[list(s.test)]))
+        for s in splits
+    ]
+    outcome = Outcome(settings, cohort, splits, {"encoder": folds}, {}, {})
+    for metric, curve in (("auroc", roc_of), ("auprc", precision_of)):
+        areas = [float(one.mean()) for one in curves_of(outcome, "encoder", curve)]
+        assert areas == pytest.approx([fold.metrics[metric] for fold in folds], abs=0.01)
+    assert combined(outcome) == ("mean of 3 classes, each against the others" if width == 3 else "mean of 2 labels")
+    two = replace(outcome, cohort=replace(cohort, classes=("normal", "tumour")))
+    assert combined(two) == "positive: tumour"
 
 
 def pairs_in_order(first: np.ndarray, second: np.ndarray) -> float:

@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from longnet.figures.style import COLORS, FAINT, INK, legend, new_figure, quiet, save
-from longnet.slides.finetune.metrics import METRICS
+from longnet.slides.finetune.metrics import METRICS, one_against_others
 from longnet.slides.finetune.models import ENCODER, TITLES
 from longnet.slides.finetune.outcome import Outcome
 
@@ -58,7 +58,7 @@ def plot_losses(outcome: Outcome, path: Path) -> Path:
             axes.plot(epochs, losses, color=_COLORS[name], linewidth=1.6)
             axes.plot(fold.best + 1, losses[fold.best], "o", color=_COLORS[name], markerfacecolor="white", markersize=6)
         axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     panels[0].set_ylabel("loss")
     legend(
         figure, [Patch(color=FAINT, label="training"), Patch(color=_COLORS[ENCODER], label="validation (in colour)")]
@@ -73,7 +73,8 @@ def plot_predictions(outcome: Outcome, path: Path) -> Path:
     for axes, (title, draw) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
         quiet(axes)
         axes.grid(color="#e4e7eb", linewidth=0.8)
-        axes.set_title(title, loc="left", fontsize=10, color=INK)
+        shown = ", ".join(filter(None, (title, combined(outcome))))
+        axes.set_title(shown, loc="left", fontsize=10, color=INK, parse_math=False)
         draw(outcome, axes)
     return save(figure, path)
 
@@ -84,35 +85,65 @@ def title_of(metric: str) -> str:
     return names.get(metric, metric.replace("_", " "))
 
 
-def _curves(
-    outcome: Outcome, axes: Axes, curve: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-) -> None:
-    """A curve of each model and fold in pale, their mean in full; classes or labels as one list of yes or no."""
-    at = np.linspace(0, 1, 201)
-    for name, folds in outcome.results.items():
-        drawn = []
-        for split, fold in zip(outcome.splits, folds, strict=True):
-            values, predicted = outcome.cohort.values[list(split.test)], fold.predictions
-            if outcome.cohort.classes:
-                values = values == np.arange(predicted.shape[1])
-                values, predicted = (
-                    (values[:, 1:], predicted[:, 1:]) if predicted.shape[1] == 2 else (values, predicted)
-                )
-            truth = values.astype(bool).ravel()
-            if 0 < truth.sum() < truth.size:
-                x, y = curve(truth, predicted.ravel())
-                drawn.append(np.interp(at, x, y))
-                axes.plot(x, y, color=_COLORS[name], linewidth=0.8, alpha=0.25)
+AT = np.linspace(0, 1, 201)
+"""Where curves are averaged."""
+
+
+def roc_of(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """True positive rates at the false positive rates :data:`AT`."""
+    from sklearn.metrics import roc_curve
+
+    return np.interp(AT, *roc_curve(truth, predicted)[:2])
+
+
+def precision_of(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Precisions at the recalls :data:`AT`, in steps: their mean is the average precision."""
+    from sklearn.metrics import precision_recall_curve
+
+    precision, recall, _ = precision_recall_curve(truth, predicted)
+    return precision[::-1][np.searchsorted(recall[::-1], AT)]
+
+
+Curve = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def curves_of(outcome: Outcome, name: str, curve: Curve) -> list[np.ndarray]:
+    """A model's curve of each fold that defines one: the mean over classes or labels, those that the metrics average."""
+    found = []
+    for split, fold in zip(outcome.splits, outcome.results[name], strict=True):
+        values = outcome.cohort.values[list(split.test)]
+        pairs = one_against_others(outcome.settings.task, values, fold.predictions)
+        if pairs:
+            found.append(np.mean([curve(*pair) for pair in pairs], 0))
+    return found
+
+
+def combined(outcome: Outcome) -> str:
+    """Which class is positive, or how classes or labels are combined; empty for other tasks."""
+    classes, columns = outcome.cohort.classes, outcome.cohort.columns
+    if len(classes) == 2:
+        return f"positive: {classes[1]}"
+    if classes:
+        return f"mean of {len(classes)} classes, each against the others"
+    if outcome.settings.task != "multi-label":
+        return ""
+    return f"positive: {columns[0]} = 1" if len(columns) == 1 else f"mean of {len(columns)} labels"
+
+
+def _curves(outcome: Outcome, axes: Axes, curve: Curve) -> None:
+    """A curve of each model and fold in pale, their mean in full."""
+    for name in outcome.results:
+        drawn = curves_of(outcome, name, curve)
+        for one in drawn:
+            axes.plot(AT, one, color=_COLORS[name], linewidth=0.8, alpha=0.25)
         if drawn:
-            axes.plot(at, np.mean(drawn, 0), color=_COLORS[name], linewidth=2, label=TITLES[name])
+            axes.plot(AT, np.mean(drawn, 0), color=_COLORS[name], linewidth=2, label=TITLES[name])
     axes.set_xlim(-0.01, 1.01)
     axes.set_ylim(-0.01, 1.02)
 
 
 def _roc(outcome: Outcome, axes: Axes) -> None:
-    from sklearn.metrics import roc_curve
-
-    _curves(outcome, axes, lambda truth, predicted: roc_curve(truth, predicted)[:2])
+    _curves(outcome, axes, roc_of)
     axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1, linestyle=(0, (5, 4)))
     axes.set_xlabel("false positive rate")
     axes.set_ylabel("true positive rate")
@@ -120,13 +151,7 @@ def _roc(outcome: Outcome, axes: Axes) -> None:
 
 
 def _precision_recall(outcome: Outcome, axes: Axes) -> None:
-    from sklearn.metrics import precision_recall_curve
-
-    def curve(truth: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        precision, recall, _ = precision_recall_curve(truth, predicted)
-        return recall[::-1], precision[::-1]
-
-    _curves(outcome, axes, curve)
+    _curves(outcome, axes, precision_of)
     axes.set_xlabel("recall")
     axes.set_ylabel("precision")
 

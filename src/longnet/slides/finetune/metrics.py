@@ -47,26 +47,36 @@ def score(task: str, values: np.ndarray, predicted: np.ndarray) -> dict[str, flo
         return _of_numbers(values, predicted)
     from sklearn.metrics import average_precision_score, recall_score, roc_auc_score
 
+    both = one_against_others(task, values, predicted)
     if task == "classification":
         classes = predicted.shape[1]
         truth = (values == np.arange(classes)).astype(int)
-        scored = [1] if classes == 2 else range(classes)
         present = [number for number in range(classes) if truth[:, number].any()]
         chosen = predicted.argmax(1)
         recalls = [recall_score(truth[:, n], chosen == n) for n in present]
     else:
-        truth, scored = values.astype(int), range(values.shape[1])
+        truth = values.astype(int)
         recalls = [
             recall_score(truth[:, n], predicted[:, n] >= 0.5, average="macro")
-            for n in scored
+            for n in range(values.shape[1])
             if 0 < truth[:, n].sum() < len(truth)
         ]
-    both = [number for number in scored if 0 < truth[:, number].sum() < len(truth)]
     return {
-        "auroc": _mean([roc_auc_score(truth[:, n], predicted[:, n]) for n in both]),
-        "auprc": _mean([average_precision_score(truth[:, n], predicted[:, n]) for n in both]),
+        "auroc": _mean([roc_auc_score(truth, chances) for truth, chances in both]),
+        "auprc": _mean([average_precision_score(truth, chances) for truth, chances in both]),
         "balanced_accuracy": _mean(recalls),
     }
+
+
+def one_against_others(task: str, values: np.ndarray, predicted: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(0 or 1 of each slide, its probability) of each class or label that some slides have and some have not.
+
+    Of two classes the second alone.
+    """
+    classes = predicted.shape[1]
+    truth = (values == np.arange(classes)).astype(int) if task == "classification" else values.astype(int)
+    scored = [1] if task == "classification" and classes == 2 else range(classes)
+    return [(truth[:, n], predicted[:, n]) for n in scored if 0 < truth[:, n].sum() < len(truth)]
 
 
 def over_folds(values: Sequence[float], least: float = -math.inf, most: float = math.inf) -> Mean:

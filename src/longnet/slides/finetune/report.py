@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from longnet.slides.finetune.charts import plot_folds, plot_losses, plot_predictions, title_of
+from longnet.slides.finetune.charts import combined, plot_folds, plot_losses, plot_predictions, title_of
 from longnet.slides.finetune.metrics import METRICS, Mean
 from longnet.slides.finetune.models import ENCODER, TITLES
 from longnet.slides.finetune.outcome import Outcome
@@ -43,6 +43,12 @@ def write_report(outcome: Outcome, out: Path) -> None:
     _metric_tables(page, outcome)
     page.heading("Predictions")
     page.picture(plot_predictions(outcome, out / "predictions.png"), "Predictions of the test slides")
+    if how := combined(outcome):
+        page.text(
+            f"Curves are {how}; pale ones are of a fold, the others their mean. A class or label that all or no test slides of "
+            "a fold have is left out there, as in the table.",
+            "soft",
+        )
     page.heading("Training")
     page.picture(plot_losses(outcome, out / "losses.png"), "Losses by epoch")
     page.text(
