@@ -56,7 +56,7 @@ def test_a_folder_goes_on_where_it_stopped(weights: Path, tmp_path: Path, call: 
     results[0].unlink()
     results[1].write_bytes(results[1].read_bytes()[:100])
     again = call(*arguments)
-    assert again.returncode == 0 and "1 of 3 slides are done already" in again.stderr
+    assert again.returncode == 0 and "1 of 3 slides is done already" in again.stderr
     assert results[2].stat().st_mtime_ns == times[2]
     for number, path in zip((10, 20, 30), results, strict=True):
         want = expected(weights, folder / f"s{number}.safetensors")[0]

@@ -101,7 +101,7 @@ def test_errors_name_the_line_and_the_column(
         ("slide,label,label\ns0,a,b\n", "has several columns 'label': expected each name once"),
         ("slide,label, label\ns0,a,b\n", "has several columns 'label'"),
         ("slide,label\ns0,a\ns1,b,c\n", "line 3 has 3 cells: expected 2, as the header has"),
-        ("slide,label\ns0,a\ns1\n", "line 3 has 1 cells: expected 2"),
+        ("slide,label\ns0,a\ns1\n", "line 3 has 1 cell: expected 2"),
         ('slide,label\ns0,"a\ns1,b\n', "is not a CSV file in UTF-8: unexpected end of data"),
         ("slide,label\n", "has no row"),
         ("", "has no row"),

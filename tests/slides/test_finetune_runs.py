@@ -111,6 +111,11 @@ def test_another_run_or_another_folder_is_refused(small: Path, tmp_path: Path) -
     finetune(settings)
     with pytest.raises(ValueError, match="seed was 0, now 1. Expected the same settings, or another --out"):
         finetune(settings_of(small, tmp_path / "out", epochs=1, seed=1))
+    (tmp_path / "out" / "fold-1" / "encoder.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match=r"encoder\.json is damaged \(KeyError.*remove the folder .*fold-1, and the same"
+    ):
+        finetune(settings)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds other files: expected a new or empty folder"):
@@ -118,7 +123,7 @@ def test_another_run_or_another_folder_is_refused(small: Path, tmp_path: Path) -
     table = tmp_path / "table.csv"
     write_table(table, ["slide", "label"], [["P000-0", "a"], ["P001-0", "b"]])
     changed = FinetuneSettings(**settings.to_dict() | {"table": str(table)})
-    with pytest.raises(ValueError, match="table_digest was"):
+    with pytest.raises(ValueError, match="the table's contents changed"):
         finetune(changed)
 
 

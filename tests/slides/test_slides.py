@@ -274,7 +274,7 @@ def test_other_paths(tmp_path: Path) -> None:
 
 def test_a_pickle_in_a_pt_is_not_run(tmp_path: Path) -> None:
     torch.save({"features": Path("x")}, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match="cannot be read as .pt"):
+    with pytest.raises(ValueError, match="cannot be read as .pt: .*UnpicklingError: it (holds|is) [^\n]*$"):
         read_slide(tmp_path / "x.pt")
 
 

@@ -97,10 +97,10 @@ def slide_encode(
     from longnet.cli.slide_files import find_jobs
     from longnet.gigapath import SlideEncoder
     from longnet.gigapath.architectures import segment_lengths
-    from longnet.gigapath.checkpoint import read_checkpoint
+    from longnet.gigapath.checkpoint import named, read_checkpoint
     from longnet.gigapath.outputs import check_outputs
     from longnet.slides.files import is_made_from
-    from longnet.slides.folders import listed
+    from longnet.slides.folders import counted, listed
     from longnet.slides.units import check_unit
     from longnet.training.device import resolve_device
     from longnet.training.progress import make_reporter
@@ -140,20 +140,21 @@ def slide_encode(
         except (OSError, ValueError) as error:
             fail(job, error)
     if done := len(jobs) - len(pending) - len(failed):
-        reporter.say(f"{done} of {len(jobs)} slides are done already")
+        reporter.say(f"{done} of {counted(len(jobs), 'slide')} {'is' if done == 1 else 'are'} done already")
     if pending:
         weights = read_checkpoint(checkpoint)
         for note in weights.notes:
             reporter.say(f"{checkpoint.name}: {note}")
-        model = SlideEncoder.from_checkpoint(
-            weights.encoder,
-            arch,
-            max_wsi_size=max_wsi_size,
-            tile_size=tile_size or _TILE_SIZE,
-            global_pool=global_pool,
-            device=where,
-        )
-        reporter.begin(f"{len(pending)} slides", 0.0)
+        with named(checkpoint):
+            model = SlideEncoder.from_checkpoint(
+                weights.encoder,
+                arch,
+                max_wsi_size=max_wsi_size,
+                tile_size=tile_size or _TILE_SIZE,
+                global_pool=global_pool,
+                device=where,
+            )
+        reporter.begin(counted(len(pending), "slide"), 0.0)
         encoded, reported, before = 0, "", len(failed)
         with stop_on_signal(reporter.say, "this slide") as stopping:
             for number, job in enumerate(pending, 1):
@@ -178,7 +179,7 @@ def slide_encode(
                     raise typer.Exit(INTERRUPTED)
         reporter.end()
     if failed:
-        text = f"{len(failed)} of {len(jobs)} slides could not be encoded: {', '.join(failed)}"
+        text = f"{len(failed)} of {counted(len(jobs), 'slide')} could not be encoded: {', '.join(failed)}"
         print(f"longnet: error: {text}", file=sys.stderr)
         raise typer.Exit(min(len(failed), _MOST_FAILED))
     print(f"{len(jobs)} slides in {out or slides}" if len(jobs) > 1 else jobs[0].target)
@@ -217,6 +218,8 @@ def _encode(
     from longnet.training.device import autocast
     from longnet.training.files import write_atomically, write_bytes
 
+    if (channels := slide.embeddings.shape[1]) != model.in_dim:
+        raise ValueError(f"embeddings of {channels:,} channels: the weights take {model.in_dim:,}")
     device = model.cls_token.device
     x, coords = slide.embeddings[None].to(device), slide.coords[None].to(device)
     with torch.inference_mode(), autocast(device, getattr(torch, kind)):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longnet.compat.names import open_containers
-from longnet.gigapath.architectures import TILE_CHANNELS
+from longnet.gigapath.architectures import ARCHITECTURES, TILE_CHANNELS
 
 _log = logging.getLogger("longnet")
 
@@ -91,5 +93,42 @@ def load_tensors(path: Path) -> Any:
     except (OSError, MemoryError):
         raise
     except Exception as error:
-        # What they raise for bytes that are something else is of any type.
-        raise ValueError(f"{path} holds no tensors alone: {type(error).__name__}: {error}") from None
+        # What they raise for bytes that are something else is of any type; torch's advice of several lines is no help here.
+        held = re.search(r"Unsupported (?:global|class|operand)[^\n]*?([\w.]+) was not an allowed", str(error))
+        reason = str(error).strip().partition("\n")[0]
+        if held:
+            reason = f"it holds {held[1]}, which is no tensor"
+        elif isinstance(error, pickle.UnpicklingError):
+            reason = "it is damaged, or of another format"
+        raise ValueError(f"{path} holds no tensors alone: {type(error).__name__}: {reason}") from None
+
+
+@contextmanager
+def named(source: object) -> Iterator[None]:
+    """Errors of a checkpoint that is a file begin with its path."""
+    try:
+        yield
+    except ValueError as error:
+        if not isinstance(source, str | Path) or str(error).startswith(str(source)):
+            raise
+        raise ValueError(f"{source}: {error}") from None
+
+
+def check_architecture(encoder: Mapping[str, Tensor], arch: str) -> None:
+    """Refuses weights whose names and shapes are those of another published size.
+
+    Raises:
+        ValueError: such weights; the message names their architecture.
+    """
+    token = encoder.get("cls_token")
+    if not isinstance(token, Tensor):
+        return
+    numbers = [match[1] for name in encoder if (match := re.match(r"encoder\.layers\.(\d+)\.", name))]
+    size = (len(set(numbers)), token.shape[-1])
+    likely = next((name for name, published in ARCHITECTURES.items() if published == size), None)
+    if likely not in (None, arch):
+        layers, dim = ARCHITECTURES[arch]
+        raise ValueError(
+            f"weights of {size[0]} layers of {size[1]} channels: arch={arch!r} expects {layers} of {dim}; these are "
+            f"likely of arch={likely!r} (--arch)"
+        )

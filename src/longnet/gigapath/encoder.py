@@ -14,7 +14,7 @@ from longnet.compat.attention import TORCHSCALE
 from longnet.compat.names import load_theirs, module_names, to_theirs
 from longnet.gigapath.architectures import ARCHITECTURES, DILATION_RATES, HEADS, TILE_CHANNELS, segment_lengths
 from longnet.gigapath.batches import batched_slides, check_slides
-from longnet.gigapath.checkpoint import channels_of, read_checkpoint
+from longnet.gigapath.checkpoint import channels_of, check_architecture, named, read_checkpoint
 from longnet.gigapath.layer import RECOMPUTE, Recompute, SlideBlock, gives_first_row, is_separable
 from longnet.gigapath.passes import Encoder, Layers, Slide, embed, encode, last_layer
 from longnet.gigapath.positions import Check, axis_table
@@ -189,6 +189,8 @@ class SlideEncoder(Encoder):
             raise ValueError(f"arch={arch!r} is unknown: expected one of {tuple(ARCHITECTURES)}")
         layers, dim = ARCHITECTURES[arch]
         weights = read_checkpoint(path_or_state_dict).encoder
+        with named(path_or_state_dict):
+            check_architecture(weights, arch)
         model = cls(
             dim,
             layers,
@@ -205,7 +207,8 @@ class SlideEncoder(Encoder):
             cuda_graphs=cuda_graphs,
             device=device,
         )
-        model.load_upstream(weights)
+        with named(path_or_state_dict):
+            model.load_upstream(weights)
         return model.eval()
 
     def load_upstream(self, weights: Mapping[str, Tensor]) -> None:

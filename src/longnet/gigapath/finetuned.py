@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from longnet.gigapath.checkpoint import HEAD, read_checkpoint
+from longnet.gigapath.checkpoint import HEAD, named, read_checkpoint
 from longnet.gigapath.encoder import SlideEncoder
 from longnet.gigapath.heads import ClassificationHead
 from longnet.gigapath.losses import Setting
@@ -43,14 +43,15 @@ def from_finetuned(
     if sorted(checkpoint.head) != sorted(names):
         raise ValueError(f"the head has {sorted(checkpoint.head)}: expected {names}, what fine-tuning writes")
     weight, bias = (checkpoint.head[name] for name in names)
-    encoder = SlideEncoder.from_checkpoint(
-        checkpoint.encoder,
-        arch,
-        max_wsi_size=max_wsi_size,
-        tile_size=tile_size,
-        global_pool=global_pool,
-        device=device,
-    )
+    with named(path_or_state_dict):
+        encoder = SlideEncoder.from_checkpoint(
+            checkpoint.encoder,
+            arch,
+            max_wsi_size=max_wsi_size,
+            tile_size=tile_size,
+            global_pool=global_pool,
+            device=device,
+        )
     if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[1] != len(layers) * encoder.config.dim:
         raise ValueError(
             f"{names[0]} has shape {tuple(getattr(weight, 'shape', ()))} and layers={tuple(layers)}: expected "

@@ -20,6 +20,11 @@ def is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
+def counted(number: int, thing: str) -> str:
+    """A number of things in words: 1 slide, 2 slides."""
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+
+
 def listed(names: Sequence[str], most: int = 8) -> str:
     """The first few names in words."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

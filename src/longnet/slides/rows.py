@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+from longnet.slides.folders import counted
+
 
 def read_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     """The header, and of each row its line and its cells by column; blanks around names and cells are taken off.
@@ -24,7 +26,9 @@ def read_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
         raise ValueError(f"{path} has several columns {', '.join(map(repr, twice))}: expected each name once")
     for line, cells in lines[1:]:
         if len(cells) != len(header):
-            raise ValueError(f"{path}, line {line} has {len(cells)} cells: expected {len(header)}, as the header has")
+            raise ValueError(
+                f"{path}, line {line} has {counted(len(cells), 'cell')}: expected {len(header)}, as the header has"
+            )
     if len(lines) < 2:
         raise ValueError(f"{path} has no row: expected a header and a row for each slide")
     return header, [(line, dict(zip(header, cells, strict=True))) for line, cells in lines[1:]]

@@ -14,6 +14,7 @@ from longnet.figures.style import COLORS, FAINT, INK, legend, new_figure, quiet,
 from longnet.slides.finetune.metrics import METRICS, one_against_others
 from longnet.slides.finetune.models import ENCODER, TITLES
 from longnet.slides.finetune.outcome import Outcome
+from longnet.slides.folders import counted
 
 _COLORS = dict(zip(TITLES, (COLORS[0], COLORS[2], COLORS[3]), strict=True))
 # The value of a metric of predictions that know nothing.
@@ -190,7 +191,7 @@ def _survival(outcome: Outcome, axes: Axes) -> None:
     """Kaplan-Meier curves of the encoder's halves: patients above and below the median risk of their fold."""
     from lifelines import KaplanMeierFitter
 
-    counted = "patients" if outcome.cohort.has_patients else "slides"
+    thing = "patient" if outcome.cohort.has_patients else "slide"
     slides, high = risk_groups(outcome)
     for half, label, color in ((~high, "lower risk", COLORS[1]), (high, "higher risk", COLORS[3])):
         if not half.any():
@@ -199,7 +200,13 @@ def _survival(outcome: Outcome, axes: Axes) -> None:
         fitted = KaplanMeierFitter().fit(values[:, 0], values[:, 1])
         curve, bounds = fitted.survival_function_, fitted.confidence_interval_
         times = curve.index.to_numpy()
-        axes.step(times, curve.to_numpy()[:, 0], where="post", color=color, label=f"{label} ({half.sum()} {counted})")
+        axes.step(
+            times,
+            curve.to_numpy()[:, 0],
+            where="post",
+            color=color,
+            label=f"{label} ({counted(int(half.sum()), thing)})",
+        )
         low, top = bounds.to_numpy().T
         axes.fill_between(times, low, top, step="post", color=color, alpha=0.15, linewidth=0)
     axes.set_ylim(0, 1.02)

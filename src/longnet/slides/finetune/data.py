@@ -16,6 +16,7 @@ from longnet.slides.finetune.models import encode_frozen
 from longnet.slides.finetune.settings import FinetuneSettings
 from longnet.slides.finetune.table import Cohort
 from longnet.slides.finetune.workers import Workers
+from longnet.slides.folders import counted
 from longnet.training.device import autocast
 from longnet.training.files import write_bytes
 from longnet.training.progress import Reporter, task
@@ -49,7 +50,7 @@ class Tiles:
         count, channels = slide.embeddings.shape
         if count == 0 or channels != self.in_dim:
             raise ValueError(
-                f"{path} has {count} tiles of {channels} channels: expected at least one, of {self.in_dim} as in "
+                f"{path} has {counted(count, 'tile')} of {channels} channels: expected at least one, of {self.in_dim} as in "
                 f"{self._paths[0].name}"
             )
         # Slides of one folder may differ in their tile size: the encoder sees cells.
@@ -106,7 +107,7 @@ def read_outs(
     folder.mkdir(parents=True, exist_ok=True)
     if missing:
         share = workers.share(missing)
-        with task(reporter, f"Encoding {len(missing)} slides"):
+        with task(reporter, f"Encoding {counted(len(missing), 'slide')}"):
             for done, (number, own) in enumerate(share, 1):
                 with autocast(device, getattr(torch, settings.dtype)):
                     value = encode_frozen(head, *tiles[number])[0].float().cpu()

@@ -84,7 +84,9 @@ def make_encoder(settings: FinetuneSettings, in_dim: int) -> SlideEncoder:
         drop_path=settings.drop_path,
     )
     if encoder.in_dim != in_dim:
-        raise ValueError(f"the slides' tiles have {in_dim} channels: expected {encoder.in_dim}, as in the checkpoint")
+        raise ValueError(
+            f"{settings.checkpoint}: the weights take {encoder.in_dim} channels; the slides have embeddings of {in_dim} channels"
+        )
     return encoder
 
 

@@ -10,6 +10,7 @@ from longnet.slides.finetune.metrics import METRICS, Mean
 from longnet.slides.finetune.models import ENCODER, TITLES
 from longnet.slides.finetune.outcome import Outcome
 from longnet.slides.finetune.tasks import prediction_columns
+from longnet.slides.folders import counted
 from longnet.training.files import write_text
 from longnet.training.page import Page
 
@@ -19,11 +20,11 @@ _SHOWN_SLIDES = 200
 def write_report(outcome: Outcome, out: Path) -> None:
     """Draw ``metrics.png``, ``predictions.png`` and ``losses.png``, and write ``report.html`` into ``out``."""
     settings, cohort, main = outcome.settings, outcome.cohort, METRICS[outcome.settings.task][0]
-    events = f", {int(cohort.values[:, 1].sum())} events" if settings.task == "survival" else ""
+    events = f", {counted(int(cohort.values[:, 1].sum()), 'event')}" if settings.task == "survival" else ""
     page = Page(
         "Fine-tuning of a slide encoder",
-        f"{settings.task} of {', '.join(cohort.columns)}: {len(cohort.slides):,} slides of {len(set(cohort.patients)):,} "
-        f"patients{events}, {len(outcome.splits)} folds by patient",
+        f"{settings.task} of {', '.join(cohort.columns)}: {counted(len(cohort.slides), 'slide')} of "
+        f"{counted(len(set(cohort.patients)), 'patient')}{events}, {len(outcome.splits)} folds by patient",
     )
     page.cards(
         (_number(means[main].mean), f"{title_of(main)}, {TITLES[name]}") for name, means in outcome.means.items()

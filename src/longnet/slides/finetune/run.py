@@ -125,7 +125,9 @@ def _prepare(out: Path, settings: FinetuneSettings, cohort: Cohort, workers: Wor
 def _check_same(file: Path, record: dict[str, Any]) -> None:
     before = read_json(file)
     changed = [
-        f"{name} was {before.get(name)!r}, now {value!r}"
+        f"the {name.removesuffix('_digest')}'s contents changed"
+        if name.endswith("_digest")
+        else f"{name} was {before.get(name)!r}, now {value!r}"
         for name, value in record.items()
         if name not in FREE_TO_CHANGE and before.get(name) != value
     ]
@@ -162,7 +164,7 @@ def _all_results(
                 done.parent.mkdir(parents=True, exist_ok=True)
                 state = done.with_suffix(".state.safetensors")
                 fit = Fit(name, model, slides, learns, split, fold, settings, state, workers)
-                with task(tell, f"Fold {fold + 1} of {len(splits)}, {name}"):
+                with task(tell, f"Fold {fold} ({fold + 1} of {len(splits)}), {name}"):
                     fitted = fit.run(tell.advance, should_stop)
                 if workers.is_first:
                     write_bytes(done.with_suffix(".safetensors"), result_bytes(fitted.weights, {"model": name}))
@@ -194,10 +196,17 @@ def _encode(
 
 
 def _read_result(path: Path, task: str, cohort: Cohort, split: Split) -> FoldResult:
-    record = read_json(path)
-    predicted = np.array([record["predictions"][cohort.slides[n]] for n in split.test])
-    metrics = score(task, cohort.values[list(split.test)], predicted)
-    return FoldResult([Epoch(**one) for one in record["epochs"]], record["best"], predicted, metrics)
+    try:
+        record = read_json(path)
+        predicted = np.array([record["predictions"][cohort.slides[n]] for n in split.test])
+        epochs, best = [Epoch(**one) for one in record["epochs"]], int(record["best"])
+        metrics = score(task, cohort.values[list(split.test)], predicted)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {error}): remove the folder {path.parent}, and the same command trains "
+            "the fold again"
+        ) from None
+    return FoldResult(epochs, best, predicted, metrics)
 
 
 def _digest(path: Path) -> str:

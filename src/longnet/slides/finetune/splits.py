@@ -14,6 +14,7 @@ import numpy as np
 
 from longnet.slides.finetune.settings import FinetuneSettings
 from longnet.slides.finetune.table import Cohort
+from longnet.slides.folders import counted
 from longnet.training.files import write_text
 
 PARTS = ("train", "validation", "test")
@@ -62,7 +63,7 @@ def _parts(chosen: np.ndarray, groups: np.ndarray, kinds: np.ndarray, parts: int
     patients = len(set(groups[chosen]))
     if patients < parts:
         raise ValueError(
-            f"{patients} patients for {parts} parts: expected at least as many, or smaller folds and validation"
+            f"{counted(patients, 'patient')} for {parts} parts: expected at least as many, or smaller folds and validation"
         )
     kept = kinds[chosen]
     count = Counter(kept.tolist())
@@ -99,7 +100,7 @@ def rare_targets(task: str, cohort: Cohort, splits: Sequence[Split]) -> list[str
                 for parts in ([split.train for split in splits], [split.test for split in splits])
             )
             notes.append(
-                f"{name} has {patients} {'patient' if patients == 1 else 'patients'}, fewer than {len(splits)} folds: "
+                f"{name} has {counted(patients, 'patient')}, fewer than {len(splits)} folds: "
                 f"{untrained} of the folds do not train on it, {untested} do not test it"
             )
     return notes
