@@ -17,7 +17,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_slides import expected, slide, trident
 
-import longnet.slides
 from longnet.cli import entry
 from longnet.cli.slide_encode import slide_encode
 from longnet.gigapath import SlideEncoder
@@ -98,7 +97,7 @@ def test_the_tile_size_is_that_of_each_slide(
         drawn[title] = tile_size
         path.write_bytes(b"")
 
-    monkeypatch.setattr(longnet.slides, "heatmap", draw)
+    monkeypatch.setattr(sys.modules["longnet.slides.heatmap"], "heatmap", draw)
     folder = tmp_path / "slides"
     trident(folder / "x20.h5", 256, 1)
     trident(folder / "x40.h5", np.int64(512), 2)
