@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 
 WAITS = """
 import os, signal, sys, threading
@@ -37,6 +38,16 @@ with join_ranks(1, "cpu") as (ranks, device):
     print("ended well")
 """
 
+ORPHANS = """
+import os, signal, threading
+from longnet.training.ranks import join_ranks
+with join_ranks(1, "cpu") as (ranks, device):
+    ranks.wait()
+    if os.environ["RANK"] == "0":
+        os.kill(os.getppid(), signal.SIGKILL)
+    threading.Event().wait()
+"""
+
 
 def run(tmp_path, script, processes, python):
     path = tmp_path / "script.py"
@@ -67,3 +78,10 @@ def test_a_process_that_was_not_asked_to_stop_is_not_lost(tmp_path, forked):
     found = run(tmp_path, BUSY, 2, forked)
     assert found.returncode == 0, found.stderr
     assert found.stdout.count("ended well") == 2 and "gone" not in found.stderr
+
+
+def test_processes_without_torchrun_say_so_once_and_end(tmp_path):
+    found = run(tmp_path, ORPHANS, 2, [sys.executable])
+    assert found.returncode == -9
+    assert found.stderr.count("longnet: error: torchrun is gone: training stopped. --resume") == 1, found.stderr
+    assert "Traceback" not in found.stderr, found.stderr
