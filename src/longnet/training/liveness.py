@@ -70,25 +70,27 @@ class Liveness:
 
     def lost(self) -> LostProcess | SystemExit | None:
         """Check that all are alive; if one is gone, return what to raise: a message on one process, a silent exit on others."""
-        try:
-            return self._lost()
-        except dist.DistError:
-            # The store is torchrun's.
-            self.is_lost = True
-            return LostProcess(f"torchrun is gone: {_STOPPED}") if self._rank == 0 else SystemExit(1)
-
-    def _lost(self) -> LostProcess | SystemExit | None:
         with self._lock:
             if self.is_lost:
                 return SystemExit(1)
-            check = self._store.add("longnet/calls", 1)
-            time.sleep(_ANSWER_SECONDS)
-            present = [rank for rank in range(self._world) if self._store.check([f"longnet/here/{check}/{rank}"])]
-            left = [rank for rank in range(self._world) if self._store.check([f"longnet/left/{rank}"])]
-            lost = sorted({*range(self._world)} - {*present, *left, self._rank})
-            if not lost:
-                return None
-            self.is_lost = True
+            try:
+                return self._find_lost()
+            except dist.DistError:
+                # The store is torchrun's, of the first machine. One process of each machine says so.
+                self.is_lost = True
+                is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+                return LostProcess(f"torchrun is gone: {_STOPPED}") if is_first else SystemExit(1)
+
+    def _find_lost(self) -> LostProcess | SystemExit | None:
+        """A check of all processes; the caller holds the lock."""
+        check = self._store.add("longnet/calls", 1)
+        time.sleep(_ANSWER_SECONDS)
+        present = [rank for rank in range(self._world) if self._store.check([f"longnet/here/{check}/{rank}"])]
+        left = [rank for rank in range(self._world) if self._store.check([f"longnet/left/{rank}"])]
+        lost = sorted({*range(self._world)} - {*present, *left, self._rank})
+        if not lost:
+            return None
+        self.is_lost = True
         if self._rank != min(self._rank, *present):
             return SystemExit(1)
         names = ", ".join(map(str, lost))
