@@ -201,7 +201,7 @@ class Fit:
         return math.fsum(merged.values()) / len(merged)
 
     def _factor(self, epochs: float) -> float:
-        """Of the peak rate after so many epochs: linear warm-up, then a cosine."""
+        """The learning rate after ``epochs`` epochs, as a share of its peak: a linear warm-up, then a cosine."""
         warmup, whole_run = self._settings.warmup, self._settings.epochs
         rising = min(1.0, epochs / warmup) if warmup else 1.0
         return rising * decay("cosine", (epochs - warmup) / max(whole_run - warmup, 1e-9), _FLOOR)

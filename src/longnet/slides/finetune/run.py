@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -116,9 +116,7 @@ def _prepare(out: Path, settings: FinetuneSettings, cohort: Cohort, workers: Wor
                 write_json(file, record)
         except ValueError as refusal:
             error = refusal
-    error = workers.first_of(error)
-    if error is not None:
-        raise error
+    workers.agree(error)
     return workers.first_of(splits if workers.is_first else None)
 
 
@@ -216,5 +214,13 @@ def _digest(path: Path) -> str:
 
 @contextmanager
 def _locked_by_first(out: Path, workers: Workers) -> Iterator[None]:
-    with locked(out) if workers.is_first else nullcontext():
+    """The first process holds the lock on the folder for all; if it cannot, all of them raise."""
+    with ExitStack() as stack:
+        error: Exception | None = None
+        if workers.is_first:
+            try:
+                stack.enter_context(locked(out))
+            except (ValueError, OSError) as refusal:
+                error = refusal
+        workers.agree(error)
         yield

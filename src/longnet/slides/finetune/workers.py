@@ -55,6 +55,11 @@ class Workers:
         """The value of the first process, on all of them."""
         return self.merge({self._rank: value})[0]
 
+    def agree(self, error: Exception | None) -> None:
+        """Raise the ``error`` of the first process on all of them, if it has one."""
+        if (first := self.first_of(error)) is not None:
+            raise first
+
     def any_of(self, value: bool) -> bool:
         """Whether the value of any process is true."""
         return any(self.merge({self._rank: value}).values())
