@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Iterable
 from dataclasses import MISSING, field, fields
 from typing import Any, TypeVar
 
@@ -118,3 +119,9 @@ def check_settings(settings: Any) -> None:
             check_number(name, value, least, bounds.get("most", math.inf), above="above" in bounds)
         elif choices and value not in choices:
             raise ValueError(f"{name}={value!r} is unknown: expected one of {choices}")
+
+
+def refuse_unknown(values: Iterable[str], names: tuple[str, ...], what: str) -> None:
+    """Raise ValueError for names in ``values`` that are not among ``names``, the fields of ``what``."""
+    if unknown := [name for name in values if name not in names]:
+        raise ValueError(f"{', '.join(map(repr, unknown))} is no field of {what}: expected one of {names}")

@@ -363,7 +363,7 @@ def test_a_config_that_does_not_fit_its_context_or_tokenizer_is_refused(make: Ma
         train(settings.replace(model=settings.model.replace(tokenizer_size=None)))
     with pytest.raises(ValueError, match="tokenizer_size=300, and the 'llama' model has an embedding of 260 rows"):
         read_transformer(folders["llama"], 32, tokenizer_size=300)
-    with pytest.raises(ValueError, match="'colour' is no field of a transformer's attention"):
+    with pytest.raises(ValueError, match="'colour' is no field of TransformerConfig: expected one of"):
         read_transformer(folders["llama"], 32, colour=1)
     assert not Path(settings.out).exists()
 

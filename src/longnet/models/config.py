@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from longnet.checks import check_settings
+from longnet.checks import check_settings, refuse_unknown
 from longnet.geometry import HeadNumbers, HeadOffsets, Pattern
 from longnet.geometry.reach import LayerAttention
 from longnet.models.layer_types import DILATED_TYPES, FAR_TYPES, expand_layer_types, pattern_of
@@ -255,12 +255,12 @@ class LongNetConfig:
         Raises:
             ValueError: a key that is not a field, naming it.
         """
-        _refuse_unknown(values)
+        refuse_unknown(values, _FIELDS, "LongNetConfig")
         return cls(**values)
 
     def replace(self, **changes: Any) -> LongNetConfig:
         """A copy with some fields changed, checked again as a whole; an unknown field is a ValueError."""
-        _refuse_unknown(changes)
+        refuse_unknown(changes, _FIELDS, "LongNetConfig")
         return dataclasses.replace(self, **changes)
 
 
@@ -275,12 +275,6 @@ _OF_LAYER_TYPES: Mapping[str, Any] = {
 
 def _lists(value: Any) -> Any:
     return [_lists(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _refuse_unknown(values: Mapping[str, Any]) -> None:
-    unknown = [name for name in values if name not in _FIELDS]
-    if unknown:
-        raise ValueError(f"{', '.join(map(repr, unknown))} is no field of LongNetConfig: expected one of {_FIELDS}")
 
 
 _PRESETS: Mapping[str, LongNetConfig] = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
-from longnet.checks import check_settings
+from longnet.checks import check_settings, refuse_unknown
 from longnet.geometry.pattern import HeadOffsets, Pattern
 from longnet.geometry.reach import LayerAttention
 
@@ -17,7 +17,7 @@ from longnet.geometry.reach import LayerAttention
 class TransformerConfig:
     """A decoder of Hugging Face whose layers attend as :func:`longnet.hf.apply` lets them. Immutable.
 
-    Make it with :func:`longnet.training.transformer_folder.open_transformer`. All fields but the first two say what the layers
+    Make it with :func:`longnet.training.read_transformer`. All fields but the first two say what the layers
     compute, and may change without a change of the parameters.
 
     Attributes:
@@ -165,18 +165,13 @@ class TransformerConfig:
         Raises:
             ValueError: a key that is not a field, naming it.
         """
-        _refuse_unknown(values)
+        refuse_unknown(values, _FIELDS, "TransformerConfig")
         return cls(**values)
 
     def replace(self, **changes: Any) -> TransformerConfig:
         """A copy with some fields changed, checked again as a whole; an unknown field is a ValueError."""
-        _refuse_unknown(changes)
+        refuse_unknown(changes, _FIELDS, "TransformerConfig")
         return dataclasses.replace(self, **changes)
 
 
-def _refuse_unknown(values: Mapping[str, Any]) -> None:
-    names = tuple(field.name for field in fields(TransformerConfig))
-    if unknown := [name for name in values if name not in names]:
-        raise ValueError(
-            f"{', '.join(map(repr, unknown))} is no field of a transformer's attention: expected one of {names[2:]}"
-        )
+_FIELDS: tuple[str, ...] = tuple(field.name for field in fields(TransformerConfig))
