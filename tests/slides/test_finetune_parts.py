@@ -194,7 +194,7 @@ def synthetic(task: str, patients: int, seed: int = 0) -> Cohort:
 
 @pytest.mark.parametrize("task", ["classification", "multi-label", "regression", "survival"])
 @pytest.mark.parametrize("folds", [2, 5])
-def test_nobody_is_in_two_parts_and_everybody_is_tested_once(tmp_path: Path, task: str, folds: int) -> None:
+def test_no_patient_is_in_two_parts_and_each_slide_is_tested_once(tmp_path: Path, task: str, folds: int) -> None:
     cohort = synthetic(task, 40)
     settings = settings_of(tmp_path, tmp_path, task=task, folds=folds, validation=0.2)
     splits = make_splits(cohort, settings)

@@ -143,7 +143,7 @@ class _Products(TorchDispatchMode):
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16"])
 def test_muon_multiplies_no_bfloat16_on_a_cpu(make_settings: Make, weights: str) -> None:
-    """Without instructions for it, a product takes fifty times as long."""
+    """A CPU without instructions for it takes far longer than for float32."""
     settings = _settings(make_settings, weights=weights, dtype=weights)
     model = _model(settings, dtype=getattr(torch, weights))
     optimizer = make_optimizer(model, settings)

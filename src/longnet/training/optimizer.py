@@ -96,7 +96,7 @@ class _Together(torch.optim.Optimizer):
 
 
 class _InFloat32(TorchFunctionMode):
-    """torch's Muon multiplies bfloat16 matrices; on a CPU without instructions for them float32 takes a fiftieth of the time."""
+    """torch's Muon multiplies bfloat16 matrices; a CPU without instructions for them multiplies float32 much faster."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.bfloat16 and args[0].device.type == "cpu":

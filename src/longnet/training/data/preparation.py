@@ -114,8 +114,8 @@ class Preparation:
         write_json(self.unfinished, self.done)
 
     def _cut(self, batch: list[Piece]) -> list[bytes]:
-        """What is encoded of each piece: what is left of the one before, and all or, within a document, all to a place at which a
-        cut changes no token."""
+        """The text to encode with each piece. A piece that does not end its document is cut where a cut changes no token; the
+        next piece begins with the rest."""
         texts, rest = [], bytes.fromhex(self.done["rest"])
         for piece in batch:
             if isinstance(piece.content, bytes):
