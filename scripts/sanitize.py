@@ -23,9 +23,11 @@ import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from longnet import LongNetConfig, LongNetLM, dilated_attention
 from longnet.attention.backends.triton import backend as triton_flash
 from longnet.attention.functional import pattern_attention
 from longnet.geometry import Pattern
@@ -37,6 +39,72 @@ PATTERNS = {
     # Large enough for the kernels of Hopper GPUs, where there is one.
     "large nest": Pattern.parse((512, 1024), (1, 2)),
 }
+# Windows, strides and other grids.
+BANDS: dict[str, dict[str, Any]] = {
+    "window": {"segment_lengths": (), "dilation_rates": (), "window": 130},
+    "stride": {"segment_lengths": (None,), "dilation_rates": (4,), "window": 96, "dilated_queries": False},
+    "stride of blocks": {
+        "segment_lengths": (None,), "dilation_rates": (2,), "window": 64, "dilated_queries": False, "dilation_block": 32,
+    },
+    "nest and window": {"segment_lengths": (512, 1024), "dilation_rates": (1, 2), "window": 200},
+    "another grid": {"segment_lengths": (512, 1024), "dilation_rates": (1, 2), "segment_offset": 345},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Bands:
+    """A call with a window, a stride or a grid of its own, forward and backward."""
+
+    kind: str
+    dtype: torch.dtype
+    head_dim: int
+    padding: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {str(self.dtype).removeprefix('torch.')} D={self.head_dim} padding: {self.padding}"
+
+    def run(self) -> None:
+        """Raises: AssertionError when a result is not finite."""
+        batch, length = 2, 1062
+        shapes = [(batch, length, heads, self.head_dim) for heads in (4, 2, 2)]
+        q, k, v = (torch.randn(s, device="cuda", dtype=self.dtype).transpose(1, 2).requires_grad_() for s in shapes)
+        mask = torch.zeros(batch, length, dtype=torch.bool, device="cuda")
+        if self.padding == "scattered":
+            mask = torch.rand(batch, length, device="cuda") < 0.1
+        mask[1, {"left": slice(600), "right": slice(700, None)}.get(self.padding, slice(0))] = True
+        out = dilated_attention(
+            q, k, v, **BANDS[self.kind], is_causal=True, key_padding_mask=None if self.padding == "none" else mask,
+            backend="triton",
+        )  # fmt: skip
+        grads = torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
+        assert all(x.isfinite().all() for x in (out, *grads)), f"{self.name}: a result is not finite"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A training step and a stream of a language model: norms, projections, rotation and the kernels of single tokens."""
+
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return f"model {str(self.dtype).removeprefix('torch.')}"
+
+    def run(self) -> None:
+        """Raises: AssertionError when a result is not finite."""
+        config = LongNetConfig(
+            layers=3, dim=256, heads=4, kv_heads=2, vocab_size=97, sliding_window=40, stride=4, shift_keys=True,
+            layer_types=("sliding_attention", "strided_attention", "full_attention"),
+        )  # fmt: skip
+        model = LongNetLM(config).cuda()
+        tokens = torch.randint(97, (2, 301), device="cuda")
+        with torch.autocast("cuda", self.dtype, enabled=self.dtype != torch.float32):
+            loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        results = [loss, *(x.grad for x in model.parameters() if x.grad is not None)]
+        assert all(x.isfinite().all() for x in results), f"{self.name}: a result is not finite"
+        model.to(self.dtype).eval().generate(tokens[:, :50], 5, temperature=0)
 
 
 @dataclass(frozen=True)
@@ -77,7 +145,7 @@ class Case:
         assert all(x.isfinite().all() for x in (out, *grads)), f"{self.name}: a result is not finite"
 
 
-def cases() -> Iterator[Case]:
+def cases() -> Iterator[Case | Bands | Model]:
     """All features on small shapes, then the dtypes and head dimensions that kernels are cut for."""
     switch = (False, True)
     for is_causal, padded, biased in itertools.product(switch, switch, switch):
@@ -87,6 +155,14 @@ def cases() -> Iterator[Case]:
         yield Case("nest", dtype, head_dim, is_causal=True, biased=True)
     for head_dim, is_causal in itertools.product((64, 128), (False, True)):
         yield Case("large nest", torch.bfloat16, head_dim, is_causal, group=head_dim // 64)
+    for kind, (dtype, head_dim), padding in itertools.product(
+        BANDS,
+        ((torch.bfloat16, 64), (torch.float16, 128), (torch.float32, 48)),
+        ("none", "left", "right", "scattered"),
+    ):
+        yield Bands(kind, dtype, head_dim, padding)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield Model(dtype)
 
 
 def main() -> None:
