@@ -13,7 +13,7 @@ from statistics import fmean, median
 from typing import Any
 
 from benchmarks import verdicts
-from benchmarks.cases import Record
+from benchmarks.cases import PASSES, Record
 from benchmarks.timing import quartiles
 from benchmarks.verdicts import Verdict, factor, on_gpu, records
 
@@ -538,17 +538,35 @@ def _compressed(result: Record) -> list[Table]:
 
 def _scaling(result: Record) -> list[Table]:
     rows = []
-    for name, which in (("", "forward_backward"), (", forward", "forward")):
-        alone, together = (median(result["seconds"][f"{one}{name}"]) for one in ("alone", "together"))
-        limit = None if name else result["limit"]
-        verdict = None if limit is None else Verdict("ratio", together / alone, limit)
-        times = {"pass": which, "alone": alone, "together": together, "ratio": together / alone}
-        rows.append(times | _judged(verdict))
+    for one in result["patterns"]:
+        for name, which in (("", "forward_backward"), (", forward", "forward")):
+            alone, together = (median(one["seconds"][f"{what}{name}"]) for what in ("alone", "together"))
+            limit = result["limit"] if one["even"] and not name else None
+            verdict = None if limit is None else Verdict("ratio", together / alone, limit)
+            times = {"pass": which, "alone": alone, "together": together, "ratio": together / alone}
+            rows.append(one | times | {"most": max(one["bytes_sent"]) / 2**20} | _judged(verdict))
     columns = {
-        "pass": "{pass}", "one device ms": "{alone:.2f ms}", f"{result['ranks']} devices ms": "{together:.2f ms}",
-        "ratio": "{ratio:.3f}", **_JUDGED,
+        "pattern": "{pattern}", "tokens a device": "{shard:,}", "pass": "{pass}", "one device ms": "{alone:.2f ms}",
+        f"{result['ranks']} devices ms": "{together:.2f ms}", "ratio": "{ratio:.3f}", "pairs of the busiest": "{pairs:.2f}",
+        "most sent MiB": "{most:,.1f}", **_JUDGED,
     }  # fmt: skip
-    return [table("Scaling", columns, rows, f"Largest errors against one device: {_errors(result['errors'], '.1e')}.")]
+    worst = {name: max(one["errors"][name] for one in result["patterns"]) for name in result["patterns"][0]["errors"]}
+    return [table("Scaling", columns, rows, f"Largest errors against one device: {_errors(worst, '.1e')}.")]
+
+
+def _encoders(result: Record) -> list[Table]:
+    rows = [
+        one[which]["seconds"]
+        | {"encoder": one["encoder"], "tokens": one["case"]["length"], "pass": which}
+        | {"pairs": one["pairs"], "value": one[which]["over_pairs"]}
+        for one in result["rows"]
+        for which in PASSES
+    ]  # fmt: skip
+    columns = {
+        "encoder": "{encoder}", "tokens": "{tokens:,}", "pass": "{pass}", "longnet ms": "{ours:.3f ms}",
+        "dense ms": "{dense:.3f ms}", "pairs of dense": "{pairs:.3f}", "time over pairs": "{value:.2f}",
+    }  # fmt: skip
+    return [table("Encoders", columns, rows)]
 
 
 def _hf(result: Record) -> list[Table]:
@@ -670,6 +688,7 @@ def _waiting(result: Record) -> list[Table]:
 
 _KINDS: dict[str, Callable[[Record], list[Table]]] = {
     "stream record": _long_stream, "gigapath": _slide_encoder, "compress": _compressed, "scaling": _scaling, "hf": _hf,
+    "encoders": _encoders,
     "longest training": _longest_training, "windows": _windows, "decoding": _decoding,
     "waiting": _waiting,
 }  # fmt: skip
