@@ -91,7 +91,7 @@ def test_the_command_writes_and_checks(monkeypatch, tmp_path):
         ("gigapath-gpu-2026-11-26", "Slide encoder"),
         ("hf-cpu-2026-11-25", "Hugging Face"),
         ("longest-training-1-2026-11-25", "Longest training"),
-        ("scaling-2026-11-25", "Scaling"),
+        ("scaling-gpu-2026-11-30", "Scaling"),
     ],
 )
 def test_results_of_one_suite_can_be_shown_and_marked(name, title):
