@@ -15,7 +15,8 @@ from longnet.attention.operators import register_attention
 from longnet.attention.sharding.attend import Shard
 from longnet.attention.sharding.group import Peers, Terms, agree
 from longnet.attention.sharding.plan import Place
-from longnet.attention.sharding.ranges import RangeShard, channels, rows_exchanged
+from longnet.attention.sharding.range_plan import rows_exchanged
+from longnet.attention.sharding.ranges import RangeShard, channels
 from longnet.geometry.pattern import LONGEST_SEGMENT
 from longnet.geometry.shards import Shards
 from longnet.runtime.torch_internals import process_group

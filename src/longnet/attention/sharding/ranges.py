@@ -1,16 +1,16 @@
 """A rank's shard of attention beyond the paper: windows, all queries, blocks, segments without end, other grids.
 
-The shard's own part is an ordinary call: a shard that starts at ``p`` is a sequence on a grid that is offset by ``p``. Keys of
-other ranks are received, each once for every key/value head and head offset, and a query reads a range of them. As in
+The shard's own part is an ordinary call: a shard that starts at ``p`` is a sequence on a grid that is offset by ``p``. What of
+other ranks its queries read is planned in :mod:`longnet.attention.sharding.range_plan`. As in
 :mod:`longnet.attention.sharding.attend` all parts are mixed into one softmax.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,112 +20,17 @@ from longnet.attention import merge
 from longnet.attention.backends import Backend
 from longnet.attention.call import AttentionInputs, Gradients, SavedForward, lse_dtype
 from longnet.attention.chunked import Rows
-from longnet.attention.key_ranges import KeyRanges, index_of, ranges_between
+from longnet.attention.key_ranges import KeyRanges, index_of
 from longnet.attention.sharding.attend import rows_backward
 from longnet.attention.sharding.exchange import send
 from longnet.attention.sharding.plan import Place
-from longnet.geometry.shards import KeyPart, SharedKeys, shared_keys
-from longnet.runtime.cache import tensor_cache
-
-# Tokens between a query and a key.
-_LONGEST_CACHED = 1 << 14
-
-
-class Keys(NamedTuple):
-    """Keys that travel from one rank to another: (b,) rising positions of each key/value head."""
-
-    part: KeyPart
-    positions: Tensor
-
-
-@dataclass(frozen=True)
-class RangePlan:
-    """What a rank sends and receives for one sequence, and what its queries read of it. On the CPU.
-
-    Args:
-        sent, received: to and from every rank.
-        read: received keys of one part, those of all ranks in order.
-    """
-
-    sent: tuple[tuple[Keys, ...], ...]
-    received: tuple[tuple[Keys, ...], ...]
-    read: tuple[tuple[KeyPart, KeyRanges], ...]
-
-
-def rows_exchanged(place: Place, batches: dict[int, int], sent: bool) -> tuple[int, ...]:
-    """Rows of keys, and as many of values, to or from every rank.
-
-    Args:
-        place: of one sequence.
-        batches: how many sequences have each offset of the grid.
-    """
-
-    def count(other: int) -> int:
-        pair = (place.rank, other) if sent else (other, place.rank)
-        return sum(
-            batch * one.rows
-            for value, batch in batches.items()
-            for one in _shared(replace(place, segment_offset=value), *pair)
-        )
-
-    return tuple(map(count, range(len(place.shards.lengths))))
+from longnet.attention.sharding.range_plan import Keys, RangePlan, range_plan, rows_exchanged
+from longnet.geometry.shards import KeyPart
 
 
 def channels(inputs: AttentionInputs) -> int:
     """Of a row that travels: a key, a value, and with a mask 1 for padding."""
     return 2 * inputs.query.shape[-1] + (inputs.mask is not None)
-
-
-def range_plan(place: Place) -> RangePlan:
-    """The plan of a place; cached, except where it can be long."""
-    make = _cached_plan if place.pattern.span(place.shards.total) <= _LONGEST_CACHED else _make_plan
-    return make(place)
-
-
-def _make_plan(place: Place) -> RangePlan:
-    with torch.inference_mode(False):
-        ranks = range(len(place.shards.lengths))
-        sent, received = (
-            tuple(tuple(_keys(one, place) for one in _shared(place, *pair)) for pair in pairs)
-            for pairs in (((place.rank, other) for other in ranks), ((other, place.rank) for other in ranks))
-        )
-        pieces: dict[KeyPart, list[Tensor]] = {}
-        for part, positions in (one for keys in received for one in keys):
-            pieces.setdefault(part, []).append(positions)
-        return RangePlan(sent, received, tuple((part, _read(place, part, torch.cat(p))) for part, p in pieces.items()))
-
-
-_cached_plan = tensor_cache(64)(_make_plan)
-
-
-def _shared(place: Place, owner: int, receiver: int) -> tuple[SharedKeys, ...]:
-    return shared_keys(
-        place.pattern, place.heads, place.kv_heads, place.shards, owner, receiver, place.is_causal, place.segment_offset
-    )
-
-
-def _keys(shared: SharedKeys, place: Place) -> Keys:
-    return Keys(shared.part, _chosen(shared.part, torch.arange(shared.first, shared.stop, device="cpu"), place))
-
-
-def _chosen(part: KeyPart, positions: Tensor, place: Place) -> Tensor:
-    """Those of the positions that the part's heads select."""
-    if part.branch is None:
-        return positions
-    return positions[part.branch.selects(positions + part.origin(place.segment_offset), part.offset)]
-
-
-def _read(place: Place, part: KeyPart, keys: Tensor) -> KeyRanges:
-    start, end = place.shards.span(place.rank)
-    pattern, branch, origin = place.pattern, part.branch, part.origin(place.segment_offset)
-    # The queries that read the token before the shard, and those that read the token after it.
-    low = min(end, max(start, pattern.read_span(branch, start - 1, False, origin)[1]))
-    high = end if place.is_causal else min(end, max(low, pattern.read_span(branch, end, False, origin)[0]))
-    queries = torch.cat((torch.arange(start, low, device="cpu"), torch.arange(high, end, device="cpu")))
-    if pattern.dilated_queries:
-        queries = _chosen(part, queries, place)
-    heads = torch.tensor(part.heads, device="cpu")
-    return ranges_between(pattern, branch, heads, queries, keys, place.is_causal, origin)
 
 
 @dataclass(frozen=True)
@@ -153,6 +58,11 @@ class _Grid:
     def index(self, heads: Sequence[int] | Tensor, positions: Tensor) -> tuple[slice, Any, Any]:
         """The index of heads and positions in the shard's tensors."""
         return index_of(torch.as_tensor(heads, device="cpu"), positions - self.start, self.inputs.query.device)
+
+    def among(self, chosen: Tensor, heads: Sequence[int] | Tensor, positions: Tensor) -> tuple[slice, Any, Any]:
+        """As :meth:`index`, in tensors that hold the ``chosen`` positions alone."""
+        places = torch.searchsorted(chosen, positions)
+        return index_of(torch.as_tensor(heads, device="cpu"), places, self.inputs.query.device)
 
     def call(self, part: KeyPart, ranges: KeyRanges, remote: Tensor) -> Rows:
         """The shard's queries and received keys (B, kv_heads, b, channels)."""
@@ -234,23 +144,35 @@ class RangeShard:
         transfer = send(self._packed(), self.sent, self.received, self.group)
         results = [self.backend.run(grid.own) for grid in self.grids]
         received = transfer.wait()
-        out, lse = self.inputs.empty_outputs()
         for grid, views, (own_out, own_lse) in zip(self.grids, self._views(received, False), results, strict=True):
-            mixed, mixed_lse, remote = own_out.to(own_lse.dtype), own_lse, _by_part(views)
+            # Few rows read what was received: the others stay as they are.
+            chosen, remote = grid.plan.queries, _by_part(views)
+            touched = grid.index(range(own_out.shape[1]), chosen)
+            mixed, mixed_lse = own_out[touched].to(own_lse.dtype), own_lse[touched]
             for part, ranges in grid.plan.read:
-                index = grid.index(ranges.heads, ranges.queries)
+                index = grid.among(chosen, ranges.heads, ranges.queries)
                 found, found_lse = grid.call(part, ranges, torch.cat(remote[part], 2)).forward()
                 rows, rows_lse = mixed[index], mixed_lse[index]
                 merge.merge_(rows, rows_lse, found.view(rows.shape), found_lse.view(rows_lse.shape))
                 mixed[index], mixed_lse[index] = rows, rows_lse
-            out[grid.rows], lse[grid.rows] = mixed.to(out.dtype), mixed_lse
-        return out, lse, received
+            own_out[touched], own_lse[touched] = mixed.to(own_out.dtype), mixed_lse
+        return *self._joined(results, self.inputs.empty_outputs), received
+
+    def _joined(self, results: Sequence[tuple[Tensor, ...]], empty: Callable[[], tuple[Tensor, ...]]) -> Any:
+        """Tensors (B, ...) from those of every grid."""
+        if len(self.grids) == 1:
+            return results[0]
+        whole = empty()
+        for grid, parts in zip(self.grids, results, strict=True):
+            for target, rows in zip(whole, parts, strict=False):
+                target[grid.rows] = rows
+        return whole
 
     def backward(self, saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None, received: Tensor) -> Gradients:
         """Gradients of the inputs; of a bias this rank's share."""
         kind, dim = saved.lse.dtype, grad_out.shape[-1]
-        grads = self.inputs.empty_gradients()
-        grad_bias = torch.zeros_like(grads.bias, dtype=kind)
+        bias = saved.inputs.bias
+        grad_bias = grad_out.new_zeros(0 if bias is None else bias.shape, dtype=kind)
 
         def rows_of(grid: _Grid) -> tuple[SavedForward, Tensor, Tensor | None]:
             out, lse, grad = (x[grid.rows] for x in (saved.out, saved.lse, grad_out))
@@ -267,7 +189,7 @@ class RangeShard:
                 index = grid.index(ranges.heads, ranges.queries)
                 call = grid.call(part, ranges, torch.cat(remote[part], 2))
                 grad_q, grad_kv, by_distance = rows_backward(call, index, forward, grad, of_lse, part.share)
-                of_queries.append((index, grad_q))
+                of_queries.append((grid.among(grid.plan.queries, ranges.heads, ranges.queries), grad_q))
                 sizes = [rows.shape[2] for rows in places[part]]
                 for rows, own in zip(places[part], grad_kv.split(sizes, 2), strict=True):
                     rows.copy_(own)
@@ -275,23 +197,28 @@ class RangeShard:
                     grad_bias[ranges.heads.to(grad_bias.device)] += by_distance
         transfer = send(returned.to(grad_out.dtype), self.received, self.sent, self.group)
 
-        totals = []
+        results = []
         for grid, of_queries in zip(self.grids, query_grads, strict=True):
             *own, own_bias = self.backend.run_backward(*rows_of(grid))
-            totals.append([x.to(kind) for x in own])
+            results.append(tuple(own))
             grad_bias += own_bias
+            touched = grid.index(range(own[0].shape[1]), grid.plan.queries)
+            total = own[0][touched].to(kind)
             for index, grad_q in of_queries:
                 # The queries of a part are all different.
-                totals[-1][0][index] += grad_q
-        for grid, total, views in zip(self.grids, totals, self._views(transfer.wait(), True), strict=True):
+                total[index] += grad_q
+            own[0][touched] = total.to(own[0].dtype)
+        for grid, grads, views in zip(self.grids, results, self._views(transfer.wait(), True), strict=True):
+            touched = grid.index(range(grads[1].shape[1]), grid.plan.keys)
+            totals = [grad[touched].to(kind) for grad in grads[1:]]
             for keys, rows in views:
-                index = grid.index(keys.part.kv_heads, keys.positions)
-                for target, half in zip(total[1:], rows.to(kind).split(dim, -1), strict=True):
-                    target[index] += half
-            for grad, found in zip(grads[:3], total, strict=True):
-                grad[grid.rows] = found.to(grad.dtype)
-        grads.bias.copy_(grad_bias)
-        return grads
+                index = grid.among(grid.plan.keys, keys.part.kv_heads, keys.positions)
+                for total, half in zip(totals, rows.to(kind).split(dim, -1), strict=True):
+                    total[index] += half
+            for grad, total in zip(grads[1:], totals, strict=True):
+                grad[touched] = total.to(grad.dtype)
+        grad_q, grad_k, grad_v, *_ = self._joined(results, self.inputs.empty_gradients)
+        return Gradients(grad_q, grad_k, grad_v, grad_bias if bias is None else grad_bias.to(bias.dtype))
 
 
 def _by_part(views: list[tuple[Keys, Tensor]]) -> dict[KeyPart, list[Tensor]]:
