@@ -152,8 +152,9 @@ def join_ranks(cp: int, device: str) -> Iterator[tuple[Ranks, str]]:
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if cp < 1 or world % cp:
-        started = "start with torchrun --nproc-per-node" if world == 1 else "expected a divisor of their number"
-        raise ValueError(f"cp={cp} with {world} process(es): {started}")
+        alone = f"expected 1 (to resume, --resume --cp 1), or start with torchrun --nproc-per-node {max(cp, 1)}"
+        expected = alone if world == 1 else "expected a divisor of their number"
+        raise ValueError(f"cp={cp} with {world} process(es): {expected}")
     if world == 1:
         yield Ranks(), device
         return
