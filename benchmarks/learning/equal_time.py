@@ -1,0 +1,234 @@
+"""Stacks of layers that learn for the same time on one device, with longnet's kernels and the step of ``longnet train``.
+
+    python -m benchmarks.learning.equal_time --out results --context 32768 --minutes 4
+    python -m benchmarks.learning.equal_time --out results --context 32768 --minutes 4 --convert results/runs/dense-0 --share 0.05
+
+A stack's steps are first timed, a few after the compiler is done: as many as fit into the minutes are the run, whose schedule
+of learning rates they end. So a run that was stopped goes on exactly where it was, and compiling costs nothing. ``--convert``
+begins with the weights of a run, for a share of its tokens. A result is one JSON, beside a folder of runs; what is there is not
+made again. ``--read`` scores the models at other lengths than they were trained at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.learning import probes
+from benchmarks.learning.__main__ import _count, _environment, _existing, _minutes, _seeds
+from benchmarks.learning.data import Text, read_text, windows
+from longnet import LongNetConfig, LongNetLM
+from longnet.geometry import score_pairs
+from longnet.training import Corpus, TrainSettings, load_model, train
+
+FAR = {"shift_keys": True, "far_positions": False}
+# Steps that are timed, and those before them that compile.
+TIMED, BEFORE = 10, 3
+
+
+def types(layers: int, far: Mapping[int, str]) -> dict[str, Any]:
+    """Windows, and what ``far`` names at its places."""
+    return {"layer_types": tuple(far.get(place, "sliding_attention") for place in range(layers))}
+
+
+# What a stack changes in the model of (layers, context). Dense attention with the tricks has windows as long as the context.
+STACKS: Mapping[str, Callable[[int, int], dict[str, Any]]] = {
+    "dense": lambda layers, context: {"layer_types": ("full_attention",)},
+    "dense, both tricks": lambda layers, context: {
+        **types(layers, dict.fromkeys((layers // 2 - 1, layers // 2), "full_attention")),
+        **FAR,
+        "sliding_window": context,
+    },
+    "window": lambda layers, context: types(layers, {}),
+    "window+dense 1/4": lambda layers, context: (
+        types(layers, dict.fromkeys(range(3, layers, 4), "full_attention")) | FAR
+    ),
+    "longnet": lambda layers, context: {
+        "segment_lengths": tuple(min(2048, context // 16) * 2**i for i in range(5)),
+        "dilation_rates": (1, 2, 4, 6, 12),
+    },
+    "balanced": lambda layers, context: types(layers, {layers // 2: "full_attention"}) | FAR,
+    "light": lambda layers, context: (
+        types(layers, dict.fromkeys((layers // 2 - 1, layers // 2), "strided_attention")) | FAR
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run.
+
+    Args:
+        share: of the converted run's tokens; None to begin with random weights, for ``minutes``.
+    """
+
+    stack: str
+    seed: int
+    context: int
+    minutes: float | None
+    model: LongNetConfig
+    batch: int
+    convert: Path | None = None
+    share: float | None = None
+
+    @property
+    def name(self) -> str:
+        words = self.stack.replace("+", "_").replace(", ", "_").replace(" ", "_").replace("/", "_")
+        origin = "" if self.convert is None else f"-from-{self.convert.name}-{self.share}"
+        return f"{words}{origin}-{self.seed}"
+
+    def settings(self, out: Path, steps: int, **changes: Any) -> TrainSettings:
+        on_gpu = torch.cuda.is_available()
+        values: dict[str, Any] = {
+            "out": str(out), "model": self.model, "context": self.context, "steps": steps, "batch": self.batch,
+            "optimizer": "muon", "lr": 3e-3, "matrix_lr": 1e-2, "warmup": min(100, max(1, steps // 10)), "seed": self.seed,
+            "schedule": "wsd", "eval_every": 0, "save_every": max(1, steps // 5), "weight_decay": 0.0,
+            "dtype": "bfloat16" if on_gpu else "float32",
+            "init_from": None if self.convert is None else str(self.convert),
+        }  # fmt: skip
+        return TrainSettings(**values | changes)
+
+
+def corpus_of(text: Text) -> Corpus:
+    """The harness's split as the library takes it."""
+    digest = hashlib.sha256(text.train.tobytes() + text.held_out.tobytes()).hexdigest()
+    return Corpus(
+        "installed packages", text.train, text.held_out, text.facts["train_files"], text.facts["held_out_files"],
+        text.train.size, text.held_out.size, "by a hash of a file's content", digest,
+    )  # fmt: skip
+
+
+def seconds_a_step(plan: Plan, corpus: Corpus) -> float:
+    """Median of a few steps, those that compile apart."""
+    marks: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        settings = plan.settings(Path(folder) / "timed", BEFORE + TIMED, save_every=0)
+        train(settings, corpus=corpus, callbacks=[lambda line: marks.append(time.perf_counter())])
+    return median(after - before for before, after in zip(marks[BEFORE - 1 :], marks[BEFORE:], strict=False))
+
+
+def steps_of(plan: Plan, corpus: Corpus) -> tuple[int, float | None]:
+    """How many steps the run has, and the seconds of one where they were timed."""
+    if plan.convert is None:
+        assert plan.minutes is not None
+        took = seconds_a_step(plan, corpus)
+        return max(1, int(60 * plan.minutes / took)), took
+    assert plan.share is not None
+    whole = json.loads((plan.convert / "run.json").read_text())["settings"]
+    tokens = whole["steps"] * whole["batch"] * whole["context"]
+    return max(1, round(plan.share * tokens / (plan.batch * plan.context))), None
+
+
+def scores(
+    model: LongNetLM, text: Text, context: int, held_out: int, batch: int, device: torch.device
+) -> dict[str, Any]:
+    """Every probe at a length."""
+    score = lambda rows: probes.bits_of(model, rows, device, batch)  # noqa: E731
+    return probes.all_probes(score, text.held_out, windows(text.held_out, held_out, context + 1, 1), context)
+
+
+def run(plan: Plan, out: Path, text: Text, reads: tuple[int, ...], held_out: int) -> dict[str, Any]:
+    """Train, or go on, and score.
+
+    Returns:
+        what a result file holds.
+    """
+    corpus, folder = corpus_of(text), out / "runs" / plan.name
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    began = json.loads(file.read_text()) if (file := folder.with_suffix(".steps")).exists() else None
+    steps, took = began or steps_of(plan, corpus)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps([steps, took]))
+    print(f"{plan.name}: {steps:,} steps of {plan.batch} x {plan.context:,}", flush=True)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    resume = (folder / "run.json").exists()
+    summary = train(plan.settings(folder, steps), resume=resume, corpus=corpus)
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    model, lengths = load_model(folder, device), sorted({plan.context, *reads})
+    heads, layers = plan.model.heads, plan.model.layer_attentions()
+    pairs = sum(score_pairs(one.pattern, heads, plan.context, True) for one in layers)
+    dense = len(layers) * heads * plan.context * (plan.context + 1) / 2
+    return {
+        "stack": plan.stack, "seed": plan.seed, "context": plan.context, "batch": plan.batch, "minutes": plan.minutes,
+        "converted": None if plan.convert is None else plan.convert.name, "share": plan.share, "steps": steps,
+        "seconds_a_step": took, "seconds": summary.seconds, "tokens": summary.tokens, "peak_bytes": memory,
+        "model": plan.model.to_dict(), "parameters": sum(x.numel() for x in model.parameters()), "cost": pairs / dense,
+        "curve": _curve(folder / "metrics.jsonl"),
+        "at": {str(one): scores(model, text, one, held_out, max(1, min(16, 2**17 // one)), device) for one in lengths},
+        "data": text.facts, "environment": _environment(device),
+    }  # fmt: skip
+
+
+def _curve(metrics: Path, points: int = 200) -> list[list[float]]:
+    """(step, seconds in the loop, bits of the step's bytes), about ``points`` of them."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    found = [[one["step"], one["seconds"], one["bits_per_byte"]] for one in lines if one["kind"] == "train"]
+    return found[:: max(1, len(found) // points)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.learning.equal_time", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of results: what it holds is not run again")
+    parser.add_argument("--stacks", type=_stacks, default=list(STACKS), help="names, by semicolons; all by default")
+    parser.add_argument("--seeds", type=_seeds, default=[0], help="by commas")
+    parser.add_argument("--context", type=_count, default=8192)
+    parser.add_argument("--batch", type=_count, help="windows a step; by default 32,768 bytes")
+    parser.add_argument("--minutes", type=_minutes, default=4.0, help="of training, for each stack")
+    parser.add_argument("--layers", type=_count, default=8)
+    parser.add_argument("--dim", type=_count, default=512)
+    parser.add_argument("--heads", type=_count, default=8)
+    parser.add_argument("--held-out", type=_count, default=48, help="windows that are scored")
+    parser.add_argument("--read", type=_count, nargs="*", default=[], help="other lengths to score the models at")
+    parser.add_argument("--convert", type=_existing, help="a run of this program to begin with")
+    parser.add_argument("--share", type=float, default=0.05, help="of the converted run's tokens")
+    parser.add_argument(
+        "--data", type=_existing, action="append", help="folders of text; installed packages by default"
+    )
+    options = parser.parse_args()
+    text = read_text(options.data or [Path(sysconfig.get_paths()["purelib"])])
+    for seed in options.seeds:
+        for stack in options.stacks:
+            model = LongNetConfig(
+                dim=options.dim, heads=options.heads, layers=options.layers, norm="rms", bias=False, qk_norm=True,
+                **STACKS[stack](options.layers, options.context),
+            )  # fmt: skip
+            batch = options.batch or max(1, 32_768 // options.context)
+            origin = (None, None) if options.convert is None else (options.convert, options.share)
+            minutes = options.minutes if options.convert is None else None
+            plan = Plan(stack, seed, options.context, minutes, model, batch, *origin)
+            path = options.out / f"{plan.name}.json"
+            if path.exists():
+                print(f"{path} is there")
+                continue
+            result = run(plan, options.out, text, tuple(options.read), options.held_out)
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps(result, indent=1) + "\n")
+            os.replace(part, path)
+            bits = result["at"][str(options.context)]["bits"]
+            print(f"{plan.name}: {bits:.4f} bits, cost {result['cost']:.3f}, written to {path}", flush=True)
+
+
+def _stacks(text: str) -> list[str]:
+    stacks = [one.strip() for one in text.split(";")]
+    if unknown := [one for one in stacks if one not in STACKS]:
+        raise argparse.ArgumentTypeError(f"{unknown} are no stacks: expected some of {list(STACKS)}")
+    return stacks
+
+
+if __name__ == "__main__":
+    main()

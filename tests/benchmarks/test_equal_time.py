@@ -1,0 +1,83 @@
+"""Stacks that learn for the same time: results are whole, other lengths are read, a run goes on, another is converted."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks.learning import equal_time
+from longnet.training import TrainSettings, train
+
+SIZES = ("--layers", "4", "--dim", "16", "--heads", "2", "--context", "1024", "--batch", "2", "--held-out", "2")
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """The program on random text; what it made, by name."""
+    generator = np.random.default_rng(0)
+    for number in range(40):
+        lines = [" ".join(map(str, row)) for row in generator.integers(0, 1000, (40, 8))]
+        (tmp_path / "text").mkdir(exist_ok=True)
+        (tmp_path / "text" / f"{number}.txt").write_text("\n".join(lines))
+
+    def run(*more: str) -> dict[str, dict]:
+        out = tmp_path / "out"
+        given = ("equal_time", "--out", str(out), "--data", str(tmp_path / "text"), *SIZES, *more)
+        monkeypatch.setattr(sys, "argv", list(given))
+        equal_time.main()
+        return {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
+
+    run.out = tmp_path / "out"
+    return run
+
+
+def test_a_stack_learns_and_is_read_at_another_length(command, monkeypatch, capsys):
+    made = command("--minutes", "0.02", "--stacks", "balanced;longnet", "--read", "1536")
+    assert made.keys() == {"balanced-0", "longnet-0"}
+    one = made["balanced-0"]
+    assert one["at"].keys() == {"1024", "1536"} and len(one["at"]["1024"]["by_window"]) == 2
+    assert one["steps"] == max(1, int(1.2 / one["seconds_a_step"])) and one["tokens"] == one["steps"] * 2048
+    assert one["model"]["layer_types"].count("full_attention") == 1
+    # Three windows of 512 and one dense layer.
+    window = sum(min(n + 1, 512) for n in range(1024)) / (1024 * 1025 / 2)
+    assert one["cost"] == pytest.approx((3 * window + 1) / 4)
+    monkeypatch.setattr(equal_time, "run", None)
+    capsys.readouterr()
+    command("--minutes", "0.02", "--stacks", "balanced;longnet", "--read", "1536")
+    assert capsys.readouterr().out.count("is there") == 2
+
+
+def test_a_run_goes_on_where_it_was_stopped(command, monkeypatch):
+    monkeypatch.setattr(equal_time, "steps_of", lambda plan, corpus: (10, 0.1))
+    whole = command("--stacks", "window", "--minutes", "1")["window-0"]
+    command.out.rename(command.out.with_name("whole"))
+
+    class Killed(Exception):
+        pass
+
+    def kill(settings: TrainSettings, **more):
+        def callback(line):
+            if line["step"] == 5:
+                raise Killed
+
+        return train(settings, **{**more, "callbacks": [callback]})
+
+    monkeypatch.setattr(equal_time, "train", kill)
+    with pytest.raises(Killed):
+        command("--stacks", "window", "--minutes", "1")
+    monkeypatch.setattr(equal_time, "train", train)
+    again = command("--stacks", "window", "--minutes", "1")["window-0"]
+    assert again["at"] == whole["at"] and again["tokens"] == whole["tokens"] == 10 * 2048
+
+
+def test_a_dense_run_is_converted(command, monkeypatch):
+    monkeypatch.setattr(equal_time, "seconds_a_step", lambda plan, corpus: 3.0)
+    command("--minutes", "1", "--stacks", "dense")
+    run = command.out / "runs" / "dense-0"
+    made = command("--convert", str(run), "--share", "0.1", "--stacks", "light")["light-from-dense-0-0.1-0"]
+    assert made["steps"] == 2 and made["converted"] == "dense-0" and made["minutes"] is None
+    # Nearer to the dense model than to where it began.
+    assert made["curve"][0][2] < 7.9
