@@ -9,10 +9,10 @@ end. ``--only TEXT`` runs the cases whose name holds the text, ``--part 2/8`` th
 processes side by side. Run it once without the sanitizer first: kernels are compiled then, and come from Triton's cache
 afterwards.
 
-On an H200 memcheck finds nothing, synccheck nothing in the kernels for Hopper (the others were not run under it), and
-racecheck nothing in the portable kernels. In those for Hopper racecheck names the byte with which Triton tells its worker
-warps what to run (read and written with a barrier of the whole block between), as it does in any kernel of two warp
-partitions that have barriers of their own.
+On an H200 memcheck finds nothing (at 627476f; the training steps of models were not finished), synccheck nothing in the
+kernels for Hopper (the others were not run under it), and racecheck nothing in the portable kernels. In those for Hopper
+racecheck names the byte with which Triton tells its worker warps what to run (read and written with a barrier of the whole
+block between), as it does in any kernel of two warp partitions that have barriers of their own.
 """
 
 from __future__ import annotations
