@@ -252,3 +252,14 @@ def test_the_command_in_a_process_of_its_own(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert load_file(tmp_path / "s.slide.safetensors")["embedding"].shape == (384,)
+
+
+def test_two_files_of_one_name_fail_alone(weights: Path, tmp_path: Path, call: Longnet) -> None:
+    folder = tmp_path / "slides"
+    slide(folder / "good.safetensors", 5)
+    slide(folder / "twice.safetensors", 5)
+    (folder / "twice.pt").write_bytes(b"")
+    result = call("slide-encode", folder, "--checkpoint", weights, "--device", "cpu")
+    assert result.returncode == 1
+    assert "twice.pt, " in result.stderr and "several files of one slide's name; expected one of them" in result.stderr
+    assert [path.name for path in folder.glob("*.slide.*")] == ["good.slide.safetensors"]

@@ -19,6 +19,7 @@ from longnet.gigapath import (
     SurvivalHead,
     from_finetuned,
 )
+from longnet.gigapath.checkpoint import read_checkpoint
 
 
 def test_the_published_architectures() -> None:
@@ -209,6 +210,26 @@ def test_the_survival_loss_is_the_likelihood() -> None:
     got = head.loss(logits, torch.tensor([2, 0, 3]), torch.tensor([True, True, False]))
     torch.testing.assert_close(got.double(), -torch.stack(want).log().mean(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(head.survival(logits)[2, 3].double(), want[2], rtol=1e-5, atol=1e-6)
+    one, happened = torch.tensor([1, 0, 2]), torch.tensor([1, 0, 1])
+    with pytest.raises(ValueError, match=r"event=\[1, 2, 1\]: expected True \(1\)"):
+        head.loss(torch.zeros(3, 4), one, torch.tensor([1, 2, 1]))
+    with pytest.raises(TypeError, match="interval has dtype torch.float32: expected integers"):
+        head.loss(torch.zeros(3, 4), one.float(), happened)
+    short = head.loss(torch.zeros(3, 4), one.int(), happened)
+    torch.testing.assert_close(short, head.loss(torch.zeros(3, 4), one, happened.bool()))
+
+
+def test_a_target_that_is_no_number_is_refused() -> None:
+    head = RegressionHead(encoder(1), 2)
+    with pytest.raises(ValueError, match=r"target=\[\[1.0, nan\]\]: expected finite numbers"):
+        head.loss(torch.zeros(1, 2), torch.tensor([[1.0, float("nan")]]))
+
+
+def test_a_checkpoint_that_is_none_is_named() -> None:
+    with pytest.raises(TypeError, match="^checkpoint is a Linear: expected tensors by name"):
+        read_checkpoint(torch.nn.Linear(300, 300))  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError, match="checkpoint nowhere.pth does not exist"):
+        read_checkpoint("nowhere.pth")
 
 
 def test_the_loss_of_several_labels_is_a_sigmoid_each() -> None:

@@ -317,3 +317,31 @@ def test_bad_heat_maps(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="coords has dtype torch.bfloat16"):
         heatmap(path, torch.zeros(3), coords.bfloat16())
     assert not path.exists()
+
+
+def test_a_heat_map_shows_tiles_that_lie_far_apart(tmp_path: Path) -> None:
+    path = tmp_path / "far.png"
+    heatmap(path, torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[0, 0], [255_000, 0], [0, 255_000]]))
+    picture = imread(path)[..., :3]
+    # The middle one is red, and stands at the right edge, left of the bar.
+    middle = picture[:, picture.shape[1] // 2 : picture.shape[1] * 86 // 100]
+    assert (middle[..., 0] - middle[..., 1] > 0.3).sum() >= 25
+
+
+@pytest.mark.parametrize(
+    ("attributes", "unit", "said"),
+    [
+        ({"patch_size_level0": 512}, "um", r"unit='um', but .*x.h5 says pixels \(patch_size_level0=512\)"),
+        ({"patch_size_level0": 512}, "tiles", "says pixels"),
+        ({"unit": "px"}, "um", r"says pixels \(unit=px\)"),
+        (STAMP, "pixels", r"unit='pixels', but .*x.h5 says um \(tile size .* um\)"),
+    ],
+)
+def test_a_unit_that_the_file_denies_is_refused(
+    tmp_path: Path, attributes: dict[str, object], unit: str, said: str
+) -> None:
+    path = write_h5(tmp_path / "x.h5", torch.arange(12).view(6, 2).numpy() * 512.0, **attributes)
+    with h5py.File(path, "a") as file:
+        file["coords"].attrs.update(attributes)
+    with pytest.raises(ValueError, match=said):
+        read_slide(path, unit=unit, mpp=0.5 if unit == "um" else None)  # type: ignore[arg-type]

@@ -15,12 +15,16 @@ _RESULTS = (".slide.safetensors", ".slide.png")
 
 
 class Job(NamedTuple):
-    """What makes one result: a slide, or the slides of a patient. ``name`` is for messages, ``origins`` are lines of a table."""
+    """What makes one result: a slide, or the slides of a patient.
+
+    ``name`` is for messages, ``origins`` are lines of a table, ``fault`` says why it cannot be made.
+    """
 
     name: str
     sources: tuple[Path, ...]
     target: Path
     origins: tuple[str, ...] = ()
+    fault: str = ""
 
     def version(self) -> dict[str, str]:
         """Sizes and modification times, which tell whether a slide has changed."""
@@ -33,6 +37,8 @@ class Job(NamedTuple):
     def of_source(self, number: int, read: Callable[[Path], Result]) -> Result:
         """What ``read`` gives for a slide; its errors name the table's line and the path."""
         source = self.sources[number]
+        if self.fault:
+            raise ValueError(self.fault)
         try:
             return read(source)
         except (OSError, ValueError) as error:
@@ -54,7 +60,7 @@ def find_jobs(slides: Path, out: Path | None, patients: Path | None) -> tuple[li
         patients: a table of the slides of each patient, whose paths are in the folder ``slides``.
 
     Raises:
-        ValueError: no slide, two of one name, an ``out`` that does not fit, or a table that is none. OSError: no such file.
+        ValueError: no slide, an ``out`` that does not fit, or a table that is none. OSError: no such file.
     """
     if not slides.is_dir():
         if patients is not None:
@@ -79,22 +85,23 @@ def find_jobs(slides: Path, out: Path | None, patients: Path | None) -> tuple[li
         passed_over.setdefault(f"a folder that cannot be read ({error.strerror})", []).append(str(error.filename))
 
     paths = files_below(slides, refuse)
-    targets: dict[Path, Path] = {}
+    targets: dict[Path, list[Path]] = {}
     own = {f"{path.parent / path.stem}{ending}" for path in paths for ending in _RESULTS if not _skip_reason(path)}
     for path in paths:
         if not (reason := _skip_reason(path)):
             target = folder / path.parent / f"{path.stem}{_RESULTS[0]}"
-            if target in targets:
-                raise ValueError(
-                    f"{slides} holds several files named {path.parent / path.stem}: expected one of each slide"
-                )
-            targets[target] = path
+            targets.setdefault(target, []).append(path)
         elif str(path) not in own:
             passed_over.setdefault(reason, []).append(str(path))
     if not targets:
         others = "".join(f"; {reason}: {listed(names)}" for reason, names in passed_over.items())
         raise ValueError(f"{slides} holds no slide: expected files ending in {', '.join(SLIDE_FORMATS)}{others}")
-    return [Job(str(path), (slides / path,), target) for target, path in targets.items()], passed_over
+    jobs = []
+    for target, (first, *rivals) in targets.items():
+        names = ", ".join(str(slides / path) for path in (first, *rivals))
+        fault = f"{names}: several files of one slide's name; expected one of them" if rivals else ""
+        jobs.append(Job(str(first), (slides / first,), target, fault=fault))
+    return jobs, passed_over
 
 
 def _one_slide(slide: Path, out: Path | None) -> Job:

@@ -53,7 +53,8 @@ def read_checkpoint(source: str | Path | Mapping[str, object]) -> Checkpoint:
     """
     held, notes = open_containers(load_tensors(Path(source)) if isinstance(source, str | Path) else source)
     if not isinstance(held, Mapping) or not all(isinstance(name, str) for name in held):
-        raise TypeError(f"{source!r} holds a {type(held).__name__}: expected tensors by name, or a file of them")
+        given = f"{source} holds" if isinstance(source, str | Path) else "checkpoint is"
+        raise TypeError(f"{given} a {type(held).__name__}: expected tensors by name, or the path of a file of them")
     tensors: dict[str, Any] = {}
     prefixes: dict[str, int] = {}
     for name, tensor in held.items():
@@ -84,6 +85,8 @@ def load_tensors(path: Path) -> Any:
     Raises:
         ValueError: a file that is neither. OSError: a file that cannot be read.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"checkpoint {path} does not exist: expected a file of weights")
     try:
         if path.suffix.lower() == ".safetensors":
             from safetensors.torch import load_file

@@ -117,7 +117,7 @@ class RegressionHead(SlideHead):
         """Mean squared error; target (B, outputs).
 
         Raises:
-            ValueError: a target of another shape.
+            ValueError: a target of another shape, or one that is not finite.
         """
         return regression_loss(predicted, target)
 
@@ -137,7 +137,8 @@ class SurvivalHead(SlideHead):
             event: (B,) bool, True where it happened; False where observation ended (censored) after that interval.
 
         Raises:
-            ValueError: shapes that differ, or an interval that is none of the outputs.
+            TypeError: intervals that are no integers.
+            ValueError: shapes that differ, an interval that is none of the outputs, or an event that is neither 0 nor 1.
         """
         return survival_loss(logits, interval, event)
 

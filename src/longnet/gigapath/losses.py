@@ -27,6 +27,8 @@ def regression_loss(predicted: Tensor, target: Tensor) -> Tensor:
     """:meth:`longnet.gigapath.RegressionHead.loss`."""
     if target.shape != predicted.shape:
         raise ValueError(f"target has shape {tuple(target.shape)}: expected {tuple(predicted.shape)}")
+    if not bool(target.isfinite().all()):
+        raise ValueError(f"target={target.tolist()}: expected finite numbers")
     predicted = _at_least_float32(predicted)
     return F.mse_loss(predicted, target.to(predicted.dtype))
 
@@ -37,12 +39,16 @@ def survival_loss(logits: Tensor, interval: Tensor, event: Tensor) -> Tensor:
     for name, tensor in (("interval", interval), ("event", event)):
         if tuple(tensor.shape) != (batch,):
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}: expected (B,) = {(batch,)}")
+    if interval.is_floating_point() or interval.is_complex() or interval.dtype == torch.bool:
+        raise TypeError(f"interval has dtype {interval.dtype}: expected integers")
+    if not bool(((event == 0) | (event == 1)).all()):
+        raise ValueError(f"event={event.tolist()}: expected True (1) where it happened, False (0) where it is censored")
     if batch and not 0 <= int(interval.min()) <= int(interval.max()) < intervals:
         raise ValueError(f"interval={interval.tolist()}: expected 0 to {intervals - 1}")
     # log(1 - sigmoid(x)) = logsigmoid(-x).
     logits = _at_least_float32(logits)
     survived = F.logsigmoid(-logits)
-    at = interval[:, None]
+    at = interval.long()[:, None]
     before = survived.cumsum(1).gather(1, at) - survived.gather(1, at)
     here = torch.where(event.bool()[:, None], F.logsigmoid(logits).gather(1, at), survived.gather(1, at))
     return -(before + here).mean()

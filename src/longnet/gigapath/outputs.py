@@ -59,5 +59,6 @@ def slide_outputs(model: SlideEncoder, x: Tensor, coords: Tensor, outputs: Seque
 
 def check_outputs(outputs: Sequence[str]) -> None:
     """Raises ValueError for none, and for one that there is not."""
-    if not outputs or any(name not in OUTPUTS for name in outputs):
-        raise ValueError(f"outputs={list(outputs)}: expected some of {OUTPUTS}, at least one")
+    if isinstance(outputs, str) or not outputs or any(name not in OUTPUTS for name in outputs):
+        given = outputs if isinstance(outputs, str) else list(outputs)
+        raise ValueError(f"outputs={given!r}: expected some of {OUTPUTS}, at least one")

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from longnet.gigapath.architectures import ARCHITECTURES, TILE_CHANNELS
-from longnet.gigapath.checkpoint import read_checkpoint
+from longnet.gigapath.checkpoint import channels_of, named, read_checkpoint
 from longnet.gigapath.encoder import SlideEncoder
 
 _HUB = "hf_hub:"
@@ -136,7 +136,11 @@ def create_model(
         drop_path_rate,
     )
     if path is not None:
-        model.load_upstream(read_checkpoint(path).encoder)
+        weights = read_checkpoint(path).encoder
+        if (found := channels_of(weights)) != in_chans:
+            raise ValueError(f"in_chans={in_chans}: expected {found}, the channels that {path} takes")
+        with named(path):
+            model.load_upstream(weights)
     return model.eval()
 
 

@@ -55,13 +55,16 @@ def to_pixels(
         mpp: microns of a pixel, for "um"; None: the file's.
 
     Raises:
-        ValueError: a unit that is not known, or attributes that hold no sizes.
+        ValueError: a unit that is not known, or another than the file says; attributes that hold no sizes.
     """
     level0 = whole(path, TILE_SIZE, said[TILE_SIZE]) if TILE_SIZE in said else None
     name = str(said.get("unit", "")).lower()
     um = said.get("tile_size_um", said.get("tile_size") if name == "um" else None)
+    told = _told(level0, name, um)
+    if unit is not None and told is not None and unit != told[0]:
+        raise ValueError(f"unit={unit!r}, but {path} says {told[0]} ({told[1]}): expected unit={told[0]!r}, or none")
     if unit is None:
-        unit = _unit_of(path, coords, level0, name, um, stamp)
+        unit = _unit_of(path, coords, name, stamp) if told is None else told[0]
     if unit == "tiles":
         return Pixels(coords * DEFAULT_TILE, DEFAULT_TILE, "coordinates in tiles")
     if unit == "pixels":
@@ -103,11 +106,17 @@ def _positive(path: Path, name: str, value: Any) -> float:
     return float(size.item())
 
 
-def _unit_of(path: Path, coords: Tensor, level0: int | None, name: str, um: Any, stamp: bool) -> str:
+def _told(level0: int | None, name: str, um: Any) -> tuple[str, str] | None:
+    """The unit that a file says, and by what."""
     if um is not None:
-        return "um"
-    if level0 is not None or name in ("px", "pixel", "pixels"):
-        return "pixels"
+        return "um", f"tile size {um} um"
+    if level0 is not None:
+        return "pixels", f"{TILE_SIZE}={level0}"
+    return ("pixels", f"unit={name}") if name in ("px", "pixel", "pixels") else None
+
+
+def _unit_of(path: Path, coords: Tensor, name: str, stamp: bool) -> str:
+    """What the numbers show."""
     cells = len(in_tiles(coords, DEFAULT_TILE).unique(dim=0))
     if name:
         reason = f"its attribute unit is {name!r}"
