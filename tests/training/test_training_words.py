@@ -85,7 +85,9 @@ def read(made: Any, folder: Path) -> Tokenizer:
 def test_ids_are_those_of_whole_documents(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = make(kind)
     tokenizer, texts = read(made, tmp_path), random_texts(400)
-    assert (tokenizer._table is None) == (kind == "prefix")  # type: ignore[attr-defined]
+    table = tokenizer._table  # type: ignore[attr-defined]
+    assert (table is None) == (kind == "prefix")
+    assert table is None or [join[0] for join in table._joins] == ([] if kind == "bert" else ["\n", " a"])
     expected = [made.encode(text, add_special_tokens=False).ids for text in texts]
     for together in (1 << 20, 300, 20):
         monkeypatch.setattr(tokenizers_of, "_TOGETHER", together)

@@ -4,8 +4,9 @@ them than a table to find them. The tokens are exactly those of the whole text."
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, count, islice
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ _WORDS = re.compile(rf"[^{_A}]+(?= [{_A}])|[^{_A}]*[{_A}]+(?:[{_JOINING}](?:[^ {
 _PLACES = re.compile(rf"(?= [{_A}])|(?<=\S\n)(?=[^\s/])")
 # Words that may stand in lines: with a newline between them each has the tokens that it has alone.
 _LINE = re.compile(rf"(?=[^\s/]| [{_A}])[^\r\n]*[{_A}]")
+# Words that may stand after " a": it ends at a place, and no other token is that of " a".
+_MARK = re.compile(rf"(?! a)[^{_A}{_JOINING}]")
 _LONG_WORD, _MOST_TOKENS = 256, 1 << 21
 
 _SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -75,52 +78,63 @@ class WordTable:
 
     def __init__(self, encode: Callable[[list[str]], list[list[int]]], dtype: str) -> None:
         self._encode, self._dtype = encode, dtype
-        (newline,) = encode(["\n"])
-        self._newline = newline[0] if len(newline) == 1 else None
+        newline, letter, bare = encode(["\n", " a", "a"])
+        self._joins = [("\n", newline[0], _LINE.fullmatch)] if len(newline) == 1 else []
+        if len(letter) == 1 and letter != bare:
+            self._joins.append((" a", letter[0], _MARK.match))
         self._clear()
 
     def _clear(self) -> None:
-        self._rows: dict[str, int] = {}
-        self._tokens, self._lengths = np.empty(0, dtype=self._dtype), np.empty(0, dtype=np.int64)
+        self._rows: defaultdict[str, int] = defaultdict(count().__next__)
+        self._tokens = np.empty(0, dtype=self._dtype)
+        self._starts, self._lengths = np.empty((2, 0), dtype=np.int64)
 
     def tokens(self, texts: list[str]) -> list[np.ndarray]:
         """The tokens of each text, (tokens,)."""
+        if self._tokens.size > _MOST_TOKENS:
+            self._clear()
         words = [_words(text) for text in texts]
-        flat = list(chain.from_iterable(words))
-        self._learn(set(flat))
-        rows = np.fromiter(map(self._rows.__getitem__, flat), np.int64, len(flat))
-        lengths, starts = self._lengths[rows], (self._lengths.cumsum() - self._lengths)[rows]
+        total = sum(map(len, words))
+        # A word that is not in the table gets the next row by this.
+        rows = np.fromiter(map(self._rows.__getitem__, chain.from_iterable(words)), np.int64, total)
+        self._learn(list(islice(reversed(self._rows), len(self._rows) - self._lengths.size))[::-1])
+        lengths, starts = self._lengths[rows], self._starts[rows]
         ends = lengths.cumsum()
         found = self._tokens[np.arange(lengths.sum()) + np.repeat(starts - (ends - lengths), lengths)]
         bounds = np.append(0, ends)[np.cumsum([len(one) for one in words])]
         return np.split(found, bounds)[:-1]
 
-    def _learn(self, words: set[str]) -> None:
-        if self._tokens.size > _MOST_TOKENS:
-            self._clear()
-        new = list(words - self._rows.keys())
-        lines = [] if self._newline is None else list(filter(_LINE.fullmatch, new))
-        tokens, lengths = self._encode_lines(lines)
-        if lengths.size != len(lines):  # A token for unknown text stands for the end of a line too.
-            lines, tokens, lengths = [], tokens[:0], lengths[:0]
-        others = list(set(new).difference(lines))
-        ids = self._encode(others)
-        self._rows |= {word: row for row, word in enumerate([*lines, *others], len(self._rows))}
-        more = np.fromiter(map(len, ids), np.int64, len(ids))
-        flat = np.fromiter(chain.from_iterable(ids), self._dtype, int(more.sum()))
-        self._tokens = np.concatenate([self._tokens, tokens, flat])
-        self._lengths = np.concatenate([self._lengths, lengths, more])
+    def _learn(self, words: list[str]) -> None:
+        order: list[int] = []
+        tokens, lengths, rest = [self._tokens], [np.empty(0, np.int64)], list(range(len(words)))
+        for between, token, fits in self._joins:
+            chosen = [number for number in rest if fits(words[number])]
+            found, sizes = self._encode_joined([words[number] for number in chosen], between, token)
+            if sizes.size == len(chosen):  # Else a token for unknown text stands for what is between words too.
+                order, tokens, lengths = [*order, *chosen], [*tokens, found], [*lengths, sizes]
+                rest = list(set(rest).difference(chosen))
+        ids = self._encode([words[number] for number in rest])
+        lengths.append(np.fromiter(map(len, ids), np.int64, len(ids)))
+        tokens.append(np.fromiter(chain.from_iterable(ids), self._dtype))
+        sizes, known = np.concatenate(lengths), self._lengths.size
+        self._starts, self._lengths = np.concatenate(
+            [[self._starts, self._lengths], np.empty((2, len(words)), np.int64)], 1
+        )
+        self._lengths[known:][order + rest] = sizes
+        self._starts[known:][order + rest] = self._tokens.size + sizes.cumsum() - sizes
+        self._tokens = np.concatenate(tokens)
 
-    def _encode_lines(self, words: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    def _encode_joined(self, words: list[str], between: str, token: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and their number for each word, of hundreds at once: one text for each takes several times as long."""
-        texts = ["\n".join(words[start : start + 512]) + "\n" for start in range(0, len(words), 512)]
+        texts = [between + between.join(words[start : start + 512]) for start in range(0, len(words), 512)]
         found = np.fromiter(chain.from_iterable(self._encode(texts)), self._dtype)
-        is_end = found == self._newline
-        return found[~is_end], np.diff(np.flatnonzero(is_end), prepend=-1) - 1
+        is_between = found == token
+        return found[~is_between], np.diff(np.flatnonzero(is_between), append=found.size) - 1
 
 
 def _words(text: str) -> list[str]:
     words = _WORDS.findall(text)
-    if max(map(len, words), default=0) <= _LONG_WORD:
-        return words
-    return [part for word in words for part in (_PLACES.split(word) if len(word) > _LONG_WORD else (word,))]
+    lengths = np.fromiter(map(len, words), np.int64, len(words))
+    for number in np.flatnonzero(lengths > _LONG_WORD)[::-1].tolist():
+        words[number : number + 1] = _PLACES.split(words[number])
+    return words
