@@ -155,12 +155,12 @@ def test_an_interrupted_preparation_goes_on(
     whole = read_corpus(path, tokenizer=str(made))
     write, count = prepared.Preparation._write, []
 
-    def killed(self: object, batch: object, files: object) -> None:
+    def killed(self: object, batch: object, encoded: object, cut: object, files: object) -> None:
         count.append(1)
         if len(count) > stop:
             files["train.tokens"].write(b"what a kill leaves behind")  # type: ignore[index]
             raise KeyboardInterrupt
-        write(self, batch, files)  # type: ignore[arg-type]
+        write(self, batch, encoded, cut, files)  # type: ignore[arg-type]
 
     monkeypatch.setattr(prepared.Preparation, "_write", killed)
     with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Turning text into tokens in a folder, so that a stop at any moment loses 16 MiB of text at most."""
+"""Turning text into tokens in a folder, so that a stop at any moment loses two batches of 16 MiB of text at most."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from longnet.training.data.sources import Piece, Source
 from longnet.training.data.tokenizer import Tokenizer
+from longnet.training.data.workers import Workers
 from longnet.training.files import read_json, write_json
 
 _CHUNK = 1 << 24
@@ -46,9 +47,10 @@ class Preparation:
         self.digests = {name: digest_file(self.folder / name) for name in files}
         progress = Progress(self.source.total, self.say, "Prepared")
         try:
-            for batch in self._batches():
-                self._write(batch, files)
-                progress.at(self.done["read"])
+            with Workers(self.tokenizer) as workers:
+                for batch, encoded, cut in self._encoded(workers):
+                    self._write(batch, encoded, cut, files)
+                    progress.at(self.done["read"])
         finally:
             for file in files.values():
                 file.close()
@@ -82,8 +84,31 @@ class Preparation:
         if batch:
             yield batch
 
-    def _write(self, batch: list[Piece], files: dict[str, Any]) -> None:
-        encoded = iter(self.tokenizer.encode(self._cut(batch)))
+    def _encoded(self, workers: Workers) -> Iterator[tuple[list[Piece], Iterator[np.ndarray], dict[str, Any]]]:
+        """Each batch, its tokens, and what to write down of its cuts; the next one is encoded meanwhile.
+
+        A piece that does not end its document is cut where a cut changes no token; the next piece begins with the rest.
+        """
+        rest, uncertain, before = bytes.fromhex(self.done["rest"]), self.done["uncertain_cuts"], None
+        for batch in self._batches():
+            texts = []
+            for piece in batch:
+                if isinstance(piece.content, bytes):
+                    text = rest + piece.content
+                    place = len(text) if piece.ends else self.tokenizer.last_place(text)
+                    uncertain += place == 0 < len(text)
+                    texts.append(text[: place or None])
+                    rest = text[place or len(text) :]
+            following = batch, workers.encode(texts), {"rest": rest.hex(), "uncertain_cuts": uncertain}
+            if before is not None:
+                yield before
+            before = following
+        if before is not None:
+            yield before
+
+    def _write(
+        self, batch: list[Piece], encoded: Iterator[np.ndarray], cut: dict[str, Any], files: dict[str, Any]
+    ) -> None:
         new: dict[str, list[bytes]] = {name: [] for name in files}
         for piece in batch:
             part = PARTS[piece.held_out]
@@ -105,6 +130,7 @@ class Preparation:
             self.done[f"{part}_bytes"] += len(text)
             self.done["read"] += np.frombuffer(piece.content, dtype=np.uint8).size
         self.done["pieces"] += len(batch)
+        self.done |= cut
         for name, file in files.items():
             content = b"".join(new[name])
             self.digests[name].update(content)
@@ -112,20 +138,6 @@ class Preparation:
             file.flush()
             os.fsync(file.fileno())
         write_json(self.unfinished, self.done)
-
-    def _cut(self, batch: list[Piece]) -> list[bytes]:
-        """The text to encode with each piece. A piece that does not end its document is cut where a cut changes no token; the
-        next piece begins with the rest."""
-        texts, rest = [], bytes.fromhex(self.done["rest"])
-        for piece in batch:
-            if isinstance(piece.content, bytes):
-                text = rest + piece.content
-                place = len(text) if piece.ends else self.tokenizer.last_place(text)
-                self.done["uncertain_cuts"] += place == 0 < len(text)
-                texts.append(text[: place or None])
-                rest = text[place or len(text) :]
-        self.done["rest"] = rest.hex()
-        return texts
 
     def _of_shard(self, piece: Piece) -> np.ndarray:
         tokens = np.asarray(piece.content)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import weakref
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from longnet.training.files import read_into
+
+if TYPE_CHECKING:  # Preparing data takes no torch.
+    from torch import Tensor
 
 
 class TokensOnDisk:
@@ -104,6 +105,8 @@ def count_starts(stream: Stream, context: int) -> int:
 
 def cut_windows(stream: Stream, context: int, starts: np.ndarray) -> tuple[Tensor, Tensor]:
     """The windows that begin at ``starts`` (B,): ``(tokens, targets)``, each (B, context) int64."""
+    import torch
+
     rows = np.stack([stream[start : start + context + 1] for start in starts.tolist()]).astype(np.int64)
     both = torch.from_numpy(rows)
     return both[:, :-1].contiguous(), both[:, 1:].contiguous()
@@ -122,6 +125,8 @@ def pack_windows(
         documents: (documents,) int64, rising: the tokens of the stream at which documents begin.
         starts: (B,) of the windows in the stream.
     """
+    import torch
+
     context, targets, bounds = tokens.shape[1], targets.clone(), []
     for number, start in enumerate(starts.tolist()):
         low, high = np.searchsorted(documents, (start + 1, start + context + 1))

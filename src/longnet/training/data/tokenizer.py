@@ -99,11 +99,12 @@ class _Tokens(Tokenizer):
     def __init__(self, text: str, end: str | None) -> None:
         import tokenizers
 
+        self._made_of = text, end
         self._tokenizer = tokenizers.Tokenizer.from_str(text)
         # As trained: the file may ask for the opposite.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._text, self.vocab_size = text, max(self._tokenizer.get_vocab().values(), default=-1) + 1
+        self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
         if end is not None and self._tokenizer.token_to_id(end) is None:
             raise ValueError(f"eos_token={end!r} is none of its tokens")
         names = END_OF_DOCUMENT if end is None else (end,)
@@ -115,6 +116,9 @@ class _Tokens(Tokenizer):
         self._table = WordTable(self._ids, self.dtype) if is_known(spec) else None
         self._special = [one["content"] for one in spec["added_tokens"]]
         self._signs = {content[:2] for content in self._special}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._made_of
 
     def encode(self, texts: Sequence[bytes]) -> Iterator[np.ndarray]:
         strings: list[str] = []
@@ -179,7 +183,7 @@ class _Tokens(Tokenizer):
         return read
 
     def save(self, folder: Path) -> None:
-        write_text(folder / TOKENIZER_FILES[0], self._text)
+        write_text(folder / TOKENIZER_FILES[0], self._made_of[0])
         if self.end is not None:
             config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._tokenizer.id_to_token(self.end)}
             write_text(folder / TOKENIZER_FILES[1], json.dumps(config))
