@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -128,28 +125,6 @@ def test_another_run_or_another_folder_is_refused(small: Path, tmp_path: Path) -
     changed = FinetuneSettings(**settings.to_dict() | {"table": str(table)})
     with pytest.raises(ValueError, match="the table's contents changed"):
         finetune(changed)
-
-
-def test_feature_files_that_changed_are_refused(small: Path, tmp_path: Path) -> None:
-    features = tmp_path / "features"
-    shutil.copytree(small / "features", features)
-    settings = FinetuneSettings(
-        **settings_of(small, tmp_path / "out", epochs=1).to_dict() | {"features": str(features)}
-    )
-    finetune(settings)
-    file = sorted(features.iterdir())[0]
-    content = file.read_bytes()
-    os.utime(file, ns=(0, 0))
-    with pytest.raises(ValueError, match=f"the size or the date of {re.escape(file.name)} changed.*another --out"):
-        finetune(settings)
-    assert file.read_bytes() == content
-
-
-def test_the_report_says_that_weights_were_random(small: Path, tmp_path: Path) -> None:
-    finetune(settings_of(small, tmp_path, epochs=1))
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "The encoder began with random weights, " in page and "none: random weights" in page
-    assert "gigapath_slide_enc" not in page
 
 
 def test_slides_of_other_channels_are_named(small: Path, tmp_path: Path) -> None:

@@ -26,12 +26,6 @@ def write_report(outcome: Outcome, out: Path) -> None:
         f"{settings.task} of {', '.join(cohort.columns)}: {counted(len(cohort.slides), 'slide')} of "
         f"{counted(len(set(cohort.patients)), 'patient')}{events}, {len(outcome.splits)} folds by patient",
     )
-    if settings.checkpoint is None:
-        page.text(
-            f"The encoder began with random weights, {counted(settings.depth or 0, 'layer')} of {settings.dim} channels: "
-            "this says nothing of a published encoder.",
-            "verdict",
-        )
     page.cards(
         (_number(means[main].mean), f"{title_of(main)}, {TITLES[name]}") for name, means in outcome.means.items()
     )
@@ -64,11 +58,7 @@ def write_report(outcome: Outcome, out: Path) -> None:
     )
     _slides(page, outcome)
     page.heading("Settings")
-    shown = {name: value for name, value in settings.to_dict().items() if value is not None}
-    if settings.checkpoint is None:
-        shown = shown | {"checkpoint": "none: random weights"}
-        del shown["arch"]
-    page.table(shown.items())
+    page.table((name, value) for name, value in settings.to_dict().items() if value is not None)
     write_text(out / "report.html", page.html())
 
 
