@@ -168,11 +168,11 @@ def test_slides_are_read_in_the_unit_of_the_settings(tmp_path: Path) -> None:
 def test_a_tile_outside_of_the_grid_is_named_by_its_file(tmp_path: Path, place: float) -> None:
     file = tmp_path / "far.safetensors"
     save_file({"features": torch.randn(2, 8), "coords": torch.tensor([[0.0, 0.0], [0.0, place]])}, file)
-    tiles = Tiles([file], settings_of(tmp_path, tmp_path), torch.device("cpu"))
+    settings = settings_of(tmp_path, tmp_path)
     with pytest.raises(
         ValueError, match=r"far\.safetensors: tile 1 is at .* outside of the grid: expected .* below 256000"
     ):
-        tiles[0]
+        Tiles([file], settings, torch.device("cpu"))[0]
 
 
 def synthetic(task: str, patients: int, seed: int = 0) -> Cohort:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -23,6 +24,92 @@ from longnet.training.progress import Reporter, task
 
 # Cells along a side, as SlideEncoder's default.
 GRID = 1000
+# Slides that an error names.
+_NAMED = 3
+
+
+Versions = dict[str, dict[str, str]]
+"""By the name of a slide: bytes and modified, as :func:`version_of` gives, and sha256."""
+
+
+def version_of(path: Path) -> dict[str, str]:
+    """Size and modification time of a file, which tell whether it has changed."""
+    state = path.stat()
+    return {"bytes": str(state.st_size), "modified": str(state.st_mtime_ns)}
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def changed_slides(cohort: Cohort, before: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Paths of the slides whose content is not what ``before`` says. Only files of another date or size are read."""
+    return [
+        str(path)
+        for name, path in zip(cohort.slides, cohort.paths, strict=True)
+        if not version_of(path).items() <= (was := before.get(name, {})).items() and digest(path) != was.get("sha256")
+    ]
+
+
+def check_slides(cohort: Cohort, settings: FinetuneSettings, workers: Workers, reporter: Reporter) -> Versions:
+    """Read each slide once, all processes together; their versions.
+
+    Raises:
+        ValueError: slides that cannot be used, the first few by name: what :func:`read_cells` refuses, or channels that most
+            slides have not.
+    """
+    found: dict[int, tuple[str, int, dict[str, str]]] = {}
+    share = workers.share(range(len(cohort.paths)))
+    with task(reporter, f"Checking {counted(len(cohort.paths), 'slide')}"):
+        for done, (number, own) in enumerate(share, 1):
+            if own:
+                found[number] = _check(cohort.paths[number], settings)
+            reporter.advance(done / len(share), cohort.slides[number])
+    checked = list(workers.merge(found).values())
+    widths = Counter(width for fault, width, _ in checked if not fault)
+    channels, most = max(widths.items(), key=lambda item: item[1], default=(0, 0))
+    faults = [
+        fault or f"{path} has tiles of {width} channels: expected {channels}, as {most} of {len(checked)} slides have"
+        for path, (fault, width, _) in zip(cohort.paths, checked, strict=True)
+        if fault or width != channels
+    ]
+    if faults:
+        first, more = "; ".join(faults[:_NAMED]), f"; and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
+        raise ValueError(f"{len(faults)} of {counted(len(checked), 'slide')} cannot be used: {first}{more}")
+    return {name: version for name, (_, _, version) in zip(cohort.slides, checked, strict=True)}
+
+
+def _check(path: Path, settings: FinetuneSettings) -> tuple[str, int, dict[str, str]]:
+    """(why a slide cannot be used or nothing, its channels, its version)."""
+    try:
+        version = version_of(path)
+        embeddings, _ = read_cells(path, settings)
+        return "", embeddings.shape[1], version | {"sha256": digest(path)}
+    except (OSError, ValueError) as error:
+        text = str(error)
+        return text if text.startswith(str(path)) else f"{path}: {text}", 0, {}
+
+
+def read_cells(path: Path, settings: FinetuneSettings) -> tuple[Tensor, Tensor]:
+    """Embeddings (L, C) float32 of a slide's tiles and their cells (L, 2) float32: the column and the row of each.
+
+    Raises:
+        ValueError: a tile outside of the grid, or what :func:`read_slide` refuses. OSError: a file that cannot be read.
+    """
+    slide = read_slide(path, unit=settings.unit, mpp=settings.mpp)
+    # Slides of one folder may differ in their tile size: the encoder sees cells.
+    side = settings.tile_size or slide.tile_size or 256
+    cells = (slide.coords / side).floor()
+    inside = ((cells >= 0) & (cells < GRID)).all(1)
+    if not bool(inside.all()):
+        row = int((~inside).nonzero()[0])
+        raise ValueError(
+            f"{path}: tile {row} is at {slide.coords[row].tolist()}, outside of the grid: expected x and y from 0 to below "
+            f"{GRID * side} pixels ({GRID} cells of {side})"
+        )
+    return slide.embeddings, cells
 
 
 class Tiles:
@@ -33,37 +120,22 @@ class Tiles:
     """
 
     def __init__(self, paths: Sequence[Path], settings: FinetuneSettings, device: torch.device) -> None:
-        self._paths, self._device = paths, device
-        self._side, self._given = settings.tile_size or 256, settings.tile_size
-        self._read = partial(read_slide, unit=settings.unit, mpp=settings.mpp)
-        self.in_dim = self._read(paths[0]).embeddings.shape[1]
+        self._paths, self._settings, self._device = paths, settings, device
+        self.in_dim = read_cells(paths[0], settings)[0].shape[1]
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
         """x (1, L, in_dim) float32 and coords (1, L, 2) in pixels of the encoder's tile size.
 
         Raises:
-            ValueError: no tile, other channels than the first slide's, a tile outside of the grid; what :func:`read_slide`
-                refuses.
+            ValueError: other channels than the first slide's; what :func:`read_cells` refuses.
         """
-        path = self._paths[number]
-        slide = self._read(path)
-        count, channels = slide.embeddings.shape
-        if count == 0 or channels != self.in_dim:
+        embeddings, cells = read_cells(self._paths[number], self._settings)
+        if (channels := embeddings.shape[1]) != self.in_dim:
             raise ValueError(
-                f"{path} has {counted(count, 'tile')} of {channels} channels: expected at least one, of {self.in_dim} as in "
-                f"{self._paths[0].name}"
+                f"{self._paths[number]} has tiles of {channels} channels: expected {self.in_dim} as in {self._paths[0].name}"
             )
-        # Slides of one folder may differ in their tile size: the encoder sees cells.
-        side = self._given or slide.tile_size or self._side
-        cells = (slide.coords / side).floor()
-        inside = ((cells >= 0) & (cells < GRID)).all(1)
-        if not bool(inside.all()):
-            row = int((~inside).nonzero()[0])
-            raise ValueError(
-                f"{path}: tile {row} is at {slide.coords[row].tolist()}, outside of the grid: expected x and y from 0 to below "
-                f"{GRID * side} pixels ({GRID} cells of {side})"
-            )
-        return slide.embeddings[None].to(self._device), (cells * self._side)[None].to(self._device)
+        side = self._settings.tile_size or 256
+        return embeddings[None].to(self._device), (cells * side)[None].to(self._device)
 
 
 class ReadOuts:
@@ -101,8 +173,7 @@ def read_outs(
     """
     device = head.linear.weight.device
     targets = [folder / f"{name}.safetensors" for name in cohort.slides]
-    states = [path.stat() for path in cohort.paths]
-    about = [made_from | {"bytes": str(one.st_size), "modified": str(one.st_mtime_ns)} for one in states]
+    about = [made_from | version_of(path) for path in cohort.paths]
     missing = workers.first_of([n for n, path in enumerate(targets) if not is_made_from(path, about[n])])
     folder.mkdir(parents=True, exist_ok=True)
     if missing:

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from longnet.gigapath.heads import SlideHead
 from longnet.slides.files import result_bytes
-from longnet.slides.finetune.data import ReadOuts, Tiles, read_outs
+from longnet.slides.finetune.data import ReadOuts, Tiles, digest, read_outs
 from longnet.slides.finetune.fit import Epoch, Fit, seed_of
 from longnet.slides.finetune.metrics import score
 from longnet.slides.finetune.models import ABMIL, ENCODER, MEAN_POOLING, make_encoder, make_model
 from longnet.slides.finetune.outcome import FoldResult, Outcome, as_json, summarise, write_predictions
 from longnet.slides.finetune.report import write_report
-from longnet.slides.finetune.settings import FREE_TO_CHANGE, FinetuneSettings
-from longnet.slides.finetune.splits import Split, make_splits, rare_targets, read_splits, write_splits
+from longnet.slides.finetune.settings import FinetuneSettings
+from longnet.slides.finetune.splits import Split, rare_targets
+from longnet.slides.finetune.start import prepare
 from longnet.slides.finetune.table import Cohort, read_cohort
 from longnet.slides.finetune.tasks import FoldTask
 from longnet.slides.finetune.workers import Workers
@@ -69,6 +68,8 @@ def finetune(
     workers = workers or Workers()
     tell = reporter if reporter is not None and workers.is_first else SilentReporter()
     device = resolve_device(settings.device, settings.dtype)
+    if settings.checkpoint is not None and not Path(settings.checkpoint).is_file():
+        raise FileNotFoundError(f"checkpoint={settings.checkpoint!r} is not a file: expected a slide encoder's weights")
     cohort = read_cohort(settings)
     if not cohort.has_patients:
         tell.say(f"No column {settings.patient_column!r}: each slide counts as a patient of its own")
@@ -76,10 +77,10 @@ def finetune(
         tell.say(f"Passed over, {HIDDEN}: {listed(cohort.hidden)}")
     out = Path(settings.out)
     with _locked_by_first(out, workers):
-        splits = _prepare(out, settings, cohort, workers, tell)
-        for note in rare_targets(settings.task, cohort, splits):
-            tell.say(note)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            splits = prepare(settings, cohort, workers, tell)
+            for note in rare_targets(settings.task, cohort, splits):
+                tell.say(note)
             results = _all_results(out, settings, cohort, splits, device, workers, tell, should_stop)
         outcome = summarise(settings, cohort, splits, results)
         if workers.is_first:
@@ -89,50 +90,6 @@ def finetune(
             write_report(outcome, out)
         workers.any_of(False)
     return outcome
-
-
-def _prepare(out: Path, settings: FinetuneSettings, cohort: Cohort, workers: Workers, tell: Reporter) -> list[Split]:
-    """Compare or write ``settings.json`` and ``splits.csv``; the splits."""
-    digests = {"table": Path(settings.table)} | (
-        {"checkpoint": Path(settings.checkpoint)} if settings.checkpoint else {}
-    )
-    digested = {f"{name}_digest": _digest(path) for name, path in digests.items()}
-    record = settings.to_dict() | {"table_digest": None, "checkpoint_digest": None} | digested
-    file, parts = out / "settings.json", out / "splits.csv"
-    error: ValueError | None = None
-    if workers.is_first:
-        try:
-            if file.exists():
-                _check_same(file, record)
-                splits = read_splits(parts, cohort)
-                tell.say(f"Continuing the run in {out}")
-            else:
-                if any(one.name != ".lock" for one in out.iterdir()):
-                    raise ValueError(
-                        f"out={str(out)!r} holds other files: expected a new or empty folder, or a run's own"
-                    )
-                splits = make_splits(cohort, settings)
-                write_splits(parts, cohort, splits)
-                write_json(file, record)
-        except ValueError as refusal:
-            error = refusal
-    workers.agree(error)
-    return workers.first_of(splits if workers.is_first else None)
-
-
-def _check_same(file: Path, record: dict[str, Any]) -> None:
-    before = read_json(file)
-    changed = [
-        f"the {name.removesuffix('_digest')}'s contents changed"
-        if name.endswith("_digest")
-        else f"{name} was {before.get(name)!r}, now {value!r}"
-        for name, value in record.items()
-        if name not in FREE_TO_CHANGE and before.get(name) != value
-    ]
-    if changed:
-        raise ValueError(
-            f"{file} is of another run: {'; '.join(changed)}. Expected the same settings, or another --out"
-        )
 
 
 def _all_results(
@@ -188,7 +145,7 @@ def _encode(
 ) -> ReadOuts:
     torch.manual_seed(seed_of(settings.seed, ENCODER))
     head = SlideHead(make_encoder(settings, tiles.in_dim), 1, layers=settings.layers, freeze=True).to(device)
-    weights = "random" if settings.checkpoint is None else _digest(Path(settings.checkpoint))
+    weights = "random" if settings.checkpoint is None else digest(Path(settings.checkpoint))
     made_from = {name: str(getattr(settings, name)) for name in _OF_READ_OUTS} | {"weights": weights}
     return read_outs(head, tiles, cohort, settings, made_from, out / "encoded", workers, tell)
 
@@ -205,11 +162,6 @@ def _read_result(path: Path, task: str, cohort: Cohort, split: Split) -> FoldRes
             "the fold again"
         ) from None
     return FoldResult(epochs, best, predicted, metrics)
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -47,6 +47,10 @@ def read_cohort(settings: FinetuneSettings) -> Cohort:
         OSError: the table or the folder cannot be read.
     """
     path = Path(settings.table)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"table={settings.table!r} is not a file: expected a CSV file with a row for each slide"
+        )
     header, rows = read_rows(path)
     columns = _target_columns(settings, header, path)
     has_patients = settings.patient_column in header

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from longnet.gigapath import SlideEncoder
+
+Result = TypeVar("Result")
 
 
 class Workers:
@@ -59,6 +61,17 @@ class Workers:
         """Raise the ``error`` of the first process on all of them, if it has one."""
         if (first := self.first_of(error)) is not None:
             raise first
+
+    def on_first(self, do: Callable[[], Result]) -> Result:
+        """What ``do`` gives on the first process, on all of them; its ValueError or OSError is raised on all."""
+        result, error = None, None
+        if self.is_first:
+            try:
+                result = do()
+            except (ValueError, OSError) as refusal:
+                error = refusal
+        self.agree(error)
+        return cast(Result, self.first_of(result))
 
     def any_of(self, value: bool) -> bool:
         """Whether the value of any process is true."""
