@@ -36,7 +36,10 @@ def test_a_run_prints_its_metric_and_where_the_report_is(
     result = call(*command)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert lines[-2].startswith("encoder: auroc 0.") and lines[-1] == str(tmp_path / "out" / "report.html")
+    assert lines[-2].startswith("encoder of random weights: auroc 0.") and lines[-1] == str(
+        tmp_path / "out" / "report.html"
+    )
+    assert "The slide encoder has random weights, no checkpoint: 1 layer of 32 channels." in result.stdout
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["depth"] == 1
     again = call(*command)
     assert again.stdout.splitlines()[-2:] == lines[-2:] and "Continuing the run" in again.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -42,6 +43,7 @@ def slide_finetune(
 
     from longnet.slides.finetune.fit import Stopped
     from longnet.slides.finetune.metrics import METRICS
+    from longnet.slides.finetune.models import ENCODER, RANDOM
     from longnet.slides.finetune.run import finetune
     from longnet.slides.finetune.workers import Workers
     from longnet.training.progress import make_reporter
@@ -66,5 +68,7 @@ def slide_finetune(
             metric = METRICS[settings.task][0]
             for name, means in outcome.means.items():
                 mean = means[metric]
-                print(f"{name}: {metric} {mean.mean:.3f}, 95 % interval {mean.low:.3f} to {mean.high:.3f}")
+                known = "" if math.isnan(mean.low) else f", 95 % interval {mean.low:.3f} to {mean.high:.3f}"
+                random = f" of {RANDOM}" if name == ENCODER and settings.checkpoint is None else ""
+                print(f"{name}{random}: {metric} {mean.mean:.3f}{known}")
             print(out / "report.html")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,9 @@ from matplotlib.ticker import MaxNLocator
 
 from longnet.figures.style import COLORS, FAINT, INK, legend, new_figure, quiet, save
 from longnet.slides.finetune.metrics import METRICS, one_against_others
-from longnet.slides.finetune.models import ENCODER, TITLES
+from longnet.slides.finetune.models import ENCODER, TITLES, titles_of
 from longnet.slides.finetune.outcome import Outcome
-from longnet.slides.folders import counted
+from longnet.slides.folders import counted, listed
 
 _COLORS = dict(zip(TITLES, (COLORS[0], COLORS[2], COLORS[3]), strict=True))
 # The value of a metric of predictions that know nothing.
@@ -39,7 +41,9 @@ def plot_folds(outcome: Outcome, path: Path) -> Path:
             axes.plot(mean.mean, place, "|", color=color, markersize=20, markeredgewidth=2.5)
         if metric in _CHANCE:
             axes.axvline(_CHANCE[metric], color=FAINT, linewidth=1, linestyle=(0, (5, 4)))
-        axes.set_yticks(range(len(models)), [TITLES[name] for name in models], color=INK, fontsize=9)
+        axes.set_yticks(
+            range(len(models)), [titles_of(outcome.settings)[name] for name in models], color=INK, fontsize=9
+        )
         axes.set_ylim(len(models) - 0.4, -0.6)
     return save(figure, path)
 
@@ -50,7 +54,7 @@ def plot_losses(outcome: Outcome, path: Path) -> Path:
     panels = np.atleast_1d(figure.subplots(1, len(outcome.results)))
     for axes, (name, folds) in zip(panels, outcome.results.items(), strict=True):
         quiet(axes)
-        axes.set_title(TITLES[name], loc="left", fontsize=10, color=INK)
+        axes.set_title(titles_of(outcome.settings)[name], loc="left", fontsize=10, color=INK)
         axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
         for fold in folds:
             epochs = range(1, len(fold.epochs) + 1)
@@ -69,14 +73,19 @@ def plot_losses(outcome: Outcome, path: Path) -> Path:
 
 def plot_predictions(outcome: Outcome, path: Path) -> Path:
     """What the task is read from: ROC and precision-recall curves, predictions against targets, or survival by risk."""
-    panels = _PANELS[outcome.settings.task]
-    figure = new_figure(10, 4.6, "")
-    for axes, (title, draw) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
+    panels = _panels(outcome)
+    columns = min(len(panels), 3)
+    rows = math.ceil(len(panels) / columns)
+    figure = new_figure(10, (4.6 if columns < 3 else 3.8) * rows, "")
+    places = np.atleast_1d(figure.subplots(rows, columns)).ravel()
+    for axes, (title, draw) in zip(places, panels, strict=False):
         quiet(axes)
         axes.grid(color="#e4e7eb", linewidth=0.8)
         shown = ", ".join(filter(None, (title, combined(outcome))))
         axes.set_title(shown, loc="left", fontsize=10, color=INK, parse_math=False)
         draw(outcome, axes)
+    for axes in places[len(panels) :]:
+        axes.set_axis_off()
     return save(figure, path)
 
 
@@ -115,20 +124,33 @@ def curves_of(outcome: Outcome, name: str, curve: Curve) -> list[np.ndarray]:
         values = outcome.cohort.values[list(split.test)]
         pairs = one_against_others(outcome.settings.task, values, fold.predictions)
         if pairs:
-            found.append(np.mean([curve(*pair) for pair in pairs], 0))
+            found.append(np.mean([curve(*pair) for pair in pairs.values()], 0))
     return found
 
 
 def combined(outcome: Outcome) -> str:
-    """Which class is positive, or how classes or labels are combined; empty for other tasks."""
-    classes, columns = outcome.cohort.classes, outcome.cohort.columns
+    """Which class is positive, or which classes or labels are combined; empty for other tasks."""
+    classes, columns, task = outcome.cohort.classes, outcome.cohort.columns, outcome.settings.task
+    if task not in ("classification", "multi-label"):
+        return ""
     if len(classes) == 2:
         return f"positive: {classes[1]}"
-    if classes:
-        return f"mean of {len(classes)} classes, each against the others"
-    if outcome.settings.task != "multi-label":
-        return ""
-    return f"positive: {columns[0]} = 1" if len(columns) == 1 else f"mean of {len(columns)} labels"
+    if not classes and len(columns) == 1:
+        return f"positive: {columns[0]} = 1"
+    names, things = (classes, "classes") if classes else (columns, "labels")
+    defined: set[int] = set()
+    for split, fold in zip(outcome.splits, outcome.results[ENCODER], strict=True):
+        defined |= set(one_against_others(task, outcome.cohort.values[list(split.test)], fold.predictions))
+    against = ", each against the others" if classes else ""
+    if len(defined) == len(names):
+        return f"mean of {len(names)} {things}{against}"
+    if not defined:
+        return f"none of {len(names)} {things} is defined"
+    # A longer list would leave the figure.
+    shown = listed([names[n] for n in sorted(defined)], 3)
+    if len(defined) == 1:
+        return f"{shown}, the only one of {len(names)} {things} that is defined"
+    return f"mean of {len(defined)} of {len(names)} {things}{against}: {shown}"
 
 
 def _curves(outcome: Outcome, axes: Axes, curve: Curve) -> None:
@@ -138,7 +160,7 @@ def _curves(outcome: Outcome, axes: Axes, curve: Curve) -> None:
         for one in drawn:
             axes.plot(AT, one, color=_COLORS[name], linewidth=0.8, alpha=0.25)
         if drawn:
-            axes.plot(AT, np.mean(drawn, 0), color=_COLORS[name], linewidth=2, label=TITLES[name])
+            axes.plot(AT, np.mean(drawn, 0), color=_COLORS[name], linewidth=2, label=titles_of(outcome.settings)[name])
     axes.set_xlim(-0.01, 1.01)
     axes.set_ylim(-0.01, 1.02)
 
@@ -157,17 +179,19 @@ def _precision_recall(outcome: Outcome, axes: Axes) -> None:
     axes.set_ylabel("precision")
 
 
-def _scatter(outcome: Outcome, axes: Axes) -> None:
-    """Of the first target, by all models."""
+def _scatter(outcome: Outcome, axes: Axes, *, column: int) -> None:
+    """Of one target, by all models."""
+    targets = np.concatenate([outcome.cohort.values[list(split.test), column] for split in outcome.splits])
     for name, folds in outcome.results.items():
-        targets = np.concatenate([outcome.cohort.values[list(split.test), 0] for split in outcome.splits])
-        predicted = np.concatenate([fold.predictions[:, 0] for fold in folds])
-        axes.plot(targets, predicted, "o", color=_COLORS[name], markersize=4, alpha=0.6, label=TITLES[name])
+        predicted = np.concatenate([fold.predictions[:, column] for fold in folds])
+        title = titles_of(outcome.settings)[name]
+        axes.plot(targets, predicted, "o", color=_COLORS[name], markersize=4, alpha=0.6, label=title)
     ends = [float(targets.min()), float(targets.max())]
     axes.plot(ends, ends, color=FAINT, linewidth=1, linestyle=(0, (5, 4)))
-    axes.set_xlabel(f"target {outcome.cohort.columns[0]}")
+    axes.set_xlabel(f"target {outcome.cohort.columns[column]}")
     axes.set_ylabel("predicted")
-    axes.legend(loc="upper left", fontsize=9, labelcolor=INK, frameon=False)
+    if column == 0:
+        axes.legend(loc="upper left", fontsize=9, labelcolor=INK, frameon=False)
 
 
 def risk_groups(outcome: Outcome) -> tuple[np.ndarray, np.ndarray]:
@@ -215,10 +239,16 @@ def _survival(outcome: Outcome, axes: Axes) -> None:
     axes.legend(loc="upper right", fontsize=9, labelcolor=INK, frameon=False)
 
 
-_CURVES = (("ROC", _roc), ("Precision and recall", _precision_recall))
-_PANELS: dict[str, tuple[tuple[str, Callable[[Outcome, Axes], None]], ...]] = {
-    "classification": _CURVES,
-    "multi-label": _CURVES,
-    "regression": (("Predictions against targets", _scatter),),
-    "survival": (("Survival by the encoder's risk", _survival),),
-}
+Panel = tuple[str, Callable[[Outcome, Axes], None]]
+
+
+def _panels(outcome: Outcome) -> list[Panel]:
+    """Titles and drawings of a task; of numbers, one for each target."""
+    if outcome.settings.task == "survival":
+        return [("Survival by the encoder's risk", _survival)]
+    if outcome.settings.task == "regression":
+        return [
+            ("Predictions against targets" if column == 0 else "", partial(_scatter, column=column))
+            for column in range(len(outcome.cohort.columns))
+        ]
+    return [("ROC", _roc), ("Precision and recall", _precision_recall)]

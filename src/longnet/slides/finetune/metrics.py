@@ -62,21 +62,33 @@ def score(task: str, values: np.ndarray, predicted: np.ndarray) -> dict[str, flo
             if 0 < truth[:, n].sum() < len(truth)
         ]
     return {
-        "auroc": _mean([roc_auc_score(truth, chances) for truth, chances in both]),
-        "auprc": _mean([average_precision_score(truth, chances) for truth, chances in both]),
+        "auroc": _mean([roc_auc_score(truth, chances) for truth, chances in both.values()]),
+        "auprc": _mean([average_precision_score(truth, chances) for truth, chances in both.values()]),
         "balanced_accuracy": _mean(recalls),
     }
 
 
-def one_against_others(task: str, values: np.ndarray, predicted: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(0 or 1 of each slide, its probability) of each class or label that some slides have and some have not.
+def one_against_others(
+    task: str, values: np.ndarray, predicted: np.ndarray
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """(0 or 1 of each slide, its probability) by the number of each class or label that some slides have and some have not.
 
     Of two classes the second alone.
     """
     classes = predicted.shape[1]
     truth = (values == np.arange(classes)).astype(int) if task == "classification" else values.astype(int)
     scored = [1] if task == "classification" and classes == 2 else range(classes)
-    return [(truth[:, n], predicted[:, n]) for n in scored if 0 < truth[:, n].sum() < len(truth)]
+    return {n: (truth[:, n], predicted[:, n]) for n in scored if 0 < truth[:, n].sum() < len(truth)}
+
+
+def by_target(task: str, values: np.ndarray, predicted: np.ndarray) -> dict[int, float]:
+    """AUROC of each class or label, R² of each number, by its place; without those that the slides do not define."""
+    from sklearn.metrics import r2_score, roc_auc_score
+
+    if task == "regression":
+        varied = [n for n in range(values.shape[1]) if np.ptp(values[:, n])]
+        return {n: float(r2_score(values[:, n], predicted[:, n])) for n in varied}
+    return {n: float(roc_auc_score(*pair)) for n, pair in one_against_others(task, values, predicted).items()}
 
 
 def over_folds(values: Sequence[float], least: float = -math.inf, most: float = math.inf) -> Mean:

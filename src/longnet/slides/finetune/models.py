@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor, nn
 from longnet.gigapath import SlideEncoder, param_groups_lrd
 from longnet.gigapath.heads import SlideHead
 from longnet.slides.finetune.settings import FinetuneSettings
+from longnet.slides.folders import counted
 
 ENCODER, MEAN_POOLING, ABMIL = "encoder", "mean_pooling", "abmil"
 TITLES = {ENCODER: "slide encoder", MEAN_POOLING: "mean pooling + MLP", ABMIL: "ABMIL"}
 """Names of the models in the report."""
+RANDOM = "random weights"
 _HIDDEN, _GATE = 256, 128
 
 
@@ -54,6 +57,20 @@ class Probe(nn.Module):
 
     def forward(self, x: Tensor, coords: Tensor) -> Tensor:
         return self.linear(x[:, 0])
+
+
+def titles_of(settings: FinetuneSettings) -> dict[str, str]:
+    """:data:`TITLES`, where an encoder without a checkpoint is said to have random weights."""
+    return TITLES if settings.checkpoint else TITLES | {ENCODER: f"{TITLES[ENCODER]} ({RANDOM})"}
+
+
+def describe_encoder(settings: FinetuneSettings) -> str:
+    """A sentence: where the encoder's weights come from, its size, and whether it is trained."""
+    if settings.checkpoint is None:
+        held = f"{RANDOM}, no checkpoint: {counted(settings.depth or 0, 'layer')} of {settings.dim} channels"
+    else:
+        held = f"the weights of {Path(settings.checkpoint).name}, of architecture {settings.arch}"
+    return f"The slide encoder has {held}{'; it is frozen, its head alone is trained' if settings.freeze else ''}."
 
 
 def make_encoder(settings: FinetuneSettings, in_dim: int) -> SlideEncoder:

@@ -13,7 +13,7 @@ import numpy as np
 
 from longnet.slides.finetune.fit import Epoch
 from longnet.slides.finetune.metrics import METRICS, RANGES, Mean, over_folds
-from longnet.slides.finetune.models import ENCODER
+from longnet.slides.finetune.models import ENCODER, describe_encoder
 from longnet.slides.finetune.settings import FinetuneSettings
 from longnet.slides.finetune.splits import Split
 from longnet.slides.finetune.table import Cohort
@@ -76,7 +76,8 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         for name, folds in outcome.results.items()
     }
     gains = {name: {m: _mean(mean) for m, mean in found.items()} for name, found in outcome.gains.items()}
-    return {"task": outcome.settings.task, "models": models, "encoder_less_baseline": gains}
+    encoder = describe_encoder(outcome.settings)
+    return {"task": outcome.settings.task, "encoder": encoder, "models": models, "encoder_less_baseline": gains}
 
 
 def _mean(mean: Mean) -> dict[str, float | None]:

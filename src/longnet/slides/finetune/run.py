@@ -15,7 +15,7 @@ from longnet.slides.files import result_bytes
 from longnet.slides.finetune.data import ReadOuts, Tiles, digest, read_outs
 from longnet.slides.finetune.fit import Epoch, Fit, seed_of
 from longnet.slides.finetune.metrics import score
-from longnet.slides.finetune.models import ABMIL, ENCODER, MEAN_POOLING, make_encoder, make_model
+from longnet.slides.finetune.models import ABMIL, ENCODER, MEAN_POOLING, describe_encoder, make_encoder, make_model
 from longnet.slides.finetune.outcome import FoldResult, Outcome, as_json, summarise, write_predictions
 from longnet.slides.finetune.report import write_report
 from longnet.slides.finetune.settings import FinetuneSettings
@@ -71,6 +71,7 @@ def finetune(
     if settings.checkpoint is not None and not Path(settings.checkpoint).is_file():
         raise FileNotFoundError(f"checkpoint={settings.checkpoint!r} is not a file: expected a slide encoder's weights")
     cohort = read_cohort(settings)
+    tell.say(describe_encoder(settings))
     if not cohort.has_patients:
         tell.say(f"No column {settings.patient_column!r}: each slide counts as a patient of its own")
     if cohort.hidden:
