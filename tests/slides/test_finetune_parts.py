@@ -49,7 +49,7 @@ def test_a_table_is_read_for_each_task(cohort: Path) -> None:
     assert found.classes == ("no", "yes") and found.values.tolist() == [[1], [1], [0]]
     labels = read_cohort(settings_of(cohort, cohort / "out", task="multi-label"))
     assert labels.columns == ("label_a", "label_b") and labels.values.tolist() == [[1, 0], [0, 1], [1, 1]]
-    times = read_cohort(settings_of(cohort, cohort / "out", task="survival"))
+    times = read_cohort(settings_of(cohort, cohort / "out", task="survival", intervals=2))
     assert times.values.tolist() == [[3.5, 1], [3.5, 1], [7, 1]]
     numbers = read_cohort(settings_of(cohort, cohort / "out", task="regression", label_columns="time, label_a"))
     assert numbers.values.tolist() == [[3.5, 1], [3.5, 0], [7, 1]]
@@ -81,6 +81,16 @@ def test_a_table_is_read_for_each_task(cohort: Path) -> None:
         ),
         (("s2", "p1", "no", 1, 1, -1, 1), {"task": "survival"}, "line 4, column 'time' is '-1': expected a time"),
         (("s2", "p1", "no", 1, 1, 7, 2), {"task": "survival"}, "line 4, column 'event' is '2': expected 0 or 1"),
+        (
+            ("s2.safetensors", "p1", "no", 1, 1, 7, 1),
+            {},
+            "line 4: slide 's2.safetensors' is written with its suffix: expected the name without .safetensors",
+        ),
+        (
+            ("s2", "p1", "no", 1, 1, 7, 1),
+            {"task": "survival"},
+            "intervals=4: events have 2 different times in .*, column 'time': expected at most",
+        ),
         (("s2", "p1", "yes", 1, 1, 7, 1), {}, "column 'label': every slide is 'yes': expected two classes"),
         (ROWS[2], {"label_columns": "grade"}, "has no column 'grade': its columns are"),
         (ROWS[2], {"label_columns": "label,label_a"}, "expected one column, or task='multi-label'"),
@@ -114,6 +124,35 @@ def test_tables_have_each_column_once_and_a_cell_for_each(cohort: Path, text: st
     (cohort / "table.csv").write_text(text.replace("slide", "PATIENT").replace("label", "FILENAME"))
     with pytest.raises(ValueError, match=message.replace("label", "FILENAME")):
         read_patients(cohort / "table.csv", cohort)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("slide;label\ns0;0,5\ns1;1\n", "table.csv has semicolons between its columns: expected commas"),
+        ("slide\tlabel\ns0\ta\ns1\tb\n", "has tabs between its columns: expected commas"),
+        ("slide,label\ns0,0.5\ns1,1\ns2,2\n", "holds numbers with a fractional part, as 0.5 and 1: expected names"),
+        ("slide,label\ns0,1\ns1,2\ns2,3\n", "3 classes for 3 patients: expected at most half .*, or task='regression'"),
+        ("slide,label\ns0,x\ns1,y\ns2,z\n", "3 classes for 3 patients: expected at most half as many .* patients$"),
+        ("slide,label\ns7,x\ns8,y\ns2,z\n", "line 3: slide 's8' has no file .*2 of 3 slides cannot be found"),
+    ],
+)
+def test_tables_that_mean_something_else_are_refused(cohort: Path, text: str, message: str) -> None:
+    (cohort / "table.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_cohort(settings_of(cohort, cohort / "out"))
+
+
+def test_a_constant_number_names_its_column(cohort: Path) -> None:
+    (cohort / "table.csv").write_text("slide,age,size\ns0,1,3\ns1,2,3\ns2,4,3\n")
+    settings = settings_of(cohort, cohort / "out", task="regression", label_columns="age,size")
+    with pytest.raises(ValueError, match=r"table\.csv, column 'size': every slide has 3: expected several values"):
+        read_cohort(settings)
+    (cohort / "table.csv").write_text("slide,age,size\ns0,1,3\ns1,2,3\ns2,4,5\n")
+    with pytest.raises(
+        ValueError, match=r"column 'size': every slide that trains in a fold has 3: expected .* fewer folds"
+    ):
+        FoldTask(settings, read_cohort(settings), (0, 1))
 
 
 @pytest.mark.parametrize(

@@ -74,9 +74,9 @@ def test_slides_that_were_copied_are_the_same(cohort: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"read_out": "5"}, "5"),
+        ({"read_out": "5"}, "layers=.*5"),
         ({"folds": 30}, "12 patients for 30 parts"),
-        ({"task": "regression", "label_columns": "constant"}, "constant"),
+        ({"task": "regression", "label_columns": "constant"}, "column 'constant': every slide has 3"),
     ],
 )
 def test_a_run_that_is_refused_leaves_its_folder_free(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -82,10 +83,13 @@ def plot_predictions(outcome: Outcome, path: Path) -> Path:
         quiet(axes)
         axes.grid(color="#e4e7eb", linewidth=0.8)
         shown = ", ".join(filter(None, (title, combined(outcome))))
-        axes.set_title(shown, loc="left", fontsize=10, color=INK, parse_math=False)
+        axes.set_title(fill(shown, 60), loc="left", fontsize=10, color=INK, parse_math=False)
         draw(outcome, axes)
     for axes in places[len(panels) :]:
         axes.set_axis_off()
+    if outcome.settings.task == "regression":
+        titles = titles_of(outcome.settings)
+        legend(figure, [Patch(color=_COLORS[name], label=titles[name]) for name in outcome.results])
     return save(figure, path)
 
 
@@ -184,14 +188,11 @@ def _scatter(outcome: Outcome, axes: Axes, *, column: int) -> None:
     targets = np.concatenate([outcome.cohort.values[list(split.test), column] for split in outcome.splits])
     for name, folds in outcome.results.items():
         predicted = np.concatenate([fold.predictions[:, column] for fold in folds])
-        title = titles_of(outcome.settings)[name]
-        axes.plot(targets, predicted, "o", color=_COLORS[name], markersize=4, alpha=0.6, label=title)
+        axes.plot(targets, predicted, "o", color=_COLORS[name], markersize=4, alpha=0.6)
     ends = [float(targets.min()), float(targets.max())]
     axes.plot(ends, ends, color=FAINT, linewidth=1, linestyle=(0, (5, 4)))
     axes.set_xlabel(f"target {outcome.cohort.columns[column]}")
     axes.set_ylabel("predicted")
-    if column == 0:
-        axes.legend(loc="upper left", fontsize=9, labelcolor=INK, frameon=False)
 
 
 def risk_groups(outcome: Outcome) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from longnet.slides.files import SLIDE_FORMATS
 from longnet.slides.finetune.settings import FinetuneSettings
-from longnet.slides.folders import files_below, is_hidden
+from longnet.slides.folders import counted, files_below, is_hidden
 from longnet.slides.rows import read_rows
 
 
@@ -51,6 +52,7 @@ def read_cohort(settings: FinetuneSettings) -> Cohort:
         raise FileNotFoundError(
             f"table={settings.table!r} is not a file: expected a CSV file with a row for each slide"
         )
+    _check_commas(path)
     header, rows = read_rows(path)
     columns = _target_columns(settings, header, path)
     has_patients = settings.patient_column in header
@@ -61,19 +63,16 @@ def read_cohort(settings: FinetuneSettings) -> Cohort:
             raise ValueError(f"{path} has no column {name!r}: its columns are {header}")
     files, hidden = _slide_files(Path(settings.features), Path(settings.out))
     lines: dict[str, int] = {}
-    patients, cells, paths = [], [], []
+    patients, cells = [], []
     for line, row in rows:
         at = f"{path}, line {line}"
         slide = _cell(row, settings.slide_column, at)
         if slide in lines:
             raise ValueError(f"{at}: slide {slide!r} is on line {lines[slide]} already: expected each slide once")
         lines[slide] = line
-        if len(found := files.get(slide, [])) != 1:
-            has = f"several files, {', '.join(map(str, found))}" if found else f"no file in {settings.features}"
-            raise ValueError(f"{at}: slide {slide!r} has {has}: expected one of {SLIDE_FORMATS}")
-        paths.append(found[0])
         patients.append(_cell(row, settings.patient_column, at) if has_patients else slide)
         cells.append([(_cell(row, name, at), f"{at}, column {name!r}") for name in columns])
+    paths = _one_file_each(path, lines, files, settings.features)
     classes: tuple[str, ...] = ()
     if settings.task == "classification":
         classes = tuple(sorted({row[0][0] for row in cells}))
@@ -81,15 +80,19 @@ def read_cohort(settings: FinetuneSettings) -> Cohort:
             raise ValueError(
                 f"{path}, column {columns[0]!r}: every slide is {classes[0]!r}: expected two classes or more"
             )
+        _check_classes(f"{path}, column {columns[0]!r}", classes, len(set(patients)))
         values = np.array([[float(classes.index(row[0][0]))] for row in cells])
     else:
         values = np.array([[_number(text, where) for text, where in row] for row in cells])
         for texts, numbers in zip(cells, values, strict=True):
             _check_numbers(settings.task, texts, numbers)
-    if settings.task == "survival" and not values[:, 1].any():
-        raise ValueError(f"{path}, column {settings.event_column!r}: no event happened: expected at least one")
+    if settings.task == "regression":
+        for name, numbers in zip(columns, values.T, strict=True):
+            if not np.ptp(numbers):
+                raise ValueError(f"{path}, column {name!r}: every slide has {numbers[0]:g}: expected several values")
     if settings.task == "survival":
         _check_patients(path, patients, values, list(lines.values()))
+        _check_events(path, settings, values)
     return Cohort(tuple(lines), tuple(patients), tuple(paths), columns, values, classes, has_patients, hidden)
 
 
@@ -134,6 +137,66 @@ def _slide_files(folder: Path, out: Path) -> tuple[dict[str, list[Path]], tuple[
         elif (folder / path).is_file():
             files.setdefault(path.stem, []).append(folder / path)
     return files, tuple(hidden)
+
+
+def _check_commas(path: Path) -> None:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        header = file.readline()
+    for mark, name in ((";", "semicolons"), ("\t", "tabs")):
+        if mark in header and "," not in header:
+            raise ValueError(f"{path} has {name} between its columns: expected commas")
+
+
+def _one_file_each(
+    path: Path, lines: Mapping[str, int], files: Mapping[str, Sequence[Path]], folder: str
+) -> list[Path]:
+    """The file of each slide; those that have none or several are refused together."""
+    faults = []
+    for slide, line in lines.items():
+        if len(found := files.get(slide, [])) == 1:
+            continue
+        name = Path(slide)
+        if not found and name.suffix.lower() in SLIDE_FORMATS and name.stem in files:
+            fault = f"is written with its suffix: expected the name without {name.suffix}"
+        else:
+            has = f"several files, {', '.join(map(str, found))}" if found else f"no file in {folder}"
+            fault = f"has {has}: expected one of {SLIDE_FORMATS}"
+        faults.append(f"line {line}: slide {slide!r} {fault}")
+    if faults:
+        more = f" And {counted(len(faults) - 3, 'slide')} more." if len(faults) > 3 else ""
+        count = f" ({len(faults)} of {counted(len(lines), 'slide')} cannot be found.{more})" if len(faults) > 1 else ""
+        raise ValueError(f"{path}, {'; '.join(faults[:3])}{count}")
+    return [files[slide][0] for slide in lines]
+
+
+def _check_classes(where: str, classes: Sequence[str], patients: int) -> None:
+    """Refuses numbers and names that are hardly those of classes."""
+    try:
+        numbers = [float(name) for name in classes]
+    except ValueError:
+        numbers = []
+    if any(not number.is_integer() for number in numbers):
+        raise ValueError(
+            f"{where} holds numbers with a fractional part, as {classes[0]} and {classes[1]}: expected names of classes, or "
+            "task='regression'"
+        )
+    if len(classes) > max(2, patients / 2):
+        other = ", or task='regression'" if numbers else ""
+        raise ValueError(
+            f"{where} has {len(classes)} classes for {counted(patients, 'patient')}: expected at most half as many classes as "
+            f"patients{other}"
+        )
+
+
+def _check_events(path: Path, settings: FinetuneSettings, values: np.ndarray) -> None:
+    times = len(np.unique(values[values[:, 1] == 1, 0]))
+    if not times:
+        raise ValueError(f"{path}, column {settings.event_column!r}: no event happened: expected at least one")
+    if times < settings.intervals:
+        raise ValueError(
+            f"intervals={settings.intervals}: events have {counted(times, 'different time')} in {path}, column "
+            f"{settings.time_column!r}: expected at most as many intervals as times"
+        )
 
 
 def _cell(row: dict[str, str], column: str, at: str) -> str:

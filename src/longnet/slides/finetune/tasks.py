@@ -31,10 +31,12 @@ class FoldTask:
         self.outputs = len(cohort.classes) or len(cohort.columns)
         if self.task == "regression":
             self._mean, self._scale = seen.mean(0), seen.std(0)
-            if not self._scale.all():
-                raise ValueError(
-                    f"{cohort.columns}: a target is constant over the training slides: expected several values"
-                )
+            for name, value, spread in zip(cohort.columns, self._mean, np.ptp(seen, 0), strict=True):
+                if not spread:
+                    raise ValueError(
+                        f"{settings.table}, column {name!r}: every slide that trains in a fold has {value:g}: expected several "
+                        "values, or fewer folds"
+                    )
         if self.task == "survival":
             times = seen[seen[:, 1] == 1, 0]
             times = times if times.size else seen[:, 0]
