@@ -25,7 +25,7 @@ from longnet.training.data.tokenizer import Tokenizer
 
 # Bytes of text: of a task, and those after which processes are started, as a start takes as long as some megabytes.
 _TASK, _FIRST = 1 << 20, 1 << 22
-_MOST = 8  # Processes: each takes about 200 MiB.
+_MOST = 8  # Processes: each takes about 250 MiB.
 # Under this name longnet imports no torch, which would take seconds and as much memory again.
 _CODE = "import sys; sys.path[:] = {!r}; sys.argv = ['longnet']; from longnet.training.data.workers import work; work()"
 _ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "OPENBLAS_NUM_THREADS": "1"}
