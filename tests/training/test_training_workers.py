@@ -22,7 +22,7 @@ HARD = [
     b"x" * 9000,
     (TEXT[:3000] + "<|endoftext|> a<|endoftext|>b\n").encode() * 4,
     b"\xff\xfea b\xc3\n" * 900,
-    b"a",
+    ("中\n\u3000" * 900).encode(),  # No place to cut, but in the middle of U+3000 it seems one.
     *(TEXT[number : number + 300].encode() for number in range(0, 6000, 100)),
 ]
 
