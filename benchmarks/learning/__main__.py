@@ -9,13 +9,13 @@ import re
 import shlex
 import sysconfig
 import time
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from benchmarks.environment import commit, gpu_versions, versions
+from benchmarks.learning import kinds
 from benchmarks.learning.data import read_text
 from benchmarks.learning.model import Shape
 from benchmarks.learning.patterns import ARMS
@@ -83,10 +83,10 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     """(of the command, of a line of a list: what says which runs there are)."""
     lines = argparse.ArgumentParser(prog="a line of --list", add_help=False)
     lines.add_argument("--arms", type=_arms, default=list(ARMS), help="names of patterns, by commas; all by default")
-    lines.add_argument("--seeds", type=_seeds, default=[0], help="by commas")
+    lines.add_argument("--seeds", type=kinds.seeds, default=[0], help="by commas")
     lines.add_argument("--label", default="", help="added to the results' names: another comparison")
     for name in ("--steps", "--batch", "--context"):
-        lines.add_argument(name, type=_count)
+        lines.add_argument(name, type=kinds.count)
     lines.add_argument("--shift-keys", action="store_true")
     lines.add_argument("--no-far-positions", action="store_true")
     lines.add_argument("--sinks", type=int, default=0)
@@ -95,16 +95,16 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         prog="python -m benchmarks.learning", description=__doc__.partition(": ")[2], parents=[lines]
     )
     command.add_argument(
-        "--data", type=_existing, action="append", help="a folder of text; by default Python's installed packages"
+        "--data", type=kinds.existing, action="append", help="a folder of text; by default Python's installed packages"
     )
     command.add_argument("--out", type=Path, required=True, help="folder of results: what it holds is not run again")
     command.add_argument(
-        "--minutes", type=_minutes, help="start no run that would end later; by default there is no limit"
+        "--minutes", type=kinds.minutes, help="start no run that would end later; by default there is no limit"
     )
     command.add_argument("--small", action="store_true", help="toy sizes, for a CPU")
     command.add_argument(
         "--list",
-        type=_existing,
+        type=kinds.existing,
         help="a file of runs; a line holds options from --arms to --adamw, the command's are its defaults",
     )
     command.add_argument(
@@ -127,32 +127,6 @@ def _arms(text: str) -> list[str]:
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise argparse.ArgumentTypeError(f"{unknown} are no patterns: expected some of {list(ARMS)}")
     return arms
-
-
-def _seeds(text: str) -> list[int]:
-    seeds = [seed.strip() for seed in text.split(",")]
-    if not all(map(str.isdecimal, seeds)):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers by commas, as in 0,1,2")
-    return list(map(int, seeds))
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number, at least 1")
-    return int(text)
-
-
-def _minutes(text: str) -> float:
-    with suppress(ValueError):
-        if float(text) > 0:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text}: expected a number of minutes above 0")
-
-
-def _existing(text: str) -> Path:
-    if not Path(text).exists():
-        raise argparse.ArgumentTypeError(f"{text} does not exist")
-    return Path(text)
 
 
 def _is_made(one: Run, path: Path, command: argparse.ArgumentParser) -> bool:

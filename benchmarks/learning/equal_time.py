@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sysconfig
 import tempfile
 import time
@@ -26,8 +25,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.learning import probes
-from benchmarks.learning.__main__ import _count, _environment, _existing, _minutes, _seeds
+from benchmarks import results
+from benchmarks.learning import kinds, probes
 from benchmarks.learning.data import Text, read_text, windows
 from longnet import LongNetConfig, LongNetLM
 from longnet.geometry import score_pairs
@@ -89,6 +88,14 @@ class Plan:
         origin = "" if self.convert is None else f"-from-{self.convert.name}-{self.share}"
         return f"{words}{origin}-{self.seed}"
 
+    def to_dict(self) -> dict[str, Any]:
+        """What a later call has to ask for too."""
+        return {
+            "stack": self.stack, "seed": self.seed, "context": self.context, "batch": self.batch, "minutes": self.minutes,
+            "converted": None if self.convert is None else self.convert.name, "share": self.share,
+            "model": self.model.to_dict(),
+        }  # fmt: skip
+
     def settings(self, out: Path, steps: int, **changes: Any) -> TrainSettings:
         on_gpu = torch.cuda.is_available()
         values: dict[str, Any] = {
@@ -144,13 +151,20 @@ def run(plan: Plan, out: Path, text: Text, reads: tuple[int, ...], held_out: int
 
     Returns:
         what a result file holds.
+
+    Raises:
+        ValueError: a run of this name that was begun with other options.
     """
     corpus, folder = corpus_of(text), out / "runs" / plan.name
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    began = json.loads(file.read_text()) if (file := folder.with_suffix(".steps")).exists() else None
-    steps, took = began or steps_of(plan, corpus)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps([steps, took]))
+    file = out / "runs" / f"{plan.name}.begun.json"
+    if file.exists():
+        begun = json.loads(file.read_text())
+        check_same(plan, begun, file)
+    else:
+        begun = plan.to_dict() | dict(zip(("steps", "seconds_a_step"), steps_of(plan, corpus), strict=True))
+        results.save(begun, file)
+    steps = begun["steps"]
     print(f"{plan.name}: {steps:,} steps of {plan.batch} x {plan.context:,}", flush=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -162,14 +176,22 @@ def run(plan: Plan, out: Path, text: Text, reads: tuple[int, ...], held_out: int
     pairs = sum(score_pairs(one.pattern, heads, plan.context, True) for one in layers)
     dense = len(layers) * heads * plan.context * (plan.context + 1) / 2
     return {
-        "stack": plan.stack, "seed": plan.seed, "context": plan.context, "batch": plan.batch, "minutes": plan.minutes,
-        "converted": None if plan.convert is None else plan.convert.name, "share": plan.share, "steps": steps,
-        "seconds_a_step": took, "seconds": summary.seconds, "tokens": summary.tokens, "peak_bytes": memory,
-        "model": plan.model.to_dict(), "parameters": sum(x.numel() for x in model.parameters()), "cost": pairs / dense,
+        **results.started(kind="equal time", device=torch.cuda.get_device_name() if memory is not None else "CPU"), **begun,
+        "seconds": summary.seconds, "tokens": summary.tokens, "peak_bytes": memory,
+        "parameters": sum(x.numel() for x in model.parameters()), "cost": pairs / dense,
         "curve": _curve(folder / "metrics.jsonl"),
         "at": {str(one): scores(model, text, one, held_out, max(1, min(16, 2**17 // one)), device) for one in lengths},
-        "data": text.facts, "environment": _environment(device),
+        "data": text.facts,
     }  # fmt: skip
+
+
+def check_same(plan: Plan, record: Mapping[str, Any], file: Path) -> None:
+    """Raises ValueError where ``record``, of a run or a result, is of other options than the plan."""
+    # As JSON gives it back: tuples are lists.
+    wanted = json.loads(json.dumps(plan.to_dict()))
+    if others := [name for name, value in wanted.items() if record.get(name) != value]:
+        differ = ", ".join(f"{name} was {record.get(name)!r}, now {wanted[name]!r}" for name in others)
+        raise ValueError(f"{file} is of other options: {differ}. Expected the same, or another --out")
 
 
 def _curve(metrics: Path, points: int = 200) -> list[list[float]]:
@@ -185,19 +207,19 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of results: what it holds is not run again")
     parser.add_argument("--stacks", type=_stacks, default=list(STACKS), help="names, by semicolons; all by default")
-    parser.add_argument("--seeds", type=_seeds, default=[0], help="by commas")
-    parser.add_argument("--context", type=_count, default=8192)
-    parser.add_argument("--batch", type=_count, help="windows a step; by default 32,768 bytes")
-    parser.add_argument("--minutes", type=_minutes, default=4.0, help="of training, for each stack")
-    parser.add_argument("--layers", type=_count, default=8)
-    parser.add_argument("--dim", type=_count, default=512)
-    parser.add_argument("--heads", type=_count, default=8)
-    parser.add_argument("--held-out", type=_count, default=48, help="windows that are scored")
-    parser.add_argument("--read", type=_count, nargs="*", default=[], help="other lengths to score the models at")
-    parser.add_argument("--convert", type=_existing, help="a run of this program to begin with")
+    parser.add_argument("--seeds", type=kinds.seeds, default=[0], help="by commas")
+    parser.add_argument("--context", type=kinds.count, default=8192)
+    parser.add_argument("--batch", type=kinds.count, help="windows a step; by default 32,768 bytes")
+    parser.add_argument("--minutes", type=kinds.minutes, default=4.0, help="of training, for each stack")
+    parser.add_argument("--layers", type=kinds.count, default=8)
+    parser.add_argument("--dim", type=kinds.count, default=512)
+    parser.add_argument("--heads", type=kinds.count, default=8)
+    parser.add_argument("--held-out", type=kinds.count, default=48, help="windows that are scored")
+    parser.add_argument("--read", type=kinds.count, nargs="*", default=[], help="other lengths to score the models at")
+    parser.add_argument("--convert", type=kinds.existing, help="a run of this program to begin with")
     parser.add_argument("--share", type=float, default=0.05, help="of the converted run's tokens")
     parser.add_argument(
-        "--data", type=_existing, action="append", help="folders of text; installed packages by default"
+        "--data", type=kinds.existing, action="append", help="folders of text; installed packages by default"
     )
     options = parser.parse_args()
     text = read_text(options.data or [Path(sysconfig.get_paths()["purelib"])])
@@ -212,13 +234,15 @@ def main() -> None:
             minutes = options.minutes if options.convert is None else None
             plan = Plan(stack, seed, options.context, minutes, model, batch, *origin)
             path = options.out / f"{plan.name}.json"
-            if path.exists():
-                print(f"{path} is there")
-                continue
-            result = run(plan, options.out, text, tuple(options.read), options.held_out)
-            part = path.with_suffix(".part")
-            part.write_text(json.dumps(result, indent=1) + "\n")
-            os.replace(part, path)
+            try:
+                if path.exists():
+                    check_same(plan, results.load(path), path)
+                    print(f"{path} is there")
+                    continue
+                result = run(plan, options.out, text, tuple(options.read), options.held_out)
+            except ValueError as error:
+                parser.error(str(error))
+            results.save(result, path)
             bits = result["at"][str(options.context)]["bits"]
             print(f"{plan.name}: {bits:.4f} bits, cost {result['cost']:.3f}, written to {path}", flush=True)
 

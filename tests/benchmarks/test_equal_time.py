@@ -48,6 +48,9 @@ def test_a_stack_learns_and_is_read_at_another_length(command, monkeypatch, caps
     capsys.readouterr()
     command("--minutes", "0.02", "--stacks", "balanced;longnet", "--read", "1536")
     assert capsys.readouterr().out.count("is there") == 2
+    with pytest.raises(SystemExit):
+        command("--minutes", "0.03", "--stacks", "balanced")
+    assert "minutes was 0.02, now 0.03. Expected the same, or another --out" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_where_it_was_stopped(command, monkeypatch):
@@ -79,5 +82,7 @@ def test_a_dense_run_is_converted(command, monkeypatch):
     run = command.out / "runs" / "dense-0"
     made = command("--convert", str(run), "--share", "0.1", "--stacks", "light")["light-from-dense-0-0.1-0"]
     assert made["steps"] == 2 and made["converted"] == "dense-0" and made["minutes"] is None
+    more = command("--convert", str(run), "--share", "0.2", "--stacks", "light")["light-from-dense-0-0.2-0"]
+    assert more["steps"] == 4
     # Nearer to the dense model than to where it began.
     assert made["curve"][0][2] < 7.9

@@ -28,8 +28,9 @@ def heatmap(
 ) -> None:
     """Draw weights over a slide as a PNG.
 
-    Colours follow the rank of a weight, so that a few large weights do not hide the others; the bar is labelled with weights. A
-    slide of more than 500 cells a side, or of few tiles far apart, shows the sums of squares of cells: a tile can be seen.
+    Colours follow the rank of a weight, so that a few large weights do not hide the others; the bar is labelled with weights. On
+    a slide of more than 500 cells a side, or of few tiles far apart, cells are joined to larger ones, which show the sum: else a
+    tile could not be seen.
 
     Args:
         path: where the PNG is written.

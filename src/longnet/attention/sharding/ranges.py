@@ -164,7 +164,7 @@ class RangeShard:
             return results[0]
         whole = empty()
         for grid, parts in zip(self.grids, results, strict=True):
-            for target, rows in zip(whole, parts, strict=False):
+            for target, rows in zip(whole, parts, strict=True):
                 target[grid.rows] = rows
         return whole
 
@@ -217,7 +217,7 @@ class RangeShard:
                     total[index] += half
             for grad, total in zip(grads[1:], totals, strict=True):
                 grad[touched] = total.to(grad.dtype)
-        grad_q, grad_k, grad_v, *_ = self._joined(results, self.inputs.empty_gradients)
+        grad_q, grad_k, grad_v = self._joined(results, lambda: self.inputs.empty_gradients()[:3])
         return Gradients(grad_q, grad_k, grad_v, grad_bias if bias is None else grad_bias.to(bias.dtype))
 
 

@@ -126,7 +126,7 @@ class Workers:
 
 
 def _join(counts: list[int], tasks: list[Future[list[np.ndarray]]]) -> Iterator[np.ndarray]:
-    """The tokens of texts that had so many parts each."""
+    """The tokens of each text; ``counts`` says how many parts each text was cut into."""
     parts = chain.from_iterable(task.result() for task in tasks)
     for count in counts:
         yield np.concatenate(list(islice(parts, count)))

@@ -1,0 +1,33 @@
+"""Kinds of values of the learning programs' options."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import suppress
+from pathlib import Path
+
+
+def seeds(text: str) -> list[int]:
+    found = [seed.strip() for seed in text.split(",")]
+    if not all(map(str.isdecimal, found)):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers by commas, as in 0,1,2")
+    return list(map(int, found))
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number, at least 1")
+    return int(text)
+
+
+def minutes(text: str) -> float:
+    with suppress(ValueError):
+        if float(text) > 0:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text}: expected a number of minutes above 0")
+
+
+def existing(text: str) -> Path:
+    if not Path(text).exists():
+        raise argparse.ArgumentTypeError(f"{text} does not exist")
+    return Path(text)
