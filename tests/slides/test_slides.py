@@ -149,7 +149,7 @@ def test_units_that_are_not_known_are_refused_by_name(tmp_path: Path) -> None:
     for coords, name, attributes, match in [
         (cell * 224, "feats", {}, "called feats, as STAMP's, without STAMP's attribute tile_size_um"),
         (cell * 256 + 0.5, "features", {}, "coordinates have fractions, as microns have"),
-        (cell, "features", {}, "its 40 tiles lie in 1 cells of 256 pixels, as numbers of tiles do"),
+        (cell, "features", {}, "its 40 tiles lie in 1 cell of 256 pixels, as numbers of tiles do"),
         (cell * 256, "features", {"unit": "mm"}, "its attribute unit is 'mm'"),
     ]:
         write_h5(path, coords, name, **attributes)

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from longnet.gigapath.positions import in_tiles
+from longnet.slides.folders import counted
 
 UNITS = ("pixels", "um", "tiles")
 
@@ -125,7 +126,8 @@ def _unit_of(path: Path, coords: Tensor, name: str, stamp: bool) -> str:
     elif bool((coords != coords.floor()).any()):
         reason = "coordinates have fractions, as microns have"
     elif len(coords) > _MOST_A_CELL * cells:
-        reason = f"its {len(coords):,} tiles lie in {cells:,} cells of {DEFAULT_TILE} pixels, as numbers of tiles do"
+        lie = f"its {counted(len(coords), 'tile')} lie in {counted(cells, 'cell')} of {DEFAULT_TILE} pixels"
+        reason = f"{lie}, as numbers of tiles do"
     else:
         return "pixels"
     raise ValueError(f"{path}: the unit of coords is not known: {reason}; expected unit= one of {UNITS} (--unit)")
