@@ -4,9 +4,10 @@
     python -m benchmarks.learning.equal_time --out results --context 32768 --minutes 4 --convert results/runs/dense-0 --share 0.05
 
 A stack's steps are first timed, a few after the compiler is done: as many as fit into the minutes are the run, whose schedule
-of learning rates they end. So a run that was stopped goes on exactly where it was, and compiling costs nothing. ``--convert``
-begins with the weights of a run, for a share of its tokens. A result is one JSON, beside a folder of runs; what is there is not
-made again. ``--read`` scores the models at other lengths than they were trained at.
+of learning rates they end. So a run that was stopped goes on exactly where it was, and compiling costs nothing. Dense layers
+use the kernels of longnet or of cuDNN, whichever train faster. ``--convert`` begins with the weights of a run, for a share of
+its tokens. A result is one JSON, beside a folder of runs; what is there is not made again. ``--read`` scores the models at
+other lengths than they were trained at.
 """
 
 from __future__ import annotations
@@ -14,24 +15,33 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import results
 from benchmarks.learning import kinds, probes
 from benchmarks.learning.data import Text, read_text, windows
 from longnet import LongNetConfig, LongNetLM
-from longnet.geometry import score_pairs
+from longnet.attention import module as attention_module
+from longnet.geometry import Pattern, score_pairs
+from longnet.models.layer_types import pattern_of
 from longnet.training import Corpus, TrainSettings, load_model, train
 
+# How far back copied passages and names stand.
+DISTANCES = (1024, 4096, 16384, 65536)
 FAR = {"shift_keys": True, "far_positions": False}
 # Steps that are timed, and those before them that compile.
 TIMED, BEFORE = 10, 3
@@ -117,25 +127,49 @@ def corpus_of(text: Text) -> Corpus:
     )  # fmt: skip
 
 
-def seconds_a_step(plan: Plan, corpus: Corpus) -> float:
+@contextmanager
+def dense_by_cudnn() -> Iterator[None]:
+    """Layers that read everything call cuDNN's attention in place of longnet's kernels."""
+    ours = attention_module.pattern_attention  # type: ignore[attr-defined]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, **options: Any) -> Any:
+        if pattern != pattern_of("full_attention", 1, 1, 1):
+            return ours(query, key, value, pattern, **options)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+    attention_module.pattern_attention = attend  # type: ignore[attr-defined]
+    try:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            yield
+    finally:
+        attention_module.pattern_attention = ours  # type: ignore[attr-defined]
+
+
+DENSE_BY: Mapping[str, Callable[[], AbstractContextManager[None]]] = {"longnet": nullcontext, "cuDNN": dense_by_cudnn}
+
+
+def seconds_a_step(plan: Plan, corpus: Corpus, dense_by: str) -> float:
     """Median of a few steps, those that compile apart."""
     marks: list[float] = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, DENSE_BY[dense_by]():
         settings = plan.settings(Path(folder) / "timed", BEFORE + TIMED, save_every=0)
         train(settings, corpus=corpus, callbacks=[lambda line: marks.append(time.perf_counter())])
     return median(after - before for before, after in zip(marks[BEFORE - 1 :], marks[BEFORE:], strict=False))
 
 
-def steps_of(plan: Plan, corpus: Corpus) -> tuple[int, float | None]:
-    """How many steps the run has, and the seconds of one where they were timed."""
-    if plan.convert is None:
-        assert plan.minutes is not None
-        took = seconds_a_step(plan, corpus)
-        return max(1, int(60 * plan.minutes / took)), took
-    assert plan.share is not None
-    whole = json.loads((plan.convert / "run.json").read_text())["settings"]
-    tokens = whole["steps"] * whole["batch"] * whole["context"]
-    return max(1, round(plan.share * tokens / (plan.batch * plan.context))), None
+def begin(plan: Plan, corpus: Corpus) -> dict[str, Any]:
+    """How many steps the run has, whose kernels dense layers use, and the seconds of a step where they were timed."""
+    if plan.convert is not None:
+        assert plan.share is not None
+        whole = json.loads((plan.convert / "run.json").read_text())["settings"]
+        tokens = whole["steps"] * whole["batch"] * whole["context"]
+        steps = max(1, round(plan.share * tokens / (plan.batch * plan.context)))
+        return {"steps": steps, "seconds_a_step": {}, "dense_by": "longnet"}
+    assert plan.minutes is not None
+    has_choice = torch.cuda.is_available() and "full_attention" in (plan.model.layer_types or ())
+    seconds = {one: seconds_a_step(plan, corpus, one) for one in DENSE_BY if has_choice or one == "longnet"}
+    fastest = min(seconds, key=seconds.__getitem__)
+    return {"steps": max(1, int(60 * plan.minutes / seconds[fastest])), "seconds_a_step": seconds, "dense_by": fastest}
 
 
 def scores(
@@ -143,14 +177,18 @@ def scores(
 ) -> dict[str, Any]:
     """Every probe at a length."""
     score = lambda rows: probes.bits_of(model, rows, device, batch)  # noqa: E731
-    return probes.all_probes(score, text.held_out, windows(text.held_out, held_out, context + 1, 1), context)
+    fixed = windows(text.held_out, held_out, context + 1, 1)
+    passages = max(4, min(32, 2**20 // context))
+    return probes.all_probes(score, text.held_out, fixed, context, DISTANCES, passages)
 
 
-def run(plan: Plan, out: Path, text: Text, reads: tuple[int, ...], held_out: int) -> dict[str, Any]:
+def run(
+    plan: Plan, out: Path, text: Text, reads: tuple[int, ...], held_out: int, should_stop: Callable[[], bool]
+) -> dict[str, Any] | None:
     """Train, or go on, and score.
 
     Returns:
-        what a result file holds.
+        what a result file holds; None where the run was stopped before its end.
 
     Raises:
         ValueError: a run of this name that was begun with other options.
@@ -162,14 +200,17 @@ def run(plan: Plan, out: Path, text: Text, reads: tuple[int, ...], held_out: int
         begun = json.loads(file.read_text())
         check_same(plan, begun, file)
     else:
-        begun = plan.to_dict() | dict(zip(("steps", "seconds_a_step"), steps_of(plan, corpus), strict=True))
+        begun = plan.to_dict() | begin(plan, corpus)
         results.save(begun, file)
     steps = begun["steps"]
     print(f"{plan.name}: {steps:,} steps of {plan.batch} x {plan.context:,}", flush=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     resume = (folder / "run.json").exists()
-    summary = train(plan.settings(folder, steps), resume=resume, corpus=corpus)
+    with DENSE_BY[begun["dense_by"]]():
+        summary = train(plan.settings(folder, steps), resume=resume, corpus=corpus, should_stop=should_stop)
+    if not summary.finished:
+        return None
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     model, lengths = load_model(folder, device), sorted({plan.context, *reads})
     heads, layers = plan.model.heads, plan.model.layer_attentions()
@@ -218,10 +259,13 @@ def main() -> None:
     parser.add_argument("--read", type=kinds.count, nargs="*", default=[], help="other lengths to score the models at")
     parser.add_argument("--convert", type=kinds.existing, help="a run of this program to begin with")
     parser.add_argument("--share", type=float, default=0.05, help="of the converted run's tokens")
+    parser.add_argument("--stop-after", type=kinds.minutes, help="minutes; then the run is saved, for a later call")
     parser.add_argument(
         "--data", type=kinds.existing, action="append", help="folders of text; installed packages by default"
     )
     options = parser.parse_args()
+    end = math.inf if options.stop_after is None else time.monotonic() + 60 * options.stop_after
+    should_stop = lambda: time.monotonic() > end  # noqa: E731
     text = read_text(options.data or [Path(sysconfig.get_paths()["purelib"])])
     for seed in options.seeds:
         for stack in options.stacks:
@@ -239,9 +283,12 @@ def main() -> None:
                     check_same(plan, results.load(path), path)
                     print(f"{path} is there")
                     continue
-                result = run(plan, options.out, text, tuple(options.read), options.held_out)
+                result = run(plan, options.out, text, tuple(options.read), options.held_out, should_stop)
             except ValueError as error:
                 parser.error(str(error))
+            if result is None:
+                print(f"{plan.name} was stopped: the same command goes on")
+                return
             results.save(result, path)
             bits = result["at"][str(options.context)]["bits"]
             print(f"{plan.name}: {bits:.4f} bits, cost {result['cost']:.3f}, written to {path}", flush=True)

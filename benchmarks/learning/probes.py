@@ -14,6 +14,7 @@ from torch import Tensor, nn
 GRAM = 12
 DISTANCES = (512, 2048, 4096, 8192, 32768)
 _PASSAGE = 256
+_COPIED = tuple(distance - _PASSAGE for distance in DISTANCES)
 
 Bits = Callable[[np.ndarray], np.ndarray]
 
@@ -115,12 +116,22 @@ def by_place_in_segment(bits: np.ndarray, segment: int = 512, parts: int = 8) ->
     return [float(bits[:, (place == part) & later].mean()) for part in range(parts)] if later.any() else []
 
 
-def all_probes(bits: Bits, text: np.ndarray, windows: np.ndarray, length: int) -> dict[str, object]:
-    """Every probe of one model."""
-    edges = (0, 256, 1024, 2048, 4096, 8192, 16384, 32768)
+def all_probes(
+    bits: Bits,
+    text: np.ndarray,
+    windows: np.ndarray,
+    length: int,
+    distances: tuple[int, ...] = _COPIED,
+    passages: int = 32,
+) -> dict[str, object]:
+    """Every probe of one model.
+
+    Args:
+        distances, passages: how far back a copied passage and a name stand, and how many there are of each.
+    """
+    edges = (0, 256, *(2**power for power in range(10, 18)))
     scored = bits(windows)
     probes: Mapping[str, Callable[..., dict[str, float]]] = {"copied": copied, "named": named}
-    distances = tuple(distance - _PASSAGE for distance in (512, *DISTANCES))
     return {
         "bits": float(scored.mean()),
         "late_bits": float(scored[:, length // 2 :].mean()),
@@ -129,5 +140,5 @@ def all_probes(bits: Bits, text: np.ndarray, windows: np.ndarray, length: int) -
         "by_position": by_position(scored, edges),
         "by_place_in_segment": by_place_in_segment(scored),
         "repeated": repeated(scored, windows),
-        **{name: probe(bits, text, length, distances[1:], 32, 5) for name, probe in probes.items()},
+        **{name: probe(bits, text, length, distances, passages, 5) for name, probe in probes.items()},
     }

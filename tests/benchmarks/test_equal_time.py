@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
 from benchmarks.learning import equal_time
+from longnet import LongNetConfig, LongNetLM
 from longnet.training import TrainSettings, train
 
 SIZES = ("--layers", "4", "--dim", "16", "--heads", "2", "--context", "1024", "--batch", "2", "--held-out", "2")
+BEGUN = {"steps": 10, "seconds_a_step": {"longnet": 0.1}, "dense_by": "longnet"}
 
 
 @pytest.fixture
@@ -39,7 +44,7 @@ def test_a_stack_learns_and_is_read_at_another_length(command, monkeypatch, caps
     assert made.keys() == {"balanced-0", "longnet-0"}
     one = made["balanced-0"]
     assert one["at"].keys() == {"1024", "1536"} and len(one["at"]["1024"]["by_window"]) == 2
-    assert one["steps"] == max(1, int(1.2 / one["seconds_a_step"])) and one["tokens"] == one["steps"] * 2048
+    assert one["steps"] == max(1, int(1.2 / one["seconds_a_step"]["longnet"])) and one["tokens"] == one["steps"] * 2048
     assert one["model"]["layer_types"].count("full_attention") == 1
     # Three windows of 512 and one dense layer.
     window = sum(min(n + 1, 512) for n in range(1024)) / (1024 * 1025 / 2)
@@ -54,7 +59,7 @@ def test_a_stack_learns_and_is_read_at_another_length(command, monkeypatch, caps
 
 
 def test_a_run_goes_on_where_it_was_stopped(command, monkeypatch):
-    monkeypatch.setattr(equal_time, "steps_of", lambda plan, corpus: (10, 0.1))
+    monkeypatch.setattr(equal_time, "begin", lambda plan, corpus: BEGUN)
     whole = command("--stacks", "window", "--minutes", "1")["window-0"]
     command.out.rename(command.out.with_name("whole"))
 
@@ -77,7 +82,7 @@ def test_a_run_goes_on_where_it_was_stopped(command, monkeypatch):
 
 
 def test_a_dense_run_is_converted(command, monkeypatch):
-    monkeypatch.setattr(equal_time, "seconds_a_step", lambda plan, corpus: 3.0)
+    monkeypatch.setattr(equal_time, "seconds_a_step", lambda plan, corpus, dense_by: 3.0)
     command("--minutes", "1", "--stacks", "dense")
     run = command.out / "runs" / "dense-0"
     made = command("--convert", str(run), "--share", "0.1", "--stacks", "light")["light-from-dense-0-0.1-0"]
@@ -86,3 +91,36 @@ def test_a_dense_run_is_converted(command, monkeypatch):
     assert more["steps"] == 4
     # Nearer to the dense model than to where it began.
     assert made["curve"][0][2] < 7.9
+
+
+def test_a_run_is_stopped_in_time_and_goes_on(command, monkeypatch, capsys):
+    monkeypatch.setattr(equal_time, "begin", lambda plan, corpus: BEGUN)
+    whole = command("--stacks", "window", "--minutes", "1")["window-0"]
+    command.out.rename(command.out.with_name("whole"))
+    assert not command("--stacks", "window", "--minutes", "1", "--stop-after", "0.0001")
+    assert "window-0 was stopped: the same command goes on" in capsys.readouterr().out
+    again = command("--stacks", "window", "--minutes", "1")["window-0"]
+    assert again["at"] == whole["at"]
+
+
+def test_dense_layers_of_torch_are_those_of_longnet(monkeypatch):
+    monkeypatch.setattr(equal_time, "sdpa_kernel", lambda backend: nullcontext())
+    config = LongNetConfig(
+        dim=32,
+        heads=2,
+        layers=4,
+        layer_types=("sliding_attention", "full_attention"),
+        sliding_window=8,
+        shift_keys=True,
+    )
+    torch.manual_seed(0)
+    model, tokens = LongNetLM(config), torch.randint(256, (1, 64))
+    expected = model(tokens)
+    called = []
+    sdpa = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *x, **more: called.append(1) or sdpa(*x, **more))
+    with equal_time.dense_by_cudnn():
+        torch.testing.assert_close(model(tokens), expected)
+    assert len(called) == 2
+    torch.testing.assert_close(model(tokens), expected, rtol=0, atol=0)
+    assert len(called) == 2
