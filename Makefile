@@ -18,9 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # One worker more than there are processors: some tests wait for processes or for the clock.
 PYTEST = $(BIN)/python -m pytest -n $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )) --maxprocesses 8 --dist loadgroup
 
-# Two layers of windows around one that reads everything: its keys hold the token before too, and have no positions.
-DEMO_LAYERS := --layer-types sliding_attention,full_attention,sliding_attention --window 256 --shift-keys --no-far-positions
-DEMO := --preset tiny $(DEMO_LAYERS) --tokenizer runs/demo-tokenizer --context 2560 --short-context 256 --minutes 8 \
+DEMO := --preset tiny --tokenizer runs/demo-tokenizer --context 2560 --short-context 256 --minutes 8 \
 	--optimizer muon --lr 1e-2 --clip 0.3 --schedule linear --warmup 40
 
 .PHONY: help demo test quick lint type docs transformers pytest portable older newest bench learning-small figures format clean

@@ -197,7 +197,7 @@ def model_step(
 ) -> Callable[[], object]:
     """A whole training step of a model. ``compiled``: ``"whole"``, ``"blocks"``, or neither."""
     torch.manual_seed(0)
-    model = LongNetLM(LongNetConfig.preset(sizes.preset, **changes)).to(device.device)
+    model = LongNetLM(LongNetConfig.preset(sizes.preset, "longnet", **changes)).to(device.device)
     loss: Callable[..., Tensor] = model.loss
     if sizes.compiler is not None:
         # What was compiled before would count against the limit of graphs of one function.
@@ -266,7 +266,9 @@ def generation(sizes: Sizes, device: Device) -> Iterator[Record]:
     """A token, the first one after a long prompt, and calls of lengths that were not seen before."""
     for kind, changes in (("published", {}), ("types in turn", TYPES)):
         torch.manual_seed(0)
-        model = LongNetLM(LongNetConfig.preset(sizes.preset, **changes)).to(device.device, sizes.dtype).eval()
+        model = (
+            LongNetLM(LongNetConfig.preset(sizes.preset, "longnet", **changes)).to(device.device, sizes.dtype).eval()
+        )
 
         def generate(length: int, count: int, model: LongNetLM = model) -> Callable[[], object]:
             prompt = torch.randint(256, (1, length), device=device.device)

@@ -91,8 +91,9 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
         "gradient_checkpointing=False, loss_chunk=4096, feed_forward_chunk=None, backend='auto', layer_types=None, "
         "sliding_window=512, stride=4, stride_block=1, shift_keys=False, far_positions=True)",
     ),
-    (LongNetConfig.preset, "(name, **changes)"),
+    (LongNetConfig.preset, "(name, stack=None, **changes)"),
     (LongNetConfig.presets, "()"),
+    (LongNetConfig.stacks, "()"),
     (LongNetConfig.to_dict, "(self)"),
     (LongNetConfig.from_dict, "(values)"),
     (LongNetConfig.replace, "(self, **changes)"),
@@ -176,7 +177,7 @@ MEMBERS = {
     },
     LongNetConfig: {
         *("feed_forward_dim", "from_dict", "head_dim", "layer_attention", "layer_attentions", "layer_head_numbers"),
-        *("preset", "presets", "replace", "to_dict"),
+        *("preset", "presets", "replace", "stacks", "to_dict"),
     },
     LongNetLM: {
         *("check_mask", "check_tokens", "embed", "forward", "generate", "hidden", "logits", "loss", "new_cache"),
@@ -219,6 +220,7 @@ def test_the_names_given_as_text() -> None:
     assert [backend.name for backend in BACKENDS] == ["cpu_flash", "triton", "portable"]
     assert longnet.geometry.HEAD_OFFSETS == ("interleaved", "blocked", "grouped")
     assert LongNetConfig.presets() == ("base", "small", "tiny", "nano")
+    assert LongNetConfig.stacks() == ("balanced", "light", "longnet")
 
 
 def test_the_alias_is_the_same_class() -> None:

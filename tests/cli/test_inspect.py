@@ -211,10 +211,21 @@ def test_the_layers_of_a_model(tmp_path: Path) -> None:
     assert [layer["type"] for layer in found["layers"]] == ["dilated_attention"] * 2
 
 
+@pytest.mark.parametrize(("stack", "far"), [("balanced", "full_attention"), ("light", "strided_attention")])
+def test_the_layers_of_a_preset(tmp_path: Path, stack: str, far: str) -> None:
+    found = json.loads(run(tmp_path, "--preset", "tiny", "--stack", stack, "--json").stdout)
+    assert [layer["type"] for layer in found["layers"]] == ["sliding_attention", far, "sliding_attention"]
+    assert found["length"] == 16 * 256 and found["layers"][1]["shift_keys"]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (("--model", "run", "--heads", "4"), "--model has layers of its own: leave out --heads"),
+        (("--model", "run", "--preset", "base"), "--model has layers of its own: leave out --preset"),
+        (("--preset", "base", "--heads", "4"), "--preset has layers of its own: leave out --heads"),
+        (("--stack", "light", "--heads", "4"), "--stack light given without --preset: expected it as well"),
+        (("--preset", "huge"), "name='huge' is not a preset"),
         (("--stride", "2", *EXAMPLE), "--stride given without --layer-types"),
         (("--layer-types", "full_attention", "--all-queries"), "--layer-types says what layers compute: leave out --all-queries"),
         (("--layer-types", "dense"), "layer_types holds 'dense': expected one of"),

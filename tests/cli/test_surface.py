@@ -17,8 +17,8 @@ Longnet = Callable[..., "subprocess.CompletedProcess[str]"]
 
 OPTIONS = {
     "train": [
-        *("--out", "--data", "--init-from", "--preset", "--config", "--layer-types", "--window", "--stride"),
-        *("--stride-block",),
+        *("--out", "--data", "--init-from", "--preset", "--stack", "--config", "--layer-types", "--window"),
+        *("--stride", "--stride-block"),
         *("--shift-keys", "--far-positions", "--tokenizer", "--field", "--skip-bad-rows", "--pack", "--context"),
         *("--short-context", "--short-share", "--steps", "--minutes", "--batch", "--accumulate"),
         *("--optimizer", "--lr", "--matrix-lr", "--warmup", "--schedule", "--weight-decay", "--clip", "--dtype"),
@@ -43,7 +43,17 @@ OPTIONS = {
     "inspect": [
         *("--segments", "--rates", "--length", "--heads", "--head-dim", "--kv-heads", "--layers", "--bidirectional"),
         *("--head-offsets", "--window", "--all-queries", "--dilation-block", "--segment-offset", "--layer-types"),
-        *("--stride", "--stride-block", "--shift-keys", "--model", "--suggest-budget", "--out", "--json"),
+        *(
+            "--stride",
+            "--stride-block",
+            "--shift-keys",
+            "--model",
+            "--preset",
+            "--stack",
+            "--suggest-budget",
+            "--out",
+            "--json",
+        ),
     ],
     "slide_encode": [
         *(
@@ -117,6 +127,8 @@ def test_help_names_every_preset(call: Longnet) -> None:
     text = " ".join(call("train", "--help").stdout.split())
     presets = LongNetConfig.presets()
     assert f"Model preset: {', '.join(presets[:-1])} or {presets[-1]}." in text
+    stacks = LongNetConfig.stacks()
+    assert f"What the preset's layers read: {', '.join(stacks[:-1])} or {stacks[-1]} (the paper's pattern)." in text
 
 
 def test_the_version_is_printed(call: Longnet) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
 import signal
@@ -144,6 +145,27 @@ def test_layers_of_several_types_are_trained_and_resumed(
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "far"),
+    [((), "full_attention"), (("--stack", "light"), "strided_attention"), (("--stack", "longnet"), None)],
+)
+def test_a_run_that_names_no_model_or_a_stack(
+    tmp_path: Path, longnet: Longnet, given: tuple[str, ...], far: str | None
+) -> None:
+    out, text = tmp_path / "run", tmp_path / "text"
+    text.write_bytes(random.Random(0).randbytes(4096))
+    result = longnet("train", "--data", text, "--context", 64, "--steps", 1, *given, "--window", 32, "--out", out)
+    if far is None:
+        assert result.returncode == 2 and "--window given for a model" in result.stderr
+        return
+    assert result.returncode == 0, result.stderr
+    config = json.loads((out / "config.json").read_text())
+    assert config["layer_types"] == ["sliding_attention", far, "sliding_attention"]
+    assert config["shift_keys"] and not config["far_positions"] and config["sliding_window"] == 32
+    result = longnet("train", "--out", out, "--resume", "--stack", "longnet")
+    assert result.returncode == 2 and "--stack longnet with --resume, whose model has its layers" in result.stderr
+
+
 def test_a_finished_run_resumed_makes_its_report_again(finished_run: Path, longnet: Longnet) -> None:
     (finished_run / "report.html").unlink()
     result = longnet("train", "--out", finished_run, "--resume")
@@ -227,6 +249,9 @@ def test_a_toml_config(tmp_path: Path, longnet: Longnet, train_arguments: list[o
     [
         (["--preset", "nano", "--config", "x.json"], "--preset and --config were both given"),
         (["--preset", "huge"], "'huge' is not a preset"),
+        (["--stack", "dense"], "'dense' is not a stack: expected one of ('balanced', 'light', 'longnet')"),
+        (["--stack", "light", "--config", "x.json"], "--stack and --config were both given"),
+        (["--stack", "light", "--layer-types", "full_attention"], "with stack='light': expected one of the two"),
         (["--config", "gone.json"], "No such file or directory: 'gone.json'"),
         (["--data", "gone.txt"], "gone.txt' is not there: expected a file or a folder of text"),
         (["--lr", "0"], "lr=0.0: expected above 0"),
@@ -385,6 +410,7 @@ def test_a_transformer_is_trained_from_end_to_end(
     ("more", "message"),
     [
         (("--preset", "nano"), "--preset nano with a model of transformers ('llama')"),
+        (("--stack", "light"), "--stack light with a model of transformers ('llama')"),
         (("--shift-keys",), "--shift-keys with a model of transformers ('llama')"),
         (("--cp", 2), "cp=2 with a model of transformers ('llama')"),
         (("--compile",), "compile=True with a model of transformers ('llama')"),
@@ -405,6 +431,11 @@ def test_options_that_a_transformer_does_not_take_are_refused(
     [
         ("gone", (), "gone' is not there: expected a run folder of longnet train, a folder of save_model"),
         ("run", ("--preset", "nano"), "does not fit the model: layers was 1, now 2; of its parameters 20 differ: "),
+        (
+            "run",
+            ("--stack", "light"),
+            "--stack light with --init-from, whose model has its layers: expected --preset as well",
+        ),
         ("run", ("--window", 9), "--window given for a model whose layers are all 'dilated_attention'"),
     ],
 )

@@ -14,8 +14,10 @@ from longnet.models import LongNetConfig
 
 
 def test_base_is_the_papers_size() -> None:
-    base = LongNetConfig.preset("base")
+    base = LongNetConfig.preset("base", "longnet")
     assert base == LongNetConfig()
+    balanced = LongNetConfig.preset("base")
+    assert (balanced.dim, balanced.heads, balanced.layers) == (base.dim, base.heads, base.layers)
     assert (base.dim, base.heads, base.layers, base.feed_forward_dim, base.head_dim) == (768, 12, 12, 3072, 64)
     assert base.segment_lengths == (2048, 4096, 8192, 16384, 32768)
     assert base.dilation_rates == (1, 2, 4, 6, 12)
@@ -24,7 +26,7 @@ def test_base_is_the_papers_size() -> None:
 
 @pytest.mark.parametrize("name", LongNetConfig.presets())
 def test_presets_reach_every_position_with_every_rate(name: str) -> None:
-    config = LongNetConfig.preset(name)
+    config = LongNetConfig.preset(name, "longnet")
     pattern = Pattern.parse(config.segment_lengths, config.dilation_rates, config.head_offsets)
     for branch in pattern.branches:
         offsets = {pattern.offset(branch, head, config.heads) for head in range(config.heads)}
@@ -56,9 +58,45 @@ def test_preset_changes_and_replace_are_checked() -> None:
         LongNetConfig.preset("huge")
 
 
+@pytest.mark.parametrize("name", LongNetConfig.presets())
+def test_stacks_of_a_preset(name: str) -> None:
+    """One full layer in eight in the middle of each eight, every fourth key in the middle quarter, or the paper's pattern."""
+    balanced, light = LongNetConfig.preset(name, "balanced"), LongNetConfig.preset(name, "light")
+    assert balanced == LongNetConfig.preset(name) or name == "nano"
+    assert LongNetConfig.preset(name, "longnet").layer_types is None
+    for config, far in ((balanced, "full_attention"), (light, "strided_attention")):
+        assert set(config.layer_types) == {"sliding_attention", far}
+        assert config.shift_keys and not config.far_positions and config.qk_norm and config.stride == 4
+        assert config.segment_lengths == config.dilation_rates == ()
+    eight = LongNetConfig.preset(name, "balanced", layers=8)
+    assert [i for i, kind in enumerate(eight.layer_types) if kind == "full_attention"] == [4]
+    more = LongNetConfig.preset(name, "balanced", layers=24)
+    assert [i for i, kind in enumerate(more.layer_types) if kind == "full_attention"] == [4, 12, 20]
+    eight = LongNetConfig.preset(name, "light", layers=8)
+    assert [i for i, kind in enumerate(eight.layer_types) if kind == "strided_attention"] == [3, 4]
+
+
+def test_what_a_preset_reads_is_named_once() -> None:
+    own = LongNetConfig.preset("small", layer_types=("sliding_attention", "full_attention"))
+    assert own.layer_types.count("full_attention") == 4 and not own.shift_keys and own.far_positions
+    segments = LongNetConfig.preset("small", segment_lengths=(64,), dilation_rates=(2,))
+    assert segments.layer_types is None and segments.segment_lengths == (64,)
+    assert LongNetConfig.preset("small", "longnet", segment_lengths=(64,), dilation_rates=(2,)) == segments
+    with pytest.raises(
+        ValueError, match=r"layer_types=\('full_attention',\) with stack='light': expected one of the two"
+    ):
+        LongNetConfig.preset("small", "light", layer_types=("full_attention",))
+    with pytest.raises(
+        ValueError, match=r"stack='dense' is not a stack: expected one of \('balanced', 'light', 'longnet'\)"
+    ):
+        LongNetConfig.preset("small", "dense")
+    with pytest.raises(ValueError, match="layers=0: expected at least 1"):
+        LongNetConfig.preset("small", layers=0)
+
+
 def test_a_preset_cannot_be_changed_through_what_it_returns() -> None:
-    LongNetConfig.preset("tiny").to_dict()["segment_lengths"].append(1)
-    assert LongNetConfig.preset("tiny").segment_lengths == (256, 1024, 8192)
+    LongNetConfig.preset("tiny", "longnet").to_dict()["segment_lengths"].append(1)
+    assert LongNetConfig.preset("tiny", "longnet").segment_lengths == (256, 1024, 8192)
     with pytest.raises(AttributeError):
         LongNetConfig().dim = 3  # type: ignore[misc]
 

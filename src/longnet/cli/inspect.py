@@ -28,7 +28,9 @@ def inspect(
         str | None, typer.Option(help="Segment length of each branch in tokens: 2048,4096; none for no end.")
     ] = None,
     rates: Annotated[str | None, typer.Option(help="Dilation rate of each branch, as many as segments: 1,2.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of the sequence (left out: the longest segment).")] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of the sequence (left out: the longest segment, or 16 windows).")
+    ] = None,
     heads: Annotated[int, typer.Option(help="Query heads.")] = 12,
     head_dim: Annotated[int, typer.Option(help="Size of one head.")] = 64,
     kv_heads: Annotated[int | None, typer.Option(help="Key/value heads (left out: as many as heads).")] = None,
@@ -54,6 +56,10 @@ def inspect(
     model: Annotated[
         Path | None, typer.Option(help="Run folder, or JSON or TOML file of LongNetConfig fields: its layers.")
     ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="A preset of longnet train, base, small, tiny or nano: its layers.")
+    ] = None,
+    stack: Annotated[str | None, typer.Option(help="Of the preset: balanced, light or longnet.")] = None,
     suggest_budget: Annotated[
         int | None, typer.Option(help="Suggest a pattern for --length with at most this many keys per query.")
     ] = None,
@@ -62,15 +68,15 @@ def inspect(
 ) -> None:
     """Show what a dilated-attention pattern costs, which positions it covers, how far it sees; draw it as PNG.
 
-    With --model or --layer-types, or a pattern that LongNet's paper does not have, it shows cost, cache and reach by layer.
+    With --model, --preset or --layer-types, or a pattern that LongNet's paper does not have, it shows cost, cache and reach by
+    layer.
     """
     causal = not bidirectional
     sources = {name: context.get_parameter_source(name) for name in context.params}
     named = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
     if named & BY_LAYER:
         try:
-            stack = layers_of(context.params, named, causal)
-            _show_layers(stack, out, as_json)
+            _show_layers(layers_of(context.params, named, causal), out, as_json)
         except (ValueError, TypeError, OSError) as error:
             _fail(str(error))
         return

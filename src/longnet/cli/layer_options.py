@@ -14,13 +14,15 @@ if TYPE_CHECKING:
     from longnet.models import LongNetConfig
     from longnet.training.models import Config
 
-# Options that ask for a view by layer; those that come with ``--layer-types`` alone; those that come with ``--model``.
+# Options that ask for a view by layer; those that come with ``--layer-types`` alone; those that a whole model takes.
 BY_LAYER = {
     *("window", "all_queries", "dilation_block", "segment_offset"),
-    *("layer_types", "stride", "stride_block", "shift_keys", "model"),
+    *("layer_types", "stride", "stride_block", "shift_keys", "model", "preset", "stack"),
 }
 _OF_TYPES = {"stride", "stride_block", "shift_keys"}
-_WITH_MODEL = {"model", "length", "out", "as_json"}
+# How many windows long the sequence is where there are no segments and no length was given.
+_WINDOWS = 16
+_WITH_MODEL = {"length", "out", "as_json"}
 
 
 def layers_of(options: dict[str, Any], named: set[str], causal: bool) -> Layers:
@@ -32,9 +34,15 @@ def layers_of(options: dict[str, Any], named: set[str], causal: bool) -> Layers:
     if "suggest_budget" in named:
         raise ValueError("--suggest-budget suggests one of the paper's patterns: leave out the options of other layers")
     if "model" in named:
-        if refused := sorted(named - _WITH_MODEL):
+        if refused := sorted(named - _WITH_MODEL - {"model"}):
             raise ValueError(f"--model has layers of its own: leave out {', '.join(map(_option, refused))}")
         return _of_config(read_config("--model", options["model"]), options["length"])
+    if "preset" in named:
+        if refused := sorted(named - _WITH_MODEL - {"preset", "stack"}):
+            raise ValueError(f"--preset has layers of its own: leave out {', '.join(map(_option, refused))}")
+        return _of_config(_of_preset(options["preset"], options["stack"]), options["length"])
+    if "stack" in named:
+        raise ValueError(f"--stack {options['stack']} given without --preset: expected it as well")
     if "layer_types" in named:
         if refused := sorted(named & {"all_queries", "dilation_block", "segment_offset"}):
             raise ValueError(f"--layer-types says what layers compute: leave out {', '.join(map(_option, refused))}")
@@ -42,6 +50,12 @@ def layers_of(options: dict[str, Any], named: set[str], causal: bool) -> Layers:
     if refused := sorted(named & _OF_TYPES):
         raise ValueError(f"{', '.join(map(_option, refused))} given without --layer-types: expected it as well")
     return _of_pattern(options, causal)
+
+
+def _of_preset(name: str, stack: str | None) -> LongNetConfig:
+    from longnet.models import LongNetConfig
+
+    return LongNetConfig.preset(name, stack)
 
 
 def _config(options: dict[str, Any], causal: bool) -> LongNetConfig:
@@ -73,7 +87,7 @@ def _of_config(config: Config, length: int | None) -> Layers:
     names = config.layer_types or ("dilated_attention",) * config.layers
     group = heads // (config.kv_heads or heads)
     if length is None:
-        length = max((config.sliding_window or 1, *config.segment_lengths))
+        length = max(config.segment_lengths, default=_WINDOWS * (config.sliding_window or 1))
     kv_heads = tuple(layer.heads // group for layer in layers)
     return Layers(names, layers, kv_heads, config.head_dim, check_int("length", length, 1), config.causal)
 

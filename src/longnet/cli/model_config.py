@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def read_config(option: str, path: Path, start: Config | None = None) -> Config:
-    """The config in a JSON or TOML file of LongNetConfig's fields, with ``preset`` to start from one, or in a run folder.
+    """The config in a JSON or TOML file of LongNetConfig's fields, with a ``preset`` and ``stack`` to start from, or a run's.
 
     Fields that the file leaves out are those of ``start``, where that is given and the file names no preset.
 
@@ -31,7 +31,9 @@ def read_config(option: str, path: Path, start: Config | None = None) -> Config:
         raise ValueError(f"{option} {file} is not {'TOML' if is_toml else 'JSON'}: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{option} {file} holds a {type(values).__name__}: expected fields of LongNetConfig")
-    base = values.pop("preset", None)
+    base, stack = values.pop("preset", None), values.pop("stack", None)
     if base is not None:
-        return LongNetConfig.preset(base, **values)
+        return LongNetConfig.preset(base, stack, **values)
+    if stack is not None:
+        raise ValueError(f'{option} {file} names the stack {stack!r} and no "preset": expected both')
     return config_from_dict(values) if start is None else start.replace(**values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,9 +46,16 @@ def train(
             show_default=f"{DEFAULT_PRESET}, or the model of --init-from",
         ),
     ] = None,
+    stack: Annotated[
+        str | None,
+        typer.Option(
+            help="What the preset's layers read: balanced, light or longnet (the paper's pattern).",
+            show_default="balanced, longnet for nano",
+        ),
+    ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help='JSON or TOML file of LongNetConfig fields, and "preset" to start from one.'),
+        typer.Option(help='JSON or TOML file of LongNetConfig fields, and "preset" and "stack" to start from.'),
     ] = None,
     layer_types: Annotated[
         str | None, typer.Option(help="What each layer computes, repeated: sliding_attention,strided_attention.")
@@ -95,17 +103,26 @@ def train(
         options["data"] = str(data.absolute())
     if init_from is not None:
         options["init_from"] = str(init_from.absolute())
-    _run(_make_settings(options, preset, config, changes, resume), resume)
+    _run(_make_settings(options, _Named(preset, stack, config), changes, resume), resume)
 
 
-def _make_settings(
-    options: Options, preset: str | None, config: Path | None, changes: Options, resume: bool
-) -> TrainSettings:
+@dataclass(frozen=True)
+class _Named:
+    """Where the model comes from, as the options say."""
+
+    preset: str | None
+    stack: str | None
+    config: Path | None
+
+    def __bool__(self) -> bool:
+        return any((self.preset, self.stack, self.config))
+
+
+def _make_settings(options: Options, named: _Named, changes: Options, resume: bool) -> TrainSettings:
     """Settings from the options; the rest comes from the run that is resumed, or from the defaults of a new one.
 
-    ``changes`` are to the model. They and ``config`` change the model of ``init_from``, of a resumed run the run's own.
+    ``changes`` are to the model. They and a config file change the model of ``init_from``, of a resumed run the run's own.
     """
-    from longnet.models import LongNetConfig
     from longnet.training.device import choose_dtype
     from longnet.training.folder import RunFolder
     from longnet.training.initial import open_initial
@@ -123,16 +140,19 @@ def _make_settings(
     if saved is None and "steps" not in options and "minutes" not in options:
         options["steps"] = DEFAULT_STEPS
     if isinstance(start, TransformerConfig):
-        if saved is None or preset or config or changes:
-            options["model"] = _transformer_of(start, options, preset, config, changes, saved)
+        if saved is None or named or changes:
+            options["model"] = _transformer_of(start, options, named, changes, saved)
         return TrainSettings(**options) if saved is None else saved.replace(**options)
-    model = _read_model(preset, config, start)
+    if named.stack is not None and named.preset is None and (start is not None or saved is not None):
+        given = "--resume" if resume else "--init-from"
+        raise ValueError(f"--stack {named.stack} with {given}, whose model has its layers: expected --preset as well")
+    model = _read_model(named, changes, start)
     if saved is not None:
         assert not isinstance(saved.model, TransformerConfig)
         if model is not None or changes:
             options["model"] = _with_layers(model or saved.model, changes)
         return saved.replace(**options)
-    made = _with_layers(model or start or LongNetConfig.preset(DEFAULT_PRESET), changes)
+    made = _with_layers(model or start or _preset(DEFAULT_PRESET, None, changes), changes)
     tokenizer = _tokenizer_of(options)
     size = made.vocab_size if tokenizer is None else tokenizer.vocab_size
     return TrainSettings(model=made.replace(vocab_size=size), **options)
@@ -141,8 +161,7 @@ def _make_settings(
 def _transformer_of(
     start: TransformerConfig,
     options: Options,
-    preset: str | None,
-    config: Path | None,
+    named: _Named,
     changes: Options,
     saved: TrainSettings | None,
 ) -> TransformerConfig:
@@ -155,8 +174,10 @@ def _transformer_of(
     from longnet.training.models import fit_context
 
     kind = f"a model of transformers ({start.transformer['model_type']!r})"
-    if preset is not None:
-        raise ValueError(f"--preset {preset} with {kind}: expected --config with fields of its attention, or neither")
+    for name, value in (("--preset", named.preset), ("--stack", named.stack)):
+        if value is not None:
+            raise ValueError(f"{name} {value} with {kind}: expected --config with fields of its attention, or neither")
+    config = named.config
     for name in ("shift_keys", "far_positions"):
         if name in changes:
             raise ValueError(
@@ -228,18 +249,27 @@ def _with_layers(model: LongNetConfig, changes: Options) -> LongNetConfig:
     return model.replace(**changes)
 
 
-def _read_model(preset: str | None, config: Path | None, start: LongNetConfig | None) -> LongNetConfig | None:
-    """The model config that --preset names, or ``start`` as --config changes it; ``None`` for neither option.
-
-    Raises:
-        ValueError: both, an unknown preset or field, a file that is neither JSON nor TOML.
-    """
+def _preset(name: str, stack: str | None, changes: Options) -> LongNetConfig:
     from longnet.models import LongNetConfig
 
-    if preset is not None and config is not None:
-        raise ValueError('--preset and --config were both given: expected one (a config file may name a "preset")')
-    if preset is not None:
-        return LongNetConfig.preset(preset)
+    return LongNetConfig.preset(name, stack, **{key: changes[key] for key in ("layer_types",) if key in changes})
+
+
+def _read_model(named: _Named, changes: Options, start: LongNetConfig | None) -> LongNetConfig | None:
+    """The model config that --preset and --stack name, or ``start`` as --config changes it; ``None`` for none of them.
+
+    Raises:
+        ValueError: a preset and a file, an unknown name or field, a file that is neither JSON nor TOML.
+    """
+    preset, stack, config = named.preset, named.stack, named.config
+    if config is not None:
+        for name, value in (("preset", preset), ("stack", stack)):
+            if value is not None:
+                raise ValueError(
+                    f'--{name} and --config were both given: expected one (a config file may name a "{name}")'
+                )
+    if preset is not None or stack is not None:
+        return _preset(preset or DEFAULT_PRESET, stack, changes)
     if config is None:
         return None
     made = read_config("--config", config, start)

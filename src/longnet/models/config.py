@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from longnet.checks import check_settings, refuse_unknown
+from longnet.checks import check_int, check_settings, refuse_unknown
 from longnet.geometry import HeadNumbers, HeadOffsets, Pattern
 from longnet.geometry.reach import LayerAttention
 from longnet.models.layer_types import DILATED_TYPES, FAR_TYPES, expand_layer_types, pattern_of
+from longnet.models.stacks import DEFAULT_STACK, STACKS
 from longnet.nn.norm import NORM_KINDS
 
 
@@ -219,22 +220,42 @@ class LongNetConfig:
         return 4 * self.dim if self.ffn_dim is None else self.ffn_dim
 
     @classmethod
-    def preset(cls, name: str, **changes: Any) -> LongNetConfig:
-        """The preset ``name`` of :meth:`presets`, with ``changes`` to its fields.
+    def preset(cls, name: str, stack: str | None = None, **changes: Any) -> LongNetConfig:
+        """A size by name, and a stack of layers by name, with ``changes`` to its fields.
 
-        ``"base"`` is the paper's size (section 4.1); ``"tiny"`` trains on a two-core laptop; ``"nano"`` is for tests.
+        Args:
+            name: one of :meth:`presets`. ``"base"`` is the paper's size (section 4.1); ``"tiny"`` trains on a two-core laptop;
+                ``"nano"`` is for tests.
+            stack: what the layers read, one of :meth:`stacks`: ``"balanced"`` (windows, and one full layer of eight),
+                ``"light"`` (windows, and every fourth key in the middle quarter) or ``"longnet"`` (the paper's pattern). None is
+                ``"balanced"``, but the paper's for ``"nano"`` and where ``layer_types``, ``segment_lengths`` or
+                ``dilation_rates`` are given. The page on evidence compares them.
 
         Raises:
-            ValueError: an unknown preset, an unknown field, or values that do not fit together.
+            ValueError: an unknown preset, stack or field, a stack beside one of these three, or values that do not fit together.
         """
         if name not in _PRESETS:
             raise ValueError(f"name={name!r} is not a preset: expected one of {cls.presets()}")
-        return _PRESETS[name].replace(**changes)
+        if stack is not None and stack not in STACKS:
+            raise ValueError(f"stack={stack!r} is not a stack: expected one of {cls.stacks()}")
+        size, window = _PRESETS[name]
+        own = [field for field in ("layer_types", "segment_lengths", "dilation_rates") if field in changes]
+        if own and stack not in (None, "longnet"):
+            raise ValueError(f"{own[0]}={changes[own[0]]!r} with stack={stack!r}: expected one of the two")
+        if stack is None:
+            stack = "longnet" if own or name == "nano" else DEFAULT_STACK
+        layers = check_int("layers", changes.get("layers", size.layers), 1)
+        return size.replace(**{**STACKS[stack](layers, window), **changes})
 
     @classmethod
     def presets(cls) -> tuple[str, ...]:
         """Names that :meth:`preset` takes, from large to small."""
         return tuple(_PRESETS)
+
+    @classmethod
+    def stacks(cls) -> tuple[str, ...]:
+        """Stacks that :meth:`preset` takes."""
+        return tuple(STACKS)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as values that JSON keeps as they are: tuples become lists.
@@ -277,16 +298,24 @@ def _lists(value: Any) -> Any:
     return [_lists(item) for item in value] if isinstance(value, tuple) else value
 
 
-_PRESETS: Mapping[str, LongNetConfig] = {
-    "base": LongNetConfig(),
-    "small": LongNetConfig(
-        dim=512, heads=8, layers=8, segment_lengths=(2048, 4096, 8192, 16384), dilation_rates=(1, 2, 4, 8)
+# With the paper's pattern, and the window of other stacks.
+_PRESETS: Mapping[str, tuple[LongNetConfig, int]] = {
+    "base": (LongNetConfig(), 512),
+    "small": (
+        LongNetConfig(
+            dim=512, heads=8, layers=8, segment_lengths=(2048, 4096, 8192, 16384), dilation_rates=(1, 2, 4, 8)
+        ),
+        512,
     ),
     # What two cores learn in minutes: wide rather than deep, short dense segments under one that spans the context.
-    "tiny": LongNetConfig(
-        dim=192, heads=4, layers=3, segment_lengths=(256, 1024, 8192), dilation_rates=(1, 2, 4), qk_norm=True
+    "tiny": (
+        LongNetConfig(
+            dim=192, heads=4, layers=3, segment_lengths=(256, 1024, 8192), dilation_rates=(1, 2, 4), qk_norm=True
+        ),
+        256,
     ),
-    "nano": LongNetConfig(
-        dim=32, heads=4, layers=2, segment_lengths=(16, 32, 64), dilation_rates=(1, 2, 4), loss_chunk=32
+    "nano": (
+        LongNetConfig(dim=32, heads=4, layers=2, segment_lengths=(16, 32, 64), dilation_rates=(1, 2, 4), loss_chunk=32),
+        16,
     ),
 }
