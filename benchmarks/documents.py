@@ -2,7 +2,8 @@
 
 NAME is a table's title in lower case with dashes (``speed``, ``gigapaths-shape``); with ``/all`` behind it the notes follow.
 ``header`` is the line with commit, versions and device, ``summary`` says which limits are missed. FILE is a path from the
-root of the checkout; a folder holds runs of ``benchmarks.learning``, and its only table is ``patterns``.
+root of the checkout; a folder holds runs of ``benchmarks.learning``, and its only table is ``patterns``, or
+``equal-time``.
 """
 
 from __future__ import annotations
@@ -53,12 +54,14 @@ def table(name: str, file: Path) -> str:
         NoResult: a file that is no result.
     """
     if file.is_dir():
-        if name != "patterns":
-            raise BadMarker(f"{file.name} has no table {name!r}: expected patterns")
-        # Here: it needs numpy and matplotlib.
+        # Here: they need numpy and matplotlib.
+        from benchmarks.learning import equal_time_report
         from benchmarks.learning import report as learning
 
-        return learning.comparison(learning.load(file)).markdown()
+        made = {"patterns": learning, "equal-time": equal_time_report}.get(name)
+        if made is None:
+            raise BadMarker(f"{file.name} has no table {name!r}: expected patterns or equal-time")
+        return made.comparison(made.load(file)).markdown()
     result = results.load(file)
     title, _, rest = name.partition("/")
     if rest not in ("", "all"):

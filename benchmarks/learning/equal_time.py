@@ -43,6 +43,8 @@ from longnet.training import Corpus, TrainSettings, load_model, train
 # How far back copied passages and names stand.
 DISTANCES = (1024, 4096, 16384, 65536)
 FAR = {"shift_keys": True, "far_positions": False}
+# Of a step: fewer would keep the host busy in place of the GPU.
+STEP_BYTES = 131_072
 # Steps that are timed, and those before them that compile.
 TIMED, BEFORE = 10, 3
 
@@ -250,7 +252,7 @@ def main() -> None:
     parser.add_argument("--stacks", type=_stacks, default=list(STACKS), help="names, by semicolons; all by default")
     parser.add_argument("--seeds", type=kinds.seeds, default=[0], help="by commas")
     parser.add_argument("--context", type=kinds.count, default=8192)
-    parser.add_argument("--batch", type=kinds.count, help="windows a step; by default 32,768 bytes")
+    parser.add_argument("--batch", type=kinds.count, help="windows a step; by default 131,072 bytes")
     parser.add_argument("--minutes", type=kinds.minutes, default=4.0, help="of training, for each stack")
     parser.add_argument("--layers", type=kinds.count, default=8)
     parser.add_argument("--dim", type=kinds.count, default=512)
@@ -273,7 +275,7 @@ def main() -> None:
                 dim=options.dim, heads=options.heads, layers=options.layers, norm="rms", bias=False, qk_norm=True,
                 **STACKS[stack](options.layers, options.context),
             )  # fmt: skip
-            batch = options.batch or max(1, 32_768 // options.context)
+            batch = options.batch or max(1, STEP_BYTES // options.context)
             origin = (None, None) if options.convert is None else (options.convert, options.share)
             minutes = options.minutes if options.convert is None else None
             plan = Plan(stack, seed, options.context, minutes, model, batch, *origin)

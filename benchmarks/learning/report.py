@@ -61,7 +61,8 @@ def difference(records: list[Record], baseline: list[Record], key: str) -> tuple
     others = {record["seed"]: record for record in baseline}
     pairs = [(record, others[record["seed"]]) for record in records if record["seed"] in others]
     if not pairs:
-        raise ValueError(f"{name_of(records[0])} and {name_of(baseline[0])} share no seed")
+        seeds = [sorted(record["seed"] for record in group) for group in (records, baseline)]
+        raise ValueError(f"runs of the seeds {seeds[0]} beside those of {seeds[1]}: expected one seed that both have")
     by_seed = np.array([np.subtract(one[key], other[key]) for one, other in pairs])
     error = by_seed.std(axis=1, ddof=1).mean() / np.sqrt(by_seed.size)
     if len(pairs) > 1:

@@ -1,0 +1,64 @@
+"""The table and the picture of equal-time runs."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+
+from benchmarks.learning import equal_time_report as report
+
+RUN = {
+    "schema": 1, "stack": "balanced", "seed": 0, "context": 2048, "batch": 2, "minutes": 1.0, "converted": None, "share": None,
+    "steps": 120, "seconds_a_step": {"longnet": 0.5, "cuDNN": 0.25}, "dense_by": "cuDNN", "cost": 0.25, "peak_bytes": 2**31,
+    "curve": [[1, 3.0, 8.0], [60, 18.0, 2.0], [120, 33.0, 1.0]],
+    "at": {"2048": {"bits": 1.0, "by_window": [0.9, 1.1], "copied": {"1024": 0.2}}},
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def put(name, bits=0.0, **changes):
+        run = {**copy.deepcopy(RUN), **changes}
+        scores = run["at"]["2048"]
+        scores["bits"] += bits
+        scores["by_window"] = [one + bits for one in scores["by_window"]]
+        (tmp_path / f"{name}.json").write_text(json.dumps(run))
+
+    put("balanced-0")
+    put("balanced-1", 0.02, seed=1)
+    put("window-0", 0.5, stack="window", cost=0.1, seconds_a_step={"longnet": 0.2}, dense_by="longnet")
+    put("half", 0.1, converted="dense-0", share=0.05, seconds_a_step={}, dense_by="longnet")
+    return tmp_path, put
+
+
+def test_the_best_comes_first_and_the_others_beside_it(folder):
+    made = report.comparison(report.load(folder[0]))
+    assert made.columns[-2] == "bits of a passage 1,024 back"
+    rows = {row[0]: row for row in made.rows}
+    assert list(rows) == ["balanced", "balanced after 5% of the tokens", "window"]
+    assert rows["balanced"] == ("balanced", "0.250", "120 120", "16k", "2.0", "1.0100", "0", "0.20", "2")
+    # The windows differ by as much, so the standard error is 0.
+    assert rows["window"][3:7] == ("20k", "2.0", "1.5000", "+0.5000 +- 0.0000")
+    assert rows["balanced after 5% of the tokens"][3] == "-"
+
+
+def test_what_cannot_be_compared_is_refused(folder):
+    path, put = folder
+    with pytest.raises(ValueError, match=r"no run of 'light': expected one among \['balanced', "):
+        report.comparison(report.load(path), "light")
+    put("other", stack="light", seed=7)
+    with pytest.raises(ValueError, match=r"seeds \[7\] beside those of \[0, 1\]: expected one seed that both have"):
+        report.comparison(report.load(path))
+    put("other", stack="light", minutes=2.0)
+    with pytest.raises(ValueError, match=r"holds runs of minutes \[1.0, 2.0\]: expected one folder for each"):
+        report.load(path)
+    with pytest.raises(ValueError, match=r"holds no \*.json"):
+        report.load(path / "none")
+
+
+def test_the_picture_has_a_panel_for_each_folder(folder, tmp_path):
+    groups = report.load(folder[0])
+    assert report.picture([groups, groups], tmp_path / "made.png").stat().st_size > 10_000
+    assert list(report.smooth(report.np.array([1.0, 2.0, 6.0]), 2)) == [1.0, 1.5, 4.0]
