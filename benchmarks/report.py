@@ -686,9 +686,18 @@ def _waiting(result: Record) -> list[Table]:
     return [table("Waiting", columns, rows)]
 
 
+def _generation(result: Record) -> list[Table]:
+    rows = [record | {"mib": record["cache_bytes"] / 2**20} for record in result["rows"]]
+    columns = {
+        "stack": "{stack}", "bytes of the prompt": "{prompt:,}", "cache MiB": "{mib:,.1f}", "first token ms": "{first:ms}",
+        "ms a token": "{token:ms}",
+    }  # fmt: skip
+    return [table("Generation", columns, rows)]
+
+
 _KINDS: dict[str, Callable[[Record], list[Table]]] = {
     "stream record": _long_stream, "gigapath": _slide_encoder, "compress": _compressed, "scaling": _scaling, "hf": _hf,
-    "encoders": _encoders,
+    "encoders": _encoders, "generation": _generation,
     "longest training": _longest_training, "windows": _windows, "decoding": _decoding,
     "waiting": _waiting,
 }  # fmt: skip

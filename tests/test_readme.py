@@ -119,7 +119,7 @@ def test_the_blocks_are_seen() -> None:
     assert len([where for where, _ in PYTHON if where.startswith("docs/")]) >= 30
     assert len(COMMANDS) >= 4
     assert len(ALL_COMMANDS) > len(COMMANDS)
-    assert ("longnet", "train", "--cp", "4", "--context", "1048576", "--out", "runs/long") in ALL_COMMANDS
+    assert ("longnet", "train", "--cp", "2", "--batch", "2", "--out", "runs/both") in ALL_COMMANDS
 
 
 def test_the_table_of_what_travels_is_what_the_script_prints(monkeypatch: pytest.MonkeyPatch) -> None:

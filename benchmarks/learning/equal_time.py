@@ -77,6 +77,12 @@ STACKS: Mapping[str, Callable[[int, int], dict[str, Any]]] = {
 }
 
 
+def model_of(stack: str, context: int, layers: int = 8, dim: int = 512, heads: int = 8) -> LongNetConfig:
+    """The model of a stack."""
+    more = STACKS[stack](layers, context)
+    return LongNetConfig(dim=dim, heads=heads, layers=layers, norm="rms", bias=False, qk_norm=True, **more)
+
+
 @dataclass(frozen=True)
 class Plan:
     """One run.
@@ -271,10 +277,7 @@ def main() -> None:
     text = read_text(options.data or [Path(sysconfig.get_paths()["purelib"])])
     for seed in options.seeds:
         for stack in options.stacks:
-            model = LongNetConfig(
-                dim=options.dim, heads=options.heads, layers=options.layers, norm="rms", bias=False, qk_norm=True,
-                **STACKS[stack](options.layers, options.context),
-            )  # fmt: skip
+            model = model_of(stack, options.context, options.layers, options.dim, options.heads)
             batch = options.batch or max(1, STEP_BYTES // options.context)
             origin = (None, None) if options.convert is None else (options.convert, options.share)
             minutes = options.minutes if options.convert is None else None

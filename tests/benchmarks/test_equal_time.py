@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.learning import equal_time
+from benchmarks.learning import equal_time, generation
 from longnet import LongNetConfig, LongNetLM
 from longnet.training import TrainSettings, train
 
@@ -124,3 +124,16 @@ def test_dense_layers_of_torch_are_those_of_longnet(monkeypatch):
     assert len(called) == 2
     torch.testing.assert_close(model(tokens), expected, rtol=0, atol=0)
     assert len(called) == 2
+
+
+def test_generation_is_measured_for_every_stack(tmp_path, capsys):
+    out = tmp_path / "generation.json"
+    generation.run(out, (1500,), width=64, tokens=5, rounds=2)
+    rows = {row["stack"]: row for row in json.loads(out.read_text())["rows"]}
+    assert list(rows) == list(equal_time.STACKS)
+    assert all(len(row["token"]) == 2 and row["first"][0] > 0 for row in rows.values())
+    # Of eight layers all keep every row, 64 channels of keys and values in float32, or two, or one; windows keep theirs.
+    layer, sizes = 1505 * 64 * 2 * 4, {name: row["cache_bytes"] for name, row in rows.items()}
+    assert 8 * layer <= sizes["dense"] < 9 * layer
+    assert sizes["dense"] > sizes["window+dense 1/4"] > sizes["balanced"] > sizes["light"] > sizes["window"]
+    assert "Generation" in capsys.readouterr().out

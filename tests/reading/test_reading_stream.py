@@ -6,7 +6,7 @@ import io
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from longnet.reading.reader import StreamReader, decade_counts, decade_of
 from longnet.reading.record import LINES
 from longnet.training import CheckpointError, load_model
 from longnet.training.checkpoint import digest_tensors
+from longnet.training.progress import SilentReporter
 
 Read = Callable[..., StreamResult]
 Lines = Callable[..., list[dict[str, Any]]]
@@ -82,6 +83,22 @@ def test_what_is_kept_does_not_grow(run: Path) -> None:
             state = reader.state_dict()
             sizes.add((reader.cache.nbytes, sum(x.untyped_storage().nbytes() for x in state.values())))
     assert len(sizes) == 1
+
+
+def test_a_full_layer_keeps_all_and_the_stream_says_so(run: Path, file: Path, read: Read, tmp_path: Path) -> None:
+    class Said(SilentReporter):
+        texts: ClassVar[list[str]] = []
+
+        def say(self, text: str) -> None:
+            self.texts.append(text)
+
+    read(reporter=Said())
+    assert not any("Memory grows" in text for text in Said.texts)
+    types = ["sliding_attention", "full_attention"]
+    full = make_run(tmp_path / "full", layer_types=types, shift_keys=True, far_positions=False, sliding_window=8)
+    result = read({"run": str(full), "out": str(tmp_path / "other")}, reporter=Said())
+    assert Said.texts.count("Memory grows with what is read: full and strided layers keep their keys of all of it") == 1
+    assert result.bits_per_byte == pytest.approx(_bits(full, file.read_bytes()).mean().item(), abs=1e-6)
 
 
 def test_decades() -> None:

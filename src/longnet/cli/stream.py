@@ -29,7 +29,9 @@ def stream(
         bool, typer.Option("--resume", help="Continue from the saved state; settings that you leave out stay the same.")
     ] = False,
 ) -> None:
-    """Read any amount of bytes through a trained model in constant memory; report how well it predicts each one.
+    """Read any amount of bytes through a trained model; report how well it predicts each one.
+
+    Memory stays as it is with LongNet's pattern and windows; full and strided layers keep their keys of all that is read.
 
     The table of bits per byte by position goes to standard output, progress to standard error, and stream.jsonl in the
     --out folder gets a line a second. After a kill at any moment, the same command with --resume continues from the saved

@@ -1,4 +1,4 @@
-"""Read any amount of bytes through a trained model in constant memory: source, loop, record and saved state.
+"""Read any amount of bytes through a trained model: source, loop, record and saved state.
 
 Needs what ``longnet.training`` needs; ``import longnet`` does not import this package.
 """

@@ -34,9 +34,9 @@ def stream(
     should_stop: Callable[[], bool] | None = None,
     waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> StreamResult:
-    """Read bytes through a trained model with its bounded cache; score every byte but the first, given all before it.
+    """Read bytes through a trained model with its cache; score every byte but the first, given all before it.
 
-    Memory depends on the model and the chunk, never on how much is read.
+    Memory depends on the model and the chunk, and on how much is read only where full or strided layers keep their keys of it.
 
     Args:
         settings: what to do.
@@ -86,6 +86,8 @@ def stream(
         feeder = Feeder(source, settings.chunk, device)
         record = StreamRecord(settings, folder, source, reader, device, digest, tell)
         limit = _describe(settings, source, reader.position, device, tell)
+        if not reader.cache.bounded:
+            tell.say("Memory grows with what is read: full and strided layers keep their keys of all of it")
 
         def next_chunk() -> Tensor:
             with waiting():
