@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -86,11 +87,14 @@ class _Together(torch.optim.Optimizer):
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
         super().__init__([group for part in parts for group in part.param_groups], {})
         self._parts = parts
+        on_cpu = any(weight.device.type == "cpu" for group in self.param_groups for weight in group["params"])
+        # Every operation goes through the mode's Python, which a GPU would wait for.
+        self._mode: Callable[[], AbstractContextManager[Any]] = _InFloat32 if on_cpu else nullcontext
         for part in parts:
             part.state = self.state
 
     def step(self, closure: Any = None) -> Any:
-        with _InFloat32():
+        with self._mode():
             for part in self._parts:
                 part.step()
 
@@ -99,6 +103,6 @@ class _InFloat32(TorchFunctionMode):
     """torch's Muon multiplies bfloat16 matrices; a CPU without instructions for them multiplies float32 much faster."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.bfloat16 and args[0].device.type == "cpu":
+        if func is Tensor.bfloat16:
             return args[0].to(torch.float32, copy=True)
         return func(*args, **(kwargs or {}))
