@@ -18,6 +18,7 @@ from small_slides import expected, slide, trident
 
 from longnet.cli.slide_encode import slide_encode
 from longnet.gigapath import SlideEncoder
+from longnet.training.lock import locked
 
 SOURCE = Path(__file__).parents[2] / "src"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
@@ -263,3 +264,37 @@ def test_two_files_of_one_name_fail_alone(weights: Path, tmp_path: Path, call: L
     assert result.returncode == 1
     assert "twice.pt, " in result.stderr and "several files of one slide's name; expected one of them" in result.stderr
     assert [path.name for path in folder.glob("*.slide.*")] == ["good.slide.safetensors"]
+
+
+def test_processes_share_the_slides_of_a_folder(
+    weights: Path, tmp_path: Path, call: Longnet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "slides"
+    for name in "abc":
+        slide(folder / f"{name}.safetensors", 5)
+    arguments = ("slide-encode", folder, "--checkpoint", weights, "--device", "cpu")
+    # Another process is at work on the first, and makes the second before it is its turn here.
+    other = locked(folder / "a.slide.safetensors.working")
+    other.__enter__()
+    forward, inside = SlideEncoder.forward, []
+
+    def meanwhile(self: SlideEncoder, *rest: object, **options: object) -> list[torch.Tensor]:
+        if not inside:
+            inside.append(1)
+            slide_encode(folder, weights, device="cpu")
+        return forward(self, *rest, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(SlideEncoder, "forward", meanwhile)
+    result = call(*arguments)
+    assert result.returncode == 0, result.stderr
+    # The call inside has found a and b taken, and has made c.
+    assert "Another process was encoding, and this one did not wait for: a.safetensors, b.safetensors" in result.stderr
+    assert "1 of 3 encoded, 2 by another process" in result.stderr
+    assert {path.name for path in folder.glob("*.slide.*")} >= {"b.slide.safetensors", "c.slide.safetensors"}
+    assert not (folder / "a.slide.safetensors").exists()
+    again = call(*arguments)
+    assert "2 of 3 slides are done already" in again.stderr and "Not encoded" not in again.stderr
+    other.__exit__(None, None, None)
+    last = call(*arguments)
+    assert last.returncode == 0 and (folder / "a.slide.safetensors").exists()
+    assert not list(folder.glob("*.working"))

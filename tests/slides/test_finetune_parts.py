@@ -182,7 +182,9 @@ def test_slides_lie_in_folders_and_hidden_files_are_named(cohort: Path) -> None:
     found = read_cohort(settings_of(cohort, features / "out"))
     assert found.paths[1] == features / "site" / "s1.safetensors" and found.hidden == ("._s0.h5",)
     with pytest.raises(
-        ValueError, match=r"line 2: slide 's0' has several files, .*out/s0\.safetensors, .*: expected one"
+        ValueError,
+        match=r"line 2: slide 's0' has several files, .*out/s0\.safetensors, .*: expected one of .*; features may be "
+        r"\S*features/out or \S*features alone",
     ):
         read_cohort(settings_of(cohort, cohort / "out"))
 

@@ -92,7 +92,7 @@ def slide_encode(
     (layers + 1, dim); with tiles also coords, in pixels, and with --heatmap also attention (tiles), the mean over layers and
     heads, and coords. Files made from the same weights, settings and slide are not made again: after a stop or a crash the
     same command continues. A slide that fails is named with its reason and the others are encoded; the exit status is the
-    number of those that failed, at most 100.
+    number of those that failed, at most 100. Processes that encode one folder share its slides.
     """
     from longnet.cli.slide_files import find_jobs
     from longnet.gigapath import SlideEncoder
@@ -103,6 +103,7 @@ def slide_encode(
     from longnet.slides.folders import counted, listed
     from longnet.slides.units import check_unit
     from longnet.training.device import resolve_device
+    from longnet.training.lock import InUse, locked
     from longnet.training.progress import make_reporter
 
     where = resolve_device(device, "float32")
@@ -155,16 +156,22 @@ def slide_encode(
                 device=where,
             )
         reporter.begin(counted(len(pending), "slide"), 0.0)
-        encoded, reported, before = 0, "", len(failed)
+        encoded, reported, before, made, elsewhere = 0, "", len(failed), 0, []
         with stop_on_signal(reporter.say, "this slide") as stopping:
             for number, job in enumerate(pending, 1):
                 try:
-                    slide, model.tile_size, tiles = _read(job, tile_size, unit, mpp)
-                    _encode(model, job, slide, settings | job.version(), kind, wanted, heatmap)
-                    encoded += 1
-                    if tiles != reported:
-                        reporter.say(f"{job.name}: {tiles}")
-                        reported = tiles
+                    with locked(job.work_folder):
+                        if is_made_from(job.target, settings | job.version()):
+                            made += 1
+                        else:
+                            slide, model.tile_size, tiles = _read(job, tile_size, unit, mpp)
+                            _encode(model, job, slide, settings | job.version(), kind, wanted, heatmap)
+                            encoded += 1
+                            if tiles != reported:
+                                reporter.say(f"{job.name}: {tiles}")
+                                reported = tiles
+                except InUse:
+                    elsewhere.append(job.name)
                 except ModuleNotFoundError:
                     # Every HDF5 file would fail: the command says what to install.
                     raise
@@ -173,11 +180,15 @@ def slide_encode(
                     fail(job, error)
                 wrong = len(failed) - before
                 count = f"{encoded} of {len(pending)} encoded" + (f", {wrong} failed" if wrong else "")
-                reporter.advance(encoded / max(1, len(pending) - wrong), f"{job.name}, {count}")
+                if by_others := made + len(elsewhere):
+                    count += f", {by_others} by another process"
+                reporter.advance((number - wrong) / max(1, len(pending) - wrong), f"{job.name}, {count}")
                 if stopping.asked() and number < len(pending):
                     reporter.say("Stopped. Run the same command to continue.")
                     raise typer.Exit(INTERRUPTED)
         reporter.end()
+        if elsewhere:
+            reporter.say(f"Another process was encoding, and this one did not wait for: {listed(elsewhere)}")
     if failed:
         text = f"{len(failed)} of {counted(len(jobs), 'slide')} could not be encoded: {', '.join(failed)}"
         print(f"longnet: error: {text}", file=sys.stderr)

@@ -12,6 +12,7 @@ from longnet.slides.patients import patient_rows
 
 Result = TypeVar("Result")
 _RESULTS = (".slide.safetensors", ".slide.png")
+_WORKING = ".working"
 
 
 class Job(NamedTuple):
@@ -25,6 +26,11 @@ class Job(NamedTuple):
     target: Path
     origins: tuple[str, ...] = ()
     fault: str = ""
+
+    @property
+    def work_folder(self) -> Path:
+        """There while a process makes the result, and locked by it."""
+        return self.target.with_name(f"{self.target.name}{_WORKING}")
 
     def version(self) -> dict[str, str]:
         """Sizes and modification times, which tell whether a slide has changed."""
@@ -84,7 +90,7 @@ def find_jobs(slides: Path, out: Path | None, patients: Path | None) -> tuple[li
     def refuse(error: OSError) -> None:
         passed_over.setdefault(f"a folder that cannot be read ({error.strerror})", []).append(str(error.filename))
 
-    paths = files_below(slides, refuse)
+    paths = [path for path in files_below(slides, refuse) if not path.parent.name.endswith(f".safetensors{_WORKING}")]
     targets: dict[Path, list[Path]] = {}
     own = {f"{path.parent / path.stem}{ending}" for path in paths for ending in _RESULTS if not _skip_reason(path)}
     for path in paths:

@@ -22,12 +22,16 @@ _LOCKED_BYTE = 1 << 20
 _TAKEN = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 
 
+class InUse(ValueError):
+    """Another process holds the lock."""
+
+
 @contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
     """Hold the lock on ``folder``. A missing folder is made, and removed again if it stays empty.
 
     Raises:
-        ValueError: ``folder`` is a file, or another process holds the lock.
+        InUse: another process holds the lock. ValueError: ``folder`` is a file.
         OSError: the folder cannot be made or written to.
     """
     path = Path(folder)
@@ -66,7 +70,7 @@ def _open_locked(folder: Path) -> FileIO:
             file.seek(0)
             number = file.read(20).decode("ascii", "replace")
             file.close()
-            raise ValueError(
+            raise InUse(
                 f"out={str(folder)!r} is in use by another process{f' ({number})' if number else ''}: "
                 "expected one process at a time in a folder; wait for it, or choose another folder"
             ) from None

@@ -160,7 +160,10 @@ def _one_file_each(
             fault = f"is written with its suffix: expected the name without {name.suffix}"
         else:
             has = f"several files, {', '.join(map(str, found))}" if found else f"no file in {folder}"
-            fault = f"has {has}: expected one of {SLIDE_FORMATS}"
+            # CLAM writes pt_files and h5_files, whose tiles have coordinates, beside each other.
+            parents = dict.fromkeys(str(one.parent) for one in found)
+            which = f"; features may be {' or '.join(parents)} alone" if len(parents) > 1 else ""
+            fault = f"has {has}: expected one of {SLIDE_FORMATS}{which}"
         faults.append(f"line {line}: slide {slide!r} {fault}")
     if faults:
         more = f" And {counted(len(faults) - 3, 'slide')} more." if len(faults) > 3 else ""
