@@ -5,9 +5,11 @@
 
 A stack's steps are first timed, a few after the compiler is done: as many as fit into the minutes are the run, whose schedule
 of learning rates they end. So a run that was stopped goes on exactly where it was, and compiling costs nothing. Dense layers
-use the kernels of longnet or of cuDNN, whichever train faster. ``--convert`` begins with the weights of a run, for a share of
-its tokens. A result is one JSON, beside a folder of runs; what is there is not made again. ``--read`` scores the models at
-other lengths than they were trained at.
+use the kernels of longnet or of cuDNN, whichever train faster. A result is one JSON, beside a folder of runs; what is there is
+not made again. ``--read`` scores the models at other lengths than they were trained at.
+
+``--convert`` begins with the weights of a run and trains for shares of its tokens, at lower learning rates; a share of 0 scores
+the converted model as it is. ``--plain`` leaves out shifted keys and keeps positions in far layers, as the run had them.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -63,6 +66,9 @@ STACKS: Mapping[str, Callable[[int, int], dict[str, Any]]] = {
         "sliding_window": context,
     },
     "window": lambda layers, context: types(layers, {}),
+    "window+dense 1/2": lambda layers, context: (
+        types(layers, dict.fromkeys(range(1, layers, 2), "full_attention")) | FAR
+    ),
     "window+dense 1/4": lambda layers, context: (
         types(layers, dict.fromkeys(range(3, layers, 4), "full_attention")) | FAR
     ),
@@ -77,9 +83,11 @@ STACKS: Mapping[str, Callable[[int, int], dict[str, Any]]] = {
 }
 
 
-def model_of(stack: str, context: int, layers: int = 8, dim: int = 512, heads: int = 8) -> LongNetConfig:
-    """The model of a stack."""
-    more = STACKS[stack](layers, context)
+def model_of(
+    stack: str, context: int, layers: int = 8, dim: int = 512, heads: int = 8, plain: bool = False
+) -> LongNetConfig:
+    """The model of a stack; ``plain``: without shifted keys and with positions in layers that read far."""
+    more = {name: value for name, value in STACKS[stack](layers, context).items() if not (plain and name in FAR)}
     return LongNetConfig(dim=dim, heads=heads, layers=layers, norm="rms", bias=False, qk_norm=True, **more)
 
 
@@ -89,6 +97,7 @@ class Plan:
 
     Args:
         share: of the converted run's tokens; None to begin with random weights, for ``minutes``.
+        rate: of the peak learning rates of a run that begins with random weights.
     """
 
     stack: str
@@ -99,11 +108,12 @@ class Plan:
     batch: int
     convert: Path | None = None
     share: float | None = None
+    rate: float = 1.0
 
     @property
     def name(self) -> str:
         words = self.stack.replace("+", "_").replace(", ", "_").replace(" ", "_").replace("/", "_")
-        origin = "" if self.convert is None else f"-from-{self.convert.name}-{self.share}"
+        origin = "" if self.convert is None else f"-from-{self.convert.name}-{self.share}-at-{self.rate}"
         return f"{words}{origin}-{self.seed}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,15 +121,16 @@ class Plan:
         return {
             "stack": self.stack, "seed": self.seed, "context": self.context, "batch": self.batch, "minutes": self.minutes,
             "converted": None if self.convert is None else self.convert.name, "share": self.share,
-            "model": self.model.to_dict(),
+            "rate": None if self.convert is None else self.rate, "model": self.model.to_dict(),
         }  # fmt: skip
 
     def settings(self, out: Path, steps: int, **changes: Any) -> TrainSettings:
         on_gpu = torch.cuda.is_available()
         values: dict[str, Any] = {
             "out": str(out), "model": self.model, "context": self.context, "steps": steps, "batch": self.batch,
-            "optimizer": "muon", "lr": 3e-3, "matrix_lr": 1e-2, "warmup": min(100, max(1, steps // 10)), "seed": self.seed,
-            "schedule": "wsd", "eval_every": 0, "save_every": max(1, steps // 5), "weight_decay": 0.0,
+            "optimizer": "muon", "lr": 3e-3 * self.rate, "matrix_lr": 1e-2 * self.rate, "weight_decay": 0.0,
+            "warmup": min(100, max(1, steps // 10)), "schedule": "wsd" if self.convert is None else "linear",
+            "seed": self.seed, "eval_every": 0, "save_every": max(1, steps // 5),
             "dtype": "bfloat16" if on_gpu else "float32",
             "init_from": None if self.convert is None else str(self.convert),
         }  # fmt: skip
@@ -141,9 +152,10 @@ def dense_by_cudnn() -> Iterator[None]:
     ours = attention_module.pattern_attention  # type: ignore[attr-defined]
 
     def attend(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, **options: Any) -> Any:
-        if pattern != pattern_of("full_attention", 1, 1, 1):
-            return ours(query, key, value, pattern, **options)
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        covers = not pattern.branches and pattern.window is not None and pattern.window >= query.shape[2]
+        if covers or pattern == pattern_of("full_attention", 1, 1, 1):
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return ours(query, key, value, pattern, **options)
 
     attention_module.pattern_attention = attend  # type: ignore[attr-defined]
     try:
@@ -171,10 +183,11 @@ def begin(plan: Plan, corpus: Corpus) -> dict[str, Any]:
         assert plan.share is not None
         whole = json.loads((plan.convert / "run.json").read_text())["settings"]
         tokens = whole["steps"] * whole["batch"] * whole["context"]
-        steps = max(1, round(plan.share * tokens / (plan.batch * plan.context)))
+        steps = round(plan.share * tokens / (plan.batch * plan.context))
         return {"steps": steps, "seconds_a_step": {}, "dense_by": "longnet"}
     assert plan.minutes is not None
-    has_choice = torch.cuda.is_available() and "full_attention" in (plan.model.layer_types or ())
+    is_dense = "full_attention" in (plan.model.layer_types or ()) or plan.model.sliding_window >= plan.context
+    has_choice = torch.cuda.is_available() and is_dense
     seconds = {one: seconds_a_step(plan, corpus, one) for one in DENSE_BY if has_choice or one == "longnet"}
     fastest = min(seconds, key=seconds.__getitem__)
     return {"steps": max(1, int(60 * plan.minutes / seconds[fastest])), "seconds_a_step": seconds, "dense_by": fastest}
@@ -214,21 +227,26 @@ def run(
     print(f"{plan.name}: {steps:,} steps of {plan.batch} x {plan.context:,}", flush=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    resume = (folder / "run.json").exists()
-    with DENSE_BY[begun["dense_by"]]():
-        summary = train(plan.settings(folder, steps), resume=resume, corpus=corpus, should_stop=should_stop)
-    if not summary.finished:
-        return None
+    if steps:
+        resume = (folder / "run.json").exists()
+        with DENSE_BY[begun["dense_by"]]():
+            summary = train(plan.settings(folder, steps), resume=resume, corpus=corpus, should_stop=should_stop)
+        if not summary.finished:
+            return None
+        trained = {"seconds": summary.seconds, "tokens": summary.tokens, "curve": _curve(folder / "metrics.jsonl")}
+        model = load_model(folder, device)
+    else:
+        assert plan.convert is not None
+        trained = {"seconds": 0.0, "tokens": 0, "curve": []}
+        model = LongNetLM(plan.model, device=device)
+        model.load_state_dict(load_model(plan.convert, device).state_dict())
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    model, lengths = load_model(folder, device), sorted({plan.context, *reads})
-    heads, layers = plan.model.heads, plan.model.layer_attentions()
+    heads, layers, lengths = plan.model.heads, plan.model.layer_attentions(), sorted({plan.context, *reads})
     pairs = sum(score_pairs(one.pattern, heads, plan.context, True) for one in layers)
     dense = len(layers) * heads * plan.context * (plan.context + 1) / 2
     return {
         **results.started(kind="equal time", device=torch.cuda.get_device_name() if memory is not None else "CPU"), **begun,
-        "seconds": summary.seconds, "tokens": summary.tokens, "peak_bytes": memory,
-        "parameters": sum(x.numel() for x in model.parameters()), "cost": pairs / dense,
-        "curve": _curve(folder / "metrics.jsonl"),
+        **trained, "peak_bytes": memory, "parameters": sum(x.numel() for x in model.parameters()), "cost": pairs / dense,
         "at": {str(one): scores(model, text, one, held_out, max(1, min(16, 2**17 // one)), device) for one in lengths},
         "data": text.facts,
     }  # fmt: skip
@@ -266,7 +284,9 @@ def main() -> None:
     parser.add_argument("--held-out", type=kinds.count, default=48, help="windows that are scored")
     parser.add_argument("--read", type=kinds.count, nargs="*", default=[], help="other lengths to score the models at")
     parser.add_argument("--convert", type=kinds.existing, help="a run of this program to begin with")
-    parser.add_argument("--share", type=float, default=0.05, help="of the converted run's tokens")
+    parser.add_argument("--shares", type=shares, default=[0.0, 0.02, 0.05, 0.1], help="of the run's tokens, by commas")
+    parser.add_argument("--rate", type=kinds.minutes, default=0.3, help="of the learning rates, for a converted run")
+    parser.add_argument("--plain", action="store_true", help="far layers with positions, and keys as they are")
     parser.add_argument("--stop-after", type=kinds.minutes, help="minutes; then the run is saved, for a later call")
     parser.add_argument(
         "--data", type=kinds.existing, action="append", help="folders of text; installed packages by default"
@@ -275,28 +295,39 @@ def main() -> None:
     end = math.inf if options.stop_after is None else time.monotonic() + 60 * options.stop_after
     should_stop = lambda: time.monotonic() > end  # noqa: E731
     text = read_text(options.data or [Path(sysconfig.get_paths()["purelib"])])
-    for seed in options.seeds:
-        for stack in options.stacks:
-            model = model_of(stack, options.context, options.layers, options.dim, options.heads)
-            batch = options.batch or max(1, STEP_BYTES // options.context)
-            origin = (None, None) if options.convert is None else (options.convert, options.share)
-            minutes = options.minutes if options.convert is None else None
-            plan = Plan(stack, seed, options.context, minutes, model, batch, *origin)
-            path = options.out / f"{plan.name}.json"
-            try:
-                if path.exists():
-                    check_same(plan, results.load(path), path)
-                    print(f"{path} is there")
-                    continue
-                result = run(plan, options.out, text, tuple(options.read), options.held_out, should_stop)
-            except ValueError as error:
-                parser.error(str(error))
-            if result is None:
-                print(f"{plan.name} was stopped: the same command goes on")
-                return
-            results.save(result, path)
-            bits = result["at"][str(options.context)]["bits"]
-            print(f"{plan.name}: {bits:.4f} bits, cost {result['cost']:.3f}, written to {path}", flush=True)
+    origins: list[dict[str, Any]] = [{"minutes": options.minutes}]
+    if options.convert is not None:
+        origins = [
+            {"minutes": None, "convert": options.convert, "share": one, "rate": options.rate} for one in options.shares
+        ]
+    batch = options.batch or max(1, STEP_BYTES // options.context)
+    for seed, stack, origin in product(options.seeds, options.stacks, origins):
+        sizes = options.layers, options.dim, options.heads, options.plain
+        name = f"{stack}, plain" if options.plain else stack
+        plan = Plan(name, seed, options.context, model=model_of(stack, options.context, *sizes), batch=batch, **origin)
+        path = options.out / f"{plan.name}.json"
+        try:
+            if path.exists():
+                check_same(plan, results.load(path), path)
+                print(f"{path} is there")
+                continue
+            result = run(plan, options.out, text, tuple(options.read), options.held_out, should_stop)
+        except ValueError as error:
+            parser.error(str(error))
+        if result is None:
+            print(f"{plan.name} was stopped: the same command goes on")
+            return
+        results.save(result, path)
+        bits = result["at"][str(options.context)]["bits"]
+        print(f"{plan.name}: {bits:.4f} bits, cost {result['cost']:.3f}, written to {path}", flush=True)
+
+
+def shares(text: str) -> list[float]:
+    with suppress(ValueError):
+        found = [float(part) for part in text.split(",")]
+        if all(0 <= one <= 1 for one in found):
+            return found
+    raise argparse.ArgumentTypeError(f"{text}: expected numbers from 0 to 1 by commas, as in 0,0.05")
 
 
 def _stacks(text: str) -> list[str]:

@@ -49,7 +49,7 @@ def name_of(record: Record) -> str:
     """The stack, and what it was converted from."""
     if record["converted"] is None:
         return str(record["stack"])
-    return f"{record['stack']} after {record['share']:.0%} of the tokens"
+    return f"{record['stack']}, converted, after {record['share']:.0%} of the tokens at {record['rate']:g} of the rates"
 
 
 def scores_of(record: Record) -> Record:

@@ -85,12 +85,24 @@ def test_a_dense_run_is_converted(command, monkeypatch):
     monkeypatch.setattr(equal_time, "seconds_a_step", lambda plan, corpus, dense_by: 3.0)
     command("--minutes", "1", "--stacks", "dense")
     run = command.out / "runs" / "dense-0"
-    made = command("--convert", str(run), "--share", "0.1", "--stacks", "light")["light-from-dense-0-0.1-0"]
-    assert made["steps"] == 2 and made["converted"] == "dense-0" and made["minutes"] is None
-    more = command("--convert", str(run), "--share", "0.2", "--stacks", "light")["light-from-dense-0-0.2-0"]
-    assert more["steps"] == 4
-    # Nearer to the dense model than to where it began.
-    assert made["curve"][0][2] < 7.9
+    made = command("--convert", str(run), "--shares", "0,0.1,0.2", "--stacks", "light", "--plain", "--rate", "0.5")
+    made.pop("dense-0")
+    assert sorted(one["steps"] for one in made.values()) == [0, 2, 4]
+    first, last = (made[f"light_plain-from-dense-0-{share}-at-0.5-0"] for share in (0.0, 0.2))
+    assert first["converted"] == "dense-0" and first["minutes"] is None and first["curve"] == []
+    assert not last["model"]["shift_keys"] and last["model"]["far_positions"]
+    # As it is it is already nearer to the dense model than to where that began.
+    assert first["at"]["1024"]["bits"] < 7.9
+
+
+def test_a_model_of_the_same_layers_is_converted_to_itself(command, monkeypatch):
+    monkeypatch.setattr(equal_time, "seconds_a_step", lambda plan, corpus, dense_by: 20.0)
+    dense = command("--minutes", "1", "--stacks", "dense")["dense-0"]
+    run = command.out / "runs" / "dense-0"
+    same = command("--convert", str(run), "--shares", "0", "--stacks", "dense")["dense-from-dense-0-0.0-at-0.3-0"]
+    assert same["at"] == dense["at"]
+    with pytest.raises(SystemExit):
+        command("--convert", str(run), "--shares", "2", "--stacks", "dense")
 
 
 def test_a_run_is_stopped_in_time_and_goes_on(command, monkeypatch, capsys):

@@ -29,7 +29,7 @@ def folder(tmp_path):
     put("balanced-0")
     put("balanced-1", 0.02, seed=1)
     put("window-0", 0.5, stack="window", cost=0.1, seconds_a_step={"longnet": 0.2}, dense_by="longnet")
-    put("half", 0.1, converted="dense-0", share=0.05, seconds_a_step={}, dense_by="longnet")
+    put("half", 0.1, converted="dense-0", share=0.05, rate=0.3, seconds_a_step={}, dense_by="longnet")
     return tmp_path, put
 
 
@@ -37,11 +37,11 @@ def test_the_best_comes_first_and_the_others_beside_it(folder):
     made = report.comparison(report.load(folder[0]))
     assert made.columns[-2] == "bits of a passage 1,024 back"
     rows = {row[0]: row for row in made.rows}
-    assert list(rows) == ["balanced", "balanced after 5% of the tokens", "window"]
+    assert list(rows) == ["balanced", "balanced, converted, after 5% of the tokens at 0.3 of the rates", "window"]
     assert rows["balanced"] == ("balanced", "0.250", "120 120", "16k", "2.0", "1.0100", "0", "0.20", "2")
     # The windows differ by as much, so the standard error is 0.
     assert rows["window"][3:7] == ("20k", "2.0", "1.5000", "+0.5000 +- 0.0000")
-    assert rows["balanced after 5% of the tokens"][3] == "-"
+    assert rows["balanced, converted, after 5% of the tokens at 0.3 of the rates"][3] == "-"
 
 
 def test_what_cannot_be_compared_is_refused(folder):
