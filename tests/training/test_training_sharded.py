@@ -273,14 +273,17 @@ DAMAGE = {
     "missing": (lambda run: part_of(run, 2).unlink(), "part-2-of-2.safetensors is not there: expected a file of"),
     "truncated": (
         lambda run: part_of(run, 1).write_bytes(part_of(run, 1).read_bytes()[:-10]),
-        "part-1-of-2.safetensors is truncated or damaged: it holds [0-9,]+ bytes, expected",
+        "part-1-of-2.safetensors holds [0-9,]+ bytes, expected [0-9,]+: it is damaged, or another file took its place",
     ),
     "changed": (lambda run: flip(part_of(run, 2)), "part-2-of-2.safetensors is damaged: its content does not match"),
     "another step": (
         lambda run: edit(run, folder="step-3"),
         "latest.json is damaged: its content does not match its digest",
     ),
-    "no JSON": (lambda run: (run / "checkpoint" / LATEST).write_text("{"), "latest.json is truncated or damaged: "),
+    "no JSON": (
+        lambda run: (run / "checkpoint" / LATEST).write_text("{"),
+        "latest.json is not JSON: .*; it is truncated or damaged",
+    ),
     "future": (
         lambda run: edit(run, format="longnet-sharded-training-state-9"),
         "its format is '.*-9', expected '.*-1'",

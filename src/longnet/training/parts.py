@@ -89,7 +89,9 @@ class Parts:
             if not part.is_file():
                 raise CheckpointError(f"{part} is not there: expected a file of {size:,} bytes")
             if (own := part.stat().st_size) != size:
-                raise CheckpointError(f"{part} is truncated or damaged: it holds {own:,} bytes, expected {size:,}")
+                raise CheckpointError(
+                    f"{part} holds {own:,} bytes, expected {size:,}: it is damaged, or another file took its place"
+                )
 
     def read(self, parts: Collection[str]) -> Iterator[dict[str, Tensor]]:
         """The shards in each of the files ``parts``, by their names there.

@@ -71,7 +71,7 @@ def read_saved(path: Path, group: Any = None) -> Checkpoint:
     try:
         latest = read_json(path)
     except ValueError as error:
-        raise CheckpointError(f"{path} is truncated or damaged: {error}") from None
+        raise CheckpointError(f"{error}; it is truncated or damaged") from None
     if (stated := latest.get("format")) != _FORMAT:
         raise CheckpointError(f"{path} is no training state of longnet: its format is {stated!r}, expected {_FORMAT!r}")
     if latest.pop("digest", None) != _digest(latest):
