@@ -3,7 +3,7 @@
     python -m benchmarks.longest_training --ranks 1 --out longest-1.json
     python -m benchmarks.longest_training --ranks 2 --out longest-2.json
 
-The model is ``LongNetConfig.preset("base", "longnet")`` (12 layers, 768 wide) with recomputed blocks, a feed-forward in chunks,
+The model is ``LongNetConfig()`` (12 layers, 768 wide) with recomputed blocks, a feed-forward in chunks,
 FSDP2 in bfloat16 with float32 weights, AdamW. A length counts when two whole steps (forward, backward, optimizer) ended. Memory
 grows linearly with the length, so two short runs say where to try; every try is a run of its own, as a rank whose memory ends
 takes the others with it.
@@ -51,7 +51,7 @@ class Try:
 def config(small: bool) -> LongNetConfig:
     if small:
         return LongNetConfig.preset("nano", gradient_checkpointing=True, feed_forward_chunk=256)
-    return LongNetConfig.preset("base", "longnet", gradient_checkpointing=True, feed_forward_chunk=1 << 15)
+    return LongNetConfig(gradient_checkpointing=True, feed_forward_chunk=1 << 15)
 
 
 def train(tokens: int, out: Path) -> None:

@@ -99,7 +99,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     )
     command.add_argument("--out", type=Path, required=True, help="folder of results: what it holds is not run again")
     command.add_argument(
-        "--minutes", type=kinds.minutes, help="start no run that would end later; by default there is no limit"
+        "--minutes", type=kinds.above, help="start no run that would end later; by default there is no limit"
     )
     command.add_argument("--small", action="store_true", help="toy sizes, for a CPU")
     command.add_argument(

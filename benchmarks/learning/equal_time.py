@@ -41,6 +41,7 @@ from longnet import LongNetConfig, LongNetLM
 from longnet.attention import module as attention_module
 from longnet.geometry import Pattern, score_pairs
 from longnet.models.layer_types import pattern_of
+from longnet.models.stacks import STACKS as LIBRARY
 from longnet.training import Corpus, TrainSettings, load_model, train
 
 # How far back copied passages and names stand.
@@ -50,6 +51,11 @@ FAR = {"shift_keys": True, "far_positions": False}
 STEP_BYTES = 131_072
 # Steps that are timed, and those before them that compile.
 TIMED, BEFORE = 10, 3
+
+
+def of_library(stack: str, layers: int) -> dict[str, Any]:
+    """A stack of the library's presets."""
+    return dict(LIBRARY[stack](layers, 512))
 
 
 def types(layers: int, far: Mapping[int, str]) -> dict[str, Any]:
@@ -76,10 +82,8 @@ STACKS: Mapping[str, Callable[[int, int], dict[str, Any]]] = {
         "segment_lengths": tuple(min(2048, context // 16) * 2**i for i in range(5)),
         "dilation_rates": (1, 2, 4, 6, 12),
     },
-    "balanced": lambda layers, context: types(layers, {layers // 2: "full_attention"}) | FAR,
-    "light": lambda layers, context: (
-        types(layers, dict.fromkeys((layers // 2 - 1, layers // 2), "strided_attention")) | FAR
-    ),
+    "balanced": lambda layers, context: of_library("balanced", layers),
+    "light": lambda layers, context: of_library("light", layers),
 }
 
 
@@ -109,6 +113,8 @@ class Plan:
     convert: Path | None = None
     share: float | None = None
     rate: float = 1.0
+    held_out: int = 48
+    reads: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -121,7 +127,8 @@ class Plan:
         return {
             "stack": self.stack, "seed": self.seed, "context": self.context, "batch": self.batch, "minutes": self.minutes,
             "converted": None if self.convert is None else self.convert.name, "share": self.share,
-            "rate": None if self.convert is None else self.rate, "model": self.model.to_dict(),
+            "rate": None if self.convert is None else self.rate, "model": self.model.to_dict(), "held_out": self.held_out,
+            "reads": self.reads,
         }  # fmt: skip
 
     def settings(self, out: Path, steps: int, **changes: Any) -> TrainSettings:
@@ -203,9 +210,7 @@ def scores(
     return probes.all_probes(score, text.held_out, fixed, context, DISTANCES, passages)
 
 
-def run(
-    plan: Plan, out: Path, text: Text, reads: tuple[int, ...], held_out: int, should_stop: Callable[[], bool]
-) -> dict[str, Any] | None:
+def run(plan: Plan, out: Path, text: Text, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
     """Train, or go on, and score.
 
     Returns:
@@ -241,13 +246,13 @@ def run(
         model = LongNetLM(plan.model, device=device)
         model.load_state_dict(load_model(plan.convert, device).state_dict())
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    heads, layers, lengths = plan.model.heads, plan.model.layer_attentions(), sorted({plan.context, *reads})
+    heads, layers, lengths = plan.model.heads, plan.model.layer_attentions(), sorted({plan.context, *plan.reads})
     pairs = sum(score_pairs(one.pattern, heads, plan.context, True) for one in layers)
     dense = len(layers) * heads * plan.context * (plan.context + 1) / 2
     return {
         **results.started(kind="equal time", device=torch.cuda.get_device_name() if memory is not None else "CPU"), **begun,
         **trained, "peak_bytes": memory, "parameters": sum(x.numel() for x in model.parameters()), "cost": pairs / dense,
-        "at": {str(one): scores(model, text, one, held_out, max(1, min(16, 2**17 // one)), device) for one in lengths},
+        "at": {str(one): scores(model, text, one, plan.held_out, max(1, min(16, 2**17 // one)), device) for one in lengths},
         "data": text.facts,
     }  # fmt: skip
 
@@ -256,7 +261,8 @@ def check_same(plan: Plan, record: Mapping[str, Any], file: Path) -> None:
     """Raises ValueError where ``record``, of a run or a result, is of other options than the plan."""
     # As JSON gives it back: tuples are lists.
     wanted = json.loads(json.dumps(plan.to_dict()))
-    if others := [name for name, value in wanted.items() if record.get(name) != value]:
+    # What older results do not say is not compared.
+    if others := [name for name, value in wanted.items() if name in record and record[name] != value]:
         differ = ", ".join(f"{name} was {record.get(name)!r}, now {wanted[name]!r}" for name in others)
         raise ValueError(f"{file} is of other options: {differ}. Expected the same, or another --out")
 
@@ -277,17 +283,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=kinds.seeds, default=[0], help="by commas")
     parser.add_argument("--context", type=kinds.count, default=8192)
     parser.add_argument("--batch", type=kinds.count, help="windows a step; by default 131,072 bytes")
-    parser.add_argument("--minutes", type=kinds.minutes, default=4.0, help="of training, for each stack")
+    parser.add_argument("--minutes", type=kinds.above, default=4.0, help="of training, for each stack")
     parser.add_argument("--layers", type=kinds.count, default=8)
     parser.add_argument("--dim", type=kinds.count, default=512)
     parser.add_argument("--heads", type=kinds.count, default=8)
     parser.add_argument("--held-out", type=kinds.count, default=48, help="windows that are scored")
     parser.add_argument("--read", type=kinds.count, nargs="*", default=[], help="other lengths to score the models at")
-    parser.add_argument("--convert", type=kinds.existing, help="a run of this program to begin with")
-    parser.add_argument("--shares", type=shares, default=[0.0, 0.02, 0.05, 0.1], help="of the run's tokens, by commas")
-    parser.add_argument("--rate", type=kinds.minutes, default=0.3, help="of the learning rates, for a converted run")
+    parser.add_argument("--convert", type=kinds.run, help="the folder of a run of this program to begin with")
+    parser.add_argument("--shares", type=numbers, help="of the run's tokens, by commas; 0,0.02,0.05,0.1 by default")
+    parser.add_argument("--rate", type=kinds.above, help="of the learning rates, for a converted run; 0.3 by default")
     parser.add_argument("--plain", action="store_true", help="far layers with positions, and keys as they are")
-    parser.add_argument("--stop-after", type=kinds.minutes, help="minutes; then the run is saved, for a later call")
+    parser.add_argument("--stop-after", type=kinds.above, help="minutes; then the run is saved, for a later call")
     parser.add_argument(
         "--data", type=kinds.existing, action="append", help="folders of text; installed packages by default"
     )
@@ -295,23 +301,31 @@ def main() -> None:
     end = math.inf if options.stop_after is None else time.monotonic() + 60 * options.stop_after
     should_stop = lambda: time.monotonic() > end  # noqa: E731
     text = read_text(options.data or [Path(sysconfig.get_paths()["purelib"])])
+    longest = max((options.context, *options.read))
+    if longest >= text.held_out.size:
+        parser.error(
+            f"--context or --read {longest}: expected less than the held-out text has, {text.held_out.size:,} bytes"
+        )
     origins: list[dict[str, Any]] = [{"minutes": options.minutes}]
+    if options.convert is None and (options.shares or options.rate):
+        parser.error("--shares and --rate are of a converted run: expected --convert as well")
     if options.convert is not None:
-        origins = [
-            {"minutes": None, "convert": options.convert, "share": one, "rate": options.rate} for one in options.shares
-        ]
+        shares, rate = options.shares or [0.0, 0.02, 0.05, 0.1], options.rate or 0.3
+        origins = [{"minutes": None, "convert": options.convert, "share": one, "rate": rate} for one in shares]
     batch = options.batch or max(1, STEP_BYTES // options.context)
     for seed, stack, origin in product(options.seeds, options.stacks, origins):
         sizes = options.layers, options.dim, options.heads, options.plain
         name = f"{stack}, plain" if options.plain else stack
-        plan = Plan(name, seed, options.context, model=model_of(stack, options.context, *sizes), batch=batch, **origin)
-        path = options.out / f"{plan.name}.json"
         try:
+            model = model_of(stack, options.context, *sizes)
+            scored = {"held_out": options.held_out, "reads": tuple(options.read)}
+            plan = Plan(name, seed, options.context, model=model, batch=batch, **scored, **origin)
+            path = options.out / f"{plan.name}.json"
             if path.exists():
                 check_same(plan, results.load(path), path)
                 print(f"{path} is there")
                 continue
-            result = run(plan, options.out, text, tuple(options.read), options.held_out, should_stop)
+            result = run(plan, options.out, text, should_stop)
         except ValueError as error:
             parser.error(str(error))
         if result is None:
@@ -322,7 +336,7 @@ def main() -> None:
         print(f"{plan.name}: {bits:.4f} bits, cost {result['cost']:.3f}, written to {path}", flush=True)
 
 
-def shares(text: str) -> list[float]:
+def numbers(text: str) -> list[float]:
     with suppress(ValueError):
         found = [float(part) for part in text.split(",")]
         if all(0 <= one <= 1 for one in found):

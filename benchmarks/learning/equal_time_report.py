@@ -2,7 +2,7 @@
 
     python -m benchmarks.learning.equal_time_report FOLDER [FOLDER ...] --to equal-time.png
 
-A folder holds runs of one context. Runs that began with the weights of another are rows of a table of their own.
+A folder holds runs of one context. The picture leaves out those that began with the weights of another.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def name_of(record: Record) -> str:
     """The stack, and what it was converted from."""
     if record["converted"] is None:
         return str(record["stack"])
-    return f"{record['stack']}, converted, after {record['share']:.0%} of the tokens at {record['rate']:g} of the rates"
+    share = f"{100 * record['share']:g}% of its tokens at {record['rate']:g} of its rates"
+    return f"{record['stack']} from {record['converted']}, after {share}"
 
 
 def scores_of(record: Record) -> Record:
@@ -73,14 +74,22 @@ def speed(record: Record) -> float | None:
     return None if seconds is None else record["batch"] * record["context"] / seconds
 
 
-def comparison(groups: Groups, baseline: str = BASELINE) -> Table:
+def comparison(groups: Groups, baseline: str | None = None) -> Table:
     """Every stack beside the baseline, the best first.
+
+    Args:
+        baseline: by default balanced, or else the best.
 
     Raises:
         ValueError: no run of the baseline, or of its seeds.
     """
+    if baseline is None:
+        baseline = BASELINE if BASELINE in groups else next(iter(groups))
     if baseline not in groups:
         raise ValueError(f"no run of {baseline!r}: expected one among {list(groups)}")
+    counts = {len(scores_of(one)["by_window"]) for records in groups.values() for one in records}
+    if len(counts) > 1:
+        raise ValueError(f"results of {sorted(counts)} held-out windows: expected one number of them (--held-out)")
     scored = {name: [{"seed": one["seed"], **scores_of(one)} for one in records] for name, records in groups.items()}
     distances = list(scored[baseline][0]["copied"])
     rows = []
@@ -117,7 +126,17 @@ def comparison(groups: Groups, baseline: str = BASELINE) -> Table:
 
 
 def picture(folders: Sequence[Groups], path: Path) -> Path:
-    """Bits of the training text against minutes, a panel for each context."""
+    """Bits of the training text against minutes, a panel for each context.
+
+    Raises:
+        ValueError: no run that began with random weights, or a name that is none of a picture's.
+    """
+    folders = [{name: one for name, one in groups.items() if one[0]["converted"] is None} for groups in folders]
+    if not all(folders):
+        raise ValueError(
+            "a folder holds converted runs alone: expected some that began with random weights for a picture"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure = new_figure(4.2 * len(folders) + 2.2, 4.2, "Training loss by minutes on one GPU")
     names = list(dict.fromkeys(name for groups in folders for name in groups))
     colours = {name: COLORS[place % len(COLORS)] for place, name in enumerate(names)}
@@ -155,16 +174,16 @@ def main() -> None:
     )
     parser.add_argument("folders", type=Path, nargs="+", help="folders of results, each of one context")
     parser.add_argument("--to", type=Path, help="the picture to draw; without it there is none")
-    parser.add_argument("--baseline", default=BASELINE, help="the stack that the others stand beside")
+    parser.add_argument("--baseline", help="what the others stand beside; balanced by default, or else the best")
     options = parser.parse_args()
     try:
         folders = [load(folder) for folder in options.folders]
         for folder, groups in zip(options.folders, folders, strict=True):
             print(f"{folder}\n\n{comparison(groups, options.baseline).markdown()}\n")
+        if options.to is not None:
+            print(picture(folders, options.to))
     except ValueError as error:
         parser.error(str(error))
-    if options.to is not None:
-        print(picture(folders, options.to))
 
 
 if __name__ == "__main__":

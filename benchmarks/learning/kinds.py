@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,11 +21,17 @@ def count(text: str) -> int:
     return int(text)
 
 
-def minutes(text: str) -> float:
+def above(text: str) -> float:
     with suppress(ValueError):
-        if float(text) > 0:
+        if 0 < float(text) < math.inf:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text}: expected a number of minutes above 0")
+    raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
+
+
+def run(text: str) -> Path:
+    if not (Path(text) / "run.json").is_file():
+        raise argparse.ArgumentTypeError(f"{text} is no run: expected a folder runs/NAME below an --out")
+    return Path(text)
 
 
 def existing(text: str) -> Path:

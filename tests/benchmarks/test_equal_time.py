@@ -55,7 +55,10 @@ def test_a_stack_learns_and_is_read_at_another_length(command, monkeypatch, caps
     assert capsys.readouterr().out.count("is there") == 2
     with pytest.raises(SystemExit):
         command("--minutes", "0.03", "--stacks", "balanced")
-    assert "minutes was 0.02, now 0.03. Expected the same, or another --out" in capsys.readouterr().err
+    assert (
+        "minutes was 0.02, now 0.03, reads was [1536], now []. Expected the same, or another --out"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_run_goes_on_where_it_was_stopped(command, monkeypatch):
@@ -95,14 +98,24 @@ def test_a_dense_run_is_converted(command, monkeypatch):
     assert first["at"]["1024"]["bits"] < 7.9
 
 
-def test_a_model_of_the_same_layers_is_converted_to_itself(command, monkeypatch):
+def test_a_model_of_the_same_layers_is_converted_to_itself(command, monkeypatch, capsys):
     monkeypatch.setattr(equal_time, "seconds_a_step", lambda plan, corpus, dense_by: 20.0)
     dense = command("--minutes", "1", "--stacks", "dense")["dense-0"]
     run = command.out / "runs" / "dense-0"
     same = command("--convert", str(run), "--shares", "0", "--stacks", "dense")["dense-from-dense-0-0.0-at-0.3-0"]
     assert same["at"] == dense["at"]
-    with pytest.raises(SystemExit):
-        command("--convert", str(run), "--shares", "2", "--stacks", "dense")
+    for given, words in (
+        (("--convert", str(run), "--shares", "2"), "2: expected numbers from 0 to 1"),
+        (("--convert", str(run), "--shares", "nan"), "nan: expected numbers from 0 to 1"),
+        (("--convert", str(command.out)), "is no run: expected a folder runs/NAME"),
+        (("--shares", "0.1"), "--shares and --rate are of a converted run"),
+        (("--read", "10000000"), "--read 10000000: expected less than the held-out text has"),
+        (("--heads", "3"), "dim=16 is not divisible by heads=3"),
+        (("--read", "512", "--minutes", "1"), "reads was [], now [512]"),
+    ):
+        with pytest.raises(SystemExit):
+            command("--stacks", "dense", *given)
+        assert words in capsys.readouterr().err
 
 
 def test_a_run_is_stopped_in_time_and_goes_on(command, monkeypatch, capsys):

@@ -37,11 +37,11 @@ def test_the_best_comes_first_and_the_others_beside_it(folder):
     made = report.comparison(report.load(folder[0]))
     assert made.columns[-2] == "bits of a passage 1,024 back"
     rows = {row[0]: row for row in made.rows}
-    assert list(rows) == ["balanced", "balanced, converted, after 5% of the tokens at 0.3 of the rates", "window"]
+    assert list(rows) == ["balanced", "balanced from dense-0, after 5% of its tokens at 0.3 of its rates", "window"]
     assert rows["balanced"] == ("balanced", "0.250", "120 120", "16k", "2.0", "1.0100", "0", "0.20", "2")
     # The windows differ by as much, so the standard error is 0.
     assert rows["window"][3:7] == ("20k", "2.0", "1.5000", "+0.5000 +- 0.0000")
-    assert rows["balanced, converted, after 5% of the tokens at 0.3 of the rates"][3] == "-"
+    assert rows["balanced from dense-0, after 5% of its tokens at 0.3 of its rates"][3] == "-"
 
 
 def test_what_cannot_be_compared_is_refused(folder):
@@ -62,3 +62,19 @@ def test_the_picture_has_a_panel_for_each_folder(folder, tmp_path):
     groups = report.load(folder[0])
     assert report.picture([groups, groups], tmp_path / "made.png").stat().st_size > 10_000
     assert list(report.smooth(report.np.array([1.0, 2.0, 6.0]), 2)) == [1.0, 1.5, 4.0]
+
+
+def test_converted_runs_alone_have_a_table_and_no_picture(folder, tmp_path):
+    for path in folder[0].glob("*.json"):
+        if path.stem != "half":
+            path.unlink()
+    groups = report.load(folder[0])
+    assert report.comparison(groups).rows[0][6] == "0"
+    with pytest.raises(ValueError, match="a folder holds converted runs alone"):
+        report.picture([groups], tmp_path / "made.png")
+
+
+def test_results_of_other_windows_are_not_compared(folder):
+    folder[1]("other", stack="light", at={"2048": {**RUN["at"]["2048"], "by_window": [1.0]}})
+    with pytest.raises(ValueError, match=r"results of \[1, 2\] held-out windows: expected one number of them"):
+        report.comparison(report.load(folder[0]))

@@ -14,6 +14,7 @@ from longnet.geometry.cost import cost, score_pairs
 from longnet.geometry.pattern import Pattern
 from longnet.geometry.reach import receptive_field
 from longnet.models import LongNetCache
+from longnet.training.transformer_config import TransformerConfig
 
 app = typer.Typer()
 app.command()(inspect)
@@ -211,11 +212,25 @@ def test_the_layers_of_a_model(tmp_path: Path) -> None:
     assert [layer["type"] for layer in found["layers"]] == ["dilated_attention"] * 2
 
 
+def test_the_types_of_a_transformer_are_repeated(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    llama = transformers.LlamaConfig(vocab_size=256, hidden_size=16, num_hidden_layers=4, num_attention_heads=2)
+    types = ("sliding_attention", "full_attention")
+    config = TransformerConfig(
+        llama.to_dict(), layer_types=types, sliding_window=16, segment_lengths=(), dilation_rates=()
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    found = json.loads(run(tmp_path, "--model", str(tmp_path), "--length", "200", "--json").stdout)
+    assert [layer["type"] for layer in found["layers"]] == [*types, *types]
+
+
 @pytest.mark.parametrize(("stack", "far"), [("balanced", "full_attention"), ("light", "strided_attention")])
 def test_the_layers_of_a_preset(tmp_path: Path, stack: str, far: str) -> None:
     found = json.loads(run(tmp_path, "--preset", "tiny", "--stack", stack, "--json").stdout)
     assert [layer["type"] for layer in found["layers"]] == ["sliding_attention", far, "sliding_attention"]
     assert found["length"] == 16 * 256 and found["layers"][1]["shift_keys"]
+    found = json.loads(run(tmp_path, "--preset", "tiny", "--stack", stack, "--window", "32", "--json").stdout)
+    assert found["length"] == 16 * 32 and found["layers"][0]["window"] == 32
 
 
 @pytest.mark.parametrize(

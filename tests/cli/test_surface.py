@@ -128,7 +128,7 @@ def test_help_names_every_preset(call: Longnet) -> None:
     presets = LongNetConfig.presets()
     assert f"Model preset: {', '.join(presets[:-1])} or {presets[-1]}." in text
     stacks = LongNetConfig.stacks()
-    assert f"What the preset's layers read: {', '.join(stacks[:-1])} or {stacks[-1]} (the paper's pattern)." in text
+    assert f"What the layers read: {', '.join(stacks[:-1])} or {stacks[-1]} (the paper's pattern)." in text
 
 
 def test_the_version_is_printed(call: Longnet) -> None:

@@ -141,7 +141,7 @@ def test_layers_of_several_types_are_trained_and_resumed(
     assert result.returncode == 0, result.stderr
     result = longnet("train", *train_arguments, "--window", 9, "--out", tmp_path / "other", "--steps", 1)
     assert result.returncode == 2 and "--window given for a model" in result.stderr
-    assert "expected --layer-types as well" in result.stderr
+    assert "expected --stack or --layer-types as well" in result.stderr
     assert not (tmp_path / "other").exists()
 
 
@@ -162,8 +162,29 @@ def test_a_run_that_names_no_model_or_a_stack(
     config = json.loads((out / "config.json").read_text())
     assert config["layer_types"] == ["sliding_attention", far, "sliding_attention"]
     assert config["shift_keys"] and not config["far_positions"] and config["sliding_window"] == 32
-    result = longnet("train", "--out", out, "--resume", "--stack", "longnet")
-    assert result.returncode == 2 and "--stack longnet with --resume, whose model has its layers" in result.stderr
+    # The same command goes on, another stack is another model.
+    result = longnet("train", "--out", out, "--resume", "--steps", 1, *given, "--window", 32)
+    assert result.returncode == 0, result.stderr
+    other = "light" if far == "full_attention" else "balanced"
+    result = longnet("train", "--out", out, "--resume", "--stack", other)
+    assert result.returncode == 2 and "model layer_types was" in result.stderr
+    # A run of it begins with another stack's weights.
+    begun = ("train", "--data", text, "--context", 64, "--steps", 1, "--init-from", out)
+    result = longnet(*begun, "--stack", other, "--out", tmp_path / "other")
+    assert result.returncode == 0 and "layer_types was" in result.stdout, result.stderr
+    result = longnet(*begun, "--layer-types", "sliding_attention", "--out", tmp_path / "windows")
+    assert result.returncode == 0 and "shift_keys was True, now False" in result.stdout, result.stderr
+    for options, words in (
+        (("--stack", "longnet"), "--stack longnet for a model without segments: expected --preset as well"),
+        (
+            ("--layer-types", "dilated_attention"),
+            "--layer-types with dilated layers, and no segments: expected --config",
+        ),
+        (("--stack", other, "--layer-types", "full_attention"), f"--stack {other} with --layer-types: expected one of"),
+        (("--stack", "dense"), "stack='dense' is not a stack"),
+    ):
+        result = longnet(*begun, *options, "--out", tmp_path / "refused")
+        assert result.returncode == 2 and words in result.stderr
 
 
 def test_a_finished_run_resumed_makes_its_report_again(finished_run: Path, longnet: Longnet) -> None:
@@ -252,6 +273,11 @@ def test_a_toml_config(tmp_path: Path, longnet: Longnet, train_arguments: list[o
         (["--stack", "dense"], "'dense' is not a stack: expected one of ('balanced', 'light', 'longnet')"),
         (["--stack", "light", "--config", "x.json"], "--stack and --config were both given"),
         (["--stack", "light", "--layer-types", "full_attention"], "with stack='light': expected one of the two"),
+        (["--stride", "8"], "--stride with layers of ('sliding_attention', 'full_attention'): expected one of"),
+        (
+            ["--layer-types", "full_attention", "--window", "8"],
+            "--window with layers of ('full_attention',): expected one of",
+        ),
         (["--config", "gone.json"], "No such file or directory: 'gone.json'"),
         (["--data", "gone.txt"], "gone.txt' is not there: expected a file or a folder of text"),
         (["--lr", "0"], "lr=0.0: expected above 0"),
@@ -433,8 +459,8 @@ def test_options_that_a_transformer_does_not_take_are_refused(
         ("run", ("--preset", "nano"), "does not fit the model: layers was 1, now 2; of its parameters 20 differ: "),
         (
             "run",
-            ("--stack", "light"),
-            "--stack light with --init-from, whose model has its layers: expected --preset as well",
+            ("--no-far-positions",),
+            "--no-far-positions given for a model whose layers are all 'dilated_attention'",
         ),
         ("run", ("--window", 9), "--window given for a model whose layers are all 'dilated_attention'"),
     ],

@@ -15,7 +15,7 @@ from longnet.models import LongNetConfig
 
 def test_base_is_the_papers_size() -> None:
     base = LongNetConfig.preset("base", "longnet")
-    assert base == LongNetConfig()
+    assert base == LongNetConfig(qk_norm=True)
     balanced = LongNetConfig.preset("base")
     assert (balanced.dim, balanced.heads, balanced.layers) == (base.dim, base.heads, base.layers)
     assert (base.dim, base.heads, base.layers, base.feed_forward_dim, base.head_dim) == (768, 12, 12, 3072, 64)
@@ -66,7 +66,9 @@ def test_stacks_of_a_preset(name: str) -> None:
     assert LongNetConfig.preset(name, "longnet").layer_types is None
     for config, far in ((balanced, "full_attention"), (light, "strided_attention")):
         assert set(config.layer_types) == {"sliding_attention", far}
-        assert config.shift_keys and not config.far_positions and config.qk_norm and config.stride == 4
+        assert config.shift_keys and not config.far_positions and config.stride == 4
+        # Runs of one preset begin with the weights of another stack's.
+        assert config.qk_norm == LongNetConfig.preset(name, "longnet").qk_norm == (name != "nano")
         assert config.segment_lengths == config.dilation_rates == ()
     eight = LongNetConfig.preset(name, "balanced", layers=8)
     assert [i for i, kind in enumerate(eight.layer_types) if kind == "full_attention"] == [4]
@@ -79,6 +81,8 @@ def test_stacks_of_a_preset(name: str) -> None:
 def test_what_a_preset_reads_is_named_once() -> None:
     own = LongNetConfig.preset("small", layer_types=("sliding_attention", "full_attention"))
     assert own.layer_types.count("full_attention") == 4 and not own.shift_keys and own.far_positions
+    assert own.segment_lengths == ()
+    assert LongNetConfig.preset("small", layer_types=("full_attention", "dilated_attention")).segment_lengths[0] == 2048
     segments = LongNetConfig.preset("small", segment_lengths=(64,), dilation_rates=(2,))
     assert segments.layer_types is None and segments.segment_lengths == (64,)
     assert LongNetConfig.preset("small", "longnet", segment_lengths=(64,), dilation_rates=(2,)) == segments
@@ -90,6 +94,10 @@ def test_what_a_preset_reads_is_named_once() -> None:
         ValueError, match=r"stack='dense' is not a stack: expected one of \('balanced', 'light', 'longnet'\)"
     ):
         LongNetConfig.preset("small", "dense")
+    with pytest.raises(TypeError, match=r"stack=\['light'\] has type list: expected a string"):
+        LongNetConfig.preset("small", ["light"])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="name=None has type NoneType: expected a string"):
+        LongNetConfig.preset(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="layers=0: expected at least 1"):
         LongNetConfig.preset("small", layers=0)
 

@@ -59,7 +59,10 @@ def inspect(
     preset: Annotated[
         str | None, typer.Option(help="A preset of longnet train, base, small, tiny or nano: its layers.")
     ] = None,
-    stack: Annotated[str | None, typer.Option(help="Of the preset: balanced, light or longnet.")] = None,
+    stack: Annotated[
+        str | None,
+        typer.Option(help="Of the preset: balanced, light or longnet.", show_default="balanced, longnet for nano"),
+    ] = None,
     suggest_budget: Annotated[
         int | None, typer.Option(help="Suggest a pattern for --length with at most this many keys per query.")
     ] = None,

@@ -22,6 +22,8 @@ BY_LAYER = {
 _OF_TYPES = {"stride", "stride_block", "shift_keys"}
 # How many windows long the sequence is where there are no segments and no length was given.
 _WINDOWS = 16
+# Options that change a preset, and their fields.
+_OF_PRESET = {"window": "sliding_window", "stride": "stride", "stride_block": "stride_block", "kv_heads": "kv_heads"}
 _WITH_MODEL = {"length", "out", "as_json"}
 
 
@@ -38,9 +40,10 @@ def layers_of(options: dict[str, Any], named: set[str], causal: bool) -> Layers:
             raise ValueError(f"--model has layers of its own: leave out {', '.join(map(_option, refused))}")
         return _of_config(read_config("--model", options["model"]), options["length"])
     if "preset" in named:
-        if refused := sorted(named - _WITH_MODEL - {"preset", "stack"}):
+        if refused := sorted(named - _WITH_MODEL - {"preset", "stack"} - _OF_PRESET.keys()):
             raise ValueError(f"--preset has layers of its own: leave out {', '.join(map(_option, refused))}")
-        return _of_config(_of_preset(options["preset"], options["stack"]), options["length"])
+        changes = {field: options[name] for name, field in _OF_PRESET.items() if name in named}
+        return _of_config(_of_preset(options["preset"], options["stack"], changes), options["length"])
     if "stack" in named:
         raise ValueError(f"--stack {options['stack']} given without --preset: expected it as well")
     if "layer_types" in named:
@@ -52,10 +55,10 @@ def layers_of(options: dict[str, Any], named: set[str], causal: bool) -> Layers:
     return _of_pattern(options, causal)
 
 
-def _of_preset(name: str, stack: str | None) -> LongNetConfig:
+def _of_preset(name: str, stack: str | None, changes: dict[str, Any]) -> LongNetConfig:
     from longnet.models import LongNetConfig
 
-    return LongNetConfig.preset(name, stack)
+    return LongNetConfig.preset(name, stack, **changes)
 
 
 def _config(options: dict[str, Any], causal: bool) -> LongNetConfig:
@@ -83,8 +86,10 @@ def _config(options: dict[str, Any], causal: bool) -> LongNetConfig:
 
 
 def _of_config(config: Config, length: int | None) -> Layers:
+    from longnet.models.layer_types import expand_layer_types
+
     layers, heads = config.layer_attentions(), config.heads
-    names = config.layer_types or ("dilated_attention",) * config.layers
+    names = expand_layer_types(config.layer_types or ("dilated_attention",), config.layers)
     group = heads // (config.kv_heads or heads)
     if length is None:
         length = max(config.segment_lengths, default=_WINDOWS * (config.sliding_window or 1))

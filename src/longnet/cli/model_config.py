@@ -31,9 +31,8 @@ def read_config(option: str, path: Path, start: Config | None = None) -> Config:
         raise ValueError(f"{option} {file} is not {'TOML' if is_toml else 'JSON'}: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{option} {file} holds a {type(values).__name__}: expected fields of LongNetConfig")
-    base, stack = values.pop("preset", None), values.pop("stack", None)
-    if base is not None:
-        return LongNetConfig.preset(base, stack, **values)
-    if stack is not None:
-        raise ValueError(f'{option} {file} names the stack {stack!r} and no "preset": expected both')
+    if "stack" in values and "preset" not in values:
+        raise ValueError(f'{option} {file} names the stack {values["stack"]!r} and no "preset": expected both')
+    if "preset" in values:
+        return LongNetConfig.preset(values.pop("preset"), values.pop("stack", None), **values)
     return config_from_dict(values) if start is None else start.replace(**values)

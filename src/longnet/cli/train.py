@@ -49,8 +49,8 @@ def train(
     stack: Annotated[
         str | None,
         typer.Option(
-            help="What the preset's layers read: balanced, light or longnet (the paper's pattern).",
-            show_default="balanced, longnet for nano",
+            help="What the layers read: balanced, light or longnet (the paper's pattern).",
+            show_default="balanced, longnet for nano, or as in --init-from",
         ),
     ] = None,
     config: Annotated[
@@ -64,7 +64,8 @@ def train(
     stride: Annotated[int | None, typer.Option(help="Strided layers read every so-many-th block.")] = None,
     stride_block: Annotated[int | None, typer.Option(help="Tokens of such a block.")] = None,
     shift_keys: Annotated[
-        bool | None, typer.Option("--shift-keys", help="Keys of strided and full layers hold the token before too.")
+        bool | None,
+        typer.Option("--shift-keys/--no-shift-keys", help="Keys of strided and full layers hold the token before too."),
     ] = None,
     far_positions: Annotated[
         bool | None,
@@ -143,9 +144,9 @@ def _make_settings(options: Options, named: _Named, changes: Options, resume: bo
         if saved is None or named or changes:
             options["model"] = _transformer_of(start, options, named, changes, saved)
         return TrainSettings(**options) if saved is None else saved.replace(**options)
-    if named.stack is not None and named.preset is None and (start is not None or saved is not None):
-        given = "--resume" if resume else "--init-from"
-        raise ValueError(f"--stack {named.stack} with {given}, whose model has its layers: expected --preset as well")
+    if saved is not None and start is None:
+        assert not isinstance(saved.model, TransformerConfig)
+        start = saved.model if named.stack is not None and named.preset is None else None
     model = _read_model(named, changes, start)
     if saved is not None:
         assert not isinstance(saved.model, TransformerConfig)
@@ -176,12 +177,14 @@ def _transformer_of(
     kind = f"a model of transformers ({start.transformer['model_type']!r})"
     for name, value in (("--preset", named.preset), ("--stack", named.stack)):
         if value is not None:
-            raise ValueError(f"{name} {value} with {kind}: expected --config with fields of its attention, or neither")
+            raise ValueError(
+                f"{name} {value} with {kind}: expected --layer-types, --config with fields of its attention, or neither"
+            )
     config = named.config
     for name in ("shift_keys", "far_positions"):
         if name in changes:
             raise ValueError(
-                f"--{name.replace('_', '-')} with {kind}: expected a LongNet, it is no option of longnet.hf.apply"
+                f"{_shown({name: changes[name]})} with {kind}: expected a LongNet, it is no option of longnet.hf.apply"
             )
     model = start if config is None else read_config("--config", config, start)
     if not isinstance(model, TransformerConfig) or model.transformer != start.transformer:
@@ -236,17 +239,64 @@ def _tokenizer_of(options: Options) -> Tokenizer | None:
 
 
 def _with_layers(model: LongNetConfig, changes: Options) -> LongNetConfig:
-    """The model with other layers.
+    """The model with other layers. Without a layer that reads far, keys are as they are and all layers have positions.
 
     Raises:
         ValueError: changes of layers that it does not have.
     """
-    if changes and changes.get("layer_types", model.layer_types) is None:
-        options = ", ".join("--" + name.replace("sliding_", "").replace("_", "-") for name in changes)
+    from longnet.models.layer_types import DILATED_TYPES, FAR_TYPES
+
+    if not changes:
+        return model
+    types = changes.get("layer_types", model.layer_types)
+    if types is None:
         raise ValueError(
-            f"{options} given for a model whose layers are all 'dilated_attention': expected --layer-types as well"
+            f"{_shown(changes)} given for a model whose layers are all 'dilated_attention': expected --stack or --layer-types "
+            "as well"
         )
+    used = {
+        "stride": FAR_TYPES[:1],
+        "stride_block": FAR_TYPES[:1],
+        "sliding_window": ("sliding_attention", *FAR_TYPES[:1]),
+    }
+    for name, kinds in used.items():
+        if name in changes and not set(types) & set(kinds):
+            raise ValueError(
+                f"{_shown({name: changes[name]})} with layers of {tuple(dict.fromkeys(types))}: expected one of {kinds}"
+            )
+    if set(types) & set(DILATED_TYPES) and not model.segment_lengths:
+        raise ValueError(
+            "--layer-types with dilated layers, and no segments: expected --config with segment_lengths and dilation_rates"
+        )
+    if not set(types) & set(FAR_TYPES):
+        changes = {"shift_keys": False, "far_positions": True, **changes}
     return model.replace(**changes)
+
+
+def _shown(changes: Options) -> str:
+    """Options by the names of fields."""
+    names = {name.replace("sliding_", "").replace("_", "-"): value for name, value in changes.items()}
+    return ", ".join(f"--no-{name}" if value is False else f"--{name}" for name, value in names.items())
+
+
+def _restacked(model: LongNetConfig, stack: str, changes: Options) -> LongNetConfig:
+    """A model's size with the layers of a stack.
+
+    Raises:
+        ValueError: an unknown stack, one beside types of layers, or the paper's for a model without segments.
+    """
+    from longnet.models.stacks import STACKS
+
+    if stack not in STACKS:
+        raise ValueError(f"stack={stack!r} is not a stack: expected one of {tuple(STACKS)}")
+    if "layer_types" in changes:
+        raise ValueError(f"--stack {stack} with --layer-types: expected one of the two")
+    fields = STACKS[stack](model.layers, model.sliding_window)
+    if fields["layer_types"] is None and not model.segment_lengths:
+        raise ValueError(
+            f"--stack {stack} for a model without segments: expected --preset as well, or --config with segment_lengths"
+        )
+    return model.replace(**fields)
 
 
 def _preset(name: str, stack: str | None, changes: Options) -> LongNetConfig:
@@ -256,7 +306,7 @@ def _preset(name: str, stack: str | None, changes: Options) -> LongNetConfig:
 
 
 def _read_model(named: _Named, changes: Options, start: LongNetConfig | None) -> LongNetConfig | None:
-    """The model config that --preset and --stack name, or ``start`` as --config changes it; ``None`` for none of them.
+    """The model config that --preset and --stack name, or ``start`` as --stack or --config changes it; ``None`` for none of them.
 
     Raises:
         ValueError: a preset and a file, an unknown name or field, a file that is neither JSON nor TOML.
@@ -268,6 +318,8 @@ def _read_model(named: _Named, changes: Options, start: LongNetConfig | None) ->
                 raise ValueError(
                     f'--{name} and --config were both given: expected one (a config file may name a "{name}")'
                 )
+    if stack is not None and preset is None and start is not None:
+        return _restacked(start, stack, changes)
     if preset is not None or stack is not None:
         return _preset(preset or DEFAULT_PRESET, stack, changes)
     if config is None:

@@ -226,14 +226,19 @@ class LongNetConfig:
         Args:
             name: one of :meth:`presets`. ``"base"`` is the paper's size (section 4.1); ``"tiny"`` trains on a two-core laptop;
                 ``"nano"`` is for tests.
-            stack: what the layers read, one of :meth:`stacks`: ``"balanced"`` (windows, and one full layer of eight),
-                ``"light"`` (windows, and every fourth key in the middle quarter) or ``"longnet"`` (the paper's pattern). None is
-                ``"balanced"``, but the paper's for ``"nano"`` and where ``layer_types``, ``segment_lengths`` or
+            stack: what the layers read, one of :meth:`stacks`: ``"balanced"`` (windows, and one full layer for every eight, at
+                least one), ``"light"`` (windows, and every fourth key in one layer of four, at least one) or ``"longnet"`` (the
+                paper's pattern). In the full and strided layers of the first two, keys are shifted and nothing is rotated. None
+                is ``"balanced"``, but the paper's for ``"nano"`` and where ``layer_types``, ``segment_lengths`` or
                 ``dilation_rates`` are given. The page on evidence compares them.
 
         Raises:
+            TypeError: a name that is no string.
             ValueError: an unknown preset, stack or field, a stack beside one of these three, or values that do not fit together.
         """
+        for argument, value in (("name", name), ("stack", stack)):
+            if not isinstance(value, str) and not (argument == "stack" and value is None):
+                raise TypeError(f"{argument}={value!r} has type {type(value).__name__}: expected a string")
         if name not in _PRESETS:
             raise ValueError(f"name={name!r} is not a preset: expected one of {cls.presets()}")
         if stack is not None and stack not in STACKS:
@@ -245,7 +250,11 @@ class LongNetConfig:
         if stack is None:
             stack = "longnet" if own or name == "nano" else DEFAULT_STACK
         layers = check_int("layers", changes.get("layers", size.layers), 1)
-        return size.replace(**{**STACKS[stack](layers, window), **changes})
+        made = dict(STACKS[stack](layers, window))
+        types = changes.get("layer_types", made["layer_types"])
+        if types is not None and not set(expand_layer_types(types, layers)) & set(DILATED_TYPES):
+            made |= {"segment_lengths": (), "dilation_rates": ()}
+        return size.replace(**{**made, **changes})
 
     @classmethod
     def presets(cls) -> tuple[str, ...]:
@@ -300,10 +309,15 @@ def _lists(value: Any) -> Any:
 
 # With the paper's pattern, and the window of other stacks.
 _PRESETS: Mapping[str, tuple[LongNetConfig, int]] = {
-    "base": (LongNetConfig(), 512),
+    "base": (LongNetConfig(qk_norm=True), 512),
     "small": (
         LongNetConfig(
-            dim=512, heads=8, layers=8, segment_lengths=(2048, 4096, 8192, 16384), dilation_rates=(1, 2, 4, 8)
+            dim=512,
+            heads=8,
+            layers=8,
+            segment_lengths=(2048, 4096, 8192, 16384),
+            dilation_rates=(1, 2, 4, 8),
+            qk_norm=True,
         ),
         512,
     ),

@@ -1,4 +1,4 @@
-"""Stacks of layers by name: what each layer of a preset reads. The page on evidence says what they learn and cost."""
+"""Stacks of layers by name: what each layer of a model reads. The page on evidence says what they learn and cost."""
 
 from __future__ import annotations
 
@@ -13,9 +13,6 @@ def _stack(layers: int, window: int, far: str, places: Collection[int]) -> dict[
         "sliding_window": window,
         "shift_keys": True,
         "far_positions": False,
-        "qk_norm": True,
-        "segment_lengths": (),
-        "dilation_rates": (),
     }
 
 
@@ -35,7 +32,8 @@ DEFAULT_STACK = "balanced"
 STACKS: Mapping[str, Callable[[int, int], Mapping[str, Any]]] = {
     "balanced": _balanced,
     "light": _light,
-    "longnet": lambda layers, window: {},
+    "longnet": lambda layers, window: {"layer_types": None, "shift_keys": False, "far_positions": True},
 }
-"""By name, fields of a config for (layers, window). ``"balanced"``: windows, and one full layer of eight. ``"light"``: windows,
-and every fourth key of all before in the middle quarter of the layers. ``"longnet"``: the paper's pattern in all layers."""
+"""By name, fields of a config for (layers, window). ``"balanced"``: windows, and one full layer for every eight, at least one.
+``"light"``: windows, and every fourth key of all before in one layer of four, at least one, in the middle. ``"longnet"``: the
+paper's pattern in all layers."""

@@ -335,10 +335,11 @@ def _describe_layers(config: Config) -> str:
     kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(config.layer_types).items())
     window = "their own" if config.sliding_window is None else f"{config.sliding_window:,}"
     numbers = [segments] if config.segment_lengths else []
-    numbers.append(f"window {window}")
+    if {"sliding_attention", "strided_attention"} & set(config.layer_types):
+        numbers.append(f"window {window}")
     if "strided_attention" in config.layer_types:
         numbers.append(f"stride {config.stride} by {config.stride_block}")
-    return f"{kinds}; {', '.join(numbers)}"
+    return "; ".join(filter(None, (kinds, ", ".join(numbers))))
 
 
 def _length(settings: TrainSettings) -> str:
