@@ -20,7 +20,7 @@ BY_LAYER = {
     *("layer_types", "stride", "stride_block", "shift_keys", "model", "preset", "stack"),
 }
 _OF_TYPES = {"stride", "stride_block", "shift_keys"}
-# How many windows long the sequence is where there are no segments and no length was given.
+# How many windows long the sequence is where no layer is dilated and no length was given.
 _WINDOWS = 16
 # Options that change a preset, and their fields.
 _OF_PRESET = {"window": "sliding_window", "stride": "stride", "stride_block": "stride_block", "kv_heads": "kv_heads"}
@@ -86,13 +86,14 @@ def _config(options: dict[str, Any], causal: bool) -> LongNetConfig:
 
 
 def _of_config(config: Config, length: int | None) -> Layers:
-    from longnet.models.layer_types import expand_layer_types
+    from longnet.models.layer_types import DILATED_TYPES, expand_layer_types
 
     layers, heads = config.layer_attentions(), config.heads
     names = expand_layer_types(config.layer_types or ("dilated_attention",), config.layers)
     group = heads // (config.kv_heads or heads)
     if length is None:
-        length = max(config.segment_lengths, default=_WINDOWS * (config.sliding_window or 1))
+        windows = _WINDOWS * (config.sliding_window or 1)
+        length = max(config.segment_lengths) if set(DILATED_TYPES) & set(names) else windows
     kv_heads = tuple(layer.heads // group for layer in layers)
     return Layers(names, layers, kv_heads, config.head_dim, check_int("length", length, 1), config.causal)
 

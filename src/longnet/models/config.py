@@ -250,11 +250,7 @@ class LongNetConfig:
         if stack is None:
             stack = "longnet" if own or name == "nano" else DEFAULT_STACK
         layers = check_int("layers", changes.get("layers", size.layers), 1)
-        made = dict(STACKS[stack](layers, window))
-        types = changes.get("layer_types", made["layer_types"])
-        if types is not None and not set(expand_layer_types(types, layers)) & set(DILATED_TYPES):
-            made |= {"segment_lengths": (), "dilation_rates": ()}
-        return size.replace(**{**made, **changes})
+        return size.replace(**{**STACKS[stack](layers, window), **changes})
 
     @classmethod
     def presets(cls) -> tuple[str, ...]:

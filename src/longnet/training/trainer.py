@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from longnet.models.layer_types import DILATED_TYPES
 from longnet.training.checkpoint import Checkpoint, save_checkpoint
 from longnet.training.data import Corpus, cut_windows, draw_starts, pack_windows
 from longnet.training.device import autocast
@@ -334,7 +335,7 @@ def _describe_layers(config: Config) -> str:
         return segments
     kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(config.layer_types).items())
     window = "their own" if config.sliding_window is None else f"{config.sliding_window:,}"
-    numbers = [segments] if config.segment_lengths else []
+    numbers = [segments] if set(DILATED_TYPES) & set(config.layer_types) else []
     if {"sliding_attention", "strided_attention"} & set(config.layer_types):
         numbers.append(f"window {window}")
     if "strided_attention" in config.layer_types:
