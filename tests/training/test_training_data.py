@@ -67,7 +67,7 @@ def test_the_fingerprint_sees_one_changed_byte_and_where_documents_begin_but_no_
 
 
 def test_one_file_is_split_at_its_last_tenth(tmp_path: Path) -> None:
-    file = tmp_path / "one.bin"
+    file = tmp_path / "one.dat"
     file.write_bytes(bytes(range(250)) * 4)
     corpus = read_corpus(file)
     assert corpus.train[:].tobytes() + corpus.held_out[:].tobytes() == file.read_bytes()
@@ -196,7 +196,7 @@ def test_a_pipe_is_no_data(tmp_path: Path) -> None:
 
 
 def test_prepared_tokens_that_become_fewer_are_an_error_and_no_signal(tmp_path: Path) -> None:
-    file = tmp_path / "one.bin"
+    file = tmp_path / "one.dat"
     file.write_bytes(bytes(range(256)) * 80)
     corpus = read_corpus(file, folder=tmp_path / "data")
     before = draw_windows(corpus.train, 100, 8, seed=0, step=1)

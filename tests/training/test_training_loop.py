@@ -424,9 +424,7 @@ def test_a_run_folder_that_a_link_in_the_data_leads_to_is_refused(
     (tmp_path / "project" / "deep").mkdir(parents=True)
     (text_folder / "link").symlink_to("../project")
     for out in (tmp_path / "project", tmp_path / "project" / "deep" / "run"):
-        with pytest.raises(
-            ValueError, match=r"out=.* lies in data=.* \(as '.*link.*'\), so the run's files would be read"
-        ):
+        with pytest.raises(ValueError, match=r"out=.* lies in data=.* \(as '.*link.*'\), so its files would be read"):
             train(make_settings(out=str(out), steps=1, eval_every=0))
     assert [path.name for path in (tmp_path / "project").rglob("*")] == ["deep"]
 

@@ -31,12 +31,14 @@ def locked(folder: str | Path) -> Iterator[None]:
     """Hold the lock on ``folder``. A missing folder is made, and removed again if it stays empty.
 
     Raises:
-        InUse: another process holds the lock. ValueError: ``folder`` is a file.
+        InUse: another process holds the lock. ValueError: ``folder`` is a file, or lies in one.
         OSError: the folder cannot be made or written to.
     """
     path = Path(folder)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"out={str(folder)!r} is a file: expected a folder to be made")
+    there = next((one for one in (path, *path.parents) if one.exists()), path)
+    if there.exists() and not there.is_dir():
+        what = "is a file" if there == path else f"lies in {str(there)!r}, a file"
+        raise ValueError(f"out={str(folder)!r} {what}: expected a folder to be made")
     made = [one for one in (path, *path.parents) if not one.exists()]
     try:
         file = _open_locked(path)

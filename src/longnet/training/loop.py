@@ -12,7 +12,16 @@ from longnet.models import LongNetConfig
 from longnet.models.threads import torch_threads
 from longnet.runtime.torch_internals import many_recompilations
 from longnet.runtime.triton_support import HAS_TRITON
-from longnet.training.data import Corpus, check_lengths, check_outside, is_prepared, read_corpus, remove_prepared
+from longnet.training.data import (
+    Corpus,
+    check_documents,
+    check_lengths,
+    check_no_row_options,
+    check_outside,
+    is_prepared,
+    read_corpus,
+    remove_prepared,
+)
 from longnet.training.device import resolve_device
 from longnet.training.estimate import describe_step
 from longnet.training.folder import RunFolder
@@ -89,6 +98,8 @@ def train(
             with waiting():
                 data = corpus or _read_data(settings, folder, ranks, tell)
             check_lengths(data, settings.context)
+            if settings.pack is not None:
+                check_documents(data)
             if (tokens := data.tokenizer.vocab_size) != settings.model.vocab_size:
                 raise ValueError(
                     f"vocab_size={settings.model.vocab_size} in the model: expected {tokens}, as many as the tokenizer has tokens"
@@ -161,6 +172,8 @@ def _read_data(settings: TrainSettings, folder: RunFolder, ranks: Ranks, tell: R
     error: Exception | None = None
     made: Corpus | None = None
     is_there = folder.settings_file.exists() and is_prepared(folder.data_folder)
+    if settings.data and is_prepared(settings.data) and not folder.settings_file.exists():
+        check_no_row_options(settings.data, "is prepared already", settings.field, settings.skip_bad_rows)
     if ranks.is_first and not is_there and not (settings.data and is_prepared(settings.data)):
         try:
             check_outside(settings.data, settings.out)

@@ -4,9 +4,18 @@ With the tokenizer ``"bytes"`` the tokens are the bytes of the files, unchanged,
 every byte that a model is scored on is a byte of the data, and compressors can be compared on exactly the same bytes.
 """
 
-from longnet.training.data.corpus import Corpus, check_lengths, is_prepared, open_corpus, read_corpus, remove_prepared
+from longnet.training.data.corpus import (
+    Corpus,
+    check_documents,
+    check_lengths,
+    is_prepared,
+    open_corpus,
+    read_corpus,
+    remove_prepared,
+)
 from longnet.training.data.listing import check_outside, list_files
-from longnet.training.data.sources import find_source
+from longnet.training.data.preparation import check_free
+from longnet.training.data.sources import check_no_row_options, find_source
 from longnet.training.data.stream import (
     Stream,
     TokensOnDisk,
@@ -24,7 +33,10 @@ __all__ = [
     "Stream",
     "Tokenizer",
     "TokensOnDisk",
+    "check_documents",
+    "check_free",
     "check_lengths",
+    "check_no_row_options",
     "check_outside",
     "cut_windows",
     "draw_starts",

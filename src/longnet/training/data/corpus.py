@@ -13,10 +13,19 @@ from pathlib import Path
 
 import numpy as np
 
-from longnet.training.data.preparation import FORMAT, LOST, PARTS, Preparation, Progress, Say, digest_file
-from longnet.training.data.sources import find_source
+from longnet.training.data.preparation import (
+    FORMAT,
+    LOST,
+    PARTS,
+    Preparation,
+    Progress,
+    Say,
+    digest_file,
+    remove_files,
+)
+from longnet.training.data.sources import check_no_row_options, find_source
 from longnet.training.data.stream import Stream, TokensOnDisk, count_starts
-from longnet.training.data.tokenizer import BYTES, TOKENIZER_FILES, Tokenizer, read_tokenizer
+from longnet.training.data.tokenizer import BYTES, Tokenizer, read_tokenizer
 from longnet.training.files import read_json
 
 
@@ -37,6 +46,7 @@ class Corpus:
         lost: counts of what the tokens do not say of the text. ``skipped_rows``: rows without a text. ``unknown_tokens``: those
             for text that the tokenizer does not know. ``replaced_characters``: U+FFFD for bytes that are not UTF-8.
             ``uncertain_cuts``: places in long documents at which tokens may be others than uncut.
+        shard_ends: how many training tokens end a document, of shards of tokens; None of text.
     """
 
     source: str
@@ -51,6 +61,7 @@ class Corpus:
     tokenizer: Tokenizer = dataclasses.field(default=BYTES, compare=False)
     folder: Path | None = None
     lost: dict[str, int] = dataclasses.field(default_factory=dict, compare=False)
+    shard_ends: int | None = None
 
     @property
     def unit(self) -> str:
@@ -97,7 +108,8 @@ def read_corpus(
     folders followed (see ``list_files``). A document is a file, or a row of a ``.jsonl`` or ``.parquet`` file or of a data set
     that ``datasets`` has saved. It is held out when the hash of its name (relative path, number of the row) falls in the lowest
     tenth, so the split depends on no seed, and a document stays in its part when others come or go. A single file of text has its
-    last tenth held out. Token shards (``.bin``) are taken as they are. Files whose names end in ``.gz``, ``.bz2`` or ``.xz`` are
+    last tenth held out. Token shards (``.bin``) are taken as they are; documents in them end at the tokenizer's token for it.
+    Parquet is known by its first bytes, and Arrow files are no text. Files whose names end in ``.gz``, ``.bz2`` or ``.xz`` are
     decompressed while they are read.
 
     What a stop has interrupted goes on where it was when the same text is read into the same folder again. A folder that holds
@@ -115,12 +127,16 @@ def read_corpus(
             result counts them.
 
     Raises:
-        ValueError: no data, too little to split, a file that is damaged or becomes shorter, a row without a text.
+        ValueError: no data, too little to split, a file that is damaged or becomes shorter, a row without a text, a folder that
+            holds something else, options that do nothing with these data.
         ModuleNotFoundError: the library for a kind of file, or for a tokenizer, is missing.
         OSError: a file that cannot be read.
     """
     tell = say or (lambda text: None)
+    if path is not None and not os.fspath(path):
+        raise ValueError("data='': expected a file or a folder")
     if path is not None and is_prepared(path):
+        check_no_row_options(os.fspath(path), "is prepared already", field, skip_bad_rows)
         corpus = open_corpus(path, tell)
         if tokenizer != "bytes" and read_tokenizer(tokenizer).digest != corpus.tokenizer.digest:
             raise ValueError(f"tokenizer={tokenizer!r} is not the one that data={os.fspath(path)!r} are prepared with")
@@ -179,8 +195,10 @@ def open_corpus(folder: str | os.PathLike[str], say: Say | None = None, check: b
     train, held_out = (TokensOnDisk(place / f"{part}.tokens", tokenizer.dtype) for part in PARTS)
     counts = {f"{part}_{what}": facts[f"{part}_{what}"] for what in ("documents", "bytes") for part in PARTS}
     about = {name: facts[name] for name in ("source", "split", "fingerprint")}
-    lost = {name: facts[name] for name in LOST if name in facts}
-    return Corpus(train=train, held_out=held_out, tokenizer=tokenizer, folder=place, lost=lost, **counts, **about)
+    lost, ends = {name: facts[name] for name in LOST if name in facts}, facts.get("shard_ends")
+    return Corpus(
+        train=train, held_out=held_out, tokenizer=tokenizer, folder=place, lost=lost, shard_ends=ends, **counts, **about
+    )
 
 
 def check_lengths(corpus: Corpus, context: int) -> None:
@@ -193,11 +211,24 @@ def check_lengths(corpus: Corpus, context: int) -> None:
         )
 
 
+def check_documents(corpus: Corpus) -> None:
+    """Raise ValueError if ``pack="documents"`` cannot tell the documents of shards apart."""
+    if corpus.shard_ends is None or corpus.shard_ends > 0:
+        return
+    end = corpus.tokenizer.end
+    if end is None:
+        reason = "whose tokenizer has no token that ends a document"
+    else:
+        name = corpus.tokenizer.reader(np.empty(0, dtype=corpus.tokenizer.dtype))(end).decode()
+        reason = f"in which the token that ends a document, {name!r} ({end}), does not occur"
+    raise ValueError(
+        f"pack='documents' with data={corpus.source!r}, shards of tokens {reason}: expected shards with such tokens"
+    )
+
+
 def remove_prepared(folder: str | os.PathLike[str]) -> None:
     """Remove prepared or half-prepared data, and the folder if nothing else is in it."""
     place = Path(folder)
-    names = [f"{part}.{what}" for part in PARTS for what in ("tokens", "documents")]
-    for name in ("prepared.json", "unfinished.json", *TOKENIZER_FILES, *names):
-        (place / name).unlink(missing_ok=True)
+    remove_files(place)
     if place.is_dir() and not any(place.iterdir()):
         place.rmdir()

@@ -53,7 +53,7 @@ def check_outside(data: str | None, out: str) -> None:
     for folder, _, _ in _walk(Path(data), frozenset(), lambda text: None):
         if folder.resolve().is_relative_to(place):
             raise ValueError(
-                f"out={out!r} lies in data={data!r} (as {str(folder)!r}), so the run's files would be read as data: "
+                f"out={out!r} lies in data={data!r} (as {str(folder)!r}), so its files would be read as data: "
                 "expected a folder outside of it"
             )
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from longnet.training.data.sources import Piece, Source
-from longnet.training.data.tokenizer import Tokenizer
+from longnet.training.data.rows import BadRow
+from longnet.training.data.sources import Piece, Source, list_names
+from longnet.training.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from longnet.training.data.workers import Workers
 from longnet.training.files import read_json, write_json
 
@@ -21,8 +22,16 @@ _CHUNK = 1 << 24
 FORMAT = "longnet-data-1"
 PARTS = ("train", "held_out")
 LOST = ("skipped_rows", "unknown_tokens", "replaced_characters", "uncertain_cuts")
-_PREPARATION = 2  # Another number does not go on with what an older version has half prepared.
+_PREPARATION = 3  # Another number does not go on with what an older version has half prepared.
 Say = Callable[[str], None]
+_CHANGES = {
+    "version": "by another version of longnet",
+    "place": "from other data",
+    "state": "before the data changed",
+    "tokenizer": "with another tokenizer",
+    "field": "from another field",
+}
+"""Why a preparation does not go on with another one: by the entry of ``Preparation.about`` that differs."""
 
 
 class Preparation:
@@ -30,19 +39,61 @@ class Preparation:
 
     def __init__(self, source: Source, field: str, folder: Path, tokenizer: Tokenizer, say: Say) -> None:
         self.source, self.folder, self.tokenizer, self.say = source, folder, tokenizer, say
-        about = [FORMAT, _PREPARATION, str(source.place.resolve()), source.state, tokenizer.digest, field]
-        self.identity = hashlib.sha256(json.dumps(about).encode("utf-8", "surrogateescape")).hexdigest()
+        self.about = {
+            "version": f"{FORMAT}, {_PREPARATION}",
+            "place": str(source.place.resolve()),
+            "state": _digest_of(source.state),
+            "tokenizer": tokenizer.digest,
+            "field": field,
+        }
+        self.identity = _digest_of(self.about)
         self.unfinished = folder / "unfinished.json"
-        self.done: dict[str, Any] = {"identity": self.identity, "pieces": 0, "read": 0, "rest": ""}
+        self.done: dict[str, Any] = {"identity": self.identity, "about": self.about, "pieces": 0, "read": 0, "rest": ""}
+        # Of shards: training tokens that end a document, and whether the last token does.
+        self.done |= {"shard_ends": 0, "has_ended": False}
         self.done |= dict.fromkeys(LOST, 0)
         self.done |= {f"{part}_{what}": 0 for part in PARTS for what in ("tokens", "documents", "bytes")}
 
     def run(self) -> None:
+        """Prepare; a refusal leaves nothing behind, but where the same command goes on without bad rows.
+
+        Raises:
+            ValueError: the folder holds something else, or what reading the source raises.
+        """
+        check_free(self.folder, "folder")
+        made = [one for one in (self.folder, *self.folder.parents) if not one.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "prepared.json").unlink(missing_ok=True)
-        if self.unfinished.is_file() and (before := read_json(self.unfinished)).get("identity") == self.identity:
+        goes_on = self._begin()
+        try:
+            self._prepare()
+        except (ValueError, ModuleNotFoundError) as error:
+            if not goes_on and not (isinstance(error, BadRow) and self.done["pieces"]):
+                remove_files(self.folder)
+                for one in made:
+                    if not any(one.iterdir()):
+                        one.rmdir()
+            raise
+
+    def _begin(self) -> bool:
+        """Whether it goes on with what was half prepared; say so, or why it does not."""
+        finished = self.folder / "prepared.json"
+        before = next((read_json(one) for one in (finished, self.unfinished) if one.is_file()), None)
+        goes_on = before is not None and not finished.is_file() and before.get("identity") == self.identity
+        if before is not None and goes_on:
             self.done = before
             self.say(f"Going on after {before['read']:,} bytes that are prepared already")
+            return True
+        if before is not None:
+            about = before.get("about", {**self.about, "version": ""})
+            changes = [name for name in _CHANGES if about.get(name) != self.about[name]]
+            why = " and ".join(_CHANGES[name] for name in changes if name != "state" or "place" not in changes)
+            self.say(f"Starting over: what {self.folder} holds was prepared {why or 'before'}")
+        # From now on the folder is known to be one of prepared data.
+        write_json(self.unfinished, self.done)
+        finished.unlink(missing_ok=True)
+        return False
+
+    def _prepare(self) -> None:
         files = {name: self._open(name) for part in PARTS for name in (f"{part}.tokens", f"{part}.documents")}
         self.digests = {name: digest_file(self.folder / name) for name in files}
         progress = Progress(self.source.total, self.say, "Prepared")
@@ -118,9 +169,13 @@ class Preparation:
             else:
                 tokens = self._of_shard(piece)
                 text = self.tokenizer.decode(tokens)
-            if piece.begins:
-                new[f"{part}.documents"].append(np.int64(self.done[f"{part}_tokens"]).tobytes())
-                self.done[f"{part}_documents"] += 1
+            begins = (
+                np.zeros(int(piece.begins), np.int64)
+                if isinstance(piece.content, bytes)
+                else self._begins(piece, tokens)
+            )
+            new[f"{part}.documents"].append((self.done[f"{part}_tokens"] + begins).tobytes())
+            self.done[f"{part}_documents"] += begins.size
             if piece.ends and self.tokenizer.end is not None:
                 tokens = np.append(tokens, np.array(self.tokenizer.end, dtype=tokens.dtype))
             if self.tokenizer.unknown is not None:
@@ -138,6 +193,14 @@ class Preparation:
             file.flush()
             os.fsync(file.fileno())
         write_json(self.unfinished, self.done)
+
+    def _begins(self, piece: Piece, tokens: np.ndarray) -> np.ndarray:
+        """Where documents begin in a piece of a shard: with the shard, and after each token that ends one."""
+        is_end = np.zeros(tokens.size, bool) if self.tokenizer.end is None else tokens == self.tokenizer.end
+        begins = np.append(piece.begins or self.done["has_ended"], is_end[:-1])
+        self.done["has_ended"] = bool(is_end[-1])
+        self.done["shard_ends"] += 0 if piece.held_out else int(is_end.sum())
+        return np.flatnonzero(begins)
 
     def _of_shard(self, piece: Piece) -> np.ndarray:
         tokens = np.asarray(piece.content)
@@ -173,8 +236,10 @@ class Preparation:
         prepared = {
             **about,
             "identity": self.identity,
+            "about": self.about,
             "tokenizer": self.tokenizer.digest,
             **facts,
+            **({"shard_ends": self.done["shard_ends"]} if self.source.is_tokens else {}),
             "sizes": sizes,
             "digests": digests,
         }
@@ -199,6 +264,29 @@ class Preparation:
                 f"{count:,} cut(s) in documents of more than {_CHUNK >> 20} MiB: tokens there may be others than uncut, as this "
                 "tokenizer or text has no place where they cannot be"
             )
+
+
+def check_free(folder: Path, name: str) -> None:
+    """Raise ValueError for a folder with files that are not of a preparation; ``name`` is that of the argument."""
+    if not folder.is_dir() or any((folder / one).is_file() for one in ("prepared.json", "unfinished.json")):
+        return
+    if others := sorted(one.name for one in folder.iterdir() if not one.name.startswith(".")):
+        raise ValueError(
+            f"{name}={str(folder)!r} holds {list_names(others)}: expected a new or empty folder, or one of a preparation "
+            "that was interrupted"
+        )
+
+
+def remove_files(folder: Path) -> None:
+    """Remove prepared or half-prepared data from a folder."""
+    names = [f"{part}.{what}" for part in PARTS for what in ("tokens", "documents")]
+    # The files by which the folder is known as one of prepared data come last.
+    for name in (*names, *TOKENIZER_FILES, "prepared.json", "unfinished.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _digest_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _count_replaced(text: bytes) -> int:

@@ -1,4 +1,4 @@
-"""Files by their kind: compressed ones, and those of which every row is a document."""
+"""Files by their kind: compressed ones, shards of tokens, and those of which every row is a document."""
 
 from __future__ import annotations
 
@@ -23,8 +23,13 @@ _ARCHIVES = (
     ".txz",
     *(f".tar{end}" for end in ("", *COMPRESSED)),
 )
-_ROWS = {".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
-"""Files of which every row is a document."""
+_KINDS = {".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".arrow": "arrow"}
+_MAGIC = {b"PAR1": "parquet", b"ARROW1": "arrow"}
+"""First bytes of files that are no text, whatever they are called. Arrow's stream files, which ``datasets`` saves, have none."""
+
+
+class BadRow(ValueError):
+    """A row without a text, which ``--skip-bad-rows`` leaves out."""
 
 
 class BadRows:
@@ -58,12 +63,10 @@ class BadRows:
         """Refuse or count rows.
 
         Raises:
-            ValueError: they are not to be left out.
+            BadRow: they are not to be left out.
         """
         if not self.skip:
-            raise ValueError(
-                f"field={self.name!r}: {where} {reason}. --skip-bad-rows leaves out such rows and counts them"
-            )
+            raise BadRow(f"field={self.name!r}: {where} {reason}. --skip-bad-rows leaves out such rows and counts them")
         self.count += count
         if len(self._first) < 3:
             self._first.append(f"{where} {reason}")
@@ -78,10 +81,34 @@ def is_archive(name: str) -> bool:
     return name.lower().endswith(_ARCHIVES)
 
 
+def is_shard(name: str) -> bool:
+    """Whether a file holds tokens."""
+    return name.lower().endswith(".bin")
+
+
 def kind_of(path: Path) -> str | None:
-    """Which rows a file holds; None for any other file."""
-    name = path.name.lower()
-    return _ROWS.get(Path(name.removesuffix(path.suffix.lower()) if is_compressed(path) else name).suffix)
+    """What a file holds, by its first bytes or its name: rows of ``"json"`` or ``"parquet"``, ``"arrow"``; None for text.
+
+    Raises:
+        ValueError: it is compressed, and damaged.
+    """
+    with opened(path) as file:
+        start = file.read(max(map(len, _MAGIC)))
+    by_content = [kind for magic, kind in _MAGIC.items() if start.startswith(magic)]
+    return by_content[0] if by_content else _KINDS.get(_uncompressed(path).suffix.lower())
+
+
+def unreadable_reason(path: Path, kind: str | None) -> str | None:
+    """Why a file of this kind is not read; None for one that is."""
+    if is_compressed(path) and (kind == "parquet" or is_shard(_uncompressed(path).name)):
+        return f"is compressed {'Parquet' if kind == 'parquet' else 'shard'}: expected it decompressed"
+    if kind == "arrow":
+        return "is Arrow: expected the folder of the data set that datasets has saved"
+    return None
+
+
+def _uncompressed(path: Path) -> Path:
+    return path.with_suffix("") if is_compressed(path) else path
 
 
 def is_compressed(path: Path) -> bool:

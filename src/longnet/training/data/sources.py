@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import numpy as np
@@ -23,13 +23,16 @@ from longnet.training.data.rows import (
     BadRows,
     is_archive,
     is_compressed,
+    is_shard,
     json_rows,
     kind_of,
     opened,
     parquet_rows,
+    unreadable_reason,
 )
 
 _PIECE = 1 << 24
+_SAVED, _SPLITS = ("state.json", "dataset_info.json"), "dataset_dict.json"  # What datasets writes beside Arrow files.
 _HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
 _SHARD_TYPES, _SHARD_HEADER = (
     {20240520: "<u2", 20240801: "<u4"},
@@ -66,6 +69,7 @@ class Source:
         total: bytes of their text, for the progress; 0 where only reading tells.
         split: how documents are held out, in words.
         pieces: reads them from the beginning; each time anew.
+        is_tokens: whether the documents are tokens already.
         bad_rows: what the last reading has left out.
     """
 
@@ -74,6 +78,7 @@ class Source:
     total: int
     split: str
     pieces: Callable[[], Iterator[Piece]]
+    is_tokens: bool = False
     bad_rows: BadRows = field(default_factory=lambda: BadRows("", False))
 
 
@@ -81,28 +86,59 @@ def find_source(path: Path | None, text_field: str, say: Callable[[str], None], 
     """What is to be read at ``path``; None for the source code of Python's standard library.
 
     Args:
-        path: a file or a folder; a folder of ``datasets.save_to_disk``; files of token shards (``.bin``, uint16, those of nanoGPT
-            or llm.c; the names of held-out ones hold ``val``).
+        path: a file or a folder; a folder of ``datasets.save_to_disk``; token shards (``.bin``, uint16, those of nanoGPT
+            or llm.c; the names of held-out ones hold ``val``, of a single one the last tenth is held out).
         text_field: which field of a row is its text.
         say: called with a line of text for everything that is not read.
         skip_bad_rows: leave out and count rows without such a text, instead of a ValueError by the reading.
 
     Raises:
-        ValueError: nothing there, an archive, or too little to hold something out.
+        ValueError: nothing there, an archive, too little to hold something out, or options for rows where there are none.
         OSError: what cannot be read.
     """
+    if not text_field:
+        raise ValueError("field='': expected the name of the field that holds the text of a row")
+    source = _find(path, BadRows(text_field, skip_bad_rows), say)
+    if not source.bad_rows.name:
+        what = "holds tokens already" if source.is_tokens else "holds no rows"
+        check_no_row_options(source.place, what, text_field, skip_bad_rows)
+    return source
+
+
+def check_no_row_options(data: str | Path, what: str, text_field: str, skip_bad_rows: bool) -> None:
+    """Raise ValueError for options that say how rows are read, with data of which no rows are read.
+
+    Args:
+        data: the file or folder; ``what``: what it is, for the message.
+        text_field, skip_bad_rows: as of :func:`find_source`.
+    """
+    for name, value, default in (("field", text_field, "text"), ("skip_bad_rows", skip_bad_rows, False)):
+        if value != default:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{name}={value!r} with data={str(data)!r}, which {what}: expected no {option}, it is for rows of text"
+            )
+
+
+def _find(path: Path | None, bad: BadRows, say: Callable[[str], None]) -> Source:
     if path is None:
         root = standard_library()
         say(f"Reading the Python standard library's source in {root}")
         return _of_files(root, list_files(root, suffix=".py", skipped=STDLIB_SKIPPED, say=say))
-    root, bad = path, BadRows(text_field, skip_bad_rows)
+    root = path
     if root.is_file():
         if is_archive(root.name):
             raise ValueError(
                 f"data={str(path)!r} is an archive: expected it unpacked, or one of text alone ({', '.join(COMPRESSED)})"
             )
+        if is_shard(root.name):
+            say(f"Reading the shard of tokens {root}")
+            return _of_shards(root, [root.name])
+        kind = kind_of(root)
+        if (reason := unreadable_reason(root, kind)) is not None:
+            raise ValueError(f"data={str(path)!r} {reason}")
         say(f"Reading the file {root}")
-        return _of_one_file(root) if kind_of(root) is None else _of_rows(root, [root.name], bad)
+        return _of_one_file(root) if kind is None else _of_rows(root, {root.name: kind}, bad)
     if not root.is_dir():
         what = "a pipe or a device" if root.exists() else "not there"
         raise ValueError(f"data={str(path)!r} is {what}: expected a file or a folder of text")
@@ -110,19 +146,65 @@ def find_source(path: Path | None, text_field: str, say: Callable[[str], None], 
     names = list_files(root, say=say)
     if "prepared.json" in names:
         raise ValueError(f"data={str(path)!r} is prepared already: expected text")
-    if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= set(names):
-        return _of_data_set(root, names, bad)
-    for name in filter(is_archive, names):
-        say(f"Not read: {root / name} is an archive")
-    names = [name for name in names if not is_archive(name)]
-    if shards := [name for name in names if name.endswith(".bin")]:
-        if others := [name for name in names if name not in shards]:
+    if _SPLITS in names or set(_SAVED) <= set(names):
+        return _of_data_set(root, names, bad, say)
+    if shards := list(filter(is_shard, names)):
+        others = [name for name in names if not is_shard(name)]
+        if others and not _held_out_shards(shards):
             raise ValueError(
                 f"data={str(path)!r} holds shards of tokens, such as {shards[0]}, and other files, such as {others[0]}: "
-                "expected a folder of one kind"
+                "expected a folder of one kind, or shards to train on and some with 'val' in the name"
             )
-        return _of_shards(root, names)
-    return _of_rows(root, names, bad) if any(kind_of(root / name) for name in names) else _of_files(root, names)
+        if others:
+            say(f"Not read: {list_names(others)} in {root}, as its shards of tokens are read")
+        return _of_shards(root, shards)
+    kinds = _text_kinds(root, names, say)
+    return _of_rows(root, kinds, bad) if any(kinds.values()) else _of_files(root, list(kinds))
+
+
+def list_names(names: list[str]) -> str:
+    """The first five names, and how many there are beside."""
+    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
+def _text_kinds(root: Path, names: list[str], say: Callable[[str], None]) -> dict[str, str | None]:
+    """The kinds of the files that are text or rows; the others are named.
+
+    Raises:
+        ValueError: there are others alone.
+    """
+    places = {name: PurePosixPath(name).parent for name in names}
+    there = set(names)
+    tokens = {
+        place
+        for place in {*places.values()}
+        if f"{place}/train.tokens" in there
+        and not there.isdisjoint({f"{place}/prepared.json", f"{place}/unfinished.json"})
+    }
+    kinds = {name: None if is_archive(name) or places[name] in tokens else kind_of(root / name) for name in names}
+    saved = {places[name] for name, kind in kinds.items() if kind == "arrow"}
+    metadata = {str(place / one) for place in saved for one in _SAVED} | {str(one.parent / _SPLITS) for one in saved}
+    left_out: dict[PurePosixPath, list[str]] = {}
+    for name in names:
+        if places[name] in tokens or kinds[name] == "arrow" or name in metadata:
+            left_out.setdefault(places[name], []).append(PurePosixPath(name).name)
+        elif is_archive(name):
+            say(f"Not read: {root / name} is an archive")
+        elif (reason := unreadable_reason(root / name, kinds[name])) is not None:
+            say(f"Not read: {root / name} {reason}")
+        else:
+            continue
+        del kinds[name]
+    for place, lasts in left_out.items():
+        what = "longnet prepare" if place in tokens else "datasets"
+        say(f"Not read: {list_names(lasts)} in {root / place}, written by {what}: expected that folder alone as data")
+    if left_out and not kinds:
+        raise ValueError(
+            f"data={str(root)!r} holds no text, but what other programs have saved in "
+            f"{list_names([str(root / place) for place in left_out])}: expected text, or the folder of one saved data set"
+        )
+    return kinds
 
 
 def whole_character(text: bytes, place: int) -> int:
@@ -136,12 +218,14 @@ def whole_character(text: bytes, place: int) -> int:
     return place
 
 
-def _source(root: Path, names: list[str], split: str, pieces: Callable[[], Iterator[Piece]]) -> Source:
+def _source(
+    root: Path, names: list[str], split: str, pieces: Callable[[], Iterator[Piece]], is_sized: bool = True
+) -> Source:
     folder = root.parent if root.is_file() else root
     states = [(name, (folder / name).stat()) for name in names]
     state = tuple((name, one.st_size, one.st_mtime_ns) for name, one in states)
-    hidden = any(is_compressed(folder / name) or kind_of(folder / name) == "parquet" for name in names)
-    return Source(root, state, 0 if hidden else sum(size for _, size, _ in state), split, pieces)
+    is_sized = is_sized and not any(is_compressed(folder / name) for name in names)
+    return Source(root, state, sum(size for _, size, _ in state) if is_sized else 0, split, pieces)
 
 
 def _of_files(root: Path, names: list[str]) -> Source:
@@ -209,15 +293,15 @@ def _pieces(path: Path, file: BinaryIO, held_out: bool, size: int | None) -> Ite
         begins, rest = False, content[place:]
 
 
-def _of_rows(root: Path, names: list[str], bad: BadRows) -> Source:
-    """Every row of some files is a document, and every other file one."""
+def _of_rows(root: Path, kinds: dict[str, str | None], bad: BadRows) -> Source:
+    """Every row of the files of a kind is a document, and every other file one."""
     folder = root.parent if root.is_file() else root
     readers = {"json": json_rows, "parquet": parquet_rows}
 
     def pieces() -> Iterator[Piece]:
         bad.clear()
-        for name in names:
-            path, kind = folder / name, kind_of(folder / name)
+        for name, kind in kinds.items():
+            path = folder / name
             if kind is None:
                 yield from _file_pieces(path, is_held_out(name), path.stat().st_size)
                 continue
@@ -225,13 +309,16 @@ def _of_rows(root: Path, names: list[str], bad: BadRows) -> Source:
                 yield Piece(text, is_held_out(f"{name}:{number}"), name=str(path))
 
     split = "by row: a hash of file and row, 1 row in 10 held out"
-    return replace(_source(root, names, split, pieces), bad_rows=bad)
+    return replace(_source(root, list(kinds), split, pieces, "parquet" not in kinds.values()), bad_rows=bad)
 
 
-def _of_data_set(root: Path, names: list[str], bad: BadRows) -> Source:
+def _of_data_set(root: Path, names: list[str], bad: BadRows, say: Callable[[str], None]) -> Source:
     """What ``datasets.save_to_disk`` has written: one data set, or several splits."""
     import datasets  # type: ignore[import-untyped]
 
+    others = [one for one in names if not one.endswith((*_SAVED, _SPLITS, ".arrow"))]
+    if others:
+        say(f"Not read: {list_names(others)} in {root}, as its saved data set is read")
     found = datasets.load_from_disk(str(root))
     splits = dict(found) if isinstance(found, dict) else {"": found}
     given = [name for name in splits if name.lower() in _HELD_OUT_SPLITS]
@@ -252,24 +339,83 @@ def _of_data_set(root: Path, names: list[str], bad: BadRows) -> Source:
     return replace(_source(root, names, split, pieces), bad_rows=bad)
 
 
-def _of_shards(root: Path, names: list[str]) -> Source:
+@dataclass(frozen=True)
+class _Shard:
+    """Tokens of a shard.
+
+    Attributes:
+        path: the file.
+        dtype: of a token.
+        start: the byte of the first token.
+        count: how many tokens there are.
+        held_out: whether they are.
+    """
+
+    path: Path
+    dtype: np.dtype[np.unsignedinteger]
+    start: int
+    count: int
+    held_out: bool
+
+    def pieces(self) -> Iterator[Piece]:
+        most = max(1, _PIECE // self.dtype.itemsize)
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            for first in range(0, self.count, most):
+                size = min(most, self.count - first) * self.dtype.itemsize
+                if len(content := file.read(size)) < size:
+                    raise ValueError(f"{self.path} has become shorter while it was read: {size:,} bytes are missing")
+                yield Piece(np.frombuffer(content, self.dtype), self.held_out, first == 0, False, str(self.path))
+
+
+def _held_out_shards(names: list[str]) -> set[str]:
+    """Those with ``val`` in the name; none unless there are others too."""
     held_out = {name for name in names if "val" in Path(name).name}
-    if not held_out or len(held_out) == len(names):
+    return held_out if len(held_out) < len(names) else set()
+
+
+def _read_shard(path: Path, held_out: bool) -> _Shard:
+    """The header of a shard, if it has one.
+
+    Raises:
+        ValueError: the file is shorter than the header says, or ends within a token.
+    """
+    with open(path, "rb") as file:
+        header, size = file.read(12), file.seek(0, os.SEEK_END)
+    kind = _SHARD_TYPES.get(int.from_bytes(header[:4], "little"))
+    dtype, start = np.dtype(kind or "<u2"), 0 if kind is None else _SHARD_HEADER
+    count, half = divmod(max(0, size - start), dtype.itemsize)
+    # The third number of the header is how many tokens follow.
+    if kind is not None and (size < start or count < (declared := int.from_bytes(header[8:], "little"))):
+        says = "is shorter than its header" if size < start else f"holds {count:,} tokens, its header says {declared:,}"
+        raise ValueError(f"{path} {says}: expected a whole shard")
+    if half:
+        raise ValueError(f"{path} is no shard of {dtype.name}: it holds half a token")
+    return _Shard(path, dtype, start, count, held_out)
+
+
+def _of_shards(root: Path, names: list[str]) -> Source:
+    folder, held_out = root.parent if root.is_file() else root, _held_out_shards(names)
+    shards = [_read_shard(folder / name, name in held_out) for name in names]
+    split = "by shard: those with 'val' in the name are held out"
+    if len(shards) == 1:
+        (one,) = shards
+        count = int(one.count * HELD_OUT_SHARE)
+        if count < 2:
+            raise ValueError(f"{one.path} holds {one.count} tokens: expected at least 20, the last tenth is held out")
+        first = replace(one, count=one.count - count)
+        start = one.start + first.count * one.dtype.itemsize
+        shards, split = (
+            [first, _Shard(one.path, one.dtype, start, count, True)],
+            "one shard: its last tenth is held out",
+        )
+    elif not held_out:
         raise ValueError(
             f"data={str(root)!r} holds {names[:3]}: expected shards to train on and some with 'val' in the name"
         )
 
     def pieces() -> Iterator[Piece]:
-        for name in names:
-            with open(root / name, "rb") as file:
-                kind = _SHARD_TYPES.get(int.from_bytes(file.read(4), "little"))
-                file.seek(0 if kind is None else _SHARD_HEADER)
-                begins = True
-                while content := file.read(_PIECE):
-                    dtype = np.dtype(kind or "<u2")
-                    if len(content) % dtype.itemsize:
-                        raise ValueError(f"{root / name} is no shard of {dtype.name}: it holds half a token")
-                    yield Piece(np.frombuffer(content, dtype=dtype), name in held_out, begins, False, str(root / name))
-                    begins = False
+        for shard in shards:
+            yield from shard.pieces()
 
-    return _source(root, names, "by shard: those with 'val' in the name are held out", pieces)
+    return replace(_source(root, names, split, pieces), is_tokens=True)
