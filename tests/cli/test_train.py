@@ -244,7 +244,7 @@ def test_a_folder_that_changes_while_training_changes_nothing(
         save(trainer)
 
     monkeypatch.setattr(Trainer, "save", change_data_and_save)
-    arguments = [*train_arguments, "--data", tmp_path / "text", "--out", tmp_path / "run", "--steps", 1]
+    arguments = ["--data", tmp_path / "text", *train_arguments[2:], "--out", tmp_path / "run", "--steps", 1]
     result = call("train", *arguments)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "run" / "report.html").exists()

@@ -1,16 +1,34 @@
-"""Options made from a dataclass of settings, so that each is written once: see :func:`longnet.checks.setting`."""
+"""Options that several commands share: paths, and those made from a dataclass of settings (:func:`longnet.checks.setting`)."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
 from dataclasses import Field, fields
+from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import typer
 
 Options: TypeAlias = dict[str, Any]
 """The settings that the user gave, by name."""
+
+
+def read_path(value: str) -> Path:
+    """The path of an option; give it to ``typer.Option`` as ``parser=read_path, metavar="<path>"``."""
+    if not value:
+        raise typer.BadParameter("'' is empty: expected a path")  # pathlib takes it as the current folder.
+    return Path(value)
+
+
+def one_data(paths: list[Path] | None) -> Path | None:
+    """The only ``--data``; it is read as a list, as of an option with one value the last one would count silently."""
+    if paths and len(paths) > 1:
+        raise ValueError(
+            f"--data given {len(paths)} times: expected one file or folder (a folder may hold links to the others)"
+        )
+    return paths[0] if paths else None
+
 
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -64,7 +65,8 @@ def stream(
             waiting=stopping.waiting,
         )
     if not result.finished:
-        where = f"longnet stream {run}{'' if out is None else f' --out {out}'} --resume"
+        given = [] if out is None else ["--out", str(out)]
+        where = shlex.join(["longnet", "stream", str(run), *given, "--resume"])
         reporter.say(f"Stopped and saved after {result.position:,} bytes. To continue: {where}")
         raise typer.Exit(INTERRUPTED)
     print(format_table(result))

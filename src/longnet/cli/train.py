@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from longnet.cli.model_config import read_config
-from longnet.cli.options import Options, options_of
+from longnet.cli.options import Options, one_data, options_of, read_path
 from longnet.cli.stopping import INTERRUPTED, stop_on_signal
 from longnet.training.settings import DEFAULT_STEPS, TrainSettings
 from longnet.training.transformer_config import TransformerConfig
@@ -24,11 +25,16 @@ DEFAULT_PRESET = "tiny"
 
 @options_of(TrainSettings)
 def train(
-    out: Annotated[Path, typer.Option(help="Run folder to make (or, with --resume, to continue).")],
+    out: Annotated[
+        Path,
+        typer.Option(help="Run folder to make (or, with --resume, to continue).", parser=read_path, metavar="<path>"),
+    ],
     data: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(
             help="File or folder of text or any bytes, or a folder of longnet prepare.",
+            parser=read_path,
+            metavar="<path>",
             show_default="Python's standard library source",
         ),
     ] = None,
@@ -36,6 +42,8 @@ def train(
         Path | None,
         typer.Option(
             help="Begin with the weights and the model of a run, a saved model, a checkpoint file or a Hugging Face folder.",
+            parser=read_path,
+            metavar="<path>",
             show_default="random weights",
         ),
     ] = None,
@@ -55,7 +63,11 @@ def train(
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help='JSON or TOML file of LongNetConfig fields, and "preset" and "stack" to start from.'),
+        typer.Option(
+            help='JSON or TOML file of LongNetConfig fields, and "preset" and "stack" to start from.',
+            parser=read_path,
+            metavar="<path>",
+        ),
     ] = None,
     layer_types: Annotated[
         str | None, typer.Option(help="What each layer computes, repeated: sliding_attention,strided_attention.")
@@ -100,8 +112,8 @@ def train(
     }
     changes = {name: value for name, value in of_layers.items() if value is not None}
     options["out"] = str(out)
-    if data is not None:
-        options["data"] = str(data.absolute())
+    if (path := one_data(data)) is not None:
+        options["data"] = str(path.absolute())
     if init_from is not None:
         options["init_from"] = str(init_from.absolute())
     _run(_make_settings(options, _Named(preset, stack, config), changes, resume), resume)
@@ -222,6 +234,10 @@ def _tokenizer_of(options: Options) -> Tokenizer | None:
             raise ValueError(
                 f"--tokenizer with --data {data}, which is prepared: expected one of them, the data have theirs"
             )
+        for name in ("field", "skip_bad_rows"):
+            if name in options:
+                option = "--" + name.replace("_", "-")
+                raise ValueError(f"{option} with --data {data}, which is prepared: expected it with text alone")
         chosen = open_corpus(data, check=False).tokenizer
     elif "tokenizer" in options:
         chosen = read_tokenizer(options["tokenizer"])
@@ -351,7 +367,7 @@ def _run(settings: TrainSettings, resume: bool) -> None:
     if not ranks.is_first:
         # The first process prints, writes and reports for all.
         raise typer.Exit(0 if summary.finished else INTERRUPTED)
-    where = f"longnet train --out {settings.out} --resume"
+    where = shlex.join(["longnet", "train", "--out", settings.out, "--resume"])
     if not summary.finished:
         reporter.say(f"Stopped and saved after step {summary.step:,}. To continue: {where}")
         raise typer.Exit(INTERRUPTED)
