@@ -12,6 +12,7 @@ import pytest
 from longnet.training import TrainSettings, train
 from longnet.training.data import Corpus, check_documents, read_corpus, read_tokenizer, train_tokenizer
 from longnet.training.data import preparation as prepared
+from longnet.training.progress import SilentReporter
 
 DOCUMENTS = [f"Document {n} says {n * n}. ".encode() * 4 for n in range(40)]
 
@@ -133,9 +134,15 @@ def test_packing_needs_ends_of_documents(
     with pytest.raises(ValueError, match=r"pack='documents' with .* '<\|endoftext\|>' \(0\), does not occur"):
         train(settings)
     assert not Path(settings.out).exists()
+    (tmp_path / "one.txt").write_bytes(bytes(2000))
+    said: list[str] = []
+    reporter = SilentReporter()
+    reporter.say = said.append  # type: ignore[method-assign]
+    train(make_settings(data=str(tmp_path / "one.txt"), pack="documents", steps=1), reporter=reporter)
+    assert "pack='documents' changes nothing: the training data are one document" in said
     (np.arange(500) % 256).astype("<u2").tofile(tmp_path / "bytes.bin")
     with pytest.raises(ValueError, match="whose tokenizer has no token that ends a document"):
-        train(make_settings(data=str(tmp_path / "bytes.bin"), pack="documents"))
+        train(make_settings(data=str(tmp_path / "bytes.bin"), out=str(tmp_path / "other"), pack="documents"))
 
 
 def test_a_truncated_shard_is_refused(made: Path, tmp_path: Path) -> None:

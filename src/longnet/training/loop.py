@@ -100,6 +100,8 @@ def train(
             check_lengths(data, settings.context)
             if settings.pack is not None:
                 check_documents(data)
+                if data.train_documents == 1:
+                    tell.say("pack='documents' changes nothing: the training data are one document")
             if (tokens := data.tokenizer.vocab_size) != settings.model.vocab_size:
                 raise ValueError(
                     f"vocab_size={settings.model.vocab_size} in the model: expected {tokens}, as many as the tokenizer has tokens"
