@@ -162,17 +162,28 @@ def test_what_rounds_to_bfloat16_over_processes(data, tmp_path, forked, options,
 )
 def test_what_does_not_fit_is_said(data, tmp_path, more, said, forked):
     process = start("--nproc-per-node", "2", *command(data, tmp_path / "run", *more), python=forked)
-    assert said in finish(process) and process.returncode != 0
+    assert finish(process).count(said) == 1 and process.returncode != 0
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_in_use_is_said_by_every_process(data, tmp_path, forked):
+def test_an_error_of_one_process_alone_is_said(tmp_path, forked):
+    (tmp_path / "one.py").write_text(
+        "import os\n"
+        "from longnet.cli.once import say_once\n"
+        "say_once(f\"of {os.environ['RANK']}\")\n"
+        "raise SystemExit(2)\n"
+    )
+    said = finish(start("--nproc-per-node", "2", str(tmp_path / "one.py"), python=forked))
+    assert said.count("of 0") == said.count("of 1") == 1, said
+
+
+def test_a_folder_in_use_is_said_once(data, tmp_path, forked):
     """The first process alone looks, and the others do not wait for it."""
     with locked(tmp_path / "run"):
         process = start("--nproc-per-node", "2", *command(data, tmp_path / "run"), python=forked)
         said = finish(process)
     assert process.returncode != 0
-    assert said.count(f"run' is in use by another process ({os.getpid()})") == 2 and "is gone" not in said, said
+    assert said.count(f"run' is in use by another process ({os.getpid()})") == 1 and "is gone" not in said, said
     assert not (tmp_path / "run").exists()
 
 

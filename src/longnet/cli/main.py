@@ -10,6 +10,7 @@ import typer
 from longnet import __version__
 from longnet.cli.generate import generate
 from longnet.cli.inspect import inspect
+from longnet.cli.once import say_once
 from longnet.cli.prepare import prepare, tokenizers
 from longnet.cli.slide_encode import slide_encode
 from longnet.cli.slide_finetune import slide_finetune
@@ -74,5 +75,5 @@ def run() -> None:
 
 def _fail(error: Exception, code: int) -> None:
     text = " ".join(str(error).split()) or type(error).__name__
-    print(f"longnet: error: {text}", file=sys.stderr)
+    say_once(f"longnet: error: {text}")
     raise SystemExit(code)
