@@ -31,6 +31,7 @@ def test_all_three_on_the_same_bytes() -> None:
     assert result.unigram_own == pytest.approx(2.0, abs=0.01)
     packed = lzma.compress(held_out.tobytes(), preset=9 | lzma.PRESET_EXTREME)
     assert result.lzma == 8 * len(packed) / 2000
+    assert result.compressed_bytes == 2000
 
 
 def test_a_byte_that_training_never_saw_costs_a_finite_amount() -> None:

@@ -124,6 +124,15 @@ def test_a_run_without_a_step_has_no_report(make_settings: Make) -> None:
         write_report(settings.out)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_few_bytes_have_pictures_without_warnings(make_settings: Make, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("the text of ninety bytes " * 4)
+    settings = make_settings(data=str(tmp_path / "short.txt"), steps=2)
+    train(settings)
+    evaluation = write_report(settings.out)
+    assert evaluation.baselines.lzma > 20 and evaluation.baselines.compressed_bytes == evaluation.scored_bytes
+
+
 def _evaluation(*lows: float | None) -> Evaluation:
     """One with cuts to 16, 32, ... bytes whose gains are 0.01 above these lower ends."""
     cuts = []
@@ -131,7 +140,7 @@ def _evaluation(*lows: float | None) -> Evaluation:
         last = 16 * 2**number
         gain = Estimate(0.0, None, None) if low is None else Estimate(low + 0.01, low, low + 0.02)
         cuts.append(CutContext(last // 2 + 1, last, 129, 256, 2.5 + gain.mean, 2.5, gain))
-    return Evaluation(Estimate(2.5, None, None), 256, 3, 768, [], cuts, Baselines(4.0, 4.0, 3.0))
+    return Evaluation(Estimate(2.5, None, None), 256, 3, 768, [], cuts, Baselines(4.0, 4.0, 3.0, 768))
 
 
 @pytest.mark.parametrize(

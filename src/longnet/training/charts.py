@@ -134,7 +134,11 @@ def _draw_legend(axes: Axes) -> None:
 
 
 def _draw_baselines(axes: Axes, baselines: Baselines) -> None:
+    """Those between the limits of the axes: lzma of a few bytes is far above, and its name would take all room."""
+    low, high = axes.get_ylim()
     for name, value in (("unigram", baselines.unigram), ("lzma", baselines.lzma)):
+        if not low <= value <= high:
+            continue
         axes.axhline(value, color=SOFT, linewidth=1.1, linestyle=(0, (5, 4)))
         axes.annotate(
             f"{name} {value:.2f}",

@@ -51,7 +51,7 @@ class Evaluation:
         bits_per_byte: over all scored bytes.
         context: tokens per window.
         windows: how many were scored.
-        scored_bytes: the bytes of text that ``bits_per_byte`` and the baselines cover, each scored once.
+        scored_bytes: of the scored tokens, at the mean bytes a token of the held-out text.
         positions: by tokens of context.
         cuts: the gain of the whole context over shorter ones, the shortest first; empty for windows too short to cut.
         baselines: of the same bytes.
@@ -245,7 +245,7 @@ def _compose(
         ]
     )
     page.text(
-        f"All bits per byte are about the same {evaluation.scored_bytes:,} held-out bytes. The model reads them in "
+        f"All bits per byte are about the same {baselines.compressed_bytes:,} held-out bytes. The model reads them in "
         f"{evaluation.windows:,} windows of {evaluation.context:,} {unit}, each without earlier context; lzma reads them as "
         "one stream, without any training data.",
         "soft",
