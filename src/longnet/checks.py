@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
+import reprlib
 from collections.abc import Iterable
 from dataclasses import MISSING, field, fields
 from typing import Any, TypeVar
@@ -41,6 +43,42 @@ def check_flags(**values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name}={value!r} has type {type(value).__name__}: expected a bool")
+
+
+def check_string(name: str, value: object) -> str:
+    """``value`` itself.
+
+    Raises:
+        TypeError: it is not a string.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{name}={short_repr(value)} has type {type(value).__name__}: expected a string")
+    return value
+
+
+def check_path(name: str, value: object) -> str:
+    """The path as a string.
+
+    Raises:
+        TypeError: it is neither a string nor an ``os.PathLike`` of one.
+    """
+    path = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(path, str):
+        raise TypeError(
+            f"{name}={short_repr(value)} has type {type(value).__name__}: expected a path, a string or an os.PathLike"
+        )
+    return path
+
+
+def check_callable(name: str, value: object) -> None:
+    """Raises TypeError for a value that cannot be called, and is not None."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name}={short_repr(value)} has type {type(value).__name__}: expected a function, or None")
+
+
+def short_repr(value: object) -> str:
+    """On one line; a value of the wrong type may be long, a data set say."""
+    return " ".join(reprlib.repr(value).split())
 
 
 def check_number(
@@ -119,6 +157,8 @@ def check_settings(settings: Any) -> None:
             check_number(name, value, least, bounds.get("most", math.inf), above="above" in bounds)
         elif choices and value not in choices:
             raise ValueError(f"{name}={value!r} is unknown: expected one of {choices}")
+        elif kind == "str":
+            check_string(name, value)
 
 
 def refuse_unknown(values: Iterable[str], names: tuple[str, ...], what: str) -> None:

@@ -227,7 +227,8 @@ def test_reading_data_says_how_far_it_is_and_stops_at_once(
         process.kill()
         process.communicate()
     # The same command goes on with it.
-    assert [path.name for path in out.iterdir()] == ["data"] and (out / "data" / "unfinished.json").exists()
+    assert sorted(path.name for path in out.iterdir()) == ["data", "starting.json"]
+    assert (out / "data" / "unfinished.json").exists()
     shutil.rmtree(out)
 
 

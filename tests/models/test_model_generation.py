@@ -354,3 +354,10 @@ def test_steps_of_a_large_model_keep_their_threads(monkeypatch: pytest.MonkeyPat
         pass
     with step_threads(model.to("meta"), 1):
         pass
+
+
+@pytest.mark.parametrize("name", ["on_token", "streamer"])
+def test_what_cannot_be_called_is_named(name: str) -> None:
+    model = LongNetLM(LongNetConfig.preset("nano"))
+    with pytest.raises(TypeError, match=f"{name}=5 has type int: expected a function, or None"):
+        model.generate(torch.zeros(1, 3, dtype=torch.long), 2, **{name: 5})

@@ -138,7 +138,7 @@ def test_a_longer_context_and_another_pattern_take_the_same_weights_and_are_said
         "use_xpos was True, now False",
     ]
     assert not any(" was " in line for line in reporter.lines[at + 9 :])
-    _, weights = read_initial(settings, None, False, print)
+    _, weights = read_initial(settings, None, False, "bytes", print)
     model = LongNetLM(changed)
     copy_weights(weights, model)
     old = load_model(trained).state_dict()
@@ -342,12 +342,21 @@ def test_a_run_that_began_with_random_weights_takes_no_others_later(make: Make, 
         train(settings.replace(init_from=str(trained)), resume=True)
 
 
+def test_a_pattern_that_stays_short_is_said(make: Make, trained: Path) -> None:
+    settings = make(init_from=str(trained))
+    longest = max(settings.model.segment_lengths)
+    for context, count in ((longest, 0), (2 * longest, 1)):
+        lines: list[str] = []
+        read_initial(settings.replace(context=context), None, False, "bytes", lines.append)
+        assert sum("what lies beyond all segments is never read" in line for line in lines) == count, lines
+
+
 def test_a_run_can_say_which_weights_it_expects(make: Make, trained: Path) -> None:
     with pytest.raises(ValueError, match="holds weights of digest .*: expected abc, those of the start"):
         train(make(init_from=str(trained), init_digest="abc"))
     with pytest.raises(ValueError, match="init_digest='abc' with init_from=None: expected both, or init_from alone"):
         make(init_digest="abc")
-    with pytest.raises(TypeError, match="init_from=3 has type int: expected a string, or None"):
+    with pytest.raises(TypeError, match="init_from=3 has type int: expected a path"):
         make(init_from=3)
 
 

@@ -29,6 +29,7 @@ from longnet.training.folder import RunFolder
 from longnet.training.metrics import RUN_LINES, read_metrics
 from longnet.training.progress import SilentReporter
 from longnet.training.ranks import Ranks
+from longnet.training.resume import read_settings
 from longnet.training.settings import OPTIMIZERS
 from longnet.training.trainer import Trainer
 
@@ -299,6 +300,56 @@ def test_a_folder_in_use_and_a_missing_run_are_refused(make_settings: Make, tmp_
         train(make_settings(out=str(foreign / "config.json")))
 
 
+def test_a_run_stopped_while_its_data_were_prepared_begins_with_the_same_settings_alone(
+    make_settings: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = make_settings(steps=2)
+    with monkeypatch.context() as patched:
+        patched.setattr("longnet.training.loop.read_corpus", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings)
+    with pytest.raises(ValueError, match="cannot be resumed with other settings: batch was 2, now 4"):
+        train(settings.replace(batch=4), resume=True)
+    with pytest.raises(ValueError, match="holds a run that has not begun, .*--resume first"):
+        write_report(settings.out)
+    assert read_settings(RunFolder(settings.out)) == settings
+    assert train(settings, resume=True).step == 2
+
+
+def _interrupted(*arguments: Any, **more: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_data_without_settings_are_said(make_settings: Make) -> None:
+    settings = make_settings()
+    read_corpus(settings.data, folder=Path(settings.out) / "data")
+    with pytest.raises(ValueError, match="only its data: expected the same command without --resume first"):
+        train(settings, resume=True)
+
+
+@pytest.mark.parametrize("content", [None, b""])
+def test_a_run_that_has_lost_its_metrics_is_refused(make_settings: Make, content: bytes | None) -> None:
+    settings = make_settings(steps=2)
+    train(settings)
+    file = Path(settings.out) / "metrics.jsonl"
+    file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"metrics.jsonl is (missing|empty): expected the lines of the steps"):
+        train(settings, resume=True)
+
+
+def test_cp_needs_as_many_processes(make_settings: Make) -> None:
+    settings = make_settings(cp=2)
+    with pytest.raises(ValueError, match=r"cp=2 with 1 process\(es\): expected 1"):
+        train(settings)
+    assert not Path(settings.out).exists()
+
+
+def test_a_foreign_vocabulary_says_what_to_write(make_settings: Make) -> None:
+    settings = make_settings()
+    with pytest.raises(ValueError, match=r"vocab_size=300 in the model: expected LongNetConfig\(..., vocab_size=256\)"):
+        train(settings.replace(model=settings.model.replace(vocab_size=300)))
+
+
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 @pytest.mark.parametrize(
     ("optimizer", "rates"),
@@ -429,11 +480,11 @@ def test_a_run_folder_that_a_link_in_the_data_leads_to_is_refused(
     assert [path.name for path in (tmp_path / "project").rglob("*")] == ["deep"]
 
 
-@pytest.mark.parametrize("after", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("after", range(9))
 def test_a_kill_at_any_first_write_leaves_a_run_that_is_new_or_can_go_on(
     make_settings: Make, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
-    """The first writes are run.json, config.json, the metrics, the checkpoint and the model."""
+    """The first writes are the settings, the data, run.json, config.json, the metrics, the checkpoint and the model."""
 
     class Killed(BaseException):
         pass
@@ -451,7 +502,8 @@ def test_a_kill_at_any_first_write_leaves_a_run_that_is_new_or_can_go_on(
         patched.setattr(os, "replace", replace)
         with pytest.raises(Killed):
             train(settings)
-    assert train(settings, resume=(Path(settings.out) / "run.json").exists()).step == 2
+    assert train(settings, resume=after > 0).step == 2
+    assert not (Path(settings.out) / "starting.json").exists()
     assert load_model(settings.out).config == settings.model
 
 

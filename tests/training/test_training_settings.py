@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,10 +55,28 @@ def test_a_bad_value_is_named(make_settings: Make, changes: dict[str, Any], mess
         make_settings(**changes)
 
 
-@pytest.mark.parametrize("changes", [{"steps": 1.5}, {"batch": True}, {"lr": "0.1"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": 1.5},
+        {"batch": True},
+        {"lr": "0.1"},
+        {"field": 3},
+        {"out": None},
+        {"tokenizer": None},
+        {"data": ["one.txt"]},
+        {"model": "nano"},
+    ],
+)
 def test_a_wrong_type_is_named(make_settings: Make, changes: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match=f"{next(iter(changes))}="):
         make_settings(**changes)
+
+
+def test_paths_may_be_path_objects(make_settings: Make) -> None:
+    names = ("out", "data", "tokenizer", "init_from")
+    settings = make_settings(**{name: Path(name) for name in names})
+    assert [getattr(settings, name) for name in names] == list(names)
 
 
 def test_settings_survive_json(make_settings: Make) -> None:

@@ -55,6 +55,20 @@ def test_callbacks_are_given_each_line(make_settings: Make) -> None:
     assert given == lines_of(settings) and counter.count == len(given) == 12 + 3
 
 
+def test_each_callback_has_its_own_line(make_settings: Make) -> None:
+    lines: list[dict[str, Any]] = []
+    train(make_settings(steps=1, eval_every=0), callbacks=[lambda line: line.clear(), lines.append])
+    assert [line["step"] for line in lines] == [1]
+
+
+@pytest.mark.parametrize("callbacks", [[5], print, None])
+def test_callbacks_that_cannot_be_called_are_refused_first(make_settings: Make, callbacks: Any) -> None:
+    settings = make_settings()
+    with pytest.raises(TypeError, match="callbacks"):
+        train(settings, callbacks=callbacks)
+    assert not Path(settings.out).exists()
+
+
 def test_an_error_of_a_callback_ends_a_run_that_can_go_on(make_settings: Make, tmp_path: Path) -> None:
     settings, whole = make_settings(), make_settings(out=str(tmp_path / "whole"))
     with pytest.raises(Stop):

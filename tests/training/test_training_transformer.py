@@ -15,6 +15,8 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 import longnet.hf  # noqa: E402
+from longnet.cli.generate import generate  # noqa: E402
+from longnet.cli.model_config import read_config  # noqa: E402
 from longnet.training import TrainSettings, TransformerConfig, load_model, read_transformer, train, write_report  # noqa: E402
 from longnet.training.checkpoint import read_checkpoint  # noqa: E402
 from longnet.training.data import cut_windows, draw_starts, pack_windows, read_corpus  # noqa: E402
@@ -359,13 +361,49 @@ def test_a_config_that_does_not_fit_its_context_or_tokenizer_is_refused(make: Ma
     settings = make()
     with pytest.raises(ValueError, match=r"context=128: expected .*max_position_embeddings=64 becomes 128"):
         train(settings.replace(context=128))
-    with pytest.raises(ValueError, match="vocab_size=260 in the model: expected 256"):
+    with pytest.raises(ValueError, match="vocab_size=260 in the model: expected .*tokenizer_size=256"):
         train(settings.replace(model=settings.model.replace(tokenizer_size=None)))
     with pytest.raises(ValueError, match="tokenizer_size=300, and the 'llama' model has an embedding of 260 rows"):
         read_transformer(folders["llama"], 32, tokenizer_size=300)
     with pytest.raises(ValueError, match="'colour' is no field of TransformerConfig: expected one of"):
         read_transformer(folders["llama"], 32, colour=1)
     assert not Path(settings.out).exists()
+
+
+def test_a_missing_folder_and_a_bad_context_are_named(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="context=0: expected at least 1"):
+        read_transformer(folders["llama"], 0)
+    with pytest.raises(ValueError, match="folder='.*nope' is no folder: expected a folder that save_pretrained"):
+        read_transformer(tmp_path / "nope", 64)
+    with pytest.raises(ValueError, match="holds no config.json: expected a folder that save_pretrained"):
+        read_transformer(tmp_path, 64)
+
+
+def test_a_hugging_face_folder_is_no_run(folders: dict[str, Path]) -> None:
+    with pytest.raises(
+        ValueError, match=r"llama' holds no run: its model is of Hugging Face \(model_type='llama'\)"
+    ) as told:
+        load_trained(folders["llama"])
+    assert len(str(told.value)) < 300
+    with pytest.raises(ValueError, match="--model .*config.json is of Hugging Face"):
+        read_config("--model", folders["llama"])
+
+
+def test_generation_beyond_a_table_of_positions_names_the_tokens(
+    make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = make("gpt2", steps=1, eval_every=0)
+    train(settings)
+    model = load_trained(settings.out)
+    with pytest.raises(
+        ValueError, match="max_new_tokens=90 after a prompt of 4 tokens: context=94 is longer than the 64"
+    ):
+        model.generate(torch.zeros(1, 4, dtype=torch.long), 90)
+    with pytest.raises(TypeError, match="streamer=5 has type int: expected a function"):
+        model.generate(torch.zeros(1, 4, dtype=torch.long), 2, streamer=5)
+    with pytest.raises(ValueError, match="^--tokens=90 after a prompt of 4 tokens"):
+        generate(Path(settings.out), prompt="abcd", tokens=90, device="cpu")
+    assert capsys.readouterr().out == ""
 
 
 def test_windows_of_the_model_stay_by_default(tmp_path: Path) -> None:

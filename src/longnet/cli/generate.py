@@ -34,6 +34,7 @@ def generate(
     from longnet.training.device import resolve_device
     from longnet.training.folder import RunFolder, load_trained
     from longnet.training.progress import SilentReporter, make_reporter
+    from longnet.training.transformer import TransformerLM
 
     content = _read_prompt(prompt, file)
     if tokens < 1:
@@ -50,6 +51,8 @@ def generate(
         )
     (ids,) = tokenizer.encode([content])
     start = torch.from_numpy(ids.astype("int64"))[None].to(device_of(model.embedding))
+    if isinstance(model, TransformerLM):
+        model.check_length(len(ids), tokens, "--tokens")
     decoder, read, text = codecs.getincrementaldecoder("utf-8")("replace"), tokenizer.reader(ids), b""
 
     def show(new: bytes, final: bool = False) -> None:

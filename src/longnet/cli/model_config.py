@@ -20,7 +20,7 @@ def read_config(option: str, path: Path, start: Config | None = None) -> Config:
         ValueError: neither JSON nor TOML, no table of fields, or an unknown field or preset; ``option`` is for the message.
     """
     from longnet.models import LongNetConfig
-    from longnet.training.models import config_from_dict
+    from longnet.training.models import config_from_dict, refuse_hugging_face
 
     file = path / "config.json" if path.is_dir() else path
     text = file.read_text(encoding="utf-8")
@@ -31,6 +31,7 @@ def read_config(option: str, path: Path, start: Config | None = None) -> Config:
         raise ValueError(f"{option} {file} is not {'TOML' if is_toml else 'JSON'}: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{option} {file} holds a {type(values).__name__}: expected fields of LongNetConfig")
+    refuse_hugging_face(values, f"{option} {file}", "fields of LongNetConfig, or those of a run folder")
     if "stack" in values and "preset" not in values:
         raise ValueError(f'{option} {file} names the stack {values["stack"]!r} and no "preset": expected both')
     if "preset" in values:

@@ -163,7 +163,9 @@ def _make_settings(options: Options, named: _Named, changes: Options, resume: bo
     if saved is not None:
         assert not isinstance(saved.model, TransformerConfig)
         if model is not None or changes:
-            options["model"] = _with_layers(model or saved.model, changes)
+            # The tokenizer gave the run its vocabulary, as it gives a new run its own.
+            model = (model or saved.model).replace(vocab_size=saved.model.vocab_size)
+            options["model"] = _with_layers(model, changes)
         return saved.replace(**options)
     made = _with_layers(model or start or _preset(DEFAULT_PRESET, None, changes), changes)
     tokenizer = _tokenizer_of(options)
@@ -379,6 +381,6 @@ def _run(settings: TrainSettings, resume: bool) -> None:
     base = evaluation.baselines
     reporter.say(
         f"Held out: {evaluation.bits_per_byte.mean:.4f} bits per byte; "
-        f"lzma {base.lzma:.4f}, unigram {base.unigram:.4f} on the same {evaluation.scored_bytes:,} bytes"
+        f"lzma {base.lzma:.4f}, unigram {base.unigram:.4f} on the same {base.compressed_bytes:,} bytes"
     )
     reporter.say(long_context_verdict(evaluation))

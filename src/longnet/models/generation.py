@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from longnet.checks import check_int, check_settings
+from longnet.checks import check_callable, check_int, check_settings
 from longnet.models.base import LongNetBase
 from longnet.models.cache import LongNetCache, uncached_reason
 from longnet.models.captured import LEAST_TOKENS, CapturedStep, can_capture
@@ -139,6 +139,8 @@ class LanguageModel(LongNetBase):
         if width == 0:
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}: expected at least one token to continue from")
         check_int("max_new_tokens", max_new_tokens, 0)
+        check_callable("on_token", on_token)
+        check_callable("streamer", streamer)
         sampling = Sampling(temperature, top_k, top_p)
         ends, pad = _check_ends(eos, stop, pad, self.config.vocab_size)
         endings = [torch.tensor(end, device=tokens.device) for end in ends]

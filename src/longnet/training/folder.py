@@ -29,7 +29,7 @@ from longnet.training.checkpoint import (
 from longnet.training.data import TOKENIZER_FILES, Tokenizer, read_tokenizer, remove_prepared
 from longnet.training.files import read_json, write_json
 from longnet.training.lock import locked
-from longnet.training.models import Config, Model, config_from_dict, make_model
+from longnet.training.models import Config, Model, config_from_dict, make_model, refuse_hugging_face
 from longnet.training.settings import TRACKERS
 from longnet.training.sharded import LATEST, WHOLE, remove_others
 
@@ -39,7 +39,8 @@ MODEL = StateKind("model", "longnet-model", {}, digest_since=2)
 class RunFolder:
     """Paths and files of one run. The constructor touches no file.
 
-    ``run.json`` (settings, versions, facts about the data) makes a folder a run. ``data`` holds the tokens that it learns.
+    ``run.json`` (settings, versions, facts about the data) makes a folder a run. Until it is written ``starting.json`` holds the
+    settings: after a kill while data are prepared, ``--resume`` begins the run. ``data`` holds the tokens that it learns.
     ``config.json`` and ``model.safetensors`` are the model,
     ``metrics.jsonl`` the curve, ``checkpoint`` the state that ``--resume`` reads (a ``state.safetensors``, or a ``latest.json``
     and parts), and ``evaluation.json``,
@@ -49,6 +50,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.settings_file = self.path / "run.json"
+        self.starting_file = self.path / "starting.json"
         self.config_file = self.path / "config.json"
         self.model_file = self.path / "model.safetensors"
         self.data_folder = self.path / "data"
@@ -73,11 +75,42 @@ class RunFolder:
                 f"out={str(self.path)!r} holds {existing}, which a run would overwrite: expected another folder"
             )
 
+    @property
+    def is_starting(self) -> bool:
+        """Whether a run was stopped here before it began, while its data were prepared."""
+        return self.starting_file.is_file() and not self.settings_file.is_file()
+
     def require_run(self) -> None:
-        """Raise ValueError unless a run was started here."""
-        if not self.settings_file.is_file():
-            reason = "holds no run (no run.json)" if self.path.is_dir() else "is not a folder"
-            raise ValueError(f"{str(self.path)!r} {reason}: expected the --out folder of longnet train")
+        """Raise ValueError unless a run has begun here."""
+        if self.settings_file.is_file():
+            return
+        reason = "holds no run (no run.json)" if self.path.is_dir() else "is not a folder"
+        expected = "the --out folder of longnet train"
+        if self.is_starting:
+            reason = "holds a run that has not begun, as its data are not prepared"
+            expected = f"longnet train --out {self.path} --resume first"
+        elif any((self.data_folder / name).is_file() for name in ("unfinished.json", "prepared.json")):
+            reason += ", only its data"
+            expected = "the same command without --resume first, which goes on with them"
+        raise ValueError(f"{str(self.path)!r} {reason}: expected {expected}")
+
+    def require_resumable(self) -> None:
+        """Raise ValueError unless a run has begun here, or was stopped while its data were prepared."""
+        if not self.is_starting:
+            self.require_run()
+
+    def write_starting(self, settings: dict[str, Any]) -> None:
+        """Write the settings of a run whose data are prepared next."""
+        write_json(self.starting_file, settings)
+
+    def require_metrics(self, steps: int = 0) -> None:
+        """Raise ValueError if the curve is missing, or empty after ``steps`` steps."""
+        is_missing = not self.metrics_file.is_file()
+        if is_missing or (steps > 0 and self.metrics_file.stat().st_size == 0):
+            raise ValueError(
+                f"{self.metrics_file} is {'missing' if is_missing else 'empty'}: expected the lines of the steps that the run "
+                f"in {str(self.path)!r} has done"
+            )
 
     def write_start(self, settings: dict[str, Any], data: dict[str, Any], device: torch.device) -> None:
         """Make the folder and write ``run.json`` and ``config.json``.
@@ -96,11 +129,12 @@ class RunFolder:
                 "machine": {"device": str(device), "name": name, "system": platform.platform()},
             },
         )
+        self.starting_file.unlink(missing_ok=True)
         write_json(self.config_file, settings["model"])
 
     def remove(self) -> None:
         """Remove the files that a run has written before its first step."""
-        own = (self.settings_file, self.config_file, self.model_file, self.metrics_file)
+        own = (self.starting_file, self.settings_file, self.config_file, self.model_file, self.metrics_file)
         remove_others(self.checkpoint_folder, None)
         for file in (*own, *(self.path / name for name in TOKENIZER_FILES)):
             file.unlink(missing_ok=True)
@@ -214,7 +248,13 @@ def read_model(run: str | Path) -> tuple[Config, dict[str, Tensor], dict[str, st
     if not folder.config_file.is_file():
         folder.require_run()
         raise ValueError(f"{folder.config_file} is missing: expected the model's config, written when a run starts")
-    config = config_from_dict(read_json(folder.config_file))
+    values = read_json(folder.config_file)
+    refuse_hugging_face(
+        values,
+        f"{str(folder.path)!r} holds no run: its model",
+        "the --out folder of longnet train, or a folder of save_model",
+    )
+    config = config_from_dict(values)
     if not folder.model_file.is_file():
         raise ValueError(
             f"{str(folder.path)!r} holds no model yet: expected model.safetensors, written with a checkpoint"

@@ -11,6 +11,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from longnet.models.hf_names import config_of
+from longnet.models.layer_types import DILATED_TYPES
 from longnet.training.checkpoint import CheckpointError, collect_weights, digest_tensors
 from longnet.training.files import read_json
 from longnet.training.folder import read_model
@@ -81,7 +82,11 @@ def open_initial(path: str) -> tuple[Config, Callable[[], dict[str, Tensor]]]:
 
 
 def read_initial(
-    settings: TrainSettings, saved: TrainSettings | None, restored: bool, say: Callable[[str], None]
+    settings: TrainSettings,
+    saved: TrainSettings | None,
+    restored: bool,
+    tokenizer: str,
+    say: Callable[[str], None],
 ) -> tuple[TrainSettings, dict[str, Tensor]]:
     """The settings with the digest of the first weights, and these weights; none if they are random or not read.
 
@@ -89,6 +94,7 @@ def read_initial(
         settings: of the run; nothing is read where ``init_from`` is None.
         saved: those of the run that is resumed. Another path than its own must hold the same weights.
         restored: whether a checkpoint holds later weights. Its run's own path is then not read again.
+        tokenizer: of the data, in words.
         say: is told what changes: a line for every field of the config.
 
     Raises:
@@ -116,10 +122,25 @@ def read_initial(
     if not restored:
         say(f"Starting from the weights of {path}")
         if isinstance(config, TransformerConfig):
-            say(f"Tokenizer: {settings.tokenizer}")
+            say(f"Tokenizer: {tokenizer}")
         for change in changes:
             say(change)
+        if warning := _short_pattern(settings):
+            say(warning)
     return settings.replace(init_digest=found), weights
+
+
+def _short_pattern(settings: TrainSettings) -> str | None:
+    """A sentence where the context is longer than all segments, and no layer reads across them."""
+    model = settings.model
+    # Segments of the shifted type cross the borders of the others.
+    types = set(model.layer_types or DILATED_TYPES[:1])
+    if len(types) > 1 or not types <= set(DILATED_TYPES) or max(model.segment_lengths) >= settings.context:
+        return None
+    return (
+        f"The longest segment has {max(model.segment_lengths):,} tokens, the context {settings.context:,}: what lies beyond "
+        "all segments is never read. Longer segment_lengths in the file of --config change that"
+    )
 
 
 def copy_weights(weights: Mapping[str, Tensor], model: Model) -> None:

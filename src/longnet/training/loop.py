@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from longnet.checks import check_callable, short_repr
 from longnet.models import LongNetConfig
 from longnet.models.threads import torch_threads
 from longnet.runtime.torch_internals import many_recompilations
@@ -30,7 +31,7 @@ from longnet.training.lock import locked
 from longnet.training.models import Model, fit_context, make_model
 from longnet.training.progress import Reporter, SilentReporter
 from longnet.training.ranks import Ranks
-from longnet.training.resume import check_resume, data_change, open_data, read_settings
+from longnet.training.resume import check_resume, check_starting, data_change, open_data, read_settings
 from longnet.training.settings import TrainSettings, changed_fields
 from longnet.training.sharded import find_checkpoint
 from longnet.training.track import Callback, check_tracker, tracked
@@ -59,8 +60,9 @@ def train(
 
     Args:
         settings: what to do; ``settings.out`` is the run folder.
-        resume: continue the run in the folder. Given the same settings, its losses are those of a run that was never
-            stopped (a schedule driven by ``minutes`` depends on the clock and cannot promise that).
+        resume: continue the run in the folder, or begin it after a stop while its data were prepared. Given the same settings,
+            its losses are those of a run that was never stopped (a schedule driven by ``minutes`` depends on the clock and
+            cannot promise that).
         corpus: the data, if the caller has already read them; else those of ``settings.data`` are prepared in the folder ``data``
             of the run, and read from there alone afterwards.
         reporter: receives progress messages; silent by default.
@@ -68,16 +70,18 @@ def train(
         ranks: the processes that train together, see ``longnet.training.ranks.join_ranks``; all call, the first writes.
         waiting: entered while the data are read. A KeyboardInterrupt inside ends the call; no file has changed yet.
         callbacks: called in the first process with each line of ``metrics.jsonl``, after it is written: a step
-            (``line["kind"] == "train"``) or an evaluation (``"eval"``). An error of a callback ends the run, which can be
-            resumed from its last checkpoint.
+            (``line["kind"] == "train"``) or an evaluation (``"eval"``). Each gets a dictionary of its own. An error of a
+            callback ends the run, which can be resumed from its last checkpoint.
 
     Raises:
+        TypeError: an argument of the wrong type, before anything is written.
         ValueError: settings, data, a tracker or a run folder that cannot be used, a checkpoint that is damaged.
         TrainingDiverged: a loss or gradient that is not finite.
         OSError: a file that could not be written.
     """
+    _check_types(settings, corpus, should_stop, callbacks)
     ranks = ranks or Ranks()
-    ranks.check(settings.batch, settings.dtype)
+    ranks.check(settings.batch, settings.dtype, settings.cp)
     tell = reporter or SilentReporter()
     device = resolve_device(settings.device, settings.dtype)
     compiled = _compiled(settings, device, ranks, tell)
@@ -85,9 +89,13 @@ def train(
     if isinstance(settings.model, TransformerConfig):
         _check_transformer(settings.model, settings.context)
     if resume:
-        RunFolder(settings.out).require_run()
+        RunFolder(settings.out).require_resumable()
     with _locked_by_first(settings.out, ranks):
         folder = RunFolder(settings.out)
+        if resume and folder.is_starting:
+            check_starting(folder, settings)
+            tell.say("The run was stopped while its data were prepared: going on with them, then it begins")
+            resume = False
         if resume:
             folder.require_run()
         else:
@@ -103,8 +111,13 @@ def train(
                 if data.train_documents == 1:
                     tell.say("pack='documents' changes nothing: the training data are one document")
             if (tokens := data.tokenizer.vocab_size) != settings.model.vocab_size:
+                made = (
+                    f"read_transformer(..., tokenizer_size={tokens})"
+                    if isinstance(settings.model, TransformerConfig)
+                    else f"LongNetConfig(..., vocab_size={tokens})"
+                )
                 raise ValueError(
-                    f"vocab_size={settings.model.vocab_size} in the model: expected {tokens}, as many as the tokenizer has tokens"
+                    f"vocab_size={settings.model.vocab_size} in the model: expected {made}, as the tokenizer has {tokens} tokens"
                 )
             tell.say(
                 f"Data: {data.train.size:,} training {data.unit} in {data.train_documents:,} documents, "
@@ -116,7 +129,8 @@ def train(
                 for note in check_resume(folder, settings, data, checkpoint):
                     tell.say(note)
             saved = read_settings(folder) if resume else None
-            settings, initial = read_initial(settings, saved, checkpoint is not None, tell.say)
+            tokenizer = _describe_tokenizer(settings, data)
+            settings, initial = read_initial(settings, saved, checkpoint is not None, tokenizer, tell.say)
             # No process writes before all have checked the folder.
             ranks.wait()
             cuda = [device] if device.type == "cuda" else []
@@ -151,6 +165,35 @@ def train(
                     return trainer.run(should_stop or (lambda: False))
 
 
+def _check_types(
+    settings: TrainSettings,
+    corpus: Corpus | None,
+    should_stop: Callable[[], bool] | None,
+    callbacks: Sequence[Callback],
+) -> None:
+    """Raise TypeError for an argument of :func:`train` that is of another type."""
+    for name, value, kind, expected in (
+        ("settings", settings, TrainSettings, "TrainSettings"),
+        ("corpus", corpus, Corpus | None, "a Corpus of read_corpus, or None"),
+        ("callbacks", callbacks, Sequence, "a sequence of functions"),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}={short_repr(value)} has type {type(value).__name__}: expected {expected}")
+    check_callable("should_stop", should_stop)
+    for one in callbacks:
+        if not callable(one):
+            raise TypeError(f"callbacks holds {short_repr(one)} of type {type(one).__name__}: expected functions")
+
+
+def _describe_tokenizer(settings: TrainSettings, data: Corpus) -> str:
+    """The tokenizer of the data in words: prepared data have their own, whatever the settings name."""
+    if data.tokenizer.is_bytes:
+        return "bytes"
+    if settings.tokenizer == "bytes":
+        return f"that of the prepared data, {data.tokenizer.vocab_size:,} tokens"
+    return settings.tokenizer
+
+
 def _check_transformer(model: TransformerConfig, context: int) -> None:
     """Raise ValueError unless the model takes windows of ``context`` tokens, before anything is read or written."""
     fitted = fit_context(model, context)
@@ -176,25 +219,42 @@ def _read_data(settings: TrainSettings, folder: RunFolder, ranks: Ranks, tell: R
     is_there = folder.settings_file.exists() and is_prepared(folder.data_folder)
     if settings.data and is_prepared(settings.data) and not folder.settings_file.exists():
         check_no_row_options(settings.data, "is prepared already", settings.field, settings.skip_bad_rows)
-    if ranks.is_first and not is_there and not (settings.data and is_prepared(settings.data)):
+    is_made = not is_there and not (settings.data and is_prepared(settings.data))
+    if ranks.is_first:
         try:
-            check_outside(settings.data, settings.out)
-            asked: dict[str, Any] = {
-                "tokenizer": settings.tokenizer,
-                "field": settings.field,
-                "skip_bad_rows": settings.skip_bad_rows,
-            }
-            made = read_corpus(settings.data, tell.say, folder=folder.data_folder, **asked)
-            if folder.settings_file.exists() and (change := data_change(folder, made)) is not None:
-                remove_prepared(folder.data_folder)
-                raise ValueError(
-                    f"{folder.data_folder} is gone, and data {made.source!r} is not what the run was started on ({change}): "
-                    "expected the same text, or train(corpus=...) with what the run was given"
-                )
+            if is_made:
+                check_outside(settings.data, settings.out)
+            if not folder.settings_file.exists():
+                folder.write_starting(settings.to_dict())
+            if is_made:
+                made = _prepare(settings, folder, tell)
         except (ValueError, OSError, ModuleNotFoundError) as refusal:
             error = refusal
     ranks.agree(error)
     return made or open_data(folder, settings, tell.say)
+
+
+def _prepare(settings: TrainSettings, folder: RunFolder, tell: Reporter) -> Corpus:
+    """The data of a run, prepared in its folder.
+
+    Raises:
+        ValueError: as ``read_corpus``, or other data than those that a run has lost.
+    """
+    made = read_corpus(
+        settings.data,
+        tell.say,
+        tokenizer=settings.tokenizer,
+        field=settings.field,
+        folder=folder.data_folder,
+        skip_bad_rows=settings.skip_bad_rows,
+    )
+    if folder.settings_file.exists() and (change := data_change(folder, made)) is not None:
+        remove_prepared(folder.data_folder)
+        raise ValueError(
+            f"{folder.data_folder} is gone, and data {made.source!r} is not what the run was started on ({change}): "
+            "expected the same text, or train(corpus=...) with what the run was given"
+        )
+    return made
 
 
 def _say_estimate(

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from longnet.checks import check_int, check_path
 from longnet.models import LongNetConfig, LongNetLM
 from longnet.models.layer_types import DILATED_TYPES
 from longnet.training.transformer import TransformerLM
@@ -25,6 +26,12 @@ def config_from_dict(values: Mapping[str, Any]) -> Config:
     return TransformerConfig.from_dict(values) if "transformer" in values else LongNetConfig.from_dict(values)
 
 
+def refuse_hugging_face(values: Mapping[str, Any], where: str, expected: str) -> None:
+    """Raise ValueError for the ``config.json`` of a Hugging Face folder, which names its ``model_type``."""
+    if "model_type" in values:
+        raise ValueError(f"{where} is of Hugging Face (model_type={values['model_type']!r}): expected {expected}")
+
+
 def make_model(config: Config, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Model:
     """A model with random weights; arguments and errors as those of its class."""
     kind = TransformerLM if isinstance(config, TransformerConfig) else LongNetLM
@@ -40,6 +47,11 @@ def open_transformer(folder: str | Path) -> TransformerConfig:
     """
     from longnet.hf.causal import read_config
 
+    if not (Path(folder) / "config.json").is_file():
+        found = "holds no config.json" if Path(folder).is_dir() else "is no folder"
+        raise ValueError(
+            f"folder={str(folder)!r} {found}: expected a folder that save_pretrained of Hugging Face wrote"
+        )
     values, options = read_config(Path(folder))
     return TransformerConfig(values, **options)
 
@@ -57,7 +69,8 @@ def read_transformer(folder: str | Path, context: int, **changes: Any) -> Transf
         TypeError, ValueError: as :func:`open_transformer`, :func:`fit_context` and :class:`TransformerConfig`.
         ModuleNotFoundError: transformers is missing.
     """
-    return fit_context(open_transformer(folder).replace(**changes), context)
+    check_int("context", context, 1)
+    return fit_context(open_transformer(check_path("folder", folder)).replace(**changes), context)
 
 
 def fit_context(config: TransformerConfig, context: int) -> TransformerConfig:

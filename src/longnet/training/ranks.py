@@ -50,8 +50,11 @@ class Ranks:
             return ""
         return f"{self.dp * self.cp} processes: {self.dp} x {self.cp}, windows side by side x shards of each"
 
-    def check(self, batch: int, dtype: str) -> None:
-        """Raise ValueError unless a batch can be split."""
+    def check(self, batch: int, dtype: str, cp: int) -> None:
+        """Raise ValueError unless ``cp`` is that of the mesh, and a batch can be split."""
+        check_cp(cp, self.dp * self.cp)
+        if cp != self.cp:
+            raise ValueError(f"cp={cp} with ranks of cp={self.cp}: expected join_ranks(cp={cp}, ...)")
         if batch % self.dp:
             raise ValueError(
                 f"batch={batch} over {self.dp} groups of processes (cp={self.cp}): expected a multiple of {self.dp}"
@@ -139,6 +142,14 @@ class Ranks:
             dist.barrier(group=self.control)
 
 
+def check_cp(cp: int, world: int) -> None:
+    """Raise ValueError unless ``cp`` processes can share each window among ``world`` of them."""
+    if cp < 1 or world % cp:
+        alone = f"expected 1 (to resume, --resume --cp 1), or start with torchrun --nproc-per-node {max(cp, 1)}"
+        expected = alone if world == 1 else "expected a divisor of their number"
+        raise ValueError(f"cp={cp} with {world} process(es): {expected}")
+
+
 @contextmanager
 def join_ranks(cp: int, device: str) -> Iterator[tuple[Ranks, str]]:
     """The ranks and the device of this process: among those that torchrun started, or alone.
@@ -151,10 +162,7 @@ def join_ranks(cp: int, device: str) -> Iterator[tuple[Ranks, str]]:
         ValueError: a ``cp`` that does not fit.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if cp < 1 or world % cp:
-        alone = f"expected 1 (to resume, --resume --cp 1), or start with torchrun --nproc-per-node {max(cp, 1)}"
-        expected = alone if world == 1 else "expected a divisor of their number"
-        raise ValueError(f"cp={cp} with {world} process(es): {expected}")
+    check_cp(cp, world)
     if world == 1:
         yield Ranks(), device
         return

@@ -92,6 +92,7 @@ def write_report(run: str | Path, *, corpus: Corpus | None = None, reporter: Rep
                 f"data {data.source!r} is not what the run in {str(folder.path)!r} was trained on: {change}. The model stays "
                 f"in {folder.model_file}"
             )
+        folder.require_metrics()
         metrics = read_metrics(folder.metrics_file, kinds=RUN_LINES)
         if not any(line["kind"] == "train" for line in metrics):
             raise ValueError(f"the run in {str(folder.path)!r} has done no step yet: expected one to report on")

@@ -15,12 +15,27 @@ from longnet.training.settings import TrainSettings, changed_settings
 
 
 def read_settings(folder: RunFolder) -> TrainSettings:
-    """The settings of the run in ``folder``.
+    """The settings of the run in ``folder``, or of one that was stopped there while its data were prepared.
 
     Raises:
         ValueError: no run there, or a ``run.json`` that holds none.
     """
+    if folder.is_starting:
+        return TrainSettings.from_dict(read_json(folder.starting_file))
     return TrainSettings.from_dict(_section(folder, "settings"))
+
+
+def check_starting(folder: RunFolder, settings: TrainSettings) -> None:
+    """Raise ValueError unless a run that was stopped while its data were prepared begins with the settings it was given."""
+    if changes := changed_settings(read_settings(folder), settings):
+        raise ValueError(_refusal(folder, changes))
+
+
+def _refusal(folder: RunFolder, changes: list[str]) -> str:
+    return (
+        f"the run in {str(folder.path)!r} cannot be resumed with other settings: {'; '.join(changes)}. "
+        "Expected the same ones (leave them out), or a new --out"
+    )
 
 
 def check_resume(
@@ -47,16 +62,15 @@ def check_resume(
             f"data {corpus.source!r} is not what the run was started on (its fingerprint differs: {change}): restore it"
         )
     if changes:
-        raise ValueError(
-            f"the run in {str(folder.path)!r} cannot be resumed with other settings: {'; '.join(changes)}. "
-            "Expected the same ones (leave them out), or a new --out"
-        )
+        raise ValueError(_refusal(folder, changes))
     notes = []
     if checkpoint is None:
         _check_new(folder)
         notes.append("The run was stopped before its first checkpoint: starting from step 0")
     else:
         _check_origin(folder, saved, checkpoint, fingerprint)
+        if (step := checkpoint.progress["step"]) > 0:
+            folder.require_metrics(step)
         _check_length(folder, saved, settings, checkpoint)
     if (saved.device, saved.threads) != (settings.device, settings.threads):
         notes.append("Note: another device or thread count than before, losses may differ in their last digits")

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from longnet.checks import check_settings, documented, setting
+from longnet.checks import check_path, check_settings, documented, setting, short_repr
 from longnet.training.schedule import SCHEDULES
 from longnet.training.transformer_config import TransformerConfig
 
@@ -33,12 +33,16 @@ _FREE_TO_CHANGE = frozenset(
 )
 """Settings that a resumed run may change."""
 _LENGTH = frozenset({"steps", "minutes"})
+_PATHS = ("out", "data", "tokenizer", "init_from")
+"""Settings that also take an ``os.PathLike``; they keep its string."""
 
 
 @documented
 @dataclass(frozen=True)
 class TrainSettings:
     """The settings of one run. Immutable. A setting with a help text is an option of ``longnet train``.
+
+    Paths (``out``, ``data``, ``tokenizer``, ``init_from``) may be ``pathlib.Path`` objects; they become strings.
 
     Attributes:
         out: the run folder.
@@ -135,6 +139,11 @@ class TrainSettings:
     init_digest: str | None = None
 
     def __post_init__(self) -> None:
+        _check_model(self.model)
+        for name in _PATHS:
+            value = getattr(self, name)
+            if value is not None or name in ("out", "tokenizer"):
+                object.__setattr__(self, name, check_path(name, value))
         check_settings(self)
         if self.seed >= 2**63:
             raise ValueError(f"seed={self.seed} is too large: expected less than 2 ** 63")
@@ -144,9 +153,6 @@ class TrainSettings:
             raise ValueError(f"matrix_lr={self.matrix_lr} with optimizer={self.optimizer!r}: expected optimizer='muon'")
         if self.steps is None and self.minutes is None:
             raise ValueError("steps=None and minutes=None: expected at least one of them, or the run would never end")
-        for name in ("init_from", "init_digest"):
-            if not isinstance(value := getattr(self, name), str | None):
-                raise TypeError(f"{name}={value!r} has type {type(value).__name__}: expected a string, or None")
         if self.init_digest is not None and self.init_from is None:
             raise ValueError(f"init_digest={self.init_digest!r} with init_from=None: expected both, or init_from alone")
         if self.short_context is not None and self.context % self.short_context:
@@ -211,6 +217,19 @@ class TrainSettings:
         by_step = step / self.steps if self.steps is not None else 0.0
         by_clock = seconds / (60.0 * self.minutes) if self.minutes is not None else 0.0
         return max(by_step, by_clock)
+
+
+def _check_model(model: object) -> None:
+    """Raise TypeError unless it is the config of a model that a run can train."""
+    if isinstance(model, TransformerConfig):
+        return
+    from longnet.models import LongNetConfig
+
+    if not isinstance(model, LongNetConfig):
+        raise TypeError(
+            f"model={short_repr(model)} has type {type(model).__name__}: expected a longnet.LongNetConfig, such as "
+            "LongNetConfig.preset('nano'), or a TransformerConfig of longnet.training.read_transformer"
+        )
 
 
 def changed_fields(old: LongNetConfig | TransformerConfig, new: LongNetConfig | TransformerConfig) -> list[str]:

@@ -275,7 +275,7 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.write(**values)
             for callback in self.callbacks:
-                callback(values)
+                callback(dict(values))
 
     def evaluate(self) -> None:
         """Held-out bits per byte on a fixed, evenly spaced set of windows."""

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from longnet.attention.sharding import mean_over
+from longnet.checks import check_callable, check_int
 from longnet.models.generation import Sampling, evaluating
 from longnet.models.loss import chunked_cross_entropy
 from longnet.runtime.torch_internals import flattened_mesh
@@ -140,12 +141,14 @@ class TransformerLM(nn.Module):
 
         Arguments and errors are those of :meth:`longnet.LongNetLM.generate`, for one prompt.
         """
-        from longnet.hf.causal import at_context, new_cache
+        from longnet.hf.causal import new_cache
         from longnet.hf.transformers_internals import CACHE
 
         if tokens.shape[0] != 1 or tokens.shape[1] == 0:
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}: expected one prompt of at least one token")
-        at_context(self.config.transformer, tokens.shape[1] + max_new_tokens)  # Raises where positions end before.
+        check_callable("on_token", on_token)
+        check_callable("streamer", streamer)
+        self.check_length(tokens.shape[1], max_new_tokens)
         sampling = Sampling(temperature, top_k, top_p)
         generator = None if seed is None else torch.Generator(device=tokens.device).manual_seed(seed)
         cache = new_cache(self.model)
@@ -165,6 +168,19 @@ class TransformerLM(nn.Module):
                 if eos is not None and int(new) == eos:
                     break
         return tokens
+
+    def check_length(self, prompt: int, max_new_tokens: int, name: str = "max_new_tokens") -> None:
+        """Raise ValueError where positions end before a prompt of this length and the new tokens do.
+
+        ``name`` is what the caller calls the number of new tokens.
+        """
+        from longnet.hf.causal import at_context
+
+        check_int(name, max_new_tokens, 0)
+        try:
+            at_context(self.config.transformer, prompt + max_new_tokens)
+        except ValueError as error:
+            raise ValueError(f"{name}={max_new_tokens} after a prompt of {prompt} tokens: {error}") from None
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Shard the parameters over all ranks of a mesh by FSDP2, each decoder layer for itself, in place."""
