@@ -477,3 +477,15 @@ def test_weights_that_a_run_cannot_begin_with(
     assert result.returncode == 2
     assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1
     assert not out.exists()
+
+
+def test_the_same_command_resumes_a_preset_whose_vocabulary_is_the_tokenizers(tmp_path: Path) -> None:
+    from longnet.cli.train import _make_settings, _Named
+    from longnet.models import LongNetConfig
+    from longnet.training.folder import RunFolder
+    from longnet.training.settings import TrainSettings
+
+    settings = TrainSettings(out=str(tmp_path), model=LongNetConfig.preset("nano", vocab_size=300), steps=3)
+    RunFolder(tmp_path).write_starting(settings.to_dict())
+    asked = {"out": str(tmp_path), "steps": 3}
+    assert _make_settings(asked, _Named("nano", None, None), {}, resume=True).model == settings.model

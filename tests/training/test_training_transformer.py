@@ -406,6 +406,18 @@ def test_generation_beyond_a_table_of_positions_names_the_tokens(
     assert capsys.readouterr().out == ""
 
 
+def test_the_tokenizer_of_prepared_data_is_said(make: Make, text_folder: Path, tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.ByteLevelBPETokenizer()
+    made.train([str(file) for file in text_folder.rglob("*.txt")], vocab_size=260, show_progress=False)
+    made.save(str(tmp_path / "tokenizer.json"))
+    corpus = read_corpus(text_folder, tokenizer=str(tmp_path / "tokenizer.json"), folder=tmp_path / "prepared")
+    assert corpus.tokenizer.vocab_size == 260
+    settings, said = make(data=str(tmp_path / "prepared"), steps=1, eval_every=0), Lines()
+    train(settings.replace(model=settings.model.replace(tokenizer_size=260)), reporter=said)
+    assert "Tokenizer: that of the prepared data, 260 tokens" in said.lines
+
+
 def test_windows_of_the_model_stay_by_default(tmp_path: Path) -> None:
     config = transformers.Qwen2Config(
         **SIZES,
