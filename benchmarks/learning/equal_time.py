@@ -1,7 +1,7 @@
 """Stacks of layers that learn for the same time on one device, with longnet's kernels and the step of ``longnet train``.
 
     python -m benchmarks.learning.equal_time --out results --context 32768 --minutes 4
-    python -m benchmarks.learning.equal_time --out results --context 32768 --minutes 4 --convert results/runs/dense-0 --share 0.05
+    python -m benchmarks.learning.equal_time --out results --context 32768 --stacks light --convert results/runs/dense-0
 
 A stack's steps are first timed, a few after the compiler is done: as many as fit into the minutes are the run, whose schedule
 of learning rates they end. So a run that was stopped goes on exactly where it was, and compiling costs nothing. Dense layers

@@ -129,7 +129,7 @@ def picture(folders: Sequence[Groups], path: Path) -> Path:
     """Bits of the training text against minutes, a panel for each context.
 
     Raises:
-        ValueError: no run that began with random weights, or a name that is none of a picture's.
+        ValueError: no run that began with random weights, or a path whose suffix names no format of pictures.
     """
     folders = [{name: one for name, one in groups.items() if one[0]["converted"] is None} for groups in folders]
     if not all(folders):

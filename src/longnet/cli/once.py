@@ -19,7 +19,7 @@ def say_once(text: str) -> None:
     is_first = os.environ.get("RANK") == "0"
     if is_first:
         print(text, file=sys.stderr, flush=True)
-    # The store of torchrun itself: it is there before and after the processes' own group.
+    # The store of torchrun itself: it is there before and after the processes' own group. Where it fails each process prints.
     said = None
     with suppress(Exception):
         from torch.distributed import TCPStore  # type: ignore[attr-defined]

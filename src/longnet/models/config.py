@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from longnet.checks import check_int, check_settings, refuse_unknown
+from longnet.checks import check_int, check_settings, check_string, refuse_unknown
 from longnet.geometry import HeadNumbers, HeadOffsets, Pattern
 from longnet.geometry.reach import LayerAttention
 from longnet.models.layer_types import DILATED_TYPES, FAR_TYPES, expand_layer_types, pattern_of
@@ -236,9 +236,9 @@ class LongNetConfig:
             TypeError: a name that is no string.
             ValueError: an unknown preset, stack or field, a stack beside one of these three, or values that do not fit together.
         """
-        for argument, value in (("name", name), ("stack", stack)):
-            if not isinstance(value, str) and not (argument == "stack" and value is None):
-                raise TypeError(f"{argument}={value!r} has type {type(value).__name__}: expected a string")
+        check_string("name", name)
+        if stack is not None:
+            check_string("stack", stack)
         if name not in _PRESETS:
             raise ValueError(f"name={name!r} is not a preset: expected one of {cls.presets()}")
         if stack is not None and stack not in STACKS:
