@@ -150,3 +150,16 @@ def test_too_little_memory_is_one_line(call: Longnet, monkeypatch: pytest.Monkey
     result = call("generate")
     assert result.returncode == 2
     assert result.stderr == "longnet: error: not enough memory\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("slide-encode", "slides", "--checkpoint", "weights.pth", "--out", ""),
+        ("slide-finetune", "table.csv", "--features", "slides", "--task", "classification", "--out", ""),
+        ("stream", "run", "--data", "text", "--out", ""),
+    ],
+)
+def test_an_empty_path_is_not_the_current_folder(call: Longnet, command: tuple[str, ...]) -> None:
+    result = call(*command)
+    assert result.returncode == 2 and "'' is empty: expected a path" in result.stderr

@@ -15,10 +15,15 @@ Options: TypeAlias = dict[str, Any]
 
 
 def read_path(value: str) -> Path:
-    """The path of an option; give it to ``typer.Option`` as ``parser=read_path, metavar="<path>"``."""
+    """The path that an option names."""
     if not value:
         raise typer.BadParameter("'' is empty: expected a path")  # pathlib takes it as the current folder.
     return Path(value)
+
+
+def path_option(*names: str, **more: Any) -> Any:
+    """A ``typer.Option`` of a path, which is not empty."""
+    return typer.Option(*names, parser=read_path, metavar="<path>", **more)
 
 
 def one_data(paths: list[Path] | None) -> Path | None:

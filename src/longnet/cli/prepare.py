@@ -9,19 +9,17 @@ from typing import Annotated
 
 import typer
 
-from longnet.cli.options import one_data, read_path
+from longnet.cli.options import one_data, path_option
 
 _HELP = "File or folder of text, JSON lines, Parquet, or a data set that datasets has saved."
-_DATA = typer.Option(help=_HELP, parser=read_path, metavar="<path>")
+_DATA = path_option(help=_HELP)
 _FIELD = typer.Option(help="Which field of a row is its text.")
 _SKIP = typer.Option("--skip-bad-rows", help="Leave out rows without such a text, and count them.")
 
 
 def prepare(
     data: Annotated[list[Path], _DATA],
-    out: Annotated[
-        Path, typer.Option(help="Folder to make, for the --data of longnet train.", parser=read_path, metavar="<path>")
-    ],
+    out: Annotated[Path, path_option(help="Folder to make, for the --data of longnet train.")],
     tokenizer: Annotated[str, typer.Option(help="bytes, a tokenizer.json, or a folder that holds one.")] = "bytes",
     field: Annotated[str, _FIELD] = "text",
     skip_bad_rows: Annotated[bool, _SKIP] = False,
@@ -56,12 +54,10 @@ tokenizers = typer.Typer(no_args_is_help=True, help="Make a tokenizer.")
 def train(
     data: Annotated[
         list[Path] | None,
-        typer.Option(help=_HELP, parser=read_path, metavar="<path>", show_default="Python's standard library source"),
+        path_option(help=_HELP, show_default="Python's standard library source"),
     ] = None,
     vocab: Annotated[int, typer.Option(help="Tokens of the vocabulary.")] = 32_768,
-    out: Annotated[
-        Path, typer.Option(help="Folder to write tokenizer.json into.", parser=read_path, metavar="<path>")
-    ] = Path("tokenizer"),
+    out: Annotated[Path, path_option(help="Folder to write tokenizer.json into.")] = Path("tokenizer"),
     field: Annotated[str, _FIELD] = "text",
     megabytes: Annotated[int, typer.Option(help="Most text to learn from; what is held out is not.")] = 1000,
     skip_bad_rows: Annotated[bool, _SKIP] = False,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from longnet.cli.options import path_option
 from longnet.cli.stopping import INTERRUPTED, stop_on_signal
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def slide_encode(
     checkpoint: Annotated[Path, typer.Option(help="Slide encoder's weights, .pth or .safetensors.")],
     out: Annotated[
         Path | None,
-        typer.Option(
+        path_option(
             "--out",
             "-o",
             help="File, or for a folder of slides a folder.",

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from longnet.cli.options import Options, options_of
+from longnet.cli.options import Options, options_of, path_option
 from longnet.cli.stopping import INTERRUPTED, stop_on_signal
 from longnet.slides.finetune.settings import TASKS, FinetuneSettings
 
@@ -23,9 +23,7 @@ def slide_finetune(
         ),
     ],
     task: Annotated[str, typer.Option(help=f"{', '.join(TASKS)}.")],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder of results; the same command continues a run in it.")
-    ],
+    out: Annotated[Path, path_option("--out", "-o", help="Folder of results; the same command continues a run in it.")],
     options: Options,
 ) -> None:
     """Fine-tune a slide encoder on a cohort, in folds by patient, beside baselines, and write a report.

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from longnet.cli.options import Options, options_of
+from longnet.cli.options import Options, options_of, path_option
 from longnet.cli.stopping import INTERRUPTED, stop_on_signal
 from longnet.reading.settings import StreamSettings
 
@@ -22,7 +22,7 @@ def stream(
         typer.Option(help="File or folder to read, - for standard input; several are read in the order given."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the record and the state.", show_default="RUN/stream")
+        Path | None, path_option(help="Folder for the record and the state.", show_default="RUN/stream")
     ] = None,
     *,
     options: Options,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from longnet.cli.model_config import read_config
-from longnet.cli.options import Options, one_data, options_of, read_path
+from longnet.cli.options import Options, one_data, options_of, path_option
 from longnet.cli.stopping import INTERRUPTED, stop_on_signal
 from longnet.training.settings import DEFAULT_STEPS, TrainSettings
 from longnet.training.transformer_config import TransformerConfig
@@ -27,23 +27,19 @@ DEFAULT_PRESET = "tiny"
 def train(
     out: Annotated[
         Path,
-        typer.Option(help="Run folder to make (or, with --resume, to continue).", parser=read_path, metavar="<path>"),
+        path_option(help="Run folder to make (or, with --resume, to continue)."),
     ],
     data: Annotated[
         list[Path] | None,
-        typer.Option(
+        path_option(
             help="File or folder of text or any bytes, or a folder of longnet prepare.",
-            parser=read_path,
-            metavar="<path>",
             show_default="Python's standard library source",
         ),
     ] = None,
     init_from: Annotated[
         Path | None,
-        typer.Option(
+        path_option(
             help="Begin with the weights and the model of a run, a saved model, a checkpoint file or a Hugging Face folder.",
-            parser=read_path,
-            metavar="<path>",
             show_default="random weights",
         ),
     ] = None,
@@ -63,11 +59,7 @@ def train(
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(
-            help='JSON or TOML file of LongNetConfig fields, and "preset" and "stack" to start from.',
-            parser=read_path,
-            metavar="<path>",
-        ),
+        path_option(help='JSON or TOML file of LongNetConfig fields, and "preset" and "stack" to start from.'),
     ] = None,
     layer_types: Annotated[
         str | None, typer.Option(help="What each layer computes, repeated: sliding_attention,strided_attention.")
