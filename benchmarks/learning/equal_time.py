@@ -10,6 +10,7 @@ not made again. ``--read`` scores the models at other lengths than they were tra
 
 ``--convert`` begins with the weights of a run and trains for shares of its tokens, at lower learning rates; a share of 0 scores
 the converted model as it is. ``--plain`` leaves out shifted keys and keeps positions in far layers, as the run had them.
+``--keep 2`` gives all layers of a dense run windows but two, those whose windows cost most.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import results
-from benchmarks.learning import kinds, probes
+from benchmarks.learning import keep, kinds, probes
 from benchmarks.learning.data import Text, read_text, windows
 from longnet import LongNetConfig, LongNetLM
 from longnet.attention import module as attention_module
@@ -49,6 +50,8 @@ DISTANCES = (1024, 4096, 16384, 65536)
 FAR = {"shift_keys": True, "far_positions": False}
 # Of a step: fewer would keep the host busy in place of the GPU.
 STEP_BYTES = 131_072
+# Of the held-out text at one length.
+MOST_SCORED = 2**21
 # Steps that are timed, and those before them that compile.
 TIMED, BEFORE = 10, 3
 
@@ -63,11 +66,15 @@ def types(layers: int, far: Mapping[int, str]) -> dict[str, Any]:
     return {"layer_types": tuple(far.get(place, "sliding_attention") for place in range(layers))}
 
 
+def middle(layers: int) -> tuple[int, int]:
+    return layers // 2 - 1, layers // 2
+
+
 # What a stack changes in the model of (layers, context). Dense attention with the tricks has windows as long as the context.
 STACKS: Mapping[str, Callable[[int, int], dict[str, Any]]] = {
     "dense": lambda layers, context: {"layer_types": ("full_attention",)},
     "dense, both tricks": lambda layers, context: {
-        **types(layers, dict.fromkeys((layers // 2 - 1, layers // 2), "full_attention")),
+        **types(layers, dict.fromkeys(middle(layers), "full_attention")),
         **FAR,
         "sliding_window": context,
     },
@@ -77,6 +84,9 @@ STACKS: Mapping[str, Callable[[int, int], dict[str, Any]]] = {
     ),
     "window+dense 1/4": lambda layers, context: (
         types(layers, dict.fromkeys(range(3, layers, 4), "full_attention")) | FAR
+    ),
+    "window+dense 1/4 middle": lambda layers, context: (
+        types(layers, dict.fromkeys(middle(layers), "full_attention")) | FAR
     ),
     "longnet": lambda layers, context: {
         "segment_lengths": tuple(min(2048, context // 16) * 2**i for i in range(5)),
@@ -205,7 +215,7 @@ def scores(
 ) -> dict[str, Any]:
     """Every probe at a length."""
     score = lambda rows: probes.bits_of(model, rows, device, batch)  # noqa: E731
-    fixed = windows(text.held_out, held_out, context + 1, 1)
+    fixed = windows(text.held_out, min(held_out, max(4, MOST_SCORED // context)), context + 1, 1)
     passages = max(4, min(32, 2**20 // context))
     return probes.all_probes(score, text.held_out, fixed, context, DISTANCES, passages)
 
@@ -279,7 +289,7 @@ def main() -> None:
         prog="python -m benchmarks.learning.equal_time", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of results: what it holds is not run again")
-    parser.add_argument("--stacks", type=_stacks, default=list(STACKS), help="names, by semicolons; all by default")
+    parser.add_argument("--stacks", type=_stacks, help="names, by semicolons; all by default")
     parser.add_argument("--seeds", type=kinds.seeds, default=[0], help="by commas")
     parser.add_argument("--context", type=kinds.count, default=8192)
     parser.add_argument("--batch", type=kinds.count, help="windows a step; by default 131,072 bytes")
@@ -293,6 +303,7 @@ def main() -> None:
     parser.add_argument("--shares", type=numbers, help="of the run's tokens, by commas; 0,0.02,0.05,0.1 by default")
     parser.add_argument("--rate", type=kinds.above, help="of the learning rates, for a converted run; 0.3 by default")
     parser.add_argument("--plain", action="store_true", help="far layers with positions, and keys as they are")
+    parser.add_argument("--keep", type=kinds.count, nargs="+", help="so many full layers of a dense run, no --stacks")
     parser.add_argument("--stop-after", type=kinds.above, help="minutes; then the run is saved, for a later call")
     parser.add_argument(
         "--data", type=kinds.existing, action="append", help="folders of text; installed packages by default"
@@ -307,18 +318,21 @@ def main() -> None:
             f"--context or --read {longest}: expected less than the held-out text has, {text.held_out.size:,} bytes"
         )
     origins: list[dict[str, Any]] = [{"minutes": options.minutes}]
-    if options.convert is None and (options.shares or options.rate):
-        parser.error("--shares and --rate are of a converted run: expected --convert as well")
+    if options.convert is None and (options.shares or options.rate or options.keep):
+        parser.error("--shares, --rate and --keep are of a converted run: expected --convert as well")
+    if options.keep and (options.stacks is not None or options.plain):
+        parser.error("--keep keeps a run's layers as they are: expected neither --stacks nor --plain beside it")
     if options.convert is not None:
         shares, rate = options.shares or [0.0, 0.02, 0.05, 0.1], options.rate or 0.3
         origins = [{"minutes": None, "convert": options.convert, "share": one, "rate": rate} for one in shares]
     batch = options.batch or max(1, STEP_BYTES // options.context)
-    for seed, stack, origin in product(options.seeds, options.stacks, origins):
-        sizes = options.layers, options.dim, options.heads, options.plain
-        name = f"{stack}, plain" if options.plain else stack
+    try:
+        models = list(models_of(options, text))
+    except ValueError as error:
+        parser.error(str(error))
+    scored = {"held_out": options.held_out, "reads": tuple(options.read)}
+    for seed, (name, model), origin in product(options.seeds, models, origins):
         try:
-            model = model_of(stack, options.context, *sizes)
-            scored = {"held_out": options.held_out, "reads": tuple(options.read)}
             plan = Plan(name, seed, options.context, model=model, batch=batch, **scored, **origin)
             path = options.out / f"{plan.name}.json"
             if path.exists():
@@ -334,6 +348,28 @@ def main() -> None:
         results.save(result, path)
         bits = result["at"][str(options.context)]["bits"]
         print(f"{plan.name}: {bits:.4f} bits, cost {result['cost']:.3f}, written to {path}", flush=True)
+
+
+def models_of(options: argparse.Namespace, text: Text) -> Iterator[tuple[str, LongNetConfig]]:
+    """What the options name: stacks, or those that keep a dense run's full layers.
+
+    Raises:
+        ValueError: sizes that make no model; a run that is not dense.
+    """
+    if options.keep:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        rows = windows(text.train, 16, options.context + 1, 2)
+        found = keep.order_of(options.convert, rows, device, max(1, min(16, 2**17 // options.context)))
+        config = load_model(options.convert, torch.device("cpu")).config
+        for count in options.keep:
+            places = [one["full"] for one in found if len(one["full"]) == count]
+            if not places:
+                raise ValueError(f"--keep {count}: expected from 1 to {config.layers - 1}, fewer than the run's layers")
+            yield f"window+dense {count}/{config.layers} kept", keep.with_full(config, places[0])
+        return
+    for stack in options.stacks or STACKS:
+        sizes = options.layers, options.dim, options.heads, options.plain
+        yield f"{stack}, plain" if options.plain else stack, model_of(stack, options.context, *sizes)
 
 
 def numbers(text: str) -> list[float]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.learning import equal_time, generation
+from benchmarks.learning import equal_time, generation, keep
 from longnet import LongNetConfig, LongNetLM
 from longnet.training import TrainSettings, train
 
@@ -98,6 +98,40 @@ def test_a_dense_run_is_converted(command, monkeypatch):
     assert first["at"]["1024"]["bits"] < 7.9
 
 
+def test_layers_become_windows_where_that_costs_least():
+    cost = {0: 3.0, 1: 0.5, 2: 2.0, 3: 1.0}
+    # A window at 2 costs more once 3 is one.
+    bits = lambda full: sum(cost[at] for at in cost if at not in full) + (2 not in full and 3 not in full) * 5  # noqa: E731
+    found = keep.order(4, bits)
+    assert [(one["window"], one["full"]) for one in found] == [(1, [0, 2, 3]), (3, [0, 2]), (0, [2])]
+    assert [one["bits"] for one in found] == [0.5, 1.5, 4.5]
+
+
+def test_a_dense_run_keeps_the_layers_that_read_far(command, monkeypatch, capsys):
+    monkeypatch.setattr(equal_time, "seconds_a_step", lambda plan, corpus, dense_by: 20.0)
+    command("--minutes", "1", "--stacks", "dense")
+    run = command.out / "runs" / "dense-0"
+    given = ("--convert", str(run), "--shares", "0", "--keep", "1", "3")
+    made = command(*given)
+    one, three = (
+        made[f"window_dense_{count}_4_kept-from-dense-0-0.0-at-0.3-0"]["model"]["layer_types"] for count in (1, 3)
+    )
+    assert one.count("full_attention") == 1 and three.count("full_attention") == 3
+    order = json.loads((command.out / "runs" / "dense-0.order.json").read_text())["order"]
+    assert [at for at, name in enumerate(three) if name == "full_attention"] == order[0]["full"]
+    assert [at for at, name in enumerate(one) if name == "full_attention"] == order[2]["full"]
+    monkeypatch.setattr(keep, "order", None)
+    command(*given)
+    for words, given in (
+        ("--keep 4: expected from 1 to 3", ("--convert", str(run), "--keep", "4")),
+        ("expected neither --stacks nor --plain", ("--convert", str(run), "--keep", "1", "--stacks", "light")),
+        ("--shares, --rate and --keep are of a converted run", ("--keep", "1")),
+    ):
+        with pytest.raises(SystemExit):
+            command(*given)
+        assert words in capsys.readouterr().err
+
+
 def test_a_model_of_the_same_layers_is_converted_to_itself(command, monkeypatch, capsys):
     monkeypatch.setattr(equal_time, "seconds_a_step", lambda plan, corpus, dense_by: 20.0)
     dense = command("--minutes", "1", "--stacks", "dense")["dense-0"]
@@ -108,7 +142,7 @@ def test_a_model_of_the_same_layers_is_converted_to_itself(command, monkeypatch,
         (("--convert", str(run), "--shares", "2"), "2: expected numbers from 0 to 1"),
         (("--convert", str(run), "--shares", "nan"), "nan: expected numbers from 0 to 1"),
         (("--convert", str(command.out)), "is no run: expected a folder runs/NAME"),
-        (("--shares", "0.1"), "--shares and --rate are of a converted run"),
+        (("--shares", "0.1"), "--shares, --rate and --keep are of a converted run"),
         (("--read", "10000000"), "--read 10000000: expected less than the held-out text has"),
         (("--heads", "3"), "dim=16 is not divisible by heads=3"),
         (("--read", "512", "--minutes", "1"), "reads was [], now [512]"),
