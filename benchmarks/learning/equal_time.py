@@ -169,7 +169,7 @@ def dense_by_cudnn() -> Iterator[None]:
     ours = attention_module.pattern_attention  # type: ignore[attr-defined]
 
     def attend(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, **options: Any) -> Any:
-        covers = not pattern.branches and pattern.window is not None and pattern.window >= query.shape[2]
+        covers = len(pattern.branches) == 0 and pattern.window is not None and pattern.window >= query.shape[2]
         if covers or pattern == pattern_of("full_attention", 1, 1, 1):
             return F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return ours(query, key, value, pattern, **options)
@@ -231,6 +231,8 @@ def run(plan: Plan, out: Path, text: Text, should_stop: Callable[[], bool]) -> d
     """
     corpus, folder = corpus_of(text), out / "runs" / plan.name
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    head = results.started(kind="equal time", device=card)
     file = out / "runs" / f"{plan.name}.begun.json"
     if file.exists():
         begun = json.loads(file.read_text())
@@ -260,8 +262,8 @@ def run(plan: Plan, out: Path, text: Text, should_stop: Callable[[], bool]) -> d
     pairs = sum(score_pairs(one.pattern, heads, plan.context, True) for one in layers)
     dense = len(layers) * heads * plan.context * (plan.context + 1) / 2
     return {
-        **results.started(kind="equal time", device=torch.cuda.get_device_name() if memory is not None else "CPU"), **begun,
-        **trained, "peak_bytes": memory, "parameters": sum(x.numel() for x in model.parameters()), "cost": pairs / dense,
+        **head, **begun, **trained, "peak_bytes": memory,
+        "parameters": sum(x.numel() for x in model.parameters()), "cost": pairs / dense,
         "at": {str(one): scores(model, text, one, plan.held_out, max(1, min(16, 2**17 // one)), device) for one in lengths},
         "data": text.facts,
     }  # fmt: skip
