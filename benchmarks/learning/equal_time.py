@@ -361,13 +361,11 @@ def models_of(options: argparse.Namespace, text: Text) -> Iterator[tuple[str, Lo
     if options.keep:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         rows = windows(text.train, 16, options.context + 1, 2)
-        found = keep.order_of(options.convert, rows, device, max(1, min(16, 2**17 // options.context)))
-        config = load_model(options.convert, torch.device("cpu")).config
+        chosen = keep.full_layers(options.convert, rows, device, max(1, min(16, 2**17 // options.context)))
         for count in options.keep:
-            places = [one["full"] for one in found if len(one["full"]) == count]
-            if not places:
-                raise ValueError(f"--keep {count}: expected from 1 to {config.layers - 1}, fewer than the run's layers")
-            yield f"window+dense {count}/{config.layers} kept", keep.with_full(config, places[0])
+            if count not in chosen:
+                raise ValueError(f"--keep {count}: expected from 1 to {max(chosen)}, fewer than the run's layers")
+            yield f"window+dense {count}/{max(chosen) + 1} kept", chosen[count]
         return
     for stack in options.stacks or STACKS:
         sizes = options.layers, options.dim, options.heads, options.plain

@@ -98,15 +98,6 @@ def test_a_dense_run_is_converted(command, monkeypatch):
     assert first["at"]["1024"]["bits"] < 7.9
 
 
-def test_layers_become_windows_where_that_costs_least():
-    cost = {0: 3.0, 1: 0.5, 2: 2.0, 3: 1.0}
-    # A window at 2 costs more once 3 is one.
-    bits = lambda full: sum(cost[at] for at in cost if at not in full) + (2 not in full and 3 not in full) * 5  # noqa: E731
-    found = keep.order(4, bits)
-    assert [(one["window"], one["full"]) for one in found] == [(1, [0, 2, 3]), (3, [0, 2]), (0, [2])]
-    assert [one["bits"] for one in found] == [0.5, 1.5, 4.5]
-
-
 def test_a_dense_run_keeps_the_layers_that_read_far(command, monkeypatch, capsys):
     monkeypatch.setattr(equal_time, "seconds_a_step", lambda plan, corpus, dense_by: 20.0)
     command("--minutes", "1", "--stacks", "dense")
@@ -120,7 +111,7 @@ def test_a_dense_run_keeps_the_layers_that_read_far(command, monkeypatch, capsys
     order = json.loads((command.out / "runs" / "dense-0.order.json").read_text())["order"]
     assert [at for at, name in enumerate(three) if name == "full_attention"] == order[0]["full"]
     assert [at for at, name in enumerate(one) if name == "full_attention"] == order[2]["full"]
-    monkeypatch.setattr(keep, "order", None)
+    monkeypatch.setattr(keep, "window_layers", None)
     command(*given)
     for words, given in (
         ("--keep 4: expected from 1 to 3", ("--convert", str(run), "--keep", "4")),
