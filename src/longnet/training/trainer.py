@@ -211,7 +211,7 @@ class Trainer:
         self.model.train()
         # By the step: a resumed run draws what an uninterrupted one does.
         self.ranks.vary_dropout(settings.seed + self.step)
-        loss = 0.0
+        losses = []
         for some in np.split(starts, settings.accumulate):
             tokens, targets = map(self.ranks.own_windows, cut_windows(self.data.train, context, some))
             bounds = None
@@ -222,16 +222,19 @@ class Trainer:
             with autocast(self.device, self.dtype):
                 part_loss = self.model.loss(tokens, targets, cu_seqlens=bounds) / settings.accumulate
             self.scaler.scale(part_loss).backward()
-            loss += part_loss.item()
-        self._require_finite("loss", loss)
+            losses.append(part_loss.detach().float())
         self.scaler.unscale_(self.optimizer)
-        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip or math.inf)).item()
-        # With loss scaling an infinite gradient can happen: the scaler skips that step.
-        if not self.scaler.is_enabled():
-            self._require_finite("gradient norm", norm)
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip or math.inf))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        # A step waits for the device here alone: it computes gradients while the host issues the optimizer's operations.
+        *parts, norm = torch.stack((*losses, norm.float())).tolist()
+        loss = sum(parts)
+        self._require_finite("loss", loss)
+        # With loss scaling an infinite gradient can happen: the scaler skips that step.
+        if not self.scaler.is_enabled():
+            self._require_finite("gradient norm", norm)
         self.step += 1
         self._record(loss, settings.lr * warmed * left, norm, time.monotonic() - begun)
 
