@@ -2,8 +2,8 @@
 
 NAME is a table's title in lower case with dashes (``speed``, ``gigapaths-shape``); with ``/all`` behind it the notes follow.
 ``header`` is the line with commit, versions and device, ``summary`` says which limits are missed. FILE is a path from the
-root of the checkout; a folder holds runs of ``benchmarks.learning``, and its only table is ``patterns``, or
-``equal-time``.
+root of the checkout; a folder holds runs of ``benchmarks.learning``, and its table is ``patterns``, or ``equal-time``,
+``conversions`` and ``lengths``.
 """
 
 from __future__ import annotations
@@ -58,10 +58,16 @@ def table(name: str, file: Path) -> str:
         from benchmarks.learning import equal_time_report
         from benchmarks.learning import report as learning
 
-        made = {"patterns": learning, "equal-time": equal_time_report}.get(name)
-        if made is None:
-            raise BadMarker(f"{file.name} has no table {name!r}: expected patterns or equal-time")
-        return made.comparison(made.load(file)).markdown()
+        if name == "patterns":
+            return learning.comparison(learning.load(file)).markdown()
+        tables = {
+            "equal-time": equal_time_report.comparison,
+            "conversions": equal_time_report.conversions,
+            "lengths": equal_time_report.lengths,
+        }
+        if name not in tables:
+            raise BadMarker(f"{file.name} has no table {name!r}: expected patterns, {', '.join(tables)}")
+        return tables[name](equal_time_report.load(file)).markdown()
     result = results.load(file)
     title, _, rest = name.partition("/")
     if rest not in ("", "all"):

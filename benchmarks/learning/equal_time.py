@@ -128,9 +128,8 @@ class Plan:
 
     @property
     def name(self) -> str:
-        words = self.stack.replace("+", "_").replace(", ", "_").replace(" ", "_").replace("/", "_")
         origin = "" if self.convert is None else f"-from-{self.convert.name}-{self.share}-at-{self.rate}"
-        return f"{words}{origin}-{self.seed}"
+        return f"{kinds.file_name(self.stack)}{origin}-{self.seed}"
 
     def to_dict(self) -> dict[str, Any]:
         """What a later call has to ask for too."""

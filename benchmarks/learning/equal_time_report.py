@@ -1,8 +1,9 @@
-"""Results of ``benchmarks.learning.equal_time``: a table for each folder, and one picture.
+"""Results of ``benchmarks.learning.equal_time``: tables for each folder, and pictures.
 
-    python -m benchmarks.learning.equal_time_report FOLDER [FOLDER ...] --to equal-time.png
+    python -m benchmarks.learning.equal_time_report FOLDER [FOLDER ...] --to equal-time.png --lengths-to lengths.png
 
-A folder holds runs of one context. The picture leaves out those that began with the weights of another.
+A folder holds runs of one context. The tables: runs that began with random weights; converted runs beside the run whose
+weights they began with; all models at other lengths than their context, which the second picture shows by position.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import results
+from benchmarks.learning import kinds
 from benchmarks.learning.report import difference
 from benchmarks.report import Table
 from longnet.figures.style import COLORS, new_figure, quiet, save
@@ -27,7 +29,7 @@ BASELINE = "balanced"
 
 
 def load(folder: Path) -> Groups:
-    """The results by stack, those of one context and as many minutes; the best stack first.
+    """The results by stack and origin, those of one context and as many minutes; the best stack first.
 
     Raises:
         ValueError: no results, or those of several contexts or minutes.
@@ -74,8 +76,13 @@ def speed(record: Record) -> float | None:
     return None if seconds is None else record["batch"] * record["context"] / seconds
 
 
+def from_scratch(groups: Groups) -> Groups:
+    """The runs that began with random weights."""
+    return {name: records for name, records in groups.items() if records[0]["converted"] is None}
+
+
 def comparison(groups: Groups, baseline: str | None = None) -> Table:
-    """Every stack beside the baseline, the best first.
+    """Every stack that began with random weights beside the baseline, the best first.
 
     Args:
         baseline: by default balanced, or else the best.
@@ -83,6 +90,9 @@ def comparison(groups: Groups, baseline: str | None = None) -> Table:
     Raises:
         ValueError: no run of the baseline, or of its seeds.
     """
+    groups = from_scratch(groups)
+    if not groups:
+        raise ValueError("a folder holds converted runs alone: expected some that began with random weights")
     if baseline is None:
         baseline = BASELINE if BASELINE in groups else next(iter(groups))
     if baseline not in groups:
@@ -125,13 +135,72 @@ def comparison(groups: Groups, baseline: str | None = None) -> Table:
     return Table("Equal time", columns, tuple(rows))
 
 
+def conversions(groups: Groups) -> Table:
+    """Converted runs, each beside the run whose weights it began with.
+
+    Raises:
+        ValueError: a run whose origin is not among the results.
+    """
+    origins = {
+        f"{kinds.file_name(record['stack'])}-{record['seed']}": record
+        for one in from_scratch(groups).values()
+        for record in one
+    }
+    converted = [record for records in groups.values() for record in records if record["converted"] is not None]
+    order = lambda one: (one["converted"], -one["cost"], one["stack"], one["rate"], one["share"])  # noqa: E731
+    rows = []
+    for record in sorted(converted, key=order):
+        if record["converted"] not in origins:
+            raise ValueError(
+                f"no result of {record['converted']}, the origin of a converted run: expected it beside that"
+            )
+        origin = origins[record["converted"]]
+        off, width = difference([scores_of(record) | {"seed": 0}], [scores_of(origin) | {"seed": 0}], "by_window")
+        copied = (f"{bits:.2f}" for bits in scores_of(record)["copied"].values())
+        share = f"{100 * record['share']:g}%"
+        cost = f"{record['cost']:.3f}"
+        rows.append((origin["stack"], record["stack"], cost, share, f"{off:+.4f} +- {width:.4f}", *copied))
+    distances = list(scores_of(converted[0])["copied"]) if converted else []
+    copied_columns = (f"bits of a passage {int(distance):,} back" for distance in distances)
+    columns = ("from", "to", "pairs of dense", "after", "bits a byte behind the first model", *copied_columns)
+    return Table("Conversions", columns, tuple(rows))
+
+
+def at_lengths(groups: Groups) -> Groups:
+    """The runs from random weights that were scored at other lengths than their context."""
+    return {name: records for name, records in from_scratch(groups).items() if len(records[0]["at"]) > 1}
+
+
+def lengths(groups: Groups) -> Table:
+    """Bits a byte, and of copied passages, at the context and at other lengths."""
+    groups, rows = at_lengths(groups), []
+    scored = list(next(iter(groups.values()))[0]["at"]) if groups else []
+    for name, records in groups.items():
+        mean = lambda length, score, records=records: fmean(score(one["at"][length]) for one in records)  # noqa: E731
+        bits = (f"{mean(length, lambda at: at['bits']):.4f}" for length in scored)
+        copied = (f"{mean(length, lambda at: at['copied']['1024']):.2f}" for length in scored)
+        farthest = list(records[0]["at"][scored[-1]]["copied"])[-1]
+        far = f"{mean(scored[-1], lambda at, farthest=farthest: at['copied'][farthest]):.2f}"
+        rows.append((name, *bits, *copied, far))
+    if not rows:
+        return Table("Other lengths", ("stack",), ())
+    texts = tuple(f"{int(length):,}" for length in scored)
+    columns = (
+        "stack",
+        *(f"bits a byte at {text}" for text in texts),
+        *(f"of a passage 1,024 back at {text}" for text in texts),
+        f"{int(farthest):,} back at {texts[-1]}",
+    )
+    return Table("Other lengths", columns, tuple(rows))
+
+
 def picture(folders: Sequence[Groups], path: Path) -> Path:
     """Bits of the training text against minutes, a panel for each context.
 
     Raises:
         ValueError: no run that began with random weights, or a path whose suffix names no format of pictures.
     """
-    folders = [{name: one for name, one in groups.items() if one[0]["converted"] is None} for groups in folders]
+    folders = [from_scratch(groups) for groups in folders]
     if not all(folders):
         raise ValueError(
             "a folder holds converted runs alone: expected some that began with random weights for a picture"
@@ -162,6 +231,39 @@ def picture(folders: Sequence[Groups], path: Path) -> Path:
     return save(figure, path)
 
 
+def lengths_picture(folders: Sequence[Groups], path: Path) -> Path:
+    """Bits a byte by position in the longest texts that models were scored on, a panel for each context.
+
+    Raises:
+        ValueError: no model was scored at another length, or a path whose suffix names no format of pictures.
+    """
+    folders = [groups for groups in map(at_lengths, folders) if groups]
+    if not folders:
+        raise ValueError("no model was scored at other lengths (--read): expected one for a picture of lengths")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure = new_figure(6.2 * len(folders), 4.2, "Bits a byte beyond the context of training")
+    for axes, groups in zip(np.atleast_1d(figure.subplots(1, len(folders))), folders, strict=True):
+        quiet(axes)
+        context = next(iter(groups.values()))[0]["context"]
+        for place, (name, records) in enumerate(groups.items()):
+            ranges = records[0]["at"][max(records[0]["at"], key=int)]["by_position"]
+            edges = [tuple(map(int, text.split(" to "))) for text in ranges]
+            bits = [
+                fmean(one["at"][max(one["at"], key=int)]["by_position"][text] for one in records) for text in ranges
+            ]
+            axes.stairs(
+                bits, [edges[0][0] or 128, *(stop for _, stop in edges)], color=COLORS[place], label=name, baseline=None
+            )
+        axes.axvline(context, color="0.5", linewidth=1, linestyle=":")
+        axes.set(xscale="log", xlabel=f"position (trained on {context:,} bytes: dotted line)", ylabel="bits a byte")
+        ticks = [256, 1024, 4096, 16384, 65536]
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
+        axes.grid(alpha=0.2)
+        axes.legend(frameon=False, fontsize=8)
+    return save(figure, path)
+
+
 def smooth(values: np.ndarray, count: int = 9) -> np.ndarray:
     """The mean of a value and those before it, ``count`` in all."""
     padded = np.concatenate((np.full(count - 1, values[0]), values))
@@ -174,14 +276,18 @@ def main() -> None:
     )
     parser.add_argument("folders", type=Path, nargs="+", help="folders of results, each of one context")
     parser.add_argument("--to", type=Path, help="the picture to draw; without it there is none")
+    parser.add_argument("--lengths-to", type=Path, help="the picture of other lengths to draw")
     parser.add_argument("--baseline", help="what the others stand beside; balanced by default, or else the best")
     options = parser.parse_args()
     try:
         folders = [load(folder) for folder in options.folders]
         for folder, groups in zip(options.folders, folders, strict=True):
-            print(f"{folder}\n\n{comparison(groups, options.baseline).markdown()}\n")
+            tables = (comparison(groups, options.baseline), conversions(groups), lengths(groups))
+            print("\n\n".join((str(folder), *(table.markdown() for table in tables if table.rows))) + "\n")
         if options.to is not None:
             print(picture(folders, options.to))
+        if options.lengths_to is not None:
+            print(lengths_picture(folders, options.lengths_to))
     except ValueError as error:
         parser.error(str(error))
 

@@ -1,11 +1,17 @@
-"""Kinds of values of the learning programs' options."""
+"""Kinds of values of the learning programs' options, and the names of their files."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import re
 from contextlib import suppress
 from pathlib import Path
+
+
+def file_name(stack: str) -> str:
+    """A stack's name as its files and folders have it."""
+    return re.sub(r", |[+ /]", "_", stack)
 
 
 def seeds(text: str) -> list[int]:

@@ -50,7 +50,7 @@ def test_the_header_and_the_verdicts_can_be_shown_too():
         (f"<!-- table: speed {CPU} -->\n", "has no <!-- end -->"),
         (
             "<!-- table: speed benchmarks/results/learning/context-8192 -->\n<!-- end -->\n",
-            "context-8192 has no table 'speed': expected patterns or equal-time",
+            "context-8192 has no table 'speed': expected patterns, equal-time, conversions, lengths",
         ),
         ("<!-- table: speed -->\n<!-- end -->\n", "not the form NAME FILE"),
     ],

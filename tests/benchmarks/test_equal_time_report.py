@@ -29,7 +29,7 @@ def folder(tmp_path):
     put("balanced-0")
     put("balanced-1", 0.02, seed=1)
     put("window-0", 0.5, stack="window", cost=0.1, seconds_a_step={"longnet": 0.2}, dense_by="longnet")
-    put("half", 0.1, converted="dense-0", share=0.05, rate=0.3, seconds_a_step={}, dense_by="longnet")
+    put("half", 0.1, stack="light", converted="window-0", share=0.05, rate=0.3, seconds_a_step={}, dense_by="longnet")
     return tmp_path, put
 
 
@@ -37,11 +37,10 @@ def test_the_best_comes_first_and_the_others_beside_it(folder):
     made = report.comparison(report.load(folder[0]))
     assert made.columns[-2] == "bits of a passage 1,024 back"
     rows = {row[0]: row for row in made.rows}
-    assert list(rows) == ["balanced", "balanced from dense-0, after 5% of its tokens at 0.3 of its rates", "window"]
+    assert list(rows) == ["balanced", "window"]
     assert rows["balanced"] == ("balanced", "0.250", "120 120", "16k", "2.0", "1.0100", "0", "0.20", "2")
     # The windows differ by as much, so the standard error is 0.
     assert rows["window"][3:7] == ("20k", "2.0", "1.5000", "+0.5000 +- 0.0000")
-    assert rows["balanced from dense-0, after 5% of its tokens at 0.3 of its rates"][3] == "-"
 
 
 def test_what_cannot_be_compared_is_refused(folder):
@@ -64,14 +63,49 @@ def test_the_picture_has_a_panel_for_each_folder(folder, tmp_path):
     assert list(report.smooth(report.np.array([1.0, 2.0, 6.0]), 2)) == [1.0, 1.5, 4.0]
 
 
-def test_converted_runs_alone_have_a_table_and_no_picture(folder, tmp_path):
+def test_converted_runs_stand_beside_the_run_that_they_began_with(folder):
+    path, put = folder
+    put("other", -0.1, stack="window+dense 1/2", converted="balanced-1", share=0.0, rate=0.3, cost=0.5, seed=0)
+    made = report.conversions(report.load(path))
+    assert made.columns[-1] == "bits of a passage 1,024 back"
+    assert made.rows == (
+        ("balanced", "window+dense 1/2", "0.500", "0%", "-0.1200 +- 0.0000", "0.20"),
+        ("window", "light", "0.250", "5%", "-0.4000 +- 0.0000", "0.20"),
+    )
+    (path / "window-0.json").unlink()
+    with pytest.raises(ValueError, match="no result of window-0, the origin of a converted run"):
+        report.conversions(report.load(path))
+
+
+def test_converted_runs_alone_are_refused(folder, tmp_path):
     for path in folder[0].glob("*.json"):
         if path.stem != "half":
             path.unlink()
     groups = report.load(folder[0])
-    assert report.comparison(groups).rows[0][6] == "0"
-    with pytest.raises(ValueError, match="a folder holds converted runs alone"):
-        report.picture([groups], tmp_path / "made.png")
+    for call in (report.comparison, lambda groups: report.picture([groups], tmp_path / "made.png")):
+        with pytest.raises(ValueError, match="a folder holds converted runs alone"):
+            call(groups)
+
+
+def test_models_that_were_scored_at_other_lengths(folder, tmp_path):
+    path, put = folder
+    assert report.lengths(report.load(path)).rows == ()
+    with pytest.raises(ValueError, match="no model was scored at other lengths"):
+        report.lengths_picture([report.load(path)], tmp_path / "made.png")
+    more = {"bits": 2.0, "by_window": [2.0], "copied": {"1024": 0.5, "4096": 0.75}}
+    for seed, off in ((0, 0.0), (1, 0.5)):
+        at = {
+            name: {**scores, "by_position": {"0 to 256": 3.0, "256 to 1024": 1.0}} for name, scores in RUN["at"].items()
+        }
+        at["8192"] = {**at["2048"], **more, "bits": 2.0 + off}
+        put(f"light-{seed}", stack="light", seed=seed, at=at)
+    made = report.lengths(report.load(path))
+    assert (
+        made.columns[1:3] == ("bits a byte at 2,048", "bits a byte at 8,192")
+        and made.columns[-1] == "4,096 back at 8,192"
+    )
+    assert made.rows == (("light", "1.0000", "2.2500", "0.20", "0.50", "0.75"),)
+    assert report.lengths_picture([report.load(path)], tmp_path / "made.png").stat().st_size > 10_000
 
 
 def test_results_of_other_windows_are_not_compared(folder):
