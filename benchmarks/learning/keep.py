@@ -40,7 +40,7 @@ def full_layers(run: Path, rows: np.ndarray, device: torch.device, batch: int) -
         steps = [
             {"window": step.layer, "full": step.full_layers, "bits": step.loss} for step in window_layers(types, bits)
         ]
-        results.save({"windows": len(rows), "window": WINDOW, "order": steps}, file)
+        results.save({"windows": len(rows), "window": WINDOW, "dense": bits(types), "order": steps}, file)
     chosen = [step["full"] for step in json.loads(file.read_text())["order"]]
     return {
         len(full): replace(
