@@ -290,7 +290,7 @@ def main() -> None:
         prog="python -m benchmarks.learning.equal_time", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of results: what it holds is not run again")
-    parser.add_argument("--stacks", type=_stacks, help="names, by semicolons; all by default")
+    parser.add_argument("--stacks", type=stack_names, help="names, by semicolons; all by default")
     parser.add_argument("--seeds", type=kinds.seeds, default=[0], help="by commas")
     parser.add_argument("--context", type=kinds.count, default=8192)
     parser.add_argument("--batch", type=kinds.count, help="windows a step; by default 131,072 bytes")
@@ -379,7 +379,7 @@ def numbers(text: str) -> list[float]:
     raise argparse.ArgumentTypeError(f"{text}: expected numbers from 0 to 1 by commas, as in 0,0.05")
 
 
-def _stacks(text: str) -> list[str]:
+def stack_names(text: str) -> list[str]:
     stacks = [one.strip() for one in text.split(";")]
     if unknown := [one for one in stacks if one not in STACKS]:
         raise argparse.ArgumentTypeError(f"{unknown} are no stacks: expected some of {list(STACKS)}")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks import profile_training
 from benchmarks.learning import equal_time, generation, keep
 from longnet import LongNetConfig, LongNetLM
 from longnet.training import TrainSettings, train
@@ -174,6 +176,23 @@ def test_dense_layers_of_torch_are_those_of_longnet(monkeypatch):
     assert len(called) == 2
     torch.testing.assert_close(model(tokens), expected, rtol=0, atol=0)
     assert len(called) == 2
+
+
+def test_a_step_is_profiled(command, tmp_path, monkeypatch, capsys):
+    given = ("--data", str(tmp_path / "text"), *SIZES[:-2], "--stacks", "balanced")
+    monkeypatch.setattr(sys, "argv", ["profile_training", *given])
+    profile_training.main()
+    said = capsys.readouterr().out
+    assert "balanced, 2 x 1,024: " in said and "aten::" in said
+
+
+def test_time_on_the_device_counts_once():
+    at = [(0, 10), (5, 20), (30, 40), (32, 35)]
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    events = [SimpleNamespace(time_range=SimpleNamespace(start=a, end=b), device_type=cuda) for a, b in at]
+    events.append(SimpleNamespace(time_range=SimpleNamespace(start=0, end=1000), device_type=cpu))
+    watch = profile_training.Watch(profiler=SimpleNamespace(events=lambda: events))
+    assert watch.busy_seconds() == pytest.approx(30e-6 / profile_training.PROFILED)
 
 
 def test_generation_is_measured_for_every_stack(tmp_path, capsys):
