@@ -252,3 +252,8 @@ def test_the_layers_of_a_preset(tmp_path: Path, stack: str, far: str) -> None:
 def test_options_that_do_not_go_together(tmp_path: Path, options: tuple[str, ...], said: str) -> None:
     result = run(tmp_path, *options)
     assert result.exit_code == 2 and said in result.output
+
+
+def test_a_folder_without_a_config_is_named(tmp_path: Path) -> None:
+    result = run(tmp_path, "--model", str(tmp_path))
+    assert result.exit_code == 2 and "holds no config.json: expected a run folder" in " ".join(result.output.split())

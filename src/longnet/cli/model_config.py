@@ -17,12 +17,15 @@ def read_config(option: str, path: Path, start: Config | None = None) -> Config:
     Fields that the file leaves out are those of ``start``, where that is given and the file names no preset.
 
     Raises:
-        ValueError: neither JSON nor TOML, no table of fields, or an unknown field or preset; ``option`` is for the message.
+        ValueError: a folder without ``config.json``, neither JSON nor TOML, no table of fields, or an unknown field or preset;
+            ``option`` is for the message.
     """
     from longnet.models import LongNetConfig
     from longnet.training.models import config_from_dict, refuse_hugging_face
 
     file = path / "config.json" if path.is_dir() else path
+    if path.is_dir() and not file.is_file():
+        raise ValueError(f"{option} {path} holds no config.json: expected a run folder, or a JSON or TOML file")
     text = file.read_text(encoding="utf-8")
     is_toml = file.suffix.lower() == ".toml"
     try:
