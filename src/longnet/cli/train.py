@@ -11,13 +11,13 @@ import typer
 
 from longnet.cli.model_config import read_config
 from longnet.cli.options import Options, one_data, options_of, path_option
+from longnet.cli.start import tokenizer_of
 from longnet.cli.stopping import INTERRUPTED, stop_on_signal
 from longnet.training.settings import DEFAULT_STEPS, TrainSettings
 from longnet.training.transformer_config import TransformerConfig
 
 if TYPE_CHECKING:
     from longnet.models import LongNetConfig
-    from longnet.training.data import Tokenizer
     from longnet.training.models import Config
 
 DEFAULT_PRESET = "tiny"
@@ -160,7 +160,7 @@ def _make_settings(options: Options, named: _Named, changes: Options, resume: bo
             options["model"] = _with_layers(model, changes)
         return saved.replace(**options)
     made = _with_layers(model or start or _preset(DEFAULT_PRESET, None, changes), changes)
-    tokenizer = _tokenizer_of(options)
+    tokenizer = tokenizer_of(options)
     size = made.vocab_size if tokenizer is None else tokenizer.vocab_size
     return TrainSettings(model=made.replace(vocab_size=size), **options)
 
@@ -200,7 +200,7 @@ def _transformer_of(
     model = model.replace(**changes)
     if saved is not None:
         return model
-    tokenizer = _tokenizer_of(options)
+    tokenizer = tokenizer_of(options)
     rows = start.transformer["vocab_size"]
     if tokenizer is None and rows != 256:
         raise ValueError(
@@ -208,44 +208,6 @@ def _transformer_of(
         )
     size = None if tokenizer is None else tokenizer.vocab_size
     return fit_context(model.replace(tokenizer_size=size), options.get("context", TrainSettings.context))
-
-
-def _tokenizer_of(options: Options) -> Tokenizer | None:
-    """The one that is named or that data are prepared with; None for bytes where nothing is said.
-
-    Raises:
-        ValueError: two of them, or another one than that of the first weights.
-    """
-    from longnet.training.data import is_prepared, open_corpus, read_tokenizer
-
-    data, start = options.get("data"), Path(options.get("init_from", ""))
-    # A run's folder checkpoint, or a file in it, has the run's tokenizer.
-    folders = [start, *(folder for folder in (start.parent, start.parent.parent) if "checkpoint" in start.parts[-2:])]
-    first = next((one for folder in folders if (one := folder / "tokenizer.json").is_file()), start / "tokenizer.json")
-    has_own = "init_from" in options and first.is_file()
-    if data is not None and is_prepared(data):
-        if "tokenizer" in options:
-            raise ValueError(
-                f"--tokenizer with --data {data}, which is prepared: expected one of them, the data have theirs"
-            )
-        for name in ("field", "skip_bad_rows"):
-            if name in options:
-                option = "--" + name.replace("_", "-")
-                raise ValueError(f"{option} with --data {data}, which is prepared: expected it with text alone")
-        chosen = open_corpus(data, check=False).tokenizer
-    elif "tokenizer" in options:
-        chosen = read_tokenizer(options["tokenizer"])
-    elif has_own:
-        options["tokenizer"] = str(first.parent)
-        return read_tokenizer(first)
-    else:
-        return None
-    if has_own and read_tokenizer(first).digest != chosen.digest:
-        raise ValueError(
-            f"the tokenizer of --init-from {options['init_from']} is another one: expected the same, as every row of the "
-            "embedding belongs to one of its tokens"
-        )
-    return chosen
 
 
 def _with_layers(model: LongNetConfig, changes: Options) -> LongNetConfig:

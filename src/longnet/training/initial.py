@@ -118,7 +118,7 @@ def read_initial(
     found = digest_tensors(weights)
     if digest not in (None, found):
         raise ValueError(f"init_from={path!r} holds weights of digest {found}: expected {digest}, those of the start")
-    changes = _check_fit(path, config, settings.model, weights)
+    changes = check_fit(path, config, settings.model, weights)
     if not restored:
         say(f"Starting from the weights of {path}")
         if isinstance(config, TransformerConfig):
@@ -151,8 +151,8 @@ def copy_weights(weights: Mapping[str, Tensor], model: Model) -> None:
             own[name].copy_(tensor)
 
 
-def _check_fit(path: str, old: Config, new: Config, weights: Mapping[str, Tensor]) -> list[str]:
-    """The fields that change, in words.
+def check_fit(path: str, old: Config, new: Config, weights: Mapping[str, Tensor]) -> list[str]:
+    """The fields that change from the ``old`` config, whose ``weights`` these are, to the ``new`` one, in words.
 
     Raises:
         ValueError: a change after which the weights do not fit, with the parameters that differ.
