@@ -24,7 +24,12 @@ class WindowStep:
     @property
     def full_layers(self) -> tuple[int, ...]:
         """The numbers of the layers that are still full."""
-        return tuple(at for at, name in enumerate(self.layer_types) if name == "full_attention")
+        return full_layers(self.layer_types)
+
+
+def full_layers(layer_types: Sequence[str]) -> tuple[int, ...]:
+    """The numbers of the full layers, from 0."""
+    return tuple(at for at, name in enumerate(layer_types) if name == "full_attention")
 
 
 def window_layers(
@@ -47,7 +52,7 @@ def window_layers(
         ValueError: ``full`` below 0 or not below the number of full layers; a loss that is not finite.
     """
     types = list(layer_types)
-    candidates = [at for at, name in enumerate(types) if name == "full_attention"]
+    candidates = list(full_layers(types))
     if not 0 <= full < len(candidates):
         raise ValueError(
             f"full={full}: expected from 0 to {len(candidates) - 1}, as layer_types={types} has full layers"

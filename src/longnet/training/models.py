@@ -10,7 +10,7 @@ import torch
 
 from longnet.checks import check_int, check_path
 from longnet.models import LongNetConfig, LongNetLM
-from longnet.models.layer_types import DILATED_TYPES
+from longnet.models.layer_types import DILATED_TYPES, expand_layer_types
 from longnet.training.transformer import TransformerLM
 from longnet.training.transformer_config import TransformerConfig
 
@@ -98,3 +98,14 @@ def fit_context(config: TransformerConfig, context: int) -> TransformerConfig:
     fitted = config.replace(**changes)
     TransformerLM(fitted, device="meta")
     return fitted
+
+
+def layer_types_of(config: Config) -> tuple[str, ...]:
+    """What each layer computes. Those of a transformer without a pattern are full, or read windows of their own."""
+    types = config.layer_types
+    if types is None and isinstance(config, TransformerConfig) and not config.segment_lengths:
+        from longnet.hf.causal import default_layer_types
+
+        own = default_layer_types(config.transformer) or DILATED_TYPES[:1]
+        types = tuple("full_attention" if one in DILATED_TYPES else one for one in own)
+    return expand_layer_types(types or DILATED_TYPES[:1], config.layers)

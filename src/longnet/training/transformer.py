@@ -83,6 +83,22 @@ class TransformerLM(nn.Module):
         """The table of tokens."""
         return self.model.get_input_embeddings()
 
+    def attend_as(self, config: TransformerConfig) -> None:
+        """Let the layers attend as another config of the same transformer says, in place; the weights stay.
+
+        Raises:
+            ValueError: a config that :func:`longnet.hf.apply` refuses. The model is then as it was.
+        """
+        from longnet.hf.dilation import apply, restore
+
+        restore(self.model)
+        try:
+            apply(self.model, **config.apply_options())
+        except (TypeError, ValueError):
+            apply(self.model, **self.config.apply_options())
+            raise
+        self.config = config
+
     def logits(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """Logits (B, N, rows of the embedding) of tokens (B, N) int64 at ``positions`` (1, N) int64, default 0, 1, ..."""
         return self.model(input_ids=tokens, position_ids=positions, use_cache=False).logits
