@@ -413,7 +413,10 @@ def test_the_command_says_which_extra_it_needs(missing: str) -> None:
     assert (result.returncode, result.stderr) == (2, expected + "In a checkout of longnet: pip install '.[train]'\n")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["inspect", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["train", "--help"], ["choose-layers", "--help"], ["inspect", "--help"]],
+)
 @pytest.mark.parametrize("missing", [(), ("typer",)])
 def test_the_command_answers_without_torch(arguments: list[str], missing: tuple[str, ...]) -> None:
     program = f"sys.argv = ['bin/longnet', *{arguments!r}]\n" + (

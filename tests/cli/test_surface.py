@@ -26,6 +26,20 @@ OPTIONS = {
         *("--eval-every", "--save-every", "--checkpoint", "--threads", "--cp", "--compile", "--track", "--resume"),
     ],
     "prepare": ["--data", "--out", "--tokenizer", "--field", "--skip-bad-rows"],
+    "choose_layers": [
+        *(
+            "--data",
+            "--tokenizer",
+            "--context",
+            "--window",
+            "--full",
+            "--texts",
+            "--batch",
+            "--dtype",
+            "--device",
+            "--json",
+        ),
+    ],
     "generate": [
         "--prompt",
         "--file",

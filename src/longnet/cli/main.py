@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from longnet import __version__
+from longnet.cli.choose_layers import choose_layers
 from longnet.cli.generate import generate
 from longnet.cli.inspect import inspect
 from longnet.cli.once import say_once
@@ -28,6 +29,7 @@ app = typer.Typer(
 app.command(short_help="Train a model on any files; write a folder with a report.")(train)
 app.command(short_help="Turn text into tokens, once for many runs.")(prepare)
 app.add_typer(tokenizers, name="tokenizer", short_help="Train a tokenizer.")
+app.command(short_help="Show which full layers of a model need no window.")(choose_layers)
 app.command(short_help="Continue a prompt with a trained model.")(generate)
 app.command(short_help="Read any amount of bytes; report bits per byte.")(stream)
 app.command(short_help="Show what a pattern costs, covers and sees; draw it.")(inspect)
