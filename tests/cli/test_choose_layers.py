@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -116,13 +117,97 @@ def test_the_context_is_that_of_the_run(dense: Path, text: Path, call: Longnet, 
     assert "Windows of 6 at a context of 40" in result.stdout
 
 
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of text under another name than text."""
+    path = tmp_path_factory.mktemp("rows") / "my rows.jsonl"
+    path.write_text("".join(json.dumps({"body": f"row {n} of {n * n}\n" * 9}) + "\n" for n in range(90)))
+    return path
+
+
+def test_the_text_and_the_recipe_are_those_of_the_run(dense: Path, rows: Path, call: Longnet, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trained = (
+        "train",
+        "--config",
+        dense / "config.json",
+        "--data",
+        rows,
+        "--field",
+        "body",
+        "--context",
+        40,
+        "--steps",
+        40,
+    )
+    trained += (
+        "--batch",
+        2,
+        "--optimizer",
+        "muon",
+        "--lr",
+        "0.002",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--out",
+        run,
+    )
+    assert call(*trained, "--eval-every", 0).returncode == 0
+    file = tmp_path / "choice.json"
+    result = call("choose-layers", run, *MEASURED[2:], "--full", 2, "--json", file)
+    assert result.returncode == 0, result.stderr
+    command = json.loads(file.read_text())["command"]
+    assert f"--context 40 --data '{rows}' --field body --steps 2 --batch 2 --optimizer muon " in command
+    assert "--lr 0.0006 --schedule linear --warmup 1 --matrix-lr 0.0018 --out RUN" in command
+    words = shlex.split(command)[1:-1]
+    result = call(*words, tmp_path / "converted", "--device", "cpu", "--dtype", "float32", "--eval-every", 0)
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in read_metrics(tmp_path / "converted" / "metrics.jsonl") if line["kind"] == "train"]
+    assert len(lines) == 2 and lines[0]["lr"] <= 0.0006
+    given = call("choose-layers", run, *MEASURED[2:], "--full", 2, "--data", rows, "--field", "row")
+    assert given.returncode == 2 and "field='row'" in given.stderr
+    rows.rename(tmp_path / "moved.jsonl")
+    result = call("choose-layers", run, *MEASURED[2:], "--full", 2)
+    (tmp_path / "moved.jsonl").rename(rows)
+    assert (
+        result.returncode == 2
+        and f"was trained on {rows}, which is not there: expected --data as well" in result.stderr
+    )
+
+
+def test_json_takes_no_place_of_something_else(dense: Path, text: Path, call: Longnet, tmp_path: Path) -> None:
+    pipe, link = tmp_path / "pipe", tmp_path / "link.json"
+    os.mkfifo(pipe)
+    link.symlink_to(tmp_path / "target.json")
+    for path, words in (
+        (pipe, "expected a file in a folder that is there"),
+        (dense / "config.json", "lies in the model's folder"),
+    ):
+        result = call("choose-layers", dense, "--data", text, *MEASURED, "--json", path)
+        assert result.returncode == 2 and words in result.stderr and "Reading" not in result.stderr
+    assert pipe.is_fifo()
+    assert call("choose-layers", dense, "--data", text, *MEASURED, "--full", 2, "--json", link).returncode == 0
+    assert link.is_symlink() and json.loads((tmp_path / "target.json").read_text())["window"] == 6
+
+
+def test_a_transformer_with_attention_of_its_own_is_refused(text: Path, call: Longnet, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]}
+    config = transformers.GPTNeoConfig(vocab_size=256, max_position_embeddings=64, **sizes)
+    transformers.GPTNeoForCausalLM(config).save_pretrained(tmp_path / "neo")
+    result = call("choose-layers", tmp_path / "neo", "--data", text, *MEASURED)
+    assert result.returncode == 2 and "GPTNeoForCausalLM does not use transformers' AttentionInterface" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("--context", 0), "--context=0: expected at least 1"),
         (("--window", -3), "--window=-3: expected at least 1"),
         (("--full", 0), "--full=0: expected at least 1"),
-        (("--full", 3), "full=3 with 3 full layer(s) in the model: expected from 1 to 2"),
+        (("--full", 3), "full=3 with 3 full layers in the model: expected from 1 to 2"),
         (("--texts", 0), "--texts=0: expected at least 1"),
         (("--batch", 0), "--batch=0: expected at least 1"),
         (("--window", 48), "window=48 with context=48: expected a window shorter"),

@@ -29,6 +29,8 @@ OPTIONS = {
     "choose_layers": [
         *(
             "--data",
+            "--field",
+            "--skip-bad-rows",
             "--tokenizer",
             "--context",
             "--window",

@@ -51,12 +51,28 @@ def test_other_layers_stay_as_they_are():
     assert step.layer_types == ("sliding_attention", "full_attention", "strided_attention", "sliding_attention")
 
 
-@pytest.mark.parametrize(
-    ("full", "words"), [(4, "full=4: expected from 0 to 3"), (-1, "full=-1: expected from 0 to 3")]
-)
+@pytest.mark.parametrize(("full", "words"), [(4, "full=4: expected from 0 to 3"), (-1, "full=-1: expected at least 0")])
 def test_a_number_that_leaves_nothing_to_do_is_refused(full, words):
     with pytest.raises(ValueError, match=words):
         next(window_layers(FULL, lambda types: 0.0, full=full))
+
+
+@pytest.mark.parametrize(
+    ("types", "kind", "words"),
+    [
+        ("full_attention", TypeError, "has type str: expected a tuple of layer types"),
+        (("full",) * 4, ValueError, "layer_types holds 'full': expected one of"),
+        (("sliding_attention",) * 4, ValueError, "has no full layer: expected some that can get windows"),
+    ],
+)
+def test_types_without_a_full_layer_are_refused(types, kind, words):
+    with pytest.raises(kind, match=words):
+        next(window_layers(types, lambda types: 0.0))
+
+
+def test_a_loss_may_be_a_tensor():
+    loss = additive(dict.fromkeys(range(4), torch.tensor(1.5)))
+    assert isinstance(next(window_layers(FULL, loss)).loss, float)
 
 
 def test_a_loss_that_is_not_finite_is_refused():

@@ -158,11 +158,11 @@ def test_the_share_of_pairs_is_that_of_a_count() -> None:
     [
         ({"layer_types": None, "segment_lengths": (8,), "dilation_rates": (1,)}, {}, "all of LongNet's dilated attention"),
         ({"layer_types": ("sliding_attention",)}, {}, "all of sliding_attention: expected a model with full attention"),
-        ({}, {"full": 3}, r"full=3 with 3 full layer\(s\) in the model: expected from 1 to 2"),
+        ({}, {"full": 3}, "full=3 with 3 full layers in the model: expected from 1 to 2"),
         ({}, {"full": 0}, "full=0: expected at least 1"),
         ({"layers": 1, "layer_types": ("full_attention",)}, {}, "full=1 with 1 full .*: expected a model with at least 2"),
         ({}, {"window": N}, f"window={N} with context={N}: expected a window shorter than the context"),
-        ({}, {"window": None}, "window=512 with context=48"),
+        ({}, {"window": None}, r"window=512 \(the default\) with context=48"),
         ({"causal": False}, {}, "config.causal=False: a language model"),
     ],
 )  # fmt: skip
@@ -177,6 +177,12 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], options: dict[str
 def test_numbers_below_1_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         choices(LongNetLM(DENSE), **options)
+
+
+def test_a_stream_of_another_kind_is_refused() -> None:
+    for stream in (torch.zeros(500, dtype=torch.long), bytes(500)):
+        with pytest.raises(TypeError, match="stream has type .*: expected Corpus.train, or a numpy array"):
+            next(choose_layers(LongNetLM(DENSE), stream, N, window=W))  # type: ignore[arg-type]
 
 
 def test_layers_that_rotate_by_their_type_are_refused_before_any_loss(tmp_path: Any) -> None:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from longnet.checks import check_int, check_ints
 from longnet.cli.options import Options, one_data, path_option, read_path
-from longnet.cli.start import context_of, tokenizer_of
+from longnet.cli.start import conversion_of, settings_of, tokenizer_of
 from longnet.training.settings import DTYPES
 
 if TYPE_CHECKING:
@@ -42,9 +42,13 @@ def choose_layers(
         list[Path] | None,
         path_option(
             help="File or folder of text, or a folder of longnet prepare. Its held-out part is never read.",
-            show_default="Python's standard library source",
+            show_default="the run's, or Python's standard library source",
         ),
     ] = None,
+    field: Annotated[
+        str | None, typer.Option(help="Field of a row that is its text.", show_default="the run's, or text")
+    ] = None,
+    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out rows without such a text.")] = False,
     tokenizer: Annotated[
         str | None,
         typer.Option(
@@ -87,31 +91,44 @@ def choose_layers(
         raise ValueError(f"--dtype={dtype!r}: expected one of {(*DTYPES, 'auto')}")
     if (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise ValueError(f"choose-layers in {world} processes of torchrun: expected one process, without torchrun")
-    if json is not None and (json.is_dir() or not json.parent.is_dir()):
-        raise ValueError(f"--json {json}: expected a file in a folder that is there")
-    options: Options = {"init_from": str(model)}
-    if (path := one_data(data)) is not None:
-        options["data"] = str(path)
-    if tokenizer is not None:
-        options["tokenizer"] = tokenizer
+    if json is not None:
+        _check_new_file(json, model)
+    path = one_data(data)
+    given = {"data": None if path is None else str(path), "tokenizer": tokenizer, "field": field}
+    options: Options = {"init_from": str(model), **{name: value for name, value in given.items() if value is not None}}
+    if skip_bad_rows:
+        options["skip_bad_rows"] = True
     start = _open(options, context, window, full)
     rows, unit = _measure(start, options, full, texts, batch, dtype, device)
     values = {"--init-from": model, "--layer-types": ",".join(rows[-1].layer_types), "--window": start.window}
-    values |= {"--context": start.context, "--data": path, "--tokenizer": tokenizer, "--out": "RUN"}
+    values |= {"--context": start.context, "--data": options.get("data"), "--field": options.get("field")}
+    values |= {"--tokenizer": tokenizer, **conversion_of(str(model)), "--out": "RUN"}
     words = [str(word) for pair in values.items() if pair[1] is not None for word in pair]
+    words += ["--skip-bad-rows"] * ("skip_bad_rows" in options)
     command = shlex.join(["longnet", "train", *words])
-    if json is not None:
-        from longnet.training.files import write_json
-
-        about = {"model": str(model), "data": None if path is None else str(path), "texts": texts, "unit": unit}
-        about |= {"context": start.context, "window": start.window}
-        write_json(json, {**about, "rows": [_describe(row, rows[0], unit) for row in rows], "command": command})
     Console().print(_table(rows, unit, start.window, start.context))
     print(f"\nTo train on with {_count(rows[-1])}:\n\n  {command}\n")
     print(
         "The first row is the model as it is. For another one change --layer-types alone: full_attention for the layers of its "
         "numbers, sliding_attention for those that got windows."
     )
+    if json is not None:
+        from longnet.training.files import write_json
+
+        about = {"model": str(model), "data": options.get("data"), "texts": texts, "unit": unit}
+        about |= {"context": start.context, "window": start.window}
+        rows_written = [_describe(row, rows[0], unit) for row in rows]
+        write_json(json.resolve(), {**about, "rows": rows_written, "command": command})
+
+
+def _check_new_file(path: Path, model: Path) -> None:
+    """Raise ValueError where a JSON file cannot be written, or would take the place of something else."""
+    if not path.parent.is_dir() or (path.exists() and not path.is_file()):
+        raise ValueError(f"--json {path}: expected a file in a folder that is there")
+    if path.resolve().is_relative_to(model.resolve()):
+        raise ValueError(f"--json {path} lies in the model's folder {model}: expected a file elsewhere")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--json {path}: expected a folder that may be written to")
 
 
 @dataclass(frozen=True)
@@ -140,7 +157,14 @@ def _open(options: Options, context: int | None, window: int | None, full: int) 
     model = options["init_from"]
     with _naming_model():
         stored, read_weights = open_initial(model)
-    if context is None and (context := context_of(model)) is None:
+    run = settings_of(model)
+    if "data" not in options and run.get("data") is not None:
+        if not Path(run["data"]).exists():
+            raise ValueError(f"MODEL {model} was trained on {run['data']}, which is not there: expected --data as well")
+        defaults = {"data": run["data"], "field": run.get("field"), "skip_bad_rows": run.get("skip_bad_rows") or None}
+        is_default = {"data": None, "field": "text", "skip_bad_rows": None}
+        options |= {name: x for name, x in defaults.items() if x != is_default[name] and name not in options}
+    if context is None and (context := run.get("context")) is None:
         raise ValueError(f"MODEL {model} is no run folder, which says its context: expected --context as well")
     config = _with_tokenizer(stored, tokenizer_of(options, "MODEL"), model)
     config = windowed_config(config, context, window, full)
@@ -172,7 +196,8 @@ def _measure(
 
     chosen = choose_dtype(device) if dtype == "auto" else dtype
     place, reporter = resolve_device(device, chosen), make_reporter(sys.stderr)
-    corpus = read_corpus(options.get("data"), reporter.say, tokenizer=options.get("tokenizer", "bytes"))
+    of_rows = {name: options[name] for name in ("field", "skip_bad_rows") if name in options}
+    corpus = read_corpus(options.get("data"), reporter.say, tokenizer=options.get("tokenizer", "bytes"), **of_rows)
     check_lengths(corpus, start.context)
     with _naming_model():
         weights = start.read_weights()
@@ -182,8 +207,8 @@ def _measure(
     del weights
     unit = "bits per byte" if corpus.tokenizer.is_bytes else "nats per token"
     reporter.say(
-        f"Text: {texts} windows of {start.context:,} training {corpus.unit}, on {place} in {chosen}. Layers get windows of "
-        f"{start.window:,} {corpus.unit}"
+        f"Text: {texts} window{'s' * (texts != 1)} of {start.context:,} training {corpus.unit}, on {place} in {chosen}. "
+        f"Layers get windows of {start.window:,} {corpus.unit}"
     )
 
     def advance(done: float, total: int) -> None:

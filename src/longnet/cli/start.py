@@ -1,11 +1,12 @@
-"""What comes with the model that a command starts from: its tokenizer, and the context of its run."""
+"""What comes with the model that a command starts from: its tokenizer, and how its run trained it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from longnet.cli.options import Options
+from longnet.training.settings import MATRIX_LR
 
 if TYPE_CHECKING:
     from longnet.training.data import Tokenizer
@@ -48,12 +49,35 @@ def tokenizer_of(options: Options, model: str = "--init-from") -> Tokenizer | No
     return chosen
 
 
-def context_of(init_from: str) -> int | None:
-    """Tokens per window of the run at this place; None where none is."""
+def settings_of(init_from: str) -> dict[str, Any]:
+    """The settings of the run at this place, by name; none where there is no run."""
     from longnet.training.files import read_json
 
     file = _beside(init_from, "run.json")
-    return None if file is None else read_json(file).get("settings", {}).get("context")
+    return {} if file is None else read_json(file).get("settings", {})
+
+
+def conversion_of(init_from: str) -> dict[str, Any]:
+    """Options of ``longnet train`` for a converted run: 5 % of the run's steps, at 0.3 of its learning rates, falling.
+
+    Source: docs/evidence.md, on conversion. None where there is no run.
+    """
+    from longnet.training.metrics import read_metrics
+
+    run, metrics = settings_of(init_from), _beside(init_from, "metrics.jsonl")
+    if metrics is None or "lr" not in run:
+        return {}
+    steps = max((line["step"] for line in read_metrics(metrics) if line["kind"] == "train"), default=0) // 20 or 1
+    options = {
+        "pack": run.get("pack"),
+        "batch": run["batch"],
+        "accumulate": run["accumulate"] if run["accumulate"] > 1 else None,
+        "optimizer": run["optimizer"],
+    }
+    options |= {"lr": f"{0.3 * run['lr']:.3g}", "schedule": "linear", "warmup": max(1, steps // 10)}
+    if run["optimizer"] == "muon":
+        options["matrix-lr"] = f"{0.3 * (run['matrix_lr'] or MATRIX_LR * run['lr']):.3g}"
+    return {f"--{name}": value for name, value in {"steps": steps, **options}.items() if value is not None}
 
 
 def _beside(init_from: str, name: str) -> Path | None:

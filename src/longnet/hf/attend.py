@@ -58,8 +58,8 @@ def attention(
         return attend_by(own.original, module, query, key, value, mask, causal, packed, own.window, **options)
     if dropout:
         raise ValueError(
-            f"attention dropout of {dropout} in training: flash kernels would have to agree on it; expected 0 in the "
-            "model's config (attention_dropout, attn_pdrop or attention_probs_dropout_prob)"
+            f"attention dropout of {dropout} in training: flash kernels would have to agree on it; expected model.eval(), "
+            "or 0 in the model's config (attention_dropout, attn_pdrop or attention_probs_dropout_prob)"
         )
     if own.had_window:
         options.pop("sliding_window", None)

@@ -23,7 +23,13 @@ from transformers import (
 from longnet.hf import saving
 from longnet.hf.bounded import BoundedCache
 from longnet.hf.layers import dilated_layers
-from longnet.hf.transformers_internals import attends_causally, attention_layers, own_windows, unbounded_reason
+from longnet.hf.transformers_internals import (
+    attends_causally,
+    attention_layers,
+    check_model,
+    own_windows,
+    unbounded_reason,
+)
 
 # What configs call the dropout of attention weights, which dilated attention does not have.
 _ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
@@ -133,9 +139,15 @@ def at_context(values: dict[str, Any], context: int) -> dict[str, Any]:
 
 
 def default_layer_types(values: dict[str, Any]) -> tuple[str, ...] | None:
-    """``"sliding_attention"`` for layers with a window, ``"dilated_attention"`` for others; None if all are of these."""
+    """``"sliding_attention"`` for layers with a window, ``"dilated_attention"`` for others; None if all are of these.
+
+    Raises:
+        ValueError: a model whose attention :func:`longnet.hf.apply` cannot change.
+    """
     model = make_causal_lm(config_of(values), "meta", torch.float32)
-    windows = own_windows(model, attention_layers(model))
+    layers = attention_layers(model)
+    check_model(model, layers)
+    windows = own_windows(model, layers)
     if not any(windows):
         return None
     return tuple("dilated_attention" if window is None else "sliding_attention" for window in windows)

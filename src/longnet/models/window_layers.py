@@ -6,6 +6,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from longnet.checks import check_int
+from longnet.models.layer_types import expand_layer_types
+
 
 @dataclass(frozen=True)
 class WindowStep:
@@ -40,7 +43,7 @@ def window_layers(
     A model of L full layers takes about L^2 / 2 losses down to one full layer. Train the model further afterwards.
 
     Args:
-        layer_types: of the trained model, one for each layer.
+        layer_types: of the trained model, one for each layer: a shorter tuple is not repeated.
         loss: of the model with the layer types that it is called with, on text of the context that matters. Use a few long
             windows, always the same ones.
         full: how many layers stay full.
@@ -49,10 +52,14 @@ def window_layers(
         a step for every layer that gets a window, the cheapest first.
 
     Raises:
-        ValueError: ``full`` below 0 or not below the number of full layers; a loss that is not finite.
+        TypeError: ``full`` is no int, ``layer_types`` no sequence of strings.
+        ValueError: an unknown layer type, ``full`` below 0 or not below the number of full layers, a loss that is not finite.
     """
-    types = list(layer_types)
+    types = list(expand_layer_types(layer_types, len(layer_types)))
+    check_int("full", full, 0)
     candidates = list(full_layers(types))
+    if not candidates:
+        raise ValueError(f"layer_types={tuple(types)} has no full layer: expected some that can get windows")
     if not 0 <= full < len(candidates):
         raise ValueError(
             f"full={full}: expected from 0 to {len(candidates) - 1}, as layer_types={types} has full layers"
@@ -62,7 +69,7 @@ def window_layers(
         return tuple("sliding_attention" if at == layer else name for at, name in enumerate(types))
 
     while len(candidates) > full:
-        losses = {layer: loss(windowed(layer)) for layer in candidates}
+        losses = {layer: float(loss(windowed(layer))) for layer in candidates}
         if bad := {layer: value for layer, value in losses.items() if not math.isfinite(value)}:
             raise ValueError(f"loss is {bad} with a window in these layers: expected finite numbers")
         layer = min(losses, key=losses.__getitem__)

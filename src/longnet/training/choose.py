@@ -74,12 +74,14 @@ def windowed_config(config: Config, context: int, window: int | None = None, ful
         )
     if (count := len(full_layers(types))) <= full:
         at_most = f"from 1 to {count - 1}" if count > 1 else "a model with at least 2"
-        raise ValueError(f"full={full} with {count} full layer(s) in the model: expected {at_most}")
+        layers = f"{count} full layer{'s' * (count != 1)}"
+        raise ValueError(f"full={full} with {layers} in the model: expected {at_most}")
     own = None
     if _WITH_WINDOW & set(types):
         own = config.sliding_window
         if own is None and isinstance(config, TransformerConfig):
             own = getattr(config.hugging_face, "sliding_window", None)
+    default = "" if window is not None else " (the default)"
     if window is None:
         window = own or DEFAULT_WINDOW
     check_ints(1, window=window)
@@ -89,7 +91,7 @@ def windowed_config(config: Config, context: int, window: int | None = None, ful
             "number holds for all layers"
         )
     if window >= context:
-        raise ValueError(f"window={window} with context={context}: expected a window shorter than the context")
+        raise ValueError(f"window={window}{default} with context={context}: expected a window shorter than the context")
     changed = config.replace(layer_types=types, sliding_window=window)
     last = full_layers(types)[-1]
     fewest = ("sliding_attention" if one == "full_attention" and at != last else one for at, one in enumerate(types))
@@ -120,7 +122,7 @@ def choose_layers(
 
     Args:
         model: a LongNetLM, or a TransformerLM, on its device.
-        stream: training tokens (tokens,); held-out ones would be chosen on.
+        stream: training tokens (tokens,), ``Corpus.train`` or a numpy array of integers. What is chosen on is no longer held out.
         context: tokens of a window of text, N.
         window: tokens that a layer with a window reads, below ``context``; None as in :func:`windowed_config`.
         full: how many layers stay full, at least 1.
@@ -133,8 +135,13 @@ def choose_layers(
         the model itself, then a candidate for each layer that gets a window, the cheapest first.
 
     Raises:
-        TypeError, ValueError: as :func:`windowed_config`, numbers below 1, too little text, or a loss that is not finite.
+        TypeError: as :func:`windowed_config`, or a stream of another kind.
+        ValueError: as :func:`windowed_config`, numbers below 1, too little text, or a loss that is not finite.
     """
+    if not isinstance(stream, Stream):
+        raise TypeError(
+            f"stream has type {type(stream).__name__}: expected Corpus.train, or a numpy array of token numbers"
+        )
     check_ints(1, texts=texts, batch=batch)
     config = windowed_config(model.config, context, window, full)
     types, starts = layer_types_of(config), draw_starts(stream, context, texts, 0, 1)
