@@ -44,9 +44,14 @@ def save(result: Record, path: Path | None) -> None:
     """As JSON; a run killed meanwhile leaves the file as it was. Without a path nothing is written."""
     if path is None:
         return
+    text, path = json.dumps(result, indent=1) + "\n", path.resolve()
+    if path.exists() and not path.is_file():
+        # A device or a pipe, /dev/null say: a file must not take its place.
+        path.write_text(text)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.write_text(text)
     os.replace(part, path)
 
 

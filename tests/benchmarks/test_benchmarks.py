@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench_tools import run
 
-from benchmarks import checks, cli, peers, report, timing, verdicts
+from benchmarks import checks, cli, peers, report, results, timing, verdicts
 from benchmarks.cases import CPU_QUICK, Case, draw
 from benchmarks.device import Cpu, no_peak_reason
 from benchmarks.suites import speed
@@ -102,6 +103,20 @@ def fails(tmp_path: Path, what: str) -> None:
     assert what in done.stderr
     assert "no number is given" in done.stderr
     assert not path.exists()
+
+
+def test_a_result_takes_no_pipes_place(tmp_path):
+    pipe, link = tmp_path / "pipe", tmp_path / "link.json"
+    os.mkfifo(pipe)
+    link.symlink_to(tmp_path / "target.json")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        results.save({"a": 1}, pipe)
+        assert json.loads(os.read(reader, 100)) == {"a": 1} and pipe.is_fifo()
+    finally:
+        os.close(reader)
+    results.save({"a": 1}, link)
+    assert link.is_symlink() and json.loads((tmp_path / "target.json").read_text()) == {"a": 1}
 
 
 def test_a_result_unlike_the_oracle_gets_no_number(monkeypatch, tmp_path):
