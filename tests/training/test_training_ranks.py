@@ -167,10 +167,19 @@ def test_what_does_not_fit_is_said(data, tmp_path, more, said, forked):
 
 
 def test_an_error_of_one_process_alone_is_said(tmp_path, forked):
+    # The first process ends after the other has said its error: torchrun stops the others once one has ended.
     (tmp_path / "one.py").write_text(
-        "import os\n"
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
         "from longnet.cli.once import say_once\n"
         "say_once(f\"of {os.environ['RANK']}\")\n"
+        "sys.stderr.flush()\n"
+        f"other = Path({str(tmp_path / 'said')!r})\n"
+        "end = time.monotonic() + 60\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    other.touch()\n"
+        "while not other.exists() and time.monotonic() < end:\n"
+        "    time.sleep(0.01)\n"
         "raise SystemExit(2)\n"
     )
     said = finish(start("--nproc-per-node", "2", str(tmp_path / "one.py"), python=forked))
