@@ -10,7 +10,7 @@ not made again. ``--read`` scores the models at other lengths than they were tra
 
 ``--convert`` begins with the weights of a run and trains for shares of its tokens, at lower learning rates; a share of 0 scores
 the converted model as it is. ``--plain`` leaves out shifted keys and keeps positions in far layers, as the run had them.
-``--keep 2`` gives all layers of a dense run windows but two, those whose windows cost most.
+``--keep 2`` gives windows to all layers of a dense run except the two whose windows raise the loss most.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ DISTANCES = (1024, 4096, 16384, 65536)
 FAR = {"shift_keys": True, "far_positions": False}
 # Of a step: fewer would keep the host busy in place of the GPU.
 STEP_BYTES = 131_072
-# Of the held-out text at one length.
+# Bytes of held-out text that are scored at one length, at most.
 MOST_SCORED = 2**21
 # Steps that are timed, and those before them that compile.
 TIMED, BEFORE = 10, 3
@@ -67,6 +67,7 @@ def types(layers: int, far: Mapping[int, str]) -> dict[str, Any]:
 
 
 def middle(layers: int) -> tuple[int, int]:
+    """The two layers in the middle."""
     return layers // 2 - 1, layers // 2
 
 
@@ -304,7 +305,9 @@ def main() -> None:
     parser.add_argument("--shares", type=numbers, help="of the run's tokens, by commas; 0,0.02,0.05,0.1 by default")
     parser.add_argument("--rate", type=kinds.above, help="of the learning rates, for a converted run; 0.3 by default")
     parser.add_argument("--plain", action="store_true", help="far layers with positions, and keys as they are")
-    parser.add_argument("--keep", type=kinds.count, nargs="+", help="so many full layers of a dense run, no --stacks")
+    parser.add_argument(
+        "--keep", type=kinds.count, nargs="+", help="full layers to leave in a dense run; replaces --stacks"
+    )
     parser.add_argument("--stop-after", type=kinds.above, help="minutes; then the run is saved, for a later call")
     parser.add_argument(
         "--data", type=kinds.existing, action="append", help="folders of text; installed packages by default"
@@ -352,7 +355,7 @@ def main() -> None:
 
 
 def models_of(options: argparse.Namespace, text: Text) -> Iterator[tuple[str, LongNetConfig]]:
-    """What the options name: stacks, or those that keep a dense run's full layers.
+    """Name and model of each stack that the options ask for, or of each conversion that keeps full layers of a dense run.
 
     Raises:
         ValueError: sizes that make no model; a run that is not dense.
@@ -360,7 +363,7 @@ def models_of(options: argparse.Namespace, text: Text) -> Iterator[tuple[str, Lo
     if options.keep:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         rows = windows(text.train, 16, options.context + 1, 2)
-        chosen = keep.full_layers(options.convert, rows, device, max(1, min(16, 2**17 // options.context)))
+        chosen = keep.converted_models(options.convert, rows, device, max(1, min(16, 2**17 // options.context)))
         for count in options.keep:
             if count not in chosen:
                 raise ValueError(f"--keep {count}: expected from 1 to {max(chosen)}, fewer than the run's layers")

@@ -152,7 +152,7 @@ def conversions(groups: Groups) -> Table:
     for record in sorted(converted, key=order):
         if record["converted"] not in origins:
             raise ValueError(
-                f"no result of {record['converted']}, the origin of a converted run: expected it beside that"
+                f"no result of {record['converted']}, the origin of a converted run: expected both in one folder"
             )
         origin = origins[record["converted"]]
         off, width = difference([scores_of(record) | {"seed": 0}], [scores_of(origin) | {"seed": 0}], "by_window")
@@ -167,14 +167,21 @@ def conversions(groups: Groups) -> Table:
 
 
 def at_lengths(groups: Groups) -> Groups:
-    """The runs from random weights that were scored at other lengths than their context."""
+    """The runs from random weights that were scored at other lengths too."""
     return {name: records for name, records in from_scratch(groups).items() if len(records[0]["at"]) > 1}
 
 
 def lengths(groups: Groups) -> Table:
-    """Bits a byte, and of copied passages, at the context and at other lengths."""
+    """Bits a byte, and of copied passages, at the context and at other lengths.
+
+    Raises:
+        ValueError: models that were scored at different lengths.
+    """
     groups, rows = at_lengths(groups), []
-    scored = list(next(iter(groups.values()))[0]["at"]) if groups else []
+    all_scored = {tuple(one["at"]) for records in groups.values() for one in records}
+    if len(all_scored) > 1:
+        raise ValueError(f"models scored at the lengths {sorted(all_scored)}: expected the same --read for all")
+    scored = list(next(iter(all_scored), ()))
     for name, records in groups.items():
         mean = lambda length, score, records=records: fmean(score(one["at"][length]) for one in records)  # noqa: E731
         bits = (f"{mean(length, lambda at: at['bits']):.4f}" for length in scored)
@@ -252,7 +259,11 @@ def lengths_picture(folders: Sequence[Groups], path: Path) -> Path:
                 fmean(one["at"][max(one["at"], key=int)]["by_position"][text] for one in records) for text in ranges
             ]
             axes.stairs(
-                bits, [edges[0][0] or 128, *(stop for _, stop in edges)], color=COLORS[place], label=name, baseline=None
+                bits,
+                [edges[0][0] or 128, *(stop for _, stop in edges)],
+                color=COLORS[place % len(COLORS)],
+                label=name,
+                baseline=None,
             )
         axes.axvline(context, color="0.5", linewidth=1, linestyle=":")
         axes.set(xscale="log", xlabel=f"position (trained on {context:,} bytes: dotted line)", ylabel="bits a byte")

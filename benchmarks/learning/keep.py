@@ -18,7 +18,7 @@ from longnet.training import load_model
 WINDOW = 512
 
 
-def full_layers(run: Path, rows: np.ndarray, device: torch.device, batch: int) -> dict[int, LongNetConfig]:
+def converted_models(run: Path, rows: np.ndarray, device: torch.device, batch: int) -> dict[int, LongNetConfig]:
     """The run's model with each number of full layers, chosen on text (windows, N + 1); the choice is stored beside the run.
 
     Raises:

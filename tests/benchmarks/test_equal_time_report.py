@@ -106,6 +106,9 @@ def test_models_that_were_scored_at_other_lengths(folder, tmp_path):
     )
     assert made.rows == (("light", "1.0000", "2.2500", "0.20", "0.50", "0.75"),)
     assert report.lengths_picture([report.load(path)], tmp_path / "made.png").stat().st_size > 10_000
+    put("dense", stack="dense", at={**at, "4096": at["8192"]})
+    with pytest.raises(ValueError, match=r"scored at the lengths .*'4096'.* expected the same --read for all"):
+        report.lengths(report.load(path))
 
 
 def test_results_of_other_windows_are_not_compared(folder):

@@ -694,3 +694,22 @@ def test_compiling_is_for_a_single_process(make_settings: Make) -> None:
     with pytest.raises(ValueError, match="compile=True with 2 processes: expected one process, or compile=False"):
         train(settings.replace(batch=2), ranks=Two())
     assert not Path(settings.out).exists()
+
+
+def test_a_step_reads_no_number_before_the_optimizer_is_done(
+    make_settings: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU each number that is read is a wait."""
+    order: list[str] = []
+    for name in ("item", "tolist"):
+        read = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda x, read=read: order.append("read") or read(x))
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *x, **more: (order.append("step"), step(*x, **more))[1])
+    train(
+        make_settings(steps=2, batch=2, accumulate=2, eval_every=0, save_every=0, optimizer="adamw"),
+        callbacks=[lambda line: order.append("end")],
+    )
+    steps = " ".join(order).split("end")
+    assert [one.split()[-2:] for one in steps[:2]] == [["step", "read"]] * 2
+    assert "read" not in steps[1].split()[:-1]

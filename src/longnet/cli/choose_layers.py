@@ -220,8 +220,8 @@ def _measure(
         for row in choose(model, corpus.train, start.context, on_progress=advance, **settings):
             rows.append(row)
             what = "The model as it is" if row.layer is None else f"Layer {row.layer} gets a window"
-            added = "" if row.layer is None else f", {_in(unit, row.loss - rows[0].loss):+.4f}"
-            reporter.say(f"{what}: {_in(unit, row.loss):.4f} {unit}{added}; {_count(row)}")
+            added = "" if row.layer is None else f", {_in_unit(unit, row.loss - rows[0].loss):+.4f}"
+            reporter.say(f"{what}: {_in_unit(unit, row.loss):.4f} {unit}{added}; {_count(row)}")
     return rows, unit
 
 
@@ -246,7 +246,8 @@ def _with_tokenizer(config: Config, tokenizer: Tokenizer | None, model: str) -> 
     return config
 
 
-def _in(unit: str, nats: float) -> float:
+def _in_unit(unit: str, nats: float) -> float:
+    """Nats a token as bits a byte, where a token is a byte."""
     return nats / math.log(2) if unit.startswith("bits") else nats
 
 
@@ -272,8 +273,8 @@ def _describe(row: Candidate, first: Candidate, unit: str) -> dict[str, Any]:
         "layer": row.layer,
         "full_layers": row.full_layers,
         "layer_types": row.layer_types,
-        "loss": _in(unit, row.loss),
-        "added": _in(unit, row.loss - first.loss),
+        "loss": _in_unit(unit, row.loss),
+        "added": _in_unit(unit, row.loss - first.loss),
         "pair_share": row.pair_share,
     }
 
@@ -287,7 +288,7 @@ def _table(rows: Sequence[Candidate], unit: str, window: int, context: int) -> T
     for name in ("full layers", "their numbers", f"loss, {unit}", "added", "share of dense pairs"):
         table.add_column(name, justify="left" if name.startswith("their") else "right", overflow="fold")
     for row in rows:
-        added = "" if row.layer is None else f"{_in(unit, row.loss - rows[0].loss):+.4f}"
-        cells = f"{_in(unit, row.loss):.4f}", added, f"{row.pair_share:.2%}"
+        added = "" if row.layer is None else f"{_in_unit(unit, row.loss - rows[0].loss):+.4f}"
+        cells = f"{_in_unit(unit, row.loss):.4f}", added, f"{row.pair_share:.2%}"
         table.add_row(str(len(row.full_layers)), _numbers(row.full_layers), *cells)
     return table
