@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from longnet.training.models import Model
-from longnet.training.ranks import replicated, spread_like
+from longnet.training.muon import Muon
 from longnet.training.settings import TrainSettings
 
 
@@ -32,7 +30,7 @@ def make_optimizer(model: Model, settings: TrainSettings) -> torch.optim.Optimiz
     adamw = torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=fused)
     if not matrices:
         return adamw
-    return _Together([adamw, *(_muon_of(matrix, settings) for matrix in matrices)])
+    return _Together([adamw, Muon(matrices, settings.peak_matrix_lr, settings.weight_decay)])
 
 
 def _matrices(model: Model) -> list[Tensor]:
@@ -44,30 +42,6 @@ def _matrices(model: Model) -> list[Tensor]:
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
     ]
     return [linear.weight for linear in linears if linear.weight.requires_grad]
-
-
-def _muon_of(matrix: Tensor, settings: TrainSettings) -> torch.optim.Muon:
-    """Muon of one matrix, with updates of the size of AdamW's. The gradient is gone after a step.
-
-    On shards torch would add up products that each process has rounded to bfloat16. So every process that has a shard takes
-    the step with the whole gradient and momentum, as one process does.
-    """
-    muon = torch.optim.Muon([matrix], settings.peak_matrix_lr, settings.weight_decay, adjust_lr_fn="match_rms_adamw")
-
-    def gather(*_: Any) -> None:
-        if matrix.grad is not None:
-            matrix.grad = replicated(matrix.grad)
-        state = muon.state[matrix]
-        state.update({name: replicated(value) for name, value in state.items()})
-
-    def spread(*_: Any) -> None:
-        matrix.grad = None
-        state = muon.state[matrix]
-        state.update({name: spread_like(matrix, value) for name, value in state.items()})
-
-    muon.register_step_pre_hook(gather)
-    muon.register_step_post_hook(spread)
-    return muon
 
 
 def state_shapes(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, torch.Size]]:
@@ -87,22 +61,9 @@ class _Together(torch.optim.Optimizer):
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
         super().__init__([group for part in parts for group in part.param_groups], {})
         self._parts = parts
-        on_cpu = any(weight.device.type == "cpu" for group in self.param_groups for weight in group["params"])
-        # Every operation goes through the mode's Python, which a GPU would wait for.
-        self._mode: Callable[[], AbstractContextManager[Any]] = _InFloat32 if on_cpu else nullcontext
         for part in parts:
             part.state = self.state
 
     def step(self, closure: Any = None) -> Any:
-        with self._mode():
-            for part in self._parts:
-                part.step()
-
-
-class _InFloat32(TorchFunctionMode):
-    """torch's Muon multiplies bfloat16 matrices; a CPU without instructions for them multiplies float32 much faster."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.bfloat16:
-            return args[0].to(torch.float32, copy=True)
-        return func(*args, **(kwargs or {}))
+        for part in self._parts:
+            part.step()

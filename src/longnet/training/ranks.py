@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from longnet.distributed import parallelize, shard_lengths, shard_sequence, unshard_sequence
 from longnet.training.liveness import Liveness
@@ -199,15 +199,9 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def replicated(x: Tensor) -> Tensor:
-    """``x`` with the whole of it on every process; if it is sharded over processes, all of them must call."""
-    return x.redistribute(placements=[Replicate()] * x.device_mesh.ndim) if isinstance(x, DTensor) else x
-
-
 def spread_like(x: Tensor, value: Tensor) -> Tensor:
-    """``value``, whole on every process, moved to the device of ``x`` and sharded as ``x`` is."""
-    if isinstance(x, DTensor) and isinstance(value, DTensor):
-        return value.redistribute(placements=x.placements)
-    if isinstance(x, DTensor):
-        return distribute_tensor(value.to(x.device), x.device_mesh, x.placements)
-    return value.to(x.device)
+    """``value``, whole and the same on every process, moved to the device of ``x`` and sharded as ``x`` is."""
+    value = value.to(x.device)
+    return (
+        distribute_tensor(value, x.device_mesh, x.placements, src_data_rank=None) if isinstance(x, DTensor) else value
+    )

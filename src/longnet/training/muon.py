@@ -1,0 +1,75 @@
+"""Muon (Jordan et al., 2024) as ``torch.optim.Muon`` computes it, of many matrices at a time.
+
+torch takes one matrix after the other, in about 35 small kernels. A GPU computes these faster than the host launches them, so
+that a step of a small model spends much of its time there. Here matrices of one shape are multiplied as a batch.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longnet.training.ranks import spread_like, whole
+
+# Numbers of a batch, at most, unless one matrix has more: larger ones keep a GPU busy by themselves, and take memory.
+_BATCH = 1 << 24
+
+
+class Muon(torch.optim.Muon):
+    """``torch.optim.Muon`` with updates of the size of AdamW's.
+
+    On shards torch would add up products that each process has rounded to bfloat16. So every process that has a shard
+    gathers whole matrices, and multiplies these as one process does.
+    """
+
+    def __init__(self, matrices: Iterable[Tensor], lr: float, weight_decay: float) -> None:
+        super().__init__(matrices, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for matrices in _batches(group["params"]):
+                self._step(group, matrices)
+
+    def _step(self, group: dict[str, Any], matrices: list[Tensor]) -> None:
+        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
+        for matrix in matrices:
+            if not self.state[matrix]:
+                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+        momenta = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        pairs = zip(gradients, momenta, strict=True)
+        ahead = torch.stack([whole(gradient.lerp(own, group["momentum"])) for gradient, own in pairs])
+        # A CPU without instructions for bfloat16 multiplies float32 much faster.
+        ahead = ahead.to(torch.float32 if ahead.device.type == "cpu" else torch.bfloat16)
+        updates = orthogonalized(ahead, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        parts = [spread_like(*pair) for pair in zip(matrices, updates.to(matrices[0].dtype), strict=True)]
+        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(matrices, parts, alpha=-0.2 * group["lr"] * max(matrices[0].shape) ** 0.5)
+
+
+def orthogonalized(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Matrices (B, m, n) with singular values near 1, by Newton-Schulz iterations in the dtype of ``x``."""
+    a, b, c = coefficients
+    is_tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if is_tall else x
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
+
+
+def _batches(matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Those with a gradient: of one shape, dtype and device, and no more than a batch has numbers."""
+    alike: defaultdict[Any, list[Tensor]] = defaultdict(list)
+    for matrix in matrices:
+        if matrix.grad is not None:
+            alike[matrix.shape, matrix.dtype, matrix.device].append(matrix)
+    for (shape, *_), some in alike.items():
+        count = max(1, _BATCH // shape.numel())
+        yield from (some[start : start + count] for start in range(0, len(some), count))
