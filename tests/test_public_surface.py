@@ -88,7 +88,7 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
         "segment_lengths=(2048, 4096, 8192, 16384, 32768), dilation_rates=(1, 2, 4, 6, 12), kv_heads=None, "
         "causal=True, norm='layer', qk_norm=False, bias=True, dropout=0.0, use_xpos=True, use_rel_pos_bias=False, "
         "head_offsets='interleaved', head_numbers=None, xpos_scale_base=None, tie_embeddings=True, "
-        "gradient_checkpointing=False, loss_chunk=4096, feed_forward_chunk=None, backend='auto', layer_types=None, "
+        "gradient_checkpointing=False, loss_chunk=None, feed_forward_chunk=None, backend='auto', layer_types=None, "
         "sliding_window=512, stride=4, stride_block=1, shift_keys=False, far_positions=True)",
     ),
     (LongNetConfig.preset, "(name, stack=None, **changes)"),
@@ -150,7 +150,7 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
         longnet.training.TransformerConfig,
         "(transformer, tokenizer_size=None, segment_lengths=(), dilation_rates=(), head_offsets='interleaved', "
         "layer_types=None, sliding_window=None, stride=4, stride_block=1, backend='auto', gradient_checkpointing=False, "
-        "loss_chunk=4096)",
+        "loss_chunk=None)",
     ),
     (longnet.training.save_model, "(model, path, *, tokenizer=None)"),
 ]

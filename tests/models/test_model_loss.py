@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longnet.models import LongNetConfig, LongNetLM
+from longnet.models import LongNetConfig, LongNetLM, loss
 
 VOCAB, CHUNK, DIM = 251, 16, 32
 
@@ -116,6 +116,18 @@ def test_logits_of_a_long_sequence_are_never_held_at_once() -> None:
     # Logits, their log-softmax and its gradient of one chunk; the tensors of a chunk are freed before the next.
     assert watch.most <= 4 * CHUNK
     assert watch.seen >= 2 * 640 // CHUNK
+
+
+@pytest.mark.parametrize(("logits", "positions"), [(VOCAB * 50 + 9, 50), (VOCAB * 5, 20)])
+def test_a_chunk_holds_so_many_logits_by_default(monkeypatch: pytest.MonkeyPatch, logits: int, positions: int) -> None:
+    assert loss.positions_at_once(None, 256) == 65_536 and loss.positions_at_once(None, 50_000) == 4096
+    monkeypatch.setattr(loss, "_LOGITS", logits)
+    monkeypatch.setattr(loss, "_LEAST", 20)
+    config = LongNetConfig.preset("nano", vocab_size=VOCAB, loss_chunk=None)
+    model, (tokens, targets) = LongNetLM(config), _pair(2, 320)
+    with _LogitsWatch() as watch:
+        model.loss(tokens, targets).backward()
+    assert watch.largest == positions
 
 
 def test_watch_sees_what_is_held() -> None:

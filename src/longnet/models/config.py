@@ -42,7 +42,8 @@ class LongNetConfig:
         xpos_scale_base: xPos's decay length in tokens; None lets the attention derive it from the longest segment.
         tie_embeddings: whether the language model's output head is the embedding table.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
-        loss_chunk: positions whose logits are held at once by the language model's loss.
+        loss_chunk: positions whose logits are held at once by the language model's loss. None: as many as have 2^24 logits, and
+            4,096 at least.
         feed_forward_chunk: tokens of a row whose hidden layer (``ffn_dim`` wide, the widest of all) is held at once; it is
             computed again in the backward pass. None holds all. Not with ``norm="batch"``.
         backend: name of the attention backend, or ``"auto"``.
@@ -82,7 +83,7 @@ class LongNetConfig:
     xpos_scale_base: float | None = None
     tie_embeddings: bool = True
     gradient_checkpointing: bool = False
-    loss_chunk: int = 4096
+    loss_chunk: int | None = None
     feed_forward_chunk: int | None = None
     backend: str = "auto"
     layer_types: tuple[str, ...] | None = None

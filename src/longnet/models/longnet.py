@@ -13,7 +13,7 @@ from longnet.models.base import LongNetBase
 from longnet.models.cache import LongNetCache, make_cache
 from longnet.models.config import LongNetConfig
 from longnet.models.generation import LanguageModel
-from longnet.models.loss import chunked_cross_entropy
+from longnet.models.loss import chunked_cross_entropy, positions_at_once
 from longnet.models.padding import rows_from_start
 from longnet.models.placement import dtype_of
 from longnet.runtime.autocast import autocast_dtype
@@ -178,9 +178,8 @@ class LongNetLM(LanguageModel):
         hidden = self._hidden(tokens, key_padding_mask, cu_seqlens=cu_seqlens)
         if key_padding_mask is not None:
             targets = targets.masked_fill(key_padding_mask, ignore_index)
-        losses = chunked_cross_entropy(
-            self._logits, hidden.flatten(0, 1), targets.flatten(), self.config.loss_chunk, ignore_index
-        )
+        chunk = positions_at_once(self.config.loss_chunk, self.config.vocab_size)
+        losses = chunked_cross_entropy(self._logits, hidden.flatten(0, 1), targets.flatten(), chunk, ignore_index)
         if reduction == "none":
             return losses.view(targets.shape)
         if reduction == "sum":

@@ -9,6 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+# Logits at one time by default, 64 MiB in float32, and the least positions: small chunks keep the host busy and not a GPU.
+_LOGITS, _LEAST = 1 << 24, 4096
+
+
+def positions_at_once(loss_chunk: int | None, vocab_size: int) -> int:
+    """How many positions' logits a loss holds: ``loss_chunk`` of a config, or what None stands for."""
+    return max(_LEAST, _LOGITS // vocab_size) if loss_chunk is None else loss_chunk
+
 
 def chunked_cross_entropy(
     head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, chunk: int, ignore_index: int = -100

@@ -18,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from longnet.geometry.cost import score_pairs
 from longnet.models import LongNetConfig, LongNetLM
 from longnet.models.layers import Block, FeedForward
+from longnet.models.loss import positions_at_once
 from longnet.nn.norm import make_norm
 from longnet.runtime.torch_internals import fake_tensors
 from longnet.training.device import autocast
@@ -199,7 +200,8 @@ def _activations(settings: TrainSettings, device: torch.device, batch: int, leng
             whole = FeedForward(config.replace(feed_forward_chunk=None), **made)
             of_chunk = _saved_bytes(whole, x[:, : config.feed_forward_chunk])
     # Logits of the dtype and of float32, what cross-entropy saves, and its gradient.
-    logits = min(config.loss_chunk, batch * length) * config.vocab_size * (dtype.itemsize + 3 * 4)
+    chunk = positions_at_once(config.loss_chunk, config.vocab_size)
+    logits = min(chunk, batch * length) * config.vocab_size * (dtype.itemsize + 3 * 4)
     if not config.gradient_checkpointing:
         return sum(count * of_kind[kind] for kind, count in Counter(layers).items()) + of_norm + max(of_chunk, logits)
     return config.layers * x.nbytes + of_norm + max(max(of_kind.values()) + of_chunk, logits)

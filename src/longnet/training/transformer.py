@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from longnet.attention.sharding import mean_over
 from longnet.checks import check_callable, check_int
 from longnet.models.generation import Sampling, evaluating
-from longnet.models.loss import chunked_cross_entropy
+from longnet.models.loss import chunked_cross_entropy, positions_at_once
 from longnet.runtime.torch_internals import flattened_mesh
 from longnet.training.transformer_config import TransformerConfig
 
@@ -131,7 +131,8 @@ class TransformerLM(nn.Module):
             raise ValueError(f"reduction={reduction!r} is unknown: expected 'mean' or 'none'")
         positions = None if cu_seqlens is None else _positions(cu_seqlens, tokens.device)
         hidden, head = self._before_head(tokens, position_ids=positions, use_cache=False)
-        losses = chunked_cross_entropy(head, hidden.flatten(0, 1), targets.flatten(), self.config.loss_chunk)
+        chunk = positions_at_once(self.config.loss_chunk, self.config.vocab_size)
+        losses = chunked_cross_entropy(head, hidden.flatten(0, 1), targets.flatten(), chunk)
         if reduction == "none":
             return losses.view(targets.shape)
         count = (targets != -100).sum()

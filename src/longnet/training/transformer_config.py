@@ -26,7 +26,7 @@ class TransformerConfig:
         segment_lengths, dilation_rates, head_offsets, layer_types, sliding_window, stride, stride_block, backend: of
             :func:`longnet.hf.apply`.
         gradient_checkpointing: whether decoder layers are computed again in the backward pass.
-        loss_chunk: most positions whose logits exist at one time.
+        loss_chunk: most positions whose logits exist at one time. None: as many as have 2^24 logits, and 4,096 at least.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -44,7 +44,7 @@ class TransformerConfig:
     stride_block: int = 1
     backend: str = "auto"
     gradient_checkpointing: bool = False
-    loss_chunk: int = 4096
+    loss_chunk: int | None = None
 
     def __post_init__(self) -> None:
         check_settings(self)
