@@ -56,7 +56,7 @@ class Watch:
         spans = sorted(
             (event.time_range.start, event.time_range.end)
             for event in self.profiler.events()
-            if event.device_type.name == "CUDA"
+            if event.device_type.name == "CUDA" and not event.is_user_annotation
         )
         busy = end = 0.0
         for start, stop in spans:
