@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longnet.attention.sharding import attend, ranges
+
 # Which dimension of a tensor is the sequence.
 TOKENS = {"query": 2, "key": 2, "value": 2, "grad": 2, "grad_lse": 2, "mask": 1, "out": 2, "lse": 2}
 
@@ -23,6 +25,16 @@ def shard_of(case: Any, rank: int) -> dict[str, Tensor | None]:
 
 def run_shard(group: object, rank: int, case: Any) -> dict[str, Tensor]:
     return case.run(shard_of(case, rank), group)
+
+
+def run_in_squares(group: object, rank: int, case: Any) -> dict[str, Tensor]:
+    """Where every query reads all received keys, by a backend, however few they are."""
+    usual = ranges.LEAST_ROWS
+    attend.LEAST_ROWS = ranges.LEAST_ROWS = 1
+    try:
+        return run_shard(group, rank, case)
+    finally:
+        attend.LEAST_ROWS = ranges.LEAST_ROWS = usual
 
 
 def together(results: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from on_shards import bytes_sent, run_shard, together
+from on_shards import bytes_sent, run_in_squares, run_shard, together
 from patterns import branches, relative_error
 from torch import Tensor
 
@@ -94,8 +94,8 @@ class Case:
         return {"out": out.detach(), "lse": lse.detach(), **dict(zip(tensors, found, strict=True))}
 
 
-def compare(ranks, case, tolerance=1e-10):
-    got = together(ranks(len(case.shards), run_shard, case))
+def compare(ranks, case, tolerance=1e-10, run=run_shard):
+    got = together(ranks(len(case.shards), run, case))
     want = case.run(case.inputs())
     assert torch.equal(got["lse"].isfinite(), want["lse"].isfinite())
     for name in want:
@@ -128,6 +128,12 @@ def cases(draw):
 @settings(max_examples=150, deadline=None)
 def test_shards_give_what_one_device_gives(ranks, case):
     compare(ranks, case)
+
+
+@given(case=cases())
+@settings(max_examples=100, deadline=None)
+def test_shards_whose_received_keys_are_read_by_a_backend(ranks, case):
+    compare(ranks, case, run=run_in_squares)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])

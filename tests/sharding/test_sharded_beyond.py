@@ -9,7 +9,7 @@ import torch
 from beyond import calls
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from on_shards import bytes_sent, run_shard, shard_of, together
+from on_shards import bytes_sent, run_in_squares, run_shard, shard_of, together
 from patterns import relative_error
 from sharded_cases import MIXED, PAPER, Case, compare
 
@@ -54,6 +54,12 @@ def cases(draw):
 @settings(max_examples=200, deadline=None)
 def test_shards_give_what_the_definition_gives(ranks, case):
     compare(ranks, case)
+
+
+@given(case=cases())
+@settings(max_examples=200, deadline=None)
+def test_shards_whose_received_keys_are_read_by_a_backend(ranks, case):
+    compare(ranks, replace(case, biased=False), run=run_in_squares)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])

@@ -19,6 +19,16 @@ from longnet.geometry import Branch, Pattern
 # Tokens.
 _LONGEST_CACHED = 1 << 14
 
+# Rising positions, in a tensor on the CPU, or at equal steps.
+Positions = Tensor | range
+
+
+def tensor_of(positions: Positions) -> Tensor:
+    """The positions as int64 on the CPU."""
+    if isinstance(positions, Tensor):
+        return positions
+    return torch.arange(positions.start, positions.stop, positions.step, device="cpu")
+
 
 @dataclass(frozen=True)
 class KeyRanges:
@@ -50,7 +60,7 @@ class KeyRanges:
             yield first, last, int(self.low[first]), int(self.high[last - 1])
 
 
-def index_of(heads: Tensor, positions: Tensor, device: torch.device) -> tuple[slice, Any, Any]:
+def index_of(heads: Positions, positions: Positions, device: torch.device) -> tuple[slice, Any, Any]:
     """The index of some heads and positions in a (B, H, N, ...) tensor: of a view where both lie at equal steps."""
     rows, columns = (x.to(device) if isinstance(x, Tensor) else x for x in map(_as_slice, (heads, positions)))
     if isinstance(rows, Tensor) and isinstance(columns, Tensor):
@@ -58,7 +68,9 @@ def index_of(heads: Tensor, positions: Tensor, device: torch.device) -> tuple[sl
     return slice(None), rows, columns
 
 
-def _as_slice(numbers: Tensor) -> slice | Tensor:
+def _as_slice(numbers: Positions) -> slice | Tensor:
+    if isinstance(numbers, range):
+        return slice(numbers.start, numbers.stop, numbers.step) if len(numbers) else slice(0, 0)
     if len(numbers) < 2:
         return slice(int(numbers[0]), int(numbers[0]) + 1) if len(numbers) else slice(0, 0)
     step = numbers[1:] - numbers[:-1]

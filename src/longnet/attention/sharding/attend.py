@@ -19,6 +19,7 @@ from longnet.attention.backends import Backend
 from longnet.attention.call import AttentionInputs, Gradients, SavedForward, lse_dtype
 from longnet.attention.chunked import Rows
 from longnet.attention.sharding.exchange import pack, send
+from longnet.attention.sharding.ordinary import LEAST_ROWS, OrdinaryCall, square_call
 from longnet.attention.sharding.plan import Place, RowGroup, ShardPlan, make_plan
 from longnet.geometry.chunks import OwnPart
 
@@ -45,11 +46,17 @@ class Shard:
         grad_lse = None if grad_lse is None else grad_lse[:, :, part.tokens]
         return self.backend.run_backward(SavedForward(self._part(part), out, lse), grad_out, grad_lse)
 
-    def _rows(self, rows: RowGroup, received: Tensor) -> Rows:
+    def _call(self, rows: RowGroup, received: Tensor) -> Rows | OrdinaryCall:
         """The call that a group of rows is. ``received`` is (rows, B, channels)."""
         own_query, own_key, own_value, mask, _, own_bias = self.inputs.tensors
         kind, dim = lse_dtype(own_query.dtype), own_query.shape[-1]
-        query = own_query[:, rows.heads, rows.tokens].to(kind)
+        query = own_query[:, rows.heads, rows.tokens]
+        if rows.received is not None and mask is None and own_bias is None:
+            remote = received[rows.received].movedim(2, 0)
+            if min(query.shape[2], remote.shape[2]) >= LEAST_ROWS:
+                key, value = remote.split(dim, -1)
+                return square_call(self.backend, query, key, value, None, self.inputs.spec.scale)
+        query = query.to(kind)
         padded = None
         if rows.received is None:
             key, value = (x[:, rows.key_heads, rows.key_tokens].to(kind) for x in (own_key, own_value))
@@ -95,7 +102,7 @@ class Shard:
     def _mix(self, out: Tensor, lse: Tensor, rows: RowGroup, received: Tensor) -> None:
         index = (slice(None), rows.heads, rows.tokens)
         mixed_out, mixed_lse = out[index], lse[index]
-        found_out, found_lse = self._rows(rows, received).forward()
+        found_out, found_lse = self._call(rows, received).forward()
         merge.merge_(mixed_out, mixed_lse, found_out.view(mixed_out.shape), found_lse.view(mixed_lse.shape))
         out[index], lse[index] = mixed_out, mixed_lse
 
@@ -107,7 +114,7 @@ class Shard:
 
         def group_backward(rows: RowGroup) -> Tensor:
             """Gradients of the group's keys and values, (B, h / share, b, 2 D); those of its queries go to ``query_grads``."""
-            index, call = (slice(None), rows.heads, rows.tokens), self._rows(rows, received)
+            index, call = (slice(None), rows.heads, rows.tokens), self._call(rows, received)
             grad_q, grad_kv, by_distance = rows_backward(call, index, saved, grad_out, grad_lse, rows.share)
             query_grads.append((rows, grad_q))
             if by_distance is not None:
@@ -157,18 +164,26 @@ class Shard:
 
 
 def rows_backward(
-    call: Rows, index: tuple[Any, Any, Any], saved: SavedForward, grad_out: Tensor, grad_lse: Tensor | None, share: int
+    call: Rows | OrdinaryCall,
+    index: tuple[Any, Any, Any],
+    saved: SavedForward,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    share: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of rows against rows that are a part of the joint softmax.
 
     Args:
-        call: B times h attentions of a queries to b keys.
+        call: of a queries and b keys, for h heads.
         index: of the queries in (B, H, n, ...) tensors.
         share: neighbouring heads that read the same keys.
 
     Returns:
         those of the queries (B, h, a, D), of the keys and values (B, h / share, b, 2 D), and of the bias or None.
     """
+    if isinstance(call, OrdinaryCall):
+        of_lse = None if grad_lse is None else grad_lse[index]
+        return *call.backward(saved.out[index], saved.lse[index], grad_out[index], of_lse), None
     # Of these rows alone: over a whole shard it would cost as much as an eighth of the attention.
     grad_rows, mixed = (x[index].to(saved.lse.dtype) for x in (grad_out, saved.out))
     # Below neither may be inferred: the other may be 0.

@@ -1,18 +1,20 @@
 """Which keys ranks exchange, and which queries read them: windows, all queries, blocks, segments without end, other grids.
 
 Keys of other ranks are received, each once for every key/value head and head offset, and a query reads a range of them.
+Positions are a ``range`` where they are at equal steps, so that a long shard costs no more to plan than a short one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from longnet.attention.key_ranges import KeyRanges, ranges_between
+from longnet.attention.key_ranges import KeyRanges, Positions, ranges_between, tensor_of
 from longnet.attention.sharding.plan import Place
+from longnet.geometry.rows import UNBOUNDED
 from longnet.geometry.shards import KeyPart, SharedKeys, shared_keys
 from longnet.runtime.cache import tensor_cache
 
@@ -21,10 +23,33 @@ _LONGEST_CACHED = 1 << 14
 
 
 class Keys(NamedTuple):
-    """Keys that travel from one rank to another: (b,) rising positions of each key/value head."""
+    """Keys that travel from one rank to another: rising positions of each key/value head."""
 
     part: KeyPart
-    positions: Tensor
+    positions: Positions
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Queries of the shard, rising, and received keys of one part.
+
+    Args:
+        pieces: the numbers of the keys among those of the part, which are ordered by rank.
+        keys: their positions.
+        reads_all: whether every one of these queries reads all of these keys.
+    """
+
+    part: KeyPart
+    queries: Positions
+    pieces: range
+    keys: tuple[Positions, ...]
+    reads_all: bool
+
+    def ranges(self, place: Place) -> KeyRanges:
+        """What each query reads; queries that read nothing are left out."""
+        heads, keys = torch.tensor(self.part.heads, device="cpu"), torch.cat([tensor_of(one) for one in self.keys])
+        about = place.pattern, self.part.branch, heads, tensor_of(self.queries), keys
+        return ranges_between(*about, place.is_causal, self.part.origin(place.segment_offset))
 
 
 @dataclass(frozen=True)
@@ -33,15 +58,15 @@ class RangePlan:
 
     Args:
         sent, received: to and from every rank.
-        read: received keys of one part, those of all ranks in order.
-        queries, keys: rising positions of the queries that read received keys, and of the keys that are sent.
+        read: every received key is in one of these with each query that reads it.
+        queries, keys: positions among which are all queries that read received keys, and all keys that are sent.
     """
 
     sent: tuple[tuple[Keys, ...], ...]
     received: tuple[tuple[Keys, ...], ...]
-    read: tuple[tuple[KeyPart, KeyRanges], ...]
-    queries: Tensor
-    keys: Tensor
+    read: tuple[Reading, ...]
+    queries: Positions
+    keys: Positions
 
 
 def rows_exchanged(place: Place, batches: dict[int, int], sent: bool) -> tuple[int, ...]:
@@ -76,17 +101,23 @@ def _make_plan(place: Place) -> RangePlan:
             tuple(tuple(_keys(one, place) for one in _shared(place, *pair)) for pair in pairs)
             for pairs in (((place.rank, other) for other in ranks), ((other, place.rank) for other in ranks))
         )
-        pieces: dict[KeyPart, list[Tensor]] = {}
+        pieces: dict[KeyPart, list[Positions]] = {}
         for part, positions in (one for keys in received for one in keys):
             pieces.setdefault(part, []).append(positions)
-        read = tuple((part, _read(place, part, torch.cat(p))) for part, p in pieces.items())
-        keys = _union([one.positions for keys in sent for one in keys])
-        return RangePlan(sent, received, read, _union([ranges.queries for _, ranges in read]), keys)
+        read = tuple(reading for part, positions in pieces.items() for reading in _readings(place, part, positions))
+        keys = _among([one.positions for keys in sent for one in keys])
+        return RangePlan(sent, received, read, _among([reading.queries for reading in read]), keys)
 
 
-def _union(positions: list[Tensor]) -> Tensor:
-    nothing = torch.empty(0, dtype=torch.int64, device="cpu")
-    return torch.unique(torch.cat([nothing, *positions]))
+def _among(positions: Sequence[Positions]) -> Positions:
+    """The union; where it is long and has few gaps, all from the first to the last."""
+    positions = [one for one in positions if len(one)]
+    if not positions:
+        return range(0)
+    hull = range(min(int(one[0]) for one in positions), max(int(one[-1]) for one in positions) + 1)
+    if 2 * sum(map(len, positions)) >= len(hull):
+        return hull
+    return torch.unique(torch.cat([tensor_of(one) for one in positions]))
 
 
 _cached_plan = tensor_cache(64)(_make_plan)
@@ -99,24 +130,39 @@ def _shared(place: Place, owner: int, receiver: int) -> tuple[SharedKeys, ...]:
 
 
 def _keys(shared: SharedKeys, place: Place) -> Keys:
-    return Keys(shared.part, _chosen(shared.part, torch.arange(shared.first, shared.stop, device="cpu"), place))
+    return Keys(shared.part, _chosen(shared.part, range(shared.first, shared.stop), place))
 
 
-def _chosen(part: KeyPart, positions: Tensor, place: Place) -> Tensor:
-    """Those of the positions that the part's heads select."""
-    if part.branch is None:
+def _chosen(part: KeyPart, positions: range, place: Place) -> Positions:
+    """Those of neighbouring positions that the part's heads select."""
+    branch, origin = part.branch, part.origin(place.segment_offset)
+    if branch is None or branch.dilation_rate == 1:
         return positions
-    return positions[part.branch.selects(positions + part.origin(place.segment_offset), part.offset)]
+    if branch.block == 1 and branch.segment_length == UNBOUNDED:
+        rate = branch.dilation_rate
+        return range(positions.start + (part.offset - positions.start - origin) % rate, positions.stop, rate)
+    found = tensor_of(positions)
+    return found[branch.selects(found + origin, part.offset)]
 
 
-def _read(place: Place, part: KeyPart, keys: Tensor) -> KeyRanges:
+def _readings(place: Place, part: KeyPart, pieces: list[Positions]) -> Iterable[Reading]:
+    """Who reads the received keys of a part."""
     start, end = place.shards.span(place.rank)
     pattern, branch, origin = place.pattern, part.branch, part.origin(place.segment_offset)
     # The queries that read the token before the shard, and those that read the token after it.
     low = min(end, max(start, pattern.read_span(branch, start - 1, False, origin)[1]))
-    high = end if place.is_causal else min(end, max(low, pattern.read_span(branch, end, False, origin)[0]))
-    queries = torch.cat((torch.arange(start, low, device="cpu"), torch.arange(high, end, device="cpu")))
-    if pattern.dilated_queries:
-        queries = _chosen(part, queries, place)
-    heads = torch.tensor(part.heads, device="cpu")
-    return ranges_between(pattern, branch, heads, queries, keys, place.is_causal, origin)
+    high = end if place.is_causal else max(start, min(end, pattern.read_span(branch, end, False, origin)[0]))
+    before = sum(int(positions[0]) < start for positions in pieces)
+    for numbers, queries in ((range(before), range(start, low)), (range(before, len(pieces)), range(high, end))):
+        chosen = _chosen(part, queries, place) if pattern.dilated_queries else queries
+        keys = tuple(pieces[number] for number in numbers)
+        if not len(chosen) or not keys:
+            continue
+        # What a query reads begins and ends later the later it stands.
+        first = pattern.read_span(branch, int(chosen[-1]), False, origin)[0]
+        stop = pattern.read_span(branch, int(chosen[0]), False, origin)[1]
+        if first <= int(keys[0][0]) and int(keys[-1][-1]) < stop:
+            # One by one: a call then has as many keys as a shard at most.
+            yield from (Reading(part, chosen, range(n, n + 1), (pieces[n],), True) for n in numbers)
+        else:
+            yield Reading(part, chosen, numbers, keys, False)

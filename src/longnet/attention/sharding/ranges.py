@@ -7,7 +7,7 @@ other ranks its queries read is planned in :mod:`longnet.attention.sharding.rang
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -20,17 +20,22 @@ from longnet.attention import merge
 from longnet.attention.backends import Backend
 from longnet.attention.call import AttentionInputs, Gradients, SavedForward, lse_dtype
 from longnet.attention.chunked import Rows
-from longnet.attention.key_ranges import KeyRanges, index_of
+from longnet.attention.key_ranges import Positions, index_of, tensor_of
 from longnet.attention.sharding.attend import rows_backward
 from longnet.attention.sharding.exchange import send
+from longnet.attention.sharding.ordinary import LEAST_ROWS, OrdinaryCall, border_call, square_call
 from longnet.attention.sharding.plan import Place
-from longnet.attention.sharding.range_plan import Keys, RangePlan, range_plan, rows_exchanged
+from longnet.attention.sharding.range_plan import Keys, RangePlan, Reading, range_plan, rows_exchanged
 from longnet.geometry.shards import KeyPart
 
 
 def channels(inputs: AttentionInputs) -> int:
     """Of a row that travels: a key, a value, and with a mask 1 for padding."""
     return 2 * inputs.query.shape[-1] + (inputs.mask is not None)
+
+
+# Keys and the part of a buffer that holds them, (B, kv_heads, b, channels).
+Views = list[tuple[Keys, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -55,33 +60,56 @@ class _Grid:
         on_grid = self.place.pattern.least_offset(self.place.segment_offset + self.start)
         return self.inputs.with_spec(segment_offset=on_grid)
 
-    def index(self, heads: Sequence[int] | Tensor, positions: Tensor) -> tuple[slice, Any, Any]:
+    def index(self, heads: Sequence[int], positions: Positions) -> tuple[slice, Any, Any]:
         """The index of heads and positions in the shard's tensors."""
-        return index_of(torch.as_tensor(heads, device="cpu"), positions - self.start, self.inputs.query.device)
+        return self.among(range(self.start, self.start + 1), heads, positions)
 
-    def among(self, chosen: Tensor, heads: Sequence[int] | Tensor, positions: Tensor) -> tuple[slice, Any, Any]:
-        """As :meth:`index`, in tensors that hold the ``chosen`` positions alone."""
-        places = torch.searchsorted(chosen, positions)
+    def among(self, chosen: Positions, heads: Sequence[int], positions: Positions) -> tuple[slice, Any, Any]:
+        """As :meth:`index`, in tensors that hold the ``chosen`` positions alone, or all from the first of a range on."""
+        if isinstance(chosen, Tensor):
+            places: Positions = torch.searchsorted(chosen, tensor_of(positions))
+        elif isinstance(positions, Tensor):
+            places = positions - chosen.start
+        else:
+            places = range(positions.start - chosen.start, positions.stop - chosen.start, positions.step)
         return index_of(torch.as_tensor(heads, device="cpu"), places, self.inputs.query.device)
 
-    def call(self, part: KeyPart, ranges: KeyRanges, remote: Tensor) -> Rows:
-        """The shard's queries and received keys (B, kv_heads, b, channels)."""
-        inputs, dim, padded = self.inputs, self.inputs.query.shape[-1], None
-        kind = lse_dtype(inputs.query.dtype)
-        query = inputs.query[self.index(ranges.heads, ranges.queries)].to(kind)
-        key, value = remote[..., :dim].to(kind), remote[..., dim : 2 * dim].to(kind)
+    def calls(self, backend: Backend, received: Views) -> Iterator[tuple[Reading, Positions, OrdinaryCall | Rows]]:
+        """All that queries and received keys say to each other: readings, their queries and the call."""
+        remote = _by_part(received)
+        for reading in self.plan.read:
+            pieces = [remote[reading.part][number] for number in reading.pieces]
+            call = self._call(backend, reading, pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2))
+            ranges = call.ranges if isinstance(call, Rows) else None
+            yield reading, reading.queries if ranges is None else ranges.queries, call
+
+    def _call(self, backend: Backend, reading: Reading, remote: Tensor) -> OrdinaryCall | Rows:
+        """The queries of a reading and its keys (B, kv_heads, b, channels)."""
+        inputs, dim, padded, part = self.inputs, self.inputs.query.shape[-1], None, reading.part
+        key, value = remote[..., :dim], remote[..., dim : 2 * dim]
         if inputs.mask is not None:
             padded = remote[..., 2 * dim] != 0
+        if inputs.bias is None:
+            query = inputs.query[self.index(part.heads, reading.queries)]
+            of_keys = None if padded is None else padded[:, 0]
+            tensors = backend, query, key, value, of_keys, inputs.spec.scale
+            if reading.reads_all and min(query.shape[2], key.shape[2]) >= LEAST_ROWS:
+                return square_call(*tensors)
+            if part.branch is None and not reading.reads_all:
+                assert self.place.pattern.window is not None
+                is_before = int(reading.keys[0][0]) < self.start
+                return border_call(*tensors, self.place.pattern.window, inputs.spec.is_causal, is_before)
+        ranges = reading.ranges(self.place)
+        kind = lse_dtype(inputs.query.dtype)
+        query = inputs.query[self.index(part.heads, reading.queries)].to(kind)
+        key, value = key.to(kind), value.to(kind)
+        if padded is not None:
             # A NaN must not reach 0 * key.
             key = key.masked_fill(padded[..., None], 0.0)
             padded = padded.repeat_interleave(part.share, 1).flatten(0, 1)
         key, value = (x.repeat_interleave(part.share, 1).flatten(0, 1) for x in (key, value))
-        bias = None if inputs.bias is None else inputs.bias[ranges.heads.to(inputs.bias.device)].to(kind)
+        bias = None if inputs.bias is None else inputs.bias[list(part.heads)].to(kind)
         return Rows(query.flatten(0, 1), key, value, inputs.spec.scale, padded=padded, bias=bias, ranges=ranges)
-
-
-# By grid: keys and the part of a buffer that holds them, (B, kv_heads, b, channels).
-_Views = list[list[tuple[Keys, Tensor]]]
 
 
 class RangeShard:
@@ -113,9 +141,9 @@ class RangeShard:
         batches = {grid.place.segment_offset: grid.inputs.query.shape[0] for grid in self.grids}
         self.sent, self.received = (rows_exchanged(place, batches, sent) for sent in (True, False))
 
-    def _views(self, buffer: Tensor, sent: bool) -> _Views:
-        """A buffer (rows, channels), ordered by rank, grid, part, and batch."""
-        found: _Views = [[] for _ in self.grids]
+    def _views(self, buffer: Tensor, sent: bool) -> list[Views]:
+        """By grid, a buffer (rows, channels), ordered by rank, grid, part, and batch."""
+        found: list[Views] = [[] for _ in self.grids]
         first = 0
         for rank in range(len(self.place.shards.lengths)):
             for grid, views in zip(self.grids, found, strict=True):
@@ -145,13 +173,13 @@ class RangeShard:
         results = [self.backend.run(grid.own) for grid in self.grids]
         received = transfer.wait()
         for grid, views, (own_out, own_lse) in zip(self.grids, self._views(received, False), results, strict=True):
-            # Few rows read what was received: the others stay as they are.
-            chosen, remote = grid.plan.queries, _by_part(views)
+            # Few rows of a window read what was received: the others stay as they are.
+            chosen = grid.plan.queries
             touched = grid.index(range(own_out.shape[1]), chosen)
             mixed, mixed_lse = own_out[touched].to(own_lse.dtype), own_lse[touched]
-            for part, ranges in grid.plan.read:
-                index = grid.among(chosen, ranges.heads, ranges.queries)
-                found, found_lse = grid.call(part, ranges, torch.cat(remote[part], 2)).forward()
+            for reading, queries, call in grid.calls(self.backend, views):
+                index = grid.among(chosen, reading.part.heads, queries)
+                found, found_lse = call.forward()
                 rows, rows_lse = mixed[index], mixed_lse[index]
                 merge.merge_(rows, rows_lse, found.view(rows.shape), found_lse.view(rows_lse.shape))
                 mixed[index], mixed_lse[index] = rows, rows_lse
@@ -184,17 +212,17 @@ class RangeShard:
         buffers = zip(self._views(received, False), self._views(returned, False), query_grads, strict=True)
         for grid, (views, targets, of_queries) in zip(self.grids, buffers, strict=True):
             forward, grad, of_lse = rows_of(grid)
-            remote, places = _by_part(views), _by_part(targets)
-            for part, ranges in grid.plan.read:
-                index = grid.index(ranges.heads, ranges.queries)
-                call = grid.call(part, ranges, torch.cat(remote[part], 2))
+            places = _by_part(targets)
+            for reading, queries, call in grid.calls(self.backend, views):
+                part = reading.part
+                index = grid.index(part.heads, queries)
                 grad_q, grad_kv, by_distance = rows_backward(call, index, forward, grad, of_lse, part.share)
-                of_queries.append((grid.among(grid.plan.queries, ranges.heads, ranges.queries), grad_q))
-                sizes = [rows.shape[2] for rows in places[part]]
-                for rows, own in zip(places[part], grad_kv.split(sizes, 2), strict=True):
+                of_queries.append((grid.among(grid.plan.queries, part.heads, queries), grad_q))
+                pieces = [places[part][number] for number in reading.pieces]
+                for rows, own in zip(pieces, grad_kv.split([one.shape[2] for one in pieces], 2), strict=True):
                     rows.copy_(own)
                 if by_distance is not None:
-                    grad_bias[ranges.heads.to(grad_bias.device)] += by_distance
+                    grad_bias[list(part.heads)] += by_distance
         transfer = send(returned.to(grad_out.dtype), self.received, self.sent, self.group)
 
         results = []
@@ -221,7 +249,7 @@ class RangeShard:
         return Gradients(grad_q, grad_k, grad_v, grad_bias if bias is None else grad_bias.to(bias.dtype))
 
 
-def _by_part(views: list[tuple[Keys, Tensor]]) -> dict[KeyPart, list[Tensor]]:
+def _by_part(views: Views) -> dict[KeyPart, list[Tensor]]:
     """The buffers of each part's keys, in order."""
     found: dict[KeyPart, list[Tensor]] = {}
     for keys, rows in views:
