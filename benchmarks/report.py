@@ -554,6 +554,26 @@ def _scaling(result: Record) -> list[Table]:
     return [table("Scaling", columns, rows, f"Largest errors against one device: {_errors(worst, '.1e')}.")]
 
 
+def _shares(result: Record) -> list[Table]:
+    rows = []
+    for one in result["patterns"]:
+        for name, which in (("", "forward_backward"), (", forward", "forward")):
+            alone, slowest = (median(one["seconds"][f"{what}{name}"]) for what in ("alone", one["slowest"]))
+            value = slowest / alone / one["pairs"]
+            verdict = None if result["limit"] is None or name else Verdict("ratio", value, result["limit"])
+            times = {"pass": which, "alone": alone, "slowest_seconds": slowest, "over_pairs": value}
+            rows.append(one | times | _judged(verdict))
+    columns = {
+        "pattern": "{pattern}", "tokens a rank": "{shard:,}", "pass": "{pass}", "one device ms": "{alone:.2f ms}",
+        f"slowest of {result['ranks']} ranks ms": "{slowest_seconds:.2f ms}", "pairs of the busiest": "{pairs:.2f}",
+        "time over pairs": "{over_pairs:.3f}", **_JUDGED,
+    }  # fmt: skip
+    worst = {name: max(one["errors"][name] for one in result["patterns"]) for name in result["patterns"][0]["errors"]}
+    checked = max(one["checked_tokens"] for one in result["patterns"])
+    note = f"Largest errors against one device, of {checked:,} tokens in all: {_errors(worst, '.1e')}."
+    return [table("Shares", columns, rows, note)]
+
+
 def _encoders(result: Record) -> list[Table]:
     rows = [
         one[which]["seconds"]
@@ -702,7 +722,7 @@ def _generation(result: Record) -> list[Table]:
 
 _KINDS: dict[str, Callable[[Record], list[Table]]] = {
     "stream record": _long_stream, "gigapath": _slide_encoder, "compress": _compressed, "scaling": _scaling, "hf": _hf,
-    "encoders": _encoders, "generation": _generation,
+    "shares": _shares, "encoders": _encoders, "generation": _generation,
     "longest training": _longest_training, "windows": _windows, "decoding": _decoding,
     "waiting": _waiting,
 }  # fmt: skip

@@ -4,8 +4,8 @@
 
 Every rank first computes the whole sequence by itself and compares its shard of the sharded call with it, and the bytes that
 it sent with the plan's, before anything is timed. Then rounds time in turn a call on one device alone, and the sharded call of
-as many tokens a device; both wait for all ranks first, and a round counts the slowest. Dense attention gathers all keys and
-values of the ranks before, and torch's own kernel reads them. ``--only`` names patterns.
+as many tokens a device; both wait for all ranks first, and a round counts the slowest. Where dense attention is "gathered",
+torch's own kernel reads the keys and values of all ranks before. ``--only`` names patterns.
 """
 
 from __future__ import annotations
@@ -92,6 +92,7 @@ def rows_of(on_gpu: bool, ranks: int) -> tuple[Row, ...]:
         ),
         Row("window 512", shard, {"segment_lengths": (), "dilation_rates": (), "window": 512}),
         Row("window 512 and every fourth key", short, FAR, even=False),
+        Row("dense, in shards", short, DENSE, even=False),
         Row("dense, gathered", short, DENSE, even=False, gathered=True),
     )
 

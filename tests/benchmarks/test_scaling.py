@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
-from benchmarks import scaling_picture
+from benchmarks import scaling_picture, shares
+from benchmarks.scaling import rows_of
 
 
 def test_two_processes_are_compared_with_one(tmp_path, forked):
@@ -29,7 +31,7 @@ def test_two_processes_are_compared_with_one(tmp_path, forked):
     assert found.returncode == 0, found.stderr
     result = json.loads(out.read_text())
     found_patterns = {one["pattern"]: one for one in result["patterns"]}
-    assert result["ranks"] == 2 and len(found_patterns) == 5 and "ratio" in found.stdout
+    assert result["ranks"] == 2 and len(found_patterns) == 6 and "ratio" in found.stdout
     for one in found_patterns.values():
         assert max(one["errors"].values()) < 1e-5
         assert len(one["seconds"]["together"]) == len(one["seconds"]["alone"])
@@ -38,7 +40,30 @@ def test_two_processes_are_compared_with_one(tmp_path, forked):
     assert max(spanning["kind"]["segment_lengths"]) == 2 * spanning["shard"] and spanning["bytes_sent"][0] > 0
     # One window's keys but its own, of 4 heads.
     assert found_patterns["window 512"]["bytes_sent"] == [511 * 4 * 2 * 64 * 4, 0]
-    assert found_patterns["dense, gathered"]["pairs"] > 2.9
+    for name in ("dense, in shards", "dense, gathered"):
+        assert found_patterns[name]["pairs"] > 2.9
+
+
+def _keep_nothing(post, into, *_, **__):
+    into.zero_()
+    return post
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_in_turn_give_one_devices_result(tmp_path, monkeypatch, ranks):
+    """A small size; what a rank keeps to itself is noticed."""
+    monkeypatch.setattr(shares, "rows_of", lambda *_: [replace(row, tokens=600) for row in rows_of(False, ranks)])
+    monkeypatch.setattr(shares, "ROUNDS", 1)
+    result = shares.run(tmp_path / "shares.json", ranks, [])
+    assert json.loads((tmp_path / "shares.json").read_text())["kind"] == "shares"
+    by_name = {one["pattern"]: one for one in result["patterns"]}
+    assert len(by_name) == 5 and by_name["dense, in shards"]["pairs"] == pytest.approx(2 * ranks - 1, abs=0.01)
+    for one in by_name.values():
+        assert max(one["errors"].values()) < 1e-5 and one["checked_tokens"] == 600 * ranks
+        assert {f"rank {rank}" for rank in range(ranks)} < one["seconds"].keys()
+    monkeypatch.setattr(shares.Post, "all_to_all_single", _keep_nothing)
+    with pytest.raises(Exception, match="what the ranks compute against one device's result, window 512"):
+        shares.run(None, ranks, ["window 512"])
 
 
 def scaling(ranks: int, **changes: object) -> dict:
