@@ -17,6 +17,9 @@ from benchmarks import results
 from benchmarks.cases import Record
 from longnet.figures.style import COLORS, new_figure, quiet, save
 
+# Above this the others would lie on one line.
+HIGH = 3.0
+
 
 def ratios(records: Sequence[Record]) -> dict[str, dict[int, float]]:
     """By pattern and number of devices.
@@ -62,6 +65,10 @@ def picture(records: Sequence[Record], path: Path) -> Path:
     axes.set(xscale="log", xlabel="devices", ylabel="time over one device's", ylim=(0, None))
     axes.set_xticks(ticks, list(map(str, ticks)))
     axes.minorticks_off()
+    if max(value for by_count in points.values() for value in by_count.values()) > HIGH:
+        axes.set(yscale="log", ylim=(0.9, None))
+        axes.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
+        axes.minorticks_off()
     axes.grid(alpha=0.2)
     figure.legend(loc="outside right center", frameon=False, fontsize=8)
     return save(figure, path)

@@ -107,11 +107,12 @@ def comparison(groups: Groups, baseline: str | None = None) -> Table:
         off, width = difference(scored[name], scored[baseline], "by_window")
         speeds = [speed(one) for one in records]
         memory = [one["peak_bytes"] for one in records]
+        steps = [one["steps"] for one in records]
         rows.append(
             (
                 name,
                 f"{records[0]['cost']:.3f}",
-                " ".join(f"{one['steps']:,}" for one in records),
+                " to ".join(f"{count:,}" for count in sorted({min(steps), max(steps)})),
                 "-" if None in speeds else f"{fmean(filter(None, speeds)) / 1e3:,.0f}k",
                 "-" if None in memory else f"{max(memory) / 2**30:.1f}",
                 f"{fmean(map(bits_of, records)):.4f}",
