@@ -19,6 +19,7 @@ from longnet.models.layers import Block, FeedForward
 from longnet.nn import Norm, fits, normed_linear, residual_normed_linear
 from longnet.nn import norm_linear as joined
 from longnet.nn import projections as normed
+from longnet.nn.norm import make_norm
 from longnet.nn.norm_operators import column_sums, few_rows, is_few, norm_backward, norm_forward
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
@@ -47,25 +48,28 @@ Leaves = list[Tensor]
 
 
 def leaves_of(x: Tensor, norm: Norm, linears: Sequence[tuple[Tensor, Tensor | None]]) -> Leaves:
-    parts = [part for linear in linears for part in linear if part is not None]
-    return [one.to(DEVICE).requires_grad_() for one in (x, norm.weight, norm.bias, *parts)]
+    parts = (x, norm.weight, norm.bias, *(part for linear in linears for part in linear))
+    return [one.to(DEVICE).requires_grad_() for one in parts if one is not None]
 
 
 def rebuilt(leaves: Leaves, norm: Norm, biased: bool) -> tuple[Norm, list[tuple[Tensor, Tensor | None]]]:
     """The leaves as arguments again."""
-    rest = iter(leaves[3:])
+    rest = iter(leaves[2:])
+    norm = norm._replace(weight=leaves[1], bias=None if norm.bias is None else next(rest))
     linears = [(weight, next(rest) if biased else None) for weight in rest]
-    return norm._replace(weight=leaves[1], bias=leaves[2]), linears
+    return norm, linears
 
 
 def plain(x: Tensor, norm: Norm, linears: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
     """The definition."""
-    y = F.layer_norm(F.gelu(x) if norm.gelu else x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+    y, about = F.gelu(x) if norm.gelu else x, (x.shape[-1:], norm.weight)
+    y = F.rms_norm(y, *about, norm.eps) if norm.bias is None else F.layer_norm(y, *about, norm.bias, norm.eps)
     return [F.linear(y, *linear) for linear in linears]
 
 
-@settings(max_examples=20)
+@settings(max_examples=30)
 @given(
+    has_bias=st.booleans(),
     channels=st.sampled_from([256, 512, 768, 1024, 1536]),
     shape=st.sampled_from([(1,), (3,), (2, 5), (1, 1, 4)]),
     # Of a width that has no kernel for sums of columns, and of several widths at once.
@@ -76,10 +80,10 @@ def plain(x: Tensor, norm: Norm, linears: Sequence[tuple[Tensor, Tensor | None]]
     biased=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_results_and_gradients(channels, shape, widths, dtype, kind, weights, biased, seed):
+def test_results_and_gradients(has_bias, channels, shape, widths, dtype, kind, weights, biased, seed):
     x = (draw(*shape, channels, seed=seed) * 3.0).to(dtype if kind in ("gelu", "half") else torch.float32)
     weight, bias = draw(channels, seed=seed + 1).to(weights), draw(channels, seed=seed + 2).to(weights)
-    norm = Norm(weight, bias, 1e-5, kind == "gelu")
+    norm = Norm(weight, bias if has_bias else None, 1e-5, kind == "gelu")
     linears = linears_of(channels, widths, biased, seed + 3)
     leaves = leaves_of(x, norm, linears)
     arguments = rebuilt(leaves, norm, biased)
@@ -112,15 +116,19 @@ def test_results_and_gradients(channels, shape, widths, dtype, kind, weights, bi
 
 @pytest.mark.parametrize("channels", [256, 768, 3072])
 @pytest.mark.parametrize("gelu", [False, True])
-def test_few_rows_are_one_launch(gelu: bool, channels: int) -> None:
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_few_rows_are_one_launch(has_bias: bool, gelu: bool, channels: int) -> None:
     """Of matrices whose rows are no multiple of a program's, in float32: rounded nowhere, with nothing left unwritten."""
     torch.use_deterministic_algorithms(True)
     try:
         x = 3.0 * draw(1, 3, channels)
-        weight, bias = draw(channels, seed=1), draw(channels, seed=2)
+        weight, bias = draw(channels, seed=1), draw(channels, seed=2) if has_bias else None
         matrices = [draw(rows, channels, seed=3 + rows) / channels**0.5 for rows in (9, 1, 32)]
         biases = [draw(len(matrix), seed=4) for matrix in matrices]
-        single = [[one.float().to(DEVICE) for one in some] for some in ([x, weight, bias], matrices, biases)]
+        single = [
+            [None if one is None else one.float().to(DEVICE) for one in some]
+            for some in ([x, weight, bias], matrices, biases)
+        ]
         assert is_few(single[0][0]) and not is_few(x.expand(2, -1, -1)) and not is_few(x[:, :0])
         for given, added in ((single[2], biases), ([], [None] * 3)):
             outs = few_rows(*single[0], 1e-5, gelu, single[1], given)
@@ -136,13 +144,14 @@ def test_few_rows_are_one_launch(gelu: bool, channels: int) -> None:
 @pytest.mark.parametrize(
     ("gelu", "count", "wide"), [(True, 1, False), (False, 1, False), (False, 1, True), (False, 3, True)]
 )
-def test_one_backward_pass_by_itself(gelu: bool, count: int, wide: bool, channels: int) -> None:
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_one_backward_pass_by_itself(has_bias: bool, gelu: bool, count: int, wide: bool, channels: int) -> None:
     """What is float32 is right to float32, what is float16 is rounded once, and nothing is left unwritten."""
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(8, device=DEVICE).isnan().all(), "uninitialised memory is not poisoned"
         x = (3.0 * draw(2, 5, channels)).to(torch.float32 if wide else torch.float16)
-        weight, bias = draw(channels, seed=1).float(), draw(channels, seed=2).float()
+        weight, bias = draw(channels, seed=1).float(), draw(channels, seed=2).float() if has_bias else None
         grads = [draw(2, 5, channels, seed=10 + k).half() for k in range(count)]
         beside = draw(2, 5, channels, seed=3).float() if wide else None
         there = [None if one is None else one.to(DEVICE) for one in (x, weight, bias, beside)]
@@ -150,12 +159,13 @@ def test_one_backward_pass_by_itself(gelu: bool, count: int, wide: bool, channel
         forwards = [norm_forward(*there[:3], 1e-5, gelu, dtype) for dtype in (torch.float16, torch.float32)]
     finally:
         torch.use_deterministic_algorithms(False)
-    exact = [one.double().requires_grad_() for one in (x, weight, bias)]
-    (normed_x,) = plain(exact[0], Norm(*exact[1:], 1e-5, gelu), [(torch.eye(channels).double(), None)])
+    exact = [one.double().requires_grad_() for one in (x, weight, bias) if one is not None]
+    norm = Norm(exact[1], exact[2] if has_bias else None, 1e-5, gelu)
+    (normed_x,) = plain(exact[0], norm, [(torch.eye(channels).double(), None)])
     wanted = list(torch.autograd.grad(normed_x, exact, sum(one.double() for one in grads)))
     if beside is not None:
         wanted[0] = wanted[0] + beside.double()
-    pairs = [(grad_x, wanted[0]), (sums[0], wanted[1]), (sums[1], wanted[2])]
+    pairs = list(zip((grad_x, *sums), wanted, strict=True))
     pairs += [(one, normed_x) for one in (again, *forwards)]
     for got, want in pairs:
         allowed = 1e-6 if got.dtype == torch.float32 else 5e-4
@@ -270,6 +280,8 @@ def hooked(module: nn.Linear) -> nn.Linear:
     ("change", "joined"),
     [
         (lambda block: None, True),
+        (lambda block: setattr(block.feed_forward, "sub_norm", make_norm("rms", 1024)), True),
+        (lambda block: setattr(block.feed_forward, "sub_norm", make_norm("rms", 1024, eps=None)), False),
         (lambda block: setattr(block.feed_forward, "fc2", Adapter()), False),
         (lambda block: hooked(block.feed_forward.fc2), False),
         (lambda block: block.feed_forward.sub_norm.register_forward_pre_hook(lambda *_: None), False),
@@ -307,9 +319,10 @@ def test_modules_that_do_more_are_called(
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_feed_forward_takes_it(compiled):
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_a_feed_forward_takes_it(kind, compiled):
     torch.manual_seed(0)
-    config = LongNetConfig(vocab_size=1, dim=256, heads=4, layers=1, segment_lengths=64, dilation_rates=1)
+    config = LongNetConfig(vocab_size=1, dim=256, heads=4, layers=1, segment_lengths=64, dilation_rates=1, norm=kind)
     module = FeedForward(config, device=DEVICE)
     x = draw(2, 50, 256).float().to(DEVICE).requires_grad_()
     call = torch.compile(module) if compiled else module

@@ -1,8 +1,9 @@
 """Kernels of :mod:`longnet.nn`.
 
-Of layer norm, with GELU or without, a launch is persistent: every program has weights, and in the backward pass sums of their
+Of a norm, with GELU or without, a launch is persistent: every program has weights, and in the backward pass sums of their
 gradients, in registers, and takes one row after the other, of which the next is on its way. A row of C channels is ``PARTS``
-of ``WIDTH``, a power of two, so that no lane is idle at C = 768 or 3,072.
+of ``WIDTH``, a power of two, so that no lane is idle at C = 768 or 3,072. A BIAS of None means RMS norm, which has none, and
+no mean.
 """
 
 from __future__ import annotations
@@ -53,33 +54,59 @@ def _add(a, b, c, d):
 
 
 @triton.jit
+def _statistics(parts, eps, CENTRED: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr):
+    """(mean, 1 / deviation) of a row, or (0, 1 / root of the mean square)."""
+    mean = 0.0
+    if CENTRED:
+        total = tl.zeros([WIDTH], tl.float32)
+        for part in tl.static_range(PARTS):
+            total += parts[part]
+        mean = tl.sum(total, 0) / (PARTS * WIDTH)
+    total = tl.zeros([WIDTH], tl.float32)
+    for part in tl.static_range(PARTS):
+        total += (parts[part] - mean) * (parts[part] - mean)
+    return mean, tl.rsqrt(tl.sum(total, 0) / (PARTS * WIDTH) + eps)
+
+
+@triton.jit
+def _affine(y, weight, bias, part: tl.constexpr, CENTRED: tl.constexpr):
+    """A part of a row times its weight, and plus its bias where there is one."""
+    y = y * weight[part].to(tl.float32)
+    if CENTRED:
+        y += bias[part].to(tl.float32)
+    return y
+
+
+@triton.jit
+def _bias_row(BIAS, PARTS: tl.constexpr, WIDTH: tl.constexpr):
+    if BIAS is not None:
+        return _row(BIAS, 0, PARTS, WIDTH)
+    else:
+        return ()
+
+
+@triton.jit
 def norm_forward_kernel(
     X, WEIGHT, BIAS, OUT, rows, eps, GELU: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """OUT = layer norm of X, or of its GELU, (rows, PARTS * WIDTH) each."""
-    weight, bias = _row(WEIGHT, 0, PARTS, WIDTH), _row(BIAS, 0, PARTS, WIDTH)
+    """OUT = norm of X, or of its GELU, (rows, PARTS * WIDTH) each."""
+    weight, bias = _row(WEIGHT, 0, PARTS, WIDTH), _bias_row(BIAS, PARTS, WIDTH)
     upcoming = _row(X, tl.program_id(0), PARTS, WIDTH)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         here = upcoming
         # Past the end any.
         upcoming = _row(X, tl.minimum(row + tl.num_programs(0), rows - 1), PARTS, WIDTH)
         hidden = ()
-        total = tl.zeros([WIDTH], tl.float32)
         for part in tl.static_range(PARTS):
             x = here[part].to(tl.float32)
             if GELU:
                 share, _ = _normal(x)
                 x = x * share
             hidden = hidden + (x,)
-            total += x
-        mean = tl.sum(total, 0) / (PARTS * WIDTH)
-        total = tl.zeros([WIDTH], tl.float32)
-        for part in tl.static_range(PARTS):
-            total += (hidden[part] - mean) * (hidden[part] - mean)
-        scale = tl.rsqrt(tl.sum(total, 0) / (PARTS * WIDTH) + eps)
+        mean, scale = _statistics(hidden, eps, BIAS is not None, PARTS, WIDTH)
         at = OUT + tl.cast(row, tl.int64) * (PARTS * WIDTH) + tl.arange(0, WIDTH)
         for part in tl.static_range(PARTS):
-            y = (hidden[part] - mean) * scale * weight[part].to(tl.float32) + bias[part].to(tl.float32)
+            y = _affine((hidden[part] - mean) * scale, weight, bias, part, BIAS is not None)
             tl.store(at + part * WIDTH, y.to(OUT.dtype.element_ty))
 
 
@@ -88,7 +115,7 @@ def few_rows_kernel(
     X, WEIGHT, BIAS, MATRICES, BIASES, OUTS, rows, eps, columns,
     GELU: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """OUTS = layer norm of X (or of its GELU) times each of MATRICES, transposed, plus BIASES: for a few rows.
+    """OUTS = norm of X (or of its GELU) times each of MATRICES, transposed, plus BIASES: for a few rows.
 
     A program has ``COLUMNS`` rows of one matrix, ``columns[which]`` in all, in registers, and takes the norm again.
     """
@@ -102,26 +129,20 @@ def few_rows_kernel(
             matrix = ()
             for part in tl.static_range(PARTS):
                 matrix = matrix + (tl.load(at + part * WIDTH, mask=there[:, None], other=0.0),)
-            weight, bias = _row(WEIGHT, 0, PARTS, WIDTH), _row(BIAS, 0, PARTS, WIDTH)
+            weight, bias = _row(WEIGHT, 0, PARTS, WIDTH), _bias_row(BIAS, PARTS, WIDTH)
             for row in range(rows):
                 here = _row(X, row, PARTS, WIDTH)
                 hidden = ()
-                total = tl.zeros([WIDTH], tl.float32)
                 for part in tl.static_range(PARTS):
                     x = here[part].to(tl.float32)
                     if GELU:
                         share, _ = _normal(x)
                         x = x * share
                     hidden = hidden + (x,)
-                    total += x
-                mean = tl.sum(total, 0) / (PARTS * WIDTH)
-                total = tl.zeros([WIDTH], tl.float32)
-                for part in tl.static_range(PARTS):
-                    total += (hidden[part] - mean) * (hidden[part] - mean)
-                scale = tl.rsqrt(tl.sum(total, 0) / (PARTS * WIDTH) + eps)
+                mean, scale = _statistics(hidden, eps, BIAS is not None, PARTS, WIDTH)
                 products = tl.zeros([COLUMNS, WIDTH], tl.float32)
                 for part in tl.static_range(PARTS):
-                    y = (hidden[part] - mean) * scale * weight[part].to(tl.float32) + bias[part].to(tl.float32)
+                    y = _affine((hidden[part] - mean) * scale, weight, bias, part, BIAS is not None)
                     # Rounded as what a product of many rows reads.
                     y = y.to(OUTS[which].dtype.element_ty).to(tl.float32)
                     products += matrix[part].to(tl.float32) * y[None, :]
@@ -138,10 +159,10 @@ def norm_backward_kernel(
     GRADS, X, WEIGHT, BIAS, BESIDE, GRAD_X, NORMED, SUMS, rows, eps,
     GELU: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """GRAD_X of the layer norm of X, or of its GELU, (rows, PARTS * WIDTH), from the sum of GRADS; NORMED is the norm again.
+    """GRAD_X of the norm of X, or of its GELU, (rows, PARTS * WIDTH), from the sum of GRADS; NORMED is the norm again.
 
     BESIDE is None or what else there is of the gradient of X. This program's rows' part of the gradients of weight and bias goes
-    into SUMS (2, programs, PARTS * WIDTH).
+    into SUMS (2, programs, PARTS * WIDTH), or (1, ...) without a bias.
     """
     C: tl.constexpr = PARTS * WIDTH
     weight_sum, bias_sum = (), ()
@@ -157,9 +178,8 @@ def norm_backward_kernel(
         following = tl.minimum(row + tl.num_programs(0), rows - 1)
         next_x, next_grads = _row(X, following, PARTS, WIDTH), _each(GRADS, following, PARTS, WIDTH)
         # From the nearest cache: registers are for what comes from memory.
-        weight, bias = _row(WEIGHT, 0, PARTS, WIDTH), _row(BIAS, 0, PARTS, WIDTH)
+        weight, bias = _row(WEIGHT, 0, PARTS, WIDTH), _bias_row(BIAS, PARTS, WIDTH)
         hidden, slopes = (), ()
-        total = tl.zeros([WIDTH], tl.float32)
         for part in tl.static_range(PARTS):
             x = x_row[part].to(tl.float32)
             if GELU:
@@ -167,12 +187,7 @@ def norm_backward_kernel(
                 slopes = slopes + (share + x * bell * 0.3989422804014327,)
                 x = x * share
             hidden = hidden + (x,)
-            total += x
-        mean = tl.sum(total, 0) / C
-        total = tl.zeros([WIDTH], tl.float32)
-        for part in tl.static_range(PARTS):
-            total += (hidden[part] - mean) * (hidden[part] - mean)
-        scale = tl.rsqrt(tl.sum(total, 0) / C + eps)
+        mean, scale = _statistics(hidden, eps, BIAS is not None, PARTS, WIDTH)
         at = tl.cast(row, tl.int64) * C + tl.arange(0, WIDTH)
         normed, grads, weight_new, bias_new = (), (), (), ()
         total, against = tl.zeros([WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32)
@@ -183,7 +198,7 @@ def norm_backward_kernel(
             y = (hidden[part] - mean) * scale
             weight_new = weight_new + (weight_sum[part] + grad * y,)
             bias_new = bias_new + (bias_sum[part] + grad,)
-            again = y * weight[part].to(tl.float32) + bias[part].to(tl.float32)
+            again = _affine(y, weight, bias, part, BIAS is not None)
             tl.store(NORMED + at + part * WIDTH, again.to(NORMED.dtype.element_ty))
             grad = grad * weight[part].to(tl.float32)
             total += grad
@@ -193,7 +208,10 @@ def norm_backward_kernel(
         weight_sum, bias_sum = weight_new, bias_new
         middle, along = tl.reduce((total, against), 0, _add)
         for part in tl.static_range(PARTS):
-            grad = (grads[part] - middle / C - normed[part] * (along / C)) * scale
+            grad = grads[part]
+            if BIAS is not None:
+                grad -= middle / C
+            grad = (grad - normed[part] * (along / C)) * scale
             if GELU:
                 grad = grad * slopes[part]
             if BESIDE is not None:
@@ -202,7 +220,8 @@ def norm_backward_kernel(
     at = SUMS + tl.program_id(0) * C + tl.arange(0, WIDTH)
     for part in tl.static_range(PARTS):
         tl.store(at + part * WIDTH, weight_sum[part])
-        tl.store(at + tl.num_programs(0) * C + part * WIDTH, bias_sum[part])
+        if BIAS is not None:
+            tl.store(at + tl.num_programs(0) * C + part * WIDTH, bias_sum[part])
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""A layer norm and the projections that read it, as one step of autograd: the norm's result is not saved.
+"""A layer norm or RMS norm and the projections that read it, as one step of autograd: the norm's result is not saved.
 
 A projection's gradient of its weight needs what it read. The kernel of the norm's backward pass has that in registers, and
 writes it again. Gradients of biases are sums of columns, of which torch.compile makes slow kernels.
@@ -19,16 +19,17 @@ from longnet.runtime.autocast import no_autocast
 
 
 class Norm(NamedTuple):
-    """A layer norm's parameters.
+    """A norm's parameters.
 
     Args:
-        weight, bias: (C,).
-        eps: added to the variance.
+        weight: (C,).
+        bias: (C,) of a layer norm, None for RMS norm.
+        eps: added to the variance, or to the mean square.
         gelu: whether it normalises the exact GELU of its input.
     """
 
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None
     eps: float
     gelu: bool = False
 
@@ -80,7 +81,11 @@ def _project(x: Tensor, norm: Norm, weights: list[Tensor], biases: list[Any], dt
         y = norm_forward(x, *norm, dtype)
     else:
         # The compiler joins it to the sum before it.
-        y = F.layer_norm(x.float(), norm.weight.shape, norm.weight.float(), norm.bias.float(), norm.eps).to(dtype)
+        shape, weight = norm.weight.shape, norm.weight.float()
+        if norm.bias is None:
+            y = F.rms_norm(x.float(), shape, weight, norm.eps).to(dtype)
+        else:
+            y = F.layer_norm(x.float(), shape, weight, norm.bias.float(), norm.eps).to(dtype)
     return [F.linear(y, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
@@ -90,7 +95,7 @@ class _NormedLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor,
-        bias: Tensor,
+        bias: Tensor | None,
         eps: float,
         gelu: bool,
         dtype: torch.dtype,
@@ -124,4 +129,5 @@ class _NormedLinear(torch.autograd.Function):
         of_weights = [None if kind is None else (grad.t() @ rows).to(kind) for grad, kind, _ in pairs]
         totals = iter(column_sums([grad for grad, _, kind in pairs if kind is not None]))
         of_biases = [None if kind is None else next(totals).to(kind) for _, _, kind in pairs]
-        return grad_x, sums[0].to(weight.dtype), sums[1].to(bias.dtype), None, None, None, None, *of_weights, *of_biases
+        of_bias = None if bias is None else sums[1].to(bias.dtype)
+        return grad_x, sums[0].to(weight.dtype), of_bias, None, None, None, None, *of_weights, *of_biases

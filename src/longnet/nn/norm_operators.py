@@ -1,4 +1,4 @@
-"""Layer norm, alone or of GELU, in one pass over memory each way.
+"""Layer norm and RMS norm, alone or of GELU, in one pass over memory each way. A ``bias`` of None means RMS norm.
 
 What torch.compile makes of ``layer_norm(gelu(x))`` reads a row several times and evaluates the error function each time, and of
 the backward pass of any layer norm two kernels, one along rows and one along channels. Here a row stays in registers. The
@@ -42,15 +42,15 @@ def _width(channels: int) -> int | None:
     return next((width for width in _WIDTHS if channels % width == 0 and channels // width <= _MOST_PARTS), None)
 
 
-def norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool, dtype: torch.dtype) -> Tensor:
-    """Layer norm over the last axis of x (..., C), or of its exact GELU (arXiv 1606.08415), where :func:`fits`; no gradient.
+def norm_forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, gelu: bool, dtype: torch.dtype) -> Tensor:
+    """A norm over the last axis of x (..., C), or of its exact GELU (arXiv 1606.08415), where :func:`fits`; no gradient.
 
     Arithmetic is float32. The normal distribution's function is right to 7.5e-8.
 
     Args:
         x: float32 or of half precision.
         weight, bias: (C,), float32 or of half precision.
-        eps: added to the variance.
+        eps: added to the variance, or to the mean square.
         dtype: of the result.
     """
     normed: Tensor = _forward(x, weight, bias, eps, gelu, dtype)
@@ -63,9 +63,15 @@ def is_few(x: Tensor) -> bool:
 
 
 def norm_backward(
-    grads: Sequence[Tensor], x: Tensor, weight: Tensor, bias: Tensor, beside: Tensor | None, eps: float, gelu: bool
+    grads: Sequence[Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    beside: Tensor | None,
+    eps: float,
+    gelu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(gradient of x; the norm again; gradients of weight and bias, float32, (2, C)) of a layer norm of x, or of its GELU.
+    """(gradient of x; the norm again; gradients of weight and bias, float32, (2, C), or (1, C)) of a norm of x, or of its GELU.
 
     Args:
         grads: several of x's shape, all of one dtype, whose sum is the gradient of the norm. The norm has their dtype.
@@ -83,20 +89,28 @@ def column_sums(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [_sums([one])[0] for one in tensors]
 
 
-def _run(x: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool, dtype: torch.dtype) -> Tensor:
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _dtype(x: Tensor | None) -> torch.dtype | None:
+    return None if x is None else x.dtype
+
+
+def _run(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, gelu: bool, dtype: torch.dtype) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x, dtype=dtype)
     if x.numel():
-        launch = _launch("norm_forward", x.shape, (eps, gelu), (x.dtype, weight.dtype, bias.dtype, dtype), x.device)
+        launch = _launch("norm_forward", x.shape, (eps, gelu), (x.dtype, weight.dtype, _dtype(bias), dtype), x.device)
         with torch.cuda.device_of(x):
-            launch.run((x, weight.contiguous(), bias.contiguous(), out), ())
+            launch.run((x, weight.contiguous(), _contiguous(bias), out), ())
     return out
 
 
 def _run_few(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float,
     gelu: bool,
     matrices: Sequence[Tensor],
@@ -113,12 +127,12 @@ def _run_few(
     tensors = (
         x,
         weight.contiguous(),
-        bias.contiguous(),
+        _contiguous(bias),
         matrices,
         tuple(one.contiguous() for one in biases),
         tuple(outs),
     )
-    types = (x.dtype, weight.dtype, bias.dtype, *[one.dtype for one in (*matrices, *biases)])
+    types = (x.dtype, weight.dtype, _dtype(bias), *[one.dtype for one in (*matrices, *biases)])
     columns = tuple(len(matrix) for matrix in matrices)
     launch = _few_launch(x.numel() // x.shape[-1], x.shape[-1], columns, eps, gelu, types, x.device)
     with torch.cuda.device_of(x):
@@ -133,7 +147,7 @@ def _few_launch(
     columns: tuple[int, ...],
     eps: float,
     gelu: bool,
-    types: tuple[torch.dtype, ...],
+    types: tuple[torch.dtype | None, ...],
     device: torch.device,
 ) -> Launch:
     """For x (rows, channels). Types and devices have launches of their own."""
@@ -151,19 +165,24 @@ def _few_launch(
 
 
 def _run_backward(
-    grads: Sequence[Tensor], x: Tensor, weight: Tensor, bias: Tensor, beside: Tensor | None, eps: float, gelu: bool
+    grads: Sequence[Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    beside: Tensor | None,
+    eps: float,
+    gelu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, grads = x.contiguous(), tuple(grad.contiguous() for grad in grads)
     grad_x, normed = torch.empty_like(x), torch.empty_like(grads[0])
     if not x.numel():
-        return grad_x, normed, x.new_zeros(2, x.shape[-1], dtype=torch.float32)
-    beside = None if beside is None else beside.contiguous()
-    types = (x.dtype, weight.dtype, bias.dtype, None if beside is None else x.dtype, *[grad.dtype for grad in grads])
+        return grad_x, normed, x.new_zeros(1 + (bias is not None), x.shape[-1], dtype=torch.float32)
+    types = (x.dtype, weight.dtype, _dtype(bias), _dtype(beside), *[grad.dtype for grad in grads])
     launch = _launch("norm_backward", x.shape, (eps, gelu), types, x.device)
     with torch.cuda.device_of(x):
         # What the rows of each program add to the gradients of weight and bias.
-        sums = x.new_empty(2, launch.programs, x.shape[-1], dtype=torch.float32)
-        launch.run((grads, x, weight.contiguous(), bias.contiguous(), beside, grad_x, normed, sums), ())
+        sums = x.new_empty(1 + (bias is not None), launch.programs, x.shape[-1], dtype=torch.float32)
+        launch.run((grads, x, weight.contiguous(), _contiguous(bias), _contiguous(beside), grad_x, normed, sums), ())
     return grad_x, normed, sums.sum(1)
 
 
@@ -216,14 +235,14 @@ def _plan(kind: str, channels: int, width: int, gelu: bool = False) -> tuple[int
     return busy // warps, warps, 1
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool, dtype: torch.dtype) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, gelu: bool, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _fake_few(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float,
     gelu: bool,
     matrices: Sequence[Tensor],
@@ -233,10 +252,16 @@ def _fake_few(
 
 
 def _fake_backward(
-    grads: Sequence[Tensor], x: Tensor, weight: Tensor, bias: Tensor, beside: Tensor | None, eps: float, gelu: bool
+    grads: Sequence[Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    beside: Tensor | None,
+    eps: float,
+    gelu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_x, normed = (torch.empty_like(one, memory_format=torch.contiguous_format) for one in (x, grads[0]))
-    return grad_x, normed, x.new_empty(2, x.shape[-1], dtype=torch.float32)
+    return grad_x, normed, x.new_empty(1 + (bias is not None), x.shape[-1], dtype=torch.float32)
 
 
 def _fake_sums(tensors: Sequence[Tensor]) -> Tensor:

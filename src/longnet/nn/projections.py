@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longnet.nn import Norm, fits, normed_linear, residual_normed_linear
-from longnet.nn.norm import LayerNorm
+from longnet.nn.norm import LayerNorm, RMSNorm
 from longnet.runtime.autocast import autocast_dtype
 from longnet.runtime.torch_internals import FakeTensor, is_call_changed, parameter_table
 
@@ -49,7 +49,8 @@ def project_residual(
 
 def _joined_dtype(norm: nn.Module, linears: Sequence[Any], x: Tensor, gelu: bool) -> torch.dtype | None:
     """The dtype of what is projected if it can be one step; None if not."""
-    if not (_is_plain(norm, LayerNorm) and all(_is_plain(one, nn.Linear) for one in linears)):
+    is_norm = _is_plain(norm, LayerNorm) or (_is_plain(norm, RMSNorm) and norm.eps is not None)
+    if not (is_norm and all(_is_plain(one, nn.Linear) for one in linears)):
         return None
     dtype: torch.dtype = autocast_dtype(x.device.type) or linears[0].weight.dtype
     readable = x.dtype == dtype or (x.dtype == torch.float32 and not gelu)
@@ -57,7 +58,7 @@ def _joined_dtype(norm: nn.Module, linears: Sequence[Any], x: Tensor, gelu: bool
 
 
 def _norm(norm: Any, gelu: bool) -> Norm:
-    return Norm(norm.weight, norm.bias, norm.eps, gelu)
+    return Norm(norm.weight, norm.bias if isinstance(norm, LayerNorm) else None, norm.eps, gelu)
 
 
 def _weights(linears: Sequence[Any]) -> list[tuple[Tensor, Tensor | None]]:
