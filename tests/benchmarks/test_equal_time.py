@@ -195,8 +195,13 @@ def test_a_step_is_profiled(command, tmp_path, monkeypatch, capsys):
 def test_time_on_the_device_counts_once():
     at = [(0, 10), (5, 20), (30, 40), (32, 35)]
     cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
-    events = [SimpleNamespace(time_range=SimpleNamespace(start=a, end=b), device_type=cuda) for a, b in at]
-    events.append(SimpleNamespace(time_range=SimpleNamespace(start=0, end=1000), device_type=cpu))
+
+    def event(start, end, device, is_user_annotation=False):
+        span = SimpleNamespace(start=start, end=end)
+        return SimpleNamespace(time_range=span, device_type=device, is_user_annotation=is_user_annotation)
+
+    # What runs on the host, and a name for a span of the device, are no work of the device.
+    events = [*(event(*one, cuda) for one in at), event(0, 1000, cpu), event(0, 500, cuda, True)]
     watch = profile_training.Watch(profiler=SimpleNamespace(events=lambda: events))
     assert watch.busy_seconds() == pytest.approx(30e-6 / profile_training.PROFILED)
 

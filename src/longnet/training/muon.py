@@ -36,20 +36,22 @@ class Muon(torch.optim.Muon):
                 self._step(group, matrices)
 
     def _step(self, group: dict[str, Any], matrices: list[Tensor]) -> None:
-        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
+        momentum, ahead = group["momentum"], []
         for matrix in matrices:
-            if not self.state[matrix]:
-                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
-        momenta = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
-        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        pairs = zip(gradients, momenta, strict=True)
-        ahead = torch.stack([whole(gradient.lerp(own, group["momentum"])) for gradient, own in pairs])
+            assert matrix.grad is not None
+            state = self.state[matrix]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(matrix)
+            state["momentum_buffer"].lerp_(matrix.grad, 1 - momentum)
+            ahead.append(whole(matrix.grad.lerp(state["momentum_buffer"], momentum)))
+        batch = torch.stack(ahead)
         # A CPU without instructions for bfloat16 multiplies float32 much faster.
-        ahead = ahead.to(torch.float32 if ahead.device.type == "cpu" else torch.bfloat16)
-        updates = orthogonalized(ahead, group["ns_coefficients"], group["ns_steps"], group["eps"])
-        parts = [spread_like(*pair) for pair in zip(matrices, updates.to(matrices[0].dtype), strict=True)]
-        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(matrices, parts, alpha=-0.2 * group["lr"] * max(matrices[0].shape) ** 0.5)
+        batch = batch.to(torch.float32 if batch.device.type == "cpu" else torch.bfloat16)
+        updates = orthogonalized(batch, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        rate = group["lr"] * 0.2 * max(matrices[0].shape) ** 0.5
+        for matrix, update in zip(matrices, updates.to(matrices[0].dtype), strict=True):
+            matrix.mul_(1 - group["lr"] * group["weight_decay"])
+            matrix.add_(spread_like(matrix, update), alpha=-rate)
 
 
 def orthogonalized(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:

@@ -14,7 +14,6 @@ import torch
 
 from longnet.attention.key_ranges import KeyRanges, Positions, ranges_between, tensor_of
 from longnet.attention.sharding.plan import Place
-from longnet.geometry.rows import UNBOUNDED
 from longnet.geometry.shards import KeyPart, SharedKeys, shared_keys
 from longnet.runtime.cache import tensor_cache
 
@@ -138,9 +137,10 @@ def _chosen(part: KeyPart, positions: range, place: Place) -> Positions:
     branch, origin = part.branch, part.origin(place.segment_offset)
     if branch is None or branch.dilation_rate == 1:
         return positions
-    if branch.block == 1 and branch.segment_length == UNBOUNDED:
-        rate = branch.dilation_rate
-        return range(positions.start + (part.offset - positions.start - origin) % rate, positions.stop, rate)
+    first, last = positions.start + origin, positions.stop + origin
+    if branch.block == 1 and branch.segment_start(first) == branch.segment_start(last - 1):
+        on_grid = branch.selected(first, last, part.offset).positions
+        return range(on_grid.start - origin, on_grid.stop - origin, on_grid.step)
     found = tensor_of(positions)
     return found[branch.selects(found + origin, part.offset)]
 
