@@ -27,7 +27,7 @@ def run_shard(group: object, rank: int, case: Any) -> dict[str, Tensor]:
     return case.run(shard_of(case, rank), group)
 
 
-def run_in_squares(group: object, rank: int, case: Any) -> dict[str, Tensor]:
+def run_in_rectangles(group: object, rank: int, case: Any) -> dict[str, Tensor]:
     """Where every query reads all received keys, by a backend, however few they are."""
     usual = ranges.LEAST_ROWS
     attend.LEAST_ROWS = ranges.LEAST_ROWS = 1

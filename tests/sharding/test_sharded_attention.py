@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from on_shards import bytes_sent, run_in_squares, run_shard, together
+from on_shards import bytes_sent, run_in_rectangles, run_shard, together
 from patterns import branches, relative_error
 from torch import Tensor
 
@@ -133,7 +133,7 @@ def test_shards_give_what_one_device_gives(ranks, case):
 @given(case=cases())
 @settings(max_examples=100, deadline=None)
 def test_shards_whose_received_keys_are_read_by_a_backend(ranks, case):
-    compare(ranks, case, run=run_in_squares)
+    compare(ranks, case, run=run_in_rectangles)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])

@@ -9,11 +9,12 @@ import torch
 from beyond import calls
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from on_shards import bytes_sent, run_in_squares, run_shard, shard_of, together
+from on_shards import bytes_sent, run_in_rectangles, run_shard, shard_of, together
 from patterns import relative_error
 from sharded_cases import MIXED, PAPER, Case, compare
 
 from longnet.attention.functional import pattern_attention
+from longnet.attention.sharding.ordinary import cut
 from longnet.geometry import Pattern
 from longnet.geometry.shards import Shards, rows_sent
 
@@ -59,7 +60,7 @@ def test_shards_give_what_the_definition_gives(ranks, case):
 @given(case=cases())
 @settings(max_examples=200, deadline=None)
 def test_shards_whose_received_keys_are_read_by_a_backend(ranks, case):
-    compare(ranks, replace(case, biased=False), run=run_in_squares)
+    compare(ranks, replace(case, biased=False), run=run_in_rectangles)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -251,3 +252,19 @@ def test_numbers_as_large_as_they_may_be(ranks):
         compare(ranks, Case((5, 3, 9), call, offset))
     for ok, error in ranks.outcomes(2, run_shard, Case((5, 3), call, (largest + 1, 0))):
         assert not ok and f"segment_offset holds {largest + 1}: expected at most" in error, error
+
+
+@given(sizes=st.tuples(st.integers(512, 100_000), st.integers(512, 100_000)))
+def test_pieces_are_little_more_than_all_pairs(sizes):
+    queries, keys = sizes
+    pieces, key_pieces, size = cut(queries, keys)
+    assert pieces * size >= queries and key_pieces * size >= keys and min(pieces, key_pieces) <= 3
+    assert pieces * key_pieces * size**2 < 1.3 * queries * keys
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("shards", [(40, 9), (9, 40), (23, 7, 1, 30), (16, 16)])
+@pytest.mark.parametrize("window", [2, 9, 10, 16, 24, 41, 60])
+def test_windows_of_any_length_over_shards_of_any(ranks, window, shards, is_causal):
+    call = MIXED | {"segment_lengths": (), "dilation_rates": (), "window": window, "is_causal": is_causal}
+    compare(ranks, Case(shards, call, padded=True), run=run_in_rectangles)

@@ -19,7 +19,7 @@ from longnet.attention.backends import Backend
 from longnet.attention.call import AttentionInputs, Gradients, SavedForward, lse_dtype
 from longnet.attention.chunked import Rows
 from longnet.attention.sharding.exchange import pack, send
-from longnet.attention.sharding.ordinary import LEAST_ROWS, OrdinaryCall, square_call
+from longnet.attention.sharding.ordinary import LEAST_ROWS, OrdinaryCall, rectangle_call
 from longnet.attention.sharding.plan import Place, RowGroup, ShardPlan, make_plan
 from longnet.geometry.chunks import OwnPart
 
@@ -55,7 +55,7 @@ class Shard:
             remote = received[rows.received].movedim(2, 0)
             if min(query.shape[2], remote.shape[2]) >= LEAST_ROWS:
                 key, value = remote.split(dim, -1)
-                return square_call(self.backend, query, key, value, None, self.inputs.spec.scale)
+                return rectangle_call(self.backend, query, key, value, None, self.inputs.spec.scale)
         query = query.to(kind)
         padded = None
         if rows.received is None:

@@ -6,8 +6,9 @@ Positions are a ``range`` where they are at equal steps, so that a long shard co
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import NamedTuple
 
 import torch
@@ -28,26 +29,39 @@ class Keys(NamedTuple):
     positions: Positions
 
 
+class Reads(Enum):
+    """Which keys of a reading its queries read: all of them; from the one with the query's number on; up to it; some."""
+
+    ALL, FROM_OWN, UP_TO_OWN, SOME = range(4)
+
+
 @dataclass(frozen=True)
 class Reading:
     """Queries of the shard, rising, and received keys of one part.
 
     Args:
-        pieces: the numbers of the keys among those of the part, which are ordered by rank.
-        keys: their positions.
-        reads_all: whether every one of these queries reads all of these keys.
+        pieces: the numbers of pieces of the part's keys, which are ordered by rank.
+        keys: the positions of the keys.
+        first: how many keys of the pieces come before them.
+        reads: with ``FROM_OWN`` and ``UP_TO_OWN`` there are as many queries as keys.
     """
 
     part: KeyPart
     queries: Positions
     pieces: range
-    keys: tuple[Positions, ...]
-    reads_all: bool
+    keys: Positions
+    reads: Reads
+    first: int = 0
+
+    @property
+    def rows(self) -> slice:
+        """The keys among those of the pieces."""
+        return slice(self.first, self.first + len(self.keys))
 
     def ranges(self, place: Place) -> KeyRanges:
         """What each query reads; queries that read nothing are left out."""
-        heads, keys = torch.tensor(self.part.heads, device="cpu"), torch.cat([tensor_of(one) for one in self.keys])
-        about = place.pattern, self.part.branch, heads, tensor_of(self.queries), keys
+        heads = torch.tensor(self.part.heads, device="cpu")
+        about = place.pattern, self.part.branch, heads, tensor_of(self.queries), tensor_of(self.keys)
         return ranges_between(*about, place.is_causal, self.part.origin(place.segment_offset))
 
 
@@ -57,7 +71,7 @@ class RangePlan:
 
     Args:
         sent, received: to and from every rank.
-        read: every received key is in one of these with each query that reads it.
+        read: a received key and a query that reads it are in one of these, once.
         queries, keys: positions among which are all queries that read received keys, and all keys that are sent.
     """
 
@@ -145,7 +159,7 @@ def _chosen(part: KeyPart, positions: range, place: Place) -> Positions:
     return found[branch.selects(found + origin, part.offset)]
 
 
-def _readings(place: Place, part: KeyPart, pieces: list[Positions]) -> Iterable[Reading]:
+def _readings(place: Place, part: KeyPart, pieces: list[Positions]) -> Iterator[Reading]:
     """Who reads the received keys of a part."""
     start, end = place.shards.span(place.rank)
     pattern, branch, origin = place.pattern, part.branch, part.origin(place.segment_offset)
@@ -154,15 +168,45 @@ def _readings(place: Place, part: KeyPart, pieces: list[Positions]) -> Iterable[
     high = end if place.is_causal else max(start, min(end, pattern.read_span(branch, end, False, origin)[0]))
     before = sum(int(positions[0]) < start for positions in pieces)
     for numbers, queries in ((range(before), range(start, low)), (range(before, len(pieces)), range(high, end))):
+        if not len(queries) or not len(numbers):
+            continue
+        if branch is None:
+            keys = range(int(pieces[numbers[0]][0]), int(pieces[numbers[-1]][-1]) + 1)
+            yield from _readings_of_window(part, numbers, queries, keys, place)
+            continue
         chosen = _chosen(part, queries, place) if pattern.dilated_queries else queries
-        keys = tuple(pieces[number] for number in numbers)
-        if not len(chosen) or not keys:
+        if not len(chosen):
             continue
         # What a query reads begins and ends later the later it stands.
         first = pattern.read_span(branch, int(chosen[-1]), False, origin)[0]
         stop = pattern.read_span(branch, int(chosen[0]), False, origin)[1]
-        if first <= int(keys[0][0]) and int(keys[-1][-1]) < stop:
+        if first <= int(pieces[numbers[0]][0]) and int(pieces[numbers[-1]][-1]) < stop:
             # One by one: a call then has as many keys as a shard at most.
-            yield from (Reading(part, chosen, range(n, n + 1), (pieces[n],), True) for n in numbers)
+            yield from (Reading(part, chosen, range(n, n + 1), pieces[n], Reads.ALL) for n in numbers)
         else:
-            yield Reading(part, chosen, numbers, keys, False)
+            joined = torch.cat([tensor_of(pieces[number]) for number in numbers])
+            yield Reading(part, chosen, numbers, joined, Reads.SOME)
+
+
+def _readings_of_window(part: KeyPart, pieces: range, queries: range, keys: range, place: Place) -> Iterator[Reading]:
+    """A window over one border of the shard. The further from it, the fewer of the keys a query reads, one less each time."""
+    window = place.pattern.window
+    assert window is not None
+    is_before = keys[0] < queries[0]
+    # How many queries, those next to the border, read all keys; the last of them and the others are a triangle of rows.
+    reach = window - len(keys)
+    count = min(len(queries), max(0, reach - 1))
+    rest = len(queries) - count
+    if is_before:
+        all_of_them, others = queries[:count], queries[count:]
+        triangle, near = keys[:rest], keys[rest:]
+    else:
+        all_of_them, others = queries[rest:], queries[:rest]
+        triangle, near = keys[len(keys) - rest :], keys[: len(keys) - rest]
+    if count:
+        yield Reading(part, all_of_them, pieces, keys, Reads.ALL)
+    if rest:
+        kind = Reads.FROM_OWN if is_before else Reads.UP_TO_OWN
+        yield Reading(part, others, pieces, triangle, kind, triangle[0] - keys[0])
+        if len(near):
+            yield Reading(part, others, pieces, near, Reads.ALL, near[0] - keys[0])

@@ -23,9 +23,9 @@ from longnet.attention.chunked import Rows
 from longnet.attention.key_ranges import Positions, index_of, tensor_of
 from longnet.attention.sharding.attend import rows_backward
 from longnet.attention.sharding.exchange import send
-from longnet.attention.sharding.ordinary import LEAST_ROWS, OrdinaryCall, border_call, square_call
+from longnet.attention.sharding.ordinary import LEAST_ROWS, OrdinaryCall, rectangle_call, triangle_call
 from longnet.attention.sharding.plan import Place
-from longnet.attention.sharding.range_plan import Keys, RangePlan, Reading, range_plan, rows_exchanged
+from longnet.attention.sharding.range_plan import Keys, RangePlan, Reading, Reads, range_plan, rows_exchanged
 from longnet.geometry.shards import KeyPart
 
 
@@ -79,7 +79,8 @@ class _Grid:
         remote = _by_part(received)
         for reading in self.plan.read:
             pieces = [remote[reading.part][number] for number in reading.pieces]
-            call = self._call(backend, reading, pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2))
+            keys = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+            call = self._call(backend, reading, keys[:, :, reading.rows])
             ranges = call.ranges if isinstance(call, Rows) else None
             yield reading, reading.queries if ranges is None else ranges.queries, call
 
@@ -89,20 +90,18 @@ class _Grid:
         key, value = remote[..., :dim], remote[..., dim : 2 * dim]
         if inputs.mask is not None:
             padded = remote[..., 2 * dim] != 0
+        by_ranges = reading.reads is Reads.SOME or inputs.bias is not None
+        ranges = reading.ranges(self.place) if by_ranges else None
+        queries = reading.queries if ranges is None else ranges.queries
+        query = inputs.query[self.index(part.heads, queries)]
         if inputs.bias is None:
-            query = inputs.query[self.index(part.heads, reading.queries)]
-            of_keys = None if padded is None else padded[:, 0]
-            tensors = backend, query, key, value, of_keys, inputs.spec.scale
-            if reading.reads_all and min(query.shape[2], key.shape[2]) >= LEAST_ROWS:
-                return square_call(*tensors)
-            if part.branch is None and not reading.reads_all:
-                assert self.place.pattern.window is not None
-                is_before = int(reading.keys[0][0]) < self.start
-                return border_call(*tensors, self.place.pattern.window, inputs.spec.is_causal, is_before)
-        ranges = reading.ranges(self.place)
+            tensors = backend, query, key, value, None if padded is None else padded[:, 0], inputs.spec.scale
+            if reading.reads in (Reads.FROM_OWN, Reads.UP_TO_OWN):
+                return triangle_call(*tensors, reading.reads is Reads.FROM_OWN)
+            if reading.reads is Reads.ALL and min(query.shape[2], key.shape[2]) >= LEAST_ROWS:
+                return rectangle_call(*tensors)
         kind = lse_dtype(inputs.query.dtype)
-        query = inputs.query[self.index(part.heads, reading.queries)].to(kind)
-        key, value = key.to(kind), value.to(kind)
+        query, key, value = query.to(kind), key.to(kind), value.to(kind)
         if padded is not None:
             # A NaN must not reach 0 * key.
             key = key.masked_fill(padded[..., None], 0.0)
@@ -206,8 +205,8 @@ class RangeShard:
             out, lse, grad = (x[grid.rows] for x in (saved.out, saved.lse, grad_out))
             return SavedForward(grid.own, out, lse), grad, None if grad_lse is None else grad_lse[grid.rows]
 
-        # What others wait for comes first, and travels while the rest is computed. Each row is written once.
-        returned = received.new_empty(len(received), 2 * dim, dtype=kind)
+        # What others wait for comes first, and travels while the rest is computed.
+        returned = received.new_zeros(len(received), 2 * dim, dtype=kind)
         query_grads: list[list[tuple[Any, Tensor]]] = [[] for _ in self.grids]
         buffers = zip(self._views(received, False), self._views(returned, False), query_grads, strict=True)
         for grid, (views, targets, of_queries) in zip(self.grids, buffers, strict=True):
@@ -218,9 +217,12 @@ class RangeShard:
                 index = grid.index(part.heads, queries)
                 grad_q, grad_kv, by_distance = rows_backward(call, index, forward, grad, of_lse, part.share)
                 of_queries.append((grid.among(grid.plan.queries, part.heads, queries), grad_q))
-                pieces = [places[part][number] for number in reading.pieces]
-                for rows, own in zip(pieces, grad_kv.split([one.shape[2] for one in pieces], 2), strict=True):
-                    rows.copy_(own)
+                before = -reading.first
+                for rows in (places[part][number] for number in reading.pieces):
+                    low, high = max(0, -before), min(rows.shape[2], grad_kv.shape[2] - before)
+                    if low < high:
+                        rows[:, :, low:high] += grad_kv[:, :, before + low : before + high]
+                    before += rows.shape[2]
                 if by_distance is not None:
                     grad_bias[list(part.heads)] += by_distance
         transfer = send(returned.to(grad_out.dtype), self.received, self.sent, self.group)
