@@ -25,8 +25,16 @@ class NoResult(ValueError):
 def program(name: str, text: str | None, *, out_required: bool = False) -> argparse.ArgumentParser:
     """The options of ``python -m benchmarks.NAME``: ``--out``, and what the caller adds."""
     parser = argparse.ArgumentParser(f"python -m benchmarks.{name}", description=(text or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=out_required, help="where the result is written as JSON")
+    parser.add_argument("--out", type=a_file, required=out_required, help="where the result is written as JSON")
     return parser
+
+
+def a_file(text: str) -> Path:
+    """For argparse: said before anything is measured."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder: expected the name of a JSON file")
+    return path
 
 
 def started(commit: str | None = None, **fields: Any) -> Record:

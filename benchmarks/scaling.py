@@ -204,7 +204,7 @@ def run(out: Path | None, only: list[str]) -> Record:
 def main() -> None:
     parser = results.program("scaling", __doc__)
     parser.add_argument(
-        "--only", nargs="*", default=[], choices=[row.name for row in rows_of(False, 1)], help="patterns"
+        "--only", nargs="+", default=[], choices=[row.name for row in rows_of(False, 1)], help="patterns"
     )
     options = parser.parse_args()
     if "WORLD_SIZE" not in os.environ:

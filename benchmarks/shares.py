@@ -33,8 +33,8 @@ from longnet.attention.sharding.ranges import RangeShard
 from longnet.geometry import score_pairs, score_pairs_by_shard
 from longnet.geometry.shards import Shards
 
-# Tokens of a rank whose results are checked.
-CHECKED = 1 << 12
+# Tokens of a rank whose results are checked, and ranks at most.
+CHECKED, MOST = 1 << 12, 64
 
 
 class Post:
@@ -192,11 +192,11 @@ def run(out: Path | None, ranks: int, only: Sequence[str]) -> Record:
 def main() -> None:
     parser = results.program("shares", __doc__)
     names = [row.name for row in rows_of(False, 1) if not row.gathered]
-    parser.add_argument("--only", nargs="*", default=[], choices=names, help="patterns")
+    parser.add_argument("--only", nargs="+", default=[], choices=names, help="patterns")
     parser.add_argument("--ranks", type=int, default=2, help="among which the sequence is cut")
     options = parser.parse_args()
-    if options.ranks < 2:
-        parser.error(f"--ranks {options.ranks}: expected at least 2")
+    if not 2 <= options.ranks <= MOST:
+        parser.error(f"--ranks {options.ranks}: expected 2 to {MOST}, as one device holds the tokens of all")
     run(options.out, options.ranks, options.only)
 
 

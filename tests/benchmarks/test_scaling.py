@@ -66,6 +66,23 @@ def test_ranks_in_turn_give_one_devices_result(tmp_path, monkeypatch, ranks):
         shares.run(None, ranks, ["window 512"])
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--out", "."], "argument --out: . is a folder: expected the name of a JSON file"),
+        (["--ranks", "1"], "--ranks 1: expected 2 to 64, as one device holds the tokens of all"),
+        (["--ranks", "100000"], "--ranks 100000: expected 2 to 64"),
+        (["--only"], "argument --only: expected at least one argument"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_measured(monkeypatch, capsys, options, words):
+    monkeypatch.setattr(sys, "argv", ["shares", *options])
+    monkeypatch.setattr(shares, "run", lambda *_: pytest.fail("it began"))
+    with pytest.raises(SystemExit):
+        shares.main()
+    assert words in capsys.readouterr().err
+
+
 def scaling(ranks: int, **changes: object) -> dict:
     rows = [
         {"pattern": "published", "even": True, "ratio": 1 + 0.01 * ranks, "pairs": 1.0},

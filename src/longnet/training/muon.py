@@ -30,10 +30,16 @@ class Muon(torch.optim.Muon):
         super().__init__(matrices, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
+        """As torch's."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             for matrices in _batches(group["params"]):
                 self._step(group, matrices)
+        return loss
 
     def _step(self, group: dict[str, Any], matrices: list[Tensor]) -> None:
         momentum, ahead = group["momentum"], []
@@ -70,7 +76,7 @@ def _batches(matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Those with a gradient: of one shape, dtype and device, and no more than a batch has numbers."""
     alike: defaultdict[Any, list[Tensor]] = defaultdict(list)
     for matrix in matrices:
-        if matrix.grad is not None:
+        if matrix.grad is not None and matrix.numel():
             alike[matrix.shape, matrix.dtype, matrix.device].append(matrix)
     for (shape, *_), some in alike.items():
         count = max(1, _BATCH // shape.numel())
