@@ -197,7 +197,10 @@ def norm_backward_kernel(
                 grad += grad_rows[other * PARTS + part].to(tl.float32)
             y = (hidden[part] - mean) * scale
             weight_new = weight_new + (weight_sum[part] + grad * y,)
-            bias_new = bias_new + (bias_sum[part] + grad,)
+            if BIAS is not None:
+                bias_new = bias_new + (bias_sum[part] + grad,)
+            else:
+                bias_new = bias_new + (bias_sum[part],)
             again = _affine(y, weight, bias, part, BIAS is not None)
             tl.store(NORMED + at + part * WIDTH, again.to(NORMED.dtype.element_ty))
             grad = grad * weight[part].to(tl.float32)

@@ -58,15 +58,15 @@ class OrdinaryCall:
 def cut(queries: int, keys: int) -> tuple[int, int, int]:
     """(pieces of the queries, pieces of the keys, rows of a piece) of few pieces that are little more than all pairs."""
     most, least = max(queries, keys), min(queries, keys)
-    best = (0, 0, 0)
+    best = (0, 0, 0, 0)
     for few in (1, 2, 3):
-        for many in {max(1, most * few // least), -(-most * few // least)}:
+        for many in (most * few // least, -(-most * few // least)):
             size = max(-(-most // many), -(-least // few))
-            found = many * few * size * size
-            if not best[0] or 1.1 * found < best[0]:
-                best = (found, few, many)
-    _, few, many = best
-    size = max(-(-most // many), -(-least // few))
+            pairs = many * few * size * size
+            # More pieces have to save a tenth.
+            if not best[0] or 1.1 * pairs < best[0]:
+                best = (pairs, many, few, size)
+    _, many, few, size = best
     return (many, few, size) if queries >= keys else (few, many, size)
 
 

@@ -193,9 +193,8 @@ def _readings_of_window(part: KeyPart, pieces: range, queries: range, keys: rang
     window = place.pattern.window
     assert window is not None
     is_before = keys[0] < queries[0]
-    # How many queries, those next to the border, read all keys; the last of them and the others are a triangle of rows.
-    reach = window - len(keys)
-    count = min(len(queries), max(0, reach - 1))
+    # So many queries next to the border read all keys. So does the next one, and with those after it a triangle begins.
+    count = min(len(queries), max(0, window - len(keys) - 1))
     rest = len(queries) - count
     if is_before:
         all_of_them, others = queries[:count], queries[count:]
