@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from longnet.models.layer_types import DILATED_TYPES
+from longnet.training.batches import Batches
 from longnet.training.checkpoint import Checkpoint, save_checkpoint
-from longnet.training.data import Corpus, cut_windows, draw_starts, pack_windows
+from longnet.training.data import Corpus
 from longnet.training.device import autocast
 from longnet.training.evaluate import score_windows, window_starts
 from longnet.training.folder import RunFolder
@@ -73,6 +73,7 @@ class Trainer:
         self.model, self.device, self.reporter, self.ranks = model, device, reporter, ranks
         ranks.prepare(model)
         self.dtype = getattr(torch, settings.dtype)
+        self.batches = Batches(settings, data, ranks, device)
         self.optimizer = make_optimizer(model, settings)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -205,20 +206,11 @@ class Trainer:
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * warmed * left
         context = settings.context_at(self.share)
-        starts = draw_starts(
-            self.data.train, context, settings.tokens_per_step // context, settings.seed, self.step + 1
-        )
         self.model.train()
         # By the step: a resumed run draws what an uninterrupted one does.
         self.ranks.vary_dropout(settings.seed + self.step)
         losses = []
-        for some in np.split(starts, settings.accumulate):
-            tokens, targets = map(self.ranks.own_windows, cut_windows(self.data.train, context, some))
-            bounds = None
-            if settings.pack is not None:
-                own = self.ranks.own_windows(torch.from_numpy(some)[:, None])[:, 0].numpy()
-                tokens, targets, bounds = pack_windows(tokens, targets, self.data.documents, own)
-            tokens, targets = tokens.to(self.device), targets.to(self.device)
+        for tokens, targets, bounds in self.batches.at(self.step + 1, context):
             with autocast(self.device, self.dtype):
                 part_loss = self.model.loss(tokens, targets, cu_seqlens=bounds) / settings.accumulate
             self.scaler.scale(part_loss).backward()
@@ -228,6 +220,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self.batches.prepare(self.step + 2, context)
         # A step waits for the device here alone: it computes gradients while the host issues the optimizer's operations.
         *parts, norm = torch.stack((*losses, norm.float())).tolist()
         loss = sum(parts)
