@@ -203,7 +203,7 @@ def lengths(groups: Groups) -> Table:
 
 
 def picture(folders: Sequence[Groups], path: Path) -> Path:
-    """Bits of the training text against minutes, a panel for each context.
+    """Bits of the training text against minutes, the mean of a stack's seeds, a panel for each context.
 
     Raises:
         ValueError: no run that began with random weights, or a path whose suffix names no format of pictures.
@@ -221,13 +221,8 @@ def picture(folders: Sequence[Groups], path: Path) -> Path:
     for axes, groups in zip(np.atleast_1d(figure.subplots(1, len(folders), sharey=True)), folders, strict=True):
         quiet(axes)
         for name, records in groups.items():
-            for record in records:
-                if (seconds := step_seconds(record)) is None:
-                    continue
-                steps, _, bits = np.array(record["curve"]).T
-                (lines[name],) = axes.plot(
-                    steps * seconds / 60, smooth(bits), color=colours[name], label=name, linewidth=1.2
-                )
+            if timed := [one for one in records if step_seconds(one) is not None]:
+                (lines[name],) = axes.plot(*mean_curve(timed), color=colours[name], label=name, linewidth=1.2)
         context = next(iter(groups.values()))[0]["context"]
         axes.set(xlabel="minutes", title=f"{context:,} bytes of context", yscale="log", ylim=(0.6, 8))
         axes.title.set(size=9)
@@ -274,6 +269,18 @@ def lengths_picture(folders: Sequence[Groups], path: Path) -> Path:
         axes.grid(alpha=0.2)
         axes.legend(frameon=False, fontsize=8)
     return save(figure, path)
+
+
+def mean_curve(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
+    """Minutes, and the mean of the runs' smoothed bits, as far as the shortest run goes. The steps of all were timed."""
+    curves = []
+    for record in records:
+        steps, _, bits = np.array(record["curve"]).T
+        seconds = step_seconds(record)
+        assert seconds is not None
+        curves.append((steps * seconds / 60, smooth(bits)))
+    minutes = curves[0][0][curves[0][0] <= min(times[-1] for times, _ in curves)]
+    return minutes, np.mean([np.interp(minutes, times, bits) for times, bits in curves], axis=0)
 
 
 def smooth(values: np.ndarray, count: int = 9) -> np.ndarray:

@@ -64,6 +64,21 @@ def test_the_picture_has_a_panel_for_each_folder(folder, tmp_path):
     assert list(report.smooth(report.np.array([1.0, 2.0, 6.0]), 2)) == [1.0, 1.5, 4.0]
 
 
+def test_a_curve_is_the_mean_of_its_seeds_at_one_time():
+    slower = {
+        **RUN,
+        "seed": 1,
+        "steps": 60,
+        "seconds_a_step": {"cuDNN": 0.5},
+        "curve": [[1, 3.0, 8.0], [60, 33.0, 4.0]],
+    }
+    minutes, bits = report.mean_curve([RUN, slower])
+    assert list(minutes) == pytest.approx([1 / 240, 0.25, 0.5])
+    # Nine points are averaged, the first of a run repeated before it: 8, (8 * 8 + 2) / 9, (7 * 8 + 2 + 1) / 9.
+    fast, slow = [8, 22 / 3, (56 + 3) / 9], [8, 8 - 4 / 9 * 29 / 59, 8 - 4 / 9]
+    assert list(bits) == pytest.approx([(a + b) / 2 for a, b in zip(fast, slow, strict=True)])
+
+
 def test_converted_runs_stand_beside_the_run_that_they_began_with(folder):
     path, put = folder
     put("other", -0.1, stack="window+dense 1/2", converted="balanced-1", share=0.0, rate=0.3, cost=0.5, seed=0)
