@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from longnet.training.ranks import spread_like, whole
+from longnet.training.row_shards import RowShards, own_rows
 
 # Numbers of a batch, at most, unless one matrix has more: larger ones keep a GPU busy by themselves, and take memory.
 _BATCH = 1 << 24
@@ -22,8 +23,8 @@ _BATCH = 1 << 24
 class Muon(torch.optim.Muon):
     """``torch.optim.Muon`` with updates of the size of AdamW's.
 
-    On shards torch would add up products that each process has rounded to bfloat16. So every process that has a shard
-    gathers whole matrices, and multiplies these as one process does.
+    On shards torch would add up products that each process has rounded to bfloat16. Here each process multiplies some of the
+    matrices, whole, as one process does.
     """
 
     def __init__(self, matrices: Iterable[Tensor], lr: float, weight_decay: float) -> None:
@@ -48,16 +49,18 @@ class Muon(torch.optim.Muon):
             state = self.state[matrix]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(matrix)
-            state["momentum_buffer"].lerp_(matrix.grad, 1 - momentum)
-            ahead.append(whole(matrix.grad.lerp(state["momentum_buffer"], momentum)))
+            buffer, grad = own_rows(state["momentum_buffer"]), own_rows(matrix.grad)
+            ahead.append(grad.lerp(buffer.lerp_(grad, 1 - momentum), momentum))
         batch = torch.stack(ahead)
         # A CPU without instructions for bfloat16 multiplies float32 much faster.
         batch = batch.to(torch.float32 if batch.device.type == "cpu" else torch.bfloat16)
+        shards = RowShards(matrices[0], len(matrices)) if isinstance(matrices[0], DTensor) else None
+        batch = batch if shards is None else shards.gather(batch)
         updates = orthogonalized(batch, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        updates = updates if shards is None else shards.scatter(updates)
         rate = group["lr"] * 0.2 * max(matrices[0].shape) ** 0.5
         for matrix, update in zip(matrices, updates.to(matrices[0].dtype), strict=True):
-            matrix.mul_(1 - group["lr"] * group["weight_decay"])
-            matrix.add_(spread_like(matrix, update), alpha=-rate)
+            own_rows(matrix).mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
 
 
 def orthogonalized(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
