@@ -28,7 +28,6 @@ from longnet.training import (
 from longnet.training.folder import RunFolder
 from longnet.training.metrics import RUN_LINES, read_metrics
 from longnet.training.progress import SilentReporter
-from longnet.training.ranks import Ranks
 from longnet.training.resume import read_settings
 from longnet.training.settings import OPTIMIZERS
 from longnet.training.trainer import Trainer
@@ -631,8 +630,8 @@ def test_compiled_blocks_learn_the_same(make_settings: Make, monkeypatch: pytest
         made.append(graph)
         return graph.forward
 
-    real = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: real(self, backend=backend, **options))
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend=backend, **options))
     types = ("sliding_attention", "strided_attention", "full_attention", "shifted_dilated_attention")
     model = LongNetConfig.preset("nano", layers=8, layer_types=types, sliding_window=9)
     options = {"model": model, "steps": 4, "eval_every": 2, "save_every": 1}
@@ -660,7 +659,7 @@ def test_compiled_dropout_draws_what_it_draws_uncompiled(
     make_settings: Make, monkeypatch: pytest.MonkeyPatch, dropout: float
 ) -> None:
     given: list[dict[str, Any]] = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: given.append(options))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: given.append(options) or function)
     model = LongNetConfig.preset("nano", layers=1, dropout=dropout)
     train(make_settings(model=model, compile=True, steps=1))
     # torch's compiler draws numbers of its own otherwise.
@@ -676,24 +675,11 @@ def test_a_gpu_compiles_by_default_where_it_can(
     monkeypatch.setattr(loop, "HAS_TRITON", has_triton)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     reporter, gpu = _Saying(), torch.device("cuda")
-    assert loop._compiled(make_settings(), gpu, Ranks(), reporter) is expected
+    assert loop._compiled(make_settings(), gpu, reporter) is expected
     # What is not done is told.
     assert [line.startswith("Not compiling the blocks") for line in reporter.said] == [True] * (not expected)
-    assert not loop._compiled(make_settings(compile=False), gpu, Ranks(), reporter)
-    assert not loop._compiled(make_settings(), torch.device("cpu"), Ranks(), reporter)
-
-
-def test_compiling_is_for_a_single_process(make_settings: Make) -> None:
-    settings = make_settings(compile=True)
-
-    class Two(Ranks):
-        def __init__(self) -> None:
-            super().__init__()
-            self.dp = 2
-
-    with pytest.raises(ValueError, match="compile=True with 2 processes: expected one process, or compile=False"):
-        train(settings.replace(batch=2), ranks=Two())
-    assert not Path(settings.out).exists()
+    assert not loop._compiled(make_settings(compile=False), gpu, reporter)
+    assert not loop._compiled(make_settings(), torch.device("cpu"), reporter)
 
 
 def test_a_step_reads_no_number_before_the_optimizer_is_done(

@@ -104,6 +104,31 @@ def test_windows_side_by_side(data, tmp_path, alone, forked):
     assert (tmp_path / "run" / "report.html").exists()
 
 
+OF_EVERY_KIND = {
+    "layers": 4, "dim": 32, "heads": 4, "dropout": 0.2, "gradient_checkpointing": True, "segment_lengths": [32, 200],
+    "dilation_rates": [1, 2], "sliding_window": 24, "stride": 2, "shift_keys": True,
+    "layer_types": ["sliding_attention", "dilated_attention", "strided_attention", "full_attention"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cp", [1, 2])
+def test_compiled_blocks_learn_the_same_over_processes(data, tmp_path, forked, cp):
+    config, said = tmp_path / "config.json", {}
+    config.write_text(json.dumps(OF_EVERY_KIND))
+    for kind in ("--compile", "--no-compile"):
+        _, _, *given = command(
+            data, tmp_path / kind, "--config", str(config), "--cp", str(cp), "--steps", "4", "--eval-every", "2", kind
+        )
+        given = [one for one in given if one not in ("--preset", "nano")]
+        script = str(Path(__file__).with_name("compiled_run.py"))
+        process = start("--nproc-per-node", "2", script, *given, python=forked)
+        said[kind] = finish(process)
+        assert process.returncode == 0, said[kind]
+    assert "Compiling the blocks" in said["--compile"] and "\n0 graphs" not in said["--compile"]
+    assert said["--no-compile"].count("\n0 graphs") == 2
+    same_losses(metrics(tmp_path / "--compile"), metrics(tmp_path / "--no-compile"))
+
+
 def test_every_process_begins_with_the_weights_that_are_given(data, tmp_path, forked):
     save_model(LongNetLM(LongNetConfig.preset("nano")), tmp_path / "first")
     options = ("--init-from", str(tmp_path / "first"), "--steps", "3")

@@ -84,7 +84,7 @@ def train(
     ranks.check(settings.batch, settings.dtype, settings.cp)
     tell = reporter or SilentReporter()
     device = resolve_device(settings.device, settings.dtype)
-    compiled = _compiled(settings, device, ranks, tell)
+    compiled = _compiled(settings, device, tell)
     check_tracker(settings.track)
     if isinstance(settings.model, TransformerConfig):
         _check_transformer(settings.model, settings.context)
@@ -154,12 +154,7 @@ def train(
                     # Trackers come first: they get the line that a callback raises an error for.
                     trainer.callbacks = [*trackers, *callbacks]
                     if compiled:
-                        # Of blocks that are alike one graph is made. Part of one would not be noticed to run uncompiled. Without
-                        # the option dropout would draw other numbers than it does uncompiled.
-                        has_dropout = isinstance(settings.model, LongNetConfig) and settings.model.dropout
-                        options = {"options": {"fallback_random": True}} if has_dropout else {}
-                        for block in model.blocks:
-                            block.compile(fullgraph=True, **options)
+                        _compile_blocks(model, settings, ranks)
                         tell.say("Compiling the blocks: the first step and the first evaluation take longer")
                     trainer.start(checkpoint)
                     return trainer.run(should_stop or (lambda: False))
@@ -276,16 +271,9 @@ def _say_estimate(
 _LEAST_CAPABILITY = (7, 0)
 
 
-def _compiled(settings: TrainSettings, device: torch.device, ranks: Ranks, tell: Reporter) -> bool:
-    """Whether blocks are compiled.
-
-    Raises:
-        ValueError: they should be, and several processes train.
-    """
-    alone = ranks.dp * ranks.cp == 1
-    if settings.compile and not alone:
-        raise ValueError(f"compile=True with {ranks.dp * ranks.cp} processes: expected one process, or compile=False")
-    if settings.compile is not None or device.type != "cuda" or not alone:
+def _compiled(settings: TrainSettings, device: torch.device, tell: Reporter) -> bool:
+    """Whether blocks are compiled; what is not done on a GPU is said."""
+    if settings.compile is not None or device.type != "cuda":
         return bool(settings.compile)
     if isinstance(settings.model, TransformerConfig):
         tell.say(
@@ -298,6 +286,17 @@ def _compiled(settings: TrainSettings, device: torch.device, ranks: Ranks, tell:
         )
         return False
     return True
+
+
+def _compile_blocks(model: Model, settings: TrainSettings, ranks: Ranks) -> None:
+    """Compile the blocks, in place. Of blocks that are alike one graph is made."""
+    # Without the option dropout would draw other numbers than it does uncompiled.
+    has_dropout = isinstance(settings.model, LongNetConfig) and settings.model.dropout
+    options: dict[str, Any] = {"options": {"fallback_random": True}} if has_dropout else {}
+    for block in model.blocks:
+        # Not the call: several processes gather a block's weights around its forward. Part of a graph would not be noticed to
+        # run uncompiled; where processes share a window, graphs break at the attention, in which they communicate.
+        block.forward = torch.compile(block.forward, fullgraph=ranks.cp == 1, **options)
 
 
 @contextmanager

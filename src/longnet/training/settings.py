@@ -74,7 +74,7 @@ class TrainSettings:
         eval_windows: held-out windows of an evaluation during training.
         checkpoint: how several processes save: ``"sharded"``, each its part while training goes on, into a folder that all of
             them share, or ``"whole"``, one file of the first process. One process writes a whole file.
-        compile: whether ``torch.compile`` compiles the blocks; ``None`` does on a GPU that it supports, in a single process.
+        compile: whether ``torch.compile`` compiles the blocks; ``None`` does on a GPU that it supports.
         threads: CPU threads of torch; ``None`` takes one for a small model on the CPU, else torch's number.
     """
 
@@ -131,9 +131,7 @@ class TrainSettings:
     )
     threads: int | None = setting(None, "CPU threads.", shown="torch's choice, 1 for a small model")
     cp: int = setting(1, "Processes that share each window, of those torchrun started.")
-    compile: bool | None = setting(
-        None, "Compile the blocks: the first steps take longer.", shown="on a GPU, with one process"
-    )
+    compile: bool | None = setting(None, "Compile the blocks: the first steps take longer.", shown="on a GPU")
     track: str = setting("none", "Show the metrics in tensorboard, wandb or trackio, or none.", choices=TRACKERS)
     init_from: str | None = None
     init_digest: str | None = None
