@@ -92,6 +92,7 @@ def test_the_command_writes_and_checks(monkeypatch, tmp_path):
         ("hf-cpu-2026-11-25", "Hugging Face"),
         ("longest-training-1-2026-11-25", "Longest training"),
         ("scaling-gpu-2026-11-30", "Scaling"),
+        ("shares-8-gpu-2026-11-30", "Shares"),
     ],
 )
 def test_results_of_one_suite_can_be_shown_and_marked(name, title):
