@@ -612,6 +612,25 @@ def _longest_training(result: Record) -> list[Table]:
     return [table("Longest training", columns, rows)]
 
 
+def _training_ranks(result: Record) -> list[Table]:
+    def verdict(value: float) -> Record:
+        return _judged(Verdict("difference", value, result["limit"]))
+
+    rows = [one | verdict(one["difference"]) for one in result["runs"]]
+    columns = {
+        "processes": "{processes}", "--cp": "{cp}", "tokens/s": "{tokens_per_second:,.0f}",
+        "first step s": "{first_seconds:.1f}", "largest difference of a loss": "{difference:.1e}", **_JUDGED,
+    }  # fmt: skip
+    tables = [table("Training over processes", columns, rows, f"{result['steps']} steps each.")]
+    if (killed := result["killed"]) is not None:
+        columns = {
+            "killed at step": "{killed_at}", "saved step": "{saved}", "the others ended after s": "{ended_after:.1f}",
+            "resumed by": "{resumed_by}", "largest difference of a loss": "{difference:.1e}", **_JUDGED,
+        }  # fmt: skip
+        tables.append(table("A process is killed", columns, [killed | verdict(killed["difference"])]))
+    return tables
+
+
 _CPU_TABLES = (
     ("checks", _checks), ("noise", _noise), ("speed", _cpu_speed), ("memory", _cpu_memory), ("import", _import),
     ("growth", _growth), ("stream", _reading), ("stream", _prefix),
@@ -724,5 +743,5 @@ _KINDS: dict[str, Callable[[Record], list[Table]]] = {
     "stream record": _long_stream, "gigapath": _slide_encoder, "compress": _compressed, "scaling": _scaling, "hf": _hf,
     "shares": _shares, "encoders": _encoders, "generation": _generation,
     "longest training": _longest_training, "windows": _windows, "decoding": _decoding,
-    "waiting": _waiting,
+    "waiting": _waiting, "training over ranks": _training_ranks,
 }  # fmt: skip

@@ -61,6 +61,7 @@ _GROUPS = {
     "forked_hf": "transformers",
     "quick_gpu_run": "gpu benchmark",
     "quick": "benchmark",
+    "trained": "training benchmark",
 }
 
 

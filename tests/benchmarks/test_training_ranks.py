@@ -1,0 +1,52 @@
+"""The benchmark that trains by the command over several processes, on two of the CPU."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import report, training_ranks
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_ranks, "STEPS", 16)
+        patch.setattr(training_ranks, "KILLED_AT", 7)
+        out = tmp_path_factory.mktemp("made") / "training.json"
+        training_ranks.run(out, 2)
+        return json.loads(out.read_text())
+
+
+def test_processes_are_compared_with_one(trained):
+    assert [(one["processes"], one["cp"]) for one in trained["runs"]] == [(1, 1), (2, 2), (2, 1)]
+    for one in trained["runs"]:
+        assert len(one["losses"]) == 16 and one["tokens_per_second"] > 0
+        assert one["difference"] < 1e-4
+    assert len({tuple(one["losses"]) for one in trained["runs"]}) > 1
+
+
+def test_one_is_killed_and_the_other_goes_on(trained):
+    killed = trained["killed"]
+    assert killed["saved"] in (5, 10) and killed["saved"] <= killed["killed_at"] < 16
+    assert len(killed["said"]) == 1 and "process 1 of 2 is gone" in killed["said"][0]
+    assert killed["resumed_by"] == 1 and killed["difference"] < 1e-4
+
+
+def test_a_difference_above_the_limit_is_missed(trained):
+    tables = report.plain(trained)
+    assert "A process is killed" in tables and "missed" not in tables
+    assert "missed" in report.plain({**trained, "killed": {**trained["killed"], "difference": 0.02}})
+
+
+def test_what_cannot_be_compared_is_said(tmp_path, monkeypatch, capsys):
+    steps = [{"step": step, "loss": 1.0} for step in (1, 2)]
+    with pytest.raises(RuntimeError, match="a run has 1 steps, and one process 2"):
+        training_ranks.difference(steps[:1], steps)
+    with pytest.raises(RuntimeError, match=r"failed:\n[\s\S]*cp=3 with 1 process"):
+        training_ranks.finish(training_ranks.command(tmp_path / "run", 1, 3, 2))
+    monkeypatch.setattr("sys.argv", ["training_ranks", "--ranks", "3"])
+    with pytest.raises(SystemExit):
+        training_ranks.main()
+    assert "--ranks 3: expected an even number of processes" in capsys.readouterr().err
