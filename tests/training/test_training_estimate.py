@@ -181,9 +181,9 @@ def test_flops_of_muon_are_those_that_torch_counts(make_settings: Make, model: s
         weight.grad = torch.zeros_like(weight)
     with FlopCounterMode(display=False) as counter:
         optimizer.step()
-    # Processes share all but Muon's steps.
-    for ranks in ({}, {"dp": 2, "cp": 2}):
-        assert step_flops(muon, **ranks) - step_flops(settings, **ranks) == counter.get_total_flops() > 0
+    for ranks, share in (({}, 1), ({"dp": 2, "cp": 2}, 4)):
+        more = step_flops(muon, **ranks) - step_flops(settings, **ranks)
+        assert counter.get_total_flops() > 0 and more == pytest.approx(counter.get_total_flops() / share)
 
 
 def test_the_speed_of_a_product_is_measured_within_a_second(

@@ -129,6 +129,24 @@ def test_compiled_blocks_learn_the_same_over_processes(data, tmp_path, forked, c
     same_losses(metrics(tmp_path / "--compile"), metrics(tmp_path / "--no-compile"))
 
 
+def test_windows_are_cut_for_equal_work(data, tmp_path, forked):
+    """Later parts read more keys in the full layer, and are shorter: losses and evaluations are those of one process."""
+    config = tmp_path / "config.json"
+    config.write_text(
+        json.dumps(OF_EVERY_KIND | {"dropout": 0.0, "layer_types": ["full_attention", "strided_attention"] * 2})
+    )
+    given = {}
+    for out in ("of three", "of one"):
+        options = ("--config", str(config), "--context", "800", "--steps", "4", "--eval-every", "2")
+        given[out] = command(data, tmp_path / out / "run", *options)
+        given[out] = [one for one in given[out] if one not in ("--preset", "nano")]
+    process = start("--nproc-per-node", "3", *given["of three"], "--cp", "3", python=forked)
+    said = finish(process)
+    assert process.returncode == 0 and said.count("Processes share each window in parts of ") == 1, said
+    subprocess.run([*forked, *given["of one"]], env=ENVIRONMENT, check=True, capture_output=True)
+    same_losses(metrics(tmp_path / "of three" / "run"), metrics(tmp_path / "of one" / "run"))
+
+
 def test_every_process_begins_with_the_weights_that_are_given(data, tmp_path, forked):
     save_model(LongNetLM(LongNetConfig.preset("nano")), tmp_path / "first")
     options = ("--init-from", str(tmp_path / "first"), "--steps", "3")

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -56,20 +57,23 @@ class StepMemory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def step_memory(settings: TrainSettings, device: torch.device, *, dp: int = 1, cp: int = 1) -> StepMemory:
+def step_memory(
+    settings: TrainSettings, device: torch.device, *, dp: int = 1, cp: int = 1, longest: int | None = None
+) -> StepMemory:
     """The memory of a step without ``torch.compile``, from a forward pass of each kind of layer on tensors without memory.
 
     Args:
         settings: of the run.
         device: which kernels run, and so what is saved, depends on it.
         dp, cp: windows trained on side by side, and processes that share each.
+        longest: tokens of a window that a process has at most; by default all have as many.
     """
     model = LongNetLM(_longnet_of(settings), device="meta", dtype=getattr(torch, settings.weights))
     of_blocks = [_weight_bytes(block) for block in model.blocks]
     whole, ranks = _weight_bytes(model), dp * cp
     own = -(-whole // ranks)
     gathered = 0 if ranks == 1 else 2 * max(of_blocks) + whole - sum(of_blocks)
-    shape = (settings.batch // dp, -(-settings.context // cp))
+    shape = (settings.batch // dp, longest or -(-settings.context // cp))
     moments = -(-_moment_bytes(model, settings) // ranks)
     return StepMemory(own + gathered, own, moments, _activations(settings, device, *shape))
 
@@ -77,13 +81,27 @@ def step_memory(settings: TrainSettings, device: torch.device, *, dp: int = 1, c
 def step_flops(settings: TrainSettings, *, dp: int = 1, cp: int = 1) -> int:
     """FLOPs (multiplications plus additions) of a process in a step: matrix products of weights, of attention's pairs, of Muon.
 
-    A weight takes 2 FLOPs a token forward and 4 backward, a pair ``4 * D`` forward and ``10 * D`` backward. What is computed
-    again in the backward pass counts again. Muon's step of a matrix is computed by every process.
+    The mean of all processes, as of Muon's matrices each multiplies some.
 
     Args:
         settings, dp, cp: as in :func:`step_memory`.
     """
     config, windows = _longnet_of(settings), settings.batch * settings.accumulate
+    of_token, of_pair = window_flops(config)
+    pairs = sum(
+        score_pairs(layer.pattern, layer.heads, settings.context, True, segment_offset=layer.segment_offset)
+        for layer in config.layer_attentions()
+    )
+    return (windows * (settings.context * of_token + pairs * of_pair) + _muon_flops(settings)) // (dp * cp)
+
+
+@lru_cache(maxsize=64)
+def window_flops(config: LongNetConfig) -> tuple[int, int]:
+    """FLOPs of a token and of a query-key pair in a step, forward and backward.
+
+    A weight takes 2 FLOPs a token forward and 4 backward, a pair ``4 * D`` forward and ``10 * D`` backward. What is computed
+    again in the backward pass counts again.
+    """
     is_recomputed, is_chunked = config.gradient_checkpointing, config.feed_forward_chunk is not None
     # Weights forward, and again in the backward pass. Logits are computed twice.
     forward, again = config.dim * config.vocab_size, config.dim * config.vocab_size
@@ -93,13 +111,7 @@ def step_flops(settings: TrainSettings, *, dp: int = 1, cp: int = 1) -> int:
         forward += size
         # What is recomputed ends before fc2, whose result is not needed; of a block in chunks it does in the last one alone.
         again += (half if is_chunked else 0) + (size - (0 if is_chunked else half) if is_recomputed else 0)
-    pairs = sum(
-        score_pairs(layer.pattern, layer.heads, settings.context, True, segment_offset=layer.segment_offset)
-        for layer in config.layer_attentions()
-    )
-    of_pairs = (18 if is_recomputed else 14) * config.head_dim * pairs
-    a_window = settings.context * (6 * forward + 2 * again) + of_pairs
-    return windows * a_window // (dp * cp) + _muon_flops(settings)
+    return 6 * forward + 2 * again, (18 if is_recomputed else 14) * config.head_dim
 
 
 def _muon_flops(settings: TrainSettings) -> int:
@@ -135,16 +147,17 @@ def describe_step(
     *,
     dp: int = 1,
     cp: int = 1,
+    longest: int | None = None,
     steps_done: int = 0,
     seconds_done: float = 0.0,
 ) -> list[str]:
     """Lines for the user: the memory of a step, whether the device has less, and the time of a step.
 
     Args:
-        settings, device, dp, cp: as in :func:`step_memory`.
+        settings, device, dp, cp, longest: as in :func:`step_memory`.
         steps_done, seconds_done: of a run that is resumed.
     """
-    memory, free = step_memory(settings, device, dp=dp, cp=cp), free_memory(device)
+    memory, free = step_memory(settings, device, dp=dp, cp=cp, longest=longest), free_memory(device)
     each = "" if dp * cp == 1 else " in each process"
     lines = [
         f"Memory of a step{each}: about {format_bytes(memory.total)}. Weights {format_bytes(memory.weights)}, gradients "

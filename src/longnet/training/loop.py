@@ -137,7 +137,10 @@ def train(
             is_small = device.type == "cpu" and settings.batch * settings.context * settings.model.dim < _SMALL
             threads = 1 if settings.threads is None and is_small else settings.threads
             with torch_threads(threads), torch.random.fork_rng(devices=cuda):
-                # Before the model takes memory of the device, and before the seed: a product of random numbers is timed.
+                # Before the model takes memory of the device.
+                for line in ranks.choose_cut(settings, device):
+                    tell.say(line)
+                # And before the seed: a product of random numbers is timed.
                 if ranks.is_first and not isinstance(tell, SilentReporter):
                     _say_estimate(settings, device, ranks, tell, {} if checkpoint is None else checkpoint.progress)
                 torch.manual_seed(settings.seed)
@@ -260,7 +263,8 @@ def _say_estimate(
         return
     done = {"steps_done": progress.get("step", 0), "seconds_done": progress.get("seconds", 0.0)}
     try:
-        for line in describe_step(settings, device, dp=ranks.dp, cp=ranks.cp, **done):
+        longest = max(ranks.cut(settings.context))
+        for line in describe_step(settings, device, dp=ranks.dp, cp=ranks.cp, longest=longest, **done):
             tell.say(line)
     except RuntimeError as error:
         # Of torch, out of memory among them. A run needs no estimate.

@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from longnet.distributed import parallelize, shard_lengths, shard_sequence, unshard_sequence
+from longnet.distributed import parallelize, shard_sequence, unshard_sequence
+from longnet.training.cut import Cut, choose_cut, even_cut
 from longnet.training.liveness import Liveness
 from longnet.training.models import Model
+from longnet.training.settings import TrainSettings
 from longnet.training.transformer import TransformerLM
 
 # A process that waits this long for the others gives up.
@@ -37,12 +40,14 @@ class Ranks:
         dp, cp: windows trained on side by side, and processes that share each.
         control, background: groups of all processes over the host, for what they agree on and for saves meanwhile; None for
             one process.
+        cut: tokens of each process's part of a window of so many.
     """
 
     def __init__(self, mesh: DeviceMesh | None = None, control: Any = None, background: Any = None) -> None:
         self._mesh, self.control, self.background = mesh, control, background
         self.is_first = mesh is None or dist.get_rank() == 0
         self.dp, self.cp = (1, 1) if mesh is None else (mesh["dp"].size(), mesh["cp"].size())
+        self.cut: Cut = partial(even_cut, ranks=self.cp)
 
     def describe(self) -> str:
         """A description for the log; empty for one process."""
@@ -70,6 +75,22 @@ class Ranks:
             model.shard(self._mesh)
         else:
             parallelize(model, self._mesh)
+
+    def choose_cut(self, settings: TrainSettings, device: torch.device) -> list[str]:
+        """Cut windows as the first process finds best, in all processes; lines that say how, if not evenly."""
+        if self.cp == 1:
+            return []
+        found: list[Any] = [None]
+        if self.is_first:
+            try:
+                found = [choose_cut(settings, device, self.dp, self.cp)]
+            except RuntimeError as error:
+                # Of torch, in the estimate. Any cut will do.
+                reason = str(error).strip().splitlines()[0]
+                found = [(self.cut, [f"Parts of a window are equal, as no estimate of a step could be made: {reason}"])]
+        dist.broadcast_object_list(found, src=0, group=self.control)
+        self.cut, lines = found[0]
+        return list(lines)
 
     def check_shared(self, folder: str | Path) -> None:
         """Raise ValueError on all processes unless each sees what the first writes into ``folder``."""
@@ -109,9 +130,7 @@ class Ranks:
         if self.cp == 1:
             return x
         assert self._mesh is not None
-        # Shards that begin at multiples of the rates are fastest; a power of two is a multiple of most rates.
-        unit = 1 << max(0, (x.shape[1] // self.cp).bit_length() - 3)
-        return shard_sequence(x, self._mesh["cp"], lengths=shard_lengths(x.shape[1], self.cp, unit))
+        return shard_sequence(x, self._mesh["cp"], lengths=self.cut(x.shape[1]))
 
     def whole_windows(self, x: Tensor) -> Tensor:
         """The inverse of :meth:`own_shard`, on every process."""
