@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from itertools import accumulate, pairwise
 
 import torch
@@ -28,22 +29,19 @@ def even_cut(length: int, ranks: int) -> tuple[int, ...]:
     return shard_lengths(length, ranks, 1 << max(0, (length // ranks).bit_length() - 3))
 
 
+# Asked for in every step.
+@lru_cache(maxsize=64)
 def equal_work_cut(config: LongNetConfig, length: int, ranks: int) -> tuple[int, ...]:
     """As much work for each: FLOPs of :func:`longnet.training.estimate.step_flops`.
 
     Where a causal layer reads far, later tokens read more keys, so that later parts are shorter.
     """
     unit = 1 << max(0, (length // ranks).bit_length() - 7)
-    units, whole, ends = -(-length // unit), _work(config, length, length), [0]
+    places, whole = range(0, length, unit), _work(config, length, length)
+    ends = [0]
     for rank in range(1, ranks):
-        low, high = ends[-1] // unit, units
-        while low < high:
-            middle = (low + high) // 2
-            if _work(config, length, middle * unit) * ranks < whole * rank:
-                low = middle + 1
-            else:
-                high = middle
-        ends.append(min(length, low * unit))
+        place = bisect_left(places, whole * rank, key=lambda end: ranks * _work(config, length, end))
+        ends.append(min(length, place * unit))
     return tuple(stop - start for start, stop in pairwise([*ends, length]))
 
 
