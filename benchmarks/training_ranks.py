@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,12 +36,12 @@ PATIENCE = 400
 
 
 def command(out: Path, processes: int, cp: int, batch: int, *more: str) -> list[str]:
-    """The command of a run."""
+    """The command of a run into a folder beside ``data``."""
     sizes = ("small", "32768", "bfloat16") if torch.cuda.is_available() else ("nano", "512", "float32")
     options = {
         "--preset": sizes[0], "--context": sizes[1], "--dtype": sizes[2], "--batch": str(batch), "--optimizer": "muon",
         "--lr": "1e-3", "--schedule": "constant", "--eval-every": "0", "--save-every": "5", "--out": str(out),
-        "--data": str(Path(longnet.__file__).parent), "--cp": str(cp),
+        "--data": str(out.parent / "data"), "--cp": str(cp),
     }  # fmt: skip
     launch = ["torch.distributed.run", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
     return [sys.executable, "-m", *launch, "longnet", "train", *(x for pair in options.items() for x in pair), *more]
@@ -140,6 +141,9 @@ def run(out: Path | None, ranks: int) -> Record:
         limit=LIMIT, runs=[], killed=None,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
+        # A copy: caches of compiled files appear and change in a package that is used.
+        package = Path(longnet.__file__).parent
+        shutil.copytree(package, Path(folder) / "data", ignore=shutil.ignore_patterns("__pycache__"))
         alone = Path(folder) / "alone"
         for processes, cp in dict.fromkeys(((1, 1), (ranks, ranks), (ranks, 2), (ranks, 1))):
             path = alone if processes == 1 else Path(folder) / f"cp-{cp}"
