@@ -193,6 +193,8 @@ def run(out: Path | None, only: list[str]) -> Record:
     for row in rows_of(on_gpu, ranks):
         if only and row.name not in only:
             continue
+        if dist.get_rank() == 0:
+            print(f"{row.name}: {ranks} x {row.tokens:,} tokens", flush=True)
         result["patterns"].append(measure(row, Case(row.tokens, kind, heads=heads), device))
         if dist.get_rank() == 0:
             results.save(result, out)

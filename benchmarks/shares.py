@@ -183,6 +183,7 @@ def run(out: Path | None, ranks: int, only: Sequence[str]) -> Record:
     for row in rows_of(on_gpu, ranks):
         if row.gathered or (only and row.name not in only):
             continue
+        print(f"{row.name}: {ranks} x {row.tokens:,} tokens", flush=True)
         result["patterns"].append(measure(row, Case(row.tokens, kind, heads=heads), ranks, device))
         results.save(result, out)
     print(report.plain(result))
