@@ -125,11 +125,14 @@ def summary(result: Record) -> Iterator[str]:
     if "kind" not in result:
         yield from verdicts.summary(result)
         return
-    for one in tables(result):
-        if "verdict" in one.columns:
-            said = [(row[0], row[one.columns.index("verdict")]) for row in one.rows]
-            missed = [f"missed: {name}" for name, verdict in said if verdict == "missed"]
-            yield from missed or ["all limits reached"] * any(verdict == "reached" for _, verdict in said)
+    judged = [one for one in tables(result) if "verdict" in one.columns]
+    verdicts_of = [
+        (f"{one.title}, {row[0]}" if len(judged) > 1 else row[0], row[one.columns.index("verdict")])
+        for one in judged
+        for row in one.rows
+    ]
+    missed = [f"missed: {name}" for name, verdict in verdicts_of if verdict == "missed"]
+    yield from missed or ["all limits reached"] * any(verdict == "reached" for _, verdict in verdicts_of)
 
 
 def markdown(result: Record) -> str:

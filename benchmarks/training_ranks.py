@@ -31,6 +31,8 @@ from longnet.training.folder import RunFolder
 
 # Steps of a run, the step after which a process is killed, and the largest difference of a loss.
 STEPS, KILLED_AT, LIMIT = 50, 12, 1e-2
+# Processes at most where there is no GPU.
+MOST = 16
 # Seconds for a run, and for the others to end once one is killed.
 PATIENCE = 400
 
@@ -161,10 +163,9 @@ def main() -> None:
     parser = results.program("training_ranks", __doc__)
     parser.add_argument("--ranks", type=int, default=2, help="processes, an even number")
     options = parser.parse_args()
-    if options.ranks < 2 or options.ranks % 2:
-        parser.error(f"--ranks {options.ranks}: expected an even number of processes")
-    if torch.cuda.is_available() and torch.cuda.device_count() < options.ranks:
-        parser.error(f"--ranks {options.ranks}: expected at most {torch.cuda.device_count()}, one for each GPU")
+    most, of = (torch.cuda.device_count(), "for each GPU") if torch.cuda.is_available() else (MOST, "on a CPU")
+    if not 2 <= options.ranks <= most or options.ranks % 2:
+        parser.error(f"--ranks {options.ranks}: expected an even number of processes from 2 to {most}, {of}")
     run(options.out, options.ranks)
 
 

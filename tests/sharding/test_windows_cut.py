@@ -35,7 +35,9 @@ def cut(group, rank, fails):
 def test_all_processes_cut_as_the_first_finds_best(ranks):
     (lines, parts, first, whole), (*same, second, _) = ranks(2, cut, False)
     assert same == [lines, parts] and parts[0] > 256 and sum(parts) == 512
-    assert lines[0].startswith(f"Processes share each window in parts of {parts[0]}, {parts[1]} tokens")
+    assert lines[0].startswith(
+        f"Processes share a window of 512 tokens in parts of {parts[0]}, {parts[1]}, for equal work"
+    )
     assert first == list(range(parts[0])) and first + second == whole == list(range(512))
 
 

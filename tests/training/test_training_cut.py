@@ -73,12 +73,12 @@ def test_windows_are_cut_for_equal_work_where_that_fits(make_settings: Make, mon
     chosen, (line,) = choose_cut(settings, CPU, 1, 4)
     parts = equal_work_cut(settings.model, 4096, 4)
     assert chosen(4096) == parts and chosen(4096) != even_cut(4096, 4)
-    assert line.startswith(f"Processes share each window in parts of {parts[0]:,}, {parts[1]:,}, ")
+    assert line.startswith(f"Processes share a window of 4,096 tokens in parts of {parts[0]:,}, {parts[1]:,}, ")
     monkeypatch.setattr(cut, "free_memory", lambda device: 1 << 20)
     chosen, (line,) = choose_cut(settings, CPU, 1, 4)
     assert chosen(4096) == even_cut(4096, 4)
     assert line.startswith(
-        f"Processes share each window in equal parts. For equal work one would have {parts[0]:,} tokens"
+        f"Processes share a window in equal parts. For equal work one would have {parts[0]:,} tokens"
     )
     monkeypatch.setattr(cut, "free_memory", lambda device: None)
     assert choose_cut(settings, CPU, 1, 4)[0](4096) == parts
@@ -90,3 +90,11 @@ def test_windows_alone_and_the_papers_pattern_are_cut_evenly(make_settings: Make
         assert chosen(4096) == even_cut(4096, 4) and lines == []
     # One process has whole windows.
     assert choose_cut(make_settings(model=_config()), CPU, 2, 1)[1] == []
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 7])
+def test_no_part_is_empty_that_need_not_be(ranks: int) -> None:
+    for length in range(ranks, 70):
+        parts = equal_work_cut(_config(), length, ranks)
+        assert busiest(_config(), parts) <= busiest(_config(), even_cut(length, ranks))
+        assert min(parts) > 0

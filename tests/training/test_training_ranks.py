@@ -142,7 +142,7 @@ def test_windows_are_cut_for_equal_work(data, tmp_path, forked):
         given[out] = [one for one in given[out] if one not in ("--preset", "nano")]
     process = start("--nproc-per-node", "3", *given["of three"], "--cp", "3", python=forked)
     said = finish(process)
-    assert process.returncode == 0 and said.count("Processes share each window in parts of ") == 1, said
+    assert process.returncode == 0 and said.count("Processes share a window of 800 tokens in parts of ") == 1, said
     subprocess.run([*forked, *given["of one"]], env=ENVIRONMENT, check=True, capture_output=True)
     same_losses(metrics(tmp_path / "of three" / "run"), metrics(tmp_path / "of one" / "run"))
 

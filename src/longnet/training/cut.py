@@ -42,7 +42,9 @@ def equal_work_cut(config: LongNetConfig, length: int, ranks: int) -> tuple[int,
     for rank in range(1, ranks):
         place = bisect_left(places, whole * rank, key=lambda end: ranks * _work(config, length, end))
         ends.append(min(length, place * unit))
-    return tuple(stop - start for start, stop in pairwise([*ends, length]))
+    parts = tuple(stop - start for start, stop in pairwise([*ends, length]))
+    # Of few tokens equal parts can have less to do.
+    return min(parts, even_cut(length, ranks), key=lambda some: busiest(config, some))
 
 
 def choose_cut(settings: TrainSettings, device: torch.device, dp: int, cp: int) -> tuple[Cut, list[str]]:
@@ -61,12 +63,13 @@ def choose_cut(settings: TrainSettings, device: torch.device, dp: int, cp: int) 
     free, needed = free_memory(device), step_memory(settings, device, dp=dp, cp=cp, longest=max(parts)).total
     if free is not None and needed > _MEMORY * free:
         return even, [
-            f"Processes share each window in equal parts. For equal work one would have {max(parts):,} tokens, and may need "
+            f"Processes share a window in equal parts. For equal work one would have {max(parts):,} tokens, and may need "
             f"{format_bytes(needed)} of the {format_bytes(free)} that {device} has; equal parts take {gain:.0%} longer"
         ]
+    said = ", ".join(f"{part:,}" for part in parts)
     return partial(equal_work_cut, config, ranks=cp), [
-        f"Processes share each window in parts of {', '.join(f'{part:,}' for part in parts)} tokens, for equal work: equal parts "
-        f"would take {gain:.0%} longer"
+        f"Processes share a window of {length:,} tokens in parts of {said}, for equal work: equal parts would take {gain:.0%} "
+        "longer"
     ]
 
 
