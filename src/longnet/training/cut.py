@@ -1,4 +1,4 @@
-"""How a window is cut over the processes that share it: for as many tokens each, or for as much work."""
+"""How a window is cut among the processes that share it: into equal parts, or into parts of equal work."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from longnet.training.estimate import format_bytes, free_memory, step_memory, wi
 from longnet.training.settings import TrainSettings
 
 Cut = Callable[[int], tuple[int, ...]]
-"""Tokens of each process's part of a window of so many, in rank order."""
+"""From the length of a window to the length of each process's part, in rank order, both in tokens."""
 
-# The share of a device's free memory that an estimated step may take, and how much longer equal parts have to take.
+# The largest share of a device's free memory that a step may take by estimate. Equal parts are kept unless they take this share
+# of the time longer.
 _MEMORY, _GAIN = 0.8, 0.1
 
 
 def even_cut(length: int, ranks: int) -> tuple[int, ...]:
-    """As many tokens for each, as far as can be."""
+    """Equal parts, but for where they may begin."""
     # Shards that begin at multiples of the rates are fastest; a power of two is a multiple of most rates.
     return shard_lengths(length, ranks, 1 << max(0, (length // ranks).bit_length() - 3))
 
@@ -32,9 +33,9 @@ def even_cut(length: int, ranks: int) -> tuple[int, ...]:
 # Asked for in every step.
 @lru_cache(maxsize=64)
 def equal_work_cut(config: LongNetConfig, length: int, ranks: int) -> tuple[int, ...]:
-    """As much work for each: FLOPs of :func:`longnet.training.estimate.step_flops`.
+    """Parts of equal work, counted in FLOPs as in :func:`longnet.training.estimate.step_flops`.
 
-    Where a causal layer reads far, later tokens read more keys, so that later parts are shorter.
+    Where a causal layer reads far, later tokens read more keys, so later parts are shorter.
     """
     unit = 1 << max(0, (length // ranks).bit_length() - 7)
     places, whole = range(0, length, unit), _work(config, length, length)
@@ -43,14 +44,15 @@ def equal_work_cut(config: LongNetConfig, length: int, ranks: int) -> tuple[int,
         place = bisect_left(places, whole * rank, key=lambda end: ranks * _work(config, length, end))
         ends.append(min(length, place * unit))
     parts = tuple(stop - start for start, stop in pairwise([*ends, length]))
-    # Of few tokens equal parts can have less to do.
+    # In a window of few tokens equal parts can be better balanced.
     return min(parts, even_cut(length, ranks), key=lambda some: busiest(config, some))
 
 
 def choose_cut(settings: TrainSettings, device: torch.device, dp: int, cp: int) -> tuple[Cut, list[str]]:
-    """How windows are cut over ``cp`` processes, and lines that say so.
+    """How windows are cut among ``cp`` processes, and lines for the user, none where parts are equal.
 
-    For equal work where that saves time and a step with its longest part fits into the memory of ``device``; else evenly.
+    Parts have equal work where that saves time and a step with the longest part fits into the memory of ``device``. Otherwise
+    they are equal.
     """
     even = partial(even_cut, ranks=cp)
     if cp == 1 or not isinstance(settings.model, LongNetConfig):
@@ -74,7 +76,7 @@ def choose_cut(settings: TrainSettings, device: torch.device, dp: int, cp: int) 
 
 
 def busiest(config: LongNetConfig, parts: tuple[int, ...]) -> int:
-    """FLOPs of the part that has most of a window."""
+    """The FLOPs of the part that has the most."""
     work = [_work(config, sum(parts), end) for end in accumulate(parts, initial=0)]
     return max(later - earlier for earlier, later in pairwise(work))
 

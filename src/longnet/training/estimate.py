@@ -66,7 +66,7 @@ def step_memory(
         settings: of the run.
         device: which kernels run, and so what is saved, depends on it.
         dp, cp: windows trained on side by side, and processes that share each.
-        longest: tokens of a window that a process has at most; by default all have as many.
+        longest: tokens of the longest part of a window; by default parts are equal.
     """
     model = LongNetLM(_longnet_of(settings), device="meta", dtype=getattr(torch, settings.weights))
     of_blocks = [_weight_bytes(block) for block in model.blocks]
@@ -81,7 +81,7 @@ def step_memory(
 def step_flops(settings: TrainSettings, *, dp: int = 1, cp: int = 1) -> int:
     """FLOPs (multiplications plus additions) of a process in a step: matrix products of weights, of attention's pairs, of Muon.
 
-    The mean of all processes, as of Muon's matrices each multiplies some.
+    The mean over the processes.
 
     Args:
         settings, dp, cp: as in :func:`step_memory`.

@@ -40,7 +40,7 @@ class Ranks:
         dp, cp: windows trained on side by side, and processes that share each.
         control, background: groups of all processes over the host, for what they agree on and for saves meanwhile; None for
             one process.
-        cut: tokens of each process's part of a window of so many.
+        cut: gives the length of each process's part of a window from the window's length, both in tokens.
     """
 
     def __init__(self, mesh: DeviceMesh | None = None, control: Any = None, background: Any = None) -> None:
@@ -77,7 +77,7 @@ class Ranks:
             parallelize(model, self._mesh)
 
     def choose_cut(self, settings: TrainSettings, device: torch.device) -> list[str]:
-        """Cut windows as the first process finds best, in all processes; lines that say how, if not evenly."""
+        """Choose how windows are cut: the first process decides for all. Returns lines for the user, none for equal parts."""
         if self.cp == 1:
             return []
         found: list[Any] = [None]
@@ -85,7 +85,7 @@ class Ranks:
             try:
                 found = [choose_cut(settings, device, self.dp, self.cp)]
             except RuntimeError as error:
-                # Of torch, in the estimate. Any cut will do.
+                # The estimate failed inside torch; the run does not need it.
                 reason = str(error).strip().splitlines()[0]
                 found = [(self.cut, [f"Parts of a window are equal, as no estimate of a step could be made: {reason}"])]
         dist.broadcast_object_list(found, src=0, group=self.control)

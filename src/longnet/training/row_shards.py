@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from longnet.attention.sharding.exchange import send
+from longnet.distributed import shard_lengths
 
 
 class RowShards:
     """How k matrices (m, n) of one shape are shared by the processes of a group, which all make the same calls.
 
-    A process has some rows of every matrix, and works on some of the matrices. Both go by rank, as equally as they can.
+    A process has some rows of every matrix, and works on some of the matrices. Rows and matrices are divided among the ranks in
+    order, as equally as can be.
     """
 
     def __init__(self, matrix: DTensor, count: int) -> None:
@@ -31,8 +31,7 @@ class RowShards:
         height = matrix.shape[0]
         size = -(-height // ranks)
         self._rows = [max(0, min(size, height - rank * size)) for rank in range(ranks)]
-        bounds = [count * rank // ranks for rank in range(ranks + 1)]
-        self._counts = [stop - start for start, stop in pairwise(bounds)]
+        self._counts = shard_lengths(count, ranks)
 
     @property
     def _own_rows_for(self) -> tuple[int, ...]:
