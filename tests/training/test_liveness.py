@@ -41,6 +41,27 @@ with join_ranks(1, "cpu") as (ranks, device):
     ranks.wait()
     print("ended well")
 """
+# Leaving the group waits for the other process, and so does the end of this one, as with NCCL and work on a GPU.
+FAILS = """
+import atexit, os, threading
+import torch.distributed as dist
+from longnet.training.ranks import join_ranks
+dist.destroy_process_group = threading.Event().wait
+atexit.register(threading.Event().wait)
+with join_ranks(1, "cpu") as (ranks, device):
+    ranks.wait()
+    if os.environ["RANK"] == "0":
+        print("before it", end="")
+        raise MemoryError("of process 0")
+    threading.Event().wait()
+"""
+FAIL_TOGETHER = """
+import atexit
+from longnet.training.ranks import join_ranks
+atexit.register(print, "left")
+with join_ranks(1, "cpu") as (ranks, device):
+    ranks.agree(ValueError("of both") if ranks.is_first else None)
+"""
 
 # Process 0 kills torchrun, whose store the processes use.
 ORPHANS = WAITS.replace('"1"', '"0"').replace("getpid", "getppid")
@@ -98,3 +119,17 @@ def test_processes_without_torchrun_say_so_once_and_end(tmp_path):
     assert found.returncode == -9
     assert found.stderr.count("longnet: error: torchrun is gone: training stopped. --resume") == 1, found.stderr
     assert "Traceback" not in found.stderr, found.stderr
+
+
+def test_an_error_of_one_process_ends_the_others(tmp_path):
+    found = run(tmp_path, FAILS, 2, [sys.executable])
+    assert found.returncode == 1
+    assert "MemoryError: of process 0" in found.stderr and "before it" in found.stdout, found.stderr
+    assert "process 0 of 2 is gone" in found.stderr and "forcefully exiting" not in found.stderr, found.stderr
+
+
+def test_processes_that_fail_together_end_as_python_does(tmp_path):
+    found = run(tmp_path, FAIL_TOGETHER, 2, [sys.executable])
+    assert found.returncode == 1
+    assert found.stderr.count("ValueError: of both") >= 2 and "gone" not in found.stderr, found.stderr
+    assert found.stdout.count("left") == 2

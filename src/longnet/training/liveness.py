@@ -7,6 +7,7 @@ liveness checks of other processes while the main thread is busy, so a busy proc
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
@@ -81,6 +82,23 @@ class Liveness:
                 is_first = os.environ.get("LOCAL_RANK", "0") == "0"
                 return LostProcess(f"torchrun is gone: {_STOPPED}") if is_first else SystemExit(1)
 
+    def fail(self) -> bool:
+        """After an error in this process: whether all others have one too, within a few seconds.
+
+        If not, they may wait for this process on their GPUs, and its own GPU for them. Then the process ends without waiting
+        for its GPU once Python's main thread is done.
+        """
+        with suppress(dist.DistError):
+            self._store.set(f"longnet/failed/{self._rank}", "yes")
+            names = [f"longnet/failed/{rank}" for rank in range(self._world)]
+            until = time.monotonic() + _ANSWER_SECONDS
+            while not (together := self._store.check(names)) and time.monotonic() < until:
+                time.sleep(0.05)
+            if together:
+                return True
+        atexit.register(_end)
+        return False
+
     def _find_lost(self) -> LostProcess | SystemExit | None:
         """A check of all processes; the caller holds the lock."""
         check = self._store.add("longnet/calls", 1)
@@ -135,3 +153,11 @@ class Liveness:
             # Enough time for the main thread to report.
             time.sleep(3.0)
             os._exit(1)
+
+
+def _end() -> None:
+    """End the process at once, with what it has printed."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(1)

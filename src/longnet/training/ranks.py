@@ -191,26 +191,29 @@ def join_ranks(cp: int, device: str) -> Iterator[tuple[Ranks, str]]:
         torch.cuda.set_device(torch.device(device))
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
     liveness = Liveness()
+    can_leave = True
     try:
         with liveness:
             try:
                 mesh = init_device_mesh("cuda" if on_gpu else "cpu", (world // cp, cp), mesh_dim_names=("dp", "cp"))
                 control, background = (dist.new_group(backend="gloo", timeout=_TIMEOUT) for _ in range(2))
                 yield Ranks(mesh, control, background), device
-            except RuntimeError as error:
-                if not is_of_a_collective(error) or (lost := liveness.lost()) is None:
-                    raise
-                raise lost from error
+            except BaseException as error:
+                if is_of_a_collective(error) and (lost := liveness.lost()) is not None:
+                    raise lost from error
+                can_leave = liveness.fail()
+                raise
     finally:
-        # Over NCCL this would wait for the process that is gone.
-        if not liveness.is_lost:
+        # Over NCCL this would wait for a process that is gone, or that waits for this one.
+        if can_leave and not liveness.is_lost:
             dist.destroy_process_group()
 
 
 def is_of_a_collective(error: BaseException) -> bool:
     """Whether processes could not communicate: one of them may be gone."""
     text = str(error)
-    return isinstance(error, dist.DistError) or "gloo" in text or "Connection closed by peer" in text
+    is_named = isinstance(error, RuntimeError) and ("gloo" in text or "Connection closed by peer" in text)
+    return is_named or isinstance(error, dist.DistError)
 
 
 def whole(x: Tensor) -> Tensor:
