@@ -3,8 +3,9 @@
     python -m benchmarks.training_ranks --ranks 4 --out training-4.json
 
 The command trains one model several times, the same steps on the same windows: in one process, with every window shared by all
-(``--cp 4``), by groups of two where there are several (``--cp 2``), and with windows side by side. In one more run the last
-process is killed after some steps, and half as many go on from its last checkpoint.
+(``--cp 4``), by groups of two where there are several (``--cp 2``), and with windows side by side. One process trains once more
+with one window after another, so that its gradients are summed in another order: what rounding alone does to its losses. In one
+more run the last process is killed after some steps, and half as many go on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -82,12 +83,13 @@ def difference(steps: Sequence[Record], wanted: Sequence[Record]) -> float:
     return max(abs(one["loss"] - other["loss"]) for one, other in zip(steps, wanted, strict=True))
 
 
-def measure(out: Path, processes: int, cp: int, batch: int, wanted: Sequence[Record]) -> Record:
+def measure(out: Path, processes: int, cp: int, batch: int, wanted: Sequence[Record], accumulate: int = 1) -> Record:
     """One run; ``wanted`` are one process's steps, none for that one."""
-    finish(command(out, processes, cp, batch, "--steps", str(STEPS)))
+    finish(command(out, processes, cp, batch // accumulate, "--accumulate", str(accumulate), "--steps", str(STEPS)))
     steps = steps_of(out)
     return {
-        "processes": processes, "cp": cp, "losses": [one["loss"] for one in steps], "first_seconds": steps[0]["seconds"],
+        "processes": processes, "cp": cp, "accumulate": accumulate, "losses": [one["loss"] for one in steps],
+        "first_seconds": steps[0]["seconds"],
         "tokens_per_second": median(one["tokens_per_second"] for one in steps[STEPS // 2 :]),
         "difference": difference(steps, wanted or steps),
     }  # fmt: skip
@@ -108,22 +110,26 @@ def kill_one(out: Path, ranks: int, batch: int, wanted: Sequence[Record]) -> Rec
         RuntimeError: it ended before, or too late, or did not fail.
     """
     order = command(out, ranks, ranks, batch, "--steps", "100000")
-    process = subprocess.Popen(
-        order, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    printed = out.with_suffix(".txt")
+    with printed.open("w") as file:
+        process = subprocess.Popen(order, env=environment(), stdout=file, stderr=subprocess.STDOUT)
     begun = time.monotonic()
     try:
         while len(steps_of(out)) < KILLED_AT:
             if process.poll() is not None or time.monotonic() > begun + PATIENCE:
-                raise RuntimeError(f"{' '.join(order)} did not come to step {KILLED_AT}")
+                raise RuntimeError(
+                    f"{' '.join(order)} did not come to step {KILLED_AT}:\n{printed.read_text()[-4000:]}"
+                )
             time.sleep(0.02)
         os.kill(workers(process)[-1], signal.SIGKILL)
         killed = time.monotonic()
-        said = process.communicate(timeout=PATIENCE)[0]
+        process.wait(PATIENCE)
     finally:
+        # torchrun ends its processes.
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    seconds, at = time.monotonic() - killed, len(steps_of(out))
+            process.terminate()
+            process.wait()
+    seconds, at, said = time.monotonic() - killed, len(steps_of(out)), printed.read_text()
     if not process.returncode or at >= STEPS:
         raise RuntimeError(f"the run ended with {process.returncode} after {at} steps:\n{said[-4000:]}")
     lines = [line for line in said.splitlines() if line.startswith("longnet: error")]
@@ -147,10 +153,12 @@ def run(out: Path | None, ranks: int) -> Record:
         package = Path(longnet.__file__).parent
         shutil.copytree(package, Path(folder) / "data", ignore=shutil.ignore_patterns("__pycache__"))
         alone = Path(folder) / "alone"
-        for processes, cp in dict.fromkeys(((1, 1), (ranks, ranks), (ranks, 2), (ranks, 1))):
-            path = alone if processes == 1 else Path(folder) / f"cp-{cp}"
-            print(f"{processes} process(es), --cp {cp}", flush=True)
-            result["runs"].append(measure(path, processes, cp, ranks, steps_of(alone)))
+        for processes, cp, turns in dict.fromkeys(
+            ((1, 1, 1), (ranks, ranks, 1), (ranks, 2, 1), (ranks, 1, 1), (1, 1, ranks))
+        ):
+            path = Path(folder) / f"cp-{cp}-{turns}" if result["runs"] else alone
+            print(f"{processes} process(es), --cp {cp}, --accumulate {turns}", flush=True)
+            result["runs"].append(measure(path, processes, cp, ranks, steps_of(alone), turns))
             results.save(result, out)
         print("A process is killed", flush=True)
         result["killed"] = kill_one(Path(folder) / "killed", ranks, ranks, steps_of(alone))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 
 import pytest
 
@@ -20,7 +21,8 @@ def trained(tmp_path_factory):
 
 
 def test_processes_are_compared_with_one(trained):
-    assert [(one["processes"], one["cp"]) for one in trained["runs"]] == [(1, 1), (2, 2), (2, 1)]
+    runs = [(one["processes"], one["cp"], one["accumulate"]) for one in trained["runs"]]
+    assert runs == [(1, 1, 1), (2, 2, 1), (2, 1, 1), (1, 1, 2)]
     for one in trained["runs"]:
         assert len(one["losses"]) == 40 and one["tokens_per_second"] > 0
         assert one["difference"] < 1e-4
@@ -39,6 +41,24 @@ def test_a_difference_above_the_limit_is_missed(trained):
     assert "A process is killed" in tables and tables.count("all limits reached") == 1
     worse = report.plain({**trained, "killed": {**trained["killed"], "difference": 0.02}})
     assert "missed: A process is killed, " in worse and "all limits reached" not in worse
+
+
+def test_windows_in_turn_promise_nothing(trained):
+    *others, in_turn = trained["runs"]
+    shown = report.plain({**trained, "runs": [*others, {**in_turn, "difference": 0.02}]})
+    assert "2.0e-02" in shown and shown.count("all limits reached") == 1
+
+
+def test_a_run_that_does_not_come_far_is_ended(tmp_path, monkeypatch):
+    """Its processes too."""
+    monkeypatch.setattr(training_ranks, "PATIENCE", 6.0)
+    monkeypatch.setattr(training_ranks, "KILLED_AT", 10**6)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "text.txt").write_text("a line\n" * 9)
+    with pytest.raises(RuntimeError, match="did not come to step 1000000"):
+        training_ranks.kill_one(tmp_path / "run", 2, 2, [])
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(tmp_path) not in listed
 
 
 def test_what_cannot_be_compared_is_said(tmp_path, monkeypatch, capsys):
