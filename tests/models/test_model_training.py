@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -129,6 +130,37 @@ def test_a_feed_forward_in_chunks_is_the_whole(checkpointing: bool) -> None:
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
     with torch.no_grad():
         torch.testing.assert_close(chunked(tokens), whole(tokens), rtol=1e-12, atol=1e-12)
+
+
+def test_a_recomputed_block_in_chunks_keeps_no_input_of_its_feed_forward() -> None:
+    model = LongNetLM(LongNetConfig.preset("nano", gradient_checkpointing=True, feed_forward_chunk=16))
+    inputs: list[weakref.ref[torch.Tensor]] = []
+    for block in model.blocks:
+        block.feed_forward.register_forward_pre_hook(lambda module, given: inputs.append(weakref.ref(given[0])))
+    tokens = torch.randint(0, 256, (1, 65))
+    loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+    assert len(inputs) == len(model.blocks) and all(one() is None for one in inputs)
+    loss.backward()
+    assert len(inputs) == 2 * len(model.blocks) and all(one() is None for one in inputs)
+
+
+def test_gradients_of_chunks_can_be_taken_again_and_of_gradients() -> None:
+    torch.manual_seed(0)
+    config = LongNetConfig.preset("nano")
+    whole = FeedForward(config, dtype=torch.float64)
+    chunked = FeedForward(config.replace(feed_forward_chunk=16), dtype=torch.float64)
+    chunked.load_state_dict(whole.state_dict())
+    x = torch.randn(2, 41, 32, dtype=torch.float64, requires_grad=True)
+    found = []
+    for layer in (chunked, whole):
+        y = layer(x).square().sum()
+        # Of one weight, then of all: a part is computed again for each.
+        (last,) = torch.autograd.grad(y, [layer.fc2.weight], retain_graph=True)
+        (own,) = torch.autograd.grad(y, [x], create_graph=True)
+        own.square().sum().backward()
+        found.append([last, own.detach(), *(weight.grad for weight in layer.parameters())])
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_a_chunked_feed_forward_keeps_its_input_alone() -> None:

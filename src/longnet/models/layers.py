@@ -22,6 +22,19 @@ from longnet.nn.norm import make_norm
 from longnet.nn.projections import is_as_its_class, project_normed, project_residual
 
 
+class _Saved(torch.autograd.Function):
+    """The identity; its node has x in ``saved_tensors``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
 class FeedForward(nn.Module):
     """``fc2(sub_norm(gelu(fc1(x))))``, x (B, N, dim) -> (B, N, dim).
 
@@ -43,10 +56,28 @@ class FeedForward(nn.Module):
         if self.chunk is None:
             return self._inside(x, key_padding_mask)
         # Norms that can be taken in chunks look at no mask.
+        if not torch.is_grad_enabled():
+            return torch.cat([self._inside(part) for part in x.split(self.chunk, dim=1)], dim=1)
         parts = x.split(self.chunk, dim=1)
-        if torch.is_grad_enabled():
-            return torch.cat([checkpoint(self._inside, part, use_reentrant=False) for part in parts], dim=1)
-        return torch.cat([self._inside(part) for part in parts], dim=1)
+        if x.requires_grad and not torch.compiler.is_compiling():
+            return self._recomputed(parts)
+        return torch.cat([checkpoint(self._inside, part, use_reentrant=False) for part in parts], dim=1)
+
+    def _recomputed(self, parts: Sequence[Tensor]) -> Tensor:
+        """The same, with all parts saved before the first is computed.
+
+        A block that is recomputed stops at the last tensor that was saved in it. ``checkpoint`` saves a part where it begins,
+        so all parts but the last would be computed on the way there, for nothing.
+        """
+        kept = [_Saved.apply(part) for part in parts]
+        nodes = [part.grad_fn for part in kept]
+
+        def run(place: int) -> Tensor:
+            # None in the backward pass: what is kept for that holds no part itself.
+            part, kept[place] = kept[place], None
+            return self._inside(nodes[place].saved_tensors[0] if part is None else part)
+
+        return torch.cat([checkpoint(run, place, use_reentrant=False) for place in range(len(parts))], dim=1)
 
     def _inside(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         return self.finish(self.fc1(x), key_padding_mask)

@@ -109,8 +109,8 @@ def window_flops(config: LongNetConfig) -> tuple[int, int]:
         size = sum(linear.weight.numel() for linear in block.modules() if isinstance(linear, nn.Linear))
         half = config.dim * config.feed_forward_dim
         forward += size
-        # What is recomputed ends before fc2, whose result is not needed; of a block in chunks it does in the last one alone.
-        again += (half if is_chunked else 0) + (size - (0 if is_chunked else half) if is_recomputed else 0)
+        # What is recomputed ends before fc2, whose result is not needed.
+        again += size - half if is_recomputed else half * is_chunked
     return 6 * forward + 2 * again, (18 if is_recomputed else 14) * config.head_dim
 
 
