@@ -4,9 +4,10 @@
     python -m benchmarks.learning.equal_time --out results --context 32768 --stacks light --convert results/runs/dense-0
 
 A stack's steps are first timed, a few after the compiler is done: as many as fit into the minutes are the run, whose schedule
-of learning rates they end. So a run that was stopped goes on exactly where it was, and compiling costs nothing. Dense layers
-use the kernels of longnet or of cuDNN, whichever train faster. A result is one JSON, beside a folder of runs; what is there is
-not made again. ``--read`` scores the models at other lengths than they were trained at.
+of learning rates they end. Further seeds in the same folder of results have as many. So a run that was stopped goes on exactly
+where it was, and compiling costs nothing. Dense layers use the kernels of longnet or of cuDNN, whichever train faster. A
+result is one JSON, beside a folder of runs; what is there is not made again. ``--read`` scores the models at other lengths
+than they were trained at.
 
 ``--convert`` begins with the weights of a run and trains for shares of its tokens, at lower learning rates; a share of 0 scores
 the converted model as it is. ``--plain`` leaves out shifted keys and keeps positions in far layers, as the run had them.
@@ -194,8 +195,11 @@ def seconds_a_step(plan: Plan, corpus: Corpus, dense_by: str) -> float:
     return median(after - before for before, after in zip(marks[BEFORE - 1 :], marks[BEFORE:], strict=False))
 
 
-def begin(plan: Plan, corpus: Corpus) -> dict[str, Any]:
-    """How many steps the run has, whose kernels dense layers use, and the seconds of a step where they were timed."""
+def begin(plan: Plan, corpus: Corpus, runs: Path) -> dict[str, Any]:
+    """How many steps the run has, whose kernels dense layers use, and the seconds of a step where they were timed.
+
+    As of another seed in the folder ``runs``, if one was begun.
+    """
     if plan.convert is not None:
         assert plan.share is not None
         whole = json.loads((plan.convert / "run.json").read_text())["settings"]
@@ -203,6 +207,12 @@ def begin(plan: Plan, corpus: Corpus) -> dict[str, Any]:
         steps = round(plan.share * tokens / (plan.batch * plan.context))
         return {"steps": steps, "seconds_a_step": {}, "dense_by": "longnet"}
     assert plan.minutes is not None
+    # As JSON gives it back: tuples are lists.
+    wanted = json.loads(json.dumps(plan.to_dict()))
+    for file in sorted(runs.glob("*.begun.json")):
+        begun = json.loads(file.read_text())
+        if all(begun.get(name) == value for name, value in wanted.items() if name != "seed"):
+            return {name: begun[name] for name in ("steps", "seconds_a_step", "dense_by")}
     is_dense = "full_attention" in (plan.model.layer_types or ()) or plan.model.sliding_window >= plan.context
     has_choice = torch.cuda.is_available() and is_dense
     seconds = {one: seconds_a_step(plan, corpus, one) for one in DENSE_BY if has_choice or one == "longnet"}
@@ -238,7 +248,7 @@ def run(plan: Plan, out: Path, text: Text, should_stop: Callable[[], bool]) -> d
         begun = json.loads(file.read_text())
         check_same(plan, begun, file)
     else:
-        begun = plan.to_dict() | begin(plan, corpus)
+        begun = plan.to_dict() | begin(plan, corpus, file.parent)
         results.save(begun, file)
     steps = begun["steps"]
     print(f"{plan.name}: {steps:,} steps of {plan.batch} x {plan.context:,}", flush=True)

@@ -63,8 +63,29 @@ def test_a_stack_learns_and_is_read_at_another_length(command, monkeypatch, caps
     )
 
 
+def test_seeds_of_a_stack_have_as_many_steps(command, monkeypatch):
+    timed = []
+
+    def seconds(plan, corpus, dense_by):
+        timed.append((plan.stack, plan.seed, plan.minutes))
+        return 20.0 + 5 * len(timed)
+
+    monkeypatch.setattr(equal_time, "seconds_a_step", seconds)
+    command("--minutes", "1", "--stacks", "window")
+    made = command("--minutes", "1", "--stacks", "window;longnet", "--seeds", "0,1")
+    assert {name: one["steps"] for name, one in made.items()} == {
+        "window-0": 2, "window-1": 2, "longnet-0": 2, "longnet-1": 2,
+    }  # fmt: skip
+    assert timed == [("window", 0, 1.0), ("longnet", 0, 1.0)]
+    assert made["window-1"]["seconds_a_step"] == {"longnet": 25.0}
+    assert made["window-0"]["at"] != made["window-1"]["at"]
+    # Another time is another run.
+    assert command("--minutes", "2", "--stacks", "window", "--seeds", "2")["window-2"]["steps"] == 3
+    assert timed[2:] == [("window", 2, 2.0)]
+
+
 def test_a_run_goes_on_where_it_was_stopped(command, monkeypatch):
-    monkeypatch.setattr(equal_time, "begin", lambda plan, corpus: BEGUN)
+    monkeypatch.setattr(equal_time, "begin", lambda *given: BEGUN)
     whole = command("--stacks", "window", "--minutes", "1")["window-0"]
     command.out.rename(command.out.with_name("whole"))
 
@@ -146,7 +167,7 @@ def test_a_model_of_the_same_layers_is_converted_to_itself(command, monkeypatch,
 
 
 def test_a_run_is_stopped_in_time_and_goes_on(command, monkeypatch, capsys):
-    monkeypatch.setattr(equal_time, "begin", lambda plan, corpus: BEGUN)
+    monkeypatch.setattr(equal_time, "begin", lambda *given: BEGUN)
     whole = command("--stacks", "window", "--minutes", "1")["window-0"]
     command.out.rename(command.out.with_name("whole"))
     assert not command("--stacks", "window", "--minutes", "1", "--stop-after", "0.0001")
