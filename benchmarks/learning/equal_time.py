@@ -4,9 +4,9 @@
     python -m benchmarks.learning.equal_time --out results --context 32768 --stacks light --convert results/runs/dense-0
 
 A stack's steps are first timed, a few after the compiler is done: as many as fit into the minutes are the run, whose schedule
-of learning rates they end. Further seeds in the same folder of results have as many. So a run that was stopped goes on exactly
-where it was, and compiling costs nothing. Dense layers use the kernels of longnet or of cuDNN, whichever train faster. A
-result is one JSON, beside a folder of runs; what is there is not made again. ``--read`` scores the models at other lengths
+of learning rates they end. So a run that was stopped goes on exactly where it was, and compiling costs nothing. Further seeds
+in the same folder of results have as many steps. Dense layers use the kernels of longnet or of cuDNN, whichever train faster.
+A result is one JSON, beside a folder of runs; what is there is not made again. ``--read`` scores the models at other lengths
 than they were trained at.
 
 ``--convert`` begins with the weights of a run and trains for shares of its tokens, at lower learning rates; a share of 0 scores
