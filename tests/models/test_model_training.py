@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from longnet.models import LongNetConfig, LongNetEncoder, LongNetLM
 from longnet.models.layers import Block, FeedForward
@@ -161,6 +162,20 @@ def test_gradients_of_chunks_can_be_taken_again_and_of_gradients() -> None:
         found.append([last, own.detach(), *(weight.grad for weight in layer.parameters())])
     for got, expected in zip(*found, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_tangents_pass_through_chunks() -> None:
+    torch.manual_seed(0)
+    config = LongNetConfig.preset("nano")
+    whole, chunked = FeedForward(config), FeedForward(config.replace(feed_forward_chunk=16))
+    chunked.load_state_dict(whole.state_dict())
+    x, tangent = torch.randn(2, 1, 41, 32)
+    found = []
+    for layer in (chunked, whole):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x.clone().requires_grad_(), tangent)
+            found.append(forward_ad.unpack_dual(layer(dual)).tangent.detach())
+    torch.testing.assert_close(*found)
 
 
 def test_a_chunked_feed_forward_keeps_its_input_alone() -> None:

@@ -20,6 +20,7 @@ from longnet.attention.streaming import DilatedCache
 from longnet.models.config import LongNetConfig
 from longnet.nn.norm import make_norm
 from longnet.nn.projections import is_as_its_class, project_normed, project_residual
+from longnet.runtime.torch_internals import is_differentiated_or_batched
 
 
 class _Saved(torch.autograd.Function):
@@ -59,7 +60,7 @@ class FeedForward(nn.Module):
         if not torch.is_grad_enabled():
             return torch.cat([self._inside(part) for part in x.split(self.chunk, dim=1)], dim=1)
         parts = x.split(self.chunk, dim=1)
-        if x.requires_grad and not torch.compiler.is_compiling():
+        if x.requires_grad and not torch.compiler.is_compiling() and not is_differentiated_or_batched():
             return self._recomputed(parts)
         return torch.cat([checkpoint(self._inside, part, use_reentrant=False) for part in parts], dim=1)
 
