@@ -57,9 +57,9 @@ class FeedForward(nn.Module):
         if self.chunk is None:
             return self._inside(x, key_padding_mask)
         # Norms that can be taken in chunks look at no mask.
-        if not torch.is_grad_enabled():
-            return torch.cat([self._inside(part) for part in x.split(self.chunk, dim=1)], dim=1)
         parts = x.split(self.chunk, dim=1)
+        if not torch.is_grad_enabled():
+            return torch.cat([self._inside(part) for part in parts], dim=1)
         if x.requires_grad and not torch.compiler.is_compiling() and not is_differentiated_or_batched():
             return self._recomputed(parts)
         return torch.cat([checkpoint(self._inside, part, use_reentrant=False) for part in parts], dim=1)
@@ -74,7 +74,7 @@ class FeedForward(nn.Module):
         nodes = [part.grad_fn for part in kept]
 
         def run(place: int) -> Tensor:
-            # None in the backward pass: what is kept for that holds no part itself.
+            # The part itself is let go in the forward pass, and is None in the backward pass.
             part, kept[place] = kept[place], None
             return self._inside(nodes[place].saved_tensors[0] if part is None else part)
 

@@ -198,7 +198,7 @@ def join_ranks(cp: int, device: str) -> Iterator[tuple[Ranks, str]]:
                 mesh = init_device_mesh("cuda" if on_gpu else "cpu", (world // cp, cp), mesh_dim_names=("dp", "cp"))
                 control, background = (dist.new_group(backend="gloo", timeout=_TIMEOUT) for _ in range(2))
                 yield Ranks(mesh, control, background), device
-            except BaseException as error:
+            except (Exception, KeyboardInterrupt) as error:
                 if is_of_a_collective(error) and (lost := liveness.lost()) is not None:
                     raise lost from error
                 can_leave = liveness.fail()
