@@ -6,13 +6,13 @@ what a model and its data need around that: sequences cut and joined, and :func:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
@@ -27,6 +27,9 @@ __all__ = ["parallelize", "shard_lengths", "shard_sequence", "unshard_sequence"]
 
 # The mesh axes that parallelize knows: replicas of the model on other sequences, and shards of one sequence.
 _AXES = ("dp", "cp")
+
+# Bytes of weights that are gathered as one: every gather takes time of the host and of the network, however little it sends.
+GATHERED_AS_ONE = 1 << 29
 
 
 def shard_lengths(length: int, ranks: int, multiple_of: int = 1) -> tuple[int, ...]:
@@ -111,7 +114,8 @@ def parallelize(model: LongNetBase, mesh: DeviceMesh, **fsdp: Any) -> LongNetBas
     batch. Make the optimizer afterwards: parameters become ``DTensor``.
 
     Args:
-        model: with the same weights on every rank, or not yet trained on any: FSDP keeps this rank's part of its own.
+        model: with the same weights on every rank, or not yet trained on any: FSDP keeps this rank's part of its own. Weights of
+            512 MiB and less are gathered all at once, for a step; of a larger model those of each block for itself.
         mesh: of the axes ``dp`` and ``cp``, or one of them.
         fsdp: for ``torch.distributed.fsdp.fully_shard`` (``mp_policy``, ``offload_policy``, ``reshard_after_forward``).
 
@@ -142,12 +146,16 @@ def parallelize(model: LongNetBase, mesh: DeviceMesh, **fsdp: Any) -> LongNetBas
                 module.distributed = mesh["cp"]
     flat = mesh if len(names) == 1 else flattened_mesh(mesh, "dp_cp")
     model.loss_group = flat.get_group()
-    for module in model.modules():
-        if isinstance(module, Block):
-            fully_shard(module, mesh=flat, **fsdp)
-    fully_shard(model, mesh=flat, **fsdp)
+    shard_weights(model, [module for module in model.modules() if isinstance(module, Block)], flat, **fsdp)
     for name in ("loss", "hidden", "logits"):
         if hasattr(model, name):
             # Entered from outside like forward, so weights have to be gathered for them too.
             dist.fsdp.register_fsdp_forward_method(model, name)
     return model
+
+
+def shard_weights(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, **fsdp: Any) -> None:
+    """FSDP2 over a mesh of one dimension, in place: of a large model each of ``blocks`` for itself, then all that is left."""
+    is_small = sum(weight.nbytes for weight in model.parameters()) <= GATHERED_AS_ONE
+    for module in (*(() if is_small else blocks), model):
+        fully_shard(module, mesh=mesh, **fsdp)

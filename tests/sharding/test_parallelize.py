@@ -8,8 +8,9 @@ import torch.distributed.checkpoint as dcp
 from patterns import relative_error
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 
-from longnet import LongNetConfig, LongNetEncoder, LongNetLM
+from longnet import LongNetConfig, LongNetEncoder, LongNetLM, distributed
 from longnet.distributed import parallelize, shard_lengths, shard_sequence, unshard_sequence
 from longnet.models.layer_types import LAYER_TYPES
 from longnet.training.ranks import Ranks
@@ -54,9 +55,19 @@ LAYERED = CONFIG.replace(
 )
 
 
-def gradients(group, rank, dp, cp, lengths, ignored, config=CONFIG):
+def parallelized(model, mesh, as_one):
+    """Weights are gathered as one, or block by block as those of a large model."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not as_one:
+            patch.setattr(distributed, "GATHERED_AS_ONE", 0)
+        parallelize(model, mesh)
+    assert [isinstance(block, FSDPModule) for block in model.blocks] == [not as_one] * len(model.blocks)
+    return model
+
+
+def gradients(group, rank, dp, cp, lengths, ignored, as_one=True, config=CONFIG):
     mesh = init_device_mesh("cpu", (dp, cp), mesh_dim_names=("dp", "cp"))
-    model = parallelize(make(config=config), mesh)
+    model = parallelized(make(config=config), mesh, as_one)
     rows = batches(1, 2 * dp)[0]
     rows = rows[2 * mesh["dp"].get_local_rank() :][:2]
     targets = rows[:, 1:].clone()
@@ -67,10 +78,10 @@ def gradients(group, rank, dp, cp, lengths, ignored, config=CONFIG):
     return loss.item(), {name: full(weight.grad).clone() for name, weight in model.named_parameters()}
 
 
-@pytest.mark.parametrize("ignored", [0, 90])
+@pytest.mark.parametrize(("ignored", "as_one"), [(0, True), (0, False), (90, True)])
 @pytest.mark.parametrize(("dp", "cp", "lengths"), [(1, 8, None), (2, 4, (40, 70, 13, 77)), (4, 2, None), (8, 1, None)])
-def test_gradients_are_those_of_one_device(ranks, dp, cp, lengths, ignored):
-    results = ranks(8, gradients, dp, cp, lengths, ignored)
+def test_gradients_are_those_of_one_device(ranks, dp, cp, lengths, ignored, as_one):
+    results = ranks(8, gradients, dp, cp, lengths, ignored, as_one)
     assert_alike(results, make(), batches(1, 2 * dp)[0], ignored)
 
 
@@ -89,7 +100,7 @@ def assert_alike(results, model, rows, ignored=0):
 @pytest.mark.parametrize("lengths", [None, (40, 0, 103, 57)])
 def test_every_layer_type_is_shared_by_ranks(ranks, lengths):
     # All of the processes: a mesh of some would leave the others behind.
-    results = ranks(8, gradients, 2, 4, lengths, 0, LAYERED)
+    results = ranks(8, gradients, 2, 4, lengths, 0, lengths is None, LAYERED)
     assert_alike(results, make(config=LAYERED), batches(1, 4)[0])
 
 

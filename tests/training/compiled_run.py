@@ -1,4 +1,7 @@
-"""``longnet`` with graphs that run as they were traced: ``compiled_run.py train ... --compile``. Prints how many there were."""
+"""``longnet`` with graphs that run as they were traced: ``compiled_run.py by-block train ... --compile``; prints how many.
+
+With ``by-block`` several processes gather the weights of each block for itself, as of a large model; with ``as-one`` all at once.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import sys
 
 import torch
 
+from longnet import distributed
 from longnet.cli.main import run
 
 MADE = []
@@ -17,6 +21,8 @@ def traced(graph, inputs, **options):
 
 
 if __name__ == "__main__":
+    if sys.argv.pop(1) == "by-block":
+        distributed.GATHERED_AS_ONE = 0
     real = torch.compile
     torch.compile = lambda function, **options: real(function, backend=traced, **options)
     try:

@@ -111,8 +111,8 @@ OF_EVERY_KIND = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("cp", [1, 2])
-def test_compiled_blocks_learn_the_same_over_processes(data, tmp_path, forked, cp):
+@pytest.mark.parametrize(("cp", "gathered"), [(1, "as-one"), (1, "by-block"), (2, "by-block")])
+def test_compiled_blocks_learn_the_same_over_processes(data, tmp_path, forked, cp, gathered):
     config, said = tmp_path / "config.json", {}
     config.write_text(json.dumps(OF_EVERY_KIND))
     for kind in ("--compile", "--no-compile"):
@@ -121,7 +121,7 @@ def test_compiled_blocks_learn_the_same_over_processes(data, tmp_path, forked, c
         )
         given = [one for one in given if one not in ("--preset", "nano")]
         script = str(Path(__file__).with_name("compiled_run.py"))
-        process = start("--nproc-per-node", "2", script, *given, python=forked)
+        process = start("--nproc-per-node", "2", script, gathered, *given, python=forked)
         said[kind] = finish(process)
         assert process.returncode == 0, said[kind]
     assert "Compiling the blocks" in said["--compile"] and "\n0 graphs" not in said["--compile"]

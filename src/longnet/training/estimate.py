@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from longnet.distributed import GATHERED_AS_ONE
 from longnet.geometry.cost import score_pairs
 from longnet.models import LongNetConfig, LongNetLM
 from longnet.models.layers import Block, FeedForward
@@ -41,7 +42,7 @@ class StepMemory:
 
     Attributes:
         weights: of the model. Of several processes each holds a share, and the weights of two blocks and of what is in no
-            block as a whole.
+            block as a whole; of a small model, which is gathered as one, all weights and their gradients.
         gradients: as many as a process's share of the weights.
         optimizer: AdamW's two moments of a weight, Muon's one of a matrix.
         activations: what the forward pass saves for the backward pass, and the most that is computed again at one time.
@@ -72,7 +73,12 @@ def step_memory(
     of_blocks = [_weight_bytes(block) for block in model.blocks]
     whole, ranks = _weight_bytes(model), dp * cp
     own = -(-whole // ranks)
-    gathered = 0 if ranks == 1 else 2 * max(of_blocks) + whole - sum(of_blocks)
+    if ranks == 1:
+        gathered = 0
+    elif whole <= GATHERED_AS_ONE:
+        gathered = 2 * whole
+    else:
+        gathered = 2 * max(of_blocks) + whole - sum(of_blocks)
     shape = (settings.batch // dp, longest or -(-settings.context // cp))
     moments = -(-_moment_bytes(model, settings) // ranks)
     return StepMemory(own + gathered, own, moments, _activations(settings, device, *shape))

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
 
 from longnet.attention.sharding import mean_over
 from longnet.checks import check_callable, check_int
+from longnet.distributed import shard_weights
 from longnet.models.generation import Sampling, evaluating
 from longnet.models.loss import chunked_cross_entropy, positions_at_once
 from longnet.runtime.torch_internals import flattened_mesh
@@ -200,11 +200,10 @@ class TransformerLM(nn.Module):
             raise ValueError(f"{name}={max_new_tokens} after a prompt of {prompt} tokens: {error}") from None
 
     def shard(self, mesh: DeviceMesh) -> None:
-        """Shard the parameters over all ranks of a mesh by FSDP2, each decoder layer for itself, in place."""
+        """Shard the parameters over all ranks of a mesh by FSDP2, of a large model each decoder layer for itself, in place."""
         flat = flattened_mesh(mesh, "dp_cp")
         self.loss_group = flat.get_group()
-        for module in (*self.blocks, self):
-            fully_shard(module, mesh=flat)
+        shard_weights(self, self.blocks, flat)
         dist.fsdp.register_fsdp_forward_method(self, "loss")
 
     def _before_head(self, tokens: Tensor, **options: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
