@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from longnet.models import LongNetConfig, LongNetEncoder, LongNetLM
 from longnet.models.layers import Block, FeedForward
@@ -174,6 +175,10 @@ def test_tangents_pass_through_chunks() -> None:
     for layer in (chunked, whole):
         with forward_ad.dual_level():
             dual = forward_ad.make_dual(x.clone().requires_grad_(), tangent)
+            try:
+                checkpoint(torch.sin, dual, use_reentrant=False)
+            except NotImplementedError:
+                pytest.skip("this torch's checkpoint takes no tangents")
             found.append(forward_ad.unpack_dual(layer(dual)).tangent.detach())
     torch.testing.assert_close(*found)
 
