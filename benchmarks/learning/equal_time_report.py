@@ -9,6 +9,7 @@ weights they began with; all models at other lengths than their context, which t
 from __future__ import annotations
 
 import argparse
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -214,11 +215,14 @@ def picture(folders: Sequence[Groups], path: Path) -> Path:
             "a folder holds converted runs alone: expected some that began with random weights for a picture"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure = new_figure(4.2 * len(folders) + 2.2, 4.2, "Training loss by minutes on one GPU")
+    columns = min(2, len(folders))
+    rows = math.ceil(len(folders) / columns)
+    figure = new_figure(4.6 * columns + 2.2, 3.9 * rows + 0.4, "Training loss by minutes on one GPU")
     names = list(dict.fromkeys(name for groups in folders for name in groups))
     colours = {name: COLORS[place % len(COLORS)] for place, name in enumerate(names)}
     lines = {}
-    for axes, groups in zip(np.atleast_1d(figure.subplots(1, len(folders), sharey=True)), folders, strict=True):
+    panels = [figure.add_subplot(rows, columns, place) for place in range(1, len(folders) + 1)]
+    for axes, groups in zip(panels, folders, strict=True):
         quiet(axes)
         for name, records in groups.items():
             if timed := [one for one in records if step_seconds(one) is not None]:
@@ -229,7 +233,8 @@ def picture(folders: Sequence[Groups], path: Path) -> Path:
         axes.grid(alpha=0.2)
         axes.set_yticks([0.75, 1, 1.5, 2, 4, 8], ["0.75", "1", "1.5", "2", "4", "8"])
         axes.minorticks_off()
-    figure.axes[0].set(ylabel="bits a byte")
+    for axes in panels[::columns]:
+        axes.set(ylabel="bits a byte")
     figure.legend(handles=list(lines.values()), loc="outside right center", frameon=False, fontsize=8)
     return save(figure, path)
 
