@@ -17,6 +17,9 @@ if __name__ == "__main__" and len(sys.argv) > 2:
     import json
     import signal
 
+    # Signals that come before the forked process is known wait.
+    forwarded = signal.SIGINT, signal.SIGTERM
+    signal.pthread_sigmask(signal.SIG_BLOCK, forwarded)
     server = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     server.connect(sys.argv[1])
     request = json.dumps([sys.argv[2:], dict(os.environ), os.getcwd()]).encode()
@@ -24,8 +27,9 @@ if __name__ == "__main__" and len(sys.argv) > 2:
     server.sendmsg([len(request).to_bytes(8, "big")], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, streams)])
     server.sendall(request)
     child = int.from_bytes(server.recv(8), "big")
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in forwarded:
         signal.signal(number, lambda number, _: os.kill(child, number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, forwarded)
     status = server.recv(8)
     if not status:
         sys.stderr.write("forked: the server is gone\n")

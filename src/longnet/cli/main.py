@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -69,13 +71,16 @@ def run() -> None:
         from longnet.training.liveness import LostProcess
         from longnet.training.trainer import TrainingDiverged
 
+        if isinstance(error, LostProcess):
+            # One process alone raises it. It has no time to hear what the first one says, which may be the lost one.
+            _fail(error, 1, partial(print, file=sys.stderr, flush=True))
         # Any other RuntimeError is a defect and keeps its traceback.
-        if not isinstance(error, TrainingDiverged | LostProcess):
+        if not isinstance(error, TrainingDiverged):
             raise
         _fail(error, 1)
 
 
-def _fail(error: Exception, code: int) -> None:
+def _fail(error: Exception, code: int, say: Callable[[str], None] = say_once) -> None:
     text = " ".join(str(error).split()) or type(error).__name__
-    say_once(f"longnet: error: {text}")
+    say(f"longnet: error: {text}")
     raise SystemExit(code)
