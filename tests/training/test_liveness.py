@@ -62,6 +62,13 @@ atexit.register(print, "left")
 with join_ranks(1, "cpu") as (ranks, device):
     ranks.agree(ValueError("of both") if ranks.is_first else None)
 """
+AGAIN = """
+from longnet.training.ranks import join_ranks
+for number in range(3):
+    with join_ranks(1, "cpu") as (ranks, device):
+        ranks.wait()
+    print(f"left {number}")
+"""
 
 # Process 0 kills torchrun, whose store the processes use.
 ORPHANS = WAITS.replace('"1"', '"0"').replace("getpid", "getppid")
@@ -119,6 +126,12 @@ def test_processes_without_torchrun_say_so_once_and_end(tmp_path):
     assert found.returncode == -9
     assert found.stderr.count("longnet: error: torchrun is gone: training stopped. --resume") == 1, found.stderr
     assert "Traceback" not in found.stderr, found.stderr
+
+
+def test_processes_join_again(tmp_path, forked):
+    found = run(tmp_path, AGAIN, 2, forked)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count("left 2") == 2
 
 
 def test_an_error_of_one_process_ends_the_others(tmp_path):

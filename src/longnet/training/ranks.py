@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from longnet.distributed import parallelize, shard_sequence, unshard_sequence
@@ -30,6 +32,8 @@ from longnet.training.transformer import TransformerLM
 
 # A process that waits this long for the others gives up.
 _TIMEOUT = timedelta(minutes=10)
+# How often this process has joined others.
+_joined = count()
 
 
 class Ranks:
@@ -171,7 +175,7 @@ def check_cp(cp: int, world: int) -> None:
 
 @contextmanager
 def join_ranks(cp: int, device: str) -> Iterator[tuple[Ranks, str]]:
-    """The ranks and the device of this process: among those that torchrun started, or alone.
+    """The ranks and the device of this process: among those that torchrun started, or alone; as often as they like.
 
     Args:
         cp: processes that share a window; it divides their number.
@@ -189,7 +193,11 @@ def join_ranks(cp: int, device: str) -> Iterator[tuple[Ranks, str]]:
     if on_gpu:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(torch.device(device))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
+    store, rank, world = next(rendezvous("env://", timeout=_TIMEOUT))
+    # Keys of an earlier group would be taken for those of this one, and its processes would wait for ever.
+    store = dist.PrefixStore(f"longnet/{next(_joined)}", store)  # type: ignore[attr-defined]
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_TIMEOUT)
     liveness = Liveness()
     can_leave = True
     try:
