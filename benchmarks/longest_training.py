@@ -6,7 +6,7 @@
 The model is ``LongNetConfig()`` (12 layers, 768 wide) with recomputed blocks, a feed-forward in chunks,
 FSDP2 in bfloat16 with float32 weights, AdamW. A length counts when two whole steps (forward, backward, optimizer) ended. Memory
 grows linearly with the length, so two short runs say where to try; every try is a run of its own, as a rank whose memory ends
-takes the others with it.
+takes the others with it. ``--compile`` compiles the blocks, as ``longnet train`` does.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def config(small: bool) -> LongNetConfig:
     return LongNetConfig(gradient_checkpointing=True, feed_forward_chunk=1 << 15)
 
 
-def train(tokens: int, out: Path) -> None:
+def train(tokens: int, out: Path, compiled: bool) -> None:
     """Two steps on ``tokens`` random bytes over all ranks; the first rank writes a :class:`Try`."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
@@ -66,6 +66,9 @@ def train(tokens: int, out: Path) -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model = LongNetLM(config(not on_gpu), device=device)
     parallelize(model, mesh, mp_policy=policy)
+    for block in model.blocks if compiled else ():
+        # Not the call: a block's weights are gathered around its forward.
+        block.forward = torch.compile(block.forward)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=on_gpu)
     text = torch.randint(256, (1, tokens + 1), generator=torch.Generator().manual_seed(0))
     own, goal = (shard_sequence(x, mesh, multiple_of=1 << 12).to(device) for x in (text[:, :-1], text[:, 1:]))
@@ -91,12 +94,13 @@ def train(tokens: int, out: Path) -> None:
     dist.destroy_process_group()
 
 
-def attempt(tokens: int, ranks: int, seconds: float) -> Try:
+def attempt(tokens: int, ranks: int, seconds: float, compiled: bool) -> Try:
     """``train`` in processes of its own."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "try.json"
         launch = f"-m torch.distributed.run --nproc-per-node {ranks} --master-port 29617 -m benchmarks.longest_training"
         command = [sys.executable, *launch.split(), "--tokens", str(tokens), "--out", str(out)]
+        command += ["--compile"] * compiled
         environ = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": "4", **os.environ}
         ended = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=seconds, check=False)
         if out.is_file():
@@ -106,12 +110,12 @@ def attempt(tokens: int, ranks: int, seconds: float) -> Try:
         return Try(tokens, False)
 
 
-def search(ranks: int, memory_gib: float, start: int, step: int, seconds: float) -> Iterator[Try]:
+def search(ranks: int, memory_gib: float, start: int, step: int, seconds: float, compiled: bool) -> Iterator[Try]:
     """Every length that is tried."""
     stop_at = time.monotonic() + seconds
     sizes = []
     for tokens in (start, 2 * start):
-        one = attempt(tokens, ranks, max(_TRY_SECONDS, stop_at - time.monotonic()))
+        one = attempt(tokens, ranks, max(_TRY_SECONDS, stop_at - time.monotonic()), compiled)
         yield one
         if not one.fits:
             return
@@ -120,7 +124,7 @@ def search(ranks: int, memory_gib: float, start: int, step: int, seconds: float)
     slope = max((sizes[1] - sizes[0]) / start, 1e-12)
     tokens = int(start * 2 + (memory_gib - sizes[1]) / slope) // step * step
     while tokens > start * 2 and time.monotonic() < stop_at:
-        one = attempt(tokens, ranks, max(_TRY_SECONDS, stop_at - time.monotonic()))
+        one = attempt(tokens, ranks, max(_TRY_SECONDS, stop_at - time.monotonic()), compiled)
         yield one
         if one.fits:
             return
@@ -133,11 +137,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=200.0, help="after which no further length is tried")
     parser.add_argument("--start", type=int, default=LIMIT // 2, help="tokens a rank to begin with")
     parser.add_argument("--only", type=int, help="this many tokens, and no search")
+    parser.add_argument("--compile", action="store_true", dest="compiled", help="compile the blocks")
     parser.add_argument("--tokens", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.tokens is not None:
         try:
-            train(options.tokens, options.out)
+            train(options.tokens, options.out, options.compiled)
         except torch.OutOfMemoryError:
             print("OutOfMemoryError", file=sys.stderr, flush=True)
             # At once: the other ranks wait in a collective that this one will never enter.
@@ -148,10 +153,11 @@ def main() -> None:
     memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30 - 2.0 if on_gpu else 0.0
     result = results.started(
         kind="longest training", device=torch.cuda.get_device_name(0) if on_gpu else "cpu", ranks=ranks,
-        model=config(not on_gpu).to_dict(), limit=LIMIT if ranks == 1 and on_gpu else None, tried=[], longest=None,
+        model=config(not on_gpu).to_dict(), limit=LIMIT if ranks == 1 and on_gpu else None,
+        compiled=options.compiled, tried=[], longest=None,
     )  # fmt: skip
-    tries = search(ranks, memory_gib, options.start * ranks, STEP, options.seconds)
-    for one in tries if options.only is None else [attempt(options.only, ranks, _TRY_SECONDS)]:
+    tries = search(ranks, memory_gib, options.start * ranks, STEP, options.seconds, options.compiled)
+    for one in tries if options.only is None else [attempt(options.only, ranks, _TRY_SECONDS, options.compiled)]:
         print(f"{ranks} rank(s), {one.tokens:,} tokens: {one}", flush=True)
         result["tried"].append(asdict(one))
         if one.fits and one.tokens > (result["longest"] or {"tokens": 0})["tokens"]:
