@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from longnet.attention import DilatedAttention
 from longnet.attention.sharding import lengths_of, peers_of
@@ -61,9 +61,9 @@ def shard_sequence(
         lengths: tokens of every rank's shard, default as :func:`shard_lengths` says, with ``multiple_of``.
 
     Raises:
-        ValueError: lengths that are not one per rank, or do not add up to the sequence.
+        ValueError: no such axis; lengths that are not one per rank, or do not add up to the sequence.
     """
-    peers, length = peers_of(group), x.shape[dim]
+    peers, length = peers_of(group), _length(x, dim)
     if lengths is None:
         lengths = shard_lengths(length, peers.size, multiple_of)
     if len(lengths) != peers.size or sum(lengths) != length or min(lengths) < 0:
@@ -77,12 +77,21 @@ def unshard_sequence(x: Tensor, group: Any, dim: int = 1) -> Tensor:
     """The whole sequence from every rank's shard, on every rank. Shards may differ in length; all ranks call.
 
     Differentiable: a shard's gradient is the sum over the ranks of what they did with it.
+
+    Raises:
+        ValueError: no such axis.
     """
-    peers = peers_of(group)
+    peers, length = peers_of(group), _length(x, dim)
     if peers.size == 1:
         return x
-    lengths = lengths_of(peers, x.shape[dim]).lengths
+    lengths = lengths_of(peers, length).lengths
     return _Unshard.apply(x, peers.group, peers.rank, lengths, dim)
+
+
+def _length(x: Tensor, dim: int) -> int:
+    if not -x.ndim <= dim < x.ndim:
+        raise ValueError(f"dim={dim} of a tensor of shape {tuple(x.shape)}: expected its axis of tokens")
+    return x.shape[dim]
 
 
 class _Unshard(torch.autograd.Function):
@@ -115,7 +124,7 @@ def parallelize(model: LongNetBase, mesh: DeviceMesh, **fsdp: Any) -> LongNetBas
 
     Args:
         model: with the same weights on every rank, or not yet trained on any: FSDP keeps this rank's part of its own. Weights of
-            512 MiB and less are gathered all at once, for a step; of a larger model those of each block for itself.
+            512 MiB and less are gathered all at once, for a pass; of a larger model those of each block for itself.
         mesh: of the axes ``dp`` and ``cp``, or one of them.
         fsdp: for ``torch.distributed.fsdp.fully_shard`` (``mp_policy``, ``offload_policy``, ``reshard_after_forward``).
 
@@ -123,8 +132,8 @@ def parallelize(model: LongNetBase, mesh: DeviceMesh, **fsdp: Any) -> LongNetBas
         The model.
 
     Raises:
-        TypeError: not a LongNet, or not a mesh. ValueError: other axes, or a model with batch normalisation, whose statistics
-            would be those of a shard.
+        TypeError: not a LongNet, or not a mesh. ValueError: other axes, a model that is sharded already, or one with batch
+            normalisation, whose statistics would be those of a shard.
     """
     if not isinstance(model, LongNetBase):
         raise TypeError(f"model has type {type(model).__name__}: expected a LongNetLM or a LongNetEncoder")
@@ -133,6 +142,8 @@ def parallelize(model: LongNetBase, mesh: DeviceMesh, **fsdp: Any) -> LongNetBas
     names = mesh.mesh_dim_names or ()
     if not names or any(name not in _AXES for name in names):
         raise ValueError(f"mesh has the axes {names}: expected 'dp' and 'cp', or one of them")
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise ValueError("model is sharded already: expected one that neither parallelize nor fully_shard was given")
     if "cp" in names and mesh["cp"].size() > 1:
         # Check everything before changing anything.
         for name, module in model.named_modules():
@@ -157,5 +168,8 @@ def parallelize(model: LongNetBase, mesh: DeviceMesh, **fsdp: Any) -> LongNetBas
 def shard_weights(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, **fsdp: Any) -> None:
     """FSDP2 over a mesh of one dimension, in place: of a large model each of ``blocks`` for itself, then all that is left."""
     is_small = sum(weight.nbytes for weight in model.parameters()) <= GATHERED_AS_ONE
+    # Without this the weights that the model itself gathers stay whole after a forward pass: an optimizer made then would hold
+    # copies, and train nothing.
+    options = {"reshard_after_forward": True, **fsdp}
     for module in (*(() if is_small else blocks), model):
-        fully_shard(module, mesh=mesh, **fsdp)
+        fully_shard(module, mesh=mesh, **options)

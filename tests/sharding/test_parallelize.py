@@ -139,6 +139,42 @@ def test_fifty_steps_on_several_ranks_have_the_losses_of_one(ranks, size):
             assert abs(got - want) < 1e-5 * want
 
 
+def used_first(group, rank, as_one, with_grad):
+    """Losses of a model that ran forward before its weights were halved, and again before its optimizer was made."""
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("cp",))
+    model = parallelized(make(), mesh, as_one)
+    rows = batches(1, 1)[0]
+    tokens, targets = (shard_sequence(x, mesh) for x in (rows[:, :-1], rows[:, 1:]))
+
+    def use():
+        with torch.set_grad_enabled(with_grad):
+            model.loss(tokens, targets)
+
+    use()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(0.5)
+    use()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    found = steps_of(model, optimizer, mesh, 0, 3)
+    use()
+    weights, moments = get_state_dict(model, optimizer)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    return found
+
+
+@pytest.mark.parametrize(("as_one", "with_grad"), [(True, False), (True, True), (False, False)])
+def test_a_model_that_ran_forward_is_changed_and_trained_as_any(ranks, as_one, with_grad):
+    model = make()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(0.5)
+    alone = steps_of(model, torch.optim.AdamW(model.parameters(), lr=1e-3), None, 0, 3)
+    assert alone[-1] < alone[0]
+    for found in ranks(2, used_first, as_one, with_grad):
+        assert found == pytest.approx(alone, rel=1e-9)
+
+
 def there_and_back(group, rank, lengths, dim):
     whole = torch.arange(60.0).view(3, 20) if dim == 1 else torch.arange(60.0).view(20, 3)
     own = shard_sequence(whole, group, dim, lengths=lengths).clone().requires_grad_()
@@ -168,6 +204,10 @@ def refused(group, rank, what):
         parallelize(LongNetEncoder(CONFIG.replace(causal=False, norm="batch")), mesh)
     elif what == "axes":
         parallelize(make(), torch.distributed.device_mesh.DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tp",)))
+    elif what == "twice":
+        parallelize(parallelize(make(), mesh), mesh)
+    elif what == "one axis":
+        shard_sequence(torch.ones(7), mesh)
     elif what == "model":
         parallelize(torch.nn.Linear(2, 2), mesh)
     else:
@@ -180,6 +220,8 @@ def refused(group, rank, what):
         ("batch norm", "statistics would be those of one shard"),
         ("axes", "axes ('tp',): expected 'dp' and 'cp'"),
         ("model", "model has type Linear"),
+        ("twice", "model is sharded already"),
+        ("one axis", "dim=1 of a tensor of shape (7,)"),
         ("lengths", "of 7 tokens together"),
     ],
 )

@@ -92,7 +92,8 @@ class Workers:
         for encoder in [module for module in model.modules() if isinstance(module, SlideEncoder)]:
             for block in encoder.blocks:
                 fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        # Or the weights outside of blocks would stay whole after a forward pass.
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)
         return model
 
 
