@@ -133,14 +133,14 @@ def test_a_few_bytes_have_pictures_without_warnings(make_settings: Make, tmp_pat
     assert evaluation.baselines.lzma > 20 and evaluation.baselines.compressed_bytes == evaluation.scored_bytes
 
 
-def _evaluation(*lows: float | None) -> Evaluation:
+def _evaluation(*lows: float | None, unigram: float = 4.0) -> Evaluation:
     """One with cuts to 16, 32, ... bytes whose gains are 0.01 above these lower ends."""
     cuts = []
     for number, low in enumerate(lows):
         last = 16 * 2**number
         gain = Estimate(0.0, None, None) if low is None else Estimate(low + 0.01, low, low + 0.02)
         cuts.append(CutContext(last // 2 + 1, last, 129, 256, 2.5 + gain.mean, 2.5, gain))
-    return Evaluation(Estimate(2.5, None, None), 256, 3, 768, [], cuts, Baselines(4.0, 4.0, 3.0, 768))
+    return Evaluation(Estimate(2.5, None, None), 256, 3, 768, [], cuts, Baselines(unigram, unigram, 3.0, 768))
 
 
 @pytest.mark.parametrize(
@@ -156,6 +156,11 @@ def _evaluation(*lows: float | None) -> Evaluation:
 )  # fmt: skip
 def test_the_verdict_follows_the_intervals(lows: tuple[float | None, ...], expected: str) -> None:
     assert long_context_verdict(_evaluation(*lows)).startswith(expected)
+
+
+def test_of_a_model_that_has_learned_nothing_the_verdict_says_so() -> None:
+    said = long_context_verdict(_evaluation(0.2, 0.1, unigram=2.5))
+    assert said.startswith("Too early to tell") and "2.500 bits a byte" in said and "Yes" not in said
 
 
 def test_text_on_a_page_is_escaped() -> None:

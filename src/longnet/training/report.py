@@ -164,6 +164,11 @@ def _verdict(evaluation: Evaluation) -> str:
     cuts, unit = evaluation.cuts, evaluation.unit
     if not cuts:
         return f"A context of {evaluation.context} {unit} is too short to tell whether the model uses a long one."
+    if evaluation.bits_per_byte.mean >= evaluation.baselines.unigram:
+        return (
+            f"Too early to tell whether the model uses its long context: it has {evaluation.bits_per_byte.mean:.3f} bits a byte, "
+            f"the frequencies of single {unit} alone give {evaluation.baselines.unigram:.3f}."
+        )
     longest = cuts[-1]
     if longest.gain.low is None:
         return f"Undecided, with one held-out window alone: {_compared(longest, unit)}."
