@@ -418,6 +418,18 @@ def test_the_tokenizer_of_prepared_data_is_said(make: Make, text_folder: Path, t
     assert "Tokenizer: that of the prepared data, 260 tokens" in said.lines
 
 
+def test_layers_of_each_type_are_counted(make: Make) -> None:
+    """Types are repeated up to the last layer."""
+    settings, said = make(steps=1, eval_every=0), Lines()
+    train(
+        settings.replace(
+            model=settings.model.replace(layer_types=("full_attention",), segment_lengths=(), dilation_rates=())
+        ),
+        reporter=said,
+    )
+    assert any(line.endswith("; 2 full_attention") for line in said.lines), said.lines
+
+
 def test_windows_of_the_model_stay_by_default(tmp_path: Path) -> None:
     config = transformers.Qwen2Config(
         **SIZES,

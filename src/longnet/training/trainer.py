@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -329,7 +330,9 @@ def _describe_layers(config: Config) -> str:
     segments = f"segments {config.segment_lengths}, dilation rates {config.dilation_rates}"
     if config.layer_types is None:
         return segments
-    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(config.layer_types).items())
+    # Fewer types than layers are repeated.
+    types = islice(cycle(config.layer_types), config.layers)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(types).items())
     window = "their own" if config.sliding_window is None else f"{config.sliding_window:,}"
     numbers = [segments] if set(DILATED_TYPES) & set(config.layer_types) else []
     if {"sliding_attention", "strided_attention"} & set(config.layer_types):
