@@ -82,6 +82,25 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(
     assert f"Stopped and saved after step {done}. To continue: longnet train --out {out} --resume" in text
 
 
+def test_without_a_reader_it_saves_and_says_how_to_go_on(
+    tmp_path: Path, start_longnet: Callable[..., subprocess.Popen[str]], longnet: Longnet, train_arguments: list[object]
+) -> None:
+    """As in ``longnet train | head``."""
+    out = tmp_path / "run"
+    with start_longnet("train", *train_arguments, "--steps", 100_000, "--out", out) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 130, said
+    found = re.search(
+        rf"nobody reads the output any more. Stopped and saved after step (\d+). .*--out {out} --resume", said
+    )
+    assert found is not None, said
+    again = longnet("train", "--out", out, "--resume", "--steps", int(found[1]) + 3)
+    assert again.returncode == 0 and f"Resuming after step {found[1]}" in again.stdout, again.stderr
+
+
 def test_it_says_what_it_is_doing_and_writes_the_run_folder(finished_run: Path) -> None:
     text = (finished_run.parent / "output.txt").read_text()
     for part in (

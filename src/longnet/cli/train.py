@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -309,14 +310,14 @@ def _run(settings: TrainSettings, resume: bool) -> None:
     from longnet.training.report import long_context_verdict, write_report
 
     with join_ranks(settings.cp, settings.device) as (ranks, device):
-        reporter = make_reporter() if ranks.is_first else SilentReporter()
+        reporter = make_reporter(outlives_reader=True) if ranks.is_first else SilentReporter()
         settings = settings.replace(device=device)
         with stop_on_signal(reporter.say, "this step") as stopping:
             summary = train_model(
                 settings,
                 resume=resume,
                 reporter=reporter,
-                should_stop=stopping.asked,
+                should_stop=lambda: stopping.asked() or reporter.is_closed,
                 ranks=ranks,
                 waiting=stopping.waiting,
             )
@@ -325,7 +326,10 @@ def _run(settings: TrainSettings, resume: bool) -> None:
         raise typer.Exit(0 if summary.finished else INTERRUPTED)
     where = shlex.join(["longnet", "train", "--out", settings.out, "--resume"])
     if not summary.finished:
-        reporter.say(f"Stopped and saved after step {summary.step:,}. To continue: {where}")
+        stopped = f"Stopped and saved after step {summary.step:,}. To continue: {where}"
+        reporter.say(stopped)
+        if reporter.is_closed:
+            print(f"longnet: nobody reads the output any more. {stopped}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED)
     data = summary.data
     reporter.say(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -13,7 +14,13 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 
 class Reporter(Protocol):
-    """Receives progress, one task at a time. Its methods do nothing by themselves."""
+    """Receives progress, one task at a time. Its methods do nothing by themselves.
+
+    Attributes:
+        is_closed: whether nobody reads it any more.
+    """
+
+    is_closed: bool = False
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -52,18 +59,30 @@ class LineReporter(Reporter):
     Args:
         stream: where to write.
         interval: fewest seconds between two lines of one task.
+        outlives_reader: once the reader of a pipe is gone, as ``head`` is after its lines, write nothing, in place of an error.
     """
 
-    def __init__(self, stream: TextIO, interval: float = 5.0) -> None:
+    def __init__(self, stream: TextIO, interval: float = 5.0, outlives_reader: bool = False) -> None:
         self._stream = stream
         self._interval = interval
+        self._outlives_reader = outlives_reader
         self._clock = _Clock()
         self._title = ""
         self._last: tuple[float | None, str] | None = None
         self._due = 0.0
 
     def say(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        if self.is_closed:
+            return
+        try:
+            print(text, file=self._stream, flush=True)
+        except BrokenPipeError:
+            if not self._outlives_reader:
+                raise
+            self.is_closed = True
+            # What is left in the stream's buffer would raise once more when Python ends.
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
 
     def begin(self, title: str, done: float | None = 0.0) -> None:
         self._title, self._clock, self._last = title, _Clock(done), None
@@ -124,10 +143,12 @@ class TerminalReporter(Reporter):
             self._progress = None
 
 
-def make_reporter(stream: TextIO | None = None) -> Reporter:
-    """A bar if ``stream`` (default: standard output) is a terminal, lines if not."""
+def make_reporter(stream: TextIO | None = None, outlives_reader: bool = False) -> Reporter:
+    """A bar if ``stream`` (default: standard output) is a terminal, a :class:`LineReporter` if not."""
     target = stream or sys.stdout
-    return TerminalReporter(Console(file=target)) if target.isatty() else LineReporter(target)
+    if target.isatty():
+        return TerminalReporter(Console(file=target))
+    return LineReporter(target, outlives_reader=outlives_reader)
 
 
 def format_seconds(seconds: float) -> str:
