@@ -98,7 +98,7 @@ def attempt(tokens: int, ranks: int, seconds: float, compiled: bool) -> Try:
     """``train`` in processes of its own."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "try.json"
-        launch = f"-m torch.distributed.run --nproc-per-node {ranks} --master-port 29617 -m benchmarks.longest_training"
+        launch = f"-m torch.distributed.run --standalone --nproc-per-node {ranks} -m benchmarks.longest_training"
         command = [sys.executable, *launch.split(), "--tokens", str(tokens), "--out", str(out)]
         command += ["--compile"] * compiled
         environ = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": "4", **os.environ}

@@ -41,7 +41,7 @@ class Watch:
         self.marks.append(time.perf_counter())
         if len(self.marks) == BEFORE + TIMED:
             activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]
-            self.profiler = profile(activities=activities)
+            self.profiler = profile(activities=activities, acc_events=True)
             self.profiler.start()
         if len(self.marks) == BEFORE + TIMED + PROFILED:
             self.profiler.stop()

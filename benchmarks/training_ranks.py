@@ -46,7 +46,9 @@ def command(out: Path, processes: int, cp: int, batch: int, *more: str) -> list[
         "--lr": "1e-3", "--schedule": "constant", "--eval-every": "0", "--save-every": "5", "--out": str(out),
         "--data": str(out.parent / "data"), "--cp": str(cp),
     }  # fmt: skip
-    launch = ["torch.distributed.run", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
+    launch = (
+        ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
+    )
     return [sys.executable, "-m", *launch, "longnet", "train", *(x for pair in options.items() for x in pair), *more]
 
 

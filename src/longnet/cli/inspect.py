@@ -13,6 +13,7 @@ from rich.table import Table
 
 from longnet.cli.inspect_layers import Layers, describe, show
 from longnet.cli.layer_options import BY_LAYER, integers, layers_of
+from longnet.cli.once import error_text
 from longnet.geometry.cost import Cost, KeysPerQuery, cost, keys_per_query
 from longnet.geometry.coverage import Coverage, coverage
 from longnet.geometry.pattern import Pattern
@@ -81,7 +82,7 @@ def inspect(
         try:
             _show_layers(layers_of(context.params, named, causal), out, as_json)
         except (ValueError, TypeError, OSError) as error:
-            _fail(str(error))
+            _fail(error_text(error))
         return
     try:
         pattern, length = _pattern(segments, rates, length, heads, head_offsets, suggest_budget)
@@ -93,7 +94,7 @@ def inspect(
 
         figure = plot_pattern(pattern, heads, length, out, is_causal=causal)
     except (ValueError, OSError) as error:
-        _fail(str(error))
+        _fail(error_text(error))
     keys = _or_reason(lambda: keys_per_query(pattern, heads, length, causal))
     covered = _or_reason(lambda: coverage(pattern, heads, length))
 

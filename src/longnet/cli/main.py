@@ -13,7 +13,7 @@ from longnet import __version__
 from longnet.cli.choose_layers import choose_layers
 from longnet.cli.generate import generate
 from longnet.cli.inspect import inspect
-from longnet.cli.once import say_once
+from longnet.cli.once import error_text, say_once
 from longnet.cli.prepare import prepare, tokenizers
 from longnet.cli.slide_encode import slide_encode
 from longnet.cli.slide_finetune import slide_finetune
@@ -81,6 +81,5 @@ def run() -> None:
 
 
 def _fail(error: Exception, code: int, say: Callable[[str], None] = say_once) -> None:
-    text = " ".join(str(error).split()) or type(error).__name__
-    say(f"longnet: error: {text}")
+    say(f"longnet: error: {error_text(error)}")
     raise SystemExit(code)

@@ -11,6 +11,13 @@ from datetime import timedelta
 _PATIENCE = 5.0
 
 
+def error_text(error: Exception) -> str:
+    """An error as one line; of one of the system the file and the reason."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{str(error.filename)!r}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def say_once(text: str) -> None:
     """Print a line on standard error, unless the first process of torchrun prints the same one."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("WORLD_SIZE", "1") == "1":

@@ -56,7 +56,11 @@ def locked(folder: str | Path) -> Iterator[None]:
 
 def _open_locked(folder: Path) -> FileIO:
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = f"{error.strerror}. Expected a folder that can be made and written"
+            raise OSError(error.errno, reason, str(folder)) from None
         name = folder / _NAME
         try:
             file = FileIO(name, "a+")
