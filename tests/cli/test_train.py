@@ -299,7 +299,7 @@ def test_a_toml_config(tmp_path: Path, longnet: Longnet, train_arguments: list[o
             ["--layer-types", "full_attention", "--window", "8"],
             "--window with layers of ('full_attention',): expected one of",
         ),
-        (["--config", "gone.json"], "No such file or directory: 'gone.json'"),
+        (["--config", "gone.json"], "'gone.json': No such file or directory"),
         (["--data", "gone.txt"], "gone.txt' is not there: expected a file or a folder of text"),
         (["--lr", "0"], "lr=0.0: expected above 0"),
         (["--optimizer", "sgd"], "optimizer='sgd' is unknown: expected one of"),
