@@ -124,7 +124,7 @@ def parallelize(model: LongNetBase, mesh: DeviceMesh, **fsdp: Any) -> LongNetBas
 
     Args:
         model: with the same weights on every rank, or not yet trained on any: FSDP keeps this rank's part of its own. Weights of
-            512 MiB and less are gathered all at once, for a pass; of a larger model those of each block for itself.
+            512 MiB and less are gathered together, in the forward and in the backward pass; those of a larger model block by block.
         mesh: of the axes ``dp`` and ``cp``, or one of them.
         fsdp: for ``torch.distributed.fsdp.fully_shard`` (``mp_policy``, ``offload_policy``, ``reshard_after_forward``).
 
@@ -168,8 +168,8 @@ def parallelize(model: LongNetBase, mesh: DeviceMesh, **fsdp: Any) -> LongNetBas
 def shard_weights(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, **fsdp: Any) -> None:
     """FSDP2 over a mesh of one dimension, in place: of a large model each of ``blocks`` for itself, then all that is left."""
     is_small = sum(weight.nbytes for weight in model.parameters()) <= GATHERED_AS_ONE
-    # Without this the weights that the model itself gathers stay whole after a forward pass: an optimizer made then would hold
-    # copies, and train nothing.
+    # By default FSDP2 leaves the root's weights gathered after a forward pass: an optimizer that is made then would hold the
+    # gathered copies, and train nothing.
     options = {"reshard_after_forward": True, **fsdp}
     for module in (*(() if is_small else blocks), model):
         fully_shard(module, mesh=mesh, **options)

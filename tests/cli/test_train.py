@@ -82,7 +82,7 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(
     assert f"Stopped and saved after step {done}. To continue: longnet train --out {out} --resume" in text
 
 
-def test_without_a_reader_it_saves_and_says_how_to_go_on(
+def test_when_its_output_is_closed_it_saves_and_says_how_to_go_on(
     tmp_path: Path, start_longnet: Callable[..., subprocess.Popen[str]], longnet: Longnet, train_arguments: list[object]
 ) -> None:
     """As in ``longnet train | head``."""
@@ -93,9 +93,7 @@ def test_without_a_reader_it_saves_and_says_how_to_go_on(
         process.stdout.close()
         said = process.stderr.read()
     assert process.returncode == 130, said
-    found = re.search(
-        rf"nobody reads the output any more. Stopped and saved after step (\d+). .*--out {out} --resume", said
-    )
+    found = re.search(rf"standard output was closed. Stopped and saved after step (\d+). .*--out {out} --resume", said)
     assert found is not None, said
     again = longnet("train", "--out", out, "--resume", "--steps", int(found[1]) + 3)
     assert again.returncode == 0 and f"Resuming after step {found[1]}" in again.stdout, again.stderr

@@ -329,7 +329,7 @@ def _run(settings: TrainSettings, resume: bool) -> None:
         stopped = f"Stopped and saved after step {summary.step:,}. To continue: {where}"
         reporter.say(stopped)
         if reporter.is_closed:
-            print(f"longnet: nobody reads the output any more. {stopped}", file=sys.stderr)
+            print(f"longnet: standard output was closed. {stopped}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED)
     data = summary.data
     reporter.say(

@@ -17,7 +17,7 @@ class Reporter(Protocol):
     """Receives progress, one task at a time. Its methods do nothing by themselves.
 
     Attributes:
-        is_closed: whether nobody reads it any more.
+        is_closed: whether the stream that it writes to was closed by its reader.
     """
 
     is_closed: bool = False
@@ -59,7 +59,8 @@ class LineReporter(Reporter):
     Args:
         stream: where to write.
         interval: fewest seconds between two lines of one task.
-        outlives_reader: once the reader of a pipe is gone, as ``head`` is after its lines, write nothing, in place of an error.
+        outlives_reader: when the reader closes the pipe, as ``head`` does, set ``is_closed`` and write nothing more, in place of
+            raising BrokenPipeError.
     """
 
     def __init__(self, stream: TextIO, interval: float = 5.0, outlives_reader: bool = False) -> None:

@@ -167,7 +167,7 @@ def _verdict(evaluation: Evaluation) -> str:
     if evaluation.bits_per_byte.mean >= evaluation.baselines.unigram:
         return (
             f"Too early to tell whether the model uses its long context: it has {evaluation.bits_per_byte.mean:.3f} bits a byte, "
-            f"the frequencies of single {unit} alone give {evaluation.baselines.unigram:.3f}."
+            f"a unigram model {evaluation.baselines.unigram:.3f}."
         )
     longest = cuts[-1]
     if longest.gain.low is None:

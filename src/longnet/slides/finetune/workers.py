@@ -92,7 +92,7 @@ class Workers:
         for encoder in [module for module in model.modules() if isinstance(module, SlideEncoder)]:
             for block in encoder.blocks:
                 fully_shard(block, mesh=mesh)
-        # Or the weights outside of blocks would stay whole after a forward pass.
+        # By default FSDP2 leaves the root's weights gathered after a forward pass.
         fully_shard(model, mesh=mesh, reshard_after_forward=True)
         return model
 
