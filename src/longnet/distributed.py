@@ -124,7 +124,8 @@ def parallelize(model: LongNetBase, mesh: DeviceMesh, **fsdp: Any) -> LongNetBas
 
     Args:
         model: with the same weights on every rank, or not yet trained on any: FSDP keeps this rank's part of its own. Weights of
-            512 MiB and less are gathered together, in the forward and in the backward pass; those of a larger model block by block.
+            512 MiB and less are gathered together, in the forward and in the backward pass; those of a larger
+            model block by block.
         mesh: of the axes ``dp`` and ``cp``, or one of them.
         fsdp: for ``torch.distributed.fsdp.fully_shard`` (``mp_policy``, ``offload_policy``, ``reshard_after_forward``).
 
